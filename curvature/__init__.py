@@ -1,0 +1,31 @@
+"""Second-order information about PyTorch models: objectives, curvature operators and estimators with error bars."""
+
+from curvature.errors import CurvatureError as CurvatureError
+from curvature.linop import LinearOperator as LinearOperator
+from curvature.objective import Objective as Objective
+from curvature.operators import GGNOperator as GGNOperator
+from curvature.operators import HessianOperator as HessianOperator
+from curvature.operators import SubmatrixOperator as SubmatrixOperator
+from curvature.parameters import Block as Block
+from curvature.parameters import ParameterSpace as ParameterSpace
+from curvature.results import DiagonalEstimate as DiagonalEstimate
+from curvature.results import EigenPairs as EigenPairs
+from curvature.results import SpectralDensity as SpectralDensity
+from curvature.results import Status as Status
+from curvature.results import TraceEstimate as TraceEstimate
+
+__all__ = [
+    "Block",
+    "CurvatureError",
+    "DiagonalEstimate",
+    "EigenPairs",
+    "GGNOperator",
+    "HessianOperator",
+    "LinearOperator",
+    "Objective",
+    "ParameterSpace",
+    "SpectralDensity",
+    "Status",
+    "SubmatrixOperator",
+    "TraceEstimate",
+]

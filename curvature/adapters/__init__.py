@@ -1,0 +1,1 @@
+"""How other libraries' models and batches become an objective."""

@@ -1,0 +1,253 @@
+"""The self-check: is this objective one well-defined, twice differentiable function, and are its products right?
+
+Run once before anything expensive. It costs two gradients of the data and, on the first batch, two Hessian products and a
+few gradients. Each finding names its cause and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.errors import CheckFailedError
+from curvature.evaluation import move_batch, tensors_in
+from curvature.linearize import Linearization
+from curvature.losses import AnyLoss
+
+if TYPE_CHECKING:
+    from curvature.objective import Objective
+
+__all__ = ["CheckReport", "check_objective"]
+
+_KINKS = ("Relu", "Hardtanh", "MaxPool", "AdaptiveMax", "Max", "Min", "Amax", "Amin", "Abs", "Clamp", "Prelu", "Threshold")
+_KINKS += ("Hardswish", "Hardsigmoid", "Softshrink", "Hardshrink", "Sort", "Topk", "L1Loss", "Floor", "Round", "Sign", "Median")
+_STEPS = (1e-3, 3e-3, 1e-4)  # float32: steps tried in turn, relative to the norm of the parameters
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check found."""
+
+    passed: bool
+    messages: tuple[str, ...]
+    """One sentence a test, with its figure."""
+
+
+def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
+    """Check that loss and gradient repeat, that they belong together, that the Hessian is symmetric and is their derivative.
+
+    Args:
+        objective: what to check; its kept graphs and the model are left as they are.
+        rtol: relative tolerance of the repeat, symmetry and loss-Hessian tests. Default: 100 sqrt(n) rounding errors, at
+            most 1e-2. The finite-difference tests have their own: 1e-4 in float64, 5e-2 in narrower dtypes.
+
+    Raises:
+        CheckFailedError: with the cause (which module, which function) and the remedy.
+        DataError: if the data differ from pass to pass.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in objective.space.tensors.values())
+    tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
+    messages = [_repeats(objective, tolerance)]
+    batch = next(iter(objective.batches()))
+    with _explained(objective, batch):
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        messages.append(_symmetric(lin, objective, tolerance))
+        messages += _differences(lin, objective, batch, eps)
+        if objective.closed_form_loss:
+            messages.append(_output_hessian(lin, objective, tolerance))
+    return CheckReport(True, tuple(messages))
+
+
+# -- repeatability ----------------------------------------------------------------------------------------------------
+
+
+def _repeats(objective: Objective, tolerance: float) -> str:
+    (loss, gradient), (loss_again, gradient_again) = _fresh_pass(objective), _fresh_pass(objective)
+    change = max(_relative(loss, loss_again), _relative(gradient, gradient_again))
+    if change > tolerance:
+        raise CheckFailedError(f"two evaluations at the same parameters differ by {change:.1e} relative: {_moving_module(objective)}")
+    return f"Loss and gradient repeat to {change:.1e}."
+
+
+def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
+    def parts() -> Iterator[tuple[float, Tensor]]:
+        for index, _, batch in objective._data:
+            lin = Linearization(objective._evaluator, objective.space, move_batch(batch, objective.device), index)
+            objective._refuse_moving_draws(lin)
+            yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
+
+    mean = objective._mean(parts())
+    return mean[0], mean[1:]
+
+
+def _moving_module(objective: Objective) -> str:
+    """Name the first module whose output differs between two runs although its inputs do not."""
+    batch = next(iter(objective.batches()))
+    first, second = _trace(objective, batch), _trace(objective, batch)
+    for (name, kind, inputs, outputs), (_, _, inputs_again, outputs_again) in zip(first, second, strict=False):
+        if _alike(inputs, inputs_again) and not _alike(outputs, outputs_again):
+            return (
+                f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers outside torch "
+                "(numpy, random) or changes its own state in forward; make it deterministic (dropout and other torch random numbers "
+                "are replayed, and buffers are guarded), or call model.eval()."
+            )
+    return (
+        "every module repeats, so the loss, the forward function or the data move. Make the loss free of random numbers outside torch, "
+        "and pass list(loader) to work on one fixed draw of the data."
+    )
+
+
+def _trace(objective: Objective, batch: Any) -> list[tuple[str, str, list[Tensor], list[Tensor]]]:
+    calls: list[tuple[str, str, list[Tensor], list[Tensor]]] = []
+    handles = []
+    for name, module in objective.model.named_modules():
+        if any(module.children()):
+            continue
+
+        def record(m: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
+            copies = [[t.detach().clone() for t in tensors_in(part)] for part in (inputs, outputs)]
+            calls.append((name, type(m).__name__, copies[0], copies[1]))
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        Linearization(objective._evaluator, objective.space, batch, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _alike(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    return len(xs) == len(ys) and all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+# -- second derivative ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained(objective: Objective, batch: Any) -> Iterator[None]:
+    """Turn torch's refusal to differentiate twice into an error that says what the user can do."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, CheckFailedError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckFailedError(
+            f"the model has no second derivative by autograd: {reason} Replace that operation by a twice differentiable one, or work "
+            "with the Gauss-Newton matrix where only the loss is concerned."
+        ) from error
+
+
+def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> str:
+    u, v = _probes(objective)
+    Hu, Hv = lin.hvp(torch.stack([u, v]))
+    gap = float((u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny))
+    if gap > tolerance:
+        raise CheckFailedError(
+            f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward formula is wrong. "
+            f"{_custom_functions(lin)}"
+        )
+    return f"The Hessian is symmetric to {gap:.1e}."
+
+
+def _differences(lin: Linearization, objective: Objective, batch: Any, eps: float) -> list[str]:
+    """Compare g'v with differences of the loss, and Hv with differences of the gradient, along one random direction."""
+    v = _probes(objective)[0]
+    v = v / v.norm()
+    g, Hv = lin.gradient(), lin.hvp(v[None])[0]
+    slope, kink = g @ v, _first_kink(lin)
+    size = max(1.0, float(objective.space.current().norm()))
+    tolerance = 1e-4 if eps < 1e-12 else 5e-2
+    slope_error = curve_error = float("inf")
+    for step in [eps ** (1 / 3)] if eps < 1e-12 else _STEPS:
+        (loss_up, g_up), (loss_down, g_down) = (_shifted(objective, batch, s * step * size * v) for s in (1.0, -1.0))
+        h = 2 * step * size
+        rounding = 20 * eps * float(lin.loss.abs()) / h  # of a difference of two losses
+        slope_error = min(slope_error, max(0.0, float((loss_up - loss_down) / h - slope).__abs__() - rounding) / float(g.norm() + 1e-30))
+        curve_error = min(curve_error, _relative((g_up - g_down) / h, Hv))
+    if slope_error > tolerance:
+        raise CheckFailedError(
+            f"the gradient is not the derivative of the loss (off by {slope_error:.1e} of its norm along a random direction). "
+            f"{_custom_functions(lin)}"
+        )
+    messages = [f"The gradient agrees with differences of the loss to {slope_error:.1e}."]
+    if kink is not None:
+        return [*messages, f"Differences of the gradient are no test here: {kink} has kinks, where they measure jumps instead."]
+    if curve_error > tolerance and float(Hv.norm()) * size > 1e3 * eps * float(g.norm()):
+        raise CheckFailedError(
+            f"H v differs from differences of the gradient by {curve_error:.1e} relative: the second derivative is wrong. "
+            f"{_custom_functions(lin)}"
+        )
+    return [*messages, f"H v agrees with differences of the gradient to {curve_error:.1e}."]
+
+
+def _shifted(objective: Objective, batch: Any, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of batch 0 at theta + shift; the parameters' own storage is not written to."""
+    steps = objective.space.to_dict(shift)
+    tensors = objective.space.tensors
+    originals = {name: t.data for name, t in tensors.items()}
+    try:
+        for name, t in tensors.items():
+            t.data = (originals[name].to(shift.dtype) + steps[name]).to(t.dtype)
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        return lin.loss.to(shift.dtype), lin.gradient()
+    finally:
+        for name, t in tensors.items():
+            t.data = originals[name]
+
+
+def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) -> str:
+    """Compare the closed form of the loss Hessian on the outputs with double backward on the loss alone."""
+    outputs, targets = lin.outputs_and_targets()
+    rule = objective._rule
+    assert rule is not None
+    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    closed = rule.output_hessian(outputs, targets)(u)
+    by_autograd = AnyLoss(rule.loss, rule.reduction).output_hessian(outputs, targets)(u)
+    gap = _relative(closed.to(by_autograd.dtype), by_autograd)
+    if gap > max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
+        raise CheckFailedError(f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a bug.")
+    return f"The closed form of the loss Hessian agrees with autograd to {gap:.1e}."
+
+
+def _probes(objective: Objective) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, objective.num_params, generator=generator, dtype=torch.float64).to(objective.device, objective.dtype)
+    return u, v
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
+
+
+# -- what the graph is made of ----------------------------------------------------------------------------------------
+
+
+def _nodes(lin: Linearization) -> Iterator[Any]:
+    start = lin.graph_root()
+    seen, stack = set(), [] if start is None else [start]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def _first_kink(lin: Linearization) -> str | None:
+    names = sorted({node.name() for node in _nodes(lin)})
+    stems = {name: name.rstrip("0123456789").removesuffix("Backward") for name in names}
+    return next((name for name, stem in stems.items() if any(stem.startswith(k) or stem == f"Leaky{k}" for k in _KINKS)), None)
+
+
+def _custom_functions(lin: Linearization) -> str:
+    customs = sorted({node.name() for node in _nodes(lin) if isinstance(node, torch.autograd.function.BackwardCFunction)})
+    if customs:
+        return f"First suspects are the custom autograd functions in the graph: {', '.join(customs)}; check them with torch.autograd.gradgradcheck."
+    return "The graph holds torch's own functions only; check with torch.autograd.gradgradcheck and please report it."

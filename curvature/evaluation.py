@@ -1,0 +1,272 @@
+"""Evaluating a model's loss as the twice differentiable function it is, and leaving no trace.
+
+`Evaluator.session()` is the only place where global or model state is touched, and it puts everything back, also after an
+error: attention runs under the math kernel (the fused kernels have no second derivative), the random state is seeded by
+batch so that dropout is one fixed mask, buffers are swapped for copies so that batch normalisation in train mode updates
+those, parameters that were not chosen do not record gradients, compiled models run eagerly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvature.errors import DataError, InputError, NonFiniteError
+from curvature.lean import LeanLayers
+from curvature.losses import LossRule
+
+__all__ = ["Evaluation", "Evaluator", "move_batch"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One batch's loss, with its graph."""
+
+    loss: Tensor
+    """(), as the loss function reduces it."""
+    weight: float
+    """The batch's share of the whole is weight / sum of weights."""
+    outputs: Tensor | None
+    """What the model returned; None where forward returns the loss itself."""
+    targets: Any
+    drew_random_numbers: bool
+
+
+@dataclass
+class Evaluator:
+    """A model, a loss and how batches are fed.
+
+    Attributes:
+        model: the user's module; never copied.
+        rule: the loss, or None where `forward` returns the scalar loss.
+        forward: (model, batch) -> (outputs, targets), or -> loss where `rule` is None.
+        weight: batch -> how much it counts, or None for the number of loss terms.
+        parameters: the leaf tensors the loss is a function of.
+        seed: what the random state is set to before batch i is `seed + i`.
+    """
+
+    model: nn.Module
+    rule: LossRule | None
+    forward: Forward | None
+    weight: Callable[[Any], float] | None
+    parameters: Sequence[Tensor]
+    seed: int
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Return what changes when the point, a buffer or a mode of the model changes."""
+        tensors = [*self.parameters, *self.model.parameters(), *self.model.buffers()]
+        modes = tuple(m.training for m in self.model.modules())
+        return (*((t.data_ptr(), t._version) for t in tensors), modes)
+
+    def copy_buffers(self) -> BufferCopies:
+        return BufferCopies(self.model)
+
+    @contextlib.contextmanager
+    def session(self, buffers: BufferCopies, *, lean: LeanLayers | None = None) -> Iterator[None]:
+        """Make the model safe to evaluate and differentiate twice, with `lean` layers if given; restore everything on leaving."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_attention_fastpath_off())
+            stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
+            stack.enter_context(buffers.installed())
+            if self.parameters[0].device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's RNNs have no second derivative
+            if lean is not None:
+                stack.enter_context(lean)
+            yield
+
+    # -- evaluation (inside a session) --------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Any, index: int) -> Evaluation:
+        """Run the model on one batch, under random numbers fixed by the batch's place.
+
+        Raises:
+            InputError: if forward or loss return something else than agreed.
+            NonFiniteError: if the loss is NaN or infinite; the message names the batch and the first culprit.
+        """
+        device = self.parameters[0].device
+        with _seeded(self.seed + index, device) as drew:
+            outputs, targets, loss = self._loss(batch)
+            drew_random_numbers = drew()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"the loss of a batch must be a tensor with one entry, got {got}; reduce it by a mean or a sum.")
+        weight = self._weight(batch, outputs, targets)
+        if weight != 0 and not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
+        return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers)
+
+    def _loss(self, batch: Any) -> tuple[Any, Any, Any]:
+        if self.rule is None:
+            assert self.forward is not None
+            return None, None, self.forward(self.model, batch)
+        if self.forward is None:
+            try:
+                inputs, targets = batch
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"a batch must be a pair (inputs, targets), got {_describe(batch)}; pass forward= to say how such a batch is fed."
+                ) from None
+            outputs = self.model(inputs)
+        else:
+            returned = self.forward(self.model, batch)
+            if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+                raise InputError(
+                    f"forward(model, batch) must return (outputs, targets), got {_describe(returned)}; "
+                    "a forward that returns the loss itself goes with loss=None."
+                )
+            outputs, targets = returned
+        return outputs, targets, self.rule.loss(outputs, targets)
+
+    def _weight(self, batch: Any, outputs: Any, targets: Any) -> float:
+        if self.weight is not None:
+            weight = float(self.weight(batch))
+            if not 0 <= weight < float("inf"):
+                raise InputError(f"weight(batch) must be finite and not negative, got {weight}.")
+            return weight
+        if self.rule is None:
+            return float(_leading_size(batch))
+        if self.rule.reduction == "sum":
+            return 1.0
+        return self.rule.num_terms(outputs if isinstance(outputs, Tensor) else None, targets)
+
+    def _culprit(self, batch: Any, outputs: Any) -> str:
+        for name, tensor in self.model.named_parameters():
+            if not bool(torch.isfinite(tensor).all()):
+                return f"the parameter {name!r} holds values that are not finite."
+        for name, tensor in self.model.named_buffers():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return f"the buffer {name!r} holds values that are not finite (an attention mask of -inf is fine)."
+        for leaf in tensors_in(batch):
+            if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                return "the batch itself holds values that are not finite; clean the data."
+        if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
+            return "parameters and data are finite but the model's outputs are not: they overflow; use a wider dtype."
+        return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
+
+
+class BufferCopies:
+    """Copies of a model's buffers that stand in for them during a session and belong to one graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        copies: dict[int, Tensor] = {}
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                    self._places.append((module._buffers, name, copy))
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        originals = [(store, name, store[name]) for store, name, _ in self._places]
+        try:
+            for store, name, copy in self._places:
+                store[name] = copy
+            yield
+        finally:
+            for store, name, original in originals:
+                store[name] = original
+
+
+@contextlib.contextmanager
+def _attention_fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _requires_grad_only(chosen: Sequence[Tensor], others: Iterator[nn.Parameter]) -> Iterator[None]:
+    """Let exactly the chosen tensors record gradients."""
+    wanted = {id(t) for t in chosen}
+    changed = [t for t in chosen if not t.requires_grad]
+    changed += [t for t in others if id(t) not in wanted and t.requires_grad and t.is_leaf]
+    for t in changed:
+        t.requires_grad_(not t.requires_grad)
+    try:
+        yield
+    finally:
+        for t in changed:
+            t.requires_grad_(not t.requires_grad)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Seed torch's generators and restore them; yields a function that says whether random numbers were drawn since."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [g.get_state() for g in generators]
+    try:
+        seeded = [g.manual_seed(seed).get_state() for g in generators]
+        yield lambda: any(not torch.equal(g.get_state(), state) for g, state in zip(generators, seeded, strict=True))
+    finally:
+        for g, state in zip(generators, before, strict=True):
+            g.set_state(state)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in tensors_in(value)]
+    if isinstance(batch, (list, tuple)):
+        return [t for value in batch for t in tensors_in(value)]
+    return []
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return the same structure with `function` applied to its tensors; tuples, named tuples, lists and mappings are entered."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
+        return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, function) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """Return the batch on `device`."""
+    return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
+
+
+def _leading_size(batch: Any) -> int:
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        raise InputError(
+            "a batch with 'labels' whose loss the model computes itself counts by its unmasked tokens, which only the model's author knows: "
+            "pass weight=, or see curvature.adapters.hugging_face."
+        )
+    sized = [t for t in tensors_in(batch) if t.ndim > 0]
+    if not sized:
+        raise InputError(f"cannot tell how much a batch of type {type(batch).__name__} counts; pass weight=.")
+    return sized[0].shape[0]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,315 @@
+"""Layers with a lean second derivative.
+
+Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
+wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these layers
+are recorded as functions whose second derivative is written out, with all such factors computed once:
+
+- convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
+- batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it costs
+  nothing per entry; alone, an affine map;
+- layer normalisation: the closed form of its second derivative;
+- smooth activations: f' and u f'' stored, where u is the gradient that arrives.
+
+They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it trusts
+them (`Objective.notes` says what came of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["LeanLayers"]
+
+_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_ACTIVATIONS = {F.gelu, F.silu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.logsigmoid, torch.tanh, torch.sigmoid}
+_ACTIVATIONS |= {torch.selu, torch.celu, Tensor.tanh, Tensor.sigmoid, torch._C._nn.gelu, torch._C._nn.silu, torch._C._nn.softplus}
+
+
+class LeanLayers(TorchFunctionMode):
+    """While active, records eligible layers in their lean form; `num_replaced` counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_replaced = 0
+        self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RULES and torch.is_grad_enabled() and _eligible(args):
+            result = _RULES[func](self, func, *args, **kwargs)
+            if result is not None:
+                self.num_replaced += 1
+                return result
+        return func(*args, **kwargs)
+
+    # -- one rule a layer: the lean result, or None to leave the call as it is ------------------------------------------
+
+    def _convolution(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        d = _CONVOLUTIONS[func]
+        if input.ndim != d + 2 or isinstance(padding, str):
+            return None
+        geometry = (_tuple(stride, d), _tuple(padding, d), _tuple(dilation, d), False, (0,) * d, groups)
+        output = _Convolution.apply(input, weight, bias, geometry)
+        self._linear_maps[output] = _Folded(output, input, weight, bias, lambda x, w, b: _Convolution.apply(x, w, b, geometry))
+        return output
+
+    def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = func(input, weight, bias)
+        if output.ndim == 2:  # batch normalisation counts channels along dimension 1
+            self._linear_maps[output] = _Folded(output, input, weight, bias, F.linear)
+        self.num_replaced -= 1
+        return output
+
+    def _batch_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if training or running_mean is None or running_var is None:
+            return None
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = -running_mean * scale
+        shift = shift if bias is None else shift + bias
+        folded = self._linear_maps.get(input)
+        if folded is not None and folded.version == input._version:  # not overwritten in place since
+            return folded(scale.to(input.dtype), shift.to(input.dtype))
+        shape = (1, -1, *(1,) * (input.ndim - 2))
+        return input * scale.view(shape).to(input.dtype) + shift.view(shape).to(input.dtype)
+
+    def _layer_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if input.dtype not in (torch.float32, torch.float64):
+            return None
+        output = _Normalise.apply(input, len(_tuple(normalized_shape, 1)), eps)
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
+
+    def _activation(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if kwargs.get("inplace") or args[1:2] == (True,) or not input.requires_grad:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+        return _Activation.apply(input, lambda x: func(x, *args, **kwargs))
+
+
+class _Folded:
+    """A linear map that has been recorded: `folded(scale, shift)` is the map followed by y -> scale * y + shift, per channel."""
+
+    def __init__(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, apply: Callable[..., Tensor]) -> None:
+        self.version = output._version
+        self.input, self.weight, self.bias, self.apply = input, weight, bias, apply
+
+    def __call__(self, scale: Tensor, shift: Tensor) -> Tensor:
+        weight = self.weight * scale.view(-1, *(1,) * (self.weight.ndim - 1))
+        return self.apply(self.input, weight, shift if self.bias is None else shift + scale * self.bias)
+
+
+_RULES: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys(_CONVOLUTIONS, LeanLayers._convolution),
+    **dict.fromkeys(_ACTIVATIONS, LeanLayers._activation),
+    F.linear: LeanLayers._linear,
+    F.batch_norm: LeanLayers._batch_norm,
+    F.layer_norm: LeanLayers._layer_norm,
+}
+
+
+def _eligible(args: Sequence[Any]) -> bool:
+    """Real floating tensors, outside autocast (which would cast behind our back) and outside function transforms."""
+    x = args[0] if args else None
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _tuple(value: int | Iterable[int], length: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * length if len(values) == 1 else values
+
+
+def _wanted(ctx: FunctionCtx, place: int) -> bool:
+    """Whether the running backward pass needs the derivative in input `place` (and not merely could have it)."""
+    node = ctx.next_functions[place][0]  # type: ignore[attr-defined]
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+    except RuntimeError:  # a leaf that is differentiated for
+        return True
+
+
+class _Convolution(Function):
+    """y = x * w + b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return torch.ops.aten.convolution(x, w, b, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        b_bar = u.sum((0, *range(2, u.ndim))) if ctx.needs_input_grad[2] and _wanted(ctx, 2) else None
+        mask = tuple(ctx.needs_input_grad[i] and _wanted(ctx, i) for i in (0, 1))
+        if not any(mask):
+            return None, None, b_bar, None
+        if not torch.is_grad_enabled():
+            return *_transposed(u, x, w, ctx.geometry, mask), b_bar, None
+        return *_ConvolutionBackward.apply(u, x, w, ctx.geometry, mask), b_bar, None
+
+
+class _ConvolutionBackward(Function):
+    """(u, x, w) -> (x_bar, w_bar), bilinear: x_bar = D(u, w), w_bar = W(u, x), with C(x, w) the convolution itself."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, x: Tensor, w: Tensor, geometry: tuple[Any, ...], mask: tuple[bool, bool]) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, x, w)
+        ctx.geometry = geometry
+        return _transposed(u, x, w, geometry, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x_dot: Tensor | None, w_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, x, w = ctx.saved_tensors
+        u_bar = x_bar = w_bar = None
+        if _wanted(ctx, 0):  # the derivative of the convolution along (x_dot, w_dot)
+            for a, b in ((x_dot, w), (x, w_dot)):
+                if a is not None and b is not None:
+                    term = torch.ops.aten.convolution(a, b, None, *ctx.geometry)
+                    u_bar = term if u_bar is None else u_bar.add_(term)
+        if w_dot is not None and _wanted(ctx, 1):
+            x_bar = _transposed(u, x, w_dot, ctx.geometry, (True, False))[0]
+        if x_dot is not None and _wanted(ctx, 2):
+            w_bar = _transposed(u, x_dot, w, ctx.geometry, (False, True))[1]
+        return u_bar, x_bar, w_bar, None, None
+
+
+def _transposed(u: Tensor, x: Tensor, w: Tensor, geometry: tuple[Any, ...], mask: tuple[bool, bool]) -> tuple[Any, Any]:
+    x_bar, w_bar, _ = torch.ops.aten.convolution_backward(u, x, w, None, *geometry, [*mask, False])
+    return x_bar, w_bar
+
+
+class _Activation(Function):
+    """y_i = f(x_i)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad(), torch._C.DisableTorchFunction():
+            z = x.detach().requires_grad_()
+            y = f(z)
+            (d1,) = torch.autograd.grad(y, z, torch.ones_like(y), create_graph=True)
+            (d2,) = torch.autograd.grad(d1, z, torch.ones_like(d1), allow_unused=True) if d1.requires_grad else (None,)
+        ctx.save_for_backward(x, d1.detach(), torch.zeros_like(x) if d2 is None else d2)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
+        x, d1, d2 = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return u * d1, None
+        return _ActivationBackward.apply(u, x, d1, d2), None
+
+
+class _ActivationBackward(Function):
+    """(u, x) -> u f'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, x: Tensor, d1: Tensor, d2: Tensor) -> Tensor:
+        ctx.save_for_backward(d1, u * d2)
+        return u * d1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x_dot: Tensor) -> tuple[Tensor | None, ...]:
+        d1, ud2 = ctx.saved_tensors
+        return x_dot * d1 if _wanted(ctx, 0) else None, x_dot * ud2 if _wanted(ctx, 1) else None, None, None
+
+
+class _Normalise(Function):
+    """z = r (x - mean x), r = (var x + eps)^(-1/2), over the last `ndim` dimensions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ndim: int, eps: float) -> Tensor:
+        z, _, r = torch.native_layer_norm(x, x.shape[-ndim:], None, None, eps)
+        ctx.save_for_backward(x, z, r)
+        ctx.ndim = ndim
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
+        x, z, r = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _normalise_backward(h, z, r, tuple(range(-ctx.ndim, 0)))[0], None, None
+        return _NormaliseBackward.apply(h, x, z.detach(), r, ctx.ndim), None, None
+
+
+def _normalise_backward(h: Tensor, z: Tensor, r: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return r P h, P h and the mean of h z."""
+    hz = (h * z).mean(dims, keepdim=True)
+    Ph = (h - h.mean(dims, keepdim=True)).addcmul_(z, hz, value=-1)
+    return r * Ph, Ph, hz
+
+
+class _NormaliseBackward(Function):
+    """(h, x) -> r P h, with P = I - 11'/D - zz'/D.
+
+    The derivative of z along v is r P v, and that of the inner product <v, r P h> in x, at fixed v and h, is
+    -(r^2 / D) (z (h' P v) + (v' z) P h + (h' z) P v).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, z: Tensor, r: Tensor, ndim: int) -> Tensor:
+        dims = tuple(range(-ndim, 0))
+        rPh, Ph, hz = _normalise_backward(h, z, r, dims)
+        ctx.save_for_backward(z, r, Ph, hz)
+        ctx.dims = dims
+        return rPh
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        z, r, Ph, hz = ctx.saved_tensors
+        vz = (v * z).mean(ctx.dims, keepdim=True)
+        Pv = (v - v.mean(ctx.dims, keepdim=True)).addcmul_(z, vz, value=-1)
+        h_bar = r * Pv if _wanted(ctx, 0) else None
+        x_bar = None
+        if _wanted(ctx, 1):
+            hPv = (Ph * v).mean(ctx.dims, keepdim=True)
+            x_bar = (z * hPv).addcmul_(Ph, vz).addcmul_(Pv, hz).mul_(-r * r)
+        return h_bar, x_bar, None, None, None

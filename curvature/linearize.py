@@ -1,0 +1,270 @@
+"""The engine: the loss of one batch, linearised once and applied to many vectors.
+
+Two graphs are built on one forward pass, each when it is first needed:
+
+- Hessian: g = grad(loss, params) with its own graph; H v = grad(g, params, v). Two gradients' work a product, at best.
+- Gauss-Newton: J'u as a function of a dummy u; J v = grad(J'u, u, v); then the loss Hessian on the outputs, in closed form
+  where the loss is known; then J' of that through the first graph. 4/3 of a gradient's work a product, at best.
+
+Both are ordinary reverse-mode double backward, the route that is right for every differentiable layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError, NonFiniteError
+from curvature.evaluation import Evaluator
+from curvature.lean import LeanLayers
+from curvature.losses import OutputHessian
+from curvature.memory import HeldMemory
+from curvature.parameters import Block, ParameterSpace
+
+__all__ = ["LeanTrust", "Linearization"]
+
+
+class LeanTrust:
+    """Whether lean layers may be used on one model: each product is compared with autograd's own once, before it counts.
+
+    Attributes:
+        revoked: True once a comparison failed; from then on layers are recorded as autograd has them.
+        differences: product -> relative difference found, for the products compared so far.
+    """
+
+    def __init__(self) -> None:
+        self.revoked = False
+        self.differences: dict[str, float] = {}
+
+    def compare(self, product: str, lean: Tensor, reference: Tensor, eps: float) -> None:
+        """Note the difference of two products with one vector; revoke the trust if it is beyond rounding."""
+        difference = float((lean - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
+        self.differences[product] = difference
+        self.revoked = not difference <= 10 * eps**0.5  # also on NaN
+
+
+class Linearization:
+    """The loss of one batch at the present parameters, ready for products.
+
+    Args:
+        evaluator: how the model is evaluated.
+        space: the chosen parameters.
+        batch: the batch, on the device of the parameters.
+        index: its place in the data, which fixes its random numbers.
+        trust: allows lean layers, after a comparison with autograd; None records layers as autograd has them.
+        metered: whether `held_bytes` is measured (a little slower to build).
+    """
+
+    def __init__(self, evaluator: Evaluator, space: ParameterSpace, batch: Any, index: int, *, trust: LeanTrust | None = None, metered: bool = False) -> None:
+        self._evaluator = evaluator
+        self._space = space
+        self._params = list(space.tensors.values())
+        self._buffers = evaluator.copy_buffers()
+        self._gradient: tuple[Tensor | None, ...] | None = None
+        self._jacobian: tuple[tuple[Tensor | None, ...], Tensor, OutputHessian] | None = None
+        self._meter = HeldMemory() if metered else None
+        self._trust = None if trust is None or trust.revoked else trust
+        self._lean = None if self._trust is None else LeanLayers()
+        self._batch = batch
+        self.index = index
+        with self._session(), self._metered():
+            self._evaluation = evaluator.evaluate(batch, index)
+        self.weight = self._evaluation.weight
+        self.loss = self._evaluation.loss.detach()
+        self.drew_random_numbers = self._evaluation.drew_random_numbers
+
+    # -- gradient -----------------------------------------------------------------------------------------------------
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the batch's loss, (n,)."""
+        if self._gradient is not None:
+            return self._flatten([None if g is None else g.detach() for g in self._gradient])
+        if not self._evaluation.loss.requires_grad:
+            return self._flatten([None] * len(self._params))
+        with self._session(), _no_autocast(self._space.device):
+            parts = torch.autograd.grad(self._evaluation.loss, self._params, retain_graph=True, allow_unused=True)
+        return self._flatten(parts)
+
+    def used_parameters(self) -> tuple[bool, ...] | None:
+        """Say for each parameter whether this batch depends on it; None before a graph was built."""
+        if self._gradient is not None:
+            return tuple(g is not None for g in self._gradient)
+        if self._jacobian is not None:
+            return tuple(j is not None for j in self._jacobian[0])
+        return None
+
+    def held_bytes(self) -> int:
+        """Return the bytes that this linearisation's graphs hold; 0 if it is not metered."""
+        return 0 if self._meter is None else self._meter.held_bytes()
+
+    def outputs_and_targets(self) -> tuple[Tensor, Any]:
+        """Return the model's outputs on this batch, detached, and the targets.
+
+        Raises:
+            InputError: if forward returned something else than one tensor of outputs.
+        """
+        outputs = self._evaluation.outputs
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"the outputs must be one tensor, got {type(outputs).__name__}; pass forward= that picks it.")
+        return outputs.detach(), self._evaluation.targets
+
+    def graph_root(self) -> Any:
+        """Return the node of the loss in autograd's graph; None if the loss depends on no parameter."""
+        return self._evaluation.loss.grad_fn
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def hvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return H X for X (k, m), one vector a row; H is the batch's Hessian, or its diagonal block."""
+        self._verify("hvp")
+        gradient = self._build_gradient()
+        chosen = self._positions(block)
+        params = [self._params[i] for i in chosen]
+        with self._session(), _no_autocast(self._space.device):
+            rows = [self._curve(gradient, chosen, params, x) for x in X]
+        return _stack(rows)
+
+    def _curve(self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor) -> Tensor:
+        g, v = _differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
+        if not g:
+            return torch.zeros_like(x)
+        return self._flatten(torch.autograd.grad(g, params, v, retain_graph=True, allow_unused=True), chosen)
+
+    def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
+        self._verify("ggnvp")
+        jacobian_transposed, u, output_hessian = self._build_jacobian()
+        chosen = self._positions(block)
+        params = [self._params[i] for i in chosen]
+        outputs = self._evaluation.outputs
+        assert outputs is not None
+        rows = []
+        with self._session(), _no_autocast(self._space.device):
+            for x in X:
+                Jt, v = _differentiable([jacobian_transposed[i] for i in chosen], self._unflatten(x, chosen))
+                if not Jt:
+                    rows.append(torch.zeros_like(x))
+                    continue
+                (Jv,) = torch.autograd.grad(Jt, u, v, retain_graph=True)
+                HJv = output_hessian(Jv).to(outputs.dtype)
+                rows.append(self._flatten(torch.autograd.grad(outputs, params, HJv, retain_graph=True, allow_unused=True), chosen))
+        return _stack(rows)
+
+    # -- lean layers --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_lean_layers(self) -> int:
+        """How many layers were recorded in their lean form."""
+        return 0 if self._lean is None else self._lean.num_replaced
+
+    def _verify(self, product: Literal["hvp", "ggnvp"]) -> None:
+        """Before lean layers first serve for a product on this model, compare it with autograd's own on this batch."""
+        if self._trust is None or self.num_lean_layers == 0 or product in self._trust.differences or self.weight == 0:
+            return
+        trust, self._trust = self._trust, None
+        reference = Linearization(self._evaluator, self._space, self._batch, self.index)
+        eps = max(torch.finfo(p.dtype).eps for p in self._params)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
+        trust.compare(product, getattr(self, product)(v), getattr(reference, product)(v), eps)
+        if trust.revoked:
+            self._adopt(reference)
+        else:
+            self._trust = trust
+
+    def _adopt(self, reference: Linearization) -> None:
+        self._lean = None
+        self._buffers, self._evaluation = reference._buffers, reference._evaluation
+        self._gradient, self._jacobian = reference._gradient, reference._jacobian
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def _build_gradient(self) -> tuple[Tensor | None, ...]:
+        if self._gradient is None:
+            loss = self._evaluation.loss
+            if not loss.requires_grad:
+                self._gradient = (None,) * len(self._params)
+                return self._gradient
+            with self._session(), _no_autocast(self._space.device), self._metered():
+                self._gradient = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
+            self._check_finite(self._gradient)
+        return self._gradient
+
+    def _build_jacobian(self) -> tuple[tuple[Tensor | None, ...], Tensor, OutputHessian]:
+        if self._jacobian is None:
+            outputs, rule = self._evaluation.outputs, self._evaluator.rule
+            if rule is None:
+                raise InputError(
+                    "the Gauss-Newton matrix needs the split between model and loss: pass loss= and a forward that returns "
+                    "(outputs, targets), instead of loss=None."
+                )
+            if not isinstance(outputs, Tensor):
+                raise InputError(
+                    f"the Gauss-Newton matrix needs outputs that are one tensor, got {type(outputs).__name__}; "
+                    "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
+                )
+            u = torch.zeros_like(outputs, requires_grad=True)
+            with self._session(), _no_autocast(self._space.device), self._metered():
+                if outputs.requires_grad:
+                    transposed = torch.autograd.grad(outputs, self._params, u, create_graph=True, allow_unused=True)
+                else:
+                    transposed = (None,) * len(self._params)
+                output_hessian = rule.output_hessian(outputs, self._evaluation.targets)
+            self._jacobian = (transposed, u, output_hessian)
+        return self._jacobian
+
+    def _session(self) -> AbstractContextManager[None]:
+        return self._evaluator.session(self._buffers, lean=self._lean)
+
+    def _metered(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._meter is None else self._meter
+
+    # -- flat vectors <-> parameter tensors ---------------------------------------------------------------------------
+
+    def _positions(self, block: Block | None) -> Sequence[int]:
+        return range(len(self._params)) if block is None else block.positions
+
+    def _unflatten(self, x: Tensor, chosen: Sequence[int]) -> list[Tensor]:
+        params = [self._params[i] for i in chosen]
+        parts = x.split([p.numel() for p in params])
+        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
+
+    def _flatten(self, parts: Sequence[Tensor | None], chosen: Sequence[int] | None = None) -> Tensor:
+        params = self._params if chosen is None else [self._params[i] for i in chosen]
+        dtype = self._space.dtype
+        flat = [
+            torch.zeros(p.numel(), dtype=dtype, device=p.device) if part is None else part.reshape(-1).to(dtype)
+            for part, p in zip(parts, params, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def _check_finite(self, gradient: Sequence[Tensor | None]) -> None:
+        used = {name: g.detach() for name, g in zip(self._space.names, gradient, strict=True) if g is not None}
+        if self.weight == 0 or not used or bool(torch.stack(torch._foreach_norm(list(used.values()))).isfinite().all()):
+            return
+        for name, g in used.items():
+            if not bool(torch.isfinite(g).all()):
+                raise NonFiniteError(
+                    f"the gradient of {name!r} is not finite on batch {self.index} although the loss is: the function is not "
+                    "differentiable there (sqrt or norm at 0?) or overflows; shift the argument or use a wider dtype."
+                )
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)  # one row is not copied
+
+
+def _differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Drop the entries that do not depend on anything: their derivative is zero."""
+    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
+    return [f for f, _ in pairs], [v for _, v in pairs]
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """Backward passes run in the dtypes that the forward pass recorded, whatever autocast surrounds them."""
+    return torch.autocast(device.type, enabled=False)

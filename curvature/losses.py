@@ -1,0 +1,201 @@
+"""What the toolkit knows about loss functions: how they normalise, and their second derivative in the model's outputs.
+
+`loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as modules, as
+functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers two questions:
+
+- `num_terms(outputs, targets)`: the denominator of a mean-reduced loss, i.e. by how much a batch counts in the whole;
+- `output_hessian(outputs, targets)`: a function u -> H u with H the Hessian of the reduced loss in the outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.errors import InputError
+
+__all__ = ["LossRule", "loss_rule"]
+
+OutputHessian = Callable[[Tensor], Tensor]
+
+
+class LossRule(ABC):
+    """How one loss function reduces and curves."""
+
+    closed_form = True
+
+    def __init__(self, loss: Callable[..., Tensor], reduction: str = "mean", **settings: Any) -> None:
+        if reduction not in ("mean", "sum", "batchmean"):
+            raise InputError(f"the loss must return one number: reduction must be 'mean' or 'sum', got {reduction!r}.")
+        self.loss = loss
+        self.reduction = reduction
+        self.settings = settings
+
+    @abstractmethod
+    def num_terms(self, outputs: Tensor | None, targets: Any) -> float:
+        """Return what a mean over this batch divides by."""
+
+    @abstractmethod
+    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
+        """Return u -> H u, for u of the outputs' shape; H is symmetric, of the loss as reduced over this batch."""
+
+    def _scale(self, outputs: Tensor, targets: Any) -> float:
+        return 1.0 if self.reduction == "sum" else 1.0 / self.num_terms(outputs, targets)
+
+
+class SquaredError(LossRule):
+    """sum_i (z_i - y_i)^2, or its mean over all entries: H = 2 I, or 2 I / numel."""
+
+    def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
+        return float(targets.numel() if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+        repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
+        factor = 2.0 * repeats * self._scale(outputs, targets)
+        return lambda u: factor * u
+
+
+class CrossEntropy(LossRule):
+    """Softmax cross-entropy over dimension 1 of (N, C, ...) logits, or dimension 0 of (C,).
+
+    With t the target distribution after smoothing and w the class weights, a site's Hessian is a (diag p - p p') with
+    p = softmax(z) and a = sum_c w_c t_c; sites with the ignored index have a = 0. The mean divides by the sum of the
+    targets' class weights (class indices) or by the number of sites (class probabilities), as torch does.
+    """
+
+    def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
+        weight = self.settings.get("weight")
+        if targets.is_floating_point():
+            return float(targets.numel() // targets.shape[_class_dim(targets)])
+        valid = targets != self.settings.get("ignore_index", -100)
+        return float(valid.sum() if weight is None else weight.to(targets.device)[targets[valid]].sum())
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+        dim = _class_dim(outputs)
+        logits = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        p = logits.softmax(dim)
+        scaled_p = p * (self._site_weights(logits, targets, dim) * self._scale(outputs, targets)).unsqueeze(dim)
+
+        def product(u: Tensor) -> Tensor:
+            u = u.to(p.dtype)
+            return scaled_p * (u - (p * u).sum(dim, keepdim=True))
+
+        return product
+
+    def _site_weights(self, logits: Tensor, targets: Tensor, dim: int) -> Tensor:
+        """Return a = sum_c w_c t_c at each site, in the shape of class-index targets."""
+        classes = logits.shape[dim]
+        weight = self.settings.get("weight")
+        smoothing = self.settings.get("label_smoothing", 0.0)
+        w = logits.new_ones(classes) if weight is None else weight.to(logits)
+        if targets.is_floating_point():
+            smoothed = (1 - smoothing) * targets.to(logits.dtype) + smoothing / classes
+            return torch.tensordot(smoothed.movedim(dim, -1), w, dims=1)
+        valid = targets != self.settings.get("ignore_index", -100)
+        hard = w[targets.where(valid, 0)]
+        return ((1 - smoothing) * hard + smoothing * w.mean()) * valid
+
+
+class BinaryCrossEntropyWithLogits(LossRule):
+    """Per entry -w (q y log s(z) + (1 - y) log(1 - s(z))), s the logistic function: H = diag(w s (1 - s) (q y + 1 - y))."""
+
+    def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
+        return float(targets.numel())
+
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+        z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        y = targets.to(z.dtype)
+        s = z.sigmoid()
+        pos_weight, weight = self.settings.get("pos_weight"), self.settings.get("weight")
+        diagonal = s * (1 - s) * (1 - y + y * (1.0 if pos_weight is None else pos_weight.to(z)))
+        diagonal = diagonal * (1.0 if weight is None else weight.to(z)) * self._scale(outputs, targets)
+        return lambda u: diagonal * u.to(diagonal.dtype)
+
+
+class AnyLoss(LossRule):
+    """A loss nothing is known of: the Hessian in the outputs comes from double backward on the loss alone."""
+
+    closed_form = False
+
+    def num_terms(self, outputs: Tensor | None, targets: Any) -> float:
+        if isinstance(self.loss, nn.NLLLoss):
+            return CrossEntropy.num_terms(self, outputs, targets)  # type: ignore[arg-type]
+        if not isinstance(targets, Tensor):
+            raise InputError(
+                f"cannot tell how many loss terms a batch with targets of type {type(targets).__name__} has; pass weight= to the objective."
+            )
+        if targets.ndim == 0:
+            return 1.0
+        if self.reduction == "mean" and isinstance(self.loss, nn.modules.loss._Loss):
+            return float(targets.numel())  # torch's other mean reductions divide by the number of entries
+        if targets.is_floating_point():
+            return float(targets.shape[0])
+        return float((targets != -100).sum())
+
+    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
+        z = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(self.loss(z, targets), z, create_graph=True)
+        if not g.requires_grad:  # piecewise linear in the outputs
+            return torch.zeros_like
+
+        def product(u: Tensor) -> Tensor:
+            (Hu,) = torch.autograd.grad(g, z, u.to(g.dtype), retain_graph=True, allow_unused=True)
+            return torch.zeros_like(u) if Hu is None else Hu
+
+        return product
+
+
+_MODULES: dict[type, type[LossRule]] = {
+    nn.CrossEntropyLoss: CrossEntropy,
+    nn.MSELoss: SquaredError,
+    nn.BCEWithLogitsLoss: BinaryCrossEntropyWithLogits,
+}
+_FUNCTIONS: dict[Any, type[LossRule]] = {
+    F.cross_entropy: CrossEntropy,
+    F.mse_loss: SquaredError,
+    F.binary_cross_entropy_with_logits: BinaryCrossEntropyWithLogits,
+}
+_SETTINGS = ("weight", "pos_weight", "ignore_index", "label_smoothing", "reduction")
+
+
+def loss_rule(loss: Callable[..., Tensor]) -> LossRule:
+    """Return the rule for a loss function (outputs, targets) -> scalar.
+
+    Raises:
+        InputError: if the loss is not callable or reduces to more than one number (`reduction="none"`).
+    """
+    if not callable(loss):
+        raise InputError(f"loss must be a function (outputs, targets) -> scalar, got {type(loss).__name__}.")
+    function, keywords = loss, {}
+    if isinstance(loss, functools.partial) and not loss.args:
+        function, keywords = loss.func, loss.keywords
+    if function in _FUNCTIONS and set(keywords) <= set(_SETTINGS):
+        return _FUNCTIONS[function](loss, **keywords)
+    if type(loss) in _MODULES:  # a subclass may compute something else
+        settings = {name: getattr(loss, name) for name in _SETTINGS if hasattr(loss, name)}
+        return _MODULES[type(loss)](loss, **settings)
+    extra = {name: getattr(loss, name) for name in ("weight", "ignore_index") if isinstance(loss, nn.NLLLoss)}
+    return AnyLoss(loss, keywords.get("reduction") or _stated_reduction(loss, function), **extra)
+
+
+def _stated_reduction(loss: Callable[..., Tensor], function: Callable[..., Tensor]) -> str:
+    stated = getattr(loss, "reduction", None)
+    if isinstance(stated, str):
+        return stated
+    try:
+        default = inspect.signature(function).parameters["reduction"].default
+    except (KeyError, TypeError, ValueError):
+        return "mean"
+    return default if isinstance(default, str) else "mean"
+
+
+def _class_dim(logits: Tensor) -> int:
+    return 1 if logits.ndim > 1 else 0

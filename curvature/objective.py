@@ -1,0 +1,302 @@
+"""The objective: a model, a loss and data as one twice differentiable function of the chosen parameters.
+
+    L(theta) = sum_b w_b l_b(theta) / sum_b w_b
+
+over the batches of the data. Everything else in the toolkit (operators, estimators, optimizers, analyses) sees a model only
+through this object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvature.data import DataSource
+from curvature.distributed import sum_over_ranks
+from curvature.errors import DataError, InputError
+from curvature.evaluation import Evaluator, Forward, move_batch
+from curvature.linearize import LeanTrust, Linearization
+from curvature.losses import loss_rule
+from curvature.memory import available_memory
+from curvature.parameters import ParameterSpace, Selection
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from curvature.check import CheckReport
+
+__all__ = ["Objective"]
+
+BUDGET_SHARE = 0.5  # of the free memory, for kept graphs
+
+
+class Objective:
+    """The weighted mean loss of a model over a data set, as a function of the chosen parameters.
+
+    Args:
+        model: any module that trains with ordinary autograd. It is neither copied nor changed.
+        loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the objective
+            is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar itself.
+        data: one `(inputs, targets)` pair, a list of batches, or a loader that can be iterated again and again.
+        params: glob or list of globs over parameter or module names, module or list of modules, predicate
+            `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights count once.
+        forward: `forward(model, batch) -> (outputs, targets)`. Default: `(model(batch[0]), batch[1])`.
+        weight: `weight(batch) -> float`, how much a batch counts. Default: the number of loss terms (targets that are
+            not ignored, class weights included), which makes L independent of how the data are cut into batches.
+        device: where batches are moved. Default, and only choice that works: where the parameters are.
+        process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all ranks.
+        keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
+            keeps as many as fit into `memory_budget`.
+        memory_budget: bytes that kept graphs may hold. Default: half of what is free when the first graph is built.
+        micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph.
+        seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
+
+    Raises:
+        DataError: if the data are empty or can be walked only once.
+        ParameterSelectionError: if the selection matches nothing.
+        InputError: for arguments out of range or of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | None,
+        data: Any,
+        *,
+        params: Selection | None = None,
+        forward: Forward | None = None,
+        weight: Callable[[Any], float] | None = None,
+        device: torch.device | str | None = None,
+        process_group: ProcessGroup | None = None,
+        keep_graphs: bool | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
+        micro_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        _validate(model, loss, forward, keep_graphs, memory_budget, micro_batch)
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no second derivative; the module inside has
+        self.model = model
+        self.space = ParameterSpace.from_model(model, params)
+        self.device = self.space.device
+        if device is not None and torch.empty(0, device=device).device != self.device:
+            raise InputError(f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first.")
+        self.process_group = process_group
+        self._rule = None if loss is None else loss_rule(loss)
+        self._evaluator = Evaluator(model, self._rule, forward, weight, list(self.space.tensors.values()), seed)
+        self._data = DataSource(data, paired=forward is None, micro_batch=micro_batch)
+        self._settings = {"loss": loss, "data": data, "forward": forward, "weight": weight, "process_group": process_group}
+        self._settings |= {"keep_graphs": keep_graphs, "memory_budget": memory_budget, "micro_batch": micro_batch, "seed": seed}
+        self._keep_graphs = keep_graphs
+        self._budget = memory_budget
+        self._micro_batch = micro_batch
+        self._kept: list[tuple[float, Linearization]] = []
+        self._point: tuple[Any, ...] | None = None
+        self._total_weight: float | None = None
+        self._used: set[int] | None = None
+        self._trust = LeanTrust()
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_params(self) -> int:
+        return self.space.num_params
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of vectors and results: float32 or wider, whatever the model's dtype."""
+        return self.space.dtype
+
+    @property
+    def num_batches(self) -> int | None:
+        """Number of batches (micro-batches, where they are cut); None before the first pass over a loader."""
+        return self._data.num_batches
+
+    @property
+    def total_weight(self) -> float:
+        """sum_b w_b: the number of loss terms, unless `weight=` says otherwise. Costs a pass if none was made yet."""
+        if self._total_weight is None:
+            self.loss()
+        assert self._total_weight is not None
+        return self._total_weight
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the kept graphs hold at present."""
+        return sum(lin.held_bytes() for _, lin in self._kept)
+
+    @property
+    def has_split(self) -> bool:
+        """Whether model and loss are known apart, as the Gauss-Newton matrix and the Fisher need."""
+        return self._rule is not None
+
+    @property
+    def closed_form_loss(self) -> bool:
+        """Whether the loss Hessian on the outputs is known in closed form."""
+        return self._rule is not None and self._rule.closed_form
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
+        notes = []
+        if self._used is not None and len(self._used) < len(self.space.names):
+            unused = [name for i, name in enumerate(self.space.names) if i not in self._used]
+            notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
+        if self.num_batches is not None and self._kept:
+            of = f"{len(self._kept)} of {self.num_batches}" if len(self._kept) < self.num_batches else f"all {self.num_batches}"
+            notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
+        if any(lin.drew_random_numbers for _, lin in self._kept):
+            notes.append("The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its seed.")
+        for product, difference in self._trust.differences.items():
+            name = {"hvp": "Hessian", "ggnvp": "Gauss-Newton"}[product]
+            verdict = "are not used: they differ from" if self._trust.revoked else "serve for products: they agree with"
+            notes.append(f"Lean layers {verdict} autograd on this model ({name} product: {difference:.1e} relative).")
+        return tuple(notes)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def loss(self) -> Tensor:
+        """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
+        return self._mean((lin.weight, lin.loss.to(self.dtype)) for lin in self.linearizations())
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of L, (n,). Cost: one gradient."""
+        return self.loss_and_gradient()[1]
+
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return L and its gradient (n,). Cost: one gradient."""
+        parts = ((lin.weight, torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()])) for lin in self.linearizations())
+        mean = self._mean(parts)
+        return mean[0], mean[1:]
+
+    def restrict(self, selection: Selection) -> Objective:
+        """Return the objective as a function of some of the parameters only, over the same data."""
+        names = self.space.block(selection, self.model).parameters
+        chosen = {name: self.space.tensors[name] for name in names}
+        restricted = Objective(self.model, params=chosen, **self._settings)
+        restricted._trust = self._trust
+        return restricted
+
+    def check(self, *, rtol: float | None = None) -> CheckReport:
+        """Verify on this very model and data that products can be trusted; see `curvature.check.check_objective`."""
+        from curvature.check import check_objective
+
+        return check_objective(self, rtol=rtol)
+
+    # -- batches and graphs -------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches on the objective's device."""
+        for _, _, batch in self._data:
+            yield move_batch(batch, self.device)
+
+    def linearizations(self) -> Iterator[Linearization]:
+        """Yield the linearised loss of every batch, from kept graphs where there are any.
+
+        A kept graph belongs to the parameters, buffers and modes it was built with; when any of them has changed, all
+        graphs are dropped and the operators are those of the present point.
+        """
+        point = self._evaluator.fingerprint()
+        if point != self._point:
+            self.release()
+            self._point = point
+        if self._kept and len(self._kept) == self.num_batches:
+            for _, lin in self._kept:
+                yield lin
+                self._note_used(lin)
+            return
+        for index, mark, batch in self._data:
+            if index < len(self._kept):
+                if self._kept[index][0] == mark:
+                    yield self._kept[index][1]
+                    continue
+                del self._kept[index:]  # the loader's order changed: graphs kept from here on are of other batches
+            lin = Linearization(self._evaluator, self.space, move_batch(batch, self.device), index, trust=self._trust, metered=self._keep_graphs == "auto")
+            self._refuse_moving_draws(lin)
+            keep = index == len(self._kept) and self._keep_graphs is not False
+            if keep:
+                self._kept.append((mark, lin))
+            yield lin
+            self._note_used(lin)
+            if keep:
+                self._enforce_budget()
+
+    def release(self) -> None:
+        """Drop the kept graphs and the memory they hold; the next product builds them again."""
+        self._kept.clear()
+
+    def _enforce_budget(self) -> None:
+        if self._keep_graphs != "auto":
+            return
+        if self._budget is None:
+            self._budget = int(BUDGET_SHARE * (available_memory(self.device) + self.held_bytes))
+        while self._kept and self.held_bytes > self._budget:
+            self._kept.pop()
+
+    def _refuse_moving_draws(self, lin: Linearization) -> None:
+        """Batch statistics and masks belong to a batch: under a shuffling loader they would change from pass to pass."""
+        coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
+        if self._data.shuffles and (lin.drew_random_numbers or coupled):
+            why = "batch normalisation in train mode couples the examples of a batch" if coupled else "dropout masks are fixed by batch"
+            raise DataError(
+                f"the loader shuffles and {why}: every pass would be another function. Pass a loader with shuffle=False, "
+                "list(loader), or call model.eval()."
+            )
+        if coupled and self._micro_batch is not None:
+            raise DataError("micro_batch= would change batch normalisation in train mode; call model.eval() or drop micro_batch=.")
+
+    def _note_used(self, lin: Linearization) -> None:
+        used = lin.used_parameters()
+        if used is not None:
+            self._used = (self._used or set()) | {i for i, is_used in enumerate(used) if is_used}
+
+    # -- reductions ---------------------------------------------------------------------------------------------------
+
+    def reduce(self, products: Callable[[Linearization], Tensor]) -> Tensor:
+        """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks)."""
+        return self._mean((lin.weight, products(lin)) for lin in self.linearizations())
+
+    def _mean(self, parts: Iterator[tuple[float, Tensor]]) -> Tensor:
+        """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
+        total: Tensor | None = None
+        weight, unit = 0.0, 1.0
+        for w, part in parts:
+            weight += w
+            if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
+                part = torch.zeros_like(part)
+            if total is None:  # a single batch, the common case, is not scaled up and down again
+                total, unit = part, w if w != 0 else 1.0
+            else:
+                total = total.add(part, alpha=w / unit)
+        assert total is not None
+        if self.process_group is not None:
+            total, weight = sum_over_ranks(total * unit, weight, self.process_group)
+            unit = 1.0
+        if weight == 0:
+            raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
+        self._total_weight = weight
+        denominator = 1.0 if self._sums else weight
+        return total if unit == denominator else total * (unit / denominator)
+
+    @property
+    def _sums(self) -> bool:
+        """Whether batches add up (reduction="sum") instead of being averaged."""
+        return self._rule is not None and self._rule.reduction == "sum" and self._evaluator.weight is None
+
+    def __repr__(self) -> str:
+        return f"Objective({type(self.model).__name__}, {self.num_params} parameters, {self.dtype}, {self.device})"
+
+
+def _validate(model: Any, loss: Any, forward: Any, keep_graphs: Any, memory_budget: Any, micro_batch: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if loss is None and forward is None:
+        raise InputError("loss=None needs a forward(model, batch) that returns the scalar loss itself; pass loss= or forward=.")
+    if keep_graphs not in (True, False, "auto"):
+        raise InputError(f"keep_graphs must be True, False or 'auto', got {keep_graphs!r}.")
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError(f"memory_budget must be a number of bytes >= 0, got {memory_budget}.")
+    if micro_batch is not None and micro_batch < 1:
+        raise InputError(f"micro_batch must be at least 1, got {micro_batch}.")

@@ -1,0 +1,152 @@
+"""What the estimators return: the answer, its uncertainty and its price.
+
+All are frozen dataclasses of detached tensors. Spectra are stored in descending order with eigenvectors as columns.
+`num_matvecs` counts products with single columns: one product with a block of k columns counts k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.errors import NotConvergedError
+
+__all__ = ["DiagonalEstimate", "EigenPairs", "SpectralDensity", "Status", "TraceEstimate"]
+
+
+class Status(Enum):
+    """How an iteration ended. The text is the advice."""
+
+    CONVERGED = "converged"
+    MAX_MATVECS = "product limit reached before every residual fell below the tolerance; raise max_matvecs or loosen rtol"
+    STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
+
+    @property
+    def ok(self) -> bool:
+        return self is Status.CONVERGED
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as (nested) lists and numbers, enums by name: what JSON can hold."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, Enum):
+        return value.name
+    return value
+
+
+class _Record:
+    """Adds `to_dict` to a result dataclass; large per-parameter arrays are left to the caller's choice."""
+
+    _large: tuple[str, ...] = ()
+
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """Return the fields as plain Python values; fields of n or more entries only with `arrays=True`."""
+        names = [f.name for f in fields(self) if arrays or f.name not in self._large]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenPairs(_Record):
+    """Some eigenpairs of a symmetric matrix A of size n, eigenvalues descending.
+
+    Every pair satisfies |A u - lambda u| = residual_norm with |u| = 1, so an exact eigenvalue lies within
+    `residual_norms` of each entry of `eigenvalues` (Bauer-Fike for symmetric matrices).
+    """
+
+    _large = ("eigenvectors",)
+
+    eigenvalues: Tensor
+    """(k,), descending; units of A."""
+    eigenvectors: Tensor
+    """(n, k), orthonormal columns."""
+    residual_norms: Tensor
+    """(k,), |A u - lambda u|_2; units of A."""
+    converged: Tensor
+    """(k,), bool: whether the residual is below the tolerance asked for."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    status: Status
+    """How the iteration ended."""
+    rtol: float
+    """Tolerance asked for: residual <= rtol * |eigenvalue| (with a rounding floor)."""
+
+    def raise_if_failed(self) -> EigenPairs:
+        """Return self if every pair converged, else raise `NotConvergedError` that carries self."""
+        if self.status.ok:
+            return self
+        done = int(self.converged.sum())
+        message = f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products: {self.status.value}."
+        raise NotConvergedError(message, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceEstimate(_Record):
+    """An estimate of tr A."""
+
+    value: Tensor
+    """(), units of A."""
+    stderr: Tensor
+    """(), standard error of `value` over the probes."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    samples: Tensor
+    """(num_probes,), one unbiased estimate a probe; `value` is their mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalEstimate(_Record):
+    """An estimate of diag A."""
+
+    _large = ("values", "stderr")
+
+    values: Tensor
+    """(n,), units of A."""
+    stderr: Tensor
+    """(n,), standard error of each entry over the probes."""
+    num_matvecs: int
+    """Products with A that were spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralDensity(_Record):
+    """The eigenvalue density of a symmetric matrix A of size n, by stochastic Lanczos quadrature.
+
+    phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k, sigma^2).
+    """
+
+    grid: Tensor
+    """(num_points,), ascending; units of A."""
+    density: Tensor
+    """(num_points,), integrates to 1; 1 / units of A."""
+    stderr: Tensor
+    """(num_points,), standard error of `density` over the probes."""
+    nodes: Tensor
+    """(num_probes, num_steps), Ritz values of each probe's run, ascending; unused places hold 0 with weight 0."""
+    weights: Tensor
+    """(num_probes, num_steps), quadrature weights; each row sums to 1."""
+    sigma: float
+    """Standard deviation of the Gaussian that smooths the density; units of A."""
+    dimension: int
+    """n."""
+    num_matvecs: int
+    """Products with A that were spent."""
+
+    def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Estimate (1/n) tr f(A) and its standard error over the probes; `f` acts entrywise on eigenvalues."""
+        samples = (self.weights * f(self.nodes)).sum(dim=1)
+        return mean_and_stderr(samples)
+
+
+def mean_and_stderr(samples: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the mean over `dim` and its standard error, s / sqrt(k); infinite for a single sample."""
+    count = samples.shape[dim]
+    mean = samples.mean(dim)
+    if count < 2:
+        return mean, torch.full_like(mean, torch.inf)
+    return mean, samples.std(dim) / count**0.5
