@@ -1,7 +1,7 @@
 """The self-check: is this objective one well-defined, twice differentiable function, and are its products right?
 
-Run once before anything expensive. It costs two gradients of the data and, on the first batch, two Hessian products and a
-few gradients. Each finding names its cause and the remedy.
+Run once before anything expensive. It costs two gradients of the data and, on the first batch, two Hessian products
+and a few gradients. Each finding names its cause and the remedy.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckReport", "check_objective"]
 
-_KINKS = ("Relu", "Hardtanh", "MaxPool", "AdaptiveMax", "Max", "Min", "Amax", "Amin", "Abs", "Clamp", "Prelu", "Threshold")
-_KINKS += ("Hardswish", "Hardsigmoid", "Softshrink", "Hardshrink", "Sort", "Topk", "L1Loss", "Floor", "Round", "Sign", "Median")
+_KINKS = (  # stems of autograd nodes of functions with jumps in their first derivative
+    *("Abs", "AdaptiveMax", "Amax", "Amin", "Clamp", "Floor", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh"),
+    *("L1Loss", "LeakyRelu", "Max", "Median", "Min", "PreluKernel", "Relu", "Round", "RreluWithNoise", "Sign"),
+    *("Softshrink", "Sort", "Threshold", "Topk"),
+)
 _STEPS = (1e-3, 3e-3, 1e-4)  # float32: steps tried in turn, relative to the norm of the parameters
 
 
@@ -39,23 +43,24 @@ class CheckReport:
 
 
 def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
-    """Check that loss and gradient repeat, that they belong together, that the Hessian is symmetric and is their derivative.
+    """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
 
     Args:
         objective: what to check; its kept graphs and the model are left as they are.
-        rtol: relative tolerance of the repeat, symmetry and loss-Hessian tests. Default: 100 sqrt(n) rounding errors, at
-            most 1e-2. The finite-difference tests have their own: 1e-4 in float64, 5e-2 in narrower dtypes.
+        rtol: relative tolerance of the repeat, symmetry and loss-Hessian tests. Default: 100 sqrt(n) rounding errors,
+            at most 1e-2. The finite-difference tests have their own: 1e-4 in float64, 5e-2 in narrower dtypes.
 
     Raises:
         CheckFailedError: with the cause (which module, which function) and the remedy.
         DataError: if the data differ from pass to pass.
     """
-    eps = max(torch.finfo(t.dtype).eps for t in objective.space.tensors.values())
+    batch = next(iter(objective.batches()))
+    with _explained():
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+    eps = _working_precision(lin, objective)
     tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
     messages = [_repeats(objective, tolerance)]
-    batch = next(iter(objective.batches()))
-    with _explained(objective, batch):
-        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+    with _explained():
         messages.append(_symmetric(lin, objective, tolerance))
         messages += _differences(lin, objective, batch, eps)
         if objective.closed_form_loss:
@@ -70,7 +75,9 @@ def _repeats(objective: Objective, tolerance: float) -> str:
     (loss, gradient), (loss_again, gradient_again) = _fresh_pass(objective), _fresh_pass(objective)
     change = max(_relative(loss, loss_again), _relative(gradient, gradient_again))
     if change > tolerance:
-        raise CheckFailedError(f"two evaluations at the same parameters differ by {change:.1e} relative: {_moving_module(objective)}")
+        raise CheckFailedError(
+            f"two evaluations at the same parameters differ by {change:.1e} relative: {_moving_module(objective)}"
+        )
     return f"Loss and gradient repeat to {change:.1e}."
 
 
@@ -92,12 +99,15 @@ def _moving_module(objective: Objective) -> str:
     for (name, kind, inputs, outputs), (_, _, inputs_again, outputs_again) in zip(first, second, strict=False):
         if _alike(inputs, inputs_again) and not _alike(outputs, outputs_again):
             return (
-                f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers outside torch "
-                "(numpy, random) or changes its own state in forward; make it deterministic (dropout and other torch random numbers "
+                f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers "
+                "outside torch "
+                "(numpy, random) or changes its own state in forward; make it deterministic (dropout and other torch "
+                "random numbers "
                 "are replayed, and buffers are guarded), or call model.eval()."
             )
     return (
-        "every module repeats, so the loss, the forward function or the data move. Make the loss free of random numbers outside torch, "
+        "every module repeats, so the loss, the forward function or the data move. Make the loss free of random "
+        "numbers outside torch, "
         "and pass list(loader) to work on one fixed draw of the data."
     )
 
@@ -130,7 +140,7 @@ def _alike(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(objective: Objective, batch: Any) -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """Turn torch's refusal to differentiate twice into an error that says what the user can do."""
     try:
         yield
@@ -139,7 +149,8 @@ def _explained(objective: Objective, batch: Any) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise CheckFailedError(
-            f"the model has no second derivative by autograd: {reason} Replace that operation by a twice differentiable one, or work "
+            f"the model has no second derivative by autograd: {reason} Replace that operation by a twice "
+            "differentiable one, or work "
             "with the Gauss-Newton matrix where only the loss is concerned."
         ) from error
 
@@ -147,10 +158,13 @@ def _explained(objective: Objective, batch: Any) -> Iterator[None]:
 def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> str:
     u, v = _probes(objective)
     Hu, Hv = lin.hvp(torch.stack([u, v]))
-    gap = float((u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny))
+    gap = float(
+        (u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny)
+    )
     if gap > tolerance:
         raise CheckFailedError(
-            f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward formula is wrong. "
+            f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward "
+            "formula is wrong. "
             f"{_custom_functions(lin)}"
         )
     return f"The Hessian is symmetric to {gap:.1e}."
@@ -169,19 +183,30 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
         (loss_up, g_up), (loss_down, g_down) = (_shifted(objective, batch, s * step * size * v) for s in (1.0, -1.0))
         h = 2 * step * size
         rounding = 20 * eps * float(lin.loss.abs()) / h  # of a difference of two losses
-        slope_error = min(slope_error, max(0.0, float((loss_up - loss_down) / h - slope).__abs__() - rounding) / float(g.norm() + 1e-30))
+        slope_error = min(
+            slope_error,
+            max(0.0, float((loss_up - loss_down) / h - slope).__abs__() - rounding) / float(g.norm() + 1e-30),
+        )
         curve_error = min(curve_error, _relative((g_up - g_down) / h, Hv))
     if slope_error > tolerance:
         raise CheckFailedError(
-            f"the gradient is not the derivative of the loss (off by {slope_error:.1e} of its norm along a random direction). "
+            f"the gradient is not the derivative of the loss (off by {slope_error:.1e} of its norm along a random "
+            "direction). "
             f"{_custom_functions(lin)}"
         )
-    messages = [f"The gradient agrees with differences of the loss to {slope_error:.1e}."]
+    messages = [
+        "The gradient agrees with differences of the loss to "
+        f"{f'{slope_error:.1e}' if slope_error > 0 else 'rounding'}."
+    ]
     if kink is not None:
-        return [*messages, f"Differences of the gradient are no test here: {kink} has kinks, where they measure jumps instead."]
+        return [
+            *messages,
+            f"Differences of the gradient are no test here: {kink} has kinks, where they measure jumps instead.",
+        ]
     if curve_error > tolerance and float(Hv.norm()) * size > 1e3 * eps * float(g.norm()):
         raise CheckFailedError(
-            f"H v differs from differences of the gradient by {curve_error:.1e} relative: the second derivative is wrong. "
+            f"H v differs from differences of the gradient by {curve_error:.1e} relative: the second derivative is "
+            "wrong. "
             f"{_custom_functions(lin)}"
         )
     return [*messages, f"H v agrees with differences of the gradient to {curve_error:.1e}."]
@@ -212,13 +237,18 @@ def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) 
     by_autograd = AnyLoss(rule.loss, rule.reduction).output_hessian(outputs, targets)(u)
     gap = _relative(closed.to(by_autograd.dtype), by_autograd)
     if gap > max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
-        raise CheckFailedError(f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a bug.")
+        raise CheckFailedError(
+            f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a "
+            "bug."
+        )
     return f"The closed form of the loss Hessian agrees with autograd to {gap:.1e}."
 
 
 def _probes(objective: Objective) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    u, v = torch.randn(2, objective.num_params, generator=generator, dtype=torch.float64).to(objective.device, objective.dtype)
+    u, v = torch.randn(2, objective.num_params, generator=generator, dtype=torch.float64).to(
+        objective.device, objective.dtype
+    )
     return u, v
 
 
@@ -240,14 +270,24 @@ def _nodes(lin: Linearization) -> Iterator[Any]:
             stack += [parent for parent, _ in node.next_functions if parent is not None]
 
 
+def _working_precision(lin: Linearization, objective: Objective) -> float:
+    """Return the rounding error of the narrowest dtype in the graph, which may be narrower than the parameters'."""
+    dtypes = {t.dtype for t in objective.space.tensors.values()}
+    dtypes |= {entry.dtype for node in _nodes(lin) for entry in node._input_metadata if entry.dtype.is_floating_point}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
 def _first_kink(lin: Linearization) -> str | None:
     names = sorted({node.name() for node in _nodes(lin)})
     stems = {name: name.rstrip("0123456789").removesuffix("Backward") for name in names}
-    return next((name for name, stem in stems.items() if any(stem.startswith(k) or stem == f"Leaky{k}" for k in _KINKS)), None)
+    return next((name for name, stem in stems.items() if stem.startswith(_KINKS)), None)
 
 
 def _custom_functions(lin: Linearization) -> str:
-    customs = sorted({node.name() for node in _nodes(lin) if isinstance(node, torch.autograd.function.BackwardCFunction)})
+    customs = sorted({type(node).__name__ for node in _nodes(lin) if isinstance(node, BackwardCFunction)})
     if customs:
-        return f"First suspects are the custom autograd functions in the graph: {', '.join(customs)}; check them with torch.autograd.gradgradcheck."
+        names = ", ".join(customs)
+        return (
+            f"First suspects are the custom autograd functions {names}; check them with torch.autograd.gradgradcheck."
+        )
     return "The graph holds torch's own functions only; check with torch.autograd.gradgradcheck and please report it."

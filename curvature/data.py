@@ -55,14 +55,19 @@ class DataSource:
             yield index, mark, batch
             index += 1
         if index == 0:
-            raise DataError("the data hold no batch; pass one (inputs, targets) pair, a list of them, or a loader that is not empty.")
+            raise DataError(
+                "the data hold no batch; pass one (inputs, targets) pair, a list of them, or a loader that is not "
+                "empty."
+            )
         if self._first_pass is None:
             self._first_pass, self.num_batches = (total, size), index
         first_total, first_size = self._first_pass
         if abs(total - first_total) > 1e-9 * max(size, first_size):
             raise DataError(
-                "the loader gives other data at each pass (random augmentation, drop_last=True with shuffle=True, or a stream): the sum "
-                "over the data is then no fixed function. Turn that off, or pass list(loader) to work on one fixed draw."
+                "the loader gives other data at each pass (random augmentation, drop_last=True with shuffle=True, or "
+                "a stream): the sum "
+                "over the data is then no fixed function. Turn that off, or pass list(loader) to work on one fixed "
+                "draw."
             )
 
     def _pieces(self) -> Iterator[Any]:
@@ -94,7 +99,9 @@ def _as_batches(data: Any, paired: bool) -> Iterable[Any]:
             "pass a list (list(data)) or a loader that can be iterated repeatedly."
         )
     if not isinstance(data, Iterable):
-        raise DataError(f"data must be an (inputs, targets) pair, a list of them or a loader, got {type(data).__name__}.")
+        raise DataError(
+            f"data must be an (inputs, targets) pair, a list of them or a loader, got {type(data).__name__}."
+        )
     return data
 
 
@@ -102,7 +109,9 @@ def _split(batch: Any, size: int) -> Iterator[Any]:
     """Cut a batch along the first dimension of its tensors; tensors of another length are handed to every piece."""
     leading = [t.shape[0] for t in tensors_in(batch) if t.ndim > 0]
     if not leading:
-        raise DataError("micro_batch= cuts batches along the first dimension of their tensors, and this batch has none.")
+        raise DataError(
+            "micro_batch= cuts batches along the first dimension of their tensors, and this batch has none."
+        )
     length = leading[0]
     for start in range(0, length, size):
 

@@ -1,15 +1,15 @@
 """Evaluating a model's loss as the twice differentiable function it is, and leaving no trace.
 
-`Evaluator.session()` is the only place where global or model state is touched, and it puts everything back, also after an
-error: attention runs under the math kernel (the fused kernels have no second derivative), the random state is seeded by
-batch so that dropout is one fixed mask, buffers are swapped for copies so that batch normalisation in train mode updates
-those, parameters that were not chosen do not record gradients, compiled models run eagerly.
+`Evaluator.session()` is the only place where global or model state is touched, and it puts everything back, also after
+an error: attention runs under the math kernel (the fused kernels have no second derivative), the random state is
+seeded by batch so that dropout is one fixed mask, buffers are swapped for copies so that batch normalisation in train
+mode updates those, parameters that were not chosen do not record gradients, compiled models run eagerly.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ class Evaluator:
         return BufferCopies(self.model)
 
     @contextlib.contextmanager
-    def session(self, buffers: BufferCopies, *, lean: LeanLayers | None = None) -> Iterator[None]:
-        """Make the model safe to evaluate and differentiate twice, with `lean` layers if given; restore everything on leaving."""
+    def session(self, buffers: BufferCopies, lean: LeanLayers) -> Iterator[None]:
+        """Make the model safe to evaluate and differentiate twice, with its layers as `lean` has them; restore it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -81,10 +81,11 @@ class Evaluator:
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
             stack.enter_context(buffers.installed())
-            if self.parameters[0].device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+            if self.parameters[0].device.type == "cuda" and any(
+                isinstance(m, nn.RNNBase) for m in self.model.modules()
+            ):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's RNNs have no second derivative
-            if lean is not None:
-                stack.enter_context(lean)
+            stack.enter_context(lean)
             yield
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
@@ -102,7 +103,9 @@ class Evaluator:
             drew_random_numbers = drew()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"the loss of a batch must be a tensor with one entry, got {got}; reduce it by a mean or a sum.")
+            raise InputError(
+                f"the loss of a batch must be a tensor with one entry, got {got}; reduce it by a mean or a sum."
+            )
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
@@ -117,7 +120,8 @@ class Evaluator:
                 inputs, targets = batch
             except (TypeError, ValueError):
                 raise DataError(
-                    f"a batch must be a pair (inputs, targets), got {_describe(batch)}; pass forward= to say how such a batch is fed."
+                    f"a batch must be a pair (inputs, targets), got {_describe(batch)}; pass forward= to say how such "
+                    "a batch is fed."
                 ) from None
             outputs = self.model(inputs)
         else:
@@ -146,8 +150,8 @@ class Evaluator:
         for name, tensor in self.model.named_parameters():
             if not bool(torch.isfinite(tensor).all()):
                 return f"the parameter {name!r} holds values that are not finite."
-        for name, tensor in self.model.named_buffers():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
                 return f"the buffer {name!r} holds values that are not finite (an attention mask of -inf is fine)."
         for leaf in tensors_in(batch):
             if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
@@ -192,10 +196,10 @@ def _attention_fastpath_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _requires_grad_only(chosen: Sequence[Tensor], others: Iterator[nn.Parameter]) -> Iterator[None]:
+def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[None]:
     """Let exactly the chosen tensors record gradients."""
     wanted = {id(t) for t in chosen}
-    changed = [t for t in chosen if not t.requires_grad]
+    changed: list[Tensor] = [t for t in chosen if not t.requires_grad]
     changed += [t for t in others if id(t) not in wanted and t.requires_grad and t.is_leaf]
     for t in changed:
         t.requires_grad_(not t.requires_grad)
@@ -234,7 +238,7 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same structure with `function` applied to its tensors; tuples, named tuples, lists and mappings are entered."""
+    """Return the same structure of tuples, named tuples, lists and mappings with `function` applied to its tensors."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
@@ -255,7 +259,8 @@ def move_batch(batch: Any, device: torch.device) -> Any:
 def _leading_size(batch: Any) -> int:
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         raise InputError(
-            "a batch with 'labels' whose loss the model computes itself counts by its unmasked tokens, which only the model's author knows: "
+            "a batch with 'labels' whose loss the model computes itself counts by its unmasked tokens, which only the "
+            "model's author knows: "
             "pass weight=, or see curvature.adapters.hugging_face."
         )
     sized = [t for t in tensors_in(batch) if t.ndim > 0]

@@ -1,17 +1,21 @@
 """Layers with a lean second derivative.
 
 Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
-wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these layers
+wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these
+    layers
 are recorded as functions whose second derivative is written out, with all such factors computed once:
 
 - convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
-- batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it costs
-  nothing per entry; alone, an affine map;
+- batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it
+  costs nothing per entry; alone, an affine map;
 - layer normalisation: the closed form of its second derivative;
 - smooth activations: f' and u f'' stored, where u is the gradient that arrives.
 
-They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it trusts
-them (`Objective.notes` says what came of it).
+One function is recorded anew in any case, because its own second derivative is wrong (torch 2.13, seen on the CPU): the
+fused weight normalisation, whose Hessian comes out far from symmetric.
+
+They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
+trusts them (`Objective.notes` says what came of it).
 """
 
 from __future__ import annotations
@@ -30,27 +34,44 @@ __all__ = ["LeanLayers"]
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _ACTIVATIONS = {F.gelu, F.silu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.logsigmoid, torch.tanh, torch.sigmoid}
-_ACTIVATIONS |= {torch.selu, torch.celu, Tensor.tanh, Tensor.sigmoid, torch._C._nn.gelu, torch._C._nn.silu, torch._C._nn.softplus}
+_ACTIVATIONS |= {
+    torch.selu,
+    torch.celu,
+    Tensor.tanh,
+    Tensor.sigmoid,
+    torch._C._nn.gelu,
+    torch._C._nn.silu,
+    torch._C._nn.softplus,
+}
 
 
 class LeanLayers(TorchFunctionMode):
-    """While active, records eligible layers in their lean form; `num_replaced` counts them."""
+    """While active, records eligible layers in their lean form; `num_replaced` counts them.
 
-    def __init__(self) -> None:
+    Args:
+        corrections_only: leave layers as autograd has them, except for those it gets wrong.
+    """
+
+    def __init__(self, *, corrections_only: bool = False) -> None:
         super().__init__()
         self.num_replaced = 0
+        self._rules = {} if corrections_only else _RULES
         self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
-        if func in _RULES and torch.is_grad_enabled() and _eligible(args):
-            result = _RULES[func](self, func, *args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        if func in self._rules and torch.is_grad_enabled() and _eligible(args):
+            result = self._rules[func](self, func, *args, **kwargs)
             if result is not None:
                 self.num_replaced += 1
                 return result
         return func(*args, **kwargs)
 
-    # -- one rule a layer: the lean result, or None to leave the call as it is ------------------------------------------
+    # -- one rule a layer: the lean result, or None to leave the call as it is -----------------------------------------
 
     def _convolution(
         self,
@@ -68,7 +89,9 @@ class LeanLayers(TorchFunctionMode):
             return None
         geometry = (_tuple(stride, d), _tuple(padding, d), _tuple(dilation, d), False, (0,) * d, groups)
         output = _Convolution.apply(input, weight, bias, geometry)
-        self._linear_maps[output] = _Folded(output, input, weight, bias, lambda x, w, b: _Convolution.apply(x, w, b, geometry))
+        self._linear_maps[output] = _Folded(
+            output, input, weight, bias, lambda x, w, b: _Convolution.apply(x, w, b, geometry)
+        )
         return output
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,9 +148,11 @@ class LeanLayers(TorchFunctionMode):
 
 
 class _Folded:
-    """A linear map that has been recorded: `folded(scale, shift)` is the map followed by y -> scale * y + shift, per channel."""
+    """A recorded linear map; `folded(scale, shift)` is the map followed by y -> scale * y + shift, per channel."""
 
-    def __init__(self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, apply: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, apply: Callable[..., Tensor]
+    ) -> None:
         self.version = output._version
         self.input, self.weight, self.bias, self.apply = input, weight, bias, apply
 
@@ -167,9 +192,20 @@ def _wanted(ctx: FunctionCtx, place: int) -> bool:
     if node is None:
         return False
     try:
-        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf that is differentiated for
         return True
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / |v|, the norm over all dimensions but `dim` (over all for -1)."""
+    dims = [i for i in range(v.ndim) if i != dim]
+    return v * (g / v.square().sum(dims, keepdim=True).sqrt())
+
+
+def _no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:
+    """Keep activation checkpointing, which works by such hooks, out of a computation within one function."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 class _Convolution(Function):
@@ -185,7 +221,7 @@ class _Convolution(Function):
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         b_bar = u.sum((0, *range(2, u.ndim))) if ctx.needs_input_grad[2] and _wanted(ctx, 2) else None
-        mask = tuple(ctx.needs_input_grad[i] and _wanted(ctx, i) for i in (0, 1))
+        mask = (ctx.needs_input_grad[0] and _wanted(ctx, 0), ctx.needs_input_grad[1] and _wanted(ctx, 1))
         if not any(mask):
             return None, None, b_bar, None
         if not torch.is_grad_enabled():
@@ -230,7 +266,7 @@ class _Activation(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.enable_grad(), torch._C.DisableTorchFunction():
+        with torch.enable_grad(), torch._C.DisableTorchFunction(), _no_saved_tensor_hooks():
             z = x.detach().requires_grad_()
             y = f(z)
             (d1,) = torch.autograd.grad(y, z, torch.ones_like(y), create_graph=True)

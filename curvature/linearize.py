@@ -3,8 +3,8 @@
 Two graphs are built on one forward pass, each when it is first needed:
 
 - Hessian: g = grad(loss, params) with its own graph; H v = grad(g, params, v). Two gradients' work a product, at best.
-- Gauss-Newton: J'u as a function of a dummy u; J v = grad(J'u, u, v); then the loss Hessian on the outputs, in closed form
-  where the loss is known; then J' of that through the first graph. 4/3 of a gradient's work a product, at best.
+- Gauss-Newton: J'u as a function of a dummy u; J v = grad(J'u, u, v); then the loss Hessian on the outputs, in closed
+  form where the loss is known; then J' of that through the first graph. 4/3 of a gradient's work a product, at best.
 
 Both are ordinary reverse-mode double backward, the route that is right for every differentiable layer.
 """
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.evaluation import Evaluator
@@ -30,7 +31,7 @@ __all__ = ["LeanTrust", "Linearization"]
 
 
 class LeanTrust:
-    """Whether lean layers may be used on one model: each product is compared with autograd's own once, before it counts.
+    """Whether lean layers may be used on a model: each product is first compared with autograd's own.
 
     Attributes:
         revoked: True once a comparison failed; from then on layers are recorded as autograd has them.
@@ -45,7 +46,7 @@ class LeanTrust:
         """Note the difference of two products with one vector; revoke the trust if it is beyond rounding."""
         difference = float((lean - reference).norm() / reference.norm().clamp_min(torch.finfo(reference.dtype).tiny))
         self.differences[product] = difference
-        self.revoked = not difference <= 10 * eps**0.5  # also on NaN
+        self.revoked = not difference <= max(1e-5, 10 * eps**0.5)  # also on NaN
 
 
 class Linearization:
@@ -60,16 +61,25 @@ class Linearization:
         metered: whether `held_bytes` is measured (a little slower to build).
     """
 
-    def __init__(self, evaluator: Evaluator, space: ParameterSpace, batch: Any, index: int, *, trust: LeanTrust | None = None, metered: bool = False) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        space: ParameterSpace,
+        batch: Any,
+        index: int,
+        *,
+        trust: LeanTrust | None = None,
+        metered: bool = False,
+    ) -> None:
         self._evaluator = evaluator
         self._space = space
         self._params = list(space.tensors.values())
         self._buffers = evaluator.copy_buffers()
-        self._gradient: tuple[Tensor | None, ...] | None = None
-        self._jacobian: tuple[tuple[Tensor | None, ...], Tensor, OutputHessian] | None = None
+        self._gradient: Sequence[Tensor | None] | None = None
+        self._jacobian: tuple[Sequence[Tensor | None], Tensor, OutputHessian] | None = None
         self._meter = HeldMemory() if metered else None
         self._trust = None if trust is None or trust.revoked else trust
-        self._lean = None if self._trust is None else LeanLayers()
+        self._lean = LeanLayers(corrections_only=self._trust is None)
         self._batch = batch
         self.index = index
         with self._session(), self._metered():
@@ -87,7 +97,7 @@ class Linearization:
         if not self._evaluation.loss.requires_grad:
             return self._flatten([None] * len(self._params))
         with self._session(), _no_autocast(self._space.device):
-            parts = torch.autograd.grad(self._evaluation.loss, self._params, retain_graph=True, allow_unused=True)
+            parts = _pull_back([self._evaluation.loss], self._params)
         return self._flatten(parts)
 
     def used_parameters(self) -> tuple[bool, ...] | None:
@@ -110,7 +120,9 @@ class Linearization:
         """
         outputs = self._evaluation.outputs
         if not isinstance(outputs, Tensor):
-            raise InputError(f"the outputs must be one tensor, got {type(outputs).__name__}; pass forward= that picks it.")
+            raise InputError(
+                f"the outputs must be one tensor, got {type(outputs).__name__}; pass forward= that picks it."
+            )
         return outputs.detach(), self._evaluation.targets
 
     def graph_root(self) -> Any:
@@ -129,11 +141,13 @@ class Linearization:
             rows = [self._curve(gradient, chosen, params, x) for x in X]
         return _stack(rows)
 
-    def _curve(self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor) -> Tensor:
+    def _curve(
+        self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor
+    ) -> Tensor:
         g, v = _differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
         if not g:
             return torch.zeros_like(x)
-        return self._flatten(torch.autograd.grad(g, params, v, retain_graph=True, allow_unused=True), chosen)
+        return self._flatten(_pull_back(g, params, v), chosen)
 
     def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
@@ -150,9 +164,10 @@ class Linearization:
                 if not Jt:
                     rows.append(torch.zeros_like(x))
                     continue
-                (Jv,) = torch.autograd.grad(Jt, u, v, retain_graph=True)
+                (Jv,) = _pull_back(Jt, [u], v)
+                assert Jv is not None  # outputs depend on the dummy by construction
                 HJv = output_hessian(Jv).to(outputs.dtype)
-                rows.append(self._flatten(torch.autograd.grad(outputs, params, HJv, retain_graph=True, allow_unused=True), chosen))
+                rows.append(self._flatten(_pull_back([outputs], params, [HJv]), chosen))
         return _stack(rows)
 
     # -- lean layers --------------------------------------------------------------------------------------------------
@@ -160,7 +175,7 @@ class Linearization:
     @property
     def num_lean_layers(self) -> int:
         """How many layers were recorded in their lean form."""
-        return 0 if self._lean is None else self._lean.num_replaced
+        return self._lean.num_replaced
 
     def _verify(self, product: Literal["hvp", "ggnvp"]) -> None:
         """Before lean layers first serve for a product on this model, compare it with autograd's own on this batch."""
@@ -178,29 +193,30 @@ class Linearization:
             self._trust = trust
 
     def _adopt(self, reference: Linearization) -> None:
-        self._lean = None
+        self._lean = reference._lean
         self._buffers, self._evaluation = reference._buffers, reference._evaluation
         self._gradient, self._jacobian = reference._gradient, reference._jacobian
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def _build_gradient(self) -> tuple[Tensor | None, ...]:
+    def _build_gradient(self) -> Sequence[Tensor | None]:
         if self._gradient is None:
             loss = self._evaluation.loss
             if not loss.requires_grad:
                 self._gradient = (None,) * len(self._params)
                 return self._gradient
             with self._session(), _no_autocast(self._space.device), self._metered():
-                self._gradient = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
+                self._gradient = _pull_back([loss], self._params, create_graph=True)
             self._check_finite(self._gradient)
         return self._gradient
 
-    def _build_jacobian(self) -> tuple[tuple[Tensor | None, ...], Tensor, OutputHessian]:
+    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor, OutputHessian]:
         if self._jacobian is None:
             outputs, rule = self._evaluation.outputs, self._evaluator.rule
             if rule is None:
                 raise InputError(
-                    "the Gauss-Newton matrix needs the split between model and loss: pass loss= and a forward that returns "
+                    "the Gauss-Newton matrix needs the split between model and loss: pass loss= and a forward that "
+                    "returns "
                     "(outputs, targets), instead of loss=None."
                 )
             if not isinstance(outputs, Tensor):
@@ -210,16 +226,15 @@ class Linearization:
                 )
             u = torch.zeros_like(outputs, requires_grad=True)
             with self._session(), _no_autocast(self._space.device), self._metered():
+                transposed: Sequence[Tensor | None] = (None,) * len(self._params)
                 if outputs.requires_grad:
-                    transposed = torch.autograd.grad(outputs, self._params, u, create_graph=True, allow_unused=True)
-                else:
-                    transposed = (None,) * len(self._params)
+                    transposed = _pull_back([outputs], self._params, [u], create_graph=True)
                 output_hessian = rule.output_hessian(outputs, self._evaluation.targets)
             self._jacobian = (transposed, u, output_hessian)
         return self._jacobian
 
     def _session(self) -> AbstractContextManager[None]:
-        return self._evaluator.session(self._buffers, lean=self._lean)
+        return self._evaluator.session(self._buffers, self._lean)
 
     def _metered(self) -> AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._meter is None else self._meter
@@ -250,9 +265,35 @@ class Linearization:
         for name, g in used.items():
             if not bool(torch.isfinite(g).all()):
                 raise NonFiniteError(
-                    f"the gradient of {name!r} is not finite on batch {self.index} although the loss is: the function is not "
+                    f"the gradient of {name!r} is not finite on batch {self.index} although the loss is: the function "
+                    "is not "
                     "differentiable there (sqrt or norm at 0?) or overflows; shift the argument or use a wider dtype."
                 )
+
+
+def _pull_back(
+    functions: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return sum_i vectors_i' d functions_i / d inputs, None where there is no dependence; the graph is kept.
+
+    This is `torch.autograd.grad`, called past its dispatch to function modes: that dispatch would switch our own mode
+    off inside, and layers that activation checkpointing records again in the backward pass would be recorded otherwise.
+    """
+    if vectors is None:
+        vectors = [torch.ones_like(f) for f in functions]
+    return _engine_run_backward(
+        tuple(functions),
+        tuple(vectors),
+        True,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """Linear operators: matrices known through their products, and the algebra on them.
 
-Every algorithm of `curvature.linalg` needs only `shape`, `dtype`, `device` and `@`, so it takes a dense tensor as readily
-as a Hessian. `LinearOperator` is the base class for matrices that are not tensors: a subclass implements one product with
-a block of columns and inherits checks, sums, scalings, shifts, compositions and projections, all of them lazy.
+Every algorithm of `curvature.linalg` needs only `shape`, `dtype`, `device` and `@`, so it takes a dense tensor as
+readily as a Hessian. `LinearOperator` is the base class for matrices that are not tensors: a subclass implements one
+product with a block of columns and inherits checks, sums, scalings, shifts, compositions and projections, all of them
+lazy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from curvature.errors import InputError
 
-__all__ = ["Composed", "Counting", "LinearOperator", "MatrixLike", "Projected", "Scaled", "Shifted", "Sum", "to_dense", "to_scipy"]
+__all__ = [
+    "Composed",
+    "Counting",
+    "LinearOperator",
+    "MatrixLike",
+    "Projected",
+    "Scaled",
+    "Shifted",
+    "Sum",
+    "to_dense",
+    "to_scipy",
+]
 
 
 @runtime_checkable
@@ -36,8 +48,8 @@ class MatrixLike(Protocol):
 class LinearOperator(ABC):
     """A real matrix of shape (m, n), known through its products with vectors (n,) and blocks (n, k).
 
-    Subclasses call `super().__init__(shape, dtype, device)` and implement `_matmat(X)` for X of shape (n, k). The dtype is
-    that of vectors and results: float32 or wider.
+    Subclasses call `super().__init__(shape, dtype, device)` and implement `_matmat(X)` for X of shape (n, k). The
+    dtype is that of vectors and results: float32 or wider.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
@@ -112,14 +124,20 @@ def _check_operand(A: LinearOperator, X: Tensor) -> None:
     if X.ndim not in (1, 2) or X.shape[0] != n:
         raise InputError(f"{type(A).__name__} @ X needs X of shape ({n},) or ({n}, k), got {tuple(X.shape)}.")
     if X.dtype != A.dtype:
-        raise InputError(f"{type(A).__name__} @ X needs X of dtype {A.dtype}, got {X.dtype}; convert it with X.to({A.dtype}).")
+        raise InputError(
+            f"{type(A).__name__} @ X needs X of dtype {A.dtype}, got {X.dtype}; convert it with X.to({A.dtype})."
+        )
     if X.device != A.device:
-        raise InputError(f"{type(A).__name__} lives on {A.device} but X on {X.device}; move it with X.to({str(A.device)!r}).")
+        raise InputError(
+            f"{type(A).__name__} lives on {A.device} but X on {X.device}; move it with X.to({str(A.device)!r})."
+        )
 
 
 def _check_alike(A: MatrixLike, B: MatrixLike, what: str) -> None:
     if A.dtype != B.dtype or A.device != B.device:
-        raise InputError(f"{what} needs operators of one dtype and device, got {A.dtype} on {A.device} and {B.dtype} on {B.device}.")
+        raise InputError(
+            f"{what} needs operators of one dtype and device, got {A.dtype} on {A.device} and {B.dtype} on {B.device}."
+        )
 
 
 def _check_square(A: MatrixLike, what: str) -> int:
@@ -135,7 +153,7 @@ class Sum(LinearOperator):
         if tuple(A.shape) != tuple(B.shape):
             raise InputError(f"a sum needs operators of one shape, got {tuple(A.shape)} and {tuple(B.shape)}.")
         _check_alike(A, B, "a sum")
-        super().__init__(tuple(A.shape), A.dtype, A.device)  # type: ignore[arg-type]
+        super().__init__(tuple(A.shape), A.dtype, A.device)
         self.A, self.B = A, B
 
     def _matmat(self, X: Tensor) -> Tensor:
@@ -146,7 +164,7 @@ class Scaled(LinearOperator):
     """factor * A."""
 
     def __init__(self, A: MatrixLike, factor: float) -> None:
-        super().__init__(tuple(A.shape), A.dtype, A.device)  # type: ignore[arg-type]
+        super().__init__(tuple(A.shape), A.dtype, A.device)
         self.A, self.factor = A, float(factor)
 
     def _matmat(self, X: Tensor) -> Tensor:
@@ -170,7 +188,9 @@ class Composed(LinearOperator):
 
     def __init__(self, A: MatrixLike, B: MatrixLike) -> None:
         if A.shape[1] != B.shape[0]:
-            raise InputError(f"a composition A B needs A.shape[1] == B.shape[0], got {tuple(A.shape)} and {tuple(B.shape)}.")
+            raise InputError(
+                f"a composition A B needs A.shape[1] == B.shape[0], got {tuple(A.shape)} and {tuple(B.shape)}."
+            )
         _check_alike(A, B, "a composition")
         super().__init__((A.shape[0], B.shape[1]), A.dtype, A.device)
         self.A, self.B = A, B
@@ -200,7 +220,7 @@ class Counting(LinearOperator):
     """A, with `num_matvecs` counting the columns it was applied to."""
 
     def __init__(self, A: MatrixLike) -> None:
-        super().__init__(tuple(A.shape), A.dtype, A.device)  # type: ignore[arg-type]
+        super().__init__(tuple(A.shape), A.dtype, A.device)
         self.A = A
         self.num_matvecs = 0
 
@@ -221,8 +241,8 @@ def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
 def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
     """Return a `scipy.sparse.linalg.LinearOperator` that computes with a symmetric A on A's own device.
 
-    NumPy arrays of any float dtype are converted to A's dtype and back; the declared dtype is A's, so that SciPy works in
-    the precision the products have.
+    NumPy arrays of any float dtype are converted to A's dtype and back; the declared dtype is A's, so that SciPy works
+    in the precision the products have.
     """
 
     def product(x: np.ndarray) -> np.ndarray:
@@ -231,4 +251,4 @@ def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
         return (A @ X).cpu().numpy().reshape(-1, *x.shape[1:])
 
     dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
-    return ScipyLinearOperator(tuple(A.shape), matvec=product, matmat=product, dtype=dtype)  # type: ignore[call-arg]
+    return ScipyLinearOperator(tuple(A.shape), matvec=product, matmat=product, dtype=dtype)

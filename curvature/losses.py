@@ -1,7 +1,8 @@
 """What the toolkit knows about loss functions: how they normalise, and their second derivative in the model's outputs.
 
-`loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as modules, as
-functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers two questions:
+`loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as
+modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers two
+questions:
 
 - `num_terms(outputs, targets)`: the denominator of a mean-reduced loss, i.e. by how much a batch counts in the whole;
 - `output_hessian(outputs, targets)`: a function u -> H u with H the Hessian of the reduced loss in the outputs.
@@ -54,7 +55,9 @@ class SquaredError(LossRule):
     """sum_i (z_i - y_i)^2, or its mean over all entries: H = 2 I, or 2 I / numel."""
 
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
-        return float(targets.numel() if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape).numel())
+        return float(
+            targets.numel() if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape).numel()
+        )
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
         repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
@@ -71,11 +74,9 @@ class CrossEntropy(LossRule):
     """
 
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
-        weight = self.settings.get("weight")
         if targets.is_floating_point():
             return float(targets.numel() // targets.shape[_class_dim(targets)])
-        valid = targets != self.settings.get("ignore_index", -100)
-        return float(valid.sum() if weight is None else weight.to(targets.device)[targets[valid]].sum())
+        return _class_index_terms(targets, self.settings)
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
         dim = _class_dim(outputs)
@@ -104,7 +105,7 @@ class CrossEntropy(LossRule):
 
 
 class BinaryCrossEntropyWithLogits(LossRule):
-    """Per entry -w (q y log s(z) + (1 - y) log(1 - s(z))), s the logistic function: H = diag(w s (1 - s) (q y + 1 - y))."""
+    """Per entry -w (q y log s + (1 - y) log(1 - s)), s = sigmoid(z): H = diag(w s (1 - s) (q y + 1 - y))."""
 
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
         return float(targets.numel())
@@ -125,14 +126,15 @@ class AnyLoss(LossRule):
     closed_form = False
 
     def num_terms(self, outputs: Tensor | None, targets: Any) -> float:
-        if isinstance(self.loss, nn.NLLLoss):
-            return CrossEntropy.num_terms(self, outputs, targets)  # type: ignore[arg-type]
         if not isinstance(targets, Tensor):
             raise InputError(
-                f"cannot tell how many loss terms a batch with targets of type {type(targets).__name__} has; pass weight= to the objective."
+                f"cannot tell how many loss terms a batch with targets of type {type(targets).__name__} has; pass "
+                "weight= to the objective."
             )
         if targets.ndim == 0:
             return 1.0
+        if isinstance(self.loss, nn.NLLLoss):
+            return _class_index_terms(targets, self.settings)
         if self.reduction == "mean" and isinstance(self.loss, nn.modules.loss._Loss):
             return float(targets.numel())  # torch's other mean reductions divide by the number of entries
         if targets.is_floating_point():
@@ -195,6 +197,13 @@ def _stated_reduction(loss: Callable[..., Tensor], function: Callable[..., Tenso
     except (KeyError, TypeError, ValueError):
         return "mean"
     return default if isinstance(default, str) else "mean"
+
+
+def _class_index_terms(targets: Tensor, settings: dict[str, Any]) -> float:
+    """Return the number of targets that are not ignored, or the sum of their class weights."""
+    weight = settings.get("weight")
+    valid = targets != settings.get("ignore_index", -100)
+    return float(valid.sum() if weight is None else weight.to(targets.device)[targets[valid]].sum())
 
 
 def _class_dim(logits: Tensor) -> int:

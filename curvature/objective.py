@@ -2,8 +2,8 @@
 
     L(theta) = sum_b w_b l_b(theta) / sum_b w_b
 
-over the batches of the data. Everything else in the toolkit (operators, estimators, optimizers, analyses) sees a model only
-through this object.
+over the batches of the data. Everything else in the toolkit (operators, estimators, optimizers, analyses) sees a model
+only through this object.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Objective:
 
     Args:
         model: any module that trains with ordinary autograd. It is neither copied nor changed.
-        loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the objective
-            is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar itself.
+        loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the
+            objective is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar
+            itself.
         data: one `(inputs, targets)` pair, a list of batches, or a loader that can be iterated again and again.
         params: glob or list of globs over parameter or module names, module or list of modules, predicate
             `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights count once.
@@ -47,7 +48,8 @@ class Objective:
         weight: `weight(batch) -> float`, how much a batch counts. Default: the number of loss terms (targets that are
             not ignored, class weights included), which makes L independent of how the data are cut into batches.
         device: where batches are moved. Default, and only choice that works: where the parameters are.
-        process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all ranks.
+        process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all
+            ranks.
         keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
             keeps as many as fit into `memory_budget`.
         memory_budget: bytes that kept graphs may hold. Default: half of what is free when the first graph is built.
@@ -77,18 +79,33 @@ class Objective:
         seed: int = 0,
     ) -> None:
         _validate(model, loss, forward, keep_graphs, memory_budget, micro_batch)
-        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no second derivative; the module inside has
+        model = getattr(
+            model, "_orig_mod", model
+        )  # torch.compile's wrapper has no second derivative; the module inside has
         self.model = model
         self.space = ParameterSpace.from_model(model, params)
         self.device = self.space.device
         if device is not None and torch.empty(0, device=device).device != self.device:
-            raise InputError(f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first.")
+            raise InputError(
+                f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first."
+            )
         self.process_group = process_group
         self._rule = None if loss is None else loss_rule(loss)
         self._evaluator = Evaluator(model, self._rule, forward, weight, list(self.space.tensors.values()), seed)
         self._data = DataSource(data, paired=forward is None, micro_batch=micro_batch)
-        self._settings = {"loss": loss, "data": data, "forward": forward, "weight": weight, "process_group": process_group}
-        self._settings |= {"keep_graphs": keep_graphs, "memory_budget": memory_budget, "micro_batch": micro_batch, "seed": seed}
+        self._settings = {
+            "loss": loss,
+            "data": data,
+            "forward": forward,
+            "weight": weight,
+            "process_group": process_group,
+        }
+        self._settings |= {
+            "keep_graphs": keep_graphs,
+            "memory_budget": memory_budget,
+            "micro_batch": micro_batch,
+            "seed": seed,
+        }
         self._keep_graphs = keep_graphs
         self._budget = memory_budget
         self._micro_batch = micro_batch
@@ -145,10 +162,17 @@ class Objective:
             unused = [name for i, name in enumerate(self.space.names) if i not in self._used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
         if self.num_batches is not None and self._kept:
-            of = f"{len(self._kept)} of {self.num_batches}" if len(self._kept) < self.num_batches else f"all {self.num_batches}"
+            of = (
+                f"{len(self._kept)} of {self.num_batches}"
+                if len(self._kept) < self.num_batches
+                else f"all {self.num_batches}"
+            )
             notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
         if any(lin.drew_random_numbers for _, lin in self._kept):
-            notes.append("The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its seed.")
+            notes.append(
+                "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
+                "seed."
+            )
         for product, difference in self._trust.differences.items():
             name = {"hvp": "Hessian", "ggnvp": "Gauss-Newton"}[product]
             verdict = "are not used: they differ from" if self._trust.revoked else "serve for products: they agree with"
@@ -167,7 +191,9 @@ class Objective:
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L and its gradient (n,). Cost: one gradient."""
-        parts = ((lin.weight, torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()])) for lin in self.linearizations())
+        parts = (
+            (lin.weight, torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()])) for lin in self.linearizations()
+        )
         mean = self._mean(parts)
         return mean[0], mean[1:]
 
@@ -213,7 +239,14 @@ class Objective:
                     yield self._kept[index][1]
                     continue
                 del self._kept[index:]  # the loader's order changed: graphs kept from here on are of other batches
-            lin = Linearization(self._evaluator, self.space, move_batch(batch, self.device), index, trust=self._trust, metered=self._keep_graphs == "auto")
+            lin = Linearization(
+                self._evaluator,
+                self.space,
+                move_batch(batch, self.device),
+                index,
+                trust=self._trust,
+                metered=self._keep_graphs == "auto",
+            )
             self._refuse_moving_draws(lin)
             keep = index == len(self._kept) and self._keep_graphs is not False
             if keep:
@@ -236,16 +269,23 @@ class Objective:
             self._kept.pop()
 
     def _refuse_moving_draws(self, lin: Linearization) -> None:
-        """Batch statistics and masks belong to a batch: under a shuffling loader they would change from pass to pass."""
+        """Batch statistics and masks belong to a batch: under a shuffling loader they change from pass to pass."""
         coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
         if self._data.shuffles and (lin.drew_random_numbers or coupled):
-            why = "batch normalisation in train mode couples the examples of a batch" if coupled else "dropout masks are fixed by batch"
+            why = (
+                "batch normalisation in train mode couples the examples of a batch"
+                if coupled
+                else "dropout masks are fixed by batch"
+            )
             raise DataError(
-                f"the loader shuffles and {why}: every pass would be another function. Pass a loader with shuffle=False, "
+                f"the loader shuffles and {why}: every pass would be another function. Pass a loader with "
+                "shuffle=False, "
                 "list(loader), or call model.eval()."
             )
         if coupled and self._micro_batch is not None:
-            raise DataError("micro_batch= would change batch normalisation in train mode; call model.eval() or drop micro_batch=.")
+            raise DataError(
+                "micro_batch= would change batch normalisation in train mode; call model.eval() or drop micro_batch=."
+            )
 
     def _note_used(self, lin: Linearization) -> None:
         used = lin.used_parameters()
@@ -293,7 +333,9 @@ def _validate(model: Any, loss: Any, forward: Any, keep_graphs: Any, memory_budg
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if loss is None and forward is None:
-        raise InputError("loss=None needs a forward(model, batch) that returns the scalar loss itself; pass loss= or forward=.")
+        raise InputError(
+            "loss=None needs a forward(model, batch) that returns the scalar loss itself; pass loss= or forward=."
+        )
     if keep_graphs not in (True, False, "auto"):
         raise InputError(f"keep_graphs must be True, False or 'auto', got {keep_graphs!r}.")
     if memory_budget is not None and memory_budget < 0:

@@ -54,7 +54,9 @@ class Block:
         return flat
 
 
-Selection: TypeAlias = "str | nn.Module | Block | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | Sequence[str | nn.Module]"
+Selection: TypeAlias = (
+    "str | nn.Module | Block | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | Sequence[str | nn.Module]"
+)
 
 
 class ParameterSpace:
@@ -71,14 +73,21 @@ class ParameterSpace:
 
     def __init__(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None) -> None:
         if not tensors:
-            raise ParameterSelectionError("no parameters: the model has none that require a gradient; pass params= to choose some.")
+            raise ParameterSelectionError(
+                "no parameters: the model has none that require a gradient; pass params= to choose some."
+            )
         for name, tensor in tensors.items():
             if not tensor.is_leaf or not tensor.is_floating_point():
                 kind = "a non-leaf tensor" if not tensor.is_leaf else f"of dtype {tensor.dtype}"
-                raise InputError(f"parameter {name!r} must be a real floating-point leaf tensor, got one that is {kind}.")
+                raise InputError(
+                    f"parameter {name!r} must be a real floating-point leaf tensor, got one that is {kind}."
+                )
         devices = {t.device for t in tensors.values()}
         if len(devices) > 1:
-            raise InputError(f"the parameters must lie on one device, got {sorted(map(str, devices))}; move the model or select fewer.")
+            raise InputError(
+                f"the parameters must lie on one device, got {sorted(map(str, devices))}; move the model or select "
+                "fewer."
+            )
         self.tensors = dict(tensors)
         self.aliases = dict(aliases or {})
         self.device = devices.pop()
@@ -131,8 +140,8 @@ class ParameterSpace:
         """Return the block of the parameters that `selection` picks out of this space.
 
         Args:
-            selection: a glob over parameter names or module names, a list of them, a predicate (name, tensor) -> bool, a
-                `Block`, or (with `model`) a module or list of modules.
+            selection: a glob over parameter names or module names, a list of them, a predicate (name, tensor) -> bool,
+                a `Block`, or (with `model`) a module or list of modules.
             model: where modules of the selection are looked up.
 
         Raises:
@@ -170,10 +179,12 @@ class ParameterSpace:
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def to_flat(self, named: Mapping[str, Tensor]) -> Tensor:
-        """Return the vector (n,) of this space's dtype made of tensors by name; names and shapes must be those of the space."""
+        """Return the vector (n,), of this space's dtype, made of tensors by name: all of the space's, in its shapes."""
         if set(named) != set(self.tensors):
             odd = min(set(named) ^ set(self.tensors))
-            raise InputError(f"to_flat needs exactly the names of the space; {odd!r} is {'unknown' if odd in named else 'missing'}.")
+            raise InputError(
+                f"to_flat needs exactly the names of the space; {odd!r} is {'unknown' if odd in named else 'missing'}."
+            )
         for name, shape in zip(self.names, self.shapes, strict=True):
             if named[name].shape != shape:
                 raise InputError(f"{name!r} has shape {tuple(shape)}, got {tuple(named[name].shape)}.")
@@ -188,8 +199,10 @@ class ParameterSpace:
 
 
 def _owner(name: str) -> str:
-    """Return the name of the module a parameter belongs to; a parametrised tensor belongs to the parametrised module."""
-    module = name.partition("parametrizations.")[0].rstrip(".") if "parametrizations." in name else name.rpartition(".")[0]
+    """Return the name of the module that owns a parameter; a parametrised tensor belongs to the parametrised module."""
+    module = (
+        name.partition("parametrizations.")[0].rstrip(".") if "parametrizations." in name else name.rpartition(".")[0]
+    )
     return module or ROOT
 
 
@@ -209,7 +222,9 @@ def _selected_names(
             raise ParameterSelectionError(f"the predicate selects none of the {len(named)} parameters.")
         return chosen
     if not isinstance(selection, Iterable) or not selection:
-        raise ParameterSelectionError(f"params must be globs, modules, a predicate or a dict of tensors, got {selection!r}.")
+        raise ParameterSelectionError(
+            f"params must be globs, modules, a predicate or a dict of tensors, got {selection!r}."
+        )
     chosen = []
     for item in selection:
         if isinstance(item, nn.Module):
@@ -234,7 +249,9 @@ def _names_matching(pattern: str, named: Mapping[str, Tensor], aliases: Mapping[
 
 def _names_of_module(module: nn.Module, named: Mapping[str, Tensor], model: nn.Module | None) -> list[str]:
     if model is None or not any(m is module for m in model.modules()):
-        raise ParameterSelectionError(f"the module {type(module).__name__} that was passed as a selection is not part of the model.")
+        raise ParameterSelectionError(
+            f"the module {type(module).__name__} that was passed as a selection is not part of the model."
+        )
     owned = {id(t) for t in module.parameters()}
     hits = [name for name, t in named.items() if id(t) in owned]
     if not hits:
@@ -247,5 +264,7 @@ def _near(name: str, names: Iterable[str]) -> str:
     known = list(names)
     modules = {parent for n in known for parent in [n.rpartition(".")[0]] if parent}
     close = difflib.get_close_matches(name, [*known, *modules], n=3, cutoff=0.4)
-    hint = ", ".join(map(repr, close)) if close else ", ".join(map(repr, known[:4])) + (", ..." if len(known) > 4 else "")
+    hint = (
+        ", ".join(map(repr, close)) if close else ", ".join(map(repr, known[:4])) + (", ..." if len(known) > 4 else "")
+    )
     return f"{name!r} (near: {hint})" if close else f"{name!r} (there are: {hint})"

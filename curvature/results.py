@@ -23,7 +23,9 @@ class Status(Enum):
     """How an iteration ended. The text is the advice."""
 
     CONVERGED = "converged"
-    MAX_MATVECS = "product limit reached before every residual fell below the tolerance; raise max_matvecs or loosen rtol"
+    MAX_MATVECS = (
+        "product limit reached before every residual fell below the tolerance; raise max_matvecs or loosen rtol"
+    )
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
 
     @property
@@ -81,7 +83,9 @@ class EigenPairs(_Record):
         if self.status.ok:
             return self
         done = int(self.converged.sum())
-        message = f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products: {self.status.value}."
+        message = (
+            f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products: {self.status.value}."
+        )
         raise NotConvergedError(message, self)
 
 
@@ -117,7 +121,8 @@ class DiagonalEstimate(_Record):
 class SpectralDensity(_Record):
     """The eigenvalue density of a symmetric matrix A of size n, by stochastic Lanczos quadrature.
 
-    phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k, sigma^2).
+    phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k,
+    sigma^2).
     """
 
     grid: Tensor

@@ -32,10 +32,12 @@ class ObjectiveOperator(LinearOperator):
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.
 
-        A product with the block costs less than one with the whole matrix and equals that on vectors that are zero outside.
+        A product with the block costs less than one with the whole matrix and equals that on vectors that are zero
+        outside.
 
         Args:
-            selection: globs over parameter or module names, modules, a predicate, or a `Block` of the objective's space.
+            selection: globs over parameter or module names, modules, a predicate, or a `Block` of the objective's
+                space.
 
         Raises:
             ParameterSelectionError: if it matches none of this operator's parameters.

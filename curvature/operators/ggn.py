@@ -11,7 +11,7 @@ __all__ = ["GGNOperator"]
 
 
 class GGNOperator(ObjectiveOperator):
-    """G = sum_b w_b J_b' L_b J_b / sum_b w_b, with J_b the Jacobian of batch b's outputs and L_b the loss Hessian in them.
+    """G = sum_b w_b J_b' L_b J_b / sum_b w_b, J_b the Jacobian of batch b's outputs, L_b the loss Hessian in them.
 
     Symmetric, and positive semi-definite where the loss is convex in the outputs. It is the Hessian without the second
     derivatives of the model: equal to it where the model is linear in the parameters. L_b is applied in closed form for
@@ -34,7 +34,8 @@ class GGNOperator(ObjectiveOperator):
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         if not objective.has_split:
             raise InputError(
-                "the Gauss-Newton matrix needs the split between model and loss: give the objective loss= and a forward that "
+                "the Gauss-Newton matrix needs the split between model and loss: give the objective loss= and a "
+                "forward that "
                 "returns (outputs, targets), instead of loss=None."
             )
         super().__init__(objective, block)

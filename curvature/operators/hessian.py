@@ -10,8 +10,8 @@ __all__ = ["HessianOperator"]
 class HessianOperator(ObjectiveOperator):
     """H = sum_b w_b H_b / sum_b w_b, with H_b the Hessian of batch b's loss in the chosen parameters; symmetric.
 
-    Cost of one product: 2 gradients at best with the graph kept, about 4 to 5 with the graph rebuilt. A block of k columns
-    walks the data once.
+    Cost of one product: 2 gradients at best with the graph kept, about 4 to 5 with the graph rebuilt. A block of k
+    columns walks the data once.
 
     Args:
         objective: the function; it needs a second derivative (piecewise linear activations have one almost everywhere).

@@ -28,7 +28,10 @@ class SubmatrixOperator(LinearOperator):
     def __init__(self, A: MatrixLike, rows: Block, cols: Block) -> None:
         for what, block, size in (("rows", rows, A.shape[0]), ("cols", cols, A.shape[1])):
             if block.slices[-1].stop > size:
-                raise InputError(f"{what} reach entry {block.slices[-1].stop} of an operator of size {size}; use blocks of its own space.")
+                raise InputError(
+                    f"{what} reach entry {block.slices[-1].stop} of an operator of size {size}; use blocks of its own "
+                    "space."
+                )
         super().__init__((rows.num_params, cols.num_params), A.dtype, A.device)
         self.A, self.rows, self.cols = A, rows, cols
 
