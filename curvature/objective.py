@@ -245,7 +245,7 @@ class Objective:
                 move_batch(batch, self.device),
                 index,
                 trust=self._trust,
-                metered=self._keep_graphs == "auto",
+                metered=self._keep_graphs is not False,
             )
             self._refuse_moving_draws(lin)
             keep = index == len(self._kept) and self._keep_graphs is not False

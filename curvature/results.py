@@ -26,11 +26,16 @@ class Status(Enum):
     MAX_MATVECS = (
         "product limit reached before every residual fell below the tolerance; raise max_matvecs or loosen rtol"
     )
+    MAX_PROBES = (
+        "probe limit reached before the standard error fell below the tolerance; raise max_probes or loosen rtol"
+    )
+    BUDGET = "all probes of the budget were spent; no accuracy was asked for"
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
 
     @property
     def ok(self) -> bool:
-        return self is Status.CONVERGED
+        """Whether what was asked for was reached."""
+        return self in (Status.CONVERGED, Status.BUDGET)
 
 
 def _plain(value: Any) -> Any:
@@ -76,7 +81,7 @@ class EigenPairs(_Record):
     status: Status
     """How the iteration ended."""
     rtol: float
-    """Tolerance asked for: residual <= rtol * |eigenvalue| (with a rounding floor)."""
+    """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
 
     def raise_if_failed(self) -> EigenPairs:
         """Return self if every pair converged, else raise `NotConvergedError` that carries self."""
@@ -101,6 +106,17 @@ class TraceEstimate(_Record):
     """Products with A that were spent."""
     samples: Tensor
     """(num_probes,), one unbiased estimate a probe; `value` is their mean."""
+    status: Status
+    """Whether the accuracy that was asked for was reached."""
+
+    def raise_if_failed(self) -> TraceEstimate:
+        """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
+        if self.status.ok:
+            return self
+        message = (
+            f"tr A = {self.value:.4g} +- {self.stderr:.1g} after {self.num_matvecs} products: {self.status.value}."
+        )
+        raise NotConvergedError(message, self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError, NonFiniteError, NotConvergedError
+from curvature.linalg import eigsh
+from curvature.linop import Counting, to_scipy
+from curvature.results import EigenPairs, Status
+from tests.matrices import F64, generator, spectra, with_spectrum
+
+N = 120
+
+
+def wanted(A: Tensor, k: int, which: str) -> Tensor:
+    """The eigenvalues asked for, descending, by a dense solver."""
+    exact = torch.linalg.eigvalsh(A.double()).flip(0)
+    if which == "LA":
+        return exact[:k]
+    if which == "SA":
+        return exact[len(exact) - k :]
+    if which == "LM":
+        return exact[exact.abs().argsort(descending=True)[:k]].sort(descending=True).values
+    return torch.cat([exact[: k - k // 2], exact[len(exact) - k // 2 :]])
+
+
+def true_residuals(A: Tensor, pairs: EigenPairs) -> Tensor:
+    U = pairs.eigenvectors.double()
+    return (A.double() @ U - U * pairs.eigenvalues.double()).norm(dim=0)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("name", spectra(N))
+def test_it_agrees_with_a_dense_solver(name: str, which: str) -> None:
+    A = with_spectrum(spectra(48)[name])
+    scale = float(torch.linalg.matrix_norm(A, 2))
+    # a null space inside the spectrum is no breakdown: its six copies take a block of six
+    block_size = 6 if name == "many null" else 1
+    pairs = eigsh(
+        A,
+        6,
+        which=which,  # type: ignore[arg-type]
+        rtol=1e-8,
+        atol=1e-12 * scale,
+        generator=generator(),
+        num_basis=48 if name == "exponential" else 30,  # its low end, 1e-8 of the top, is out of reach of restarts
+        block_size=block_size,
+    )
+    assert pairs.status is Status.CONVERGED
+    assert bool(pairs.converged.all())
+    torch.testing.assert_close(pairs.eigenvalues, wanted(A, 6, which), rtol=0, atol=1e-8 * max(scale, 1e-3))
+    torch.testing.assert_close(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(6, dtype=F64), rtol=0, atol=1e-12)
+    # residuals are true, and there are no ghosts: n copies of an eigenvalue are n orthogonal eigenvectors
+    assert bool((true_residuals(A, pairs) <= 1.01 * pairs.residual_norms + 1e-13 * scale).all())
+
+
+@pytest.mark.parametrize("name", ["multiple of the identity", "zero", "rank one", "step", "many null"])
+def test_repeated_eigenvalues_come_as_often_as_they_are_there(name: str) -> None:
+    A = with_spectrum(spectra(40)[name])
+    pairs = eigsh(A, 25, rtol=1e-8, generator=generator())
+    assert pairs.status is Status.CONVERGED
+    torch.testing.assert_close(pairs.eigenvalues, wanted(A, 25, "LA"), rtol=0, atol=1e-9)
+
+
+def test_a_block_finds_a_pair_of_equal_eigenvalues_without_breakdown() -> None:
+    A = with_spectrum(torch.cat([torch.tensor([2.0, 2.0], dtype=F64), torch.linspace(0, 1, N - 2, dtype=F64)]))
+    pairs = eigsh(A, 3, rtol=1e-6, generator=generator(), block_size=2)
+    torch.testing.assert_close(pairs.eigenvalues, torch.tensor([2.0, 2.0, 1.0], dtype=F64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["flat", "polynomial", "indefinite", "outliers over a bulk"])
+def test_every_reported_residual_is_true_at_loose_tolerance(name: str, block_size: int) -> None:
+    A = with_spectrum(spectra(N)[name])
+    pairs = eigsh(A, 5, rtol=1e-2, generator=generator(3), block_size=block_size)
+    torch.testing.assert_close(pairs.residual_norms, true_residuals(A, pairs), rtol=1e-6, atol=1e-12)
+    nearest = (torch.linalg.eigvalsh(A)[:, None] - pairs.eigenvalues).abs().min(dim=0).values
+    assert bool((nearest <= pairs.residual_norms + 1e-12).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_operators(dtype: torch.dtype) -> None:
+    A = with_spectrum(spectra(N)["outliers over a bulk"]).to(dtype)
+    rtol = 1e-3 if dtype is torch.float32 else 3e-2
+    pairs = eigsh(A, 3, rtol=rtol, generator=generator(), certify=True)
+    assert pairs.eigenvalues.dtype == torch.float32
+    assert pairs.status is Status.CONVERGED
+    exact = wanted(A, 3, "LA").float()
+    assert bool(((pairs.eigenvalues - exact).abs() <= 2 * rtol * exact).all())
+
+
+def test_certified_residuals_cost_k_products_more_and_change_nothing_in_float64() -> None:
+    A = with_spectrum(spectra(N)["slow exponential"])
+    plain = eigsh(A, 4, generator=generator())
+    counted = Counting(A)
+    certified = eigsh(counted, 4, generator=generator(), certify=True)
+    assert certified.num_matvecs == counted.num_matvecs == plain.num_matvecs + 4
+    torch.testing.assert_close(certified.residual_norms, plain.residual_norms, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+def test_it_needs_about_as_many_products_as_arpack(k: int) -> None:
+    ours, arpack = 0, 0
+    names = ["flat", "polynomial", "slow exponential", "clustered", "indefinite", "outliers over a bulk"]
+    for seed, name in enumerate(names):
+        A = with_spectrum(spectra(400)[name], seed)
+        ours += eigsh(A, k, rtol=1e-3, generator=generator(seed), num_basis=max(2 * k + 1, 20)).num_matvecs
+        counted = Counting(A)
+        v0 = torch.randn(400, generator=generator(seed), dtype=F64).numpy()
+        scipy.sparse.linalg.eigsh(to_scipy(counted), k, which="LA", tol=1e-3, ncv=max(2 * k + 1, 20), v0=v0)
+        arpack += counted.num_matvecs
+    assert ours <= 1.05 * arpack, f"{ours} products against ARPACK's {arpack}"
+
+
+def test_a_warm_start_with_the_answer_costs_little_more_than_looking_at_it() -> None:
+    A = with_spectrum(spectra(N)["outliers over a bulk"])
+    cold = eigsh(A, 3, rtol=1e-6, generator=generator())
+    warm = eigsh(A, 3, rtol=1e-3, generator=generator(), v0=cold.eigenvectors)
+    assert warm.num_matvecs <= 4 < cold.num_matvecs
+    near = A + 1e-3 * with_spectrum(spectra(N)["indefinite"], seed=5)
+    tracked = eigsh(near, 3, rtol=1e-3, generator=generator(), v0=cold.eigenvectors)
+    assert tracked.num_matvecs < eigsh(near, 3, rtol=1e-3, generator=generator()).num_matvecs
+    torch.testing.assert_close(tracked.eigenvalues, wanted(near, 3, "LA"), rtol=1e-4, atol=0)
+
+
+def test_the_budget_is_kept_and_the_partial_result_says_so() -> None:
+    A = Counting(with_spectrum(spectra(N)["flat"]))
+    pairs = eigsh(A, 5, rtol=1e-10, generator=generator(), max_matvecs=30)
+    assert pairs.num_matvecs == A.num_matvecs == 30
+    assert pairs.status is Status.MAX_MATVECS
+    assert not bool(pairs.converged.all())
+    with pytest.raises(
+        NotConvergedError, match=r"of 5 eigenpairs converged in 30 products: .*raise max_matvecs"
+    ) as caught:
+        pairs.raise_if_failed()
+    assert caught.value.result is pairs
+
+
+def test_small_matrices_and_full_spectra() -> None:
+    one = eigsh(torch.tensor([[-3.0]]), 1, generator=generator())
+    assert one.eigenvalues.item() == -3.0
+    assert one.num_matvecs == 1
+    A = with_spectrum(torch.linspace(-1, 1, 12, dtype=F64))
+    full = eigsh(A, 12, rtol=1e-10, generator=generator())
+    torch.testing.assert_close(full.eigenvalues, torch.linspace(1, -1, 12, dtype=F64), rtol=0, atol=1e-12)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_the_callback_sees_every_product() -> None:
+    A = with_spectrum(spectra(N)["indefinite"])
+    seen: list[int] = []
+    first = eigsh(A, 4, generator=generator(5), callback=lambda done, _: seen.append(done))
+    second = eigsh(A, 4, generator=generator(5))
+    torch.testing.assert_close(first.eigenvectors, second.eigenvectors, rtol=0, atol=0)
+    assert seen == list(range(1, first.num_matvecs + 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, r"k must be in \[1, 120\], got 0"),
+        ({"k": 121}, r"k must be in \[1, 120\], got 121"),
+        ({"which": "XX"}, "which must be one of LA, SA, LM, BE, got 'XX'"),
+        ({"which": "BE", "k": 1}, "k must be at least 2"),
+        ({"rtol": 0.0}, "rtol must be positive"),
+        ({"atol": -1.0}, "atol not negative"),
+        ({"max_matvecs": 0}, "max_matvecs must be at least 1, got 0"),
+        ({"num_basis": 4}, r"num_basis must be at least k \+ block_size \+ 1 = 5, got 4"),
+        ({"block_size": 0}, r"block_size must be in \[1, 120\]"),
+        ({"v0": torch.ones(7)}, r"v0 must be a vector \(120,\) or a block"),
+        ({"v0": torch.zeros(N)}, "v0 must be finite, not zero"),
+    ],
+)
+def test_bad_input(arguments: dict[str, object], message: str) -> None:
+    settings: dict[str, object] = {"k": 3, "generator": generator(), **arguments}
+    with pytest.raises(InputError, match=message):
+        eigsh(with_spectrum(spectra(N)["flat"]), **settings)  # type: ignore[arg-type]
+
+
+def test_products_that_are_not_finite_are_named() -> None:
+    A = torch.full((5, 5), torch.inf)
+    with pytest.raises(NonFiniteError, match="product 1"):
+        eigsh(A, 1, generator=generator())

@@ -1,0 +1,219 @@
+"""Trace, diagonal and density: exact identities first, then the estimates, then their error bars."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.linalg import eigsh, hutchinson_diagonal, hutchinson_trace, normal, rademacher, spectral_density, sphere
+from curvature.linop import Counting
+from curvature.results import Status
+from tests.matrices import F64, generator, spectra, with_spectrum
+
+NUM_SEEDS = 400
+
+
+def every_sign_vector(n: int) -> Tensor:
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=n)), dtype=F64).T
+
+
+def test_probes_have_the_moments_they_promise() -> None:
+    for draw in (rademacher, normal, sphere):
+        Z = draw(20, 4000, generator=generator(), dtype=F64)
+        assert Z.shape == (20, 4000)
+        second = Z @ Z.T / 4000
+        z_scores = (second - torch.eye(20, dtype=F64)) * 4000**0.5
+        assert z_scores.abs().max() < 8, draw.__name__  # 210 entries of variance at most 2
+    assert set(rademacher(9, 9, generator=generator(), dtype=F64).unique().tolist()) == {-1.0, 1.0}
+    torch.testing.assert_close(
+        sphere(9, 5, generator=generator(), dtype=F64).norm(dim=0), torch.full((5,), 3.0, dtype=F64)
+    )
+
+
+# -- trace ------------------------------------------------------------------------------------------------------------
+
+
+def test_over_all_sign_vectors_mean_and_variance_are_the_formulas() -> None:
+    A = with_spectrum(torch.linspace(-1, 2, 9, dtype=F64))
+    trace = hutchinson_trace(A, probes=every_sign_vector(9))
+    torch.testing.assert_close(trace.value, A.trace(), rtol=1e-12, atol=0)
+    variance = 2 * (A.square().sum() - A.diagonal().square().sum())
+    torch.testing.assert_close(trace.samples.var(correction=0), variance, rtol=1e-12, atol=0)
+
+
+def test_diagonal_matrices_are_exact_for_signs_and_multiples_of_the_identity_for_the_sphere() -> None:
+    D = torch.diag(torch.arange(1.0, 8.0, dtype=F64))
+    for estimate in (
+        hutchinson_trace(D, num_probes=3, generator=generator()),
+        hutchinson_trace(4 * torch.eye(7, dtype=F64), num_probes=3, generator=generator(), distribution="sphere"),
+    ):
+        torch.testing.assert_close(estimate.value, torch.tensor(28.0, dtype=F64))
+        assert estimate.stderr < 1e-14
+        assert estimate.status is Status.BUDGET
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "normal", "sphere"])
+def test_the_standard_error_of_the_trace_is_the_truth(distribution: str) -> None:
+    A = with_spectrum(spectra(50)["indefinite"] + spectra(50)["polynomial"])
+    z = []
+    for seed in range(NUM_SEEDS):
+        estimate = hutchinson_trace(
+            A, num_probes=60, generator=generator(seed), distribution=distribution, block_size=60
+        )
+        z.append((estimate.value - A.trace()) / estimate.stderr)
+    scores = torch.stack(z)
+    assert abs(scores.mean()) * NUM_SEEDS**0.5 < 4
+    assert 0.9 < scores.std() < 1.1
+
+
+def test_rtol_is_reached_or_said_to_be_missed() -> None:
+    A = with_spectrum(spectra(50)["flat"])
+    reached = hutchinson_trace(A, rtol=0.01, generator=generator())
+    assert reached.status is Status.CONVERGED
+    assert reached.stderr <= 0.01 * reached.value
+    assert abs(reached.value - A.trace()) < 4 * reached.stderr
+    missed = hutchinson_trace(with_spectrum(spectra(50)["indefinite"]), rtol=1e-6, max_probes=20, generator=generator())
+    assert missed.status is Status.MAX_PROBES
+    assert missed.num_matvecs == len(missed.samples) == 20
+
+
+def test_blocks_change_the_products_not_the_count() -> None:
+    counted = Counting(with_spectrum(spectra(30)["flat"]))
+    estimate = hutchinson_trace(counted, num_probes=10, block_size=4, generator=generator())
+    assert counted.num_matvecs == estimate.num_matvecs == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of num_probes"),
+        ({"num_probes": 4, "rtol": 0.1}, "exactly one of num_probes"),
+        ({"num_probes": 1}, "num_probes must be at least 2, got 1"),
+        ({"rtol": -1.0}, "rtol must be positive"),
+        ({"num_probes": 4, "distribution": "cauchy"}, "distribution must be one of rademacher, normal, sphere"),
+        ({"num_probes": 4, "generator": None}, "generator is needed"),
+        ({"probes": torch.ones(3, 3)}, r"probes must have shape \(6, k\)"),
+        ({"num_probes": 4, "block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_bad_input_for_the_trace(arguments: dict[str, object], message: str) -> None:
+    settings: dict[str, object] = {"generator": generator(), **arguments}
+    with pytest.raises(InputError, match=message):
+        hutchinson_trace(torch.eye(6), **settings)  # type: ignore[arg-type]
+
+
+# -- diagonal ---------------------------------------------------------------------------------------------------------
+
+
+def test_over_all_sign_vectors_the_diagonal_is_exact_with_its_variance() -> None:
+    A = with_spectrum(torch.linspace(-1, 2, 9, dtype=F64))
+    probes = every_sign_vector(9)
+    estimate = hutchinson_diagonal(A, probes=probes, block_size=50)
+    torch.testing.assert_close(estimate.values, A.diagonal(), rtol=0, atol=1e-13)
+    k = probes.shape[1]
+    variance = A.square().sum(dim=1) - A.diagonal().square()
+    torch.testing.assert_close(estimate.stderr.square() * (k - 1), variance, rtol=1e-11, atol=0)
+
+
+def test_the_standard_errors_of_the_diagonal_are_the_truth() -> None:
+    A = with_spectrum(spectra(20)["indefinite"])
+    scores = torch.stack(
+        [
+            (e.values - A.diagonal()) / e.stderr
+            for seed in range(NUM_SEEDS)
+            for e in [hutchinson_diagonal(A, num_probes=60, generator=generator(seed), block_size=60)]
+        ]
+    )
+    assert scores.mean().abs() * (NUM_SEEDS * 20) ** 0.5 < 8  # entries share probes
+    assert 0.9 < scores.std() < 1.1
+
+
+def test_bad_input_for_the_diagonal() -> None:
+    with pytest.raises(InputError, match="exactly one of num_probes"):
+        hutchinson_diagonal(torch.eye(3), generator=generator())
+    with pytest.raises(InputError, match="probes must be signs"):
+        hutchinson_diagonal(torch.eye(3), probes=torch.full((3, 2), 0.5))
+    with pytest.raises(InputError, match="num_probes must be at least 2"):
+        hutchinson_diagonal(torch.eye(3), num_probes=1, generator=generator())
+
+
+# -- density ----------------------------------------------------------------------------------------------------------
+
+
+def smoothed(eigenvalues: Tensor, grid: Tensor, sigma: float) -> Tensor:
+    gaussians = torch.distributions.Normal(eigenvalues, sigma).log_prob(grid[:, None]).exp()
+    return gaussians.mean(dim=1)
+
+
+def test_with_as_many_steps_as_distinct_eigenvalues_and_all_probes_the_density_is_exact() -> None:
+    eigenvalues = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, 4.0], dtype=F64)
+    A = with_spectrum(eigenvalues)
+    density = spectral_density(
+        A,
+        num_probes=6,
+        num_steps=6,
+        generator=generator(),
+        probes=torch.linalg.eigh(A)[1] @ _hadamard_like(6),
+        sigma=0.2,
+    )
+    torch.testing.assert_close(density.density, smoothed(eigenvalues, density.grid, 0.2), rtol=0, atol=1e-12)
+
+
+def _hadamard_like(n: int) -> Tensor:
+    """Orthogonal columns whose squared entries average to 1/n over the columns, as any orthogonal matrix's do."""
+    return torch.linalg.qr(torch.randn(n, n, generator=generator(4), dtype=F64))[0]
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("name", ["flat", "indefinite", "outliers over a bulk", "step", "many null", "zero"])
+def test_it_is_a_density_with_the_right_moments(name: str, deflated: bool) -> None:
+    A = with_spectrum(spectra(80)[name])
+    deflate = eigsh(A, 4, rtol=1e-8, generator=generator(1)) if deflated else None
+    density = spectral_density(A, num_probes=8, num_steps=20, generator=generator(), deflate=deflate)
+    torch.testing.assert_close(density.weights.sum(dim=1), torch.ones(8, dtype=F64))
+    assert abs(torch.trapezoid(density.density, density.grid) - 1) < 1e-3
+    exact = torch.linalg.eigvalsh(A)
+    for power in (1, 2):
+        mean, stderr = density.expectation(lambda x, power=power: x**power)  # type: ignore[misc]
+        assert abs(mean - (exact**power).mean()) <= 4 * stderr + 1e-9, power
+
+
+def test_deflation_takes_the_outliers_out_of_the_error() -> None:
+    A = with_spectrum(spectra(200)["outliers over a bulk"])
+    top = eigsh(A, 3, rtol=1e-8, generator=generator(1))
+    plain = spectral_density(A, num_probes=10, num_steps=20, generator=generator())
+    deflated = spectral_density(A, num_probes=10, num_steps=20, generator=generator(), deflate=top)
+    assert deflated.expectation(torch.abs)[1] < 0.1 * plain.expectation(torch.abs)[1]
+    for eigenvalue in (50.0, 20.0, 10.0):
+        at = (deflated.nodes - eigenvalue).abs() < 1e-6
+        torch.testing.assert_close(deflated.weights[at], torch.full((10,), 1 / 200, dtype=F64))
+
+
+def test_the_standard_error_of_the_density_is_the_truth() -> None:
+    A = with_spectrum(spectra(40)["indefinite"])
+    exact = torch.linalg.eigvalsh(A)
+    scores = []
+    for seed in range(NUM_SEEDS):
+        density = spectral_density(A, num_probes=30, num_steps=12, generator=generator(seed), num_points=2)
+        mean, stderr = density.expectation(torch.square)  # degree 2 is integrated exactly: the probes are all the error
+        scores.append((mean - exact.square().mean()) / stderr)
+    z = torch.stack(scores)
+    assert abs(z.mean()) * NUM_SEEDS**0.5 < 4
+    assert 0.9 < z.std() < 1.1
+
+
+def test_bad_input_for_the_density() -> None:
+    A = torch.eye(6)
+    for arguments, message in [
+        ({"num_probes": 0, "num_steps": 3}, "num_probes must be at least 1"),
+        ({"num_probes": 2, "num_steps": 7}, r"num_steps must be in \[1, 6\], got 7"),
+        ({"num_probes": 2, "num_steps": 3, "sigma": 0.0}, "sigma must be positive"),
+        ({"num_probes": 2, "num_steps": 3, "num_points": 1}, "num_points must be at least 2"),
+        ({"num_probes": 2, "num_steps": 3, "probes": torch.ones(6, 3)}, r"probes must have shape \(6, 2\)"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            spectral_density(A, generator=generator(), **arguments)  # type: ignore[arg-type]
