@@ -1,0 +1,62 @@
+# make help lists the targets. The environments are made on first use and made anew when their pins change.
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+VENV := .venv
+BENCH := .venv-bench
+RUN ?= runs/demo
+# pytest processes, each with one thread: faster than one process with many.
+TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench notebooks clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready ## inspect a trained network on handwritten digits; prints the path of the report
+	$(VENV)/bin/curvature inspect digits-cnn --out $(RUN)
+
+test: lint ## lint, then all tests (PYTEST_ARGS="-k lanczos" narrows them)
+	$(TEST) $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.ready ## rewrite the sources as ruff would have them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the README's table
+	$(BENCH)/bin/python -m benchmarks.bench_products
+	$(BENCH)/bin/python -m benchmarks.report
+
+notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
+	for source in notebooks/[0-9]*.py; do $(VENV)/bin/jupytext --to ipynb --execute "$$source" || exit 1; done
+
+clean: ## remove environments, runs and caches
+	rm -rf $(VENV) $(BENCH) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch first, by version and with its own dependencies; the lock after it, without, since the lock is complete; this
+# project last, built by the setuptools of the lock. See requirements/lock.txt.
+$(VENV)/.torch $(BENCH)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'The pinned environment needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install $(TORCH)
+	touch $@
+
+$(VENV)/.lock: requirements/lock.txt $(VENV)/.torch
+	$(@D)/bin/python -m pip install --no-deps -r requirements/lock.txt
+	touch $@
+
+$(BENCH)/.lock: requirements/lock.txt requirements/benchmark.txt $(BENCH)/.torch
+	$(@D)/bin/python -m pip install --no-deps -r requirements/lock.txt -r requirements/benchmark.txt
+	touch $@
+
+$(VENV)/.ready $(BENCH)/.ready: %/.ready: pyproject.toml %/.lock
+	$(@D)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
