@@ -1,0 +1,179 @@
+"""From what a user types to a task: bundled names, `file.py:function`, `package.module:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from analysis.tasks.checkpoint import load_checkpoint
+from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.task import Task
+from curvature import Objective
+from curvature.errors import TaskError
+
+__all__ = ["load_task"]
+
+
+def load_task(reference: str, checkpoint: Path | str | None = None) -> Task:
+    """Return the task that a reference names.
+
+    Args:
+        reference: a bundled name (`digits-cnn`, `digits-mlp`), or `file.py:function` or `package.module:function`, a
+            function without arguments that returns a `Task` or a `curvature.Objective`. It is executed.
+        checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's.
+
+    Raises:
+        TaskError: if the name is unknown, the module does not import, or the function is missing, fails or returns
+            something else.
+        CheckpointError: if the checkpoint is missing, unreadable or does not fit.
+    """
+    if reference in BUNDLED:
+        return _bundled(reference, checkpoint)
+    place, colon, function_name = reference.rpartition(":")
+    if not colon:
+        raise TaskError(
+            f"no bundled task is called {reference!r}{_nearest(reference, BUNDLED)}; give {', '.join(BUNDLED)}, "
+            "file.py:function or package.module:function."
+        )
+    if not place or not function_name.isidentifier():
+        raise TaskError(f"{reference!r} names no function; write file.py:function or package.module:function.")
+    task = _as_task(_call(_function(_module(place), function_name, place), reference), reference)
+    if checkpoint is None:
+        return task
+    metadata = load_checkpoint(checkpoint, task.model)
+    return replace(task, checkpoint=Path(checkpoint), metadata=metadata)
+
+
+def _bundled(name: str, checkpoint: Path | str | None) -> Task:
+    bundled = BUNDLED[name]
+    train_data, test_data = load_digits()
+    with torch.random.fork_rng(devices=[]):  # the initialisation that the checkpoint overwrites draws random numbers
+        model = bundled.make_model().eval()
+    path = bundled.checkpoint if checkpoint is None else Path(checkpoint)
+    metadata = load_checkpoint(path, model)
+    return Task(
+        name=name,
+        description=bundled.description,
+        model=model,
+        loss=nn.CrossEntropyLoss(),
+        train_data=train_data,
+        test_data=test_data,
+        checkpoint=path,
+        metadata=metadata,
+    )
+
+
+def _module(place: str) -> ModuleType:
+    is_file = place.endswith(".py")
+    if is_file and not Path(place).is_file():
+        raise TaskError(
+            f"there is no file {place}; give the path of a Python file that exists, relative to {Path.cwd()}."
+        )
+    try:
+        return _import_file(Path(place)) if is_file else _import_module(place)
+    except ModuleNotFoundError as error:
+        if not is_file and error.name is not None and (place == error.name or place.startswith(error.name + ".")):
+            raise TaskError(
+                f"there is no module {place}: {error.name} is not found; install it, run from the folder it lies in, "
+                "or give file.py:function."
+            ) from error
+        raise TaskError(f"{place} does not import: {error}; install what it needs.") from error
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{place} does not import: {_what_and_where(error)}; mend it there.") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under its own name, with its folder on the path as `python file.py` has it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(path.stem)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module  # dataclasses and pickling look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        if before is not None:
+            sys.modules[path.stem] = before
+        raise
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module, from the present folder too, as `python -m` does."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    function = getattr(module, name, None)
+    if function is None:
+        raise TaskError(
+            f"{place} has no function {name!r}{_nearest(name, functions)}; give the name of one that returns a Task."
+        )
+    if not callable(function):
+        raise TaskError(
+            f"{name!r} in {place} is a {type(function).__name__}, not a function; give one that returns a Task."
+        )
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise TaskError(
+            f"{place}:{name} must be callable without arguments, but: {error}; give its arguments defaults."
+        ) from error
+    except ValueError:  # a callable without a signature, such as some written in C: calling it is the only test
+        pass
+    return function
+
+
+def _call(function: Callable[[], Any], reference: str) -> Any:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{reference} failed: {_what_and_where(error)}; mend it there.") from error
+
+
+def _as_task(returned: Any, reference: str) -> Task:
+    if isinstance(returned, Task):
+        return returned
+    if isinstance(returned, Objective):
+        return Task(name=reference, model=returned.model, prepared=returned)
+    raise TaskError(
+        f"{reference} returned a {type(returned).__name__}; return a curvature.Objective or an analysis.tasks.Task."
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _what_and_where(error: BaseException) -> str:
+    """One line: the error, and the innermost place outside installed packages it came from."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} at {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in (__file__,)]
+    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
+    where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}{': ' + message if message else ''}{where}"
