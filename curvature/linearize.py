@@ -133,6 +133,8 @@ class Linearization:
 
     def hvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return H X for X (k, m), one vector a row; H is the batch's Hessian, or its diagonal block."""
+        if self.weight == 0:  # nothing counts in this batch: its mean is 0 / 0
+            return torch.zeros_like(X)
         self._verify("hvp")
         gradient = self._build_gradient()
         chosen = self._positions(block)
@@ -151,6 +153,8 @@ class Linearization:
 
     def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
+        if self.weight == 0:
+            return torch.zeros_like(X)
         self._verify("ggnvp")
         jacobian_transposed, u, output_hessian = self._build_jacobian()
         chosen = self._positions(block)
@@ -224,8 +228,8 @@ class Linearization:
                     f"the Gauss-Newton matrix needs outputs that are one tensor, got {type(outputs).__name__}; "
                     "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
                 )
-            u = torch.zeros_like(outputs, requires_grad=True)
             with self._session(), _no_autocast(self._space.device), self._metered():
+                u = torch.zeros_like(outputs, requires_grad=True)
                 transposed: Sequence[Tensor | None] = (None,) * len(self._params)
                 if outputs.requires_grad:
                     transposed = _pull_back([outputs], self._params, [u], create_graph=True)

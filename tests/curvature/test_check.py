@@ -1,0 +1,232 @@
+"""The self-check passes on what is right and names the cause of what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import curvature.losses
+from curvature import Objective
+from curvature.errors import CheckFailedError, DataError
+from tests.cases import BY_NAME, CASES, Case
+from tests.checks import assert_untouched
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 1, 0, 2])
+
+
+def objective(*layers: nn.Module, loss: Any = None, **settings: Any) -> Objective:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), *layers, nn.Linear(5, 3)).double()
+    return Objective(model, loss or nn.CrossEntropyLoss(), [(X[:4], Y[:4]), (X[4:], Y[4:])], **settings)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_passes_on_every_case(case: Case) -> None:
+    model = case.model()
+    with assert_untouched(model):
+        report = Objective(model, case.loss, case.ragged()).check()
+    assert report.passed
+    assert len(report.messages) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["MLP tanh", "LayerNorm", "MultiheadAttention eval"])
+def test_passes_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
+    case = BY_NAME[name]
+    x, y = case.data()
+    y = y.to(dtype) if y.is_floating_point() else y
+    assert Objective(case.model().to(dtype), case.loss, (x.to(dtype), y)).check().passed
+
+
+def test_kinks_are_named_and_not_held_against_the_model() -> None:
+    messages = objective(nn.ReLU()).check().messages
+    assert any("ReluBackward0 has kinks" in message for message in messages)
+    assert not any("kinks" in message for message in objective(nn.Tanh()).check().messages)
+
+
+# -- functions that move ----------------------------------------------------------------------------------------------
+
+
+class NumpyNoise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + float(np.random.default_rng().normal())
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 + 0.1 * self.calls)
+
+
+@pytest.mark.parametrize("culprit", [NumpyNoise, Counts])
+def test_module_that_does_not_repeat_is_named(culprit: type[nn.Module]) -> None:
+    subject = objective(nn.Tanh(), culprit())
+    with assert_untouched(subject.model), pytest.raises(CheckFailedError, match=rf"'2' \({culprit.__name__}\)"):
+        subject.check()
+
+
+def test_loss_that_does_not_repeat() -> None:
+    noise = np.random.default_rng(0)
+    subject = objective(nn.Tanh(), loss=lambda z, y: nn.functional.cross_entropy(z, y) * (1 + float(noise.random())))
+    with pytest.raises(CheckFailedError, match="every module repeats, so the loss"):
+        subject.check()
+
+
+def test_loader_that_does_not_repeat() -> None:
+    class Moving(TensorDataset):
+        def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+            x, y = super().__getitem__(i)
+            return x + torch.randn(4, dtype=torch.float64), y
+
+    subject = Objective(objective().model, nn.CrossEntropyLoss(), DataLoader(Moving(X, Y)))
+    with pytest.raises(DataError, match="other data at each pass"):
+        subject.check()
+
+
+def test_state_in_a_buffer_is_guarded() -> None:
+    class CountsInBuffer(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * (1 + 0.1 * self.calls)
+
+    subject = objective(CountsInBuffer())
+    with assert_untouched(subject.model):
+        assert subject.check().passed
+
+
+# -- derivatives that are wrong ---------------------------------------------------------------------------------------
+
+
+class WrongGradient(torch.autograd.Function):
+    """sin, with 1.1 cos for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Tensor:
+        return 1.1 * u * ctx.saved_tensors[0].cos()
+
+
+class WrongCurvature(torch.autograd.Function):
+    """sin, with the right derivative, of which autograd does not know that it depends on x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Tensor:
+        return u * ctx.saved_tensors[0].detach().cos()
+
+
+class Once(torch.autograd.Function):
+    """sin, to be differentiated once only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor) -> Tensor:
+        return u * ctx.saved_tensors[0].cos()
+
+
+class Custom(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (WrongGradient, "not the derivative of the loss.*WrongGradientBackward"),
+        (WrongCurvature, "second derivative is wrong.*WrongCurvatureBackward"),
+        (Once, "OnceBackward"),
+    ],
+)
+def test_wrong_backward_is_found_and_named(function: type[torch.autograd.Function], message: str) -> None:
+    subject = objective(Custom(function))
+    with assert_untouched(subject.model), pytest.raises(CheckFailedError, match=message):
+        subject.check()
+
+
+def test_derivative_that_autograd_leaves_out_is_found() -> None:
+    """Autograd passes over the error that `once_differentiable` plants, where no parameter lies behind it."""
+    model = nn.Sequential(nn.Linear(4, 3), Custom(Once)).double()
+    with pytest.raises(CheckFailedError, match="OnceBackward"):
+        Objective(model, nn.CrossEntropyLoss(), (X, Y)).check()
+
+
+def test_operation_without_second_derivative() -> None:
+    class Distances(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, torch.ones(5, 5).to(x), p=3.0)
+
+    with pytest.raises(CheckFailedError, match=r"no second derivative by autograd: .*_cdist_backward"):
+        objective(nn.Tanh(), Distances()).check()
+
+
+def test_unsymmetric_hessian_is_found() -> None:
+    class Lopsided(torch.autograd.Function):
+        """(x, y) -> x y, where the derivative in x forgets that it depends on y."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = ctx.saved_tensors
+            return u * y.detach(), u * x
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Lopsided.apply(x, self.scale.expand_as(x))
+
+    with pytest.raises(CheckFailedError, match=r"not symmetric.*LopsidedBackward"):
+        objective(Product()).check()
+
+
+def test_wrong_closed_form_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = curvature.losses.CrossEntropy
+    monkeypatch.setattr(rule, "_scale", lambda *_: 0.3)
+    with pytest.raises(CheckFailedError, match="closed form of the loss Hessian differs"):
+        objective(nn.Tanh()).check()
+
+
+def test_tolerance_can_be_set() -> None:
+    assert objective(nn.Tanh()).check(rtol=1e-6).passed
+    with pytest.raises(CheckFailedError):
+        objective(nn.Tanh()).check(rtol=0.0)

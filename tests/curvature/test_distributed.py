@@ -1,0 +1,77 @@
+"""Two processes that hold unequal parts of the data compute what one with all of them does."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from curvature import GGNOperator, HessianOperator, Objective
+from tests.cases import BY_NAME
+from tests.checks import BATCHING_TOLERANCE, assert_close
+
+CASES = ("attention by hand", "MLP tanh")  # with padding, so that ranks differ in loss terms too
+SIZES = (5, 2)  # examples of the two ranks
+
+
+def results(name: str, part: slice, group: dist.ProcessGroup | None, reduction: str = "mean") -> dict[str, Tensor]:
+    case = BY_NAME[name]
+    x, y = case.data()
+    loss = type(case.loss)(reduction=reduction)
+    data = list(zip(x[part].split(3), y[part].split(3), strict=True))
+    objective = Objective(case.model(), loss, data, process_group=group)
+    X = torch.randn(objective.num_params, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss_value, gradient = objective.loss_and_gradient()
+    block = objective.space.blocks[-1]
+    return {
+        "loss": loss_value,
+        "gradient": gradient,
+        "Hessian": HessianOperator(objective) @ X,
+        "GGN": GGNOperator(objective) @ X,
+        "block": HessianOperator(objective).restrict(block) @ block.take(X),
+        "weight": torch.tensor(objective.total_weight if reduction == "mean" else 0.0, dtype=torch.float64),
+    }
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        assert dist.group.WORLD is not None
+        part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], sum(SIZES))
+        mine = {
+            f"{name}, {reduction}": results(name, part, dist.group.WORLD, reduction)
+            for name in CASES
+            for reduction in ("mean", "sum")
+        }
+        torch.save(mine, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    spawn(work, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name in CASES:
+        for reduction in ("mean", "sum"):
+            alone = results(name, slice(None), None, reduction)
+            for what, expected in alone.items():
+                first, second = (rank[f"{name}, {reduction}"][what] for rank in ranks)
+                assert torch.equal(first, second), f"ranks differ in {what}"
+                assert_close(first, expected, BATCHING_TOLERANCE)
+
+
+def test_ranks_do_hold_unequal_weights() -> None:
+    """Else a mean of the ranks' means would pass for the mean over all data."""
+    case = BY_NAME[CASES[0]]
+    x, y = case.data()
+    parts = [Objective(case.model(), nn.CrossEntropyLoss(), d) for d in ((x[:5], y[:5]), (x[5:], y[5:]))]
+    weights = [part.total_weight for part in parts]
+    assert weights[0] != weights[1]
+    assert abs(float(parts[0].loss() - parts[1].loss())) > 1e-3

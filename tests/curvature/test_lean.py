@@ -1,0 +1,212 @@
+"""Layers recorded in their lean form against autograd's own second derivatives, and the comparison that guards them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import curvature.lean as lean_module
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.lean import LeanLayers
+from tests.cases import BY_NAME
+from tests.checks import assert_close
+from tests.references import dense_ggn, dense_hessian, derivative_along, flat_gradient, total_loss
+
+
+def real(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def positive(*shape: int) -> Tensor:
+    return real(*shape, seed=9).abs() + 0.5
+
+
+def norm_buffers() -> tuple[Tensor, Tensor]:
+    return real(4, seed=8), positive(4)
+
+
+Layer = tuple[Callable[..., Tensor], list[Tensor]]
+CONVOLUTIONS: dict[str, Layer] = {
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b), [real(2, 3, 6), real(4, 3, 3), real(4)]),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, padding=1), [real(2, 2, 4, 4), real(4, 2, 3, 3), real(4)]),
+    "conv2d no bias": (lambda x, w: F.conv2d(x, w), [real(2, 2, 4, 4), real(3, 2, 3, 3)]),
+    "conv2d strided": (
+        lambda x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+        [real(2, 2, 5, 5), real(4, 2, 3, 2), real(4)],
+    ),
+    "conv2d grouped": (lambda x, w, b: F.conv2d(x, w, b, groups=2), [real(2, 4, 3, 3), real(4, 2, 2, 2), real(4)]),
+    "conv3d": (lambda x, w, b: F.conv3d(x, w, b), [real(1, 1, 3, 3, 3), real(2, 1, 2, 2, 2), real(2)]),
+}
+NORMS: dict[str, Layer] = {
+    "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [real(3, 5), real(5), real(5)]),
+    "layer norm plain": (lambda x: F.layer_norm(x, (5,), eps=0.1), [real(3, 5)]),
+    "layer norm 2d": (lambda x, w: F.layer_norm(x, (3, 4), w), [real(2, 3, 4), real(3, 4)]),
+    "batch norm": (lambda x, w, b: F.batch_norm(x, *norm_buffers(), w, b), [real(3, 4, 2), real(4), real(4)]),
+    "conv, batch norm": (
+        lambda x, k, w, b: F.batch_norm(F.conv2d(x, k), *norm_buffers(), w, b, eps=0.1),
+        [real(2, 2, 3, 3), real(4, 2, 2, 2), real(4), real(4)],
+    ),
+    "linear, batch norm": (
+        lambda x, k, c, w, b: F.batch_norm(F.linear(x, k, c), *norm_buffers(), w, b),
+        [real(3, 5), real(4, 5), real(4), real(4), real(4)],
+    ),
+    "conv, batch norm, shared": (  # the output of the convolution is used besides
+        lambda x, k: (lambda y: F.batch_norm(y, *norm_buffers()) * y)(F.conv1d(x, k)),
+        [real(2, 2, 3), real(4, 2, 2)],
+    ),
+}
+ACTIVATIONS: dict[str, Layer] = {
+    f.__name__ + suffix: (lambda x, f=f, kw=kw: f(x, **kw), [2 * real(3, 4)])
+    for f, kw, suffix in [
+        *((F.gelu, {}, ""), (F.gelu, {"approximate": "tanh"}, " tanh"), (F.silu, {}, ""), (F.mish, {}, "")),
+        *((F.softplus, {"beta": 2.0}, ""), (F.elu, {"alpha": 0.7}, ""), (F.selu, {}, ""), (F.celu, {"alpha": 0.7}, "")),
+        *((F.logsigmoid, {}, ""), (torch.tanh, {}, ""), (torch.sigmoid, {}, "")),
+    ]
+}
+LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS
+
+
+def second_derivative(function: Callable[..., Tensor], inputs: list[Tensor], chosen: list[int]) -> Tensor:
+    """Return H v of a curved function of the layer's output, in some of the inputs."""
+    leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
+    y = function(*leaves)
+    value = (y.sin() * real(*y.shape, seed=5)).sum()
+    params = [leaves[i] for i in chosen]
+    g = torch.autograd.grad(value, params, create_graph=True)
+    v = [real(*p.shape, seed=6 + i) for i, p in enumerate(params)]
+    Hv = torch.autograd.grad(g, params, v)
+    return torch.cat([part.reshape(-1) for part in (*g, *Hv)]).detach()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lean_layer_agrees_with_autograd(name: str) -> None:
+    function, inputs = LAYERS[name]
+    places = range(len(inputs))
+    for chosen in (list(places), *([i] for i in places)):
+        expected = second_derivative(function, inputs, chosen)
+        lean = LeanLayers()
+        with lean:
+            actual = second_derivative(function, inputs, chosen)
+        if 0 in chosen:
+            assert lean.num_replaced > 0
+        assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_weight_norm_is_replaced_even_without_lean_layers(dim: int) -> None:
+    v, g = real(3, 4), positive(*{0: (3, 1), 1: (1, 4), -1: ()}[dim])
+    for corrections_only in (True, False):
+        leaves = [v.clone().requires_grad_(), g.clone().requires_grad_()]
+
+        def gradient(leaves: list[Tensor] = leaves) -> Tensor:
+            return flat_gradient(torch._weight_norm(leaves[0], leaves[1], dim).sin().sum(), leaves, create_graph=True)
+
+        x = real(v.numel() + g.numel(), seed=3)
+        by_differences = derivative_along(gradient, leaves, x)
+        with LeanLayers(corrections_only=corrections_only):
+            product = flat_gradient(gradient() @ x, leaves)
+        assert_close(product, by_differences, 1e-8)
+
+
+def test_layers_with_nothing_lean_are_left_alone() -> None:
+    x = real(3, 4, 2).requires_grad_()
+    lean = LeanLayers()
+    with lean:
+        F.batch_norm(x, None, None, training=True)
+        F.silu(x.clone(), inplace=True)
+        F.gelu(x.detach())
+        F.conv1d(x, real(2, 4, 1), padding="same")
+        with torch.no_grad():
+            F.gelu(x)
+        with torch.autocast("cpu"):
+            F.gelu(x)
+    assert lean.num_replaced == 0
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2.0), lambda y: y.add_(y.detach()), lambda y: y.relu_()])
+def test_batch_norm_is_not_folded_into_what_was_changed_in_place(change: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        y = F.conv1d(x, k)
+        change(y)
+        return F.batch_norm(y, *norm_buffers(), w)
+
+    inputs = [real(2, 3, 4), real(4, 3, 2), real(4)]
+    expected = second_derivative(function, inputs, [0, 1, 2])
+    with LeanLayers():
+        actual = second_derivative(function, inputs, [0, 1, 2])
+    assert_close(actual, expected, 1e-11)
+
+
+# -- trust ------------------------------------------------------------------------------------------------------------
+
+
+def sabotaged(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the second derivative of a lean function wrong by one part in a hundred."""
+    function = getattr(lean_module, rule)
+    right = function.backward
+
+    def wrong(ctx: Any, *grads: Any) -> Any:
+        return tuple(1.01 * g if isinstance(g, Tensor) else g for g in right(ctx, *grads))
+
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
+
+
+SABOTAGE = [
+    ("_ActivationBackward", "MLP GELU"),
+    ("_NormaliseBackward", "LayerNorm"),
+    ("_ConvolutionBackward", "GroupNorm"),
+    ("_Activation", "MLP SiLU"),
+]
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False])
+@pytest.mark.parametrize("matrix", ["Hessian", "GGN"])
+@pytest.mark.parametrize(("rule", "name"), SABOTAGE)
+def test_wrong_rule_is_found_out_and_not_used(
+    rule: str, name: str, matrix: str, keep_graphs: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    sabotaged(rule, monkeypatch)
+    case = BY_NAME[name]
+    model = case.model()
+    params = list(model.parameters())
+    if matrix == "Hessian":
+        dense = dense_hessian(lambda: total_loss(model, [case.data()], case.criterion), params)
+    else:
+        dense = dense_ggn(model, [case.data()], case.criterion, params)
+    objective = Objective(model, case.loss, case.ragged(), keep_graphs=keep_graphs)
+    operator = (HessianOperator if matrix == "Hessian" else GGNOperator)(objective)
+    v = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
+    assert_close(operator @ v, dense @ v)
+    assert objective._trust.revoked
+    assert any("Lean layers are not used" in note for note in objective.notes)
+
+
+def test_right_rules_are_used_and_noted() -> None:
+    case = BY_NAME["LayerNorm"]
+    objective = Objective(case.model(), case.loss, case.ragged())
+    HessianOperator(objective).to_dense()
+    GGNOperator(objective).to_dense()
+    assert not objective._trust.revoked
+    assert set(objective._trust.differences) == {"hvp", "ggnvp"}
+    assert all(lin.num_lean_layers == 2 for lin in objective.linearizations())
+    assert sum("Lean layers serve for products" in note for note in objective.notes) == 2
+
+
+def test_trust_is_shared_with_restrictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotaged("_NormaliseBackward", monkeypatch)
+    case = BY_NAME["LayerNorm"]
+    objective = Objective(case.model(), case.loss, case.ragged())
+    HessianOperator(objective).to_dense()
+    assert all(lin.num_lean_layers == 0 for lin in objective.restrict("3").linearizations())
+
+
+def test_module_with_batch_norm_keeps_its_statistics() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten()).double().train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    HessianOperator(Objective(model, nn.MSELoss(), (real(3, 1, 2), real(3, 4)))).to_dense()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())

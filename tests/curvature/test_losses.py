@@ -1,0 +1,157 @@
+"""Losses: the second derivative in the outputs in closed form, and what a mean divides by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.errors import InputError
+from curvature.losses import loss_rule
+from tests.checks import assert_close
+
+G = torch.Generator().manual_seed(0)
+WEIGHTS = torch.tensor([0.5, 2.0, 1.5, 0.1], dtype=torch.float64)
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=G, dtype=torch.float64)
+
+
+CLASSES = torch.tensor([0, 3, 1, 2, 3, 0])
+PADDED = torch.tensor([0, -100, 1, -100, 3, 0])
+PIXELS = torch.tensor([[[0, 1], [2, 3]], [[-100, 1], [0, -100]]])
+BITS = (real(6, 4) > 0).double()
+LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor]] = {
+    "mse": (nn.MSELoss(), real(6, 4), real(6, 4)),
+    "mse sum": (nn.MSELoss(reduction="sum"), real(6, 4), real(6, 4)),
+    "mse function": (F.mse_loss, real(6), real(6)),
+    "ce": (nn.CrossEntropyLoss(), real(6, 4), CLASSES),
+    "ce function": (F.cross_entropy, real(6, 4), CLASSES),
+    "ce sum": (nn.CrossEntropyLoss(reduction="sum"), real(6, 4), CLASSES),
+    "ce ignored": (nn.CrossEntropyLoss(), real(6, 4), PADDED),
+    "ce ignore_index": (nn.CrossEntropyLoss(ignore_index=3), real(6, 4), CLASSES),
+    "ce class weights": (nn.CrossEntropyLoss(weight=WEIGHTS), real(6, 4), PADDED),
+    "ce class weights sum": (nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"), real(6, 4), PADDED),
+    "ce smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), real(6, 4), PADDED),
+    "ce smoothing, weights": (nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.2), real(6, 4), PADDED),
+    "ce probabilities": (nn.CrossEntropyLoss(), real(6, 4), real(6, 4).softmax(1)),
+    "ce probabilities, all": (
+        nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.3),
+        real(6, 4),
+        real(6, 4).softmax(1),
+    ),
+    "ce unnormalised targets": (nn.CrossEntropyLoss(), real(6, 4), real(6, 4).exp()),
+    "ce pixels": (nn.CrossEntropyLoss(weight=WEIGHTS), real(2, 4, 2, 2), PIXELS),
+    "ce pixels, probabilities": (nn.CrossEntropyLoss(), real(2, 4, 2, 2), real(2, 4, 2, 2).softmax(1)),
+    "ce one example": (nn.CrossEntropyLoss(), real(4), torch.tensor(2)),
+    "ce partial": (functools.partial(F.cross_entropy, weight=WEIGHTS, label_smoothing=0.1), real(6, 4), CLASSES),
+    "bce": (nn.BCEWithLogitsLoss(), real(6, 4), BITS),
+    "bce function": (F.binary_cross_entropy_with_logits, real(6, 4), BITS),
+    "bce sum": (nn.BCEWithLogitsLoss(reduction="sum"), real(6, 4), BITS),
+    "bce soft": (nn.BCEWithLogitsLoss(), real(6, 4), real(6, 4).sigmoid()),
+    "bce pos_weight": (nn.BCEWithLogitsLoss(pos_weight=3 * WEIGHTS), real(6, 4), BITS),
+    "bce weight": (nn.BCEWithLogitsLoss(weight=WEIGHTS, pos_weight=3 * WEIGHTS), real(6, 4), BITS),
+}
+FUNCTIONS: dict[type, Callable[..., Tensor]] = {
+    nn.MSELoss: F.mse_loss,
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+}
+OTHER: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor]] = {
+    "own": (lambda z, y: (z - y).pow(4).mean() + z.prod(1).mean(), real(3, 4), real(3, 4)),
+    "nll": (nn.NLLLoss(), real(6, 4), CLASSES),
+    "l1": (nn.L1Loss(), real(3, 4), real(3, 4)),
+    "poisson": (nn.PoissonNLLLoss(), real(3, 4), real(3, 4).exp()),
+    "positional partial": (
+        functools.partial(lambda factor, z, y: factor * (z - y).pow(4).sum(), 3.0),
+        real(4),
+        real(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *OTHER])
+def test_output_hessian(name: str) -> None:
+    loss, outputs, targets = (LOSSES | OTHER)[name]
+    rule = loss_rule(loss)
+    assert rule.closed_form == (name in LOSSES)
+    n = outputs.numel()
+    expected = torch.func.jacrev(torch.func.grad(loss))(outputs, targets).reshape(n, n)
+    product = rule.output_hessian(outputs.clone(), targets)
+    columns = [product(e.view(outputs.shape)).reshape(-1) for e in torch.eye(n, dtype=outputs.dtype)]
+    assert_close(torch.stack(columns, dim=1), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_number_of_terms_is_what_the_mean_divides_by(name: str) -> None:
+    loss, outputs, targets = LOSSES[name]
+    if isinstance(loss, nn.Module):
+        settings: dict[str, Any] = {k: getattr(loss, k) for k in ("weight", "pos_weight") if hasattr(loss, k)}
+        settings |= {k: getattr(loss, k) for k in ("ignore_index", "label_smoothing") if hasattr(loss, k)}
+        function: Callable[..., Tensor] = FUNCTIONS[type(loss)]
+        summed, mean = (function(outputs, targets, reduction=r, **settings) for r in ("sum", "mean"))
+    else:
+        summed, mean = loss(outputs, targets, reduction="sum"), loss(outputs, targets, reduction="mean")
+    assert loss_rule(loss).num_terms(outputs, targets) == pytest.approx(float(summed / mean), rel=1e-12)
+
+
+def test_subclass_of_known_loss_is_not_taken_for_it() -> None:
+    class Twice(nn.MSELoss):
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return 2 * super().forward(z, y)
+
+    z = real(3)
+    rule = loss_rule(Twice())
+    assert not rule.closed_form
+    assert_close(rule.output_hessian(z, real(3))(z), 4 / 3 * z)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "terms"),
+    [
+        (nn.NLLLoss(), PADDED, 4.0),
+        (nn.NLLLoss(weight=WEIGHTS), PADDED, 2 * 0.5 + 2.0 + 0.1),
+        (nn.L1Loss(), torch.zeros(6, 4), 24.0),
+        (lambda z, y: (z - y).mean(), torch.zeros(6, 4), 6.0),
+        (lambda z, y: (z - y).mean(), PADDED, 4.0),
+        (lambda z, y: (z - y).mean(), torch.tensor(1.0), 1.0),
+    ],
+)
+def test_number_of_terms_of_other_losses(loss: Callable[..., Tensor], targets: Tensor, terms: float) -> None:
+    assert loss_rule(loss).num_terms(None, targets) == pytest.approx(terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["ce", "bce", "mse"])
+def test_narrow_outputs(name: str, dtype: torch.dtype) -> None:
+    loss, outputs, targets = LOSSES[name]
+    u = real(*outputs.shape)
+    targets = targets.to(dtype) if targets.is_floating_point() else targets
+    exact = loss_rule(loss).output_hessian(outputs.to(dtype).double(), targets)(u)
+    narrow = loss_rule(loss).output_hessian(outputs.to(dtype), targets)(u.float())
+    assert_close(narrow.double(), exact, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), "reduction must be 'mean' or 'sum', got 'none'"),
+        (functools.partial(F.mse_loss, reduction="none"), "got 'none'"),
+        (nn.L1Loss(reduction="none"), "got 'none'"),
+        (3.0, "loss must be a function"),
+    ],
+)
+def test_bad_loss(loss: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        loss_rule(loss)
+
+
+def test_targets_of_unknown_kind_need_a_weight() -> None:
+    with pytest.raises(InputError, match="weight="):
+        loss_rule(lambda z, _: z.mean()).num_terms(None, {"boxes": torch.zeros(3)})
