@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
-from curvature.linearize import Linearization
+from curvature.linearize import Linearization, walk
 from curvature.losses import AnyLoss
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ _KINKS = (  # stems of autograd nodes of functions with jumps in their first der
     *("L1Loss", "LeakyRelu", "Max", "Median", "Min", "PreluKernel", "Relu", "Round", "RreluWithNoise", "Sign"),
     *("Softshrink", "Sort", "Threshold", "Topk"),
 )
-_STEPS = (1e-3, 3e-3, 1e-4)  # float32: steps tried in turn, relative to the norm of the parameters
+_SINGLE_STEPS = (1e-3, 3e-3, 1e-4)  # steps tried in float32, relative to the norm of the parameters
+_HALF_STEPS = (3e-2, 1e-2, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
     """Compare g'v with differences of the loss, and Hv with differences of the gradient, along one random direction."""
     double, single = eps < 1e-12, eps < 1e-6
     tolerance = 1e-4 if double else 5e-2 if single else 0.4  # in half precision differences see gross errors only
-    steps = [eps ** (1 / 3)] if double else _STEPS
+    steps = (eps ** (1 / 3),) if double else _SINGLE_STEPS if single else _HALF_STEPS
     found = [_difference(lin, objective, batch, eps, step) for step in steps]
     slope_error = min(d.slope_error for d in found)
     curve_error = min((d.curve_error for d in found if not d.drowned), default=None)
@@ -275,32 +276,26 @@ def _relative(a: Tensor, b: Tensor) -> float:
 # -- what the graph is made of ----------------------------------------------------------------------------------------
 
 
-def _nodes(lin: Linearization) -> Iterator[Any]:
-    start = lin.graph_root()
-    seen, stack = set(), [] if start is None else [start]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += [parent for parent, _ in node.next_functions if parent is not None]
-
-
 def _working_precision(lin: Linearization, objective: Objective) -> float:
     """Return the rounding error of the narrowest dtype in the graph, which may be narrower than the parameters'."""
     dtypes = {t.dtype for t in objective.space.tensors.values()}
-    dtypes |= {entry.dtype for node in _nodes(lin) for entry in node._input_metadata if entry.dtype.is_floating_point}
+    dtypes |= {
+        entry.dtype
+        for node in walk([lin.graph_root()])
+        for entry in node._input_metadata
+        if entry.dtype.is_floating_point
+    }
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _first_kink(lin: Linearization) -> str | None:
-    names = sorted({node.name() for node in _nodes(lin)})
+    names = sorted({node.name() for node in walk([lin.graph_root()])})
     stems = {name: name.rstrip("0123456789").removesuffix("Backward") for name in names}
     return next((name for name, stem in stems.items() if stem.startswith(_KINKS)), None)
 
 
 def _custom_functions(lin: Linearization) -> str:
-    customs = sorted({type(node).__name__ for node in _nodes(lin) if isinstance(node, BackwardCFunction)})
+    customs = sorted({type(node).__name__ for node in walk([lin.graph_root()]) if isinstance(node, BackwardCFunction)})
     if customs:
         names = ", ".join(customs)
         return (

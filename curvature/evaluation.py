@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Evaluator:
         weight: batch -> how much it counts, or None for the number of loss terms.
         parameters: the leaf tensors the loss is a function of.
         seed: what the random state is set to before batch i is `seed + i`.
+        graphs_seen: products whose graphs were searched for functions that refuse a second derivative.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Evaluator:
     weight: Callable[[Any], float] | None
     parameters: Sequence[Tensor]
     seed: int
+    graphs_seen: set[str] = field(default_factory=set)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -12,22 +12,23 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
-from curvature.errors import InputError, NonFiniteError
+from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from curvature.evaluation import Evaluator
 from curvature.lean import LeanLayers
 from curvature.losses import OutputHessian
 from curvature.memory import HeldMemory
 from curvature.parameters import Block, ParameterSpace
 
-__all__ = ["LeanTrust", "Linearization"]
+__all__ = ["LeanTrust", "Linearization", "walk"]
 
 
 class LeanTrust:
@@ -212,6 +213,7 @@ class Linearization:
             with self._session(), _no_autocast(self._space.device), self._metered():
                 self._gradient = _pull_back([loss], self._params, create_graph=True)
             self._check_finite(self._gradient)
+            self._check_twice_differentiable(self._gradient, "hvp")
         return self._gradient
 
     def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor, OutputHessian]:
@@ -234,6 +236,7 @@ class Linearization:
                 if outputs.requires_grad:
                     transposed = _pull_back([outputs], self._params, [u], create_graph=True)
                 output_hessian = rule.output_hessian(outputs, self._evaluation.targets)
+            self._check_twice_differentiable(transposed, "ggnvp")
             self._jacobian = (transposed, u, output_hessian)
         return self._jacobian
 
@@ -261,6 +264,20 @@ class Linearization:
             for part, p in zip(parts, params, strict=True)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def _check_twice_differentiable(self, first: Sequence[Tensor | None], product: str) -> None:
+        """Refuse functions marked `once_differentiable`: autograd passes over them where no parameter lies behind."""
+        if product in self._evaluator.graphs_seen:
+            return
+        self._evaluator.graphs_seen.add(product)
+        refusals = [node for node in walk([t.grad_fn for t in first if t is not None]) if "Error" in node.name()]
+        if refusals:
+            custom = {type(n).__name__ for n in walk([self.graph_root()]) if isinstance(n, BackwardCFunction)}
+            names = ", ".join(sorted(custom))
+            raise CheckFailedError(
+                f"the model holds a function whose backward is marked once_differentiable ({names}): "
+                "products differentiate it again. Write its backward in differentiable operations and drop the mark."
+            )
 
     def _check_finite(self, gradient: Sequence[Tensor | None]) -> None:
         used = {name: g.detach() for name, g in zip(self._space.names, gradient, strict=True) if g is not None}
@@ -302,6 +319,17 @@ def _pull_back(
 
 def _stack(rows: list[Tensor]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)  # one row is not copied
+
+
+def walk(roots: Sequence[Any]) -> Iterator[Any]:
+    """Walk autograd's graph from some of its nodes."""
+    seen, stack = set(), [node for node in roots if node is not None]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
 
 
 def _differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

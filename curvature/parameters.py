@@ -262,7 +262,7 @@ def _names_of_module(module: nn.Module, named: Mapping[str, Tensor], model: nn.M
 def _near(name: str, names: Iterable[str]) -> str:
     """Quote `name` with what it may have been meant to be."""
     known = list(names)
-    modules = {parent for n in known for parent in [n.rpartition(".")[0]] if parent}
+    modules = {".".join(parts[:i]) for parts in (n.split(".") for n in known) for i in range(1, len(parts))}
     close = difflib.get_close_matches(name, [*known, *modules], n=3, cutoff=0.4)
     hint = (
         ", ".join(map(repr, close)) if close else ", ".join(map(repr, known[:4])) + (", ..." if len(known) > 4 else "")

@@ -31,6 +31,10 @@ class Status(Enum):
     )
     BUDGET = "all probes of the budget were spent; no accuracy was asked for"
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
+    DEFLATION_INEXACT = (
+        "the deflated vectors are less accurate than the tolerance and leave their mark on the residuals; compute them "
+        "to a smaller rtol, or pass them in v0 instead"
+    )
 
     @property
     def ok(self) -> bool:
