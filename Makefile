@@ -34,7 +34,7 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.report
 
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
-	for source in notebooks/[0-9]*.py; do $(VENV)/bin/jupytext --to ipynb --execute "$$source" || exit 1; done
+	$(VENV)/bin/python notebooks/execute.py
 
 clean: ## remove environments, runs and caches
 	rm -rf $(VENV) $(BENCH) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

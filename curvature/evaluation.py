@@ -90,6 +90,12 @@ class Evaluator:
             stack.enter_context(lean)
             yield
 
+    @contextlib.contextmanager
+    def backward_session(self) -> Iterator[None]:
+        """Do the same for a backward pass alone, in which nothing of the model runs again."""
+        with torch.inference_mode(False), _requires_grad_only(self.parameters, ()):
+            yield
+
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
 
     def evaluate(self, batch: Any, index: int) -> Evaluation:

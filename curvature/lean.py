@@ -46,7 +46,12 @@ _ACTIVATIONS |= {
 
 
 class LeanLayers(TorchFunctionMode):
-    """While active, records eligible layers in their lean form; `num_replaced` counts them.
+    """While active, records eligible layers in their lean form.
+
+    Attributes:
+        num_replaced: how many layers were.
+        saw_hooks: whether something recorded its graph through hooks, as activation checkpointing does: then parts of
+            the model run again in every backward pass.
 
     Args:
         corrections_only: leave layers as autograd has them, except for those it gets wrong.
@@ -55,6 +60,7 @@ class LeanLayers(TorchFunctionMode):
     def __init__(self, *, corrections_only: bool = False) -> None:
         super().__init__()
         self.num_replaced = 0
+        self.saw_hooks = False
         self._rules = {} if corrections_only else _RULES
         self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
 
@@ -62,6 +68,7 @@ class LeanLayers(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.saw_hooks = self.saw_hooks or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         if func in self._rules and torch.is_grad_enabled() and _eligible(args):

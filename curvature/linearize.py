@@ -140,7 +140,7 @@ class Linearization:
         gradient = self._build_gradient()
         chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
-        with self._session(), _no_autocast(self._space.device):
+        with self._backward_session(), _no_autocast(self._space.device):
             rows = [self._curve(gradient, chosen, params, x) for x in X]
         return _stack(rows)
 
@@ -163,7 +163,7 @@ class Linearization:
         outputs = self._evaluation.outputs
         assert outputs is not None
         rows = []
-        with self._session(), _no_autocast(self._space.device):
+        with self._backward_session(), _no_autocast(self._space.device):
             for x in X:
                 Jt, v = _differentiable([jacobian_transposed[i] for i in chosen], self._unflatten(x, chosen))
                 if not Jt:
@@ -239,6 +239,10 @@ class Linearization:
             self._check_twice_differentiable(transposed, "ggnvp")
             self._jacobian = (transposed, u, output_hessian)
         return self._jacobian
+
+    def _backward_session(self) -> AbstractContextManager[None]:
+        """What products need: as much as building the graph did only where parts of the model run again."""
+        return self._session() if self._lean.saw_hooks else self._evaluator.backward_session()
 
     def _session(self) -> AbstractContextManager[None]:
         return self._evaluator.session(self._buffers, self._lean)

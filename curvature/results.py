@@ -7,7 +7,7 @@ All are frozen dataclasses of detached tensors. Spectra are stored in descending
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from curvature.errors import NotConvergedError
 
-__all__ = ["DiagonalEstimate", "EigenPairs", "SpectralDensity", "Status", "TraceEstimate"]
+__all__ = [
+    "BoundedEstimate",
+    "DiagonalEstimate",
+    "EigenPairs",
+    "Estimate",
+    "SpectralDensity",
+    "Status",
+    "TraceEstimate",
+    "mean_and_stderr",
+]
 
 
 class Status(Enum):
@@ -99,6 +108,26 @@ class EigenPairs(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate(_Record):
+    """A number, or several, and how far chance may have moved it."""
+
+    value: Tensor
+    """Any shape."""
+    stderr: Tensor
+    """Of the same shape: standard error of `value` over the probes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedEstimate(Estimate):
+    """An estimate by quadrature: `value` errs by chance, as `stderr` says, and by the rule, as the bounds say."""
+
+    lower: Tensor
+    """Of the same shape: what an exact rule would give for the same probes is no smaller, ..."""
+    upper: Tensor
+    """... and no larger than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceEstimate(_Record):
     """An estimate of tr A."""
 
@@ -161,6 +190,8 @@ class SpectralDensity(_Record):
     """n."""
     num_matvecs: int
     """Products with A that were spent."""
+    deflated: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Estimate (1/n) tr f(A) and its standard error over the probes; `f` acts entrywise on eigenvalues."""
