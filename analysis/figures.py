@@ -1,0 +1,344 @@
+"""Figures of results: each takes results only, draws into given axes or a new figure of its own, and returns the axes.
+
+Colours are those of Okabe and Ito, told apart by every kind of colour vision; what matters also differs in shape, so
+the figures read in grey. Ink, grid and background follow matplotlib's settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from analysis.results import LayerCurvature
+from analysis.wording import MINUS, count, power_of_ten
+from curvature.results import EigenPairs, SpectralDensity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+__all__ = ["Colors", "plot_eigenvalues", "plot_layers", "plot_spectral_density"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Colors:
+    """What the figures paint with."""
+
+    positive: str = "#0072B2"
+    """Positive curvature: blue."""
+    negative: str = "#D55E00"
+    """Negative curvature: vermilion."""
+    outlier: str = "#009E73"
+    """Converged eigenvalues: bluish green."""
+    quiet: str = "#8A8A8A"
+    """Reference lines and what steps back."""
+
+
+# -- spectral density -------------------------------------------------------------------------------------------------
+
+
+def plot_spectral_density(
+    density: SpectralDensity,
+    *,
+    top: EigenPairs | None = None,
+    bottom: EigenPairs | None = None,
+    ax: Axes | None = None,
+    colors: Colors | None = None,
+    scale: Literal["auto", "linear", "asinh"] = "auto",
+) -> Axes:
+    """Plot how many eigenvalues lie where: a smoothed count on a logarithmic axis, with a band of one standard error.
+
+    The height is n sum_k w_k exp(-(u - u_k)^2 / 2 h^2) over quadrature nodes u_k on the axis as drawn: the density in
+    units in which one eigenvalue on its own is a bump of height 1. On a linear axis it is `density.density` times
+    n h sqrt(2 pi), with h = `density.sigma`. Where eigenvalues span decades the axis is asinh-scaled: linear around
+    zero, as far as the quadrature resolves it, and logarithmic beyond.
+
+    Args:
+        density: from `spectral_density`.
+        top: converged pairs, marked as outliers above the curve.
+        bottom: converged pairs at the lower end, marked likewise.
+        ax: where to draw; a new figure by default.
+        colors: what to paint with.
+        scale: of the eigenvalue axis; "auto" takes asinh where the largest eigenvalue is beyond 30 times the bulk.
+    """
+    ax = _axes(ax)
+    colors = colors or Colors()
+    nodes, weights = _numpy(density.nodes), _numpy(density.weights)
+    width = _linear_width(nodes, weights) if scale != "linear" else math.inf
+    extreme = float(np.abs(nodes[weights > 0]).max(initial=0.0))
+    curved = scale == "asinh" or (scale == "auto" and extreme > 30 * width)
+    to_axis, h = ((lambda t: np.arcsinh(t / width)), None) if curved else ((lambda t: t), density.sigma)
+    u, mean, stderr, h = _smoothed_count(to_axis(nodes), density.dimension * weights, h)
+    x = width * np.sinh(u) if curved else u
+    _draw_count(ax, x, mean, stderr, colors)
+    if curved:
+        ax.set_xscale("asinh", linear_width=width)
+        _asinh_ticks(ax.xaxis, x[0], x[-1], width)
+    ax.set_yscale("log")
+    ax.set_ylim(0.3, 3 * max(1.0, float(mean.max())))
+    ax.set_xlim(x[0], x[-1])
+    for pairs, name in ((top, "largest"), (bottom, "smallest")):
+        if pairs is not None:
+            _mark_eigenvalues(ax, pairs, colors, name)
+    _decade_ticks(ax.yaxis)
+    ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
+    ax.set(xlabel="eigenvalue λ of the Hessian", ylabel="eigenvalues (smoothed count)")
+    _legend_above(ax, columns=3 if _figure_width(ax) > 5 else 2)
+    return ax
+
+
+def _linear_width(nodes: Array, weights: Array) -> float:
+    """Return how finely the quadrature resolves the spectrum around zero: the median gap of the innermost nodes."""
+    gaps = []
+    for row, weight in zip(nodes, weights, strict=True):
+        inside = np.sort(row[weight > 0])
+        order = np.argsort(np.abs(inside))[: max(3, len(inside) // 4)]
+        gaps.append(np.diff(np.sort(inside[order])))
+    gap = float(np.median(np.concatenate(gaps))) if gaps else 0.0
+    return max(gap, 1e-6 * float(np.abs(nodes).max(initial=0.0)), 1e-30)
+
+
+def _smoothed_count(nodes: Array, counts: Array, h: float | None) -> tuple[Array, Array, Array, float]:
+    """Return a grid on the axis, the smoothed count there and its standard error over probes, and the kernel's width."""
+    used = nodes[counts > 0]
+    low, high = float(used.min()), float(used.max())
+    if h is None or h <= 0:
+        h = (high - low) / 50 or 1.0
+    grid = np.linspace(low - 4 * h, high + 4 * h, 800)
+    kernel = np.exp(-0.5 * ((grid[:, None, None] - nodes) / h) ** 2)  # (points, probes, steps)
+    samples = (kernel * counts).sum(axis=2)
+    spread = samples.std(axis=1, ddof=1) / math.sqrt(len(nodes)) if len(nodes) > 1 else np.zeros(len(grid))
+    return grid, samples.mean(axis=1), spread, h
+
+
+def _draw_count(ax: Axes, x: Array, mean: Array, stderr: Array, colors: Colors) -> None:
+    curve = np.maximum(mean, 1e-3)
+    for side, color, label, hatch in (
+        (x >= 0, colors.positive, "positive", None),
+        (x <= 0, colors.negative, "negative", "////"),
+    ):
+        if not (side & (mean > 0.3)).any():
+            continue
+        where = side.tolist()
+        ax.fill_between(x, 1e-3, curve, where=where, color=color, alpha=0.25, linewidth=0, label=label)
+        if hatch is not None:  # told apart in grey, too
+            ax.fill_between(x, 1e-3, curve, where=where, facecolor="none", edgecolor=color, hatch=hatch, linewidth=0)
+        ax.plot(x, np.where(side, mean, np.nan), color=color, linewidth=1.6)
+    if (stderr > 0).any():
+        low, high = np.maximum(mean - stderr, 1e-3), np.maximum(mean + stderr, 1e-3)
+        ax.fill_between(
+            x, low, high, color=colors.quiet, alpha=0.5, linewidth=0, label="± 1 standard error", zorder=1.5
+        )
+
+
+def _mark_eigenvalues(ax: Axes, pairs: EigenPairs, colors: Colors, name: str) -> None:
+    """Mark converged pairs at height 1, the height of a lone eigenvalue; hollow where the tolerance was not reached."""
+    values, converged = _numpy(pairs.eigenvalues), pairs.converged.cpu().numpy()
+    marker = "v" if name == "largest" else "^"
+    for chosen, face, suffix in ((converged, colors.outlier, ""), (~converged, "none", ", not converged")):
+        if not chosen.any():
+            continue
+        label = f"{chosen.sum()} {name}{suffix}"
+        line = ax.plot(values[chosen], np.ones(chosen.sum()), marker, markersize=5, linestyle="none", label=label)
+        line[0].set(markerfacecolor=face, markeredgecolor=colors.outlier)
+
+
+# -- eigenvalues ------------------------------------------------------------------------------------------------------
+
+
+def plot_eigenvalues(
+    top: EigenPairs, bottom: EigenPairs, *, num_params: int, ax: Axes | None = None, colors: Colors | None = None
+) -> Axes:
+    """Plot the extreme eigenvalues by rank, each with a bar of one residual: an eigenvalue lies within it.
+
+    Args:
+        top: the largest, descending.
+        bottom: the smallest, descending.
+        num_params: size of the matrix, which gives the ranks of the smallest.
+        ax: where to draw; a new figure by default.
+        colors: what to paint with.
+    """
+    ax = _axes(ax)
+    colors = colors or Colors()
+    k = len(top.eigenvalues)
+    low = min(len(bottom.eigenvalues), num_params - k)  # in tiny matrices the two ends overlap
+    gap = 1 if k + low < num_params else 0
+    places = np.concatenate([np.arange(k), k + gap + np.arange(low)])
+    ends = [(top, slice(0, k)), (bottom, slice(len(bottom.eigenvalues) - low, None))]
+    values = np.concatenate([_numpy(pairs.eigenvalues)[part] for pairs, part in ends])
+    residuals = np.concatenate([_numpy(pairs.residual_norms)[part] for pairs, part in ends])
+    converged = np.concatenate([pairs.converged.cpu().numpy()[part] for pairs, part in ends])
+    for place, value, residual, sure in zip(places, values, residuals, converged, strict=True):
+        color, marker = (colors.negative, "D") if value < 0 else (colors.positive, "o")
+        ax.plot([place, place], [0, value], color=color, linewidth=1.2, alpha=0.5)
+        ax.errorbar(
+            place, value, residual, fmt=marker, color=color, mfc=color if sure else "none", markersize=5, capsize=3
+        )
+    if gap and low:
+        ax.annotate("⋯", (k, 0), xytext=(0, 5), textcoords="offset points", ha="center", color=colors.quiet)
+    for i in {0, len(values) - 1}:
+        text = f"{values[i]:.3g}".replace("-", MINUS)
+        ax.annotate(text, (places[i], values[i]), xytext=(7, 4), textcoords="offset points", annotation_clip=False)
+    ranks = np.concatenate([1 + np.arange(k), num_params - low + 1 + np.arange(low)])
+    shown = [*range(0, k, max(1, math.ceil(k / 10))), *([len(ranks) - 1] if low else [])]
+    ax.set_xticks(places[shown], [count(ranks[i]) for i in shown])
+    ax.margins(x=0.06)
+    ax.axhline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
+    ax.set(xlabel="rank", ylabel="eigenvalue λ")
+    return ax
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def plot_layers(
+    layers: Sequence[LayerCurvature], *, axes: Sequence[Axes] | None = None, colors: Colors | None = None
+) -> tuple[Axes, Axes]:
+    """Plot for each layer its share of the trace (with a standard error) and its extreme eigenvalues (with residuals).
+
+    Args:
+        layers: one or more.
+        axes: two axes, for the shares and the eigenvalues; a new figure by default.
+        colors: what to paint with.
+    """
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(figsize=(7.0, 1.0 + 0.3 * len(layers)), layout="constrained").subplots(1, 2, sharey=True)
+    share, extremes = axes
+    colors = colors or Colors()
+    rows = np.arange(len(layers), dtype=float)
+    _draw_shares(share, layers, rows, colors)
+    _draw_extremes(extremes, layers, rows, colors)
+    for ax in (share, extremes):
+        ax.set_yticks(rows, [layer.name for layer in layers])
+        ax.set_ylim(len(layers) - 0.4, -0.6)
+    if extremes.get_subplotspec() is not None and extremes in extremes.get_shared_y_axes().get_siblings(share):
+        extremes.tick_params(axis="y", labelleft=False)
+    return share, extremes
+
+
+def _draw_shares(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colors: Colors) -> None:
+    trace = np.array([layer.trace.value for layer in layers])
+    stderr = np.array([layer.trace.stderr for layer in layers])
+    total = abs(trace.sum()) or 1.0
+    bars = ax.barh(rows, 100 * trace / total, height=0.6, color=colors.positive, alpha=0.75)
+    for bar, value in zip(bars, trace, strict=True):
+        if value < 0:
+            bar.set(color=colors.negative, hatch="////")
+    ax.errorbar(
+        100 * trace / total, rows, xerr=100 * stderr / total, fmt="none", ecolor=_ink(), capsize=3, elinewidth=1.2
+    )
+    ax.axvline(0.0, color=colors.quiet, linewidth=0.8)
+    ax.set(xlabel="share of the trace (%)")
+
+
+def _draw_extremes(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colors: Colors) -> None:
+    """Draw largest and, where it is negative, smallest eigenvalue on a logarithmic axis of magnitudes."""
+    for name, sign, color, marker, label in (
+        ("top", 1, colors.positive, "o", "largest λ"),
+        ("bottom", -1, colors.negative, "D", f"{MINUS} smallest λ, where negative"),
+    ):
+        values = np.array([sign * getattr(layer, name) for layer in layers])
+        residuals = np.array([getattr(layer, f"{name}_residual") for layer in layers])
+        shown = values > 0
+        if shown.any():
+            reach = np.stack([np.minimum(residuals, 0.99 * np.abs(values)), residuals])[
+                :, shown
+            ]  # a log axis has no zero
+            ax.errorbar(
+                values[shown],
+                rows[shown],
+                None,
+                reach,
+                fmt=marker,
+                color=color,
+                mfc="none" if sign < 0 else color,
+                capsize=3,
+            )
+            ax.plot([], [], marker, color=color, mfc="none" if sign < 0 else color, label=label)
+    ax.set_xscale("log")
+    _decade_ticks(ax.xaxis)
+    ax.grid(axis="y", linewidth=0.5)
+    ax.set(xlabel="extreme eigenvalues")
+    _legend_above(ax, columns=2)
+
+
+# -- axes -------------------------------------------------------------------------------------------------------------
+
+
+def _axes(ax: Axes | None) -> Axes:
+    """Return `ax`, or the axes of a new figure that pyplot knows nothing of."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.0, 3.6), layout="constrained").subplots()
+
+
+def _numpy(tensor: Tensor) -> Array:
+    return tensor.detach().double().cpu().numpy()
+
+
+def _figure_width(ax: Axes) -> float:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure.get_figwidth()
+
+
+def _ink() -> str:
+    """Return the colour of text in force, for marks that belong to no series."""
+    import matplotlib as mpl
+
+    return str(mpl.rcParams["text.color"])
+
+
+def _legend_above(ax: Axes, *, columns: int) -> None:
+    """Put the legend over the axes, where it hides nothing."""
+    if ax.get_legend_handles_labels()[0]:
+        style: dict[str, Any] = {
+            "frameon": False,
+            "borderaxespad": 0.2,
+            "handlelength": 1.4,
+            "handletextpad": 0.5,
+            "columnspacing": 1.4,
+        }
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, **style)
+
+
+def _decade_ticks(axis: Axis) -> None:
+    """Label decades as powers of ten in plain text, which any font can show."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: _decade(x)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _asinh_ticks(axis: Axis, low: float, high: float, width: float) -> None:
+    """Label zero and the decades beyond the linear part, few enough not to touch."""
+    from matplotlib.ticker import NullLocator
+
+    first = math.ceil(math.log10(width))
+    ticks = [0.0]
+    for sign, end in ((-1, -low), (1, high)):
+        decades = [e for e in range(first, 40) if 10.0**e <= end]
+        ticks += [sign * 10.0**e for e in decades[:: max(1, math.ceil(len(decades) / 4))]]
+    axis.set_ticks(sorted(ticks), [_decade(t) for t in sorted(ticks)])
+    axis.set_minor_locator(NullLocator())
+
+
+def _decade(value: float) -> str:
+    if value == 0:
+        return "0"
+    exponent = round(math.log10(abs(value)))
+    magnitude = f"{10.0**exponent:g}" if -2 <= exponent <= 3 else power_of_ten(exponent)
+    return (MINUS if value < 0 else "") + magnitude

@@ -1,0 +1,206 @@
+"""What the analyses return: frozen trees of numbers, each with its uncertainty and its price.
+
+Nothing here knows a model: figures, reports and stored runs are made from these records alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
+
+__all__ = ["Cost", "CostEstimate", "Inspection", "LayerCurvature", "Measured", "StageCost", "to_plain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A number and how well it is known."""
+
+    value: float
+    """The estimate; its unit is that of the field that holds it. NaN where it is not defined (0 / 0)."""
+    stderr: float
+    """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCurvature:
+    """The diagonal block of the Hessian that belongs to one module's own parameters, all others held fixed."""
+
+    name: str
+    """Name of the module in the model."""
+    num_params: int
+    """Size of the block."""
+    gradient_norm: float
+    """Euclidean norm of the layer's part of the gradient; loss / parameter. Exact up to rounding."""
+    top: float
+    """Largest eigenvalue of the block (the layer's sharpness); loss / parameter^2."""
+    top_residual: float
+    """An eigenvalue lies within this of `top`; loss / parameter^2."""
+    bottom: float
+    """Smallest eigenvalue of the block; loss / parameter^2."""
+    bottom_residual: float
+    """An eigenvalue lies within this of `bottom`; loss / parameter^2."""
+    trace: Measured
+    """Trace of the block; loss / parameter^2. The traces of all layers add up to the trace of the Hessian."""
+    effective_condition: Measured
+    """Largest eigenvalue over the mean absolute eigenvalue of the block; a ratio, at least 1 if no eigenvalue is
+    negative."""
+    negative_share: Measured
+    """Sum of the absolute negative eigenvalues over the sum of all absolute eigenvalues of the block; 0 to 1."""
+    converged: bool
+    """Whether `top` and `bottom` reached the tolerance asked for."""
+    exact: bool
+    """Whether the block was built entry by entry, which leaves rounding as the only error."""
+    num_matvecs: int
+    """Products with the block that were spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What one stage of a measurement cost."""
+
+    name: str
+    """What was computed, in words."""
+    planned: int
+    """Products that the plan allowed for."""
+    num_matvecs: int
+    """Products that were spent."""
+    seconds: float
+    """Wall-clock time, s."""
+    whole: bool
+    """Whether the products were with the whole Hessian; otherwise with the block of one layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostEstimate:
+    """What a measurement will cost, predicted from one timed product."""
+
+    num_matvecs: int
+    """Products with the whole Hessian."""
+    num_layer_matvecs: int
+    """Products with the blocks of layers, each counted as one although it costs less."""
+    seconds_per_matvec: float
+    """Wall-clock time of the timed product with the whole Hessian, s."""
+    seconds: float
+    """Wall-clock time of all products, s."""
+    peak_bytes: int
+    """Largest memory of the process (on CUDA: of torch on the device), bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a measurement did cost."""
+
+    num_matvecs: int
+    """Products with the whole Hessian."""
+    num_layer_matvecs: int
+    """Products with the blocks of layers."""
+    seconds: float
+    """Wall-clock time, s."""
+    peak_bytes: int
+    """Largest memory of the process (on CUDA: of torch on the device), bytes."""
+    stages: tuple[StageCost, ...]
+    """The same, stage by stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """The curvature of a loss at one point: its value, its gradient and the spectrum of its Hessian H."""
+
+    loss: float
+    """L, in the unit of the loss. Exact up to rounding."""
+    gradient_norm: float
+    """Euclidean norm of the gradient of L; loss / parameter. Exact up to rounding."""
+    num_params: int
+    """Number of parameters that L is a function of: the size of H."""
+    total_weight: float
+    """Number of loss terms that L averages over (sum of the weights of the batches)."""
+    dtype: str
+    """Precision of products and results."""
+    device: str
+    """Where they were computed."""
+    top: EigenPairs
+    """The largest eigenvalues of H; loss / parameter^2."""
+    bottom: EigenPairs
+    """The smallest eigenvalues of H; loss / parameter^2."""
+    trace: TraceEstimate
+    """tr H, from the probes of `density`; loss / parameter^2."""
+    density: SpectralDensity
+    """The density of the eigenvalues of H, with the top eigenpairs taken out of the sampling and put back exactly."""
+    mean_absolute_eigenvalue: Measured
+    """(1 / n) sum |lambda_i|; loss / parameter^2."""
+    effective_condition: Measured
+    """lambda_max over the mean of |lambda|; a ratio."""
+    negative_share: Measured
+    """sum of |lambda| over negative lambda, over sum of |lambda|; 0 to 1."""
+    layers: tuple[LayerCurvature, ...]
+    """The same for each module that owns parameters, in the order of the model; empty if it was not asked for."""
+    exact: bool
+    """Whether H was built entry by entry, which leaves rounding as the only error."""
+    cost: Cost
+    """Products, time and memory spent."""
+    notes: tuple[str, ...]
+    """What a reader should know about how the objective was evaluated."""
+
+    @property
+    def sharpness(self) -> Measured:
+        """The largest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
+        return Measured(value=float(self.top.eigenvalues[0]), stderr=float(self.top.residual_norms[0]))
+
+    @property
+    def lowest(self) -> Measured:
+        """The smallest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
+        return Measured(value=float(self.bottom.eigenvalues[-1]), stderr=float(self.bottom.residual_norms[-1]))
+
+    @property
+    def max_stable_lr(self) -> Measured:
+        """2 / lambda_max: gradient descent with a larger step grows along the sharpest direction; inf if there is none."""
+        top = self.sharpness
+        if top.value <= 0:
+            return Measured(value=math.inf, stderr=0.0)
+        return Measured(value=2 / top.value, stderr=2 * top.stderr / top.value**2)
+
+    def extreme_eigenvalues(self) -> list[tuple[int, float, float, bool]]:
+        """Return (rank, eigenvalue, residual, converged) of the pairs at both ends, by rank from 1; none twice."""
+        n = self.num_params
+        ranked: dict[int, tuple[int, float, float, bool]] = {}
+        for pairs, first in ((self.bottom, n - len(self.bottom.eigenvalues) + 1), (self.top, 1)):
+            entries = zip(
+                pairs.eigenvalues.tolist(), pairs.residual_norms.tolist(), pairs.converged.tolist(), strict=True
+            )
+            ranked |= {first + i: (first + i, *entry) for i, entry in enumerate(entries)}
+        return [ranked[rank] for rank in sorted(ranked)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the large arrays (eigenvectors, density curve) as plain Python values that JSON can hold."""
+        plain = to_plain(self)
+        assert isinstance(plain, dict)
+        return plain
+
+
+def to_plain(value: Any) -> Any:
+    """Return a record as nested dicts and lists: enums by name, numbers that are not finite as None, no large arrays.
+
+    Left out are the fields that a record declares large and the curve of a `SpectralDensity`; a run folder has them.
+    """
+    if isinstance(value, Tensor):
+        return to_plain(value.detach().cpu().tolist())
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if is_dataclass(value):
+        small = [f.name for f in fields(value) if f.name not in getattr(value, "_large", ())]
+        if isinstance(value, SpectralDensity):
+            small = [name for name in small if not isinstance(getattr(value, name), Tensor)]
+        return {name: to_plain(getattr(value, name)) for name in small}
+    return value

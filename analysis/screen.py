@@ -1,0 +1,145 @@
+"""What the command shows on a terminal: what it is about to cost, how far it has come, and the tables at the end."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from analysis import wording
+from analysis.results import CostEstimate, Inspection, Measured
+from analysis.tasks import Task
+from analysis.workflow import Listener
+from curvature.objective import Objective
+
+__all__ = ["Screen"]
+
+_PLAIN_WIDTH = 132  # of files and pipes, which have no width of their own
+
+
+class Screen(Listener):
+    """A console that listens to an inspection; as a context, it takes the progress bar away at the end.
+
+    Args:
+        stderr: write there instead of to stdout, which is then left to the results.
+    """
+
+    def __init__(self, *, stderr: bool) -> None:
+        console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+        self._console = (
+            console
+            if console.is_terminal
+            else Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH)
+        )
+        columns = (
+            TextColumn("{task.description:24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("products, left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+        self._bar = self._progress.add_task("starting", total=None, visible=False)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def loaded(self, task: Task, objective: Objective) -> None:
+        self._console.print(f"{task.name}: {task.description}" if task.description else task.name)
+        size = f"{wording.count(objective.num_params)} parameters in {len(objective.space.names)} tensors"
+        self._console.print(f"{size}, {str(objective.dtype).removeprefix('torch.')} on {objective.device}")
+
+    def doing(self, what: str) -> AbstractContextManager[object]:
+        return self._console.status(what)
+
+    def estimated(self, estimate: CostEstimate) -> None:
+        products = f"{wording.count(estimate.num_matvecs)} Hessian products"
+        if estimate.num_layer_matvecs:
+            products += f" and {wording.count(estimate.num_layer_matvecs)} with single layers"
+        self._console.print(
+            f"estimate: about {products}, {wording.duration(estimate.seconds)} at "
+            f"{wording.duration(estimate.seconds_per_matvec)} a product, up to {wording.memory(estimate.peak_bytes)}"
+        )
+        self._progress.update(self._bar, total=estimate.num_matvecs + estimate.num_layer_matvecs, visible=True)
+        self._progress.start()
+
+    def advanced(self, stage: str, done: int, planned: int) -> None:
+        self._progress.update(self._bar, description=stage, completed=done, total=planned)
+
+    def show(self, inspection: Inspection) -> None:
+        """Print all numbers with their uncertainties, the whole first and then layer by layer."""
+        self._console.print(_key_numbers(inspection))
+        self._console.print(_extreme_eigenvalues(inspection))
+        if inspection.layers:
+            self._console.print(_layers(inspection))
+        cost = inspection.cost
+        layers = f" and {wording.count(cost.num_layer_matvecs)} with single layers" if cost.num_layer_matvecs else ""
+        self._console.print(
+            f"spent: {wording.count(cost.num_matvecs)} Hessian products{layers}, {wording.duration(cost.seconds)}, "
+            f"{wording.memory(cost.peak_bytes)}"
+        )
+
+    def last_line(self, text: str) -> None:
+        """Print a line that is never wrapped, so that it can be read by programs."""
+        self._console.print(text, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def _key_numbers(inspection: Inspection) -> Table:
+    trace = Measured(value=float(inspection.trace.value), stderr=float(inspection.trace.stderr))
+    table = _table("\nCurvature", "", "value ± uncertainty", "")
+    table.columns[2].justify = "left"
+    rows = (
+        ("loss", wording.number(inspection.loss), f"mean over {wording.count(inspection.total_weight)} terms"),
+        ("gradient norm", wording.number(inspection.gradient_norm), "zero at a stationary point"),
+        ("largest eigenvalue", wording.quantity(inspection.sharpness), "sharpness λ"),
+        ("smallest eigenvalue", wording.quantity(inspection.lowest), "negative: no minimum"),
+        ("trace", wording.quantity(trace), "sum of all eigenvalues"),
+        ("effective condition number", wording.quantity(inspection.effective_condition), "λ / mean of |λ|"),
+        ("negative-curvature share", wording.share(inspection.negative_share), "of the sum of |λ|"),
+        ("largest stable step", wording.quantity(inspection.max_stable_lr), "2 / λ, plain gradient descent"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _extreme_eigenvalues(inspection: Inspection) -> Table:
+    table = _table("\nEigenvalues", "rank", "eigenvalue", "residual", "")
+    for rank, value, residual, converged in inspection.extreme_eigenvalues():
+        row = (wording.count(rank), wording.number(value, 5), wording.number(residual, 2))
+        table.add_row(*row, "" if converged else "not converged")
+    return table
+
+
+def _layers(inspection: Inspection) -> Table:
+    columns = ("layer", "parameters", "gradient", "largest λ", "smallest λ", "trace", "condition", "negative")
+    table = _table("\nLayers", *columns)
+    for layer in inspection.layers:
+        table.add_row(
+            layer.name + ("" if layer.converged else " (not converged)"),
+            wording.count(layer.num_params),
+            wording.number(layer.gradient_norm, 3),
+            wording.quantity(Measured(value=layer.top, stderr=layer.top_residual)),
+            wording.quantity(Measured(value=layer.bottom, stderr=layer.bottom_residual)),
+            wording.quantity(layer.trace),
+            wording.quantity(layer.effective_condition),
+            wording.share(layer.negative_share),
+        )
+    return table

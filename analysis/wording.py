@@ -1,0 +1,219 @@
+"""Numbers as people read them, and what the numbers of an inspection mean, in sentences.
+
+The table of the command and the report say the same, so both take their words from here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.results import Inspection, LayerCurvature, Measured
+
+__all__ = [
+    "Finding",
+    "count",
+    "duration",
+    "findings",
+    "memory",
+    "number",
+    "power_of_ten",
+    "quantity",
+    "share",
+    "value_and_error",
+]
+
+MINUS = "\u2212"
+TIMES = "\u00d7"
+_THIN = "\u202f"  # thin and unbreakable: between thousands, before a per cent sign
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_NEGLIGIBLE = 5e-5  # an uncertainty below this share of the value is not shown: four digits are printed
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return a value with so many significant digits, in powers of ten where plain digits would be long."""
+    if not math.isfinite(value):
+        return "undefined" if math.isnan(value) else ("∞" if value > 0 else f"{MINUS}∞")
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    if -4 <= exponent < 6:
+        return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", _THIN).replace("-", MINUS)
+    return f"{_fixed(value / 10.0**exponent, digits - 1)} {TIMES} {power_of_ten(exponent)}"
+
+
+def quantity(measured: Measured, digits: int = 4) -> str:
+    """Return "value ± uncertainty", the uncertainty to two digits and the value to the same place."""
+    value, stderr = measured.value, measured.stderr
+    if not (math.isfinite(value) and math.isfinite(stderr)) or abs(stderr) <= _NEGLIGIBLE * abs(value):
+        return number(value, digits)
+    place = math.floor(math.log10(float(f"{stderr:.1e}"))) - 1  # of the uncertainty's second digit
+    exponent = math.floor(math.log10(max(abs(value), stderr)))
+    if -4 <= exponent < 6 and place >= -8:
+        decimals = max(0, -place)
+        return f"{_fixed(round(value, -place), decimals)} ± {_fixed(round(stderr, -place), decimals)}"
+    scale, decimals = 10.0**exponent, max(0, exponent - place)
+    return f"({_fixed(value / scale, decimals)} ± {_fixed(stderr / scale, decimals)}) {TIMES} {power_of_ten(exponent)}"
+
+
+def value_and_error(measured: Measured, *, percent: bool = False) -> tuple[str, str]:
+    """Return the value and its uncertainty apart, each readable on its own, for where they stand on two lines."""
+    scale, unit = (100.0, f"{_THIN}%") if percent else (1.0, "")
+    value, stderr = scale * measured.value, scale * measured.stderr
+    if not math.isfinite(value):
+        return number(value), ""
+    if abs(stderr) <= _NEGLIGIBLE * abs(value):
+        return number(value) + unit, f"± {number(stderr, 2)}{unit}" if abs(stderr) > 1e-8 * abs(value) else "exact"
+    digits = 1 + math.floor(math.log10(max(abs(value), stderr))) - math.floor(math.log10(stderr))
+    return number(value, min(6, digits + 1) if abs(value) > stderr else 2) + unit, f"± {number(stderr, 2)}{unit}"
+
+
+def count(value: float) -> str:
+    """Return a whole number with its thousands set apart (others with four digits)."""
+    return _fixed(value, 0) if value == round(value) else number(value)
+
+
+def share(measured: Measured) -> str:
+    """Return a share of 1 in per cent, with its uncertainty."""
+    if not math.isfinite(measured.value):
+        return "undefined"
+    if max(abs(measured.value), measured.stderr) < 5e-6:
+        return f"0{_THIN}%"
+    percent = Measured(value=100 * measured.value, stderr=100 * measured.stderr)
+    text = quantity(percent, digits=3)
+    return (f"({text})" if "±" in text else text) + f"{_THIN}%"
+
+
+def power_of_ten(exponent: int) -> str:
+    """Return 10 to a power, with superscripts."""
+    return "10" + str(exponent).translate(_SUPERSCRIPTS)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def memory(num_bytes: float) -> str:
+    """Return a size in MiB or GiB."""
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
+
+
+def prose(value: Any) -> str:
+    """Return a plain value of a configuration as text: nested ones as "name value, name value"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {prose(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(prose(item) for item in value)
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}".replace(",", _THIN).replace("-", MINUS)
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question that one asks of a trained model, and the answer its curvature gives."""
+
+    question: str
+    answer: str
+
+
+def findings(inspection: Inspection) -> tuple[Finding, ...]:
+    """Answer what the curvature says: how sharp, is it a minimum, how ill-conditioned, where, and how large a step."""
+    answers = [
+        Finding("How sharp is it here?", _sharpness(inspection)),
+        Finding("Is this a minimum?", _minimum(inspection)),
+        Finding("How ill-conditioned is it?", _conditioning(inspection)),
+        Finding("How large a step is stable?", _step(inspection)),
+    ]
+    if inspection.layers:
+        answers.insert(3, Finding("Which layers matter?", _layers(inspection.layers)))
+    return tuple(answers)
+
+
+def _sharpness(inspection: Inspection) -> str:
+    top, n = inspection.sharpness, inspection.num_params
+    text = f"Along the sharpest of {count(n)} directions the loss curves with λ = {quantity(top)}."
+    k, trace = len(inspection.top.eigenvalues), float(inspection.trace.value)
+    if k < n and trace > 0:
+        held = float(inspection.top.eigenvalues.sum()) / trace
+        text += f" The {k} largest eigenvalues add up to {100 * held:.0f}{_THIN}% of the trace" if k > 1 else ""
+        text += f"; the mean eigenvalue is {number(trace / n, 2)}." if k > 1 else ""
+    return text
+
+
+def _minimum(inspection: Inspection) -> str:
+    low, top = inspection.lowest, inspection.sharpness
+    rounding = 1e-6 * max(abs(top.value), abs(low.value))
+    slope = f"The gradient has norm {number(inspection.gradient_norm, 3)}"
+    if top.value > 0 and inspection.loss > 0:
+        gain = inspection.gradient_norm**2 / (2 * top.value)
+        slope += (
+            f": a gradient step of 1/λ would still lower the loss by about {100 * gain / inspection.loss:.2g}{_THIN}%"
+        )
+    if low.value < -max(rounding, low.stderr):
+        verdict = (
+            f"No: the curvature is negative along at least one direction (smallest eigenvalue {quantity(low)}), "
+            f"and {share(inspection.negative_share)} of the absolute curvature is negative. "
+        )
+    elif low.value > max(rounding, low.stderr):
+        verdict = f"The curvature is positive in every direction that was found (smallest eigenvalue {quantity(low)}). "
+    else:
+        verdict = f"No negative curvature was found beyond its own uncertainty (smallest eigenvalue {quantity(low)}). "
+    return verdict + slope + "."
+
+
+def _conditioning(inspection: Inspection) -> str:
+    if not math.isfinite(inspection.effective_condition.value):
+        return "There is no curvature: every eigenvalue is zero."
+    return (
+        f"The sharpest direction curves {quantity(inspection.effective_condition)} times as much as directions do on average "
+        f"(mean of |λ|: {quantity(inspection.mean_absolute_eigenvalue)}). The larger this ratio, the fewer directions gradient "
+        "descent makes headway in."
+    )
+
+
+def _layers(layers: tuple[LayerCurvature, ...]) -> str:
+    sharpest = max(layers, key=lambda layer: layer.top)
+    total = sum(layer.trace.value for layer in layers)
+    heaviest = max(layers, key=lambda layer: layer.trace.value)
+    worst = max(
+        layers,
+        key=lambda layer: layer.effective_condition.value if math.isfinite(layer.effective_condition.value) else -1.0,
+    )
+    text = f"{sharpest.name} is the sharpest on its own (λ = {number(sharpest.top, 3)})"
+    if total > 0:
+        text += f", {heaviest.name} holds most of the trace ({100 * heaviest.trace.value / total:.0f}{_THIN}%)"
+    return (
+        text
+        + f", and {worst.name} is the worst conditioned (λ over mean |λ| = {number(worst.effective_condition.value, 3)})."
+    )
+
+
+def _step(inspection: Inspection) -> str:
+    lr = inspection.max_stable_lr
+    if not math.isfinite(lr.value):
+        return "No direction curves upwards, so the curvature sets no bound on the step."
+    heavy_ball = Measured(value=1.9 * lr.value, stderr=1.9 * lr.stderr)
+    return (
+        f"Plain gradient descent on these data is stable up to a learning rate of 2/λ = {quantity(lr, 3)}, and with heavy-ball "
+        f"momentum 0.9 up to {quantity(heavy_ball, 3)}; above that, the quadratic model grows along the sharpest direction."
+    )
