@@ -16,7 +16,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## inspect a trained network on handwritten digits; prints the path of the report
-	$(VENV)/bin/curvature inspect digits-cnn --out $(RUN)
+	$(VENV)/bin/curvature inspect digits-cnn --out $(RUN) --overwrite
 
 test: lint ## lint, then all tests (PYTEST_ARGS="-k lanczos" narrows them)
 	$(TEST) $(PYTEST_ARGS)

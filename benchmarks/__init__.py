@@ -1,0 +1,1 @@
+"""Benchmarks: rows of JSON, and the tables made from them. See README.md beside this file."""

@@ -1,0 +1,100 @@
+"""Hessian and Gauss-Newton products, all methods in one run: `python -m benchmarks.bench_products`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.peers import METHODS
+from benchmarks.problems import PROBLEMS
+
+__all__ = ["main", "middle"]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "products.json"
+OPERATORS = ["hessian", "ggn"]
+TIMEOUT_SECONDS = 600
+
+
+def _row(problem: str, operator: str, method: str, *, seconds: float, threads: int) -> dict[str, Any]:
+    """Measure in a process of its own; one that dies or hangs is a row too."""
+    options = ["--seconds", str(seconds), "--threads", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.harness", problem, operator, method, *options]
+    failed = {"problem": problem, "operator": operator, "method": method, "label": METHODS[method].label}
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {**failed, "failure": f"took more than {TIMEOUT_SECONDS} s"}
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {**failed, "failure": f"exit status {done.returncode}: {last}"}
+    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
+
+
+def _summary(row: dict[str, Any]) -> str:
+    what = f"{row['problem']:4} {row['operator']:8} {row['method']:24}"
+    if row.get("failure"):
+        return f"{what} {row['failure']}"
+    low, high = row["gradients_quartiles"]
+    return (
+        f"{what} {row['gradients']:6.2f} gradients ({low:.2f} to {high:.2f})  {1e3 * row['seconds']:8.1f} ms  "
+        f"{row['extra_mebibytes']:+7.0f} MiB  error {row['error']:.0e}"
+    )
+
+
+def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the run with the median cost, and the costs of all runs beside it; a failure if any of them failed."""
+    failed = [row for row in runs if row.get("failure")]
+    if failed:
+        return failed[0]
+    ordered = sorted(runs, key=lambda row: row["gradients"])
+    return {**ordered[(len(ordered) - 1) // 2], "gradients_runs": [row["gradients"] for row in runs]}
+
+
+def main() -> None:
+    """Measure what the command line selects and write the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_products", description=__doc__)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs", type=int, default=3, help="processes a row; they take turns")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing a process")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    cases = [(p, o, m) for p in a.problems for o in a.operators for m in a.methods if o in METHODS[m].operators]
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    bars = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*bars, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(cases) * a.runs)
+        for _ in range(a.runs):
+            for case in cases:
+                progress.update(task, description=" ".join(case))
+                runs[case].append(_row(*case, seconds=a.seconds, threads=a.threads))
+                progress.console.print(_summary(runs[case][-1]), highlight=False, soft_wrap=True)
+                progress.advance(task)
+            _write(a.out, [middle(runs[case]) for case in cases])  # after each pass, so that a run can be cut short
+
+
+def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The networks that are measured: a multilayer perceptron, a convolutional network, a character-level GPT.
+
+Each comes with one batch of synthetic data, seeded: what a product costs does not depend on what the numbers are.
+Models return (terms, classes), targets are (terms,), so that the cross-entropy of every library applies as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PROBLEMS", "Problem", "make_problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model in eval mode, its loss and one batch."""
+
+    name: str
+    model: nn.Module
+    loss: nn.Module
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def evaluate(self) -> Tensor:
+        """Return the loss of the batch."""
+        loss: Tensor = self.loss(self.model(self.inputs), self.targets)
+        return loss
+
+
+def make_problem(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+    """Return the named problem, the same on every call up to rounding to `dtype`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs, targets = PROBLEMS[name]()
+    model.eval()
+    inputs = inputs.to(device=device, dtype=dtype if inputs.is_floating_point() else None)
+    return Problem(name, model.to(device=device, dtype=dtype), nn.CrossEntropyLoss(), inputs, targets.to(device))
+
+
+def _mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10))
+    return model, torch.randn(256, 784), torch.randint(10, (256,))
+
+
+def _cnn() -> tuple[nn.Module, Tensor, Tensor]:
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    model = nn.Sequential(
+        *block(3, 16, 1), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    )
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad():
+        model(images)  # in train mode: running statistics that are not 0 and 1
+    return model, images, torch.randint(10, (64,))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, width = x.shape
+        heads = (B, T, 3, self.num_heads, width // self.num_heads)
+        q, k, v = self.qkv(x).view(heads).permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(B, T, width))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = _Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _GPT(nn.Module):
+    """A decoder with learned positions; returns logits (B * T, vocabulary)."""
+
+    def __init__(self, *, vocabulary: int, context: int, width: int, num_heads: int, num_layers: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(context, width))
+        self.blocks = nn.Sequential(*(_Block(width, num_heads) for _ in range(num_layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits.flatten(0, 1)
+
+
+def _gpt() -> tuple[nn.Module, Tensor, Tensor]:
+    model = _GPT(vocabulary=65, context=64, width=96, num_heads=4, num_layers=4)
+    text = torch.randint(65, (16, 65))
+    return model, text[:, :-1].contiguous(), text[:, 1:].flatten()
+
+
+PROBLEMS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"mlp": _mlp, "cnn": _cnn, "gpt": _gpt}

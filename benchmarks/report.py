@@ -1,0 +1,125 @@
+"""From rows to the table in the README: `python -m benchmarks.report [--results FILE] [--readme FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["insert", "main", "table"]
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmark:products -->", "<!-- /benchmark:products -->"
+OPERATORS = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
+OURS = ("kept", "kept-16", "rebuilt", "rebuilt-16")
+WRONG = 1e-3
+"""Relative error in float32 above which a product is called wrong; rounding gives about 1e-6."""
+
+Row = dict[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the Markdown for all rows: a table with one line a method and one column a network, and its footnotes.
+
+    A cell is the median cost in gradients of the same batch; bold the cheapest right one of each column and operator.
+    """
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    sizes = {row["problem"]: row["num_params"] for row in rows if "num_params" in row}
+    footnotes: list[str] = []
+    lines = []
+    for operator, title in OPERATORS.items():
+        chosen = [row for row in rows if row["operator"] == operator]
+        if not chosen:
+            continue
+        heads = [f"{p.upper()}, {sizes[p] / 1e3:.0f}k" if p in sizes else p.upper() for p in problems]
+        lines += [f"| {title} product | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(problems)]
+        best = {
+            p: min((r["gradients"] for r in chosen if r["problem"] == p and _right(r)), default=None) for p in problems
+        }
+        for method in dict.fromkeys(row["method"] for row in chosen):
+            found = {row["problem"]: row for row in chosen if row["method"] == method}
+            label = next(iter(found.values()))["label"]
+            label = f"**torch-curvature**, {label}" if method in OURS else label
+            cells = [_cell(found[p], best[p], footnotes) if p in found else "" for p in problems]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [f"{i}. {text}" for i, text in enumerate(footnotes, start=1)]
+    lines += [""] if footnotes else []
+    return "\n".join([*lines, _conditions(rows)]) + "\n"
+
+
+def _right(row: Row) -> bool:
+    return not row.get("failure") and bool(row["error"] <= WRONG)
+
+
+def _cell(row: Row, best: float | None, footnotes: list[str]) -> str:
+    if row.get("failure"):
+        return f"fails{_mark(_escaped(row['failure']), footnotes)}"
+    cost = f"{row['gradients']:.1f}"
+    cost = f"**{cost}**" if row["gradients"] == best else cost
+    cell = f"{cost} ({row['extra_mebibytes']:+.0f} MiB)"
+    if not _right(row):
+        percent = 100 * row["error"]
+        cell += f", wrong by {percent:.1g} %" if percent < 1 else f", wrong by {percent:.0f} %"
+    if ": " in row["attention"]:
+        message = row["attention"].split(": ", 1)[1]
+        cell += _mark(f"Under the math kernel for attention, set by the benchmark; else {_escaped(message)}", footnotes)
+    return cell
+
+
+def _mark(text: str, footnotes: list[str]) -> str:
+    if text not in footnotes:
+        footnotes.append(text)
+    return f"<sup>{footnotes.index(text) + 1}</sup>"
+
+
+def _escaped(message: str) -> str:
+    """Return the first sentence of an exception, as code in a table."""
+    return "`" + message.split(". ")[0].replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if not row.get("failure")]
+    if not measured:
+        return "Nothing was measured."
+    facts = {
+        key: sorted({str(row[key]) for row in measured}) for key in ("torch", "device", "dtype", "threads", "clock")
+    }
+    said = {key: " and ".join(values) for key, values in facts.items()}
+    worst = max((row["error"] for row in measured if _right(row)), default=0.0)
+    return (
+        "In gradients of the same batch, median over rounds in which gradient and product alternate; in brackets the "
+        "peak memory above that of one gradient; blocks are per column. Every product is compared with double backward "
+        f"in float64: all agree to {worst:.0e}, except where the table says wrong. "
+        f"torch {said['torch']}, {said['device']}, {said['dtype']}, threads: {said['threads']}, {said['clock']}."
+    )
+
+
+def insert(text: str, content: str) -> str:
+    """Return `text` with what stands between the two markers replaced by `content`.
+
+    Raises:
+        ValueError: if it does not hold both markers, once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"the text must hold {BEGIN} and, after it, {END}, once each; put them where the table belongs."
+        )
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    """Renew the table in the README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "products.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    a = parser.parse_args()
+    rows = json.loads(a.results.read_text(encoding="utf-8"))
+    a.readme.write_text(insert(a.readme.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
