@@ -1,0 +1,158 @@
+"""The command as a user meets it: in a process of its own, with good input and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+
+TASK = """
+import torch
+from torch import nn
+from curvature import Objective
+
+X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.zeros(30, 1, dtype=torch.float64)
+
+
+def model():
+    return nn.Linear(4, 1, bias=False).double()
+
+
+def regression():
+    return Objective(model(), nn.MSELoss(), (X, Y))
+
+
+def overflow():
+    wild = model()
+    with torch.no_grad():
+        wild.weight[0, 1] = torch.nan
+    return Objective(wild, nn.MSELoss(), (X, Y))
+
+
+def moving():
+    import numpy as np
+
+    class Moving(nn.Module):
+        def forward(self, x):
+            return x * (1 + float(np.random.default_rng().random()))
+
+    return Objective(nn.Sequential(model(), Moving()), nn.MSELoss(), (X, Y))
+
+
+def nothing():
+    return Objective(model(), nn.MSELoss(), [])
+
+
+def breaks():
+    raise KeyError("no such data")
+
+
+def number():
+    return 3
+
+
+unused = 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mytask.py").write_text(TASK)
+    return tmp_path
+
+
+def curvature(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, "-m", "analysis.cli", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_users_own_objective_from_the_first_line_to_the_report(folder: Path) -> None:
+    done = curvature(folder, "inspect", "mytask.py:regression", "--k", "2", "--out", "here")
+    assert done.returncode == 0, done.stderr
+    assert "estimate" in done.stdout
+    assert done.stdout.rstrip().endswith(str(Path("here") / "report.html"))
+    results = json.loads((folder / "here" / "results.json").read_text(encoding="utf-8"))
+    X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = torch.linalg.eigvalsh(2 / 30 * X.T @ X).flip(0)
+    assert results["top"]["eigenvalues"] == pytest.approx(exact[:2].tolist(), rel=1e-9)
+    assert results["trace"]["value"] == pytest.approx(float(exact.sum()), rel=1e-9)
+    assert {path.name for path in (folder / "here").iterdir()} == {
+        "config.json",
+        "results.json",
+        "arrays.npz",
+        "report.html",
+    }
+    report = (folder / "here" / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "https://" not in report
+
+
+def test_json_is_all_that_is_on_stdout(folder: Path) -> None:
+    done = curvature(folder, "inspect", "mytask.py:regression", "--json", "--no-layers", "--k", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["inspection"]["num_params"] == 4
+    assert (folder / "runs").is_dir()
+
+
+def test_the_same_seed_gives_the_same_numbers(folder: Path) -> None:
+    runs = [curvature(folder, "inspect", "mytask.py:regression", "--json", "--seed", "3") for _ in range(2)]
+    first, second = (json.loads(run.stdout)["inspection"] for run in runs)
+    for name in ("top", "bottom", "trace", "negative_share"):
+        assert first[name] == second[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits-cn"], "digits-cnn"),
+        (["nowhere.py:regression"], "nowhere.py"),
+        (["mytask.py:regresion"], "regression"),
+        (["mytask.py:unused"], "unused"),
+        (["mytask.py:number"], "int"),
+        (["mytask.py:breaks"], "no such data"),
+        (["no.such.package:task"], "no.such.package"),
+        (["mytask.py:regression", "--params", "wieght"], "weight"),
+        (["mytask.py:nothing"], "empty list"),
+        (["mytask.py:overflow"], "'weight' holds values that are not finite"),
+        (["mytask.py:moving"], "Moving"),
+        (["mytask.py:regression", "--k", "0"], "k must be at least 1, got 0"),
+        (["mytask.py:regression", "--rtol", "-1"], "rtol"),
+        (["mytask.py:regression", "--device", "cuda:99"], "cuda:99"),
+        (["mytask.py:regression", "--checkpoint", "missing.pt"], "missing.pt"),
+        (["digits-mlp", "--checkpoint", "other.pt"], "other.pt"),
+        (["mytask.py:regression", "--out", "mytask.py"], "is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(folder: Path, arguments: list[str], message: str) -> None:
+    torch.save(nn.Linear(3, 3).state_dict(), folder / "other.pt")
+    before = set(folder.rglob("*"))
+    done = curvature(folder, "inspect", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    left = {path for path in set(folder.rglob("*")) - before if "__pycache__" not in str(path)}
+    assert not left, "nothing half-written is left behind"
+
+
+def test_an_earlier_run_is_kept_unless_told(folder: Path) -> None:
+    settings = ["inspect", "mytask.py:regression", "--no-check", "--no-layers", "--out", "here"]
+    assert curvature(folder, *settings).returncode == 0
+    again = curvature(folder, *settings)
+    assert again.returncode == 2
+    assert "holds an earlier run" in again.stderr
+    assert curvature(folder, *settings, "--overwrite").returncode == 0
