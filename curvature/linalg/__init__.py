@@ -1,25 +1,49 @@
 """Numerics on symmetric matrices known through their products: tensors and linear operators alike."""
 
 from curvature.linalg.diagonal import hutchinson_diagonal as hutchinson_diagonal
+from curvature.linalg.distribution import cdf as cdf
+from curvature.linalg.distribution import count as count
+from curvature.linalg.distribution import quantile as quantile
+from curvature.linalg.distribution import wasserstein as wasserstein
 from curvature.linalg.eigsh import eigsh as eigsh
+from curvature.linalg.functionals import effective_dimension as effective_dimension
+from curvature.linalg.functionals import logdet as logdet
+from curvature.linalg.functionals import moments as moments
+from curvature.linalg.functionals import spectral_sum as spectral_sum
 from curvature.linalg.lanczos import Krylov as Krylov
+from curvature.linalg.lanczos import KrylovRuns as KrylovRuns
 from curvature.linalg.lanczos import lanczos as lanczos
+from curvature.linalg.lanczos import lanczos_runs as lanczos_runs
 from curvature.linalg.lanczos import ritz as ritz
+from curvature.linalg.lobpcg import lobpcg as lobpcg
 from curvature.linalg.probes import normal as normal
 from curvature.linalg.probes import rademacher as rademacher
 from curvature.linalg.probes import sphere as sphere
 from curvature.linalg.slq import spectral_density as spectral_density
+from curvature.linalg.thick_restart import ThickRestartLanczos as ThickRestartLanczos
 from curvature.linalg.trace import hutchinson_trace as hutchinson_trace
 
 __all__ = [
     "Krylov",
+    "KrylovRuns",
+    "ThickRestartLanczos",
+    "cdf",
+    "count",
+    "effective_dimension",
     "eigsh",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "lanczos",
+    "lanczos_runs",
+    "lobpcg",
+    "logdet",
+    "moments",
     "normal",
+    "quantile",
     "rademacher",
     "ritz",
     "spectral_density",
+    "spectral_sum",
     "sphere",
+    "wasserstein",
 ]

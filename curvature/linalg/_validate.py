@@ -8,7 +8,17 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linop import MatrixLike
 
-__all__ = ["check_count", "check_finite", "check_generator", "check_square", "working_dtype"]
+__all__ = [
+    "check_count",
+    "check_finite",
+    "check_generator",
+    "check_square",
+    "check_start",
+    "check_tolerances",
+    "non_finite_message",
+    "rounding_level",
+    "working_dtype",
+]
 
 
 def check_square(A: MatrixLike) -> int:
@@ -39,13 +49,42 @@ def check_generator(A: MatrixLike, generator: torch.Generator) -> None:
 def check_finite(product: Tensor, num_matvecs: int) -> Tensor:
     """Return the product, or say which one was not finite."""
     if not bool(torch.isfinite(product).all()):
-        raise NonFiniteError(
-            f"product {num_matvecs} with the operator is not finite; check the model for overflow, or use a wider "
-            "dtype."
-        )
+        raise NonFiniteError(non_finite_message(num_matvecs))
     return product
+
+
+def non_finite_message(num_matvecs: int) -> str:
+    """Say which product was not finite."""
+    return f"product {num_matvecs} with the operator is not finite; check the model for overflow, or use a wider dtype."
 
 
 def working_dtype(A: MatrixLike) -> torch.dtype:
     """Return the dtype of recurrences: that of A, float32 at least."""
     return torch.promote_types(A.dtype, torch.float32)
+
+
+def rounding_level(A: MatrixLike) -> float:
+    """Return below which share of |A| residuals are rounding, of the recurrence or of products in half precision."""
+    dtype = working_dtype(A)
+    own = torch.finfo(A.dtype).eps if A.dtype != dtype else 0.0
+    return max(10 * torch.finfo(dtype).eps, own)
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Refuse tolerances that nothing can meet."""
+    if not rtol > 0 or not atol >= 0:
+        raise InputError(f"rtol must be positive and atol not negative, got {rtol} and {atol}.")
+
+
+def check_start(A: MatrixLike, v0: Tensor | None, width: int, generator: torch.Generator) -> Tensor:
+    """Return start columns (n, max(p, width)) in the working dtype: those of v0, topped up with random ones."""
+    n, dtype = A.shape[0], working_dtype(A)
+    X = torch.empty(n, 0, dtype=dtype, device=A.device)
+    if v0 is not None:
+        if v0.ndim not in (1, 2) or v0.shape[0] != n or not 0 < v0.numel() <= n * n:
+            raise InputError(f"v0 must be a vector ({n},) or a block ({n}, p), p <= {n}, got shape {tuple(v0.shape)}.")
+        if v0.device != A.device or not bool(torch.isfinite(v0).all()) or not bool(v0.any()):
+            raise InputError(f"v0 must be finite, not zero, and on the device of A ({A.device}).")
+        X = v0.reshape(n, -1).to(dtype)
+    missing = max(width - X.shape[1], 0)
+    return torch.cat([X, torch.randn(missing, n, generator=generator, dtype=dtype, device=A.device).T], dim=1)

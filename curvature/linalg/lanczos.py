@@ -3,6 +3,8 @@
 From a start vector v0 it builds an orthonormal basis Q of the Krylov space span{v0, A v0, A^2 v0, ...} in which A is
 tridiagonal:  A Q = Q T + r e_m',  Q'r = 0.
 
+Several start vectors at a time share their products, one block a step, and nothing else.
+
 Reference: Golub and Van Loan, Matrix Computations, 4th ed., section 10.1; twice is enough: Giraud et al. (2005).
 """
 
@@ -17,7 +19,7 @@ from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_square, working_dtype
 from curvature.linop import MatrixLike
 
-__all__ = ["Krylov", "lanczos", "ritz"]
+__all__ = ["Krylov", "KrylovRuns", "lanczos", "lanczos_runs", "ritz"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,45 +57,93 @@ def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
         NonFiniteError: if a product is not finite.
     """
     n = check_square(A)
-    check_count("num_steps", num_steps, 1, n)
-    dtype = working_dtype(A)
     if v0.shape != (n,):
         raise InputError(f"v0 must be a vector of shape ({n},), got {tuple(v0.shape)}.")
-    q = v0.to(dtype)
-    if not bool(q.norm() > 0):
-        raise InputError("v0 must have a norm that is positive and finite, got zero or NaN.")
-    Q = torch.empty(num_steps, n, dtype=dtype, device=A.device)  # rows, so that growing it copies nothing
-    Q[0] = q / q.norm()
-    alpha, beta, scale = [], [], 0.0
-    for j in range(num_steps):
-        r = check_finite((A @ Q[j].to(A.dtype)).to(dtype), j + 1)
-        scale = max(scale, float(r.norm()))
-        alpha.append(Q[j] @ r)
-        basis = Q[: j + 1]
-        for _ in range(2):  # twice is enough
-            r = r - basis.T @ (basis @ r)
-        b = r.norm()
-        exhausted = bool(b <= 10 * n**0.5 * torch.finfo(dtype).eps * scale)
-        if exhausted or j + 1 == num_steps:
-            break
-        beta.append(b)
-        Q[j + 1] = r / b
-    exhausted = exhausted or len(alpha) == n
+    runs = lanczos_runs(A, v0[:, None], num_steps=num_steps)
+    m = runs.num_matvecs
+    breakdown = runs.breakdown[0]
     return Krylov(
-        basis=Q[: len(alpha)].T,
-        alpha=torch.stack(alpha),
-        beta=torch.stack(beta) if beta else Q.new_empty(0),
-        residual=torch.zeros_like(r) if exhausted else r,
-        residual_norm=torch.zeros_like(b) if exhausted else b,
-        breakdown=exhausted,
-        num_matvecs=len(alpha),
+        basis=runs.basis[0, :m].T,
+        alpha=runs.alpha[0, :m],
+        beta=runs.beta[0, : m - 1],
+        residual=runs.residual[0],
+        residual_norm=runs.residual_norm[0],
+        breakdown=breakdown,
+        num_matvecs=m,
     )
 
 
-def ritz(krylov: Krylov) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class KrylovRuns:
+    """What `Krylov` holds, for p runs at once; a run that broke down early has zeros in its later places."""
+
+    basis: Tensor
+    """(p, m, n), orthonormal rows."""
+    alpha: Tensor
+    """(p, m)."""
+    beta: Tensor
+    """(p, m - 1)."""
+    residual: Tensor
+    """(p, n)."""
+    residual_norm: Tensor
+    """(p,)."""
+    breakdown: list[bool]
+    """Which runs exhausted their Krylov space."""
+    num_matvecs: int
+    """Products that were spent, over all runs."""
+
+
+def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
+    """Run Lanczos from every column of X, (n, p); arguments and errors as for `lanczos`. Memory: p m vectors."""
+    n = check_square(A)
+    check_count("num_steps", num_steps, 1, n)
+    dtype = working_dtype(A)
+    norms = torch.linalg.vector_norm(X.to(dtype), dim=0)
+    if not bool((norms.isfinite() & (norms > 0)).all()):
+        raise InputError("v0 must have a norm that is positive and finite, got zero, infinity or NaN.")
+    p = X.shape[1]
+    Q = torch.zeros(p, num_steps, n, dtype=dtype, device=A.device)
+    alpha, beta = Q.new_zeros(p, num_steps), Q.new_zeros(p, num_steps)
+    Q[:, 0] = (X.to(dtype) / norms).T
+    scale = Q.new_zeros(p)  # of the products so far: what is left of one below rounding of this is nothing
+    going, spent = list(range(p)), 0
+    R = Q.new_zeros(p, n)
+    for j in range(num_steps):
+        R.zero_()
+        active = slice(None) if len(going) == p else going
+        R[active] = (A @ Q[active, j].T.to(A.dtype)).T.to(dtype)
+        spent += len(going)
+        scale = torch.maximum(scale, torch.linalg.vector_norm(R, dim=1))
+        alpha[:, j] = (Q[:, j] * R).sum(dim=1)
+        basis = Q[:, : j + 1]
+        for _ in range(2):  # twice is enough
+            R -= ((basis @ R[:, :, None]).mT @ basis)[:, 0]
+        b = torch.linalg.vector_norm(R, dim=1)
+        check_finite(torch.stack([alpha[:, j], b]), spent)
+        ended = b <= 10 * torch.finfo(dtype).eps * scale
+        if j + 1 == n:
+            ended = torch.ones_like(ended)
+        R[ended], beta[:, j] = 0, torch.where(ended, 0, b)
+        going = [i for i, over in enumerate(ended.tolist()) if not over]
+        if not going or j + 1 == num_steps:
+            break
+        Q[:, j + 1] = R / torch.where(ended, 1, b)[:, None]
+    return KrylovRuns(
+        basis=Q,
+        alpha=alpha,
+        beta=beta[:, :-1],
+        residual=R,
+        residual_norm=torch.linalg.vector_norm(R, dim=1),
+        breakdown=[i not in going for i in range(p)],
+        num_matvecs=spent,
+    )
+
+
+def ritz(krylov: Krylov | KrylovRuns) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of T, ascending (m,), and its eigenvectors as columns (m, m), in float64 on the CPU.
 
-    The squared first components of the eigenvectors are the Gauss weights of the spectral measure that v0 sees.
+    The squared first components of the eigenvectors are the Gauss weights of the spectral measure that v0 sees. For
+    several runs each has one dimension more in front.
     """
     alpha, beta = krylov.alpha.double().cpu(), krylov.beta.double().cpu()
-    return torch.linalg.eigh(torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1))
+    return torch.linalg.eigh(torch.diag_embed(alpha) + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.linalg import lanczos, ritz
+from curvature.linalg import lanczos, lanczos_runs, ritz
 from curvature.linop import Counting
 from tests.matrices import F64, generator, spectra, with_spectrum
 
@@ -64,6 +64,22 @@ def test_it_multiplies_once_a_step() -> None:
     A = Counting(with_spectrum(spectra(N)["flat"]))
     lanczos(A, start(), num_steps=13)
     assert A.num_matvecs == 13
+
+
+def test_runs_side_by_side_are_those_of_single_vectors_each_ending_on_its_own() -> None:
+    A = Counting(torch.diag(spectra(N)["flat"]))
+    unit = torch.eye(N, dtype=F64)
+    X = torch.stack([start(), unit[:, 3], unit[:, 5] + unit[:, 9]], dim=1)  # spaces of 60, 1 and 2 dimensions
+    runs = lanczos_runs(A, X, num_steps=10)
+    assert runs.breakdown == [False, True, True]
+    assert runs.num_matvecs == A.num_matvecs == 10 + 1 + 2
+    for i, m in enumerate([10, 1, 2]):
+        single = lanczos(A, X[:, i], num_steps=10)
+        assert single.num_matvecs == m
+        torch.testing.assert_close(runs.alpha[i, :m], single.alpha)
+        torch.testing.assert_close(runs.beta[i, : m - 1], single.beta)
+        torch.testing.assert_close(runs.basis[i, :m].T, single.basis)
+        assert not bool(runs.basis[i, m:].any())
 
 
 def test_half_precision_operators_have_their_recurrence_in_float32() -> None:

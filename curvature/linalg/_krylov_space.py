@@ -1,0 +1,216 @@
+"""The bounded basis that thick-restart Lanczos works in, with exact residuals through restarts and for any block width.
+
+Rows of one buffer hold orthonormal directions: first U, known directions that are kept out, then the basis V, then the
+residual directions P, so that
+
+    A V = V T + P C + U D,    T = V'AV,    C = P'AV,    D = U'AV.
+
+A Ritz pair (theta, V s) therefore has the residual norm (|C s|^2 + |D s|^2)^(1/2), whatever was done before. A step
+turns directions of P into directions of V by multiplying them; a restart replaces V by V S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError, NonFiniteError
+from curvature.linalg._orthonormal import gram_schmidt
+from curvature.linalg._validate import non_finite_message, rounding_level, working_dtype
+from curvature.linop import MatrixLike
+
+__all__ = ["KrylovSpace"]
+
+_TINY = 1e-37  # keeps a start of zero zero
+_COLUMNS = 1 << 18  # coordinates that a restart treats at a time
+
+
+class KrylovSpace:
+    """U, V and P as rows on `device`; T, C and D in float64 on the CPU, so that a step waits for the device once."""
+
+    def __init__(
+        self,
+        A: MatrixLike,
+        *,
+        size: int,
+        num_directions: int,
+        known: Tensor,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.A, self.generator = A, generator
+        self.dtype = working_dtype(A)
+        self.n = int(A.shape[0])
+        self.num_known = known.shape[1]
+        self.rows = torch.empty(
+            self.num_known + size + num_directions, self.n, dtype=self.dtype, device=device
+        )  # one buffer: nothing is copied as the basis grows
+        self.rows[: self.num_known] = known.T.to(self.rows)
+        self.count = 0
+        self.num_directions = 0
+        self.T = torch.zeros(0, 0, dtype=torch.float64)
+        self.C = torch.zeros(0, 0, dtype=torch.float64)
+        self.D = torch.zeros(self.num_known, 0, dtype=torch.float64)
+        self.num_matvecs = 0
+        self.norm = 0.0
+
+    @property
+    def V(self) -> Tensor:
+        return self.rows[self.num_known : self.num_known + self.count]
+
+    @property
+    def P(self) -> Tensor:
+        first = self.num_known + self.count
+        return self.rows[first : first + self.num_directions]
+
+    @property
+    def dimension(self) -> int:
+        """How large V can grow before it spans the complement of U."""
+        return self.n - self.num_known
+
+    def rounding(self) -> float:
+        """Residual norms below this are rounding, of the recurrence or of products in half precision."""
+        return rounding_level(self.A) * self.norm
+
+    def exhausted(self) -> bool:
+        """Whether V is invariant to rounding: what comes next is a random direction."""
+        return self.num_directions == 0 or bool(torch.linalg.matrix_norm(self.C) <= self.rounding())
+
+    def start(self, X: Tensor) -> None:
+        """Begin with the span of the rows of X; with random directions if nothing of it lies outside U."""
+        X = X.to(self.rows)
+        N, R, _ = self._orthonormalise(
+            X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(_TINY), self.rows[: self.num_known]
+        )
+        self._set_directions(N, _used(R.cpu()))
+        if self.num_directions == 0:
+            self._randomise(len(X))
+        self.C = torch.zeros(self.num_directions, 0, dtype=torch.float64)
+
+    def step(self, width: int, aim: Tensor | None = None) -> bool:
+        """Move up to `width` directions from P to V, by products with them; say whether they were random ones.
+
+        The directions that carry most of the residuals of V `aim` go first.
+        """
+        random = self.count > 0 and self.exhausted()
+        if random:
+            self._randomise(width)
+        elif aim is not None and self.num_directions > width:
+            self._sort_directions(aim)
+        width = min(width, self.num_directions)
+        old, new, rest = self.count, self.count + width, self.num_directions - width
+        W = (self.A @ self.P[:width].T.to(self.A.device, self.A.dtype)).T.to(self.rows)
+        self.num_matvecs += width
+        basis = self.rows[: self.num_known + new + rest]
+        N, R, H = self._orthonormalise(W, basis)
+        packed = torch.cat([H, R]).double().cpu()  # the one wait for the device
+        if not bool(torch.isfinite(packed).all()):
+            raise NonFiniteError(non_finite_message(self.num_matvecs))
+        H, R = packed[: len(basis)], packed[len(basis) :]
+        used = _used(R)[: self.n - len(basis)]
+        D, H, G = H.split([self.num_known, new, rest])
+        T = torch.zeros(new, new, dtype=torch.float64)
+        T[:old, :old], T[:, old:], T[old:, :old] = self.T, H, H[:old].T
+        T[old:, old:] = (H[old:] + H[old:].T) / 2
+        C = torch.zeros(rest + len(used), new, dtype=torch.float64)
+        C[:rest, :old], C[:rest, old:], C[rest:, old:] = self.C[width:], G, R[used]
+        self.T, self.C, self.D = T, C, torch.cat([self.D, D], dim=1)
+        self.count = new
+        self._set_directions(N, used, after=rest)
+        self.norm = max(self.norm, float(torch.linalg.matrix_norm(H, 2)))
+        return random
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values, ascending, their coefficients in V, and their residual norms outside U."""
+        theta, S = torch.linalg.eigh(self.T)
+        return theta, S, torch.linalg.vector_norm(self.C @ S, dim=0)
+
+    def coupling(self, S: Tensor) -> Tensor:
+        """Return what U, if it is not quite invariant, adds to the residuals of V S."""
+        return torch.linalg.vector_norm(self.D @ S, dim=0)
+
+    def restart(self, S: Tensor) -> None:
+        """Keep V S only, S with orthonormal columns."""
+        P = self.P.clone()
+        weights = S.T.to(self.rows)
+        for part in self.V.split(_COLUMNS, dim=1):  # in place, so that no second basis is held
+            part[: len(weights)] = weights @ part
+        self.T, self.C, self.D = S.T @ self.T @ S, self.C @ S, self.D @ S
+        self.count = len(weights)
+        self.P.copy_(P)
+
+    def vectors(self, S: Tensor) -> Tensor:
+        """Return V S, (n, k), on the device of A."""
+        return (self.V.T @ S.to(self.rows)).to(self.A.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a later run needs to go on, tensors and numbers only."""
+        last = self.num_known + self.count + self.num_directions
+        return {
+            "rows": self.rows[:last].clone(),
+            "T": self.T,
+            "C": self.C,
+            "D": self.D,
+            "num_known": self.num_known,
+            "num_matvecs": self.num_matvecs,
+            "norm": self.norm,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned for a space of these measures."""
+        if (
+            state["rows"].shape[1] != self.n
+            or state["num_known"] != self.num_known
+            or len(state["rows"]) > len(self.rows)
+        ):
+            raise InputError(
+                f"the state holds {tuple(state['rows'].shape)} directions, {state['num_known']} of them deflated; here "
+                f"there is room for {tuple(self.rows.shape)}, {self.num_known} deflated: make the solver with the "
+                "arguments of the one that was saved."
+            )
+        self.rows[: len(state["rows"])] = state["rows"].to(self.rows)
+        self.T, self.C, self.D = (state[name].clone() for name in "TCD")
+        self.count, self.num_directions = len(self.T), len(self.C)
+        self.num_matvecs, self.norm = state["num_matvecs"], state["norm"]
+        self.generator.set_state(state["generator"])
+
+    def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:
+        """Let P be its first `after` rows and the rows `use` of N."""
+        first = self.num_known + self.count + after
+        self.rows[first : first + len(use)] = N if len(use) == len(N) else N[use]
+        self.num_directions = after + len(use)
+
+    def _sort_directions(self, aim: Tensor) -> None:
+        """Rotate P so that its first directions carry most of the residuals of V aim; drop those that carry none."""
+        U, _, _ = torch.linalg.svd(self.C @ aim)
+        C = U.T @ self.C
+        U = U[:, torch.linalg.vector_norm(C, dim=1) > self.rounding()]
+        self._set_directions(U.T.to(self.rows) @ self.P, list(range(U.shape[1])))
+        self.C = U.T @ self.C
+
+    def _randomise(self, width: int) -> None:
+        X = torch.randn(width, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
+        N, R, _ = self._orthonormalise(X.to(self.rows), self.rows[: self.num_known + self.count])
+        self._set_directions(N, _used(R.cpu()))
+        self.C = torch.zeros(self.num_directions, self.count, dtype=torch.float64)
+
+    def _orthonormalise(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N, R, H with W = H'basis + R'N: block Gram-Schmidt, twice, without waiting for the device.
+
+        A row that leaves nothing but rounding is zero in N and in R. Reference: Giraud, Langou and Rozloznik (2005).
+        """
+        eps = 10 * torch.finfo(W.dtype).eps
+        floor = (eps * torch.linalg.vector_norm(W, dim=1).amax()).clamp_min(self.rounding())
+        H = basis @ W.T
+        N, R = gram_schmidt(W - H.T @ basis, floor)
+        again = basis @ N.T
+        N, R_again = gram_schmidt(N - again.T @ basis, floor.new_tensor(eps))
+        return N, R_again @ R, H + again @ R
+
+
+def _used(R: Tensor) -> list[int]:
+    """Return which rows Gram-Schmidt left something of."""
+    return [j for j, r in enumerate(R.diagonal().tolist()) if r != 0]

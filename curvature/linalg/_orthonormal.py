@@ -1,0 +1,39 @@
+"""Block Gram-Schmidt that drops what is dependent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gram_schmidt", "orthonormalise"]
+
+
+def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
+    """Return orthonormal columns that span X outside the basis (n, m), orthonormal; dependent ones are dropped.
+
+    Twice is enough: Giraud, Langou and Rozloznik (2005).
+    """
+    eps = 10 * torch.finfo(X.dtype).eps
+    tiny = torch.finfo(X.dtype).tiny
+    N = (X / torch.linalg.vector_norm(X, dim=0).clamp_min(tiny)).T
+    for floor in (eps, eps):
+        N, _ = gram_schmidt(N - (N @ basis) @ basis.T, N.new_tensor(floor))
+    return N[torch.linalg.vector_norm(N, dim=1) > 0].T
+
+
+def gram_schmidt(W: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return N and upper triangular R with W = R'N, rows of N orthonormal, without waiting for the device.
+
+    A row of which no more than the floor is left is zero in N and R.
+    """
+    N, R = torch.zeros_like(W), W.new_zeros(len(W), len(W))
+    for j, w in enumerate(W):
+        for _ in range(2 if j else 0):
+            h = N[:j] @ w
+            w = w - h @ N[:j]
+            R[:j, j] += h
+        norm = torch.linalg.vector_norm(w)
+        kept = ~(norm <= floor)  # NaN is kept, to be found
+        R[j, j] = torch.where(kept, norm, 0)
+        N[j] = torch.where(kept, w / norm, 0)
+    return N, R

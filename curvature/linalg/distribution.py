@@ -1,0 +1,119 @@
+"""The cumulative distribution of eigenvalues from stochastic Lanczos quadrature, and the distance between two.
+
+Counts err by chance, which falls with the probes, and by the quadrature rule, which falls with the steps. The second is
+bounded for every probe by the Chebyshev-Markov-Stieltjes inequalities: with nodes theta_1 < ... < theta_m of weights w,
+sum_{i<k} w_i <= F(theta_k -) and F(theta_k) <= sum_{i<=k} w_i for the measure F that the probe sees.
+
+Reference: Golub and Meurant (2010), Matrices, Moments and Quadrature with Applications; Chen, Trogdon and Ubaru (2021),
+Analysis of stochastic Lanczos quadrature for spectrum approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr
+
+__all__ = ["cdf", "count", "quantile", "wasserstein"]
+
+
+def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> BoundedEstimate:
+    """Estimate F(t), the share of eigenvalues at most t, for every t, of the shape of `points`."""
+    t = torch.as_tensor(points, dtype=torch.float64)
+    step, left, right = (x.reshape(-1, *t.shape) for x in _steps(density, t.reshape(-1), closed=True))
+    value, stderr = mean_and_stderr(step)
+    return BoundedEstimate(
+        value=value, stderr=stderr, lower=(step - left).mean(dim=0), upper=(step + right).mean(dim=0)
+    )
+
+
+def count(density: SpectralDensity, low: float, high: float = torch.inf) -> BoundedEstimate:
+    """Estimate how many of the n eigenvalues lie in [low, high]. Known ones, deflated, are counted exactly.
+
+    A confidence interval that allows for both kinds of error reaches from lower - 2 stderr to upper + 2 stderr. Around
+    zero, [-tolerance, tolerance], this is the dimension of the null space.
+
+    Raises:
+        InputError: unless low <= high.
+    """
+    if not low <= high:
+        raise InputError(f"low must not exceed high, got low={low} and high={high}.")
+    t = torch.tensor([low, high], dtype=torch.float64)
+    below, below_left, below_right = (x[:, 0] for x in _steps(density, t[:1], closed=False))
+    upto, upto_left, upto_right = (x[:, 0] for x in _steps(density, t[1:], closed=True))
+    n = density.dimension
+    value, stderr = mean_and_stderr(upto - below)
+    lower = (upto - upto_left - below - below_right).clamp_min(0).mean()
+    upper = (upto + upto_right - below + below_left).clamp_max(1).mean()
+    return BoundedEstimate(value=n * value, stderr=n * stderr, lower=n * lower, upper=n * upper)
+
+
+def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor) -> Estimate:
+    """Estimate the smallest t with F(t) >= q for every level q, of the shape of `levels`.
+
+    The standard error is that of F(t), carried over by the inverse of F (Woodruff, 1952).
+
+    Raises:
+        InputError: for levels outside [0, 1].
+    """
+    q = torch.as_tensor(levels, dtype=torch.float64)
+    if not bool(((q >= 0) & (q <= 1)).all()):
+        raise InputError(f"levels must be in [0, 1], got {q.tolist()}.")
+    value = _inverse(density, q)
+    stderr = cdf(density, value).stderr
+    return Estimate(value=value, stderr=(_inverse(density, q + stderr) - _inverse(density, q - stderr)) / 2)
+
+
+def wasserstein(first: SpectralDensity | Tensor, second: SpectralDensity | Tensor) -> Tensor:
+    """Return the Wasserstein-1 distance between two densities, integral |F_1 - F_2| dt, (), in the units of A.
+
+    A tensor (n,) of eigenvalues stands for their exact density. Smoothing plays no part.
+
+    Raises:
+        InputError: for tensors that are no vectors.
+    """
+    (x, v), (y, w) = _atoms(first), _atoms(second)
+    points, order = torch.cat([x, y]).sort()
+    difference = torch.cat([v, -w])[order].cumsum(0)
+    return (difference[:-1].abs() * points.diff()).sum()
+
+
+def _atoms(density: SpectralDensity | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points of a discrete density, and their weights."""
+    if isinstance(density, SpectralDensity):
+        used = density.weights > 0
+        return density.nodes[used], density.weights[used] / len(density.weights)
+    if density.ndim != 1 or density.numel() == 0:
+        raise InputError(f"eigenvalues must be a vector that is not empty, got shape {tuple(density.shape)}.")
+    values = density.double().cpu()
+    return values, torch.full_like(values, 1 / len(values))
+
+
+def _inverse(density: SpectralDensity, levels: Tensor) -> Tensor:
+    nodes, weights = _atoms(density)
+    nodes, order = nodes.sort()
+    total = weights[order].cumsum(0)
+    places = torch.searchsorted(total, levels.clamp(0, 1) - 1e-12)  # a level that rounding just misses is reached
+    return nodes[places.clamp_max(len(nodes) - 1)]
+
+
+def _steps(density: SpectralDensity, points: Tensor, *, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return F at the points for every probe, (num_probes, num_points), and what the rule may have put wrongly.
+
+    With the last node not beyond a point and the first one beyond it, F may be less by the weight of the former and
+    more by that of the latter. F is that of points up to t, t itself included if `closed`.
+    """
+    nodes, weights = density.nodes, density.weights
+    known = (nodes[..., None] == density.deflated).any(dim=-1) & (weights == 1.0 / density.dimension)
+    reached = nodes[..., None] <= points if closed else nodes[..., None] < points  # (probes, nodes, points)
+    step = (weights[..., None] * reached).sum(dim=1)
+    loose = (weights > 0) & ~known
+    left = nodes[..., None].where(reached & loose[..., None], -torch.inf).max(dim=1)
+    right = nodes[..., None].where(~reached & loose[..., None], torch.inf).min(dim=1)
+    below = weights.gather(1, left.indices).where(left.values.isfinite() & points.isfinite(), 0)
+    above = weights.gather(1, right.indices).where(right.values.isfinite() & points.isfinite(), 0)
+    return step, below, above

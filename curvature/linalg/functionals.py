@@ -1,0 +1,99 @@
+"""What one run of stochastic Lanczos quadrature tells about functions of a matrix: tr f(A), n times the mean of f.
+
+For functions whose even derivatives all have one sign, as log(x + z), the m-point rule errs on one side and falls to
+its limit as m grows; the standard errors speak of the probes only, so look at the change with num_steps as well.
+
+Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochastic Lanczos quadrature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.results import Estimate, SpectralDensity, mean_and_stderr
+
+__all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
+
+
+def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:
+    """Estimate tr f(A) = sum_i f(lambda_i).
+
+    Args:
+        density: from `spectral_density`.
+        f: acts entrywise on eigenvalues, float64. Kinks want many steps: the rule is exact for polynomials of degree
+            2 num_steps - 1.
+
+    Raises:
+        InputError: if f is not finite on the nodes.
+    """
+    values = f(density.nodes).where(density.weights > 0, 0)
+    if not bool(torch.isfinite(values).all()):
+        worst = density.nodes[~torch.isfinite(values)]
+        raise InputError(
+            f"f must be finite where the spectrum is, but is not at {float(worst[0]):.4g}; the nodes reach from "
+            f"{_smallest(density):.4g} to {float(density.nodes.max()):.4g}."
+        )
+    mean, stderr = mean_and_stderr((density.weights * values).sum(dim=1))
+    return Estimate(value=density.dimension * mean, stderr=density.dimension * stderr)
+
+
+def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
+    """Estimate (1/n) tr A^p for every order p, (len(orders),).
+
+    The rule is exact for p < 2 num_steps; orders 1 and 2 give the mean curvature and the Frobenius norm, n^(1/2) times
+    the root of the second.
+
+    Raises:
+        InputError: for negative orders.
+    """
+    if any(p < 0 for p in orders):
+        raise InputError(f"orders must not be negative, got {list(orders)}.")
+    powers = torch.tensor(orders, dtype=torch.float64)
+    samples = (density.weights[..., None] * density.nodes[..., None] ** powers).sum(dim=1)
+    mean, stderr = mean_and_stderr(samples)
+    return Estimate(value=mean, stderr=stderr)
+
+
+def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
+    """Estimate log det(A + damping I) = sum_i log(lambda_i + damping). The rule errs upwards.
+
+    Raises:
+        InputError: unless A + damping I is positive definite, as far as the nodes show.
+    """
+    _check_damping(density, damping)
+    return spectral_sum(density, lambda x: torch.log(x + damping))
+
+
+def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> Estimate:
+    """Estimate d(z) = tr A (A + z I)^-1 = sum_i lambda_i / (lambda_i + z) for every z of a grid, of the grid's shape.
+
+    How many directions the data determine beyond a prior of precision z (MacKay, 1992). The rule errs upwards. Made for
+    positive semi-definite A, such as a Gauss-Newton matrix.
+
+    Raises:
+        InputError: unless A + z I is positive definite for the smallest z, as far as the nodes show.
+    """
+    z = torch.as_tensor(damping, dtype=torch.float64)
+    _check_damping(density, float(z.min()))
+    nodes = density.nodes.where(density.weights > 0, 0)  # unused places hold no part
+    ratio = nodes[..., None] / (nodes[..., None] + z.reshape(-1)).where(density.weights[..., None] > 0, 1)
+    mean, stderr = mean_and_stderr((density.weights[..., None] * ratio).sum(dim=1))
+    n = density.dimension
+    return Estimate(value=(n * mean).reshape(z.shape), stderr=(n * stderr).reshape(z.shape))
+
+
+def _smallest(density: SpectralDensity) -> float:
+    return float(density.nodes[density.weights > 0].min())
+
+
+def _check_damping(density: SpectralDensity, damping: float) -> None:
+    smallest = _smallest(density)
+    if not damping + smallest > 0:
+        raise InputError(
+            f"A + damping I must be positive definite: damping must exceed {-smallest:.4g}, since A has eigenvalues "
+            f"down to {smallest:.4g}; got {damping:.4g}. Raise it, or take a Gauss-Newton matrix."
+        )
