@@ -102,12 +102,13 @@ def _linear_width(nodes: Array, weights: Array) -> float:
         inside = np.sort(row[weight > 0])
         order = np.argsort(np.abs(inside))[: max(3, len(inside) // 4)]
         gaps.append(np.diff(np.sort(inside[order])))
-    gap = float(np.median(np.concatenate(gaps))) if gaps else 0.0
+    every = np.concatenate(gaps)
+    gap = float(np.median(every)) if every.size else 0.0  # no gap where there is one node only
     return max(gap, 1e-6 * float(np.abs(nodes).max(initial=0.0)), 1e-30)
 
 
 def _smoothed_count(nodes: Array, counts: Array, h: float | None) -> tuple[Array, Array, Array, float]:
-    """Return a grid on the axis, the smoothed count there and its standard error over probes, and the kernel's width."""
+    """Return a grid on the axis, the smoothed count and its standard error over probes, and the kernel's width."""
     used = nodes[counts > 0]
     low, high = float(used.min()), float(used.max())
     if h is None or h <= 0:
@@ -186,11 +187,11 @@ def plot_eigenvalues(
         ax.annotate("⋯", (k, 0), xytext=(0, 5), textcoords="offset points", ha="center", color=colors.quiet)
     for i in {0, len(values) - 1}:
         text = f"{values[i]:.3g}".replace("-", MINUS)
-        ax.annotate(text, (places[i], values[i]), xytext=(7, 4), textcoords="offset points", annotation_clip=False)
+        ax.annotate(text, (places[i], values[i]), xytext=(8, 4), textcoords="offset points")
     ranks = np.concatenate([1 + np.arange(k), num_params - low + 1 + np.arange(low)])
     shown = [*range(0, k, max(1, math.ceil(k / 10))), *([len(ranks) - 1] if low else [])]
     ax.set_xticks(places[shown], [count(ranks[i]) for i in shown])
-    ax.margins(x=0.06)
+    ax.set_xlim(-0.7, places[-1] + 1.8)  # room for the last label
     ax.axhline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
     ax.set(xlabel="rank", ylabel="eigenvalue λ")
     return ax
@@ -235,7 +236,7 @@ def _draw_shares(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colors
         if value < 0:
             bar.set(color=colors.negative, hatch="////")
     ax.errorbar(
-        100 * trace / total, rows, xerr=100 * stderr / total, fmt="none", ecolor=_ink(), capsize=3, elinewidth=1.2
+        100 * trace / total, rows, xerr=100 * stderr / total, fmt="none", color=_ink(), capsize=3, elinewidth=1.2
     )
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8)
     ax.set(xlabel="share of the trace (%)")

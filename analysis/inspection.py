@@ -11,26 +11,16 @@ density.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from analysis.plan import (
-    ALL_ENTRIES,
-    BOTTOM,
-    DENSITY,
-    PATIENCE,
-    TOP,
-    InspectionPlan,
-    num_basis,
-    peak_memory,
-    synchronize,
-)
-from analysis.results import Cost, Inspection, LayerCurvature, Measured, StageCost
+from analysis.meter import Meter, Progress
+from analysis.plan import ALL_ENTRIES, BOTTOM, DENSITY, PATIENCE, TOP, InspectionPlan, num_basis
+from analysis.results import Inspection, LayerCurvature, Measured
 from curvature.linalg import eigsh, lanczos, ritz, spectral_density
 from curvature.linop import LinearOperator, to_dense
 from curvature.objective import Objective
@@ -42,8 +32,6 @@ __all__ = ["inspect_model"]
 
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
-Progress = Callable[[str, int, int], None]
-"""Told after each product: what is being computed, products done, products planned."""
 
 
 def inspect_model(
@@ -84,7 +72,7 @@ def inspect_model(
     plan = InspectionPlan(
         k=k, num_bottom=num_bottom, rtol=rtol, num_probes=num_probes, num_steps=num_steps, layers=layers
     )
-    meter = _Meter(objective, plan, progress)
+    meter = Meter(objective.device, sum(plan.total_matvecs(objective)), progress)
     loss, gradient = objective.loss_and_gradient()
     H = HessianOperator(objective)
     whole = _whole(H, plan, meter, generator)
@@ -119,7 +107,7 @@ def inspect_model(
     )
 
 
-def _whole(H: LinearOperator, plan: InspectionPlan, meter: _Meter, generator: torch.Generator) -> _Spectrum:
+def _whole(H: LinearOperator, plan: InspectionPlan, meter: Meter, generator: torch.Generator) -> _Spectrum:
     planned = plan.matvecs(H.shape[0])
     k, low = min(plan.k, H.shape[0]), min(plan.num_bottom, H.shape[0])
 
@@ -130,7 +118,7 @@ def _whole(H: LinearOperator, plan: InspectionPlan, meter: _Meter, generator: to
 
 
 def _layer(
-    H: HessianOperator, block: Block, gradient: Tensor, plan: InspectionPlan, meter: _Meter, generator: torch.Generator
+    H: HessianOperator, block: Block, gradient: Tensor, plan: InspectionPlan, meter: Meter, generator: torch.Generator
 ) -> LayerCurvature:
     planned = plan.layer_matvecs(block.num_params)
     A, k = meter.watch(H.restrict(block)), min(plan.k, block.num_params)
@@ -189,7 +177,7 @@ class _Spectrum:
     def negative_share(self) -> Measured:
         """A ratio of means over the same probes, so its error is that of the linearised ratio.
 
-        The quadrature may miss a few eigenvalues next to zero; the smallest, which is known, is allowed for as one more.
+        The quadrature may miss eigenvalues next to zero; the smallest, which is known, is allowed for as one more.
         """
         if self.mean_absolute.value == 0:
             return Measured(value=math.nan, stderr=math.nan)
@@ -257,7 +245,7 @@ def _measure(
 
 
 def _all_entries(A: LinearOperator, k: int, num_bottom: int) -> _Spectrum:
-    """Build the matrix and take all its eigenvalues. The residuals show its rounding: products are not quite symmetric."""
+    """Build the matrix and take all its eigenvalues; the residuals show its rounding, as products are not symmetric."""
     n = A.shape[0]
     dense = to_dense(A, columns_at_a_time=8).double()
     eigenvalues, U = torch.linalg.eigh((dense + dense.T) / 2)
@@ -309,64 +297,3 @@ def _halved(density: SpectralDensity, known: int) -> tuple[Tensor, Tensor]:
         values, S = ritz(lanczos(torch.diag(theta[w > 0]), w[w > 0].sqrt(), num_steps=min(steps, int((w > 0).sum()))))
         nodes[i, : len(values)], weights[i, : len(values)] = values, S[0].square()
     return nodes, weights
-
-
-# -- what it costs ----------------------------------------------------------------------------------------------------
-
-
-class _Meter:
-    """Counts products and time by stage, and tells the listener how far the plan has come."""
-
-    def __init__(self, objective: Objective, plan: InspectionPlan, progress: Progress | None) -> None:
-        self.device = objective.device
-        self.stages: list[StageCost] = []
-        self._progress = progress
-        self._start = time.perf_counter()
-        blocks = plan.layer_blocks(objective)
-        self._ahead = sum(plan.matvecs(objective.num_params).values())  # planned for the stages to come
-        self._ahead += sum(sum(plan.layer_matvecs(block.num_params).values()) for block in blocks)
-        self._name, self._planned, self._before, self._done = "", 0, 0, 0
-
-    def watch(self, A: LinearOperator) -> LinearOperator:
-        """Return A, with its products reported here."""
-        return _Watched(A, self._tick)
-
-    @contextmanager
-    def stage(self, name: str, planned: int, *, whole: bool) -> Iterator[None]:
-        """Book what is done inside under a name."""
-        self._name, self._planned, self._before = name, planned, self._done
-        self._ahead -= planned
-        start = time.perf_counter()
-        yield
-        synchronize(self.device)
-        spent, seconds = self._done - self._before, time.perf_counter() - start
-        self.stages.append(StageCost(name=name, planned=planned, num_matvecs=spent, seconds=seconds, whole=whole))
-
-    def cost(self) -> Cost:
-        """Return the sums."""
-        return Cost(
-            num_matvecs=sum(stage.num_matvecs for stage in self.stages if stage.whole),
-            num_layer_matvecs=sum(stage.num_matvecs for stage in self.stages if not stage.whole),
-            seconds=time.perf_counter() - self._start,
-            peak_bytes=peak_memory(self.device),
-            stages=tuple(self.stages),
-        )
-
-    def _tick(self, columns: int) -> None:
-        self._done += columns
-        if self._progress is not None:
-            this_stage = max(self._planned, self._done - self._before)
-            self._progress(self._name, self._done, self._before + this_stage + self._ahead)
-
-
-class _Watched(LinearOperator):
-    """A, reporting the number of columns of every product."""
-
-    def __init__(self, A: LinearOperator, report: Callable[[int], None]) -> None:
-        super().__init__(A.shape, A.dtype, A.device)
-        self.A, self.report = A, report
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        product = self.A @ X
-        self.report(X.shape[1])
-        return product

@@ -88,6 +88,11 @@ class InspectionPlan:
         sampled = {TOP: _top_matvecs(self.k), BOTTOM: _bottom_matvecs(1), DENSITY: self.num_probes * self.layer_steps}
         return sampled if num_params > sum(sampled.values()) else {ALL_ENTRIES: num_params}
 
+    def total_matvecs(self, objective: Objective) -> tuple[int, int]:
+        """Return the products with the whole Hessian and with all layers."""
+        of_layers = (self.layer_matvecs(block.num_params) for block in self.layer_blocks(objective))
+        return sum(self.matvecs(objective.num_params).values()), sum(sum(stages.values()) for stages in of_layers)
+
 
 def _top_matvecs(k: int) -> int:
     """Return about how many products the k largest pairs of a trained network take; the truth depends on gaps."""
@@ -123,10 +128,8 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     _ = H @ v
     synchronize(device)
     seconds = time.perf_counter() - start
-    stages = plan.matvecs(n)
-    whole = sum(stages.values())
-    of_layers = sum(sum(plan.layer_matvecs(block.num_params).values()) for block in plan.layer_blocks(objective))
-    basis = n if ALL_ENTRIES in stages else max(num_basis(n, plan.k, v.element_size(), device), plan.num_steps)
+    whole, of_layers = plan.total_matvecs(objective)
+    basis = n if ALL_ENTRIES in plan.matvecs(n) else max(num_basis(n, plan.k, v.element_size(), device), plan.num_steps)
     vectors = basis + plan.k + plan.num_bottom + plan.num_probes
     return CostEstimate(
         num_matvecs=whole,

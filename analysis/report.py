@@ -84,6 +84,7 @@ def build_report(run: Run) -> str:
         "number": wording.number,
         "quantity": wording.quantity,
         "prose": wording.prose,
+        "unbroken": _unbroken,
         "share": wording.share,
     }
     inspection = run.inspection
@@ -102,6 +103,14 @@ def build_report(run: Run) -> str:
 # -- what stands in it ------------------------------------------------------------------------------------------------
 
 
+def _unbroken(text: str) -> Markup:
+    """Return a sentence as HTML in which no line ends within a quantity or a formula."""
+    from markupsafe import Markup, escape
+
+    pattern = r"(\([^()\s]+ ± [^()\s]+\)\S*|\S+ ± [^\s,;)]+|\S*\d/λ|\|λ\|)"
+    return Markup(re.sub(pattern, r'<span class="unbroken">\1</span>', str(escape(text))))
+
+
 def _cards(inspection: Inspection) -> list[dict[str, str]]:
     """Return the key numbers: label, value, uncertainty and what the number is, in a phrase."""
     trace = Measured(value=float(inspection.trace.value), stderr=float(inspection.trace.stderr))
@@ -113,7 +122,7 @@ def _cards(inspection: Inspection) -> list[dict[str, str]]:
         ),
         ("Gradient norm", (wording.number(inspection.gradient_norm), "exact"), "zero at a stationary point"),
         ("Sharpness", wording.value_and_error(inspection.sharpness), "largest eigenvalue λ of the Hessian"),
-        ("Smallest eigenvalue", wording.value_and_error(inspection.lowest), "below zero: a direction leads down"),
+        ("Smallest eigenvalue", wording.value_and_error(inspection.lowest), "below zero: no strict minimum"),
         ("Trace", wording.value_and_error(trace), "sum of all eigenvalues"),
         ("Effective condition", wording.value_and_error(inspection.effective_condition), "λ over the mean of |λ|"),
         (
@@ -211,7 +220,7 @@ def _svg(name: str, label: str, draw: Callable[[Figure], object], size: tuple[fl
     ):
         svg = re.sub(pattern, "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # matplotlib before 3.10
-    svg = re.sub(r"(\d\.\d{2})\d+", r"\1", svg)  # a hundredth of a point is finer than any screen
+    svg = re.sub(r"<[^>]*>", _shortened, svg)
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
@@ -219,3 +228,8 @@ def _svg(name: str, label: str, draw: Callable[[Figure], object], size: tuple[fl
     assert view_box is not None
     opening = f'<svg class="{name.rpartition("-")[2]}" role="img" aria-label="{escape(label)}" {view_box[0]}'
     return re.sub(r"<svg[^>]*>", opening + ' xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+
+
+def _shortened(tag: re.Match[str]) -> str:
+    """Return a tag with its coordinates cut to hundredths of a point, finer than any screen; text is left alone."""
+    return re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0])

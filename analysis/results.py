@@ -159,7 +159,7 @@ class Inspection:
 
     @property
     def max_stable_lr(self) -> Measured:
-        """2 / lambda_max: gradient descent with a larger step grows along the sharpest direction; inf if there is none."""
+        """2 / lambda_max: a larger step of gradient descent grows along the sharpest direction; inf without one."""
         top = self.sharpness
         if top.value <= 0:
             return Measured(value=math.inf, stderr=0.0)

@@ -228,23 +228,21 @@ def load_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     if not _is_run(folder):
-        raise InputError(
-            f"{folder} holds no run (config.json, results.json and arrays.npz); pass the folder that `curvature inspect` "
-            "printed."
-        )
+        raise InputError(f"{folder} holds no complete run; give a folder that `curvature inspect` wrote.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz", allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-        if config["format"] != FORMAT:
-            raise InputError(
-                f"{folder} was written in format {config['format']}, and this version reads format {FORMAT}; "
-                "update torch-curvature."
-            )
-        return _rebuild(Run, {**config, "inspection": results}, arrays, "")
-    except (OSError, KeyError, TypeError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        written = int(config["format"])
+        run = _rebuild(Run, {**config, "inspection": results}, arrays, "") if written == FORMAT else None
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
+    if run is None:
+        raise InputError(
+            f"{folder} was written in format {written}, and this version reads format {FORMAT}; use that one."
+        )
+    return run
 
 
 def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor], path: str) -> T:

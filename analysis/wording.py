@@ -150,61 +150,57 @@ def findings(inspection: Inspection) -> tuple[Finding, ...]:
 
 
 def _sharpness(inspection: Inspection) -> str:
-    top, n = inspection.sharpness, inspection.num_params
-    text = f"Along the sharpest of {count(n)} directions the loss curves with λ = {quantity(top)}."
-    k, trace = len(inspection.top.eigenvalues), float(inspection.trace.value)
-    if k < n and trace > 0:
-        held = float(inspection.top.eigenvalues.sum()) / trace
-        text += f" The {k} largest eigenvalues add up to {100 * held:.0f}{_THIN}% of the trace" if k > 1 else ""
-        text += f"; the mean eigenvalue is {number(trace / n, 2)}." if k > 1 else ""
+    k, n, trace = len(inspection.top.eigenvalues), inspection.num_params, float(inspection.trace.value)
+    text = f"Along the sharpest of {count(n)} directions the loss curves with λ = {quantity(inspection.sharpness)}."
+    if 1 < k < n and trace > 0:
+        held = 100 * float(inspection.top.eigenvalues.sum()) / trace
+        text += f" The {k} largest eigenvalues add up to {held:.0f}{_THIN}% of the trace"
+        text += f"; over all directions the curvature is {number(trace / n, 2)} on average."
     return text
 
 
 def _minimum(inspection: Inspection) -> str:
     low, top = inspection.lowest, inspection.sharpness
-    rounding = 1e-6 * max(abs(top.value), abs(low.value))
-    slope = f"The gradient has norm {number(inspection.gradient_norm, 3)}"
-    if top.value > 0 and inspection.loss > 0:
-        gain = inspection.gradient_norm**2 / (2 * top.value)
-        slope += (
-            f": a gradient step of 1/λ would still lower the loss by about {100 * gain / inspection.loss:.2g}{_THIN}%"
-        )
-    if low.value < -max(rounding, low.stderr):
-        verdict = (
-            f"No: the curvature is negative along at least one direction (smallest eigenvalue {quantity(low)}), "
-            f"and {share(inspection.negative_share)} of the absolute curvature is negative. "
-        )
-    elif low.value > max(rounding, low.stderr):
-        verdict = f"The curvature is positive in every direction that was found (smallest eigenvalue {quantity(low)}). "
+    doubt = max(low.stderr, 1e-6 * abs(top.value))  # residual, or rounding
+    smallest = f"smallest eigenvalue {quantity(low)}"
+    if low.value < -doubt:
+        beside = f", {100 * abs(low.value / top.value):.2g}{_THIN}% of the largest in size" if top.value > 0 else ""
+        text = f"Not strictly: along at least one direction the curvature is negative ({smallest}{beside}), and "
+        text += f"{share(inspection.negative_share)} of all absolute curvature is."
+    elif low.value > doubt:
+        text = f"The curvature is positive along every direction that was found ({smallest})."
     else:
-        verdict = f"No negative curvature was found beyond its own uncertainty (smallest eigenvalue {quantity(low)}). "
-    return verdict + slope + "."
+        text = f"No curvature was found that is negative beyond its own uncertainty ({smallest})."
+    text += f" The gradient has norm {number(inspection.gradient_norm, 3)}"
+    if top.value > 0 and inspection.loss > 0:
+        gain = 100 * inspection.gradient_norm**2 / (2 * top.value * inspection.loss)
+        text += f": a step of 1/λ against it would lower the loss by {number(gain, 2)}{_THIN}%, if not more"
+    return text + "."
 
 
 def _conditioning(inspection: Inspection) -> str:
-    if not math.isfinite(inspection.effective_condition.value):
+    condition, mean = inspection.effective_condition, inspection.mean_absolute_eigenvalue
+    if not math.isfinite(condition.value):
         return "There is no curvature: every eigenvalue is zero."
     return (
-        f"The sharpest direction curves {quantity(inspection.effective_condition)} times as much as directions do on average "
-        f"(mean of |λ|: {quantity(inspection.mean_absolute_eigenvalue)}). The larger this ratio, the fewer directions gradient "
-        "descent makes headway in."
+        f"The sharpest direction curves {quantity(condition)} times as much as directions do on average (mean of |λ|: "
+        f"{quantity(mean)}). The larger this ratio, the fewer directions gradient descent makes headway in."
     )
 
 
 def _layers(layers: tuple[LayerCurvature, ...]) -> str:
-    sharpest = max(layers, key=lambda layer: layer.top)
-    total = sum(layer.trace.value for layer in layers)
-    heaviest = max(layers, key=lambda layer: layer.trace.value)
-    worst = max(
-        layers,
-        key=lambda layer: layer.effective_condition.value if math.isfinite(layer.effective_condition.value) else -1.0,
-    )
+    def condition(layer: LayerCurvature) -> float:
+        return layer.effective_condition.value if math.isfinite(layer.effective_condition.value) else -math.inf
+
+    sharpest, worst = max(layers, key=lambda layer: layer.top), max(layers, key=condition)
     text = f"{sharpest.name} is the sharpest on its own (λ = {number(sharpest.top, 3)})"
+    total = sum(layer.trace.value for layer in layers)
     if total > 0:
-        text += f", {heaviest.name} holds most of the trace ({100 * heaviest.trace.value / total:.0f}{_THIN}%)"
+        heaviest = max(layers, key=lambda layer: layer.trace.value)
+        text += " and" if heaviest is sharpest else f", {heaviest.name}"
+        text += f" holds the most of the trace ({100 * heaviest.trace.value / total:.0f}{_THIN}%)"
     return (
-        text
-        + f", and {worst.name} is the worst conditioned (λ over mean |λ| = {number(worst.effective_condition.value, 3)})."
+        text + f", and {worst.name} is the worst conditioned (λ is {number(condition(worst), 3)} times its mean |λ|)."
     )
 
 
@@ -212,8 +208,9 @@ def _step(inspection: Inspection) -> str:
     lr = inspection.max_stable_lr
     if not math.isfinite(lr.value):
         return "No direction curves upwards, so the curvature sets no bound on the step."
-    heavy_ball = Measured(value=1.9 * lr.value, stderr=1.9 * lr.stderr)
+    heavy_ball = Measured(value=1.9 * lr.value, stderr=1.9 * lr.stderr)  # (2 + 2 beta) / lambda with beta = 0.9
     return (
-        f"Plain gradient descent on these data is stable up to a learning rate of 2/λ = {quantity(lr, 3)}, and with heavy-ball "
-        f"momentum 0.9 up to {quantity(heavy_ball, 3)}; above that, the quadratic model grows along the sharpest direction."
+        f"Plain gradient descent on all of these data is stable up to a learning rate of 2/λ = {quantity(lr, 3)}, with "
+        f"heavy-ball momentum 0.9 up to {quantity(heavy_ball, 3)}. Beyond that the quadratic model grows along the "
+        "sharpest direction."
     )

@@ -24,6 +24,7 @@ from curvature.linop import MatrixLike
 __all__ = ["KrylovSpace"]
 
 _TINY = 1e-37  # keeps a start of zero zero
+_NOISE = 1e3 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 _COLUMNS = 1 << 18  # coordinates that a restart treats at a time
 
 
@@ -55,6 +56,7 @@ class KrylovSpace:
         self.D = torch.zeros(self.num_known, 0, dtype=torch.float64)
         self.num_matvecs = 0
         self.norm = 0.0
+        self.dropped = 0.0
 
     @property
     def V(self) -> Tensor:
@@ -71,12 +73,13 @@ class KrylovSpace:
         return self.n - self.num_known
 
     def rounding(self) -> float:
-        """Residual norms below this are rounding, of the recurrence or of products in half precision."""
-        return rounding_level(self.A) * self.norm
+        """Residual norms below this are rounding, or were dropped as such."""
+        return max(rounding_level(self.A) * self.norm, self.dropped)
 
     def exhausted(self) -> bool:
-        """Whether V is invariant to rounding: what comes next is a random direction."""
-        return self.num_directions == 0 or bool(torch.linalg.matrix_norm(self.C) <= self.rounding())
+        """Whether V is invariant but for noise: what comes next is a random direction."""
+        noise = max(rounding_level(self.A), _NOISE) * self.norm
+        return self.num_directions == 0 or bool(torch.linalg.matrix_norm(self.C) <= noise)
 
     def start(self, X: Tensor) -> None:
         """Begin with the span of the rows of X; with random directions if nothing of it lies outside U."""
@@ -89,15 +92,15 @@ class KrylovSpace:
             self._randomise(len(X))
         self.C = torch.zeros(self.num_directions, 0, dtype=torch.float64)
 
-    def step(self, width: int, aim: Tensor | None = None) -> bool:
-        """Move up to `width` directions from P to V, by products with them; say whether they were random ones.
+    def step(self, width: int, aim: Tensor) -> None:
+        """Move up to `width` directions from P to V, by products with them; random ones if there are none.
 
         The directions that carry most of the residuals of V `aim` go first.
         """
-        random = self.count > 0 and self.exhausted()
-        if random:
+        if self.count > 0 and self.exhausted():
+            self.dropped = max(self.dropped, float(torch.linalg.vector_norm(self.C)))
             self._randomise(width)
-        elif aim is not None and self.num_directions > width:
+        elif self.count > 0 and self.num_directions > width:
             self._sort_directions(aim)
         width = min(width, self.num_directions)
         old, new, rest = self.count, self.count + width, self.num_directions - width
@@ -120,7 +123,6 @@ class KrylovSpace:
         self.count = new
         self._set_directions(N, used, after=rest)
         self.norm = max(self.norm, float(torch.linalg.matrix_norm(H, 2)))
-        return random
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, ascending, their coefficients in V, and their residual norms outside U."""
@@ -156,6 +158,7 @@ class KrylovSpace:
             "num_known": self.num_known,
             "num_matvecs": self.num_matvecs,
             "norm": self.norm,
+            "dropped": self.dropped,
             "generator": self.generator.get_state(),
         }
 
@@ -174,7 +177,7 @@ class KrylovSpace:
         self.rows[: len(state["rows"])] = state["rows"].to(self.rows)
         self.T, self.C, self.D = (state[name].clone() for name in "TCD")
         self.count, self.num_directions = len(self.T), len(self.C)
-        self.num_matvecs, self.norm = state["num_matvecs"], state["norm"]
+        self.num_matvecs, self.norm, self.dropped = state["num_matvecs"], state["norm"], state["dropped"]
         self.generator.set_state(state["generator"])
 
     def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:

@@ -94,7 +94,8 @@ class ThickRestartLanczos:
             device=A.device if basis_device is None else torch.device(basis_device),
         )
         self.space.start(start.T)
-        self._before: Tensor | None = None  # wanted eigenvalues before a random direction was tried
+        self._before: Tensor | None = None  # wanted eigenvalues when a random direction was last tried, ...
+        self._since = 0  # ... and the products spent by then
 
     def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
@@ -119,7 +120,7 @@ class ThickRestartLanczos:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
-        return {**self.space.state_dict(), "before": self._before}
+        return {**self.space.state_dict(), "before": self._before, "since": self._since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a solver that was made with the same arguments.
@@ -128,7 +129,7 @@ class ThickRestartLanczos:
             InputError: if the state is one of another problem.
         """
         self.space.load_state_dict(state)
-        self._before = state["before"]
+        self._before, self._since = state["before"], state["since"]
 
     def _look(self) -> _Look:
         theta, S, residuals = self.space.ritz()
@@ -142,20 +143,34 @@ class ThickRestartLanczos:
         space = self.space
         if len(look.places) < self.k or not bool(look.done.all()):
             return False
-        if space.count == space.dimension or not space.exhausted():
+        if space.count == space.dimension:
             return True
-        if self._before is None or len(self._before) < self.k:
-            return False
-        moved = (self._before - look.theta[look.places]).abs().max()
-        return bool(moved <= 10 * space.rounding())
+        if self._before is None:
+            return not space.exhausted()
+        if not space.exhausted():
+            patience = space.num_matvecs - self._since >= self.size  # for noise, in which nothing gets known well
+            return patience or self._no_rival(look)
+        wanted = look.theta[look.places]
+        return len(self._before) == self.k and bool((self._before - wanted).abs().max() <= 10 * space.rounding())
+
+    def _no_rival(self, look: _Look) -> bool:
+        """Whether what grows from a random direction is known well enough to have no better pair."""
+        outside = torch.ones(len(look.theta), dtype=torch.bool)
+        outside[look.places] = False
+        unknown = (outside & (look.residuals > self.space.rounding())).nonzero()[:, 0]
+        rivals = unknown[_wanted(look.theta[unknown], 2 if self.which == "BE" else 1, self.which)]
+        theta = look.theta[rivals]
+        gap = (theta[:, None] - look.theta[look.places]).abs().amin(dim=1)
+        return bool((look.residuals[rivals] <= torch.maximum(self._tolerance(theta), 0.1 * gap)).all())
 
     def _width(self, limit: int) -> int:
         """Return how many products come next; none if the limit or the whole space is reached."""
         space = self.space
-        left = min(limit - space.num_matvecs, space.dimension - space.count)
+        left, room = limit - space.num_matvecs, space.dimension - space.count
         if space.count == 0:
-            return min(self.start_size, left)  # the whole start block at once
-        return self.block_size if left >= self.block_size or left == space.dimension - space.count else 0
+            return min(self.start_size, left, room)  # the whole start block at once
+        width = min(self.block_size, room)
+        return width if width <= left else 0  # no part of a block, so that a longer run takes the same steps
 
     def _advance(self, look: _Look, width: int) -> None:
         space, aim = self.space, look.S[:, look.places[~look.done]]
@@ -164,8 +179,9 @@ class ThickRestartLanczos:
             basis = look.S[:, _wanted(look.theta, kept, self.which)]
             space.restart(basis)
             aim = basis.T @ aim
-        random = space.step(width, aim)
-        self._before = look.theta[look.places] if random else None
+        if space.count > 0 and space.exhausted():
+            self._before, self._since = look.theta[look.places], space.num_matvecs
+        space.step(width, aim)
 
     def _result(self, look: _Look) -> EigenPairs:
         space, places = self.space, look.places.flip(0)

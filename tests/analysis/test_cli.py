@@ -1,9 +1,10 @@
-"""The command as a user meets it: in a process of its own, with good input and bad."""
+"""The command as a user meets it, with good input and bad; in a process of its own where that makes a difference."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
+
+from analysis.cli import app
+from analysis.store import load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +51,18 @@ def moving():
             return x * (1 + float(np.random.default_rng().random()))
 
     return Objective(nn.Sequential(model(), Moving()), nn.MSELoss(), (X, Y))
+
+
+def slow():
+    import time
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.05)
+            return x.square()
+
+    return Objective(nn.Sequential(nn.Linear(4, 200).double(), Slow()), nn.MSELoss(), (X, torch.zeros(30, 200).double()),
+                     keep_graphs=False)
 
 
 def nothing():
@@ -136,17 +153,59 @@ def test_the_same_seed_gives_the_same_numbers(folder: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(folder: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), folder / "other.pt")
     before = set(folder.rglob("*"))
-    done = curvature(folder, "inspect", *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["inspect", *arguments])
+    assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr + done.stdout
+    assert "Traceback" not in done.output
     left = {path for path in set(folder.rglob("*")) - before if "__pycache__" not in str(path)}
     assert not left, "nothing half-written is left behind"
+
+
+def test_bad_input_ends_the_process_alike(folder: Path) -> None:
+    done = curvature(folder, "inspect", "mytask.py:regresion")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_control_c_leaves_nothing_behind(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "analysis.cli", "inspect", "mytask.py:slow", "--no-check", "--out", "here"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("estimate"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "stopped; nothing was written.\n"
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {"mytask.py"}
+
+
+def test_settings_reach_the_run(folder: Path) -> None:
+    done = curvature(folder, "inspect", "digits-mlp", "--params", "hidden2", "--params", "classifier.bias", "--k", "3")
+    assert done.returncode == 0, done.stderr
+    run = load_run(folder / "runs" / "digits-mlp-1")
+    assert run.inspection.num_params == 120
+    assert [layer.name for layer in run.inspection.layers] == ["hidden2", "classifier"]
+    assert run.settings["parameters"] == "hidden2, classifier.bias"
+    assert run.command == "curvature inspect digits-mlp --params hidden2 --params classifier.bias --k 3"
+    assert run.checkpoint is not None
+    assert run.checkpoint["file"] == "digits-mlp.pt"
+    assert run.check
+    for name in ("loss", "gradient norm", "largest eigenvalue", "trace", "effective condition", "hidden2", "spent"):
+        assert name in done.stdout
+    assert done.stdout.splitlines()[-1] == "report: runs/digits-mlp-1/report.html"
 
 
 def test_an_earlier_run_is_kept_unless_told(folder: Path) -> None:

@@ -1,0 +1,81 @@
+"""What a measurement spends, as it spends it: products and seconds by stage, and how far its plan has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from analysis.plan import peak_memory, synchronize
+from analysis.results import Cost, StageCost
+from curvature.linop import LinearOperator
+
+__all__ = ["Meter", "Progress"]
+
+Progress = Callable[[str, int, int], None]
+"""Told after each product: what is being computed, products done, products planned."""
+
+
+class Meter:
+    """Counts products and time by stage, and tells the listener how far the plan has come.
+
+    Args:
+        device: where the products are made.
+        planned: products of all stages together.
+        progress: the listener.
+    """
+
+    def __init__(self, device: torch.device, planned: int, progress: Progress | None) -> None:
+        self.device = device
+        self.stages: list[StageCost] = []
+        self._progress = progress
+        self._start = time.perf_counter()
+        self._ahead = planned  # for the stages to come
+        self._name, self._planned, self._before, self._done = "", 0, 0, 0
+
+    def watch(self, A: LinearOperator) -> LinearOperator:
+        """Return A, with its products reported here."""
+        return _Watched(A, self._tick)
+
+    @contextmanager
+    def stage(self, name: str, planned: int, *, whole: bool) -> Iterator[None]:
+        """Book what is done inside under a name."""
+        self._name, self._planned, self._before = name, planned, self._done
+        self._ahead -= planned
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        spent, seconds = self._done - self._before, time.perf_counter() - start
+        self.stages.append(StageCost(name=name, planned=planned, num_matvecs=spent, seconds=seconds, whole=whole))
+
+    def cost(self) -> Cost:
+        """Return the sums."""
+        return Cost(
+            num_matvecs=sum(stage.num_matvecs for stage in self.stages if stage.whole),
+            num_layer_matvecs=sum(stage.num_matvecs for stage in self.stages if not stage.whole),
+            seconds=time.perf_counter() - self._start,
+            peak_bytes=peak_memory(self.device),
+            stages=tuple(self.stages),
+        )
+
+    def _tick(self, columns: int) -> None:
+        self._done += columns
+        if self._progress is not None:
+            this_stage = max(self._planned, self._done - self._before)
+            self._progress(self._name, self._done, self._before + this_stage + self._ahead)
+
+
+class _Watched(LinearOperator):
+    """A, reporting the number of columns of every product."""
+
+    def __init__(self, A: LinearOperator, report: Callable[[int], None]) -> None:
+        super().__init__(A.shape, A.dtype, A.device)
+        self.A, self.report = A, report
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        product = self.A @ X
+        self.report(X.shape[1])
+        return product

@@ -1,0 +1,163 @@
+"""Run folders: whole or not at all, and the same when read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from analysis.results import Measured
+from analysis.store import Run, check_destination, file_sha256, free_folder, load_run, save_run, versions
+from curvature.errors import InputError
+
+
+def assert_same(a: Any, b: Any, path: str = "run") -> None:
+    """Compare records field by field: tensors bit for bit and in dtype, NaN equal to NaN."""
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    elif is_dataclass(a):
+        assert type(a) is type(b), path
+        for field in fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name), f"{path}.{field.name}")
+    elif isinstance(a, tuple):
+        assert isinstance(b, tuple)
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert type(a) is type(b), path
+        assert a == b or (a != a and b != b), path
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_round_trip(run: Run, folder: Path) -> None:
+    assert save_run(run, folder) == folder
+    assert names(folder) == {"config.json", "results.json", "arrays.npz"}
+    assert names(folder.parent) == {"toy"}
+    assert_same(run, load_run(folder))
+
+
+def test_what_is_undefined_stays_undefined(run: Run, folder: Path) -> None:
+    odd = replace(run.inspection, negative_share=Measured(value=float("nan"), stderr=float("nan")))
+    save_run(replace(run, inspection=odd, check=None, checkpoint=None), folder)
+    json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    again = load_run(folder)
+    assert np.isnan(again.inspection.negative_share.value)
+    assert again.check is None
+
+
+def test_files_are_for_reading(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["trace"]["value"] == pytest.approx(float(run.inspection.trace.value))
+    assert results["top"]["status"] == "CONVERGED"
+    assert [layer["name"] for layer in results["layers"]] == ["0", "2"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 1
+    assert config["settings"]["num_probes"] == 3
+    assert config["versions"]["torch"] == torch.__version__
+    with np.load(folder / "arrays.npz") as arrays:
+        assert arrays["top.eigenvectors"].shape == (run.inspection.num_params, 4)
+
+
+def test_nothing_names_the_machine(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    text = (folder / "config.json").read_text() + (folder / "results.json").read_text()
+    assert socket.gethostname() not in text
+    assert set(versions()) >= {"python", "torch", "platform", "threads"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interruption_leaves_nothing(run: Run, folder: Path, error: type[BaseException]) -> None:
+    def interrupt(draft: Path) -> None:
+        assert (draft / "results.json").exists()
+        raise error
+
+    with pytest.raises(error):
+        save_run(run, folder, finish=interrupt)
+    assert names(folder.parent) == set()
+
+
+def test_an_interruption_leaves_the_earlier_run(run: Run, folder: Path) -> None:
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    save_run(run, folder)
+    with pytest.raises(KeyboardInterrupt):
+        save_run(replace(run, seed=2), folder, overwrite=True, finish=interrupt)
+    assert names(folder.parent) == {"toy"}
+    assert load_run(folder).seed == 1
+
+
+def test_an_earlier_run_goes_only_when_told(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    with pytest.raises(InputError, match=r"holds an earlier run.*--overwrite"):
+        save_run(replace(run, seed=2), folder)
+    assert load_run(folder).seed == 1
+    save_run(replace(run, seed=2), folder, overwrite=True)
+    assert load_run(folder).seed == 2
+    assert names(folder.parent) == {"toy"}
+
+
+def test_other_files_are_never_overwritten(run: Run, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="no run"):
+        save_run(run, folder, overwrite=True)
+    assert names(folder) == {"thesis.tex"}
+
+
+def test_an_empty_folder_will_do(run: Run, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_run(run, folder)
+    assert load_run(folder).seed == 1
+
+
+def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        check_destination(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot write to"):
+        check_destination(tmp_path / "file" / "below")
+
+
+def test_free_folder_counts_on(tmp_path: Path) -> None:
+    assert free_folder(tmp_path, "digits-cnn").name == "digits-cnn-1"
+    (tmp_path / "digits-cnn-1").mkdir()
+    assert free_folder(tmp_path, "digits-cnn").name == "digits-cnn-2"
+    assert free_folder(tmp_path, "dir/my task.py:make").name == "dir-my-task.py-make-1"
+
+
+def test_damaged_folders_are_told(run: Run, folder: Path) -> None:
+    with pytest.raises(InputError, match="no complete run"):
+        load_run(folder)
+    save_run(run, folder)
+    (folder / "arrays.npz").write_bytes(b"torn")
+    with pytest.raises(InputError, match="damaged"):
+        load_run(folder)
+
+
+def test_a_format_of_the_future(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        load_run(folder)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000  # more than one chunk
+    (tmp_path / "file").write_bytes(data)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
