@@ -62,13 +62,20 @@ class Evaluator:
     seed: int
     graphs_seen: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        # walked for every product, so the tree of modules is taken to stand as it is
+        self._modules = list(self.model.modules())
+
     # -- state --------------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what changes when the point, a buffer or a mode of the model changes."""
-        tensors = [*self.parameters, *self.model.parameters(), *self.model.buffers()]
-        modes = tuple(m.training for m in self.model.modules())
-        return (*((t.data_ptr(), t._version) for t in tensors), modes)
+        state: list[Any] = [part for t in self.parameters for part in (t.data_ptr(), t._version)]
+        for module in self._modules:
+            state.append(module.training)
+            for tensors in (module._parameters, module._buffers):
+                state += [part for t in tensors.values() if t is not None for part in (t.data_ptr(), t._version)]
+        return tuple(state)
 
     def copy_buffers(self) -> BufferCopies:
         return BufferCopies(self.model)

@@ -207,8 +207,9 @@ def _owner(name: str) -> str:
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[int] = set()
-    return {n: t for n, t in tensors.items() if id(t) not in seen and not seen.add(id(t))}  # type: ignore[func-returns-value]
+    """Keep every tensor under its first name only."""
+    first_name = {id(t): name for name, t in reversed(list(tensors.items()))}
+    return {name: t for name, t in tensors.items() if first_name[id(t)] == name}
 
 
 def _selected_names(

@@ -95,7 +95,7 @@ class ThickRestartLanczos:
         )
         self.space.start(start.T)
         self._before: Tensor | None = None  # wanted eigenvalues when a random direction was last tried, ...
-        self._since = 0  # ... and the products spent by then
+        self._since = 0  # ... and the products spent when these were new
 
     def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
@@ -150,8 +150,12 @@ class ThickRestartLanczos:
         if not space.exhausted():
             patience = space.num_matvecs - self._since >= self.size  # for noise, in which nothing gets known well
             return patience or self._no_rival(look)
-        wanted = look.theta[look.places]
-        return len(self._before) == self.k and bool((self._before - wanted).abs().max() <= 10 * space.rounding())
+        return not self._moved(look)
+
+    def _moved(self, look: _Look) -> bool:
+        """Whether the wanted eigenvalues are others than when a random direction was last tried."""
+        before, now = self._before, look.theta[look.places]
+        return before is None or len(before) < self.k or bool((before - now).abs().max() > 10 * self.space.rounding())
 
     def _no_rival(self, look: _Look) -> bool:
         """Whether what grows from a random direction is known well enough to have no better pair."""
@@ -180,7 +184,8 @@ class ThickRestartLanczos:
             space.restart(basis)
             aim = basis.T @ aim
         if space.count > 0 and space.exhausted():
-            self._before, self._since = look.theta[look.places], space.num_matvecs
+            self._since = space.num_matvecs if self._moved(look) else self._since
+            self._before = look.theta[look.places]
         space.step(width, aim)
 
     def _result(self, look: _Look) -> EigenPairs:

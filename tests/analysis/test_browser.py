@@ -47,6 +47,7 @@ def test_it_renders(browser: object, report: Path, width: int, scheme: str) -> N
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
+    page.on("requestfailed", lambda request: complaints.append(request.url))
     page.goto(report.as_uri())
     assert complaints == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []

@@ -61,8 +61,8 @@ def slow():
             time.sleep(0.05)
             return x.square()
 
-    return Objective(nn.Sequential(nn.Linear(4, 200).double(), Slow()), nn.MSELoss(), (X, torch.zeros(30, 200).double()),
-                     keep_graphs=False)
+    model = nn.Sequential(nn.Linear(4, 200), Slow()).double()
+    return Objective(model, nn.MSELoss(), (X, torch.zeros(30, 200).double()), keep_graphs=False)
 
 
 def nothing():
@@ -123,11 +123,14 @@ def test_json_is_all_that_is_on_stdout(folder: Path) -> None:
     assert (folder / "runs").is_dir()
 
 
-def test_the_same_seed_gives_the_same_numbers(folder: Path) -> None:
-    runs = [curvature(folder, "inspect", "mytask.py:regression", "--json", "--seed", "3") for _ in range(2)]
-    first, second = (json.loads(run.stdout)["inspection"] for run in runs)
+def test_the_same_seed_gives_the_same_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    command = ["inspect", "digits-mlp", "--json", "--no-check", "--no-layers", "--k", "2", "--seed"]
+    runs = [CliRunner().invoke(app, [*command, seed]) for seed in ("3", "3", "4")]
+    first, second, other = (json.loads(run.stdout)["inspection"] for run in runs)
     for name in ("top", "bottom", "trace", "negative_share"):
         assert first[name] == second[name]
+    assert first["trace"] != other["trace"]
 
 
 @pytest.mark.parametrize(
@@ -208,10 +211,11 @@ def test_settings_reach_the_run(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "report: runs/digits-mlp-1/report.html"
 
 
-def test_an_earlier_run_is_kept_unless_told(folder: Path) -> None:
+def test_an_earlier_run_is_kept_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     settings = ["inspect", "mytask.py:regression", "--no-check", "--no-layers", "--out", "here"]
-    assert curvature(folder, *settings).returncode == 0
-    again = curvature(folder, *settings)
-    assert again.returncode == 2
+    assert CliRunner().invoke(app, settings).exit_code == 0
+    again = CliRunner().invoke(app, settings)
+    assert again.exit_code == 2
     assert "holds an earlier run" in again.stderr
-    assert curvature(folder, *settings, "--overwrite").returncode == 0
+    assert CliRunner().invoke(app, [*settings, "--overwrite"]).exit_code == 0

@@ -49,6 +49,15 @@ def test_repeated_eigenvalues_come_as_often_as_they_are_there(name: str) -> None
     torch.testing.assert_close(pairs.eigenvalues, wanted(A, 25, "LA"), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "BE"])
+@pytest.mark.parametrize("n", [8, 30])
+def test_small_matrices_full_of_equal_eigenvalues_miss_none(n: int, which: str) -> None:
+    for seed in range(15):
+        A = with_spectrum(torch.randint(-2, 3, (n,), generator=generator(seed)).to(F64), seed)
+        pairs = eigsh(A, 3, which=which, rtol=1e-8, atol=1e-8, generator=generator(seed))  # type: ignore[arg-type]
+        torch.testing.assert_close(pairs.eigenvalues, wanted(A, 3, which), rtol=0, atol=1e-6)
+
+
 def test_a_block_finds_a_pair_of_equal_eigenvalues_without_breakdown() -> None:
     A = with_spectrum(torch.cat([torch.tensor([2.0, 2.0], dtype=F64), torch.linspace(0, 1, N - 2, dtype=F64)]))
     pairs = eigsh(A, 3, rtol=1e-6, generator=generator(), block_size=2)

@@ -43,7 +43,7 @@ def density_of(A: Tensor, *, num_steps: int, deflate: int = 0) -> SpectralDensit
     )
 
 
-def estimated(A: Tensor, seed: int, *, num_probes: int = 30, num_steps: int = 20) -> SpectralDensity:
+def estimated(A: Tensor, seed: int, *, num_probes: int = 24, num_steps: int = 16) -> SpectralDensity:
     return spectral_density(
         A,
         num_probes=num_probes,
@@ -145,12 +145,12 @@ def test_standard_errors_are_the_truth() -> None:
 
 
 def test_errors_of_counts_and_quantiles_are_the_truth_and_intervals_cover() -> None:
-    eigenvalues = POSITIVE[::2]
+    eigenvalues = POSITIVE[:32:2]
     A = with_spectrum(eigenvalues)
     exact = int(((eigenvalues >= 2) & (eigenvalues <= 9)).sum())
     scores, counted, placed, widths = [], 0, 0, []
     for seed in range(NUM_SEEDS):
-        number = count(estimated(A, seed, num_steps=20), 2.0, 9.0)  # as many steps as eigenvalues: chance alone
+        number = count(estimated(A, seed), 2.0, 9.0)  # as many steps as eigenvalues: chance alone
         scores.append((number.value - exact) / number.stderr)
         density = estimated(A, seed, num_steps=12)
         number = count(density, 2.0, 9.0)
@@ -158,13 +158,13 @@ def test_errors_of_counts_and_quantiles_are_the_truth_and_intervals_cover() -> N
         counted += bool(low <= exact <= high)
         widths.append(high - low)
         median = quantile(density, 0.5)
-        placed += bool(eigenvalues[8] - 2 * median.stderr <= median.value <= eigenvalues[10] + 2 * median.stderr)
+        placed += bool(eigenvalues[6] - 2 * median.stderr <= median.value <= eigenvalues[8] + 2 * median.stderr)
     z = torch.stack(scores)
     assert abs(z.mean()) * NUM_SEEDS**0.5 < 4
     assert 0.9 < z.std() < 1.1
     assert counted >= 0.95 * NUM_SEEDS
     assert placed >= 0.93 * NUM_SEEDS  # 95.4 % less what the rule of 12 steps errs
-    assert torch.stack(widths).mean() < 12  # of 20: the bounds say something
+    assert torch.stack(widths).mean() < 12  # of 16: the bounds say something
 
 
 def test_wasserstein_is_the_distance_that_scipy_computes() -> None:
