@@ -24,7 +24,7 @@ from curvature.linop import MatrixLike
 __all__ = ["KrylovSpace"]
 
 _TINY = 1e-37  # keeps a start of zero zero
-_NOISE = 1e3 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
+_NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 _COLUMNS = 1 << 18  # coordinates that a restart treats at a time
 
 
@@ -76,10 +76,13 @@ class KrylovSpace:
         """Residual norms below this are rounding, or were dropped as such."""
         return max(rounding_level(self.A) * self.norm, self.dropped)
 
+    def noise(self) -> float:
+        """Residual norms that products with an invariant space may leave, no less than rounding."""
+        return max(self.rounding(), _NOISE * self.norm)
+
     def exhausted(self) -> bool:
         """Whether V is invariant but for noise: what comes next is a random direction."""
-        noise = max(rounding_level(self.A), _NOISE) * self.norm
-        return self.num_directions == 0 or bool(torch.linalg.matrix_norm(self.C) <= noise)
+        return self.num_directions == 0 or bool(torch.linalg.matrix_norm(self.C) <= self.noise())
 
     def start(self, X: Tensor) -> None:
         """Begin with the span of the rows of X; with random directions if nothing of it lies outside U."""

@@ -35,6 +35,8 @@ __all__ = ["ThickRestartLanczos", "Which"]
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
+_CHANCE = 2  # steps after which a random direction does no longer lie far from a wanted eigenspace by chance
+
 
 class ThickRestartLanczos:
     """The solver behind `eigsh`, where the arguments are documented.
@@ -95,7 +97,8 @@ class ThickRestartLanczos:
         )
         self.space.start(start.T)
         self._before: Tensor | None = None  # wanted eigenvalues when a random direction was last tried, ...
-        self._since = 0  # ... and the products spent when these were new
+        self._since = 0  # ... the products spent when these were new, ...
+        self._tried = 0  # ... and those spent when it was tried
 
     def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
@@ -120,7 +123,7 @@ class ThickRestartLanczos:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
-        return {**self.space.state_dict(), "before": self._before, "since": self._since}
+        return {**self.space.state_dict(), "before": self._before, "since": self._since, "tried": self._tried}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a solver that was made with the same arguments.
@@ -129,7 +132,7 @@ class ThickRestartLanczos:
             InputError: if the state is one of another problem.
         """
         self.space.load_state_dict(state)
-        self._before, self._since = state["before"], state["since"]
+        self._before, self._since, self._tried = state["before"], state["since"], state["tried"]
 
     def _look(self) -> _Look:
         theta, S, residuals = self.space.ritz()
@@ -149,7 +152,7 @@ class ThickRestartLanczos:
             return not space.exhausted()
         if not space.exhausted():
             patience = space.num_matvecs - self._since >= self.size  # for noise, in which nothing gets known well
-            return patience or self._no_rival(look)
+            return patience or (space.num_matvecs - self._tried > _CHANCE and self._no_rival(look))
         return not self._moved(look)
 
     def _moved(self, look: _Look) -> bool:
@@ -161,7 +164,7 @@ class ThickRestartLanczos:
         """Whether what grows from a random direction is known well enough to have no better pair."""
         outside = torch.ones(len(look.theta), dtype=torch.bool)
         outside[look.places] = False
-        unknown = (outside & (look.residuals > self.space.rounding())).nonzero()[:, 0]
+        unknown = (outside & (look.residuals > self.space.noise())).nonzero()[:, 0]
         rivals = unknown[_wanted(look.theta[unknown], 2 if self.which == "BE" else 1, self.which)]
         theta = look.theta[rivals]
         gap = (theta[:, None] - look.theta[look.places]).abs().amin(dim=1)
@@ -185,7 +188,7 @@ class ThickRestartLanczos:
             aim = basis.T @ aim
         if space.count > 0 and space.exhausted():
             self._since = space.num_matvecs if self._moved(look) else self._since
-            self._before = look.theta[look.places]
+            self._before, self._tried = look.theta[look.places], space.num_matvecs
         space.step(width, aim)
 
     def _result(self, look: _Look) -> EigenPairs:
