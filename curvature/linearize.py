@@ -342,6 +342,8 @@ def _differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor
     return [f for f, _ in pairs], [v for _, v in pairs]
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Backward passes run in the dtypes that the forward pass recorded, whatever autocast surrounds them."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # entering autocast costs as much as a small layer
     return torch.autocast(device.type, enabled=False)

@@ -95,22 +95,30 @@ class KrylovSpace:
             self._randomise(len(X))
         self.C = torch.zeros(self.num_directions, 0, dtype=torch.float64)
 
-    def step(self, width: int, aim: Tensor) -> None:
+    def step(self, width: int, aim: Tensor | None = None) -> None:
         """Move up to `width` directions from P to V, by products with them; random ones if there are none.
 
         The directions that carry most of the residuals of V `aim` go first.
         """
+        X = self.propose(width, aim)
+        self.absorb(self.A @ X.to(self.A.device, self.A.dtype))
+
+    def propose(self, width: int, aim: Tensor | None = None) -> Tensor:
+        """Return the directions that a step multiplies, (n, at most width), so that somebody else can."""
         if self.count > 0 and self.exhausted():
             self.dropped = max(self.dropped, float(torch.linalg.vector_norm(self.C)))
             self._randomise(width)
-        elif self.count > 0 and self.num_directions > width:
+        elif aim is not None and self.count > 0 and self.num_directions > width:
             self._sort_directions(aim)
-        width = min(width, self.num_directions)
+        return self.P[:width].T
+
+    def absorb(self, AX: Tensor) -> None:
+        """Move the proposed directions X from P to V, given A X."""
+        width = AX.shape[1]
         old, new, rest = self.count, self.count + width, self.num_directions - width
-        W = (self.A @ self.P[:width].T.to(self.A.device, self.A.dtype)).T.to(self.rows)
         self.num_matvecs += width
         basis = self.rows[: self.num_known + new + rest]
-        N, R, H = self._orthonormalise(W, basis)
+        N, R, H = self._orthonormalise(AX.T.to(self.rows), basis)
         packed = torch.cat([H, R]).double().cpu()  # the one wait for the device
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
