@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +98,14 @@ class Evaluator:
             stack.enter_context(lean)
             yield
 
-    @contextlib.contextmanager
-    def backward_session(self) -> Iterator[None]:
+    def backward_session(self) -> AbstractContextManager[None]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
+        if not torch.is_inference_mode_enabled() and all(p.requires_grad for p in self.parameters):
+            return contextlib.nullcontext()
+        return self._restored_for_backward()
+
+    @contextlib.contextmanager
+    def _restored_for_backward(self) -> Iterator[None]:
         with torch.inference_mode(False), _requires_grad_only(self.parameters, ()):
             yield
 

@@ -141,7 +141,7 @@ class Linearization:
         chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
         with self._backward_session(), _no_autocast(self._space.device):
-            rows = [self._curve(gradient, chosen, params, x) for x in X]
+            rows = [self._curve(gradient, chosen, params, x) for x in X.unbind()]
         return _stack(rows)
 
     def _curve(
@@ -164,7 +164,7 @@ class Linearization:
         assert outputs is not None
         rows = []
         with self._backward_session(), _no_autocast(self._space.device):
-            for x in X:
+            for x in X.unbind():
                 Jt, v = _differentiable([jacobian_transposed[i] for i in chosen], self._unflatten(x, chosen))
                 if not Jt:
                     rows.append(torch.zeros_like(x))
