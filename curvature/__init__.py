@@ -3,6 +3,7 @@
 from curvature.errors import CurvatureError as CurvatureError
 from curvature.linop import LinearOperator as LinearOperator
 from curvature.objective import Objective as Objective
+from curvature.operators import BlockDiagonalOperator as BlockDiagonalOperator
 from curvature.operators import GGNOperator as GGNOperator
 from curvature.operators import HessianOperator as HessianOperator
 from curvature.operators import SubmatrixOperator as SubmatrixOperator
@@ -16,6 +17,7 @@ from curvature.results import TraceEstimate as TraceEstimate
 
 __all__ = [
     "Block",
+    "BlockDiagonalOperator",
     "CurvatureError",
     "DiagonalEstimate",
     "EigenPairs",

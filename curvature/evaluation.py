@@ -3,7 +3,8 @@
 `Evaluator.session()` is the only place where global or model state is touched, and it puts everything back, also after
 an error: attention runs under the math kernel (the fused kernels have no second derivative), the random state is
 seeded by batch so that dropout is one fixed mask, buffers are swapped for copies so that batch normalisation in train
-mode updates those, parameters that were not chosen do not record gradients, compiled models run eagerly.
+mode updates those, parameters that were not chosen do not record gradients, compiled models run eagerly, float32 is not
+rounded to TF32 on GPUs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.lean import LeanLayers
 from curvature.losses import LossRule
+from curvature.precision import tf32_in_use, tf32_off
 
 __all__ = ["Evaluation", "Evaluator", "move_batch"]
 
@@ -52,6 +54,7 @@ class Evaluator:
         weight: batch -> how much it counts, or None for the number of loss terms.
         parameters: the leaf tensors the loss is a function of.
         seed: what the random state is set to before batch i is `seed + i`.
+        allow_tf32: whether float32 may be rounded to TF32 where PyTorch's settings say so.
         graphs_seen: products whose graphs were searched for functions that refuse a second derivative.
     """
 
@@ -61,11 +64,13 @@ class Evaluator:
     weight: Callable[[Any], float] | None
     parameters: Sequence[Tensor]
     seed: int
+    allow_tf32: bool = False
     graphs_seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
         self._modules = list(self.model.modules())
+        self._keeps_float32 = not self.allow_tf32 and _on_cuda(self.parameters[0])
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -91,22 +96,23 @@ class Evaluator:
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
             stack.enter_context(buffers.installed())
-            if self.parameters[0].device.type == "cuda" and any(
-                isinstance(m, nn.RNNBase) for m in self.model.modules()
-            ):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's RNNs have no second derivative
+            if _on_cuda(self.parameters[0]) and any(isinstance(m, nn.RNNBase) for m in self._modules):
+                stack.enter_context(_cudnn_off())  # its RNNs have no second derivative
+            if self._keeps_float32 and tf32_in_use():
+                stack.enter_context(tf32_off())
             stack.enter_context(lean)
             yield
 
     def backward_session(self) -> AbstractContextManager[None]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
-        if not torch.is_inference_mode_enabled() and all(p.requires_grad for p in self.parameters):
+        rounds = self._keeps_float32 and tf32_in_use()
+        if not rounds and not torch.is_inference_mode_enabled() and all(p.requires_grad for p in self.parameters):
             return contextlib.nullcontext()
-        return self._restored_for_backward()
+        return self._restored_for_backward(tf32_off() if rounds else contextlib.nullcontext())
 
     @contextlib.contextmanager
-    def _restored_for_backward(self) -> Iterator[None]:
-        with torch.inference_mode(False), _requires_grad_only(self.parameters, ()):
+    def _restored_for_backward(self, precision: AbstractContextManager[None]) -> Iterator[None]:
+        with torch.inference_mode(False), _requires_grad_only(self.parameters, ()), precision:
             yield
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
@@ -214,6 +220,21 @@ def _attention_fastpath_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _cudnn_off() -> Iterator[None]:
+    """Switch cuDNN off; `torch.backends.cudnn.flags` would set its other flags to their defaults, TF32 among them."""
+    before = torch.backends.cudnn.enabled
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 @contextlib.contextmanager

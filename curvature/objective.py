@@ -55,6 +55,8 @@ class Objective:
         memory_budget: bytes that kept graphs may hold. Default: half of what is free when the first graph is built.
         micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph.
         seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
+        allow_tf32: leave PyTorch's TF32 settings for GPUs as they are. By default products of float32 are computed in
+            float32 while graphs are built and applied: TF32 keeps 10 bits of the mantissa, an error of 1e-3.
 
     Raises:
         DataError: if the data are empty or can be walked only once.
@@ -77,6 +79,7 @@ class Objective:
         memory_budget: int | None = None,
         micro_batch: int | None = None,
         seed: int = 0,
+        allow_tf32: bool = False,
     ) -> None:
         _validate(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(
@@ -91,7 +94,9 @@ class Objective:
             )
         self.process_group = process_group
         self._rule = None if loss is None else loss_rule(loss)
-        self._evaluator = Evaluator(model, self._rule, forward, weight, list(self.space.tensors.values()), seed)
+        self._evaluator = Evaluator(
+            model, self._rule, forward, weight, list(self.space.tensors.values()), seed, allow_tf32
+        )
         self._data = DataSource(data, paired=forward is None, micro_batch=micro_batch)
         self._settings = {
             "loss": loss,
@@ -105,6 +110,7 @@ class Objective:
             "memory_budget": memory_budget,
             "micro_batch": micro_batch,
             "seed": seed,
+            "allow_tf32": allow_tf32,
         }
         self._keep_graphs = keep_graphs
         self._budget = memory_budget
@@ -138,6 +144,11 @@ class Objective:
             self.loss()
         assert self._total_weight is not None
         return self._total_weight
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the loader was seen to yield its batches in another order."""
+        return self._data.shuffles
 
     @property
     def held_bytes(self) -> int:
@@ -204,6 +215,15 @@ class Objective:
         restricted = Objective(self.model, params=chosen, **self._settings)
         restricted._trust = self._trust
         return restricted
+
+    def cut(self, micro_batch: int) -> Objective:
+        """Return the same function with its batches cut into pieces of at most so many examples.
+
+        It is the same where the loss of a batch is a mean over its examples; what couples them changes.
+        """
+        pieces = Objective(self.model, params=self.space.tensors, **{**self._settings, "micro_batch": micro_batch})
+        pieces._trust = self._trust
+        return pieces
 
     def check(self, *, rtol: float | None = None) -> CheckReport:
         """Verify on this very model and data that products can be trusted; see `curvature.check.check_objective`."""
@@ -294,9 +314,27 @@ class Objective:
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
-    def reduce(self, products: Callable[[Linearization], Tensor]) -> Tensor:
-        """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks)."""
-        return self._mean((lin.weight, products(lin)) for lin in self.linearizations())
+    def reduce(
+        self,
+        products: Callable[[Linearization], Tensor],
+        *,
+        observe: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks).
+
+        Args:
+            products: a tensor of one shape for every batch.
+            observe: told the place, weight and tensor of each of this rank's batches that count.
+        """
+
+        def parts() -> Iterator[tuple[float, Tensor]]:
+            for lin in self.linearizations():
+                part = products(lin)
+                if observe is not None and lin.weight != 0:
+                    observe(lin.index, lin.weight, part)
+                yield lin.weight, part
+
+        return self._mean(parts())
 
     def _mean(self, parts: Iterator[tuple[float, Tensor]]) -> Tensor:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
@@ -317,11 +355,11 @@ class Objective:
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight
-        denominator = 1.0 if self._sums else weight
+        denominator = 1.0 if self.sums else weight
         return total if unit == denominator else total * (unit / denominator)
 
     @property
-    def _sums(self) -> bool:
+    def sums(self) -> bool:
         """Whether batches add up (reduction="sum") instead of being averaged."""
         return self._rule is not None and self._rule.reduction == "sum" and self._evaluator.weight is None
 

@@ -47,11 +47,15 @@ class Block:
     def embed(self, part: Tensor, num_params: int) -> Tensor:
         """Return `part` (m, ...) in its place in a vector of zeros, (num_params, ...)."""
         flat = part.new_zeros(num_params, *part.shape[1:])
+        self.put(part, flat)
+        return flat
+
+    def put(self, part: Tensor, flat: Tensor) -> None:
+        """Write `part` (m, ...) into its place in `flat`, (n, ...)."""
         start = 0
         for s in self.slices:
             flat[s] = part[start : start + s.stop - s.start]
             start += s.stop - s.start
-        return flat
 
 
 Selection: TypeAlias = (

@@ -45,10 +45,7 @@ class KrylovSpace:
         self.dtype = working_dtype(A)
         self.n = int(A.shape[0])
         self.num_known = known.shape[1]
-        self.rows = torch.empty(
-            self.num_known + size + num_directions, self.n, dtype=self.dtype, device=device
-        )  # one buffer: nothing is copied as the basis grows
-        self.rows[: self.num_known] = known.T.to(self.rows)
+        self.rows = self._allocate(known, size + num_directions, device)
         self.count = 0
         self.num_directions = 0
         self.T = torch.zeros(0, 0, dtype=torch.float64)
@@ -58,13 +55,20 @@ class KrylovSpace:
         self.norm = 0.0
         self.dropped = 0.0
 
+    def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
+        """Return one buffer, so that nothing is copied as the basis grows, with U in its first rows."""
+        self.first = self.num_known
+        rows = torch.empty(self.first + size, self.n, dtype=self.dtype, device=device)
+        rows[: self.first] = known.T.to(rows)
+        return rows
+
     @property
     def V(self) -> Tensor:
-        return self.rows[self.num_known : self.num_known + self.count]
+        return self.rows[self.first : self.first + self.count]
 
     @property
     def P(self) -> Tensor:
-        first = self.num_known + self.count
+        first = self.first + self.count
         return self.rows[first : first + self.num_directions]
 
     @property
@@ -86,10 +90,8 @@ class KrylovSpace:
 
     def start(self, X: Tensor) -> None:
         """Begin with the span of the rows of X; with random directions if nothing of it lies outside U."""
-        X = X.to(self.rows)
-        N, R, _ = self._orthonormalise(
-            X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(_TINY), self.rows[: self.num_known]
-        )
+        X = X.to(self.rows.device, self.dtype)
+        N, R, _ = self._orthonormalise(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(_TINY), 0)
         self._set_directions(N, _used(R.cpu()))
         if self.num_directions == 0:
             self._randomise(len(X))
@@ -110,20 +112,20 @@ class KrylovSpace:
             self._randomise(width)
         elif aim is not None and self.count > 0 and self.num_directions > width:
             self._sort_directions(aim)
-        return self.P[:width].T
+        return self._wide(self.P[:width]).T
 
     def absorb(self, AX: Tensor) -> None:
         """Move the proposed directions X from P to V, given A X."""
         width = AX.shape[1]
         old, new, rest = self.count, self.count + width, self.num_directions - width
         self.num_matvecs += width
-        basis = self.rows[: self.num_known + new + rest]
-        N, R, H = self._orthonormalise(AX.T.to(self.rows), basis)
+        N, R, H = self._orthonormalise(AX.T.to(self.rows.device, self.dtype), new + rest, least=self.rounding())
         packed = torch.cat([H, R]).double().cpu()  # the one wait for the device
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
-        H, R = packed[: len(basis)], packed[len(basis) :]
-        used = _used(R)[: self.n - len(basis)]
+        taken = self.num_known + new + rest
+        H, R = packed[:taken], packed[taken:]
+        used = _used(R)[: self.n - taken]
         D, H, G = H.split([self.num_known, new, rest])
         T = torch.zeros(new, new, dtype=torch.float64)
         T[:old, :old], T[:, old:], T[old:, :old] = self.T, H, H[:old].T
@@ -142,7 +144,7 @@ class KrylovSpace:
 
     def coupling(self, S: Tensor) -> Tensor:
         """Return what U, if it is not quite invariant, adds to the residuals of V S."""
-        return torch.linalg.vector_norm(self.D @ S, dim=0)
+        return torch.linalg.vector_norm(self.D @ self._weights(S), dim=0)
 
     def restart(self, S: Tensor) -> None:
         """Keep V S only, S with orthonormal columns."""
@@ -160,7 +162,7 @@ class KrylovSpace:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, tensors and numbers only."""
-        last = self.num_known + self.count + self.num_directions
+        last = self.first + self.count + self.num_directions
         return {
             "rows": self.rows[:last].clone(),
             "T": self.T,
@@ -175,17 +177,18 @@ class KrylovSpace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned for a space of these measures."""
+        rows = state["rows"]
         if (
-            state["rows"].shape[1] != self.n
+            (rows.shape[1], rows.dtype) != (self.n, self.rows.dtype)
             or state["num_known"] != self.num_known
-            or len(state["rows"]) > len(self.rows)
+            or len(rows) > len(self.rows)
         ):
             raise InputError(
-                f"the state holds {tuple(state['rows'].shape)} directions, {state['num_known']} of them deflated; here "
-                f"there is room for {tuple(self.rows.shape)}, {self.num_known} deflated: make the solver with the "
-                "arguments of the one that was saved."
+                f"the state holds {tuple(rows.shape)} directions of {rows.dtype}, {state['num_known']} of them "
+                f"deflated; here there is room for {tuple(self.rows.shape)} of {self.rows.dtype}, {self.num_known} "
+                "deflated: make the solver with the arguments of the one that was saved."
             )
-        self.rows[: len(state["rows"])] = state["rows"].to(self.rows)
+        self.rows[: len(rows)] = rows.to(self.rows)
         self.T, self.C, self.D = (state[name].clone() for name in "TCD")
         self.count, self.num_directions = len(self.T), len(self.C)
         self.num_matvecs, self.norm, self.dropped = state["num_matvecs"], state["norm"], state["dropped"]
@@ -193,36 +196,58 @@ class KrylovSpace:
 
     def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:
         """Let P be its first `after` rows and the rows `use` of N."""
-        first = self.num_known + self.count + after
-        self.rows[first : first + len(use)] = N if len(use) == len(N) else N[use]
+        first = self.first + self.count + after
+        self.rows[first : first + len(use)] = self._stored(N if len(use) == len(N) else N[use])
         self.num_directions = after + len(use)
 
     def _sort_directions(self, aim: Tensor) -> None:
         """Rotate P so that its first directions carry most of the residuals of V aim; drop those that carry none."""
-        U, _, _ = torch.linalg.svd(self.C @ aim)
+        U, _, _ = torch.linalg.svd(self.C @ self._weights(aim))
         C = U.T @ self.C
         U = U[:, torch.linalg.vector_norm(C, dim=1) > self.rounding()]
-        self._set_directions(U.T.to(self.rows) @ self.P, list(range(U.shape[1])))
+        self._set_directions(U.T.to(self.rows.device, self.dtype) @ self._wide(self.P), list(range(U.shape[1])))
         self.C = U.T @ self.C
 
     def _randomise(self, width: int) -> None:
         X = torch.randn(width, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-        N, R, _ = self._orthonormalise(X.to(self.rows), self.rows[: self.num_known + self.count])
+        N, R, _ = self._orthonormalise(X.to(self.rows.device), self.count)
         self._set_directions(N, _used(R.cpu()))
         self.C = torch.zeros(self.num_directions, self.count, dtype=torch.float64)
 
-    def _orthonormalise(self, W: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return N, R, H with W = H'basis + R'N: block Gram-Schmidt, twice, without waiting for the device.
+    def _stored(self, X: Tensor) -> Tensor:
+        """Return rows as the buffer holds them."""
+        return X
 
-        A row that leaves nothing but rounding is zero in N and in R. Reference: Giraud, Langou and Rozloznik (2005).
+    def _wide(self, rows: Tensor) -> Tensor:
+        """Return rows of the buffer in the working dtype."""
+        return rows
+
+    def _weights(self, S: Tensor) -> Tensor:
+        """Return the weights of V in what S combines, coefficients of `ritz`."""
+        return S
+
+    def _orthonormalise(self, W: Tensor, count: int, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N, R, H with W = H'B + R'N, B = U and the next `count` rows; without waiting for the device.
+
+        Block Gram-Schmidt, twice. A row that leaves nothing but rounding, or no more than `least`, is zero in N and in
+        R. Reference: Giraud, Langou and Rozloznik (2005).
         """
-        eps = 10 * torch.finfo(W.dtype).eps
-        floor = (eps * torch.linalg.vector_norm(W, dim=1).amax()).clamp_min(self.rounding())
+        basis, floor = self.rows[: self.num_known + count], floor_of(W, least)
         H = basis @ W.T
         N, R = gram_schmidt(W - H.T @ basis, floor)
         again = basis @ N.T
-        N, R_again = gram_schmidt(N - again.T @ basis, floor.new_tensor(eps))
+        N, R_again = gram_schmidt(N - again.T @ basis, floor.new_tensor(dependent_share(W)))
         return N, R_again @ R, H + again @ R
+
+
+def floor_of(W: Tensor, least: float) -> Tensor:
+    """Return the norm below which what projections leave of a row of W is rounding."""
+    return (dependent_share(W) * torch.linalg.vector_norm(W, dim=1).amax()).clamp_min(least)
+
+
+def dependent_share(W: Tensor) -> float:
+    """Return the share of a row that is left of it by rounding where it depends on others."""
+    return 10 * torch.finfo(W.dtype).eps
 
 
 def _used(R: Tensor) -> list[int]:

@@ -25,7 +25,7 @@ from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike, Projected
 from curvature.results import EigenPairs, SpectralDensity, mean_and_stderr
 
-__all__ = ["spectral_density"]
+__all__ = ["smoothed", "spectral_density"]
 
 _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
@@ -96,7 +96,32 @@ def spectral_density(
     nodes = nodes.where(weights > 0, 0)
     order = nodes.where(weights > 0, torch.inf).argsort(dim=1)  # unused places last
     nodes, weights = nodes.gather(1, order), weights.gather(1, order)
-    grid, density, stderr, sigma = _smooth(nodes, weights, num_points, sigma)
+    return smoothed(nodes, weights, n=n, known=values, num_matvecs=spent, num_points=num_points, sigma=sigma)
+
+
+def smoothed(
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    n: int,
+    known: Tensor,
+    num_matvecs: int,
+    num_points: int = 1024,
+    sigma: float | None = None,
+    grid: Tensor | None = None,
+) -> SpectralDensity:
+    """Return the density of a rule for each probe: nodes and weights (num_probes, m), smoothed by a Gaussian.
+
+    `grid` overrides `num_points`; the other arguments are those of `spectral_density` and `SpectralDensity`.
+    """
+    used = nodes[weights > 0]
+    low, high = float(used.min()), float(used.max())
+    span = max(high - low, 1e-3 * max(abs(low), abs(high)), torch.finfo(torch.float32).tiny)
+    sigma = span / 100 if sigma is None else sigma
+    if grid is None:
+        grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, num_points, dtype=torch.float64)
+    samples = torch.stack([_mixture(grid, x, w, sigma) for x, w in zip(nodes, weights, strict=True)])
+    density, stderr = mean_and_stderr(samples)
     return SpectralDensity(
         grid=grid,
         density=density,
@@ -105,8 +130,8 @@ def spectral_density(
         weights=weights,
         sigma=sigma,
         dimension=n,
-        num_matvecs=spent,
-        deflated=values,
+        num_matvecs=num_matvecs,
+        deflated=known,
     )
 
 
@@ -119,19 +144,6 @@ def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:
         raise InputError(f"deflate holds eigenvectors of length {deflate.eigenvectors.shape[0]}, A has size {n}.")
     values = deflate.eigenvalues[deflate.converged].double().cpu().flip(0)
     return values, deflate.eigenvectors[:, deflate.converged].flip(1).to(A.dtype)
-
-
-def _smooth(
-    nodes: Tensor, weights: Tensor, num_points: int, sigma: float | None
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    used = nodes[weights > 0]
-    low, high = float(used.min()), float(used.max())
-    span = max(high - low, 1e-3 * max(abs(low), abs(high)), torch.finfo(torch.float32).tiny)
-    sigma = span / 100 if sigma is None else sigma
-    grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, num_points, dtype=torch.float64)
-    samples = torch.stack([_mixture(grid, x, w, sigma) for x, w in zip(nodes, weights, strict=True)])
-    density, stderr = mean_and_stderr(samples)
-    return grid, density, stderr, sigma
 
 
 def _mixture(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:

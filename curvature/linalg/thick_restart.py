@@ -19,6 +19,8 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg._krylov_space import KrylovSpace
+from curvature.linalg._orthonormal import orthonormalise
+from curvature.linalg._rounded_space import RoundedSpace, check_basis_dtype
 from curvature.linalg._validate import (
     check_count,
     check_finite,
@@ -26,6 +28,7 @@ from curvature.linalg._validate import (
     check_square,
     check_start,
     check_tolerances,
+    rounding_level,
     working_dtype,
 )
 from curvature.linop import MatrixLike
@@ -35,6 +38,8 @@ __all__ = ["ThickRestartLanczos", "Which"]
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
+_STATE = ("before", "since", "tried", "least", "fell")
+_NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHANCE = 2  # steps after which a random direction does no longer lie far from a wanted eigenspace by chance
 
 
@@ -70,10 +75,12 @@ class ThickRestartLanczos:
         block_size: int = 1,
         deflate: EigenPairs | Tensor | None = None,
         basis_device: torch.device | str | None = None,
+        basis_dtype: torch.dtype | None = None,
         certify: bool = False,
         callback: Callable[[int, str], None] | None = None,
     ) -> None:
         n = check_square(A)
+        basis_dtype = check_basis_dtype(A, basis_dtype)
         check_generator(A, generator)
         known = _known_directions(A, deflate)
         check_count("block_size", block_size, 1, n)
@@ -84,21 +91,27 @@ class ThickRestartLanczos:
         _check(n - known.shape[1], k, which, num_basis, least)
         self.A, self.k, self.which = A, k, which
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
-        self.certify, self.callback = certify, callback
+        self.certify, self.callback = certify or basis_dtype != working_dtype(A), callback
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
-        self.space = KrylovSpace(
-            A,
-            size=self.size,
-            num_directions=start_size,
-            known=known,
-            generator=generator,
-            device=A.device if basis_device is None else torch.device(basis_device),
+        measures: dict[str, Any] = {
+            "size": self.size,
+            "num_directions": start_size,
+            "known": known,
+            "generator": generator,
+            "device": A.device if basis_device is None else torch.device(basis_device),
+        }
+        self.space = (
+            KrylovSpace(A, **measures)
+            if basis_dtype == working_dtype(A)
+            else RoundedSpace(A, basis_dtype=basis_dtype, **measures)
         )
         self.space.start(start.T)
         self._before: Tensor | None = None  # wanted eigenvalues when a random direction was last tried, ...
         self._since = 0  # ... the products spent when these were new, ...
         self._tried = 0  # ... and those spent when it was tried
+        self._least = torch.inf  # largest residual in units of its goal, where rounding of the basis is near, ...
+        self._fell = 0  # ... and the products spent when it last fell
 
     def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
@@ -114,7 +127,7 @@ class ThickRestartLanczos:
                 f"max_matvecs must be at least {certificate + 1}{' with certify=True' * self.certify}, got {limit}."
             )
         look = self._look()
-        while not self._converged(look) and (width := self._width(limit - certificate)):
+        while not self._converged(look) and not self._stagnated(look) and (width := self._width(limit - certificate)):
             self._advance(look, width)
             look = self._look()
             if self.callback is not None:
@@ -123,7 +136,8 @@ class ThickRestartLanczos:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
-        return {**self.space.state_dict(), "before": self._before, "since": self._since, "tried": self._tried}
+        own = {name: getattr(self, f"_{name}") for name in _STATE}
+        return {**self.space.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a solver that was made with the same arguments.
@@ -132,15 +146,36 @@ class ThickRestartLanczos:
             InputError: if the state is one of another problem.
         """
         self.space.load_state_dict(state)
-        self._before, self._since, self._tried = state["before"], state["since"], state["tried"]
+        for name in _STATE:
+            setattr(self, f"_{name}", state[name])
 
     def _look(self) -> _Look:
         theta, S, residuals = self.space.ritz()
         places = _wanted(theta, self.k, self.which)
-        return _Look(theta, S, residuals, places, residuals[places] <= self._tolerance(theta[places]))
+        return _Look(theta, S, residuals, places, residuals[places] <= self._goal(theta[places]))
 
     def _tolerance(self, values: Tensor) -> Tensor:
-        return (self.rtol * values.abs()).clamp_min(max(self.atol, self.space.rounding()))
+        return self._asked(values, self.space.rounding())
+
+    def _asked(self, values: Tensor, rounding: float) -> Tensor:
+        return (self.rtol * values.abs()).clamp_min(max(self.atol, rounding))
+
+    def _goal(self, values: Tensor) -> Tensor:
+        """Return how far residuals of the recurrence are to fall: where the basis is rounded, not below its noise."""
+        tolerance = self._tolerance(values)
+        if not isinstance(self.space, RoundedSpace):
+            return tolerance
+        noise = self.space.noise_of(values)
+        return torch.maximum((tolerance**2 - (2 * noise) ** 2).clamp_min(0).sqrt(), noise)
+
+    def _stagnated(self, look: _Look) -> bool:
+        """Whether residuals have come near the noise of a rounded basis and no longer fall."""
+        if not isinstance(self.space, RoundedSpace) or len(look.places) < self.k or bool(look.done.all()):
+            return False
+        ratio = float((look.residuals[look.places] / self._goal(look.theta[look.places])).max())
+        if ratio > _NEAR or ratio < 0.9 * self._least:
+            self._least, self._fell = min(ratio, self._least), self.space.num_matvecs
+        return self.space.num_matvecs - self._fell >= 2 * self.size
 
     def _converged(self, look: _Look) -> bool:
         space = self.space
@@ -196,15 +231,22 @@ class ThickRestartLanczos:
         values, S = look.theta[places], look.S[:, places]
         U = space.vectors(S)
         norms = torch.hypot(look.residuals[places], space.coupling(S)).clamp_min(space.rounding())
-        if self.certify:
-            R = check_finite(self.A @ U.to(self.A.dtype), space.num_matvecs + len(values)).to(U) - U * values.to(U)
+        tolerance, inexact = self._tolerance(values), space.num_known > 0
+        if isinstance(space, RoundedSpace):
+            values, U, R = self._refined(U)
             norms = torch.linalg.vector_norm(R, dim=0).double().cpu()
-        converged = norms <= self._tolerance(values)
+            tolerance = self._asked(values, rounding_level(self.A) * space.norm)
+            outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
+            inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
+        elif self.certify:
+            R = self._product(U) - U * values.to(U)
+            norms = torch.linalg.vector_norm(R, dim=0).double().cpu()
+        converged = norms <= tolerance
         status = Status.CONVERGED
-        if not self._converged(look):
+        if not self._converged(look) and not self._stagnated(look):
             status = Status.MAX_MATVECS
         elif not bool(converged.all()):
-            status = Status.DEFLATION_INEXACT if space.num_known else Status.STAGNATED
+            status = Status.DEFLATION_INEXACT if inexact else Status.STAGNATED
         return EigenPairs(
             eigenvalues=values.to(U),
             eigenvectors=U,
@@ -214,6 +256,21 @@ class ThickRestartLanczos:
             status=status,
             rtol=self.rtol,
         )
+
+    def _refined(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values, vectors and residuals of the span of U, columns of a rounded basis, by products with it."""
+        assert isinstance(self.space, RoundedSpace)
+        U = orthonormalise(U, self.space.U.T.to(U))
+        AU = self._product(U)
+        H = (U.T @ AU).double().cpu()
+        values, Y = torch.linalg.eigh((H + H.T) / 2)
+        values, Y = values.flip(0), Y.flip(1).to(U)
+        U = U @ Y
+        return values, U, AU @ Y - U * values.to(U)
+
+    def _product(self, U: Tensor) -> Tensor:
+        """Return A U for the vectors of the result."""
+        return check_finite(self.A @ U.to(self.A.dtype), self.space.num_matvecs + U.shape[1]).to(U)
 
 
 class _Look(NamedTuple):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.linearize import Linearization
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
 from curvature.parameters import Block, Selection
@@ -26,8 +29,41 @@ class ObjectiveOperator(LinearOperator):
         self.block = block
 
     def _matmat(self, X: Tensor) -> Tensor:
-        rows = X.T.contiguous()
-        return self.objective.reduce(lambda lin: getattr(lin, self._product)(rows, self.block)).T
+        return self.products([X], [self.block])[0]
+
+    def products(
+        self,
+        X: Sequence[Tensor],
+        blocks: Sequence[Block | None],
+        *,
+        observe: Callable[[int, float, list[Tensor]], None] | None = None,
+    ) -> list[Tensor]:
+        """Return A_BB X_B for several blocks B of parameters, (m_B, k_B) each, in one walk over the data.
+
+        Graphs that are not kept are thus built once for all blocks.
+
+        Args:
+            X: for every block its columns, (m_B, k_B).
+            blocks: of the objective's space; None stands for all parameters.
+            observe: told the place and weight of every batch that counts, and its own products.
+        """
+        rows = [x.T.contiguous() for x in X]
+
+        def of_batch(lin: Linearization) -> Tensor:
+            parts = [getattr(lin, self._product)(r, block) for r, block in zip(rows, blocks, strict=True)]
+            return parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+
+        def split(packed: Tensor) -> list[Tensor]:
+            if len(rows) == 1:
+                return [packed.T]
+            pieces = packed.split([r.numel() for r in rows])
+            return [piece.view(r.shape).T for piece, r in zip(pieces, rows, strict=True)]
+
+        def pass_on(index: int, weight: float, packed: Tensor) -> None:
+            assert observe is not None
+            observe(index, weight, split(packed))
+
+        return split(self.objective.reduce(of_batch, observe=None if observe is None else pass_on))
 
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, LinearOperator, Objective, SubmatrixOperator
+from curvature import (
+    BlockDiagonalOperator,
+    GGNOperator,
+    HessianOperator,
+    LinearOperator,
+    Objective,
+    SubmatrixOperator,
+)
+from curvature.errors import InputError, ParameterSelectionError
 from tests.cases import BY_NAME, CASES, Case
 from tests.checks import BATCHING_TOLERANCE, assert_close, assert_untouched, check_operator
 from tests.references import Batches, dense_ggn, dense_hessian, derivative_along, flat_gradient, total_loss
@@ -169,3 +177,63 @@ def test_off_diagonal_submatrix() -> None:
     rows, cols = objective.space.block("0"), objective.space.block("4")
     block = SubmatrixOperator(HessianOperator(objective), rows, cols)
     assert_close(block.to_dense(), reference(case.name, "Hessian", False)[:25, 49:])
+
+
+# -- the diagonal blocks of a matrix ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False], ids=["kept", "rebuilt"])
+@pytest.mark.parametrize("matrix", OPERATORS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_block_diagonal_has_the_blocks_of_the_dense_matrix_and_nothing_between(
+    case: Case, matrix: str, keep_graphs: bool, generator: torch.Generator
+) -> None:
+    model = case.model()
+    objective = Objective(model, case.loss, case.ragged(), keep_graphs=keep_graphs)
+    A = OPERATORS[matrix](objective)
+    dense = torch.zeros(A.shape, dtype=A.dtype)
+    whole = reference(case.name, matrix, True)
+    for block in objective.space.blocks:
+        inside = block.embed(torch.ones(block.num_params, dtype=torch.bool), objective.num_params)
+        dense[inside[:, None] & inside] = whole[inside[:, None] & inside]
+    with assert_untouched(model):
+        check_operator(BlockDiagonalOperator(A), dense, generator)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+def test_block_diagonal_equals_its_restrictions_and_walks_the_data_once(
+    operator: type[HessianOperator] | type[GGNOperator], generator: torch.Generator
+) -> None:
+    case = BY_NAME["tied weights"]
+    model = case.model()
+    objective = Objective(model, case.loss, case.ragged(), keep_graphs=False)
+    A = operator(objective)
+    blocks = [*objective.space.blocks[:-2], objective.space.block(objective.space.blocks[-1])]  # one is left out
+    X = torch.randn(objective.num_params, 3, generator=generator, dtype=objective.dtype)
+    expected = torch.zeros_like(X)
+    for block in blocks:
+        block.put(A.restrict(block) @ block.take(X), expected)
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    B = BlockDiagonalOperator(A, blocks)
+    torch.testing.assert_close(B @ X, expected, rtol=0, atol=0)
+    assert len(forwards) == len(case.ragged())
+    torch.testing.assert_close(B @ X[:, 0], expected[:, 0], rtol=0, atol=0)
+
+
+def test_bad_blocks_are_refused() -> None:
+    case = BY_NAME["MLP tanh"]
+    model = case.model()
+    H = HessianOperator(Objective(model, case.loss, case.data()))
+    blocks = H.objective.space.blocks
+    with pytest.raises(InputError, match="those of a HessianOperator or GGNOperator, got Scaled"):
+        BlockDiagonalOperator(2 * H)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="A is a diagonal block itself, '0'"):
+        BlockDiagonalOperator(H.restrict(blocks[0]))
+    with pytest.raises(InputError, match="at least one block"):
+        BlockDiagonalOperator(H, [])
+    with pytest.raises(InputError, match=r"disjoint, but '0.weight' is in more than one"):
+        BlockDiagonalOperator(H, [blocks[0], blocks[1], blocks[0]])
+    other = Objective(nn.Linear(4, 2).double(), case.loss, case.data())
+    with pytest.raises(ParameterSelectionError, match="not among the chosen parameters"):
+        BlockDiagonalOperator(H, other.space.blocks)

@@ -6,12 +6,14 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
 from curvature.linalg import ThickRestartLanczos, eigsh
-from curvature.linop import Counting, to_scipy
+from curvature.linalg._rounded_space import COLUMNS
+from curvature.linop import Counting, LinearOperator, to_scipy
 from curvature.results import Status
-from tests.matrices import F64, generator, spectra, true_residuals, twenty_spectra, wanted, with_spectrum
+from tests.matrices import F64, generator, orthogonal, spectra, true_residuals, twenty_spectra, wanted, with_spectrum
 
 N = 120
 
@@ -267,3 +269,167 @@ def test_on_a_gpu_with_the_basis_there_or_here(basis_device: str | None) -> None
     )
     assert pairs.eigenvectors.is_cuda
     torch.testing.assert_close(pairs.eigenvalues.cpu(), wanted(A, 6, "LA"), rtol=0, atol=1e-6)
+
+
+# -- a basis in fewer bits ----------------------------------------------------------------------------------------
+
+NARROW = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("basis_dtype", NARROW)
+@pytest.mark.parametrize("name", spectra(N))
+def test_a_rounded_basis_reports_true_residuals_and_reaches_what_its_rounding_allows(
+    name: str, basis_dtype: torch.dtype
+) -> None:
+    A = with_spectrum(spectra(N)[name])
+    eps, scale = torch.finfo(basis_dtype).eps, float(torch.linalg.matrix_norm(A, 2))
+    counted = Counting(A)
+    pairs = eigsh(counted, 6, rtol=1e-12, generator=generator(), basis_dtype=basis_dtype)
+    assert pairs.num_matvecs == counted.num_matvecs <= 250  # it does not try for ever
+    torch.testing.assert_close(pairs.residual_norms, true_residuals(A, pairs), rtol=1e-9, atol=1e-14 * scale)
+    torch.testing.assert_close(pairs.eigenvectors.T @ pairs.eigenvectors, torch.eye(6, dtype=F64), rtol=0, atol=1e-13)
+    assert bool((pairs.residual_norms <= eps * scale).all())
+    assert (pairs.status is Status.CONVERGED) == bool(pairs.converged.all())
+    assert pairs.status in (Status.CONVERGED, Status.STAGNATED)
+    torch.testing.assert_close(pairs.eigenvalues, wanted(A, 6, "LA"), rtol=0, atol=eps * scale)
+
+
+@pytest.mark.parametrize(
+    ("basis_dtype", "rtol"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 1e-6)]
+)
+@pytest.mark.parametrize(("which", "block_size"), [("LA", 1), ("LM", 3), ("BE", 2)])
+def test_a_rounded_basis_converges_to_tolerances_above_its_rounding(
+    basis_dtype: torch.dtype, rtol: float, which: str, block_size: int
+) -> None:
+    A = with_spectrum(spectra(N)["indefinite"])
+    settings = {"which": which, "rtol": rtol, "block_size": block_size}
+    wide = eigsh(A, 6, generator=generator(), **settings)  # type: ignore[arg-type]
+    pairs = eigsh(A, 6, generator=generator(), basis_dtype=basis_dtype, **settings)  # type: ignore[arg-type]
+    assert pairs.status is Status.CONVERGED
+    assert bool((true_residuals(A, pairs) <= rtol * pairs.eigenvalues.abs()).all())
+    assert pairs.num_matvecs <= 1.2 * wide.num_matvecs + 6 + block_size  # six for the certificate
+    torch.testing.assert_close(pairs.eigenvalues, wanted(A, 6, which), rtol=0, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_the_basis_has_the_dtype_asked_for_and_the_result_that_of_the_work(dtype: torch.dtype) -> None:
+    A = with_spectrum(spectra(N)["outliers over a bulk"]).to(dtype)
+    solver = ThickRestartLanczos(A, 3, rtol=3e-2, generator=generator(), basis_dtype=torch.bfloat16)
+    assert solver.space.rows.dtype is torch.bfloat16
+    assert solver.space.rows.nbytes == 2 * N * (solver.size + 1)
+    pairs = solver.run()
+    assert solver.space.rows.dtype is torch.bfloat16
+    assert pairs.eigenvectors.dtype is torch.promote_types(dtype, torch.float32)
+    assert pairs.status is Status.CONVERGED
+
+
+def test_no_step_holds_a_second_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that an operation returns has a few rows of the basis, not all."""
+    monkeypatch.setitem(COLUMNS, "cpu", 64)
+    n, size = 4096, 20
+    sizes: list[int] = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype is torch.float32:
+                sizes.append(result.untyped_storage().nbytes())
+            return result
+
+    class Diagonal(LinearOperator):
+        def _matmat(self, X: Tensor) -> Tensor:
+            return torch.linspace(0, 1, n)[:, None] ** 8 * X
+
+    A = Diagonal((n, n), torch.float32, "cpu")
+    solver = ThickRestartLanczos(A, 2, generator=generator(), basis_dtype=torch.bfloat16, num_basis=size)
+    with Largest():
+        pairs = solver.run(max_matvecs=60)
+    assert pairs.num_matvecs > size + 10  # it restarted
+    assert max(sizes) <= 4 * n * 2  # the pairs of the result
+
+
+def test_float16_holds_vectors_whose_entries_lie_below_its_range() -> None:
+    n = 1 << 16
+    d = torch.zeros(n)
+    d[:2] = torch.tensor([2.0, 1.0])
+
+    class Flat(LinearOperator):
+        """2 u u' + w w' for u = 1 / sqrt(n), w with every other sign turned."""
+
+        def _matmat(self, X: Tensor) -> Tensor:
+            u = torch.full((n,), n**-0.5)
+            w = u * torch.tensor([1.0, -1.0]).repeat(n // 2)
+            return 2 * u[:, None] * (u @ X) + w[:, None] * (w @ X)
+
+    pairs = eigsh(
+        Flat((n, n), torch.float32, "cpu"), 2, rtol=3e-3, generator=generator(), basis_dtype=torch.float16, num_basis=8
+    )
+    torch.testing.assert_close(pairs.eigenvalues, torch.tensor([2.0, 1.0]), rtol=1e-5, atol=0)
+    assert pairs.status is Status.CONVERGED
+
+
+@pytest.mark.parametrize("basis_dtype", NARROW)
+@pytest.mark.parametrize("deflated", [0, 3])
+def test_a_saved_run_with_a_rounded_basis_takes_the_same_steps(
+    basis_dtype: torch.dtype, deflated: int, tmp_path: Path
+) -> None:
+    A = with_spectrum(spectra(N)["flat"])
+    known = torch.linalg.eigh(A)[1][:, N - deflated :]
+
+    def solver(seed: int) -> ThickRestartLanczos:
+        return ThickRestartLanczos(
+            A, 4, rtol=1e-9, generator=generator(seed), basis_dtype=basis_dtype, deflate=known, block_size=2
+        )
+
+    first = solver(0)
+    whole = solver(0).run()
+    assert first.run(max_matvecs=40).status is Status.MAX_MATVECS
+    torch.save(first.state_dict(), tmp_path / "run.pt")
+    second = solver(99)
+    second.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True))
+    resumed = second.run()
+    assert resumed.num_matvecs == whole.num_matvecs > 44
+    torch.testing.assert_close(resumed.eigenvectors, whole.eigenvectors, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.residual_norms, true_residuals(A, resumed), rtol=1e-9, atol=1e-13)
+
+
+def test_with_a_rounded_basis_the_answer_is_orthogonal_to_what_was_deflated_and_blame_is_given_rightly() -> None:
+    A = with_spectrum(spectra(N)["slow exponential"])
+    settings = {"generator": generator(1), "basis_dtype": torch.bfloat16}
+    exact = torch.linalg.eigh(A)[1][:, -4:]
+    rest = eigsh(A, 3, rtol=2e-2, deflate=exact, **settings)  # type: ignore[arg-type]
+    assert rest.status is Status.CONVERGED
+    assert (exact.T @ rest.eigenvectors).abs().max() < 1e-13
+    torch.testing.assert_close(rest.eigenvalues, wanted(A, 7, "LA")[4:], rtol=1e-3, atol=0)
+    assert eigsh(A, 3, rtol=1e-6, deflate=exact, **settings).status is Status.STAGNATED  # type: ignore[arg-type]
+    rough = torch.linalg.qr(exact + 0.2 * orthogonal(N, seed=7)[:, :4])[0]
+    rest = eigsh(A, 3, rtol=2e-2, deflate=rough, **settings)  # type: ignore[arg-type]
+    assert rest.status is Status.DEFLATION_INEXACT
+    torch.testing.assert_close(rest.residual_norms, true_residuals(A, rest), rtol=1e-9, atol=0)
+
+
+def test_a_state_of_another_basis_dtype_is_refused() -> None:
+    A = torch.eye(30)
+    state = ThickRestartLanczos(A, 2, generator=generator(), basis_dtype=torch.bfloat16).state_dict()
+    with pytest.raises(InputError, match=r"directions of torch.bfloat16, .* of torch.float32, .* make the solver with"):
+        ThickRestartLanczos(A, 2, generator=generator()).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "basis_dtype", "got"),
+    [
+        (torch.float32, F64, "float64"),
+        (torch.bfloat16, F64, "float64"),
+        (F64, torch.int8, "int8"),
+        (F64, torch.complex64, "complex64"),
+        (F64, torch.float8_e4m3fn, "float8_e4m3fn"),
+    ],
+)
+def test_a_basis_that_cannot_be_held_is_refused(dtype: torch.dtype, basis_dtype: torch.dtype, got: str) -> None:
+    with pytest.raises(InputError, match=rf"basis_dtype must be one of torch.bfloat16, .* got torch.{got}"):
+        eigsh(torch.eye(30, dtype=dtype), 2, generator=generator(), basis_dtype=basis_dtype)
+
+
+def test_products_that_are_not_finite_are_named_with_a_rounded_basis_too() -> None:
+    with pytest.raises(NonFiniteError, match="product 1"):
+        eigsh(torch.full((5, 5), torch.inf), 1, generator=generator(), basis_dtype=torch.bfloat16)

@@ -1,0 +1,99 @@
+"""Figures of how layers act on each other; made as those of `analysis.figures` are."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.figures import Array, Colors
+from analysis.wording import MINUS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from analysis.coupling import LayerCoupling
+
+__all__ = ["plot_layer_coupling"]
+
+_STRONGEST = 0.5  # opacity of a cell of value 1: ink on it can be read on light and on dark grounds
+_ROOM = 0.36  # inches of a cell that has room for a number
+_SURE = 2.0  # standard errors; values of fewer are in brackets
+
+
+def plot_layer_coupling(result: LayerCoupling, *, ax: Axes | None = None, colors: Colors | None = None) -> Axes:
+    """Plot how strongly each pair of layers is coupled as shaded cells with their values, below the diagonal.
+
+    Off the diagonal stands |H_ab|_F / (|H_aa|_F |H_bb|_F)^(1/2), on it, framed, |H_aa|_F over the largest of them. A
+    value less than two standard errors from 0 is in brackets, and one that is not defined a dash. Cells that are too
+    small for numbers go without.
+
+    Args:
+        result: from `layer_coupling`.
+        ax: where to draw; a new figure by default, of a size for the table.
+        colors: what to paint with.
+    """
+    L, colors = len(result.names), colors or Colors()
+    ax = _axes(L) if ax is None else ax
+    norms, stderr, shown = (t.double().cpu().numpy() for t in (result.norms, result.stderr, result.relative.clone()))
+    np.fill_diagonal(shown, np.diagonal(norms) / (np.diagonal(norms).max() or 1.0))
+    ax.set(xlim=(-0.5, L - 0.5), ylim=(L - 0.5, -0.5), aspect="equal")
+    ax.set_yticks(range(L), list(result.names))
+    ax.set_xticks(range(L), list(result.names), rotation=45, ha="right", rotation_mode="anchor")
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.text(
+        1.0,
+        1.0,
+        "coupling |H$_{ab}$| / √(|H$_{aa}$| |H$_{bb}$|)\nframed: |H$_{aa}$| / largest",
+        transform=ax.transAxes,
+        ha="right",
+        va="top",
+        linespacing=1.5,
+    )
+    _draw_cells(ax, shown, colors)
+    _write_values(ax, shown, norms < _SURE * stderr)
+    return ax
+
+
+def _axes(L: int) -> Axes:
+    from matplotlib.figure import Figure
+
+    side = min(2.0 + 0.5 * L, 12.0)
+    return Figure(figsize=(side, side), layout="constrained").subplots()
+
+
+def _draw_cells(ax: Axes, shown: Array, colors: Colors) -> None:
+    from matplotlib.patches import Rectangle
+
+    for a, b in zip(*np.tril_indices(len(shown)), strict=True):
+        framed = a == b
+        strength = _STRONGEST * float(np.clip(np.nan_to_num(shown[a, b]), 0.02, 1.0))
+        size = 0.9 if framed else 0.94
+        corner = (b - size / 2, a - size / 2)
+        ax.add_patch(Rectangle(corner, size, size, facecolor=colors.positive, alpha=strength, linewidth=0))
+        if framed:
+            ax.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=colors.quiet, linewidth=1.0))
+
+
+def _write_values(ax: Axes, shown: Array, unsure: npt.NDArray[np.bool_]) -> None:
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # lays the axes out, so that cells have a size
+    cell = ax.get_window_extent().width / figure.dpi / len(shown)
+    if cell < _ROOM:
+        for label in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+            label.set_fontsize(min(label.get_fontsize(), max(3.0, 60 * cell)))
+        return
+    for a, b in zip(*np.tril_indices(len(shown)), strict=True):
+        text = _text(float(shown[a, b]))
+        ax.text(float(b), float(a), f"({text})" if unsure[a, b] else text, ha="center", va="center")
+
+
+def _text(value: float) -> str:
+    if not math.isfinite(value):
+        return MINUS if math.isnan(value) else "∞"
+    return "<0.01" if 0 < value < 0.005 else f"{value:.2f}"

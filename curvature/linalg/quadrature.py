@@ -1,0 +1,59 @@
+"""Gauss quadrature from a block Krylov space, with known eigenpairs taken out and put back exactly.
+
+Let the rows of V span the block Krylov space of p start vectors Z, T = V A V' and V Z = B. With T = S Theta S',
+
+    z_i'f(A) z_i ~ sum_j (S'B)_ji^2 f(theta_j),
+
+exact for polynomials of degree 2 s - 1 after s block steps. Ritz pairs that have converged are eigenpairs: their terms
+are dropped, which is what taking them out of the start vectors would do, and each comes back with weight 1/n. One space
+thus serves all probes, eigenpairs and density alike.
+
+Reference: Golub and Meurant (2010), Matrices, Moments and Quadrature with Applications, chapter 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Quadrature", "quadrature"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadrature:
+    """Nodes that all probes share, their weights for every probe, and the eigenvalues known exactly."""
+
+    nodes: Tensor
+    """(m,), ascending; units of A."""
+    weights: Tensor
+    """(p, m); each row sums to 1."""
+    known: Tensor
+    """(q,), ascending: the nodes that are eigenvalues, of weight 1/n each."""
+
+
+def quadrature(T: Tensor, B: Tensor, *, n: int, num_low: int, num_high: int, known: Tensor | None = None) -> Quadrature:
+    """Return the rule of every start vector.
+
+    Args:
+        T: V A V', (m, m), float64.
+        B: V Z, (m, p).
+        n: size of A.
+        num_low: how many of the smallest Ritz pairs count as eigenpairs.
+        num_high: how many of the largest do.
+        known: (num_low + num_high,) eigenvalues to put in their place, ascending. Default: the Ritz values.
+    """
+    theta, S = torch.linalg.eigh(T)
+    m, p = B.shape
+    is_known = torch.zeros(m, dtype=torch.bool)
+    is_known[:num_low] = True
+    is_known[m - num_high :] = True
+    if known is not None:
+        theta = theta.masked_scatter(is_known, known)
+    raw = (S.T @ B).square().T.masked_fill(is_known, 0)
+    bulk, num_known = raw.sum(dim=1, keepdim=True), num_low + num_high
+    weights = torch.where(bulk > 0, raw * ((n - num_known) / n) / bulk.clamp_min(torch.finfo(raw.dtype).tiny), 0)
+    weights = weights.masked_fill(is_known, 1 / n)
+    theta, order = theta.sort()
+    return Quadrature(nodes=theta, weights=weights[:, order].expand(p, m), known=theta[is_known[order]])

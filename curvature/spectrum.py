@@ -1,0 +1,503 @@
+"""One set of products, many quantities: the whole spectrum of a curvature matrix from one block Krylov space.
+
+The probes of the density span the start block. What grows from them yields, with no further product, the eigenpairs at
+both ends with their residuals, density, trace, norms, moments and all that follows from a density. The products of each
+batch are looked at on their way into the sum, which says how far all of it would move with other data.
+
+Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochastic Lanczos quadrature; Golub and Meurant
+(2010), Matrices, Moments and Quadrature with Applications.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvature.cost import synchronize
+from curvature.jackknife import jackknife_stderr
+from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run, advance
+from curvature.linalg import eigsh
+from curvature.linalg._validate import check_generator, check_square
+from curvature.linalg.quadrature import Quadrature, quadrature
+from curvature.linalg.slq import smoothed
+from curvature.linop import MatrixLike
+from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.parameters import Block
+from curvature.plan import PATIENCE, SMALL, SpectrumPlan
+from curvature.results import EigenPairs, SpectralDensity, Status, TraceEstimate, mean_and_stderr
+
+__all__ = ["DataSpread", "Spectrum", "SpectrumEstimate", "layer_spectra", "spectrum"]
+
+Samples = Callable[[Tensor, Tensor], Tensor]
+"""From nodes (m,) and weights (p, m) of a quadrature to one value a probe, (p, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumEstimate:
+    """A number that follows from a spectrum, and the three ways in which it may be off."""
+
+    value: Tensor
+    """Of any shape."""
+    stderr: Tensor
+    """Standard error over the probes; zero where all entries of the matrix were computed."""
+    rule: Tensor
+    """Error of the quadrature: a third of what half the steps change, as for |t|, whose error falls as steps^-2."""
+    data: Tensor | None
+    """Standard error over data of the same size; None if the data came in too few batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpread:
+    """The spectrum without each of G groups of the data in turn, in the space that all data span."""
+
+    shares: Tensor
+    """(G,), share of each group in the total weight."""
+    top: Tensor
+    """(G, k), largest eigenvalues, descending."""
+    bottom: Tensor
+    """(G, b), smallest eigenvalues, descending."""
+    rules: tuple[Quadrature, ...]
+    """G quadratures."""
+
+    def stderr(self, value: Tensor, without: Sequence[Tensor]) -> Tensor:
+        """Return the standard error over the data of a value whose replicates are known."""
+        return jackknife_stderr(value.double(), torch.stack(list(without)).double(), self.shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What is known of a symmetric matrix A of size n."""
+
+    top: EigenPairs
+    """The largest eigenvalues, descending."""
+    bottom: EigenPairs
+    """The smallest, descending."""
+    density: SpectralDensity
+    """The density of all; the largest are exact nodes of it."""
+    rule: Quadrature
+    """What the density smooths."""
+    coarse: Quadrature
+    """The same from the first half of the steps."""
+    exact: bool
+    """Whether A was computed entry by entry, which leaves rounding as the only error."""
+    spread: DataSpread | None
+    """What the data's own chance makes of it; None if they came in too few batches, see `notes`."""
+    layer_trace_samples: Tensor | None
+    """(L, p), one unbiased estimate a probe of the trace of each layer's diagonal block; None without layers."""
+    num_matvecs: int
+    """Products that were spent; for a diagonal block, products with that block."""
+    seconds: float
+    """Wall-clock time, s; of layers, that of all of them."""
+    notes: tuple[str, ...]
+    """What a reader should know."""
+
+    def estimate(self, samples: Samples) -> SpectrumEstimate:
+        """Return a number from its value for each probe, with all its uncertainties.
+
+        Args:
+            samples: acts on nodes (m,) and weights (p, m), whose rows sum to 1, and returns (p, ...); e.g. for the
+                mean of |lambda|: `lambda x, w: (w * x.abs()).sum(dim=1)`.
+        """
+        value, stderr = mean_and_stderr(samples(self.rule.nodes, self.rule.weights))
+        rule = (samples(self.coarse.nodes, self.coarse.weights).mean(dim=0) - value).abs() / 3
+        data = None
+        if self.spread is not None:
+            data = self.spread.stderr(value, [samples(r.nodes, r.weights).mean(dim=0) for r in self.spread.rules])
+        if self.exact:
+            stderr, rule = torch.zeros_like(value), torch.zeros_like(value)
+        return SpectrumEstimate(value=value, stderr=stderr, rule=rule, data=data)
+
+    def spectral_sum(self, f: Callable[[Tensor], Tensor]) -> SpectrumEstimate:
+        """Return tr f(A) = sum_i f(lambda_i); f acts entrywise. With f(x) = x the trace, x^2 the squared norm."""
+        return self.estimate(lambda x, w: self.density.dimension * (w * f(x)).sum(dim=1))
+
+    def trace(self) -> TraceEstimate:
+        """Return tr A with its standard error over the probes."""
+        samples = self.density.dimension * (self.rule.weights * self.rule.nodes).sum(dim=1)
+        value, stderr = mean_and_stderr(samples)
+        return TraceEstimate(
+            value=value,
+            stderr=torch.zeros_like(value) if self.exact else stderr,
+            num_matvecs=self.num_matvecs,
+            samples=samples,
+            status=Status.CONVERGED if self.exact else Status.BUDGET,
+        )
+
+    def frobenius_norm(self) -> SpectrumEstimate:
+        """Return |A|_F = (sum_i lambda_i^2)^(1/2), its errors to first order."""
+        square = self.spectral_sum(torch.square)
+        norm = square.value.sqrt()
+        factor = 0.5 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        data = None if square.data is None else factor * square.data
+        return SpectrumEstimate(value=norm, stderr=factor * square.stderr, rule=factor * square.rule, data=data)
+
+    def top_data_stderr(self) -> Tensor | None:
+        """Return how far each of the largest eigenvalues would move with other data of the same size, (k,)."""
+        return self._pairs_data_stderr(self.top, None if self.spread is None else self.spread.top)
+
+    def bottom_data_stderr(self) -> Tensor | None:
+        """Return the same for the smallest, (b,)."""
+        return self._pairs_data_stderr(self.bottom, None if self.spread is None else self.spread.bottom)
+
+    def density_data_stderr(self) -> Tensor | None:
+        """Return the same for the smoothed density at every point of its grid."""
+        if self.spread is None:
+            return None
+        without = [_smoothed(rule, self.density).density for rule in self.spread.rules]
+        return self.spread.stderr(self.density.density, without)
+
+    def layer_traces(self) -> SpectrumEstimate | None:
+        """Return the trace of each layer's diagonal block, (L,); they need one block step only."""
+        if self.layer_trace_samples is None:
+            return None
+        value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
+        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None)
+
+    def _pairs_data_stderr(self, pairs: EigenPairs, without: Tensor | None) -> Tensor | None:
+        if self.spread is None or without is None:
+            return None
+        return self.spread.stderr(pairs.eigenvalues.cpu(), list(without))
+
+
+def spectrum(
+    A: MatrixLike,
+    plan: SpectrumPlan | None = None,
+    *,
+    generator: torch.Generator,
+    basis_device: torch.device | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Spectrum:
+    """Return eigenpairs at both ends, density, trace and what follows, from one block Krylov space.
+
+    Cost: plan.num_probes x plan.num_steps products, or n if that is less; more only if eigenpairs that are asked for
+    have not converged by then. Memory: as many vectors.
+
+    Args:
+        A: symmetric, (n, n): an operator of an objective, any other, or a tensor.
+        plan: what to compute and how well. Default: `SpectrumPlan()`.
+        generator: for the probes, on A's device.
+        basis_device: where the Krylov space is held, "cpu" for one that does not fit beside the model.
+        progress: told the number of columns after each product.
+
+    Raises:
+        InputError: for settings out of range, or a space that does not fit into memory.
+        NonFiniteError: if a product is not finite.
+
+    Example:
+        >>> A = torch.diag(torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(0, 1, 998)]))
+        >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=torch.Generator().manual_seed(0))
+        >>> found.top.eigenvalues
+        tensor([50.0000, 20.0000])
+        >>> found.num_matvecs
+        120
+    """
+    (found,) = _spectra(A, [None], plan or SpectrumPlan(), [generator], basis_device, progress)
+    return found
+
+
+def layer_spectra(
+    A: ObjectiveOperator,
+    plan: SpectrumPlan | None = None,
+    *,
+    blocks: Sequence[Block] | None = None,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Spectrum]:
+    """Return the spectrum of each layer's diagonal block, by name, all from the same walks over the data.
+
+    Cost: for each layer, products with its block, plan.num_probes x plan.num_steps or as many as it has parameters; a
+    graph that is not kept is built once a step for all layers. Memory: as many vectors, of all layers together (n,).
+
+    Args:
+        A: an operator of an objective.
+        plan: for each layer. Default: `SpectrumPlan()`.
+        blocks: the layers. Default: the modules that own parameters.
+        generator: seeds one generator a layer; on A's device.
+        progress: told the number of columns after each step.
+
+    Raises:
+        InputError: as for `spectrum`.
+        NonFiniteError: if a product is not finite.
+    """
+    chosen = A.objective.space.blocks if blocks is None else tuple(blocks)
+    check_generator(A, generator)
+    seeds = torch.randint(2**62, (len(chosen),), generator=generator, device=generator.device).tolist()
+    generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, None, progress)
+    return {block.name: each for block, each in zip(chosen, found, strict=True)}
+
+
+def _spectra(
+    A: MatrixLike,
+    blocks: Sequence[Block | None],
+    plan: SpectrumPlan,
+    generators: Sequence[torch.Generator],
+    basis_device: torch.device | str | None,
+    progress: Callable[[int], None] | None,
+) -> list[Spectrum]:
+    n = check_square(A)
+    sizes = [n if block is None else block.num_params for block in blocks]
+    plan.check_memory(A, sizes, basis_device)
+    runs: list[Run] = []
+    for size, generator in zip(sizes, generators, strict=True):
+        check_generator(A, generator)
+        if plan.all_entries(size):
+            runs.append(AllEntries(A, n=size))
+        else:
+            device = None if basis_device is None else torch.device(basis_device)
+            runs.append(
+                BlockKrylov(
+                    A,
+                    n=size,
+                    num_probes=plan.num_probes,
+                    num_steps=plan.num_steps_for(size),
+                    generator=generator,
+                    device=device,
+                )
+            )
+    num_groups, reason = _num_groups(A, plan)
+    start = time.perf_counter()
+    groups = [GroupSums(run, _num_batches(A), num_groups) for run in runs] if num_groups else []
+    advance(A, runs, blocks, groups, progress or (lambda _: None))
+    if groups and isinstance(A, ObjectiveOperator) and A.objective.shuffles:
+        groups, reason = [], "the loader shuffles, so that its batches cannot be followed (shuffle=False)"
+    synchronize(A.device)
+    found = []
+    for i, (run, block, generator) in enumerate(zip(runs, blocks, generators, strict=True)):
+        of_run = groups[i] if groups else None
+        found.append(
+            _Analysis(A, run, block, plan, of_run).result(generator, time.perf_counter() - start, reason, progress)
+        )
+    return found
+
+
+def _num_batches(A: MatrixLike) -> int:
+    assert isinstance(A, ObjectiveOperator)
+    if A.objective.num_batches is None:
+        A.objective.loss()  # the first walk counts them
+    assert A.objective.num_batches is not None
+    return A.objective.num_batches
+
+
+def _num_groups(A: MatrixLike, plan: SpectrumPlan) -> tuple[int, str | None]:
+    """Return how many groups of batches the jackknife has, none if there is a reason."""
+    if plan.num_groups == 0 or not isinstance(A, ObjectiveOperator):
+        return 0, None
+    if A.objective.process_group is not None:
+        return 0, "each rank sees its own batches only"
+    num_batches = _num_batches(A)
+    if num_batches < plan.least_groups:
+        batches = "1 batch" if num_batches == 1 else f"{num_batches} batches"
+        return 0, f"the data came in {batches}, and {plan.least_groups} at least are needed (micro_batch=)"
+    return min(plan.num_groups, num_batches), None
+
+
+class _Analysis:
+    """From the projections of one run to its spectrum."""
+
+    def __init__(
+        self, A: MatrixLike, run: Run, block: Block | None, plan: SpectrumPlan, groups: GroupSums | None
+    ) -> None:
+        self.run, self.plan, self.groups = run, plan, groups
+        if block is not None:
+            assert isinstance(A, ObjectiveOperator)
+            A = A.restrict(block)
+        self.A = A
+        self.n = int(A.shape[0])
+        self.k, self.num_bottom = min(plan.k, self.n), min(plan.num_bottom, self.n)
+        self.T = run.T
+        self.extra_matvecs = 0
+
+    def result(
+        self, generator: torch.Generator, seconds: float, reason: str | None, progress: Callable[[int], None] | None
+    ) -> Spectrum:
+        exact = isinstance(self.run, AllEntries)
+        if isinstance(self.run, AllEntries):
+            top, bottom = self._exact_pairs(self.run)
+            rule = coarse = quadrature(self.T, self.T.new_zeros(self.n, 1), n=self.n, num_low=0, num_high=self.n)
+            low, high, B = 0, self.n, self.T.new_zeros(self.n, 1)
+        else:
+            assert isinstance(self.run, BlockKrylov)
+            top, bottom, low, high = self._pairs(self.run, generator, progress)
+            B = self.run.start()
+            rule = quadrature(self.T, B, n=self.n, num_low=low, num_high=high)
+            coarse = self._coarse(B, low, high, rule)
+        spent = self.run.num_matvecs + self.extra_matvecs
+        template = smoothed(
+            rule.nodes.expand(len(rule.weights), -1), rule.weights, n=self.n, known=rule.known, num_matvecs=spent
+        )
+        return Spectrum(
+            top=top,
+            bottom=bottom,
+            density=template,
+            rule=rule,
+            coarse=coarse,
+            exact=exact,
+            spread=self._spread(B, low, high),
+            layer_trace_samples=self._layer_traces(top),
+            num_matvecs=spent,
+            seconds=seconds,
+            notes=() if reason is None else (f"No error over the data is given: {reason}.",),
+        )
+
+    def _pairs(
+        self, run: BlockKrylov, generator: torch.Generator, progress: Callable[[int], None] | None
+    ) -> tuple[EigenPairs, EigenPairs, int, int]:
+        """Return the pairs wanted at both ends, and how many pairs from either end are as good as exact."""
+        theta, S, residuals = run.space.ritz()
+        m, plan = len(theta), self.plan
+        floor = max(run.space.rounding(), torch.finfo(torch.float64).tiny)
+        atol = SMALL * float(theta.abs().max())
+        high_tolerance = (plan.rtol * theta.abs()).clamp_min(floor)
+        low_tolerance = (plan.bottom_rtol * theta.abs()).clamp_min(max(floor, atol))
+        high = _leading((residuals <= high_tolerance).flip(0), min(max(plan.k, plan.num_deflated), m // 2))
+        low = _leading(residuals <= low_tolerance, min(self.num_bottom, m - high))
+        top = self._gather(range(m - 1, m - 1 - self.k, -1), theta, S, residuals, high_tolerance, plan.rtol, run)
+        bottom = self._gather(
+            range(self.num_bottom - 1, -1, -1), theta, S, residuals, low_tolerance, plan.bottom_rtol, run
+        )
+        if not bool(top.converged.all()):
+            top = self._continue(top, "LA", plan.rtol, 0.0, generator, progress)
+        if not bool(bottom.converged.all()):
+            bottom = self._continue(bottom, "SA", plan.bottom_rtol, atol, generator, progress)
+        return top, bottom, low, high
+
+    def _gather(
+        self,
+        places: Sequence[int],
+        theta: Tensor,
+        S: Tensor,
+        residuals: Tensor,
+        tolerance: Tensor,
+        rtol: float,
+        run: BlockKrylov,
+    ) -> EigenPairs:
+        chosen = torch.tensor(list(places))
+        U = run.space.vectors(S[:, chosen])
+        norms = residuals[chosen].clamp_min(run.space.rounding())
+        converged = norms <= tolerance[chosen]
+        return EigenPairs(
+            eigenvalues=theta[chosen].to(U),
+            eigenvectors=U,
+            residual_norms=norms.to(U),
+            converged=converged.to(U.device),
+            num_matvecs=run.num_matvecs,
+            status=Status.CONVERGED if bool(converged.all()) else Status.MAX_MATVECS,
+            rtol=rtol,
+        )
+
+    def _continue(
+        self,
+        pairs: EigenPairs,
+        which: str,
+        rtol: float,
+        atol: float,
+        generator: torch.Generator,
+        progress: Callable[[int], None] | None,
+    ) -> EigenPairs:
+        """Go on from Ritz vectors that have not converged, by single products with restarts."""
+        before = [0]
+
+        def callback(spent: int, _: str) -> None:
+            if progress is not None:
+                progress(spent - before[0])
+            before[0] = spent
+
+        k = len(pairs.eigenvalues)
+        found = eigsh(
+            self.A,
+            k,
+            which=which,  # type: ignore[arg-type]
+            rtol=rtol,
+            atol=atol,
+            v0=pairs.eigenvectors,
+            generator=generator,
+            num_basis=min(self.n, max(2 * k + 1, self.run.num_matvecs)),
+            max_matvecs=PATIENCE * self.run.num_matvecs,
+            callback=callback,
+        )
+        self.extra_matvecs += found.num_matvecs
+        return found
+
+    def _exact_pairs(self, run: AllEntries) -> tuple[EigenPairs, EigenPairs]:
+        """Return the pairs of a matrix known entry by entry; residuals show how far products are from symmetric."""
+        matrix = run.matrix
+        values, U = torch.linalg.eigh(self.T)
+        values, U = values.flip(0), U.flip(1)
+
+        def pairs(chosen: slice) -> EigenPairs:
+            residuals = (matrix @ U[:, chosen] - values[chosen] * U[:, chosen]).norm(dim=0)
+            return EigenPairs(
+                eigenvalues=values[chosen].to(self.A.device),
+                eigenvectors=U[:, chosen].to(self.A.device),
+                residual_norms=residuals.to(self.A.device),
+                converged=torch.ones_like(residuals, dtype=torch.bool).to(self.A.device),
+                num_matvecs=run.num_matvecs,
+                status=Status.CONVERGED,
+                rtol=torch.finfo(self.A.dtype).eps,
+            )
+
+        return pairs(slice(0, self.k)), pairs(slice(self.n - self.num_bottom, self.n))
+
+    def _coarse(self, B: Tensor, low: int, high: int, rule: Quadrature) -> Quadrature:
+        """Return the rule of the first half of the steps, with the same pairs known."""
+        half = max(len(self.T) // 2, min(len(self.T), low + high + B.shape[1]))
+        known = rule.known
+        return quadrature(self.T[:half, :half], B[:half], n=self.n, num_low=low, num_high=high, known=known)
+
+    def _spread(self, B: Tensor, low: int, high: int) -> DataSpread | None:
+        if self.groups is None:
+            return None
+        weights = self.groups.weights
+        total = weights.sum()
+        scale = 1.0 if self._sums() else total
+        rules, top, bottom = [], [], []
+        for weight, T_g in zip(weights, self.groups.T, strict=True):
+            T = (self.T - T_g / scale) * (total / (total - weight))
+            theta = torch.linalg.eigvalsh(T)
+            top.append(theta[len(theta) - self.k :].flip(0))
+            bottom.append(theta[: self.num_bottom].flip(0))
+            rules.append(quadrature(T, B, n=self.n, num_low=low, num_high=high))
+        return DataSpread(shares=weights / total, top=torch.stack(top), bottom=torch.stack(bottom), rules=tuple(rules))
+
+    def _sums(self) -> bool:
+        return isinstance(self.A, ObjectiveOperator) and self.A.objective.sums
+
+    def _layer_traces(self, top: EigenPairs) -> Tensor | None:
+        """Return z_l'(A z)_l for the parameters of every layer l and probe z, the largest eigenpairs taken exactly.
+
+        A = U L U' + R gives tr A_ll = sum_i lambda_i |u_i,l|^2 + E[z_l'(R z)_l], whatever U is.
+        """
+        A, run = self.A, self.run
+        if not isinstance(A, ObjectiveOperator) or A.block is not None or not isinstance(run, BlockKrylov):
+            return None
+        assert run.first_products is not None
+        Z, U = run.probes, top.eigenvectors.to(run.probes)
+        values = top.eigenvalues.to(Z)
+        products = Z * (run.first_products - U @ (values[:, None] * (U.T @ Z)))
+        exact = U.square() @ values
+        blocks = A.objective.space.blocks
+        return torch.stack([b.take(products).sum(dim=0) + b.take(exact).sum() for b in blocks]).double().cpu()
+
+
+def _leading(good: Tensor, limit: int) -> int:
+    """Return how many of the first entries are true without a gap, at most `limit`."""
+    gaps = (~good).nonzero()
+    return min(limit, int(gaps[0]) if len(gaps) else len(good))
+
+
+def _smoothed(rule: Quadrature, like: SpectralDensity) -> SpectralDensity:
+    """Smooth another rule on the same grid."""
+    return smoothed(
+        rule.nodes.expand(len(rule.weights), -1),
+        rule.weights,
+        n=like.dimension,
+        known=rule.known,
+        num_matvecs=like.num_matvecs,
+        sigma=like.sigma,
+        grid=like.grid,
+    )

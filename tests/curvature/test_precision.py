@@ -1,0 +1,238 @@
+"""TF32 is off where curvature is computed, and what PyTorch was told about it is as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.backends import cuda, cudnn
+
+from curvature import GGNOperator, HessianOperator, Objective, linearize
+from curvature.precision import tf32_in_use, tf32_off
+from tests.cases import BY_NAME
+
+CASE = BY_NAME["MLP GELU"]
+
+
+def _read(setting: Callable[[], Any]) -> Any:
+    try:
+        return setting()
+    except RuntimeError:
+        return "raises"
+
+
+def settings() -> dict[str, Any]:
+    """All that the two interfaces say, their refusals included."""
+    return {
+        "matmul.allow_tf32": _read(lambda: cuda.matmul.allow_tf32),
+        "cudnn.allow_tf32": _read(lambda: cudnn.allow_tf32),
+        "matmul precision": _read(torch.get_float32_matmul_precision),
+        "fp32_precision": torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        "matmul": cuda.matmul.fp32_precision,
+        "cudnn": cudnn.fp32_precision,
+        "conv": cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "rnn": cudnn.rnn.fp32_precision,  # type: ignore[attr-defined]
+        "on CPUs": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        "cudnn.enabled": cudnn.enabled,
+        "cudnn.benchmark": cudnn.benchmark,
+    }
+
+
+def defaults() -> None:
+    torch.backends.fp32_precision = cuda.matmul.fp32_precision = cudnn.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
+    cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+    cudnn.allow_tf32 = True
+
+
+DEFAULTS = settings()
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    yield
+    defaults()
+    assert settings() == DEFAULTS
+
+
+def flags() -> None:
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = True
+
+
+def off() -> None:
+    cuda.matmul.allow_tf32 = cudnn.allow_tf32 = False
+
+
+def medium() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def everywhere() -> None:
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+
+
+def by_operation() -> None:
+    cuda.matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
+def by_backend() -> None:
+    cudnn.fp32_precision = "tf32"
+    cuda.matmul.fp32_precision = "ieee"
+
+
+WAYS = [lambda: None, flags, off, medium, everywhere, by_operation, by_backend]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_settings_of_either_interface_are_put_back(way: Callable[[], None]) -> None:
+    way()
+    before = settings()
+    with tf32_off():
+        inside = settings()
+        assert not tf32_in_use()
+        with tf32_off():
+            assert settings() == inside
+        assert settings() == inside
+    assert settings() == before
+    with pytest.raises(ZeroDivisionError), tf32_off():
+        raise ZeroDivisionError
+    assert settings() == before
+    if before["matmul.allow_tf32"] != "raises":  # who used flags only finds flags that answer
+        assert inside["matmul.allow_tf32"] is False
+
+
+def test_a_setting_for_all_backends_still_reaches_those_that_followed_it() -> None:
+    everywhere()
+    with tf32_off():
+        pass
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    assert not tf32_in_use()
+
+
+class Watching(nn.Module):
+    """Notes in forward and in backward whether TF32 is in use."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.inside = CASE.model()
+        self.fails = fails
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(tf32_in_use())
+        if self.fails:
+            raise ZeroDivisionError
+        outputs: Tensor = self.inside(x)
+        if outputs.requires_grad:
+            outputs.register_hook(lambda _: self.seen.append(tf32_in_use()))
+        return outputs
+
+
+def watched(*, fails: bool = False, **arguments: Any) -> tuple[Watching, Objective]:
+    model = Watching(fails)
+    return model, Objective(model, CASE.loss, CASE.data(), **arguments)
+
+
+@pytest.fixture
+def cuda_faked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvature.evaluation._on_cuda", lambda _: True)
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.usefixtures("cuda_faked")
+def test_products_are_made_without_tf32(way: Callable[[], None], keep_graphs: bool) -> None:
+    way()
+    before = settings()
+    model, objective = watched(keep_graphs=keep_graphs)
+    v = torch.ones(objective.num_params, dtype=objective.dtype)
+    for product in (HessianOperator(objective), GGNOperator(objective)):
+        for _ in range(2):
+            product @ v
+            assert settings() == before
+    assert len(model.seen) >= 4
+    assert not any(model.seen)
+
+
+@pytest.mark.usefixtures("cuda_faked")
+def test_backward_passes_on_kept_graphs_are_made_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags()
+    _, objective = watched()
+    H, v = HessianOperator(objective), torch.ones(objective.num_params, dtype=objective.dtype)
+    expected = H @ v
+    seen: list[bool] = []
+    original = linearize._pull_back
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(tf32_in_use())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(linearize, "_pull_back", spy)
+    torch.testing.assert_close(H @ v, expected, rtol=0, atol=0)
+    assert seen == [False]
+    assert tf32_in_use()
+
+
+@pytest.mark.usefixtures("cuda_faked")
+def test_settings_are_put_back_after_an_error() -> None:
+    flags()
+    before = settings()
+    model, objective = watched(fails=True)
+    with pytest.raises(ZeroDivisionError):
+        objective.gradient()
+    assert model.seen == [False]
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("cuda_faked")
+def test_tf32_stays_in_use_where_it_is_asked_for_and_restricted_objectives_know() -> None:
+    flags()
+    model, objective = watched(allow_tf32=True)
+    objective.gradient()
+    objective.restrict("inside.0").gradient()
+    assert len(model.seen) >= 2
+    assert all(model.seen)
+
+
+def test_on_a_cpu_the_settings_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr("curvature.evaluation.tf32_in_use", refuse)
+    model, objective = watched()
+    HessianOperator(objective) @ torch.ones(objective.num_params, dtype=objective.dtype)
+    assert all(model.seen)  # convolutions, by PyTorch's default
+
+
+@pytest.mark.usefixtures("cuda_faked")
+def test_recurrent_models_leave_the_other_flags_of_cudnn_alone() -> None:
+    by_operation()  # conv and rnn differ: torch.backends.cudnn.flags refuses to read that
+    before = settings()
+    case = BY_NAME["LSTM"]
+    seen: list[tuple[bool, bool]] = []
+    model = case.model()
+    model.register_forward_pre_hook(lambda *_: seen.append((cudnn.enabled, tf32_in_use())))
+    Objective(model, case.loss, case.data()).gradient()
+    assert seen == [(False, False)]
+    assert settings() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_products_have_the_accuracy_of_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
+    batch = (torch.randn(512, 256).cuda(), torch.randint(10, (512,)).cuda())
+    v = torch.randn(sum(p.numel() for p in model.parameters())).cuda()
+    flags()
+    product = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v
+    rough = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch, allow_tf32=True)) @ v
+    model, batch = model.double(), (batch[0].double(), batch[1])
+    exact = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v.double()
+    assert (product - exact).norm() <= 1e-5 * exact.norm()
+    assert (product - exact).norm() < 0.1 * (rough - exact).norm()
