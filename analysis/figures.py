@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from analysis.results import LayerCurvature
+from analysis.results import DataErrors, LayerCurvature
 from analysis.wording import MINUS, count, power_of_ten
+from curvature.jackknife import jackknife_stderr
 from curvature.results import EigenPairs, SpectralDensity
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def plot_spectral_density(
     *,
     top: EigenPairs | None = None,
     bottom: EigenPairs | None = None,
+    data: DataErrors | None = None,
     ax: Axes | None = None,
     colors: Colors | None = None,
     scale: Literal["auto", "linear", "asinh"] = "auto",
@@ -67,6 +70,7 @@ def plot_spectral_density(
         bottom: converged pairs at the lower end, marked likewise.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
+        data: errors over the data, drawn as a dashed band.
         scale: of the eigenvalue axis; "auto" takes asinh where the largest eigenvalue is beyond 30 times the bulk.
     """
     ax = _axes(ax)
@@ -79,6 +83,14 @@ def plot_spectral_density(
     u, mean, stderr, h = _smoothed_count(to_axis(nodes), density.dimension * weights, h)
     x = width * np.sinh(u) if curved else u
     _draw_count(ax, x, mean, stderr, colors)
+    if data is not None:
+        without = [
+            _count_on(u, to_axis(nodes), density.dimension * weights, h)
+            for nodes, weights in zip(_numpy(data.nodes), _numpy(data.weights), strict=True)
+        ]
+        moved = jackknife_stderr(torch.tensor(mean), torch.tensor(np.stack(without)), data.shares.double()).numpy()
+        for edge, label in ((mean - moved, "± other data"), (mean + moved, None)):
+            ax.plot(x, np.maximum(edge, 1e-3), color=colors.quiet, linewidth=0.9, linestyle=(0, (3, 2)), label=label)
     if curved:
         ax.set_xscale("asinh", linear_width=width)
         _asinh_ticks(ax.xaxis, x[0], x[-1], width)
@@ -114,10 +126,15 @@ def _smoothed_count(nodes: Array, counts: Array, h: float | None) -> tuple[Array
     if h is None or h <= 0:
         h = (high - low) / 50 or 1.0
     grid = np.linspace(low - 4 * h, high + 4 * h, 800)
-    kernel = np.exp(-0.5 * ((grid[:, None, None] - nodes) / h) ** 2)  # (points, probes, steps)
-    samples = (kernel * counts).sum(axis=2)
+    samples = np.stack([_count_on(grid, x, c, h) for x, c in zip(nodes, counts, strict=True)], axis=1)
     spread = samples.std(axis=1, ddof=1) / math.sqrt(len(nodes)) if len(nodes) > 1 else np.zeros(len(grid))
     return grid, samples.mean(axis=1), spread, h
+
+
+def _count_on(grid: Array, nodes: Array, counts: Array, h: float) -> Array:
+    kernel = np.exp(-0.5 * ((grid[:, None] - nodes) / h) ** 2)  # (points, nodes)
+    smoothed: Array = (kernel * counts).sum(axis=1)
+    return smoothed
 
 
 def _draw_count(ax: Axes, x: Array, mean: Array, stderr: Array, colors: Colors) -> None:
@@ -156,14 +173,23 @@ def _mark_eigenvalues(ax: Axes, pairs: EigenPairs, colors: Colors, name: str) ->
 
 
 def plot_eigenvalues(
-    top: EigenPairs, bottom: EigenPairs, *, num_params: int, ax: Axes | None = None, colors: Colors | None = None
+    top: EigenPairs,
+    bottom: EigenPairs,
+    *,
+    num_params: int,
+    data: DataErrors | None = None,
+    ax: Axes | None = None,
+    colors: Colors | None = None,
 ) -> Axes:
     """Plot the extreme eigenvalues by rank, each with a bar of one residual: an eigenvalue lies within it.
+
+    Behind them stands, broad and pale, one standard error over data of the same size, where it is known.
 
     Args:
         top: the largest, descending.
         bottom: the smallest, descending.
         num_params: size of the matrix, which gives the ranks of the smallest.
+        data: errors over the data.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """
@@ -177,6 +203,20 @@ def plot_eigenvalues(
     values = np.concatenate([_numpy(pairs.eigenvalues)[part] for pairs, part in ends])
     residuals = np.concatenate([_numpy(pairs.residual_norms)[part] for pairs, part in ends])
     converged = np.concatenate([pairs.converged.cpu().numpy()[part] for pairs, part in ends])
+    if data is not None:
+        moved = np.concatenate([_numpy(data.top)[:k], _numpy(data.bottom)[len(bottom.eigenvalues) - low :]])
+        ax.errorbar(
+            places,
+            values,
+            moved,
+            fmt="none",
+            ecolor=colors.quiet,
+            elinewidth=7,
+            alpha=0.35,
+            zorder=1,
+            label="± other data (one standard error)",
+        )
+        _legend_above(ax, columns=1)
     for place, value, residual, sure in zip(places, values, residuals, converged, strict=True):
         color, marker = (colors.negative, "D") if value < 0 else (colors.positive, "o")
         ax.plot([place, place], [0, value], color=color, linewidth=1.2, alpha=0.5)

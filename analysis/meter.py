@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from analysis.plan import peak_memory, synchronize
 from analysis.results import Cost, StageCost
-from curvature.linop import LinearOperator
+from curvature.cost import peak_memory, synchronize
 
 __all__ = ["Meter", "Progress"]
 
@@ -36,10 +34,6 @@ class Meter:
         self._ahead = planned  # for the stages to come
         self._name, self._planned, self._before, self._done = "", 0, 0, 0
 
-    def watch(self, A: LinearOperator) -> LinearOperator:
-        """Return A, with its products reported here."""
-        return _Watched(A, self._tick)
-
     @contextmanager
     def stage(self, name: str, planned: int, *, whole: bool) -> Iterator[None]:
         """Book what is done inside under a name."""
@@ -61,21 +55,9 @@ class Meter:
             stages=tuple(self.stages),
         )
 
-    def _tick(self, columns: int) -> None:
+    def tick(self, columns: int) -> None:
+        """Count products that were just made, of the stage that is open."""
         self._done += columns
         if self._progress is not None:
             this_stage = max(self._planned, self._done - self._before)
             self._progress(self._name, self._done, self._before + this_stage + self._ahead)
-
-
-class _Watched(LinearOperator):
-    """A, reporting the number of columns of every product."""
-
-    def __init__(self, A: LinearOperator, report: Callable[[int], None]) -> None:
-        super().__init__(A.shape, A.dtype, A.device)
-        self.A, self.report = A, report
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        product = self.A @ X
-        self.report(X.shape[1])
-        return product

@@ -113,7 +113,7 @@ def _unbroken(text: str) -> Markup:
 
 def _cards(inspection: Inspection) -> list[dict[str, str]]:
     """Return the key numbers: label, value, uncertainty and what the number is, in a phrase."""
-    trace = Measured(value=float(inspection.trace.value), stderr=float(inspection.trace.stderr))
+    i = inspection
     entries: list[tuple[str, tuple[str, str], str]] = [
         (
             "Loss",
@@ -123,7 +123,7 @@ def _cards(inspection: Inspection) -> list[dict[str, str]]:
         ("Gradient norm", (wording.number(inspection.gradient_norm), "exact"), "zero at a stationary point"),
         ("Sharpness", wording.value_and_error(inspection.sharpness), "largest eigenvalue λ of the Hessian"),
         ("Smallest eigenvalue", wording.value_and_error(inspection.lowest), "below zero: no strict minimum"),
-        ("Trace", wording.value_and_error(trace), "sum of all eigenvalues"),
+        ("Trace", wording.value_and_error(inspection.total_curvature), "sum of all eigenvalues"),
         ("Effective condition", wording.value_and_error(inspection.effective_condition), "λ over the mean of |λ|"),
         (
             "Negative curvature",
@@ -132,19 +132,41 @@ def _cards(inspection: Inspection) -> list[dict[str, str]]:
         ),
         ("Largest stable step", wording.value_and_error(inspection.max_stable_lr), "2/λ, plain gradient descent"),
     ]
-    return [{"label": label, "value": value, "error": error, "hint": hint} for label, (value, error), hint in entries]
+    moves = {
+        "Sharpness": wording.over_data(i.sharpness),
+        "Smallest eigenvalue": wording.over_data(i.lowest),
+        "Trace": wording.over_data(i.total_curvature),
+        "Effective condition": wording.over_data(i.effective_condition),
+        "Negative curvature": wording.over_data(i.negative_share, percent=True),
+        "Largest stable step": wording.over_data(i.max_stable_lr),
+    }
+    return [
+        {"label": label, "value": value, "error": error, "hint": hint, "data": moves.get(label, "")}
+        for label, (value, error), hint in entries
+    ]
 
 
 def _eigenvalue_rows(inspection: Inspection) -> list[dict[str, Any]]:
     """Return the extreme eigenpairs by rank, with a row without entries where ranks are left out."""
     rows: list[dict[str, Any]] = []
     before = 0
+    moves = _moves_by_rank(inspection)
     for rank, value, residual, converged in inspection.extreme_eigenvalues():
         if rank > before + 1:
             rows.append({"gap": rank - before - 1})
         rows.append({"gap": 0, "rank": rank, "value": value, "residual": residual, "converged": converged})
+        rows[-1]["data"] = moves.get(rank)
         before = rank
     return rows
+
+
+def _moves_by_rank(inspection: Inspection) -> dict[int, float]:
+    """Return how far other data would move each of the extreme eigenvalues, by its rank."""
+    if inspection.data is None:
+        return {}
+    last = inspection.num_params - len(inspection.data.bottom)
+    moves = {last + i: move for i, move in enumerate(inspection.data.bottom.tolist(), start=1)}
+    return moves | dict(enumerate(inspection.data.top.tolist(), start=1))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -159,13 +181,13 @@ def _figures(inspection: Inspection) -> dict[str, Markup]:
             "density",
             f"Spectral density: a smoothed count of the {n} eigenvalues on a logarithmic scale, from {low} to {top}; "
             f"{wording.share(i.negative_share)} of the absolute curvature is negative.",
-            lambda ax: plot_spectral_density(i.density, top=i.top, bottom=i.bottom, ax=ax, colors=_COLORS),
+            lambda ax: plot_spectral_density(i.density, top=i.top, bottom=i.bottom, data=i.data, ax=ax, colors=_COLORS),
             height=3.3,
         ),
         "eigenvalues": _two_sizes(
             "eigenvalues",
             "The largest and the smallest eigenvalues by rank, with residuals; the table below has the numbers.",
-            lambda ax: plot_eigenvalues(i.top, i.bottom, num_params=i.num_params, ax=ax, colors=_COLORS),
+            lambda ax: plot_eigenvalues(i.top, i.bottom, num_params=i.num_params, data=i.data, ax=ax, colors=_COLORS),
             height=2.6,
         ),
     }

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
 
-__all__ = ["Cost", "CostEstimate", "Inspection", "LayerCurvature", "Measured", "StageCost", "to_plain"]
+__all__ = ["Cost", "CostEstimate", "DataErrors", "Inspection", "LayerCurvature", "Measured", "StageCost", "to_plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,35 @@ class Measured:
     """The estimate; its unit is that of the field that holds it. NaN where it is not defined (0 / 0)."""
     stderr: float
     """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
+    data: float = math.nan
+    """One standard error over other data of the same size, by the jackknife; NaN where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataErrors:
+    """How far numbers would move with other data of the same size: one standard error, by the jackknife.
+
+    Groups of batches are left out in turn. With G groups an error is itself known to about (2 (G - 1))^(-1/2).
+    """
+
+    _large: ClassVar[tuple[str, ...]] = ("density", "nodes", "weights")
+
+    num_groups: int
+    """G."""
+    top: Tensor
+    """(k,), of the largest eigenvalues; loss / parameter^2."""
+    bottom: Tensor
+    """(b,), of the smallest; loss / parameter^2."""
+    trace: float
+    """Of the trace; loss / parameter^2."""
+    density: Tensor
+    """(num_points,), of the density on its grid; parameter^2 / loss."""
+    shares: Tensor
+    """(G,), share of each group in the total weight."""
+    nodes: Tensor
+    """(G, m), nodes of the quadrature without each group; loss / parameter^2."""
+    weights: Tensor
+    """(G, m), their weights, means over the probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +70,8 @@ class LayerCurvature:
     """Largest eigenvalue of the block (the layer's sharpness); loss / parameter^2."""
     top_residual: float
     """An eigenvalue lies within this of `top`; loss / parameter^2."""
+    top_data: float
+    """Standard error of `top` over other data of the same size; NaN where it is not known; loss / parameter^2."""
     bottom: float
     """Smallest eigenvalue of the block; loss / parameter^2."""
     bottom_residual: float
@@ -142,6 +173,8 @@ class Inspection:
     """The same for each module that owns parameters, in the order of the model; empty if it was not asked for."""
     exact: bool
     """Whether H was built entry by entry, which leaves rounding as the only error."""
+    data: DataErrors | None
+    """What chance in the choice of the data makes of it; None if they came in too few batches."""
     cost: Cost
     """Products, time and memory spent."""
     notes: tuple[str, ...]
@@ -150,12 +183,22 @@ class Inspection:
     @property
     def sharpness(self) -> Measured:
         """The largest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
-        return Measured(value=float(self.top.eigenvalues[0]), stderr=float(self.top.residual_norms[0]))
+        data = math.nan if self.data is None else float(self.data.top[0])
+        return Measured(value=float(self.top.eigenvalues[0]), stderr=float(self.top.residual_norms[0]), data=data)
 
     @property
     def lowest(self) -> Measured:
         """The smallest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
-        return Measured(value=float(self.bottom.eigenvalues[-1]), stderr=float(self.bottom.residual_norms[-1]))
+        data = math.nan if self.data is None else float(self.data.bottom[-1])
+        return Measured(
+            value=float(self.bottom.eigenvalues[-1]), stderr=float(self.bottom.residual_norms[-1]), data=data
+        )
+
+    @property
+    def total_curvature(self) -> Measured:
+        """The trace of H with the spread over the probes; loss / parameter^2."""
+        data = math.nan if self.data is None else self.data.trace
+        return Measured(value=float(self.trace.value), stderr=float(self.trace.stderr), data=data)
 
     @property
     def max_stable_lr(self) -> Measured:
@@ -163,7 +206,8 @@ class Inspection:
         top = self.sharpness
         if top.value <= 0:
             return Measured(value=math.inf, stderr=0.0)
-        return Measured(value=2 / top.value, stderr=2 * top.stderr / top.value**2)
+        slope = 2 / top.value**2
+        return Measured(value=2 / top.value, stderr=slope * top.stderr, data=slope * top.data)
 
     def extreme_eigenvalues(self) -> list[tuple[int, float, float, bool]]:
         """Return (rank, eigenvalue, residual, converged) of the pairs at both ends, by rank from 1; none twice."""

@@ -102,22 +102,35 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _key_numbers(inspection: Inspection) -> Table:
-    trace = Measured(value=float(inspection.trace.value), stderr=float(inspection.trace.stderr))
-    table = _table("\nCurvature", "", "value ± uncertainty", "")
-    table.columns[2].justify = "left"
+    table = _table("\nCurvature", "", "value ± uncertainty", "other data", "")
+    table.columns[3].justify = "left"
     rows = (
-        ("loss", wording.number(inspection.loss), f"mean over {wording.count(inspection.total_weight)} terms"),
-        ("gradient norm", wording.number(inspection.gradient_norm), "zero at a stationary point"),
-        ("largest eigenvalue", wording.quantity(inspection.sharpness), "sharpness λ"),
-        ("smallest eigenvalue", wording.quantity(inspection.lowest), "negative: no minimum"),
-        ("trace", wording.quantity(trace), "sum of all eigenvalues"),
-        ("effective condition number", wording.quantity(inspection.effective_condition), "λ / mean of |λ|"),
-        ("negative-curvature share", wording.share(inspection.negative_share), "of the sum of |λ|"),
-        ("largest stable step", wording.quantity(inspection.max_stable_lr), "2 / λ, plain gradient descent"),
+        ("loss", wording.number(inspection.loss), "", f"mean over {wording.count(inspection.total_weight)} terms"),
+        ("gradient norm", wording.number(inspection.gradient_norm), "", "zero at a stationary point"),
+        ("largest eigenvalue", *_both(inspection.sharpness), "sharpness λ"),
+        ("smallest eigenvalue", *_both(inspection.lowest), "negative: no minimum"),
+        ("trace", *_both(inspection.total_curvature), "sum of all eigenvalues"),
+        ("effective condition number", *_both(inspection.effective_condition), "λ / mean of |λ|"),
+        (
+            "negative-curvature share",
+            wording.share(inspection.negative_share),
+            wording.over_data(inspection.negative_share, percent=True),
+            "of the sum of |λ|",
+        ),
+        ("largest stable step", *_both(inspection.max_stable_lr), "2 / λ, plain gradient descent"),
     )
     for row in rows:
         table.add_row(*row)
+    if inspection.data is not None:
+        table.caption = (
+            f"other data: one standard error over data of the same size, from {inspection.data.num_groups} groups"
+        )
+        table.caption_justify = "left"
     return table
+
+
+def _both(measured: Measured) -> tuple[str, str]:
+    return wording.quantity(measured), wording.over_data(measured)
 
 
 def _extreme_eigenvalues(inspection: Inspection) -> Table:

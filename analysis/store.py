@@ -37,7 +37,7 @@ from curvature.errors import InputError
 
 __all__ = ["Run", "check_destination", "file_sha256", "free_folder", "load_run", "now", "save_run", "versions"]
 
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "findings",
     "memory",
     "number",
+    "over_data",
     "power_of_ten",
     "quantity",
     "share",
@@ -71,6 +72,13 @@ def value_and_error(measured: Measured, *, percent: bool = False) -> tuple[str, 
         return number(value) + unit, f"± {number(stderr, 2)}{unit}" if abs(stderr) > 1e-8 * abs(value) else "exact"
     digits = 1 + math.floor(math.log10(max(abs(value), stderr))) - math.floor(math.log10(stderr))
     return number(value, min(6, digits + 1) if abs(value) > stderr else 2) + unit, f"± {number(stderr, 2)}{unit}"
+
+
+def over_data(measured: Measured, *, percent: bool = False) -> str:
+    """Return how far other data of the same size would move a value; nothing where that is not known."""
+    if not math.isfinite(measured.data):
+        return ""
+    return f"± {number(100 * measured.data, 2)}{_THIN}%" if percent else f"± {number(measured.data, 2)}"
 
 
 def count(value: float) -> str:
@@ -151,7 +159,10 @@ def findings(inspection: Inspection) -> tuple[Finding, ...]:
 
 def _sharpness(inspection: Inspection) -> str:
     k, n, trace = len(inspection.top.eigenvalues), inspection.num_params, float(inspection.trace.value)
-    text = f"Along the sharpest of {count(n)} directions the loss curves with λ = {quantity(inspection.sharpness)}."
+    top = inspection.sharpness
+    text = f"Along the sharpest of {count(n)} directions the loss curves with λ = {quantity(top)}."
+    if math.isfinite(top.data):
+        text += f" Other data of the same size would move it by {number(top.data, 2)} or so (one standard error)."
     if 1 < k < n and trace > 0:
         held = 100 * float(inspection.top.eigenvalues.sum()) / trace
         text += f" The {k} largest eigenvalues add up to {held:.0f}{_THIN}% of the trace"

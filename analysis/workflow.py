@@ -17,8 +17,10 @@ from analysis.plan import InspectionPlan, estimate_cost
 from analysis.results import CostEstimate
 from analysis.store import Run, file_sha256, now, versions
 from analysis.tasks import Task, load_task
-from curvature.errors import InputError, TaskError
+from curvature.errors import CurvatureError, InputError, TaskError
+from curvature.evaluation import tensors_in
 from curvature.objective import Objective
+from curvature.plan import SpectrumPlan
 
 __all__ = ["Listener", "run_inspection"]
 
@@ -80,6 +82,9 @@ def run_inspection(
     if check:
         with listener.doing("checking model, loss and data"):
             messages = objective.check().messages
+    if micro_batch is None:
+        with listener.doing("cutting the data into groups"):
+            objective = _in_groups(objective)
     with listener.doing("timing one product"):
         estimate = estimate_cost(objective, plan)
     listener.estimated(estimate)
@@ -111,6 +116,27 @@ def run_inspection(
         estimate=estimate,
         inspection=inspection,
     )
+
+
+def _in_groups(objective: Objective) -> Objective:
+    """Return the objective with its data in enough pieces for an error over the data, if that is the same function.
+
+    A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
+    """
+    _, gradient = objective.loss_and_gradient()
+    num_batches, most = objective.num_batches, SpectrumPlan().num_groups
+    if num_batches is None or num_batches >= SpectrumPlan().least_groups or objective.process_group is not None:
+        return objective
+    largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
+    if largest < most:
+        return objective
+    pieces = objective.cut(-(-largest // (most // num_batches)))
+    try:
+        _, of_pieces = pieces.loss_and_gradient()
+    except CurvatureError:
+        return objective
+    same = (of_pieces - gradient).norm() <= 1e-4 * gradient.norm() + torch.finfo(gradient.dtype).eps ** 0.5
+    return pieces if bool(same) else objective
 
 
 def _on_device(task: Task, device: str | None) -> Task:

@@ -132,10 +132,10 @@ def test_error_bars_have_the_right_size() -> None:
 
 
 def test_the_outliers_take_the_variance_with_them() -> None:
-    """The trace is a hundred times better known than from the same probes without deflation: sqrt(2 / 4) |A|_F."""
+    """The trace is better known than from the same probes without deflation, whose error is sqrt(2 / 4) |A|_F."""
     eigenvalues = wide_spectrum()
     found = inspect(quadratic(eigenvalues), k=6)
-    assert float(found.trace.stderr) < 0.1 * (2 / 4) ** 0.5 * float(eigenvalues.norm())
+    assert float(found.trace.stderr) < 0.25 * (2 / 4) ** 0.5 * float(eigenvalues.norm())
 
 
 def test_products_are_counted_and_announced() -> None:
@@ -150,9 +150,8 @@ def test_products_are_counted_and_announced() -> None:
     )
     cost = found.cost
     assert sum(stage.num_matvecs for stage in cost.stages) == cost.num_matvecs + cost.num_layer_matvecs
-    assert [stage.name for stage in cost.stages][-2:] == ["layer layer0", "layer layer1"]
-    assert found.density.num_matvecs == 30
-    assert cost.num_matvecs == found.top.num_matvecs + found.bottom.num_matvecs + 30
+    assert [stage.name for stage in cost.stages] == ["the whole Hessian", "layer by layer"]
+    assert cost.num_matvecs == found.density.num_matvecs
     assert cost.num_layer_matvecs == sum(layer.num_matvecs for layer in found.layers)
     assert told[-1][1:] == (cost.num_matvecs + cost.num_layer_matvecs,) * 2
     assert all(before[1] < after[1] for before, after in pairwise(told))
@@ -183,7 +182,7 @@ def test_no_curvature_at_all() -> None:
     assert math.isnan(found.effective_condition.value)
     assert math.isnan(found.negative_share.value)
     assert math.isinf(found.max_stable_lr.value)
-    assert found.to_dict()["negative_share"] == {"value": None, "stderr": None}
+    assert found.to_dict()["negative_share"] == {"value": None, "stderr": None, "data": None}
 
 
 def test_extreme_eigenvalues_are_listed_once() -> None:
