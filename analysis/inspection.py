@@ -21,7 +21,7 @@ from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
-from curvature.spectrum import Samples, Spectrum, SpectrumEstimate, layer_spectra, spectrum
+from curvature.spectral import Samples, Spectrum, SpectrumEstimate, layer_spectra, spectrum
 
 __all__ = ["inspect_model"]
 

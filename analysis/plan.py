@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from analysis.results import CostEstimate
-from curvature.cost import current_memory, peak_memory, synchronize, timed_product
+from curvature.cost import current_memory, peak_memory, timed
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
-from curvature.plan import SpectrumPlan
+from curvature.planning import SpectrumPlan
 
 __all__ = ["LAYERS", "WHOLE", "InspectionPlan", "estimate_cost"]
 
@@ -96,7 +95,7 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     n, device = objective.num_params, objective.device
     v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
     _ = H @ v
-    _, seconds = timed_product(H, v)
+    _, seconds = timed(lambda: H @ v, device)
     whole, of_layers = plan.total_matvecs(objective)
     blocks = plan.layer_blocks(objective)
     total = whole * seconds
@@ -117,9 +116,6 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
 def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: InspectionPlan) -> float:
     """Return what the products with all layers will take, from one with a column for each."""
     columns = [torch.ones(block.num_params, 1, dtype=H.dtype, device=H.device) for block in blocks]
-    synchronize(H.device)
-    start = time.perf_counter()
-    H.products(columns, blocks)
-    synchronize(H.device)
+    _, seconds = timed(lambda: H.products(columns, blocks), H.device)
     steps = max(plan.layer.num_matvecs(block.num_params) for block in blocks)
-    return steps * (time.perf_counter() - start)
+    return steps * seconds

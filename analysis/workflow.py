@@ -20,7 +20,7 @@ from analysis.tasks import Task, load_task
 from curvature.errors import CurvatureError, InputError, TaskError
 from curvature.evaluation import tensors_in
 from curvature.objective import Objective
-from curvature.plan import SpectrumPlan
+from curvature.planning import SpectrumPlan
 
 __all__ = ["Listener", "run_inspection"]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import psutil
 import torch
-from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linop import MatrixLike
 from curvature.memory import available_memory
 
-__all__ = ["check_fits", "current_memory", "gibibytes", "peak_memory", "synchronize", "timed_product"]
+__all__ = ["check_fits", "current_memory", "gibibytes", "peak_memory", "synchronize", "timed"]
+
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
@@ -22,13 +24,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed_product(A: MatrixLike, X: Tensor) -> tuple[Tensor, float]:
-    """Return A @ X and the seconds it took."""
-    synchronize(A.device)
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what work on a device returns, and the seconds it took."""
+    synchronize(device)
     start = time.perf_counter()
-    product = A @ X
-    synchronize(A.device)
-    return product, time.perf_counter() - start
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> int:

@@ -175,6 +175,12 @@ class Linearization:
                 rows.append(self._flatten(_pull_back([outputs], params, [HJv]), chosen))
         return _stack(rows)
 
+    def prepare(self, product: Literal["hvp", "ggnvp"]) -> None:
+        """Build the graph of a product, which its first use would do."""
+        if self.weight != 0:
+            self._verify(product)
+            _ = self._build_gradient() if product == "hvp" else self._build_jacobian()
+
     # -- lean layers --------------------------------------------------------------------------------------------------
 
     @property

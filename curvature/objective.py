@@ -146,6 +146,11 @@ class Objective:
         return self._total_weight
 
     @property
+    def keeps_all_graphs(self) -> bool:
+        """Whether every batch has its graph kept between products, as far as walks over the data have shown."""
+        return self.num_batches is not None and len(self._kept) == self.num_batches
+
+    @property
     def shuffles(self) -> bool:
         """Whether the loader was seen to yield its batches in another order."""
         return self._data.shuffles

@@ -95,6 +95,8 @@ class EigenPairs(_Record):
     """How the iteration ended."""
     rtol: float
     """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
+    method: str = ""
+    """Which solver ran and why, where the choice was left to `top_eigenpairs`."""
 
     def raise_if_failed(self) -> EigenPairs:
         """Return self if every pair converged, else raise `NotConvergedError` that carries self."""

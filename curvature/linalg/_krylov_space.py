@@ -214,6 +214,21 @@ class KrylovSpace:
         self._set_directions(N, _used(R.cpu()))
         self.C = torch.zeros(self.num_directions, self.count, dtype=torch.float64)
 
+    def widen(self, width: int) -> None:
+        """Add random directions until P has `width` rows; A V has no part in them, so that nothing else changes."""
+        missing = width - self.num_directions
+        if missing <= 0:
+            return
+        used = self.first + self.count + self.num_directions
+        rows = self.rows.new_empty(len(self.rows) + missing, self.n)
+        rows[:used] = self.rows[:used]
+        self.rows = rows
+        X = torch.randn(missing, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
+        N, R, _ = self._orthonormalise(X.to(rows.device), self.count + self.num_directions)
+        new = _used(R.cpu())
+        self._set_directions(N, new, after=self.num_directions)
+        self.C = torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
+
     def _stored(self, X: Tensor) -> Tensor:
         """Return rows as the buffer holds them."""
         return X

@@ -134,6 +134,16 @@ class ThickRestartLanczos:
                 self.callback(self.space.num_matvecs, f"{int(look.done.sum())} of {self.k} eigenpairs")
         return self._result(look)
 
+    def widen(self, block_size: int) -> None:
+        """Go on with blocks of so many columns, where more columns turned out to be cheap; nothing done is lost.
+
+        Raises:
+            InputError: if the basis leaves no room for them.
+        """
+        check_count("block_size", block_size, self.block_size, max(self.block_size, self.size - self.k - 1))
+        self.space.widen(block_size)
+        self.block_size = block_size
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
         own = {name: getattr(self, f"_{name}") for name in _STATE}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.cost import timed
 from curvature.linearize import Linearization
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
@@ -64,6 +65,23 @@ class ObjectiveOperator(LinearOperator):
             observe(index, weight, split(packed))
 
         return split(self.objective.reduce(of_batch, observe=None if observe is None else pass_on))
+
+    def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
+        """Return A x for a vector (n,), the seconds that any block would have taken, and those of a column.
+
+        The first are spent on data and on graphs that are not kept; they are paid once for all columns.
+        """
+        seconds = 0.0
+
+        def of_batch(lin: Linearization) -> Tensor:
+            nonlocal seconds
+            lin.prepare(self._product)
+            part, spent = timed(lambda: getattr(lin, self._product)(x[None], self.block), self.device)
+            seconds += spent
+            return part
+
+        product, total = timed(lambda: self.objective.reduce(of_batch)[0], self.device)
+        return product, max(total - seconds, 0.0), seconds
 
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.

@@ -27,7 +27,7 @@ from curvature.linalg.slq import smoothed
 from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
-from curvature.plan import PATIENCE, SMALL, SpectrumPlan
+from curvature.planning import PATIENCE, SMALL, SpectrumPlan
 from curvature.results import EigenPairs, SpectralDensity, Status, TraceEstimate, mean_and_stderr
 
 __all__ = ["DataSpread", "Spectrum", "SpectrumEstimate", "layer_spectra", "spectrum"]
@@ -67,6 +67,19 @@ class DataSpread:
         """Return the standard error over the data of a value whose replicates are known."""
         return jackknife_stderr(value.double(), torch.stack(list(without)).double(), self.shares)
 
+    def stderr_of_mean(self, samples: Tensor, without: Sequence[Tensor]) -> Tensor:
+        """Return the same for a mean over p probes, (p, ...), less what the probes' own noise adds to it.
+
+        With V the variance over the data and N that which a probe adds, the jackknife of the mean estimates V + N / p
+        and those of single probes V + N. What is left of the first is no less than its p-th part.
+        """
+        p, stacked = len(samples), torch.stack(list(without))
+        of_mean = self.stderr(samples.mean(dim=0), list(stacked.mean(dim=1))).square()
+        if p == 1:
+            return of_mean.sqrt()
+        of_probes = self.stderr(samples, list(stacked)).square().mean(dim=0)
+        return torch.maximum((p * of_mean - of_probes) / (p - 1), of_mean / p).sqrt()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
@@ -102,11 +115,12 @@ class Spectrum:
             samples: acts on nodes (m,) and weights (p, m), whose rows sum to 1, and returns (p, ...); e.g. for the
                 mean of |lambda|: `lambda x, w: (w * x.abs()).sum(dim=1)`.
         """
-        value, stderr = mean_and_stderr(samples(self.rule.nodes, self.rule.weights))
+        of_probes = samples(self.rule.nodes, self.rule.weights)
+        value, stderr = mean_and_stderr(of_probes)
         rule = (samples(self.coarse.nodes, self.coarse.weights).mean(dim=0) - value).abs() / 3
         data = None
         if self.spread is not None:
-            data = self.spread.stderr(value, [samples(r.nodes, r.weights).mean(dim=0) for r in self.spread.rules])
+            data = self.spread.stderr_of_mean(of_probes, [samples(r.nodes, r.weights) for r in self.spread.rules])
         if self.exact:
             stderr, rule = torch.zeros_like(value), torch.zeros_like(value)
         return SpectrumEstimate(value=value, stderr=stderr, rule=rule, data=data)
@@ -376,7 +390,7 @@ class _Analysis:
         rtol: float,
         run: BlockKrylov,
     ) -> EigenPairs:
-        chosen = torch.tensor(list(places))
+        chosen = torch.tensor(list(places), dtype=torch.long)
         U = run.space.vectors(S[:, chosen])
         norms = residuals[chosen].clamp_min(run.space.rounding())
         converged = norms <= tolerance[chosen]

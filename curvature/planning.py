@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from curvature.cost import check_fits, current_memory, peak_memory, timed_product
+from curvature.cost import check_fits, current_memory, peak_memory, timed
 from curvature.errors import InputError
 from curvature.linalg._validate import check_square, working_dtype
 from curvature.linop import MatrixLike
@@ -41,9 +41,9 @@ class SpectrumPlan:
     """
 
     k: int = 10
-    """Largest eigenpairs (all, if there are fewer)."""
+    """Largest eigenpairs (all, if there are fewer); 0 for none."""
     num_bottom: int = 3
-    """Smallest eigenpairs (all, if there are fewer)."""
+    """Smallest eigenpairs (all, if there are fewer); 0 for none."""
     rtol: float = 1e-3
     """Residual of the largest, relative to the eigenvalue; of the smallest, thirty times that."""
     num_probes: int = 4
@@ -58,7 +58,7 @@ class SpectrumPlan:
     """Fewest batches from which an error over the data is given."""
 
     def __post_init__(self) -> None:
-        least = (("k", 1), ("num_bottom", 1), ("num_probes", 2), ("num_steps", 1), ("num_deflated", 0))
+        least = (("k", 0), ("num_bottom", 0), ("num_probes", 2), ("num_steps", 1), ("num_deflated", 0))
         for name, low in (*least, ("num_groups", 0), ("least_groups", 2)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}.")
@@ -72,10 +72,12 @@ class SpectrumPlan:
     def num_steps_for(self, n: int) -> int:
         """Return the block steps for a matrix of size n: more than `num_steps` where eigenpairs need them."""
         width = min(self.num_probes, n)
-        top = _top_matvecs(min(self.k, n)) * block_penalty(self.k, width)
-        bottom = _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(self.num_bottom, width)
-        least = self.k + self.num_bottom + width  # Ritz pairs must be there
-        wanted = math.ceil(max(top, bottom, least) / width) if self.num_steps > 1 else math.ceil(least / width)
+        needed = float(self.k + self.num_bottom + width)  # Ritz pairs must be there
+        if self.k > 0:
+            needed = max(needed, _top_matvecs(min(self.k, n)) * block_penalty(self.k, width))
+        if self.num_bottom > 0:
+            needed = max(needed, _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(self.num_bottom, width))
+        wanted = math.ceil(needed / width)
         return max(self.num_steps, wanted)
 
     def num_matvecs(self, n: int) -> int:
@@ -117,7 +119,7 @@ class PlannedCost:
     """What a plan will spend on one matrix, predicted from a timed product."""
 
     plan: SpectrumPlan
-    """To be passed to `curvature.spectrum.spectrum`."""
+    """To be passed to `curvature.spectrum`."""
     quantities: tuple[str, ...]
     """What it yields."""
     num_matvecs: int
@@ -176,20 +178,17 @@ def plan(
         steps = num_steps
     elif "moments" in quantities:
         steps = max(1, math.ceil((moment_order + 1) / 2))
-    wants_pairs = bool({"top", "bottom"} & set(quantities))
     made = SpectrumPlan(
-        k=k if "top" in quantities else 1,
-        num_bottom=num_bottom if "bottom" in quantities else 1,
+        k=k if "top" in quantities else 0,
+        num_bottom=num_bottom if "bottom" in quantities else 0,
         rtol=rtol,
         num_probes=num_probes,
-        num_steps=max(steps, 2) if wants_pairs else steps,
+        num_steps=steps,
     )
-    if not wants_pairs:
-        made = replace(made, rtol=0.1)
     width = min(num_probes, n)
     X = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device)
     _ = A @ X
-    _, seconds = timed_product(A, X)
+    _, seconds = timed(lambda: A @ X, A.device)
     spent = made.num_matvecs(n)
     return PlannedCost(
         plan=made,
