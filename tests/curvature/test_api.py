@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,16 +24,21 @@ def objective(keep_graphs: bool = True) -> Objective:
     return Objective(model, nn.CrossEntropyLoss(), batch, keep_graphs=keep_graphs)
 
 
-class Slow(LinearOperator):
-    """A matrix whose products take their time whatever the number of columns."""
+class Priced(LinearOperator):
+    """A matrix with a clock of its own: what a product takes for any columns, and for each."""
 
-    def __init__(self, A: Tensor) -> None:
+    def __init__(self, A: Tensor, overhead: float, column: float) -> None:
         super().__init__((len(A), len(A)), A.dtype, A.device)
-        self.A = A
+        self.A, self.overhead, self.column, self.clock = A, overhead, column, 0.0
 
     def _matmat(self, X: Tensor) -> Tensor:
-        time.sleep(0.003)
+        self.clock += self.overhead + self.column * X.shape[1]
         return self.A @ X
+
+    def timed(self, work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+        del device
+        before = self.clock
+        return work(), self.clock - before
 
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
@@ -75,22 +80,26 @@ def test_kept_graphs_are_multiplied_by_single_columns() -> None:
     torch.testing.assert_close(pairs.eigenvalues, wanted(counted.to_dense(), 3, "LA"), rtol=1e-5, atol=0)
 
 
-def test_a_price_by_the_product_buys_blocks_and_one_by_the_column_does_not() -> None:
-    A = with_spectrum(spectra(400)["slow exponential"])
-    shared = top_eigenpairs(Slow(A), 12, generator=generator())
-    assert "block of 8" in shared.method
-    assert "a product takes" in shared.method
-    torch.testing.assert_close(shared.eigenvalues, wanted(A, 12, "LA"), rtol=1e-5, atol=0)
-
-    class ByColumn(Slow):
-        def _matmat(self, X: Tensor) -> Tensor:
-            return torch.cat([super(ByColumn, self)._matmat(x[:, None]) for x in X.T], dim=1)
-
-    counted = Counting(ByColumn(A))
-    single = top_eigenpairs(counted, 12, generator=generator())
-    assert "single products" in single.method
-    assert single.num_matvecs == counted.num_matvecs
-    torch.testing.assert_close(single.eigenvalues, wanted(A, 12, "LA"), rtol=1e-5, atol=0)
+@pytest.mark.parametrize(
+    ("overhead", "column", "k", "chosen"),
+    [
+        (1.0, 0.0, 12, "block of 8"),
+        (1.0, 1.0, 50, "block of 4"),
+        (1.0, 1.0, 1, "single products"),
+        (0.0, 1.0, 12, "single products"),
+    ],
+)
+def test_a_price_by_the_product_buys_blocks_and_one_by_the_column_does_not(
+    overhead: float, column: float, k: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A = Priced(with_spectrum(spectra(400)["slow exponential"]), overhead, column)
+    monkeypatch.setattr("curvature.api.timed", A.timed)
+    counted = Counting(A)
+    pairs = top_eigenpairs(counted, k, generator=generator())
+    assert chosen in pairs.method
+    assert pairs.num_matvecs == counted.num_matvecs
+    torch.testing.assert_close(pairs.eigenvalues, wanted(A.A, k, "LA"), rtol=1e-5, atol=0)
+    assert f"a product takes {1e3 * (overhead + column):.3g} ms" in pairs.method
 
 
 def test_rebuilt_graphs_tell_what_a_block_would_share_without_a_product_more() -> None:
