@@ -59,6 +59,9 @@ def inspect(
     ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")] = False,
     no_layers: Annotated[bool, typer.Option("--no-layers", help="Inspect the whole only, not each layer.")] = False,
+    coupling: Annotated[
+        bool, typer.Option("--coupling", help="Measure how strongly layers act on each other, too.")
+    ] = False,
     micro_batch: Annotated[
         int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
     ] = None,
@@ -71,7 +74,7 @@ def inspect(
         from analysis.store import check_destination, free_folder, save_run
         from analysis.workflow import run_inspection
 
-        plan = InspectionPlan(k=k, rtol=rtol, layers=not no_layers)
+        plan = InspectionPlan(k=k, rtol=rtol, layers=not no_layers, coupling=coupling)
         check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = Screen(stderr=as_json)
         with screen:

@@ -6,55 +6,27 @@ product with z tells of the blocks between b and every layer a at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from analysis.meter import Progress
-from analysis.results import to_plain
+from analysis.results import LayerCoupling
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.probes import rademacher
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.results import mean_and_stderr
 
-__all__ = ["LayerCoupling", "layer_coupling"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCoupling:
-    """Frobenius norms |H_ab|_F of the blocks of the Hessian between layers a and b."""
-
-    names: tuple[str, ...]
-    """Of the L layers: the modules that own parameters, in the model's order."""
-    num_params: tuple[int, ...]
-    """Their sizes."""
-    norms: Tensor
-    """(L, L), symmetric; loss / parameter^2. The root of the sum of squares of all entries is |H|_F."""
-    stderr: Tensor
-    """(L, L), standard error of `norms` over the probes; 0 where the block was built entry by entry."""
-    num_matvecs: int
-    """Products with the Hessian that were spent."""
-
-    @property
-    def relative(self) -> Tensor:
-        """(L, L), |H_ab|_F / (|H_aa|_F |H_bb|_F)^(1/2): 1 on the diagonal, 0 for layers that do not act on each other.
-
-        At most 1 where the Hessian is positive semi-definite; infinite or NaN beside a layer of no curvature.
-        """
-        own = self.norms.diagonal().sqrt()
-        return self.norms / (own[:, None] * own)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and `relative` as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return {**plain, "relative": to_plain(self.relative)}
+__all__ = ["layer_coupling"]
 
 
 def layer_coupling(
-    objective: Objective, *, num_probes: int = 8, generator: torch.Generator, progress: Progress | None = None
+    objective: Objective,
+    *,
+    num_probes: int = 8,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None = None,
 ) -> LayerCoupling:
     """Estimate |H_ab|_F for every pair of layers.
 
@@ -70,7 +42,7 @@ def layer_coupling(
         objective: its layers are `objective.space.blocks`; a tensor that modules share belongs to the first of them.
         num_probes: for each layer, at least 2. The relative error of a norm is at most about (2 num_probes)^(-1/2).
         generator: source of the probes, on the objective's device.
-        progress: called after each layer with what is being computed and the products done and planned.
+        progress: told the number of columns after each product.
 
     Raises:
         InputError: for too few probes or a generator elsewhere.
@@ -85,7 +57,6 @@ def layer_coupling(
         )
     H, blocks = HessianOperator(objective), objective.space.blocks
     exact = torch.tensor([block.num_params <= num_probes for block in blocks])
-    planned = sum(min(block.num_params, num_probes) for block in blocks)
     squares = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)  # |H_ab|^2 by probes of b
     errors = torch.zeros_like(squares)
     done = 0
@@ -107,7 +78,7 @@ def layer_coupling(
         else:
             squares[:, b], errors[:, b] = mean_and_stderr(samples, dim=1)
         if progress is not None:
-            progress("coupling of layers", done, planned)
+            progress(Z.shape[1])
     squares, errors = _of_both_sides(squares, errors, exact)
     norms = squares.sqrt()
     return LayerCoupling(

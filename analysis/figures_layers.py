@@ -14,7 +14,7 @@ from analysis.wording import MINUS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from analysis.coupling import LayerCoupling
+    from analysis.results import LayerCoupling
 
 __all__ = ["plot_layer_coupling"]
 
@@ -46,12 +46,12 @@ def plot_layer_coupling(result: LayerCoupling, *, ax: Axes | None = None, colors
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.text(
-        1.0,
-        1.0,
+        0.0,
+        1.02,
         "coupling |H$_{ab}$| / √(|H$_{aa}$| |H$_{bb}$|)\nframed: |H$_{aa}$| / largest",
         transform=ax.transAxes,
-        ha="right",
-        va="top",
+        ha="left",
+        va="bottom",
         linespacing=1.5,
     )
     _draw_cells(ax, shown, colors)

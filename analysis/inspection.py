@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+from analysis.coupling import layer_coupling
 from analysis.meter import Meter, Progress
-from analysis.plan import LAYERS, WHOLE, InspectionPlan
+from analysis.plan import COUPLING, COUPLING_PROBES, LAYERS, WHOLE, InspectionPlan
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -35,6 +36,7 @@ def inspect_model(
     num_probes: int = 4,
     num_steps: int = 30,
     layers: bool = True,
+    coupling: bool = False,
     generator: torch.Generator,
     progress: Progress | None = None,
 ) -> Inspection:
@@ -54,6 +56,7 @@ def inspect_model(
         num_probes: random start vectors, at least 2; uncertainties fall as their square root.
         num_steps: block Lanczos steps, at least 4.
         layers: whether to inspect each module's own block, too.
+        coupling: whether to measure how strongly layers act on each other: `COUPLING_PROBES` products more a layer.
         generator: source of all probes, on the objective's device.
         progress: called after each product with what is being computed and the products done and planned.
 
@@ -62,19 +65,30 @@ def inspect_model(
         NonFiniteError: if the loss, the gradient or a product is not finite.
     """
     plan = InspectionPlan(
-        k=k, num_bottom=num_bottom, rtol=rtol, num_probes=num_probes, num_steps=num_steps, layers=layers
+        k=k,
+        num_bottom=num_bottom,
+        rtol=rtol,
+        num_probes=num_probes,
+        num_steps=num_steps,
+        layers=layers,
+        coupling=coupling,
     )
     blocks = plan.layer_blocks(objective)
     planned_whole, planned_layers = plan.total_matvecs(objective)
+    planned_coupling = plan.coupling_matvecs(objective)
     meter = Meter(objective.device, planned_whole + planned_layers, progress)
     loss, gradient = objective.loss_and_gradient()
     H = HessianOperator(objective)
-    with meter.stage(WHOLE, planned_whole, whole=True):
+    with meter.stage(WHOLE, planned_whole - planned_coupling, whole=True):
         whole = spectrum(H, plan.whole, generator=generator, progress=meter.tick)
     found: dict[str, Spectrum] = {}
     if blocks:
         with meter.stage(LAYERS, planned_layers, whole=False):
             found = layer_spectra(H, plan.layer, blocks=blocks, generator=generator, progress=meter.tick)
+    coupled = None
+    if planned_coupling:
+        with meter.stage(COUPLING, planned_coupling, whole=True):
+            coupled = layer_coupling(objective, num_probes=COUPLING_PROBES, generator=generator, progress=meter.tick)
     return Inspection(
         loss=float(loss),
         gradient_norm=float(gradient.norm()),
@@ -90,6 +104,7 @@ def inspect_model(
         effective_condition=_effective_condition(whole),
         negative_share=_negative_share(whole),
         layers=tuple(_layer(block, found[block.name], gradient) for block in blocks),
+        coupling=coupled,
         exact=whole.exact,
         data=_data_errors(whole),
         cost=meter.cost(),

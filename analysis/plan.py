@@ -14,9 +14,10 @@ from curvature.operators import HessianOperator
 from curvature.parameters import Block
 from curvature.planning import SpectrumPlan
 
-__all__ = ["LAYERS", "WHOLE", "InspectionPlan", "estimate_cost"]
+__all__ = ["COUPLING", "COUPLING_PROBES", "LAYERS", "WHOLE", "InspectionPlan", "estimate_cost"]
 
-WHOLE, LAYERS = "the whole Hessian", "layer by layer"
+WHOLE, LAYERS, COUPLING = "the whole Hessian", "layer by layer", "coupling of layers"
+COUPLING_PROBES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class InspectionPlan:
     """Block Lanczos steps of all probes on the whole Hessian. Layers: two fifths. More where eigenpairs need them."""
     layers: bool = True
     """Whether each layer is inspected too."""
+    coupling: bool = False
+    """Whether it is measured how strongly layers act on each other."""
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("num_bottom", 1), ("num_probes", 2), ("num_steps", 4)):
@@ -81,7 +84,14 @@ class InspectionPlan:
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
         of_layers = sum(self.layer.num_matvecs(block.num_params) for block in self.layer_blocks(objective))
-        return self.whole.num_matvecs(objective.num_params), of_layers
+        return self.whole.num_matvecs(objective.num_params) + self.coupling_matvecs(objective), of_layers
+
+    def coupling_matvecs(self, objective: Objective) -> int:
+        """Return the products with the whole Hessian that the coupling of layers takes."""
+        blocks = objective.space.blocks
+        if not self.coupling or len(blocks) < 2:
+            return 0
+        return sum(min(block.num_params, COUPLING_PROBES) for block in blocks)
 
 
 def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:

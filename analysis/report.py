@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import wording
 from analysis.figures import Colors, plot_eigenvalues, plot_layers, plot_spectral_density
-from analysis.results import Inspection, LayerCurvature, Measured
+from analysis.figures_layers import plot_layer_coupling
+from analysis.results import Inspection, LayerCoupling, LayerCurvature, Measured
 from analysis.store import Run, load_run
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ def _figures(inspection: Inspection) -> dict[str, Markup]:
     }
     if i.layers:
         figures["layers"] = _layers_figure(i.layers)
+    if i.coupling is not None:
+        figures["coupling"] = _coupling_figure(i.coupling)
     return figures
 
 
@@ -210,6 +213,21 @@ def _layers_figure(layers: tuple[LayerCurvature, ...]) -> Markup:
     panel = 1.0 + 0.24 * len(layers)
     wide = _svg("layers-wide", label, lambda figure: draw(figure, 1, 2), (_WIDE, panel))
     narrow = _svg("layers-narrow", label, lambda figure: draw(figure, 2, 1), (_NARROW, 2 * panel - 0.2))
+    return Markup(wide + narrow)  # made here, of numbers and escaped names
+
+
+def _coupling_figure(coupling: LayerCoupling) -> Markup:
+    from markupsafe import Markup
+
+    strongest = float(coupling.relative.fill_diagonal_(0).nan_to_num(posinf=0).max())
+    label = f"Coupling of layers as a table of shaded cells; the strongest between two layers is {strongest:.2f}."
+
+    def draw(figure: Figure) -> object:
+        return plot_layer_coupling(coupling, ax=figure.subplots(), colors=_COLORS)
+
+    side = 1.2 + 0.45 * len(coupling.names)
+    wide = _svg("coupling-wide", label, draw, (_WIDE, min(side, 0.8 * _WIDE)))
+    narrow = _svg("coupling-narrow", label, draw, (_NARROW, _NARROW))
     return Markup(wide + narrow)  # made here, of numbers and escaped names
 
 

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
 
-__all__ = ["Cost", "CostEstimate", "DataErrors", "Inspection", "LayerCurvature", "Measured", "StageCost", "to_plain"]
+__all__ = [
+    "Cost",
+    "CostEstimate",
+    "DataErrors",
+    "Inspection",
+    "LayerCoupling",
+    "LayerCurvature",
+    "Measured",
+    "StageCost",
+    "to_plain",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +99,36 @@ class LayerCurvature:
     """Whether the block was built entry by entry, which leaves rounding as the only error."""
     num_matvecs: int
     """Products with the block that were spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCoupling:
+    """Frobenius norms |H_ab|_F of the blocks of the Hessian between layers a and b."""
+
+    names: tuple[str, ...]
+    """Of the L layers: the modules that own parameters, in the model's order."""
+    num_params: tuple[int, ...]
+    """Their sizes."""
+    norms: Tensor
+    """(L, L), symmetric; loss / parameter^2. The root of the sum of squares of all entries is |H|_F."""
+    stderr: Tensor
+    """(L, L), standard error of `norms` over the probes; 0 where the block was built entry by entry."""
+    num_matvecs: int
+    """Products with the Hessian that were spent."""
+
+    @property
+    def relative(self) -> Tensor:
+        """(L, L), |H_ab|_F / (|H_aa|_F |H_bb|_F)^(1/2): 1 on the diagonal, 0 for layers that do not act on each other.
+
+        At most 1 where the Hessian is positive semi-definite; infinite or NaN beside a layer of no curvature.
+        """
+        own = self.norms.diagonal().sqrt()
+        return self.norms / (own[:, None] * own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `relative` as plain Python values; numbers that are not finite as None."""
+        plain: dict[str, Any] = to_plain(self)
+        return {**plain, "relative": to_plain(self.relative)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +211,8 @@ class Inspection:
     """sum of |lambda| over negative lambda, over sum of |lambda|; 0 to 1."""
     layers: tuple[LayerCurvature, ...]
     """The same for each module that owns parameters, in the order of the model; empty if it was not asked for."""
+    coupling: LayerCoupling | None
+    """How strongly layers act on each other; None if it was not asked for."""
     exact: bool
     """Whether H was built entry by entry, which leaves rounding as the only error."""
     data: DataErrors | None

@@ -96,6 +96,7 @@ def run_inspection(
         num_probes=plan.num_probes,
         num_steps=plan.num_steps,
         layers=plan.layers,
+        coupling=plan.coupling,
         generator=torch.Generator(device=objective.device).manual_seed(seed),
         progress=listener.advanced,
     )

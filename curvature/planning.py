@@ -26,6 +26,7 @@ Quantity = Literal[
 ]
 PATIENCE = 4
 """Eigenpairs that have not converged after the planned products are given so many times as much again."""
+_EXACT_IS_WORTH = 1.5
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
 
@@ -34,7 +35,7 @@ SMALL = 1e-4
 class SpectrumPlan:
     """What a spectrum is to hold and how well.
 
-    A matrix with fewer columns than the products planned is computed entry by entry: cheaper, and exact.
+    A matrix with at most one and a half times as many columns as products planned is computed entry by entry: exact.
 
     Raises:
         InputError: for values out of range.
@@ -82,7 +83,8 @@ class SpectrumPlan:
 
     def num_matvecs(self, n: int) -> int:
         """Return the products with a matrix of size n."""
-        return min(n, min(self.num_probes, n) * self.num_steps_for(n))
+        planned = min(self.num_probes, n) * self.num_steps_for(n)
+        return n if n <= _EXACT_IS_WORTH * planned else planned
 
     def all_entries(self, n: int) -> bool:
         """Return whether a matrix of size n is computed entry by entry."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.coupling import LayerCoupling
 from analysis.figures_layers import plot_layer_coupling
+from analysis.results import LayerCoupling
 from analysis.wording import MINUS
 
 

@@ -15,7 +15,7 @@ from curvature.linalg import effective_dimension, wasserstein
 from curvature.linop import Counting
 from tests.matrices import F64, generator, true_residuals, wanted, with_spectrum
 
-SMALL = SpectrumPlan(k=3, num_bottom=2, num_probes=3, num_steps=12, num_deflated=3)
+SMALL = SpectrumPlan(k=3, num_bottom=0, num_probes=3, num_steps=12, num_deflated=3)
 
 
 def hessian_like(n: int = 400) -> Tensor:
@@ -65,18 +65,18 @@ def test_pairs_trace_and_norm_of_a_known_matrix() -> None:
 
 def test_the_rule_is_that_of_a_dense_matrix_function() -> None:
     """With every Krylov direction there, z'f(A)z is exact for each probe, and known pairs are only moved."""
-    eigenvalues = hessian_like(60)
+    eigenvalues = hessian_like(100)
     A = with_spectrum(eigenvalues)
     found = spectrum(
-        A, SpectrumPlan(k=3, num_bottom=1, num_probes=2, num_steps=29, num_deflated=0), generator=generator(4)
+        A, SpectrumPlan(k=3, num_bottom=1, num_probes=2, num_steps=32, num_deflated=0), generator=generator(4)
     )
-    Z = torch.randn(2, 60, generator=generator(4), dtype=F64).T
+    Z = torch.randn(2, 100, generator=generator(4), dtype=F64).T
     values, U = torch.linalg.eigh(A)
-    known = torch.isin(torch.arange(60), torch.tensor([0, 57, 58, 59]))
+    known = torch.isin(torch.arange(100), torch.tensor([0, 97, 98, 99]))
     weights = (U.T @ Z).square()[~known]
     f = torch.sin(values)
-    expected = 56 * (weights * f[~known, None]).sum(dim=0) / weights.sum(dim=0) + f[known].sum()
-    got = 60 * (found.rule.weights * torch.sin(found.rule.nodes)).sum(dim=1)
+    expected = 96 * (weights * f[~known, None]).sum(dim=0) / weights.sum(dim=0) + f[known].sum()
+    got = 100 * (found.rule.weights * torch.sin(found.rule.nodes)).sum(dim=1)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -153,10 +153,16 @@ def test_a_krylov_space_knows_the_errors_over_the_data_that_dense_matrices_have(
     assert top is not None
     assert bottom is not None
     torch.testing.assert_close(top, exact.top_data_stderr()[:3], rtol=0.05, atol=0)  # type: ignore[index]
-    trace, exact_trace = (s.spectral_sum(lambda x: x).data for s in (found, exact))
-    assert trace is not None
+    exact_trace = exact.spectral_sum(lambda x: x).data
     assert exact_trace is not None
-    assert 0.4 < float(trace / exact_trace) < 1.6  # three probes
+    traces = []
+    for seed in range(9):
+        trace = spectrum(H, replace(SMALL, num_probes=6, num_steps=6), generator=generator(seed)).spectral_sum(
+            lambda x: x
+        )
+        assert trace.data is not None
+        traces.append(float(trace.data))
+    assert float(torch.tensor(traces).median()) == pytest.approx(float(exact_trace), rel=0.3)
     band = found.density_data_stderr()
     assert band is not None
     assert band.shape == found.density.density.shape
@@ -213,7 +219,7 @@ def test_why_there_is_no_error_over_the_data() -> None:
 
 
 @pytest.mark.parametrize("keep_graphs", [True, False])
-@pytest.mark.parametrize("settings", [SpectrumPlan(), SMALL])
+@pytest.mark.parametrize("settings", [SpectrumPlan(), replace(SMALL, num_bottom=1)])
 def test_layers_are_diagonal_blocks(keep_graphs: bool, settings: SpectrumPlan) -> None:
     at = objective(keep_graphs=keep_graphs)
     H = HessianOperator(at)
