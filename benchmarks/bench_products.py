@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from benchmarks.peers import METHODS
 from benchmarks.problems import PROBLEMS
+from benchmarks.processes import BARS, row_of, write_rows
 
 __all__ = ["main", "middle"]
 
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "products.json"
 OPERATORS = ["hessian", "ggn"]
 TIMEOUT_SECONDS = 600
 
 
 def _row(problem: str, operator: str, method: str, *, seconds: float, threads: int) -> dict[str, Any]:
-    """Measure in a process of its own; one that dies or hangs is a row too."""
     options = ["--seconds", str(seconds), "--threads", str(threads)]
-    command = [sys.executable, "-m", "benchmarks.harness", problem, operator, method, *options]
-    failed = {"problem": problem, "operator": operator, "method": method, "label": METHODS[method].label}
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {**failed, "failure": f"took more than {TIMEOUT_SECONDS} s"}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {**failed, "failure": f"exit status {done.returncode}: {last}"}
-    row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return row
+    known = {"problem": problem, "operator": operator, "method": method, "label": METHODS[method].label}
+    return row_of("benchmarks.harness", [problem, operator, method, *options], known, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def _summary(row: dict[str, Any]) -> str:
@@ -73,14 +60,7 @@ def main() -> None:
     a = parser.parse_args()
     cases = [(p, o, m) for p in a.problems for o in a.operators for m in a.methods if o in METHODS[m].operators]
     runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
-    bars = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*bars, console=Console(stderr=True)) as progress:
+    with Progress(*BARS, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(cases) * a.runs)
         for _ in range(a.runs):
             for case in cases:
@@ -88,12 +68,7 @@ def main() -> None:
                 runs[case].append(_row(*case, seconds=a.seconds, threads=a.threads))
                 progress.console.print(_summary(runs[case][-1]), highlight=False, soft_wrap=True)
                 progress.advance(task)
-            _write(a.out, [middle(runs[case]) for case in cases])  # after each pass, so that a run can be cut short
-
-
-def _write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+            write_rows(a.out, [middle(runs[case]) for case in cases])  # after each pass, so that a run can be cut short
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.peers import METHODS, Method, Operator, Product, by_hand, flatten
 from benchmarks.problems import PROBLEMS, Problem, make_problem
 
-__all__ = ["Row", "measure"]
+__all__ = ["Row", "git", "gradient", "math_attention", "measure", "one_line", "peak_mebibytes"]
 
 WARM_UP = 3
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -86,16 +86,16 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
     clock, clock_name = (time.process_time, "process CPU time") if threads == 1 else (time.perf_counter, "wall clock")
     method, problem = METHODS[method_name], make_problem(problem_name)
     row = {"problem": problem_name, "num_params": problem.num_params, "operator": operator, "method": method_name}
-    row |= {"label": method.label, "columns": method.columns, "threads": threads, "clock": clock_name, "git": _git()}
+    row |= {"label": method.label, "columns": method.columns, "threads": threads, "clock": clock_name, "git": git()}
     try:
         method.load()
     except ImportError as error:
-        return Row(**row, failure=_one_line(error))  # type: ignore[arg-type]
+        return Row(**row, failure=one_line(error))  # type: ignore[arg-type]
     X = _vectors(problem, method.columns)
 
     for _ in range(WARM_UP):
-        _gradient(problem)
-    peak = _peak_mebibytes()
+        gradient(problem)
+    peak = peak_mebibytes()
     start = clock()
     made = _make(method, problem, operator, X)
     first = clock() - start
@@ -104,8 +104,8 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
     product, result, attention = made
     for _ in range(WARM_UP if method.columns == 1 else 1):
         result = product(X)
-    extra = _peak_mebibytes() - peak
-    gradients, products = _time(lambda: _gradient(problem), lambda: product(X), clock, seconds)
+    extra = peak_mebibytes() - peak
+    gradients, products = _time(lambda: gradient(problem), lambda: product(X), clock, seconds)
     per_column = products / method.columns
     ratios = per_column / gradients
     return Row(
@@ -129,7 +129,8 @@ def _vectors(problem: Problem, columns: int) -> Tensor:
     return X[:, 0].contiguous() if columns == 1 else X
 
 
-def _gradient(problem: Problem) -> Tensor:
+def gradient(problem: Problem) -> Tensor:
+    """Return the gradient of the batch, as plain autograd has it."""
     return flatten(torch.autograd.grad(problem.evaluate(), problem.params))
 
 
@@ -139,13 +140,13 @@ def _make(method: Method, problem: Problem, operator: Operator, X: Tensor) -> tu
     A method that cannot differentiate the model's fused attention is given a second chance under the math kernel.
     """
     failures = []
-    for context, attention in ((contextlib.nullcontext, "as in the model"), (_math_attention, "math kernel")):
+    for context, attention in ((contextlib.nullcontext, "as in the model"), (math_attention, "math kernel")):
         try:
             with context():
                 product = method.make(problem, operator)
                 result = product(X)
         except Exception as error:
-            failures.append(_one_line(error))
+            failures.append(one_line(error))
             problem.model.zero_grad()
             continue
         if failures:
@@ -156,13 +157,14 @@ def _make(method: Method, problem: Problem, operator: Operator, X: Tensor) -> tu
 
 def _under_math(product: Product) -> Product:
     def wrapped(X: Tensor) -> Tensor:
-        with _math_attention():
+        with math_attention():
             return product(X)
 
     return wrapped
 
 
-def _math_attention() -> contextlib.AbstractContextManager[None]:
+def math_attention() -> contextlib.AbstractContextManager[None]:
+    """Put attention under the kernel that every kind of derivative exists for."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -191,7 +193,7 @@ def _error(problem_name: str, operator: Operator, X: Tensor, result: Tensor) -> 
 
 
 def _reference(problem_name: str, operator: Operator) -> Product:
-    with _math_attention():
+    with math_attention():
         return by_hand(make_problem(problem_name, dtype=torch.float64), operator)
 
 
@@ -200,19 +202,21 @@ def _quartiles(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _peak_mebibytes() -> float:
+def peak_mebibytes() -> float:
+    """Return the largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
-def _git() -> str:
+def git() -> str:
     """Return the abbreviated commit of this tree, with "-dirty" if tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the kind and the message of an exception."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 

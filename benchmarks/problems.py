@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PROBLEMS", "Problem", "make_problem"]
+__all__ = ["PROBLEMS", "Problem", "make_gpt", "make_problem"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ class _GPT(nn.Module):
         x = self.tokens(tokens) + self.positions
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits.flatten(0, 1)
+
+
+def make_gpt(*, vocabulary: int, context: int, width: int, num_heads: int, num_layers: int) -> nn.Module:
+    """Return a character-level decoder of the given measures."""
+    return _GPT(vocabulary=vocabulary, context=context, width=width, num_heads=num_heads, num_layers=num_layers)
 
 
 def _gpt() -> tuple[nn.Module, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""From rows to the table in the README: `python -m benchmarks.report [--results FILE] [--readme FILE]`."""
+"""From rows to the tables in the README: `python -m benchmarks.report [--tables NAME ...] [--readme FILE]`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["insert", "main", "table"]
+from benchmarks.eigen_report import eigen_table
+from benchmarks.markdown import conditions, insert, marked, markers
+
+__all__ = ["BEGIN", "END", "insert", "main", "table"]
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmark:products -->", "<!-- /benchmark:products -->"
+BEGIN, END = markers("products")
 OPERATORS = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
 OURS = ("kept", "kept-16", "rebuilt", "rebuilt-16")
 WRONG = 1e-3
@@ -56,7 +59,7 @@ def _right(row: Row) -> bool:
 
 def _cell(row: Row, best: float | None, footnotes: list[str]) -> str:
     if row.get("failure"):
-        return f"fails{_mark(_escaped(row['failure']), footnotes)}"
+        return f"fails{marked(_escaped(row['failure']), footnotes)}"
     cost = f"{row['gradients']:.1f}"
     cost = f"**{cost}**" if row["gradients"] == best else cost
     cell = f"{cost} ({row['extra_mebibytes']:+.0f} MiB)"
@@ -65,14 +68,10 @@ def _cell(row: Row, best: float | None, footnotes: list[str]) -> str:
         cell += f", wrong by {percent:.1g} %" if percent < 1 else f", wrong by {percent:.0f} %"
     if ": " in row["attention"]:
         message = row["attention"].split(": ", 1)[1]
-        cell += _mark(f"Under the math kernel for attention, set by the benchmark; else {_escaped(message)}", footnotes)
+        cell += marked(
+            f"Under the math kernel for attention, set by the benchmark; else {_escaped(message)}", footnotes
+        )
     return cell
-
-
-def _mark(text: str, footnotes: list[str]) -> str:
-    if text not in footnotes:
-        footnotes.append(text)
-    return f"<sup>{footnotes.index(text) + 1}</sup>"
 
 
 def _escaped(message: str) -> str:
@@ -84,41 +83,32 @@ def _conditions(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if not row.get("failure")]
     if not measured:
         return "Nothing was measured."
-    facts = {
-        key: sorted({str(row[key]) for row in measured}) for key in ("torch", "device", "dtype", "threads", "clock")
-    }
-    said = {key: " and ".join(values) for key, values in facts.items()}
     worst = max((row["error"] for row in measured if _right(row)), default=0.0)
     return (
         "In gradients of the same batch, median over rounds in which gradient and product alternate; in brackets the "
         "peak memory above that of one gradient; blocks are per column. Every product is compared with double backward "
         f"in float64: all agree to {worst:.0e}, except where the table says wrong. "
-        f"torch {said['torch']}, {said['device']}, {said['dtype']}, threads: {said['threads']}, {said['clock']}."
+        f"{conditions(measured)}"
     )
 
 
-def insert(text: str, content: str) -> str:
-    """Return `text` with what stands between the two markers replaced by `content`.
-
-    Raises:
-        ValueError: if it does not hold both markers, once and in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(
-            f"the text must hold {BEGIN} and, after it, {END}, once each; put them where the table belongs."
-        )
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}{END}{rest.split(END)[1]}"
+TABLES = {"products": table, "eigen": eigen_table}
 
 
 def main() -> None:
-    """Renew the table in the README."""
+    """Renew the tables in the README."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "products.json")
+    parser.add_argument(
+        "tables", nargs="*", choices=[*TABLES, []], help="by default all that the README has a place for"
+    )
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of NAME.json")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     a = parser.parse_args()
-    rows = json.loads(a.results.read_text(encoding="utf-8"))
-    a.readme.write_text(insert(a.readme.read_text(encoding="utf-8"), table(rows)), encoding="utf-8")
+    text = a.readme.read_text(encoding="utf-8")
+    for name in a.tables or [name for name in TABLES if markers(name)[0] in text]:
+        rows = json.loads((a.results / f"{name}.json").read_text(encoding="utf-8"))
+        text = insert(text, TABLES[name](rows), name)
+    a.readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
