@@ -29,8 +29,12 @@ format: $(VENV)/.ready ## rewrite the sources as ruff would have them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the README's table
+bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the README's tables
 	$(BENCH)/bin/python -m benchmarks.bench_products
+	$(BENCH)/bin/python -m benchmarks.bench_eigen
+	$(BENCH)/bin/python -m benchmarks.bench_tracking
+	$(BENCH)/bin/python -m benchmarks.bench_density
+	$(BENCH)/bin/python -m benchmarks.bench_scale
 	$(BENCH)/bin/python -m benchmarks.report
 
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb

@@ -161,7 +161,7 @@ def _columns_cost_the_same(A: MatrixLike) -> bool:
     """Return whether A multiplies column by column, on graphs that are kept."""
     if not isinstance(A, ObjectiveOperator):
         return False
-    if A.objective.num_batches is None:
+    if A.objective.may_keep_graphs and not A.objective.keeps_all_graphs:
         A.objective.loss()  # builds what can be kept
     return A.objective.keeps_all_graphs
 

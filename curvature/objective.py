@@ -146,6 +146,11 @@ class Objective:
         return self._total_weight
 
     @property
+    def may_keep_graphs(self) -> bool:
+        """Whether graphs are kept at all, as far as memory allows."""
+        return self._keep_graphs is not False
+
+    @property
     def keeps_all_graphs(self) -> bool:
         """Whether every batch has its graph kept between products, as far as walks over the data have shown."""
         return self.num_batches is not None and len(self._kept) == self.num_batches

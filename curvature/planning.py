@@ -57,6 +57,9 @@ class SpectrumPlan:
     """Groups of batches for the error over the data, at most; 0 for none."""
     least_groups: int = 4
     """Fewest batches from which an error over the data is given."""
+    fraction: float = 0.0
+    """Share of all data of interest that the objective holds, where these are a random sample: errors over the data are
+    then those of values over all of them, (1 - fraction)^(1/2) times those over other data of the same size."""
 
     def __post_init__(self) -> None:
         least = (("k", 0), ("num_bottom", 0), ("num_probes", 2), ("num_steps", 1), ("num_deflated", 0))
@@ -65,6 +68,8 @@ class SpectrumPlan:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if not 0 < self.rtol <= 0.1:
             raise InputError(f"rtol must lie in (0, 0.1], got {self.rtol}.")
+        if not 0 <= self.fraction <= 1:
+            raise InputError(f"fraction must lie in [0, 1], got {self.fraction}.")
 
     @property
     def bottom_rtol(self) -> float:
@@ -166,7 +171,7 @@ def plan(
     Example:
         >>> A = torch.diag(torch.linspace(0, 1, 1000))
         >>> plan(A, ["trace"]).num_matvecs, plan(A, ["trace", "density"]).num_matvecs
-        (8, 120)
+        (4, 120)
     """
     A = HessianOperator(A) if isinstance(A, Objective) else A
     n = check_square(A)

@@ -62,10 +62,13 @@ class DataSpread:
     """(G, b), smallest eigenvalues, descending."""
     rules: tuple[Quadrature, ...]
     """G quadratures."""
+    fraction: float
+    """Share of all data of interest that was seen."""
 
     def stderr(self, value: Tensor, without: Sequence[Tensor]) -> Tensor:
         """Return the standard error over the data of a value whose replicates are known."""
-        return jackknife_stderr(value.double(), torch.stack(list(without)).double(), self.shares)
+        of_sample = jackknife_stderr(value.double(), torch.stack(list(without)).double(), self.shares)
+        return (1 - self.fraction) ** 0.5 * of_sample
 
     def stderr_of_mean(self, samples: Tensor, without: Sequence[Tensor]) -> Tensor:
         """Return the same for a mean over p probes, (p, ...), less what the probes' own noise adds to it.
@@ -476,7 +479,13 @@ class _Analysis:
             top.append(theta[len(theta) - self.k :].flip(0))
             bottom.append(theta[: self.num_bottom].flip(0))
             rules.append(quadrature(T, B, n=self.n, num_low=low, num_high=high))
-        return DataSpread(shares=weights / total, top=torch.stack(top), bottom=torch.stack(bottom), rules=tuple(rules))
+        return DataSpread(
+            shares=weights / total,
+            top=torch.stack(top),
+            bottom=torch.stack(bottom),
+            rules=tuple(rules),
+            fraction=self.plan.fraction,
+        )
 
     def _sums(self) -> bool:
         return isinstance(self.A, ObjectiveOperator) and self.A.objective.sums

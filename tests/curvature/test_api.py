@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import HessianOperator, Objective, top_eigenpairs
+from curvature.cost import check_fits
 from curvature.errors import InputError
 from curvature.linop import Counting, LinearOperator
 from curvature.results import Status
@@ -93,7 +94,7 @@ def test_a_price_by_the_product_buys_blocks_and_one_by_the_column_does_not(
     overhead: float, column: float, k: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     A = Priced(with_spectrum(spectra(400)["slow exponential"]), overhead, column)
-    monkeypatch.setattr("curvature.api.timed", A.timed)
+    monkeypatch.setitem(top_eigenpairs.__globals__, "timed", A.timed)
     counted = Counting(A)
     pairs = top_eigenpairs(counted, k, generator=generator())
     assert chosen in pairs.method
@@ -125,7 +126,7 @@ def test_the_limit_is_kept() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvature.cost.available_memory", lambda _: 1 << 16)
+    monkeypatch.setitem(check_fits.__globals__, "available_memory", lambda _: 1 << 16)
     with pytest.raises(InputError, match=r"a basis of .* vectors takes .* GiB free; basis_dtype=torch.bfloat16 halves"):
         top_eigenpairs(Counting(torch.eye(5000)), 4, generator=generator())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, layer_spectra, plan, spectrum
+from curvature.cost import check_fits
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.linalg import effective_dimension, wasserstein
 from curvature.linop import Counting
@@ -193,6 +194,25 @@ def test_errors_over_the_data_are_those_of_fresh_data() -> None:
         assert claimed == pytest.approx(truth, rel=3 / math.sqrt(2 * 39) + 0.05)  # three standard errors of a deviation
 
 
+def test_a_sample_says_how_far_it_is_from_all_of_the_data() -> None:
+    """40 samples of half the data: z-scores of the trace over all of them are those of Student's t."""
+    torch.manual_seed(0)
+    model = Regression(hidden=3).double()
+    x, y = torch.randn(640, 6, dtype=F64, generator=generator(1)), torch.randint(3, (640,), generator=generator(2))
+    full = spectrum(HessianOperator(Objective(model, nn.CrossEntropyLoss(), (x, y))), generator=generator()).trace()
+    scores = []
+    for seed in range(40):
+        chosen = torch.randperm(640, generator=generator(seed))[:320]
+        batches = list(zip(x[chosen].chunk(16), y[chosen].chunk(16), strict=True))
+        H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batches))
+        trace = spectrum(H, SpectrumPlan(fraction=0.5), generator=generator()).spectral_sum(lambda v: v)
+        assert trace.data is not None
+        scores.append(float((trace.value - full.value) / trace.data))
+    z = torch.tensor(scores)
+    assert 0.7 < float(z.square().mean().sqrt()) < 1.4  # 1.15 by Student's t with 15 degrees of freedom, 40 samples
+    assert float((z.abs() < 2.13).double().mean()) >= 0.85
+
+
 def test_why_there_is_no_error_over_the_data() -> None:
     found = spectrum(HessianOperator(objective(num_batches=2)), generator=generator())
     assert found.spread is None
@@ -297,6 +317,7 @@ def test_a_plan_is_as_large_as_its_dearest_quantity_and_holds() -> None:
         ({"k": -1}, "k must be at least 0, got -1"),
         ({"num_probes": 1}, "num_probes must be at least 2, got 1"),
         ({"rtol": 0.5}, r"rtol must lie in \(0, 0.1\], got 0.5"),
+        ({"fraction": 1.5}, r"fraction must lie in \[0, 1\], got 1.5"),
         ({"least_groups": 1}, "least_groups must be at least 2"),
     ],
 )
@@ -313,7 +334,7 @@ def test_quantities_that_are_none() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvature.cost.available_memory", lambda _: 1 << 20)
+    monkeypatch.setitem(check_fits.__globals__, "available_memory", lambda _: 1 << 20)
     with pytest.raises(InputError, match=r"Krylov space of 120 vectors takes .* GiB and cpu has .* free; plan few"):
         spectrum(torch.eye(10_000), generator=generator())
 
