@@ -89,7 +89,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             at = [r[name] for r in rows if r["varied"] == name]
             top.loglog([min(at), max(at)], [low, low * max(at) / min(at)], color="0.6", lw=0.8, label="slope 1")
             top.set(ylabel="seconds" if name == "k" else "seconds a product")
-            bottom.set(xlabel=names[name], ylabel="memory above a gradient's, MiB")
+            bottom.set(xlabel=names[name], ylabel="extra memory, MiB", ylim=(8, 2000))
+            top.set(ylim=(3e-3, 60))
+            for ax in (top, bottom):
+                ax.minorticks_off()
         figure.axes[0].legend(frameon=False)
         figure.savefig(path, metadata={"Software": None})
 

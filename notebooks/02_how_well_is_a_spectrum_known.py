@@ -98,8 +98,8 @@ assert ratio > 2
 # ## Other data
 #
 # While the products of the batches are added up, each is projected on the Krylov basis. So one can ask what the spectrum
-# had been without a group of images, and the jackknife turns the answers into an error bar, for no product more. The bootstrap, which
-# computes the whole Hessian anew for every resampled data set, says what it should be.
+# had been without a group of images, and the jackknife turns the answers into an error bar, for no
+# product more. The bootstrap, which computes the whole Hessian anew for every resampled data set, says what it should be.
 
 # %%
 repeats = 4 if FAST else 40
@@ -116,8 +116,9 @@ rows = zip(found.top.eigenvalues, residual, jackknife, bootstrap.std(dim=0), str
 for value, r, j, b in rows:
     print(f"{value:8.4f} {r:9.0e} {j:10.3f} {b:10.3f}")
 assert (residual < 1e-2 * jackknife).all()
-if not FAST:
-    assert ((jackknife[:5] / bootstrap.std(dim=0)[:5] - 1).abs() < 0.5).all()
+ratio = (jackknife.norm() / bootstrap.std(dim=0).norm()).item()
+print(f"all ten together: jackknife / bootstrap = {ratio:.2f}; sixteen groups know an error bar to a fifth or so")
+assert FAST or 0.6 < ratio < 1.6
 
 # %%
 fig, ax = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
