@@ -26,7 +26,8 @@ Row = dict[str, Any]
 def table(rows: Sequence[Row]) -> str:
     """Return the Markdown for all rows: a table with one line a method and one column a network, and its footnotes.
 
-    A cell is the median cost in gradients of the same batch; bold the cheapest right one of each column and operator.
+    A cell is the median cost in gradients of the same batch; bold the cheapest right ones of each column and
+    operator, to the digits shown.
     """
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     sizes = {row["problem"]: row["num_params"] for row in rows if "num_params" in row}
@@ -61,7 +62,7 @@ def _cell(row: Row, best: float | None, footnotes: list[str]) -> str:
     if row.get("failure"):
         return f"fails{marked(_escaped(row['failure']), footnotes)}"
     cost = f"{row['gradients']:.1f}"
-    cost = f"**{cost}**" if row["gradients"] == best else cost
+    cost = f"**{cost}**" if best is not None and cost == f"{best:.1f}" and _right(row) else cost
     cell = f"{cost} ({row['extra_mebibytes']:+.0f} MiB)"
     if not _right(row):
         percent = 100 * row["error"]

@@ -32,6 +32,8 @@ from curvature.results import EigenPairs, SpectralDensity, Status, TraceEstimate
 
 __all__ = ["DataSpread", "Spectrum", "SpectrumEstimate", "layer_spectra", "spectrum"]
 
+_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
+
 Samples = Callable[[Tensor, Tensor], Tensor]
 """From nodes (m,) and weights (p, m) of a quadrature to one value a probe, (p, ...)."""
 
@@ -45,7 +47,8 @@ class SpectrumEstimate:
     stderr: Tensor
     """Standard error over the probes; zero where all entries of the matrix were computed."""
     rule: Tensor
-    """Error of the quadrature: a third of what half the steps change, as for |t|, whose error falls as steps^-2."""
+    """Error of the quadrature, judged by half and by two thirds of the steps: the larger of a third and of four fifths of
+    what they change, which is right for errors that fall as steps^-2, as that of |t| does."""
     data: Tensor | None
     """Standard error over data of the same size; None if the data came in too few batches."""
 
@@ -96,8 +99,8 @@ class Spectrum:
     """The density of all; the largest are exact nodes of it."""
     rule: Quadrature
     """What the density smooths."""
-    coarse: Quadrature
-    """The same from the first half of the steps."""
+    coarse: tuple[Quadrature, ...]
+    """The same from the first half and from the first two thirds of the steps."""
     exact: bool
     """Whether A was computed entry by entry, which leaves rounding as the only error."""
     spread: DataSpread | None
@@ -120,12 +123,12 @@ class Spectrum:
         """
         of_probes = samples(self.rule.nodes, self.rule.weights)
         value, stderr = mean_and_stderr(of_probes)
-        rule = (samples(self.coarse.nodes, self.coarse.weights).mean(dim=0) - value).abs() / 3
+        rule = self._rule_error(value, [samples(r.nodes, r.weights).mean(dim=0) for r in self.coarse])
         data = None
         if self.spread is not None:
             data = self.spread.stderr_of_mean(of_probes, [samples(r.nodes, r.weights) for r in self.spread.rules])
         if self.exact:
-            stderr, rule = torch.zeros_like(value), torch.zeros_like(value)
+            stderr = torch.zeros_like(value)
         return SpectrumEstimate(value=value, stderr=stderr, rule=rule, data=data)
 
     def spectral_sum(self, f: Callable[[Tensor], Tensor]) -> SpectrumEstimate:
@@ -167,12 +170,23 @@ class Spectrum:
         without = [_smoothed(rule, self.density).density for rule in self.spread.rules]
         return self.spread.stderr(self.density.density, without)
 
+    def density_rule_error(self) -> Tensor:
+        """Return the error of the quadrature in the smoothed density, at every point of its grid."""
+        return self._rule_error(self.density.density, [_smoothed(r, self.density).density for r in self.coarse])
+
     def layer_traces(self) -> SpectrumEstimate | None:
         """Return the trace of each layer's diagonal block, (L,); they need one block step only."""
         if self.layer_trace_samples is None:
             return None
         value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
         return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None)
+
+    def _rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
+        """Return the larger of the two errors that errors of order steps^-2 would have to have."""
+        if self.exact:
+            return torch.zeros_like(value)
+        changes = [(other - value).abs() / (share**-2 - 1) for other, share in zip(from_fewer, _SHARES, strict=True)]
+        return torch.stack(changes).amax(dim=0)
 
     def _pairs_data_stderr(self, pairs: EigenPairs, without: Tensor | None) -> Tensor | None:
         if self.spread is None or without is None:
@@ -333,16 +347,17 @@ class _Analysis:
         self, generator: torch.Generator, seconds: float, reason: str | None, progress: Callable[[int], None] | None
     ) -> Spectrum:
         exact = isinstance(self.run, AllEntries)
+        coarse: tuple[Quadrature, ...] = ()
         if isinstance(self.run, AllEntries):
             top, bottom = self._exact_pairs(self.run)
-            rule = coarse = quadrature(self.T, self.T.new_zeros(self.n, 1), n=self.n, num_low=0, num_high=self.n)
+            rule = quadrature(self.T, self.T.new_zeros(self.n, 1), n=self.n, num_low=0, num_high=self.n)
             low, high, B = 0, self.n, self.T.new_zeros(self.n, 1)
         else:
             assert isinstance(self.run, BlockKrylov)
             top, bottom, low, high = self._pairs(self.run, generator, progress)
             B = self.run.start()
             rule = quadrature(self.T, B, n=self.n, num_low=low, num_high=high)
-            coarse = self._coarse(B, low, high, rule)
+            coarse = tuple(self._coarse(B, low, high, rule, share) for share in _SHARES)
         spent = self.run.num_matvecs + self.extra_matvecs
         template = smoothed(
             rule.nodes.expand(len(rule.weights), -1), rule.weights, n=self.n, known=rule.known, num_matvecs=spent
@@ -460,11 +475,10 @@ class _Analysis:
 
         return pairs(slice(0, self.k)), pairs(slice(self.n - self.num_bottom, self.n))
 
-    def _coarse(self, B: Tensor, low: int, high: int, rule: Quadrature) -> Quadrature:
-        """Return the rule of the first half of the steps, with the same pairs known."""
-        half = max(len(self.T) // 2, min(len(self.T), low + high + B.shape[1]))
-        known = rule.known
-        return quadrature(self.T[:half, :half], B[:half], n=self.n, num_low=low, num_high=high, known=known)
+    def _coarse(self, B: Tensor, low: int, high: int, rule: Quadrature, share: float) -> Quadrature:
+        """Return the rule of the first steps, with the same pairs known."""
+        m = max(int(share * len(self.T)), min(len(self.T), low + high + B.shape[1]))
+        return quadrature(self.T[:m, :m], B[:m], n=self.n, num_low=low, num_high=high, known=rule.known)
 
     def _spread(self, B: Tensor, low: int, high: int) -> DataSpread | None:
         if self.groups is None:

@@ -115,7 +115,7 @@ def test_estimates_hold_their_uncertainties() -> None:
         (found.negative_share, -exact.clamp_max(0).sum() / exact.abs().sum()),
     ):
         assert abs(measured.value - float(truth)) < 5 * measured.stderr
-        assert measured.stderr < 0.15 * measured.value
+        assert measured.stderr < 0.25 * measured.value
 
 
 def test_error_bars_have_the_right_size() -> None:

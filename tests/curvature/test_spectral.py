@@ -64,6 +64,24 @@ def test_pairs_trace_and_norm_of_a_known_matrix() -> None:
     assert abs(float(dimension.value - (eigenvalues / (eigenvalues + z)).sum())) < 5 * float(dimension.stderr) + 2
 
 
+def test_the_error_of_the_rule_falls_with_the_steps_and_holds() -> None:
+    """The density of a matrix smoothed, whose quadrature alone is in error: the probes are those of the exact rule."""
+    eigenvalues = hessian_like()
+    A = torch.diag(eigenvalues)
+    fine = spectrum(A, SpectrumPlan(k=6, num_bottom=0, num_steps=60, num_deflated=6), generator=generator())
+    claimed, truth = [], []
+    for steps in (6, 12, 24):
+        found = spectrum(A, SpectrumPlan(k=6, num_bottom=0, num_steps=steps, num_deflated=6), generator=generator())
+        mean = lambda s: s.estimate(lambda x, w: (w * x.abs()).sum(dim=1))  # noqa: E731
+        claimed.append(float(mean(found).rule))
+        truth.append(abs(float(mean(found).value - mean(fine).value)))
+        band = found.density_rule_error()
+        assert band.shape == found.density.grid.shape
+        assert bool((band >= 0).all())
+    assert claimed[0] > claimed[-1]
+    assert all(t <= 4 * c + 1e-12 for t, c in zip(truth, claimed, strict=True))
+
+
 def test_the_rule_is_that_of_a_dense_matrix_function() -> None:
     """With every Krylov direction there, z'f(A)z is exact for each probe, and known pairs are only moved."""
     eigenvalues = hessian_like(100)
