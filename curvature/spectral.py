@@ -47,8 +47,8 @@ class SpectrumEstimate:
     stderr: Tensor
     """Standard error over the probes; zero where all entries of the matrix were computed."""
     rule: Tensor
-    """Error of the quadrature, judged by half and by two thirds of the steps: the larger of a third and of four fifths of
-    what they change, which is right for errors that fall as steps^-2, as that of |t| does."""
+    """Error of the quadrature, judged by half and by two thirds of the steps: the larger of a third and of four fifths
+    of what they change, which is right for errors that fall as steps^-2, as that of |t| does."""
     data: Tensor | None
     """Standard error over data of the same size; None if the data came in too few batches."""
 
