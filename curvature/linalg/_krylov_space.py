@@ -119,7 +119,11 @@ class KrylovSpace:
         width = AX.shape[1]
         old, new, rest = self.count, self.count + width, self.num_directions - width
         self.num_matvecs += width
-        N, R, H = self._orthonormalise(AX.T.to(self.rows.device, self.dtype), new + rest, least=self.rounding())
+        coupled = self.C[:width].any(dim=0).nonzero()
+        recent = int(coupled[0]) if len(coupled) else old
+        N, R, H = self._orthonormalise(
+            AX.T.to(self.rows.device, self.dtype), new + rest, least=self.rounding(), recent=recent
+        )
         packed = torch.cat([H, R]).double().cpu()  # the one wait for the device
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
@@ -241,18 +245,41 @@ class KrylovSpace:
         """Return the weights of V in what S combines, coefficients of `ritz`."""
         return S
 
-    def _orthonormalise(self, W: Tensor, count: int, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return N, R, H with W = H'B + R'N, B = U and the next `count` rows; without waiting for the device.
+    def _orthonormalise(
+        self, W: Tensor, count: int, *, least: float = 0.0, recent: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N, R, H with W = H'B + R'N, B = U and the next `count` rows; without waiting for a GPU.
 
         Block Gram-Schmidt, twice. A row that leaves nothing but rounding, or no more than `least`, is zero in N and in
-        R. Reference: Giraud, Langou and Rozloznik (2005).
+        R. Reference: Giraud, Langou and Rozloznik (2005). Where W has no part but rounding in the rows of V before
+        `recent`, the first time needs the others only.
         """
+        if recent is not None and len(W) == 1 and W.device.type == "cpu" and self.num_known == 0:
+            found = self._orthonormalise_one(W, count, floor_of(W, least), recent)
+            if found is not None:
+                return found
         basis, floor = self.rows[: self.num_known + count], floor_of(W, least)
         H = basis @ W.T
         N, R = gram_schmidt(W - H.T @ basis, floor)
         again = basis @ N.T
         N, R_again = gram_schmidt(N - again.T @ basis, floor.new_tensor(dependent_share(W)))
         return N, R_again @ R, H + again @ R
+
+    def _orthonormalise_one(
+        self, W: Tensor, count: int, floor: Tensor, recent: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Do it for one row, first among the recent rows, then among all; None if this was not enough."""
+        basis = self.rows[:count]
+        H = W.new_zeros(count, 1)
+        H[recent:] = basis[recent:] @ W.T
+        W = W - H[recent:].T @ basis[recent:]
+        before = float(torch.linalg.vector_norm(W))
+        again = basis @ W.T
+        W = W - again.T @ basis
+        norm = torch.linalg.vector_norm(W)
+        if not float(norm) > max(0.5 * before, 10 * float(floor)):  # NaN, too
+            return None
+        return W / norm, norm.reshape(1, 1), H + again
 
 
 def floor_of(W: Tensor, least: float) -> Tensor:

@@ -165,8 +165,11 @@ class RoundedSpace(KrylovSpace):
             x -= H.T @ self._wide(part)
         return X
 
-    def _orthonormalise(self, W: Tensor, count: int, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def _orthonormalise(
+        self, W: Tensor, count: int, *, least: float = 0.0, recent: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return N, R and the inner products of W with U and the rows."""
+        del recent  # what rounding took from the rows couples W with all of them
         floor, H = floor_of(W, least), self._inner(W, count)
         N, R = gram_schmidt(self._without(W, H), floor)
         N, R_again = gram_schmidt(self._without(N, self._inner(N, count)), floor.new_tensor(dependent_share(W)))
