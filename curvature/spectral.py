@@ -221,8 +221,8 @@ def spectrum(
     Example:
         >>> A = torch.diag(torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(0, 1, 998)]))
         >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=torch.Generator().manual_seed(0))
-        >>> found.top.eigenvalues
-        tensor([50.0000, 20.0000])
+        >>> found.top.eigenvalues.round(decimals=3)
+        tensor([50., 20.])
         >>> found.num_matvecs
         120
     """
