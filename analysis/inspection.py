@@ -34,7 +34,7 @@ def inspect_model(
     num_bottom: int = 3,
     rtol: float = 1e-3,
     num_probes: int = 4,
-    num_steps: int = 30,
+    num_steps: int = 24,
     layers: bool = True,
     coupling: bool = False,
     generator: torch.Generator,

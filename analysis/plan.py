@@ -38,7 +38,7 @@ class InspectionPlan:
     """Residual of the largest eigenpairs, relative to the eigenvalue. Layers: ten, smallest: thirty times that."""
     num_probes: int = 4
     """Probes, for the whole Hessian and for each layer."""
-    num_steps: int = 30
+    num_steps: int = 24
     """Block Lanczos steps of all probes on the whole Hessian. Layers: two fifths. More where eigenpairs need them."""
     layers: bool = True
     """Whether each layer is inspected too."""

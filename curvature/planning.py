@@ -27,6 +27,7 @@ Quantity = Literal[
 PATIENCE = 4
 """Eigenpairs that have not converged after the planned products are given so many times as much again."""
 _EXACT_IS_WORTH = 1.5
+_CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
 
@@ -82,7 +83,7 @@ class SpectrumPlan:
         if self.k > 0:
             needed = max(needed, _top_matvecs(min(self.k, n)) * block_penalty(self.k, width))
         if self.num_bottom > 0:
-            needed = max(needed, _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(self.num_bottom, width))
+            needed = max(needed, _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(_CROWD, width))
         wanted = math.ceil(needed / width)
         return max(self.num_steps, wanted)
 
