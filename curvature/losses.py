@@ -1,10 +1,11 @@
 """What the toolkit knows about loss functions: how they normalise, and their second derivative in the model's outputs.
 
 `loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as
-modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers two
+modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers three
 questions:
 
 - `num_terms(outputs, targets)`: the denominator of a mean-reduced loss, i.e. by how much a batch counts in the whole;
+- `term_weights(outputs, targets)`: the share of each loss term in that denominator;
 - `output_hessian(outputs, targets)`: a function u -> H u with H the Hessian of the reduced loss in the outputs.
 """
 
@@ -40,8 +41,12 @@ class LossRule(ABC):
         self.settings = settings
 
     @abstractmethod
+    def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
+        """Return the weight of each loss term, (N, ...): 0 for ignored targets, class weights where there are any."""
+
     def num_terms(self, outputs: Tensor | None, targets: Any) -> float:
         """Return what a mean over this batch divides by."""
+        return float(self.term_weights(outputs, targets).sum(dtype=torch.float64))
 
     @abstractmethod
     def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
@@ -58,6 +63,10 @@ class SquaredError(LossRule):
         return float(
             targets.numel() if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape).numel()
         )
+
+    def term_weights(self, outputs: Tensor | None, targets: Tensor) -> Tensor:
+        shape = targets.shape if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape)
+        return torch.ones(shape, device=targets.device)
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
         repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
@@ -76,7 +85,12 @@ class CrossEntropy(LossRule):
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
         if targets.is_floating_point():
             return float(targets.numel() // targets.shape[_class_dim(targets)])
-        return _class_index_terms(targets, self.settings)
+        return super().num_terms(outputs, targets)
+
+    def term_weights(self, outputs: Tensor | None, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return torch.ones_like(targets.select(_class_dim(targets), 0))
+        return _class_index_weights(targets, self.settings)
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
         dim = _class_dim(outputs)
@@ -110,6 +124,9 @@ class BinaryCrossEntropyWithLogits(LossRule):
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
         return float(targets.numel())
 
+    def term_weights(self, outputs: Tensor | None, targets: Tensor) -> Tensor:
+        return torch.ones(targets.shape, device=targets.device)
+
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
         z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         y = targets.to(z.dtype)
@@ -125,21 +142,21 @@ class AnyLoss(LossRule):
 
     closed_form = False
 
-    def num_terms(self, outputs: Tensor | None, targets: Any) -> float:
+    def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor):
             raise InputError(
                 f"cannot tell how many loss terms a batch with targets of type {type(targets).__name__} has; pass "
                 "weight= to the objective."
             )
         if targets.ndim == 0:
-            return 1.0
+            return torch.ones((), device=targets.device)
         if isinstance(self.loss, nn.NLLLoss):
-            return _class_index_terms(targets, self.settings)
+            return _class_index_weights(targets, self.settings)
         if self.reduction == "mean" and isinstance(self.loss, nn.modules.loss._Loss):
-            return float(targets.numel())  # torch's other mean reductions divide by the number of entries
+            return torch.ones(targets.shape, device=targets.device)  # torch's other means divide by the entries
         if targets.is_floating_point():
-            return float(targets.shape[0])
-        return float((targets != -100).sum())
+            return torch.ones(targets.shape[0], device=targets.device)
+        return (targets != -100).float()
 
     def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
         z = outputs.detach().requires_grad_()
@@ -199,11 +216,13 @@ def _stated_reduction(loss: Callable[..., Tensor], function: Callable[..., Tenso
     return default if isinstance(default, str) else "mean"
 
 
-def _class_index_terms(targets: Tensor, settings: dict[str, Any]) -> float:
-    """Return the number of targets that are not ignored, or the sum of their class weights."""
+def _class_index_weights(targets: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Return 1 for each target that is not ignored, or the weight of its class."""
     weight = settings.get("weight")
     valid = targets != settings.get("ignore_index", -100)
-    return float(valid.sum() if weight is None else weight.to(targets.device)[targets[valid]].sum())
+    if weight is None:
+        return valid.float()
+    return weight.to(targets.device)[targets.where(valid, 0)] * valid
 
 
 def _class_dim(logits: Tensor) -> int:
