@@ -22,7 +22,8 @@ from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
-from curvature.spectral import Samples, Spectrum, SpectrumEstimate, layer_spectra, spectrum
+from curvature.spectral import layer_spectra, spectrum
+from curvature.spectrum_results import Samples, Spectrum, SpectrumEstimate
 
 __all__ = ["inspect_model"]
 

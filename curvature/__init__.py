@@ -17,9 +17,9 @@ from curvature.results import EigenPairs as EigenPairs
 from curvature.results import SpectralDensity as SpectralDensity
 from curvature.results import Status as Status
 from curvature.results import TraceEstimate as TraceEstimate
-from curvature.spectral import Spectrum as Spectrum
 from curvature.spectral import layer_spectra as layer_spectra
 from curvature.spectral import spectrum as spectrum
+from curvature.spectrum_results import Spectrum as Spectrum
 
 __all__ = [
     "Block",
