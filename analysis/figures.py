@@ -1,48 +1,34 @@
-"""Figures of results: each takes results only, draws into given axes or a new figure of its own, and returns the axes.
-
-Colours are those of Okabe and Ito, told apart by every kind of colour vision; what matters also differs in shape, so
-the figures read in grey. Ink, grid and background follow matplotlib's settings.
-"""
+"""Figures of the spectrum: each takes results only, draws into given axes or a new figure, and returns the axes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from analysis.drawing import (
+    Array,
+    Colors,
+    asinh_ticks,
+    decade_ticks,
+    figure_width,
+    ink,
+    legend_above,
+    new_axes,
+    to_numpy,
+)
 from analysis.results import DataErrors, LayerCurvature
-from analysis.wording import MINUS, count, power_of_ten
+from analysis.wording import MINUS, count
 from curvature.jackknife import jackknife_stderr
 from curvature.results import EigenPairs, SpectralDensity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
-__all__ = ["Colors", "plot_eigenvalues", "plot_layers", "plot_spectral_density"]
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Colors:
-    """What the figures paint with."""
-
-    positive: str = "#0072B2"
-    """Positive curvature: blue."""
-    negative: str = "#D55E00"
-    """Negative curvature: vermilion."""
-    outlier: str = "#009E73"
-    """Converged eigenvalues: bluish green."""
-    quiet: str = "#8A8A8A"
-    """Reference lines and what steps back."""
-
+__all__ = ["plot_eigenvalues", "plot_layers", "plot_spectral_density"]
 
 # -- spectral density -------------------------------------------------------------------------------------------------
 
@@ -73,9 +59,9 @@ def plot_spectral_density(
         data: errors over the data, drawn as a dashed band.
         scale: of the eigenvalue axis; "auto" takes asinh where the largest eigenvalue is beyond 30 times the bulk.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     colors = colors or Colors()
-    nodes, weights = _numpy(density.nodes), _numpy(density.weights)
+    nodes, weights = to_numpy(density.nodes), to_numpy(density.weights)
     width = _linear_width(nodes, weights) if scale != "linear" else math.inf
     extreme = float(np.abs(nodes[weights > 0]).max(initial=0.0))
     curved = scale == "asinh" or (scale == "auto" and extreme > 30 * width)
@@ -86,24 +72,24 @@ def plot_spectral_density(
     if data is not None:
         without = [
             _count_on(u, to_axis(nodes), density.dimension * weights, h)
-            for nodes, weights in zip(_numpy(data.nodes), _numpy(data.weights), strict=True)
+            for nodes, weights in zip(to_numpy(data.nodes), to_numpy(data.weights), strict=True)
         ]
         moved = jackknife_stderr(torch.tensor(mean), torch.tensor(np.stack(without)), data.shares.double()).numpy()
         for edge, label in ((mean - moved, "± other data"), (mean + moved, None)):
             ax.plot(x, np.maximum(edge, 1e-3), color=colors.quiet, linewidth=0.9, linestyle=(0, (3, 2)), label=label)
     if curved:
         ax.set_xscale("asinh", linear_width=width)
-        _asinh_ticks(ax.xaxis, x[0], x[-1], width)
+        asinh_ticks(ax.xaxis, x[0], x[-1], width)
     ax.set_yscale("log")
     ax.set_ylim(0.3, 3 * max(1.0, float(mean.max())))
     ax.set_xlim(x[0], x[-1])
     for pairs, name in ((top, "largest"), (bottom, "smallest")):
         if pairs is not None:
             _mark_eigenvalues(ax, pairs, colors, name)
-    _decade_ticks(ax.yaxis)
+    decade_ticks(ax.yaxis)
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
     ax.set(xlabel="eigenvalue λ of the Hessian", ylabel="eigenvalues (smoothed count)")
-    _legend_above(ax, columns=3 if _figure_width(ax) > 5 else 2)
+    legend_above(ax, columns=3 if figure_width(ax) > 5 else 2)
     return ax
 
 
@@ -159,7 +145,7 @@ def _draw_count(ax: Axes, x: Array, mean: Array, stderr: Array, colors: Colors) 
 
 def _mark_eigenvalues(ax: Axes, pairs: EigenPairs, colors: Colors, name: str) -> None:
     """Mark converged pairs at height 1, the height of a lone eigenvalue; hollow where the tolerance was not reached."""
-    values, converged = _numpy(pairs.eigenvalues), pairs.converged.cpu().numpy()
+    values, converged = to_numpy(pairs.eigenvalues), pairs.converged.cpu().numpy()
     marker = "v" if name == "largest" else "^"
     for chosen, face, suffix in ((converged, colors.outlier, ""), (~converged, "none", ", not converged")):
         if not chosen.any():
@@ -193,18 +179,18 @@ def plot_eigenvalues(
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     colors = colors or Colors()
     k = len(top.eigenvalues)
     low = min(len(bottom.eigenvalues), num_params - k)  # in tiny matrices the two ends overlap
     gap = 1 if k + low < num_params else 0
     places = np.concatenate([np.arange(k), k + gap + np.arange(low)])
     ends = [(top, slice(0, k)), (bottom, slice(len(bottom.eigenvalues) - low, None))]
-    values = np.concatenate([_numpy(pairs.eigenvalues)[part] for pairs, part in ends])
-    residuals = np.concatenate([_numpy(pairs.residual_norms)[part] for pairs, part in ends])
+    values = np.concatenate([to_numpy(pairs.eigenvalues)[part] for pairs, part in ends])
+    residuals = np.concatenate([to_numpy(pairs.residual_norms)[part] for pairs, part in ends])
     converged = np.concatenate([pairs.converged.cpu().numpy()[part] for pairs, part in ends])
     if data is not None:
-        moved = np.concatenate([_numpy(data.top)[:k], _numpy(data.bottom)[len(bottom.eigenvalues) - low :]])
+        moved = np.concatenate([to_numpy(data.top)[:k], to_numpy(data.bottom)[len(bottom.eigenvalues) - low :]])
         ax.errorbar(
             places,
             values,
@@ -216,7 +202,7 @@ def plot_eigenvalues(
             zorder=1,
             label="± other data (one standard error)",
         )
-        _legend_above(ax, columns=1)
+        legend_above(ax, columns=1)
     for place, value, residual, sure in zip(places, values, residuals, converged, strict=True):
         color, marker = (colors.negative, "D") if value < 0 else (colors.positive, "o")
         ax.plot([place, place], [0, value], color=color, linewidth=1.2, alpha=0.5)
@@ -276,7 +262,7 @@ def _draw_shares(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colors
         if value < 0:
             bar.set(color=colors.negative, hatch="////")
     ax.errorbar(
-        100 * trace / total, rows, xerr=100 * stderr / total, fmt="none", color=_ink(), capsize=3, elinewidth=1.2
+        100 * trace / total, rows, xerr=100 * stderr / total, fmt="none", color=ink(), capsize=3, elinewidth=1.2
     )
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8)
     ax.set(xlabel="share of the trace (%)")
@@ -307,79 +293,7 @@ def _draw_extremes(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colo
             )
             ax.plot([], [], marker, color=color, mfc="none" if sign < 0 else color, label=label)
     ax.set_xscale("log")
-    _decade_ticks(ax.xaxis)
+    decade_ticks(ax.xaxis)
     ax.grid(axis="y", linewidth=0.5)
     ax.set(xlabel="extreme eigenvalues")
-    _legend_above(ax, columns=2)
-
-
-# -- axes -------------------------------------------------------------------------------------------------------------
-
-
-def _axes(ax: Axes | None) -> Axes:
-    """Return `ax`, or the axes of a new figure that pyplot knows nothing of."""
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.0, 3.6), layout="constrained").subplots()
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return tensor.detach().double().cpu().numpy()
-
-
-def _figure_width(ax: Axes) -> float:
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure.get_figwidth()
-
-
-def _ink() -> str:
-    """Return the colour of text in force, for marks that belong to no series."""
-    import matplotlib as mpl
-
-    return str(mpl.rcParams["text.color"])
-
-
-def _legend_above(ax: Axes, *, columns: int) -> None:
-    """Put the legend over the axes, where it hides nothing."""
-    if ax.get_legend_handles_labels()[0]:
-        style: dict[str, Any] = {
-            "frameon": False,
-            "borderaxespad": 0.2,
-            "handlelength": 1.4,
-            "handletextpad": 0.5,
-            "columnspacing": 1.4,
-        }
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, **style)
-
-
-def _decade_ticks(axis: Axis) -> None:
-    """Label decades as powers of ten in plain text, which any font can show."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: _decade(x)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _asinh_ticks(axis: Axis, low: float, high: float, width: float) -> None:
-    """Label zero and the decades beyond the linear part, few enough not to touch."""
-    from matplotlib.ticker import NullLocator
-
-    first = math.ceil(math.log10(width))
-    ticks = [0.0]
-    for sign, end in ((-1, -low), (1, high)):
-        decades = [e for e in range(first, 40) if 10.0**e <= end]
-        ticks += [sign * 10.0**e for e in decades[:: max(1, math.ceil(len(decades) / 4))]]
-    axis.set_ticks(sorted(ticks), [_decade(t) for t in sorted(ticks)])
-    axis.set_minor_locator(NullLocator())
-
-
-def _decade(value: float) -> str:
-    if value == 0:
-        return "0"
-    exponent = round(math.log10(abs(value)))
-    magnitude = f"{10.0**exponent:g}" if -2 <= exponent <= 3 else power_of_ten(exponent)
-    return (MINUS if value < 0 else "") + magnitude
+    legend_above(ax, columns=2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from analysis.figures import Array, Colors
+from analysis.drawing import Array, Colors
 from analysis.wording import MINUS
 
 if TYPE_CHECKING:

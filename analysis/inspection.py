@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from analysis.coupling import layer_coupling
+from analysis.low_rank import low_rank_error
 from analysis.meter import Meter, Progress
 from analysis.plan import COUPLING, COUPLING_PROBES, LAYERS, WHOLE, InspectionPlan
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
@@ -106,6 +107,7 @@ def inspect_model(
         negative_share=_negative_share(whole),
         layers=tuple(_layer(block, found[block.name], gradient) for block in blocks),
         coupling=coupled,
+        low_rank=low_rank_error(whole),
         exact=whole.exact,
         data=_data_errors(whole),
         cost=meter.cost(),

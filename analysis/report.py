@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import wording
-from analysis.figures import Colors, plot_eigenvalues, plot_layers, plot_spectral_density
+from analysis.drawing import Colors
+from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
 from analysis.figures_layers import plot_layer_coupling
+from analysis.figures_low_rank import plot_low_rank_error
 from analysis.results import Inspection, LayerCoupling, LayerCurvature, Measured
 from analysis.store import Run, load_run
 
@@ -192,6 +194,12 @@ def _figures(inspection: Inspection) -> dict[str, Markup]:
             height=2.6,
         ),
     }
+    figures["low_rank"] = _two_sizes(
+        "low-rank",
+        f"Relative error of the best low-rank approximations by rank, from 1 to {n}.",
+        lambda ax: plot_low_rank_error(i.low_rank, ax=ax, colors=_COLORS),
+        height=2.6,
+    )
     if i.layers:
         figures["layers"] = _layers_figure(i.layers)
     if i.coupling is not None:

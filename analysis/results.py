@@ -21,6 +21,7 @@ __all__ = [
     "Inspection",
     "LayerCoupling",
     "LayerCurvature",
+    "LowRankError",
     "Measured",
     "StageCost",
     "to_plain",
@@ -132,6 +133,25 @@ class LayerCoupling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowRankError:
+    """How far the best approximations of low rank are from a symmetric matrix A, in the Frobenius norm."""
+
+    ranks: Tensor
+    """(m,), ascending, 1 to n."""
+    error: Tensor
+    """(m,), |A - A_r|_F / |A|_F: 1 where the r largest eigenvalues in magnitude hold nothing, 0 where they hold all."""
+    stderr: Tensor
+    """(m,), one standard error over the probes and the error of the quadrature, root of squares."""
+    data: Tensor | None
+    """(m,), one standard error over data of the same size; None where it is not known."""
+
+    def rank_for(self, error: float) -> int:
+        """Return the smallest of the ranks whose error is no larger than this; the last where none is."""
+        reached = (self.error <= error).nonzero()
+        return int(self.ranks[reached[0, 0] if len(reached) else -1])
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageCost:
     """What one stage of a measurement cost."""
 
@@ -213,6 +233,8 @@ class Inspection:
     """The same for each module that owns parameters, in the order of the model; empty if it was not asked for."""
     coupling: LayerCoupling | None
     """How strongly layers act on each other; None if it was not asked for."""
+    low_rank: LowRankError
+    """How far the best approximations of H of each rank are from it."""
     exact: bool
     """Whether H was built entry by entry, which leaves rounding as the only error."""
     data: DataErrors | None

@@ -37,7 +37,7 @@ from curvature.errors import InputError
 
 __all__ = ["Run", "check_destination", "file_sha256", "free_folder", "load_run", "now", "save_run", "versions"]
 
-FORMAT = 2
+FORMAT = 3
 T = TypeVar("T")
 
 
@@ -251,9 +251,10 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
     for field in fields(cls):  # type: ignore[arg-type]
         kind = hints[field.name]
         below = "" if field.name == "inspection" else f"{path}{field.name}."
-        values[field.name] = (
-            arrays[f"{path}{field.name}"] if kind is Tensor else _restore(kind, data[field.name], arrays, below)
-        )
+        array = arrays.get(f"{path}{field.name}")
+        if array is None and kind is Tensor:
+            raise KeyError(f"{path}{field.name}")
+        values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
     return cls(**values)
 
 

@@ -112,7 +112,7 @@ class Spectrum:
         """
         of_probes = samples(self.rule.nodes, self.rule.weights)
         value, stderr = mean_and_stderr(of_probes)
-        rule = self._rule_error(value, [samples(r.nodes, r.weights).mean(dim=0) for r in self.coarse])
+        rule = self.rule_error(value, [samples(r.nodes, r.weights).mean(dim=0) for r in self.coarse])
         data = None
         if self.spread is not None:
             data = self.spread.stderr_of_mean(of_probes, [samples(r.nodes, r.weights) for r in self.spread.rules])
@@ -161,7 +161,7 @@ class Spectrum:
 
     def density_rule_error(self) -> Tensor:
         """Return the error of the quadrature in the smoothed density, at every point of its grid."""
-        return self._rule_error(self.density.density, [_smoothed(r, self.density).density for r in self.coarse])
+        return self.rule_error(self.density.density, [_smoothed(r, self.density).density for r in self.coarse])
 
     def layer_traces(self) -> SpectrumEstimate | None:
         """Return the trace of each layer's diagonal block, (L,); they need one block step only."""
@@ -170,8 +170,11 @@ class Spectrum:
         value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
         return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None)
 
-    def _rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
-        """Return the larger of the two errors that errors of order steps^-2 would have to have."""
+    def rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
+        """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead.
+
+        It is the larger of the two that errors of order steps^-2 would have to have.
+        """
         if self.exact:
             return torch.zeros_like(value)
         changes = [

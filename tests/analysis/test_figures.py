@@ -11,7 +11,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.figures import Colors, plot_eigenvalues, plot_layers, plot_spectral_density
+from analysis.drawing import Colors
+from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
 from analysis.results import Inspection, Measured
 from analysis.store import Run
 from curvature.results import EigenPairs, SpectralDensity, Status
