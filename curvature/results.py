@@ -40,6 +40,14 @@ class Status(Enum):
     )
     BUDGET = "all probes of the budget were spent; no accuracy was asked for"
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
+    MAX_RANK = (
+        "rank limit reached before the bound on the error fell below the tolerance; raise max_rank or loosen rtol, and "
+        "where the spectrum decays slowly take only its outer pairs, with eigsh"
+    )
+    SLOW_DECAY = (
+        "residuals exceed the tolerance, since the spectrum decays too slowly for this sketch; raise power_iterations "
+        "or oversampling, or call eigsh, which iterates until they do not"
+    )
     DEFLATION_INEXACT = (
         "the deflated vectors are less accurate than the tolerance and leave their mark on the residuals; compute them "
         "to a smaller rtol, or pass them in v0 instead"

@@ -16,16 +16,22 @@ from curvature.linalg.lanczos import lanczos as lanczos
 from curvature.linalg.lanczos import lanczos_runs as lanczos_runs
 from curvature.linalg.lanczos import ritz as ritz
 from curvature.linalg.lobpcg import lobpcg as lobpcg
+from curvature.linalg.low_rank import ErrorCurve as ErrorCurve
+from curvature.linalg.low_rank import LowRank as LowRank
+from curvature.linalg.nystrom import nystrom as nystrom
 from curvature.linalg.probes import normal as normal
 from curvature.linalg.probes import rademacher as rademacher
 from curvature.linalg.probes import sphere as sphere
+from curvature.linalg.randomized_eigh import randomized_eigh as randomized_eigh
 from curvature.linalg.slq import spectral_density as spectral_density
 from curvature.linalg.thick_restart import ThickRestartLanczos as ThickRestartLanczos
 from curvature.linalg.trace import hutchinson_trace as hutchinson_trace
 
 __all__ = [
+    "ErrorCurve",
     "Krylov",
     "KrylovRuns",
+    "LowRank",
     "ThickRestartLanczos",
     "cdf",
     "count",
@@ -39,8 +45,10 @@ __all__ = [
     "logdet",
     "moments",
     "normal",
+    "nystrom",
     "quantile",
     "rademacher",
+    "randomized_eigh",
     "ritz",
     "spectral_density",
     "spectral_sum",
