@@ -44,10 +44,10 @@ def plot_low_rank_error(result: LowRankError, *, ax: Axes | None = None, colors:
     for level in _MARKED:
         if error.min() <= level:
             rank = result.rank_for(level)
-            ax.plot(rank, level, "o", color=colors.outlier, markersize=5)
-            ax.annotate(
-                f"rank {count(rank)}: {100 * level:.0f} %", (rank, level), xytext=(6, 4), textcoords="offset points"
-            )
+            place = (rank, float(error[ranks == rank][0]))
+            ax.plot(*place, "o", color=colors.outlier, markersize=5)
+            text = f"rank {count(rank)}: below {100 * level:.0f} %"
+            ax.annotate(text, place, xytext=(6, 4), textcoords="offset points")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(1, max(ranks[-1], 2))

@@ -62,7 +62,7 @@ def test_figure_marks_the_ranks_that_halve_and_tenth() -> None:
     found = measured(HARMONIC)
     ax = plot_low_rank_error(found)
     texts = [text.get_text() for text in ax.texts]
-    assert texts == [f"rank {found.rank_for(0.5)}: 50 %", f"rank {found.rank_for(0.1)}: 10 %"]
+    assert texts == [f"rank {found.rank_for(0.5)}: below 50 %", f"rank {found.rank_for(0.1)}: below 10 %"]
     assert ax.get_xscale() == ax.get_yscale() == "log"
 
 
