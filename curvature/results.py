@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from curvature.errors import NotConvergedError
@@ -25,6 +26,7 @@ __all__ = [
     "Status",
     "TraceEstimate",
     "mean_and_stderr",
+    "student_quantile",
 ]
 
 
@@ -52,11 +54,26 @@ class Status(Enum):
         "the deflated vectors are less accurate than the tolerance and leave their mark on the residuals; compute them "
         "to a smaller rtol, or pass them in v0 instead"
     )
+    MAX_ITERATIONS = (
+        "iteration limit reached before the residual fell below the tolerance; raise max_iterations, loosen rtol, add "
+        "damping or precondition"
+    )
+    MAX_STEPS = "step limit reached before the error fell below the tolerance; raise num_steps or loosen rtol"
+    STOPPED = "the stopping rule that was passed ended the iteration"
+    BOUNDARY = "the model's minimiser lies on the boundary of the trust region"
+    NEGATIVE_CURVATURE = (
+        "a direction of no positive curvature was met: the matrix is indefinite, or singular with a right-hand side "
+        "outside its range; add damping, or use minres"
+    )
+    LEAST_SQUARES = (
+        "the system has no solution within the tolerance, and x minimises the residual instead; accept it as that, or "
+        "add damping"
+    )
 
     @property
     def ok(self) -> bool:
         """Whether what was asked for was reached."""
-        return self in (Status.CONVERGED, Status.BUDGET)
+        return self in (Status.CONVERGED, Status.BUDGET, Status.STOPPED, Status.BOUNDARY)
 
 
 def _plain(value: Any) -> Any:
@@ -65,6 +82,12 @@ def _plain(value: Any) -> Any:
         return value.detach().cpu().tolist()
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, _Record):
+        return value.to_dict(arrays=True)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
@@ -151,6 +174,15 @@ class TraceEstimate(_Record):
     """(num_probes,), one unbiased estimate a probe; `value` is their mean."""
     status: Status
     """Whether the accuracy that was asked for was reached."""
+    method: str = "hutchinson"
+    """Which estimator gave the value: "hutchinson", "hutch++", "xtrace", "xnystrace", "mixed" or "exact"."""
+    confidence: float = 0.95
+    """Level of `half_width`."""
+
+    @property
+    def half_width(self) -> Tensor:
+        """(), units of A: `value` +- this covers tr A with probability `confidence`, by Student's t over the probes."""
+        return self.stderr * student_quantile(len(self.samples) - 1, self.confidence)
 
     def raise_if_failed(self) -> TraceEstimate:
         """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
@@ -166,7 +198,7 @@ class TraceEstimate(_Record):
 class DiagonalEstimate(_Record):
     """An estimate of diag A."""
 
-    _large = ("values", "stderr")
+    _large = ("values", "stderr", "samples")
 
     values: Tensor
     """(n,), units of A."""
@@ -174,6 +206,12 @@ class DiagonalEstimate(_Record):
     """(n,), standard error of each entry over the probes."""
     num_matvecs: int
     """Products with A that were spent."""
+    status: Status = Status.BUDGET
+    """Whether the accuracy that was asked for was reached."""
+    method: str = "hutchinson"
+    """Which estimator gave the values: "hutchinson", "xdiag" or "exact"."""
+    samples: Tensor | None = None
+    """(n, num_probes), one estimate a probe, where they were kept; `values` is their mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,3 +254,10 @@ def mean_and_stderr(samples: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     if count < 2:
         return mean, torch.full_like(mean, torch.inf)
     return mean, samples.std(dim) / count**0.5
+
+
+def student_quantile(degrees_of_freedom: int, confidence: float) -> float:
+    """Return the t with P(|T| <= t) = confidence; infinite without a degree of freedom."""
+    if degrees_of_freedom < 1:
+        return torch.inf
+    return float(stdtrit(degrees_of_freedom, (1 + confidence) / 2))

@@ -18,6 +18,7 @@ LAYERS = {  # a folder or a module -> what nothing in it may import
     "curvature/linalg": MODELS,
     "curvature/operators": {"curvature.linalg"},
     "curvature/results.py": {*MODELS, "curvature.linalg"},
+    "curvature/solve_results.py": {*MODELS, "curvature.linalg"},
     "optimizers": {"analysis"} | USER_INTERFACE,
     "analysis/figures.py": {*MODELS, "curvature.linalg"},
     "analysis/report.py": {*MODELS, "curvature.linalg"},

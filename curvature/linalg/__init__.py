@@ -1,5 +1,6 @@
 """Numerics on symmetric matrices known through their products: tensors and linear operators alike."""
 
+from curvature.linalg.cg import cg as cg
 from curvature.linalg.diagonal import hutchinson_diagonal as hutchinson_diagonal
 from curvature.linalg.distribution import cdf as cdf
 from curvature.linalg.distribution import count as count
@@ -10,6 +11,7 @@ from curvature.linalg.functionals import effective_dimension as effective_dimens
 from curvature.linalg.functionals import logdet as logdet
 from curvature.linalg.functionals import moments as moments
 from curvature.linalg.functionals import spectral_sum as spectral_sum
+from curvature.linalg.hutchpp import hutchpp as hutchpp
 from curvature.linalg.lanczos import Krylov as Krylov
 from curvature.linalg.lanczos import KrylovRuns as KrylovRuns
 from curvature.linalg.lanczos import lanczos as lanczos
@@ -19,26 +21,35 @@ from curvature.linalg.lobpcg import lobpcg as lobpcg
 from curvature.linalg.low_rank import ErrorCurve as ErrorCurve
 from curvature.linalg.low_rank import LowRank as LowRank
 from curvature.linalg.nystrom import nystrom as nystrom
+from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
 from curvature.linalg.probes import normal as normal
 from curvature.linalg.probes import rademacher as rademacher
 from curvature.linalg.probes import sphere as sphere
 from curvature.linalg.randomized_eigh import randomized_eigh as randomized_eigh
 from curvature.linalg.slq import spectral_density as spectral_density
+from curvature.linalg.stopping import RelativeProgress as RelativeProgress
 from curvature.linalg.thick_restart import ThickRestartLanczos as ThickRestartLanczos
 from curvature.linalg.trace import hutchinson_trace as hutchinson_trace
+from curvature.linalg.trace import trace as trace
+from curvature.linalg.xnystrace import xnystrace as xnystrace
+from curvature.linalg.xtrace import xtrace as xtrace
 
 __all__ = [
+    "DiagonalPreconditioner",
     "ErrorCurve",
     "Krylov",
     "KrylovRuns",
     "LowRank",
+    "RelativeProgress",
     "ThickRestartLanczos",
     "cdf",
+    "cg",
     "count",
     "effective_dimension",
     "eigsh",
     "hutchinson_diagonal",
     "hutchinson_trace",
+    "hutchpp",
     "lanczos",
     "lanczos_runs",
     "lobpcg",
@@ -53,5 +64,8 @@ __all__ = [
     "spectral_density",
     "spectral_sum",
     "sphere",
+    "trace",
     "wasserstein",
+    "xnystrace",
+    "xtrace",
 ]
