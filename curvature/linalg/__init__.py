@@ -20,6 +20,8 @@ from curvature.linalg.lanczos import ritz as ritz
 from curvature.linalg.lobpcg import lobpcg as lobpcg
 from curvature.linalg.low_rank import ErrorCurve as ErrorCurve
 from curvature.linalg.low_rank import LowRank as LowRank
+from curvature.linalg.lsmr import lsmr as lsmr
+from curvature.linalg.minres import minres as minres
 from curvature.linalg.nystrom import nystrom as nystrom
 from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
 from curvature.linalg.probes import normal as normal
@@ -54,6 +56,8 @@ __all__ = [
     "lanczos_runs",
     "lobpcg",
     "logdet",
+    "lsmr",
+    "minres",
     "moments",
     "normal",
     "nystrom",
