@@ -1,0 +1,191 @@
+"""Looks away from the point: right values, with their error over the data, and no trace."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.multiprocessing.spawn import spawn
+
+from curvature.errors import InputError, NonFiniteError
+from curvature.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.shift import gradient_at, loss_at, shifted
+from tests.cases import CASES, Case
+
+
+def regression(n: int = 30, **settings: object) -> tuple[Objective, Tensor, Tensor]:
+    x, y = torch.randn(n, 3).double(), torch.randn(n, 1).double()
+    data = list(zip(x.split(7), y.split(7), strict=True))
+    return Objective(nn.Linear(3, 1).double(), nn.MSELoss(), data, **settings), x, y  # type: ignore[arg-type]
+
+
+def snapshot(model: nn.Module) -> list[tuple[int, int, bool, Tensor]]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(t.data_ptr(), t._version, t.requires_grad, t.detach().clone()) for t in tensors]
+
+
+def assert_same(before: list[tuple[int, int, bool, Tensor]], after: list[tuple[int, int, bool, Tensor]]) -> None:
+    for (pointer, version, grad, values), (pointer2, version2, grad2, values2) in zip(before, after, strict=True):
+        assert (pointer, version, grad) == (pointer2, version2, grad2)
+        assert torch.equal(values, values2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_the_loss_of_the_model_with_those_parameters(case: Case) -> None:
+    model, (x, y) = case.model(), case.data()
+    objective = Objective(model, case.loss, (x, y))
+    there = objective.space.current() + 0.1 * torch.randn(objective.num_params, dtype=torch.float64)
+    before, state = snapshot(model), torch.get_rng_state()
+    value = loss_at(objective, there).value
+    assert_same(before, snapshot(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    moved = Objective(case.model(), case.loss, (x, y))
+    with torch.no_grad():
+        for p, values in zip(moved.space.tensors.values(), moved.space.to_dict(there).values(), strict=True):
+            p.copy_(values)
+    assert value == pytest.approx(float(moved.loss()), rel=1e-12)
+
+
+def test_it_equals_a_functional_call_and_its_gradient() -> None:
+    objective, x, y = regression()
+    there = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    loss = nn.functional.mse_loss(functional_call(objective.model, objective.space.to_dict(there), (x,)), y)
+    (gradient,) = torch.autograd.grad(loss, there)
+    expected = loss.item()
+    assert loss_at(objective, there).value == pytest.approx(expected, rel=1e-13)
+    value, found = gradient_at(objective, there)
+    assert value == pytest.approx(expected, rel=1e-13)
+    torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_graphs_kept_at_the_point_stay_valid() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    objective = Objective(model, nn.MSELoss(), (torch.randn(9, 3).double(), torch.randn(9, 1).double()))
+    H, v = HessianOperator(objective), torch.randn(objective.num_params, dtype=torch.float64)
+    product, point = H @ v, objective._point
+    loss_at(objective, v)
+    gradient_at(objective, v)
+    assert objective.keeps_all_graphs
+    assert objective._evaluator.fingerprint() == point
+    torch.testing.assert_close(H @ v, product, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_everything_is_restored_after_an_error(error: type[BaseException]) -> None:
+    class Breaks(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            raise error
+
+    model = nn.Sequential(nn.Linear(3, 3), Breaks(3)).train()
+    objective = Objective(model, nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 3)))
+    there = torch.randn(objective.num_params)
+    before, state = snapshot(model), torch.get_rng_state()
+    with pytest.raises(error):
+        loss_at(objective, there)
+    assert_same(before, snapshot(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_error_over_the_data_is_that_of_the_mean() -> None:
+    objective, x, y = regression(28)
+    residuals = (objective.model(x) - y).detach().square()
+    means = torch.stack([r.mean() for r in residuals.split(7)])
+    found = loss_at(objective, objective.space.current())
+    assert found.value == pytest.approx(float(means.mean()), rel=1e-13)
+    assert found.stderr == pytest.approx(float(means.std() / 2), rel=1e-12)
+    whole = Objective(objective.model, nn.MSELoss(), (x, y))
+    assert math.isnan(loss_at(whole, whole.space.current()).stderr)
+
+
+def test_the_error_over_the_data_is_right_over_many_draws() -> None:
+    """400 data sets of four unequal batches: z-scores of the loss have standard deviation 1, up to t-distribution's."""
+    generator, scores = torch.Generator().manual_seed(0), []
+    model = nn.Linear(1, 1, bias=False).double()
+    sizes = [12, 8, 10, 9, 11, 10, 9, 11, 12, 8, 10, 10]
+    for _ in range(400):
+        y = torch.randn(sum(sizes), 1, generator=generator, dtype=torch.float64)
+        data = [(torch.ones_like(part), part) for part in y.split(sizes)]
+        found = loss_at(Objective(model, nn.MSELoss(), data), torch.zeros(1, dtype=torch.float64))
+        scores.append((found.value - 1) / found.stderr)
+    spread = torch.tensor(scores).std()
+    assert spread == pytest.approx((11 / 9) ** 0.5, abs=0.12)  # Student's t with 11 degrees of freedom
+
+
+def test_sums_scale_and_ignored_batches_do_not_count() -> None:
+    objective, x, y = regression(28)
+    data = list(zip(x.split(7), y.split(7), strict=True))
+    summed = Objective(objective.model, nn.MSELoss(reduction="sum"), data)
+    mean, total = (loss_at(o, o.space.current()) for o in (objective, summed))
+    assert total.value == pytest.approx(28 * mean.value)
+    assert total.stderr == pytest.approx(28 * mean.stderr)
+    weighted = Objective(objective.model, nn.MSELoss(), data, weight=lambda batch: float(batch[0] is not data[0][0]))
+    assert loss_at(weighted, weighted.space.current()).value == pytest.approx(float(weighted.loss()))
+
+
+def work(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        torch.manual_seed(0)
+        objective, x, y = regression(28)
+        mine = list(zip(x.split(7), y.split(7), strict=True))[rank * 3 : 3 + rank]  # three batches and one
+        part = Objective(objective.model, nn.MSELoss(), mine, process_group=dist.group.WORLD)
+        found, whole = (loss_at(o, o.space.current()) for o in (part, objective))
+        assert found.value == pytest.approx(whole.value, rel=1e-12)
+        assert found.stderr == pytest.approx(whole.stderr, rel=1e-12)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    spawn(work, (str(tmp_path),), nprocs=2)
+
+
+def test_an_overflow_is_nan_there_and_an_error_for_gradients() -> None:
+    objective, *_ = regression()
+    far = torch.full((4,), 1e200, dtype=torch.float64)
+    assert math.isnan(loss_at(objective, far).value)
+    with pytest.raises(NonFiniteError):
+        gradient_at(objective, far)
+
+
+def test_forward_passes_that_differentiate_themselves() -> None:
+    def penalty(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+        (g,) = torch.autograd.grad(loss, [model.weight], create_graph=True)  # type: ignore[list-item]
+        return loss + g.square().sum()
+
+    x, y = torch.randn(8, 2).double(), torch.randn(8, 1).double()
+    objective = Objective(nn.Linear(2, 1).double(), None, (x, y), forward=penalty)
+    assert loss_at(objective, objective.space.current()).value == pytest.approx(float(objective.loss()), rel=1e-12)
+
+
+def test_buffers_are_set_and_restored() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double().eval()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    objective = Objective(model, nn.MSELoss(), (x, y))
+    before = snapshot(model)
+    mean = torch.ones(3, dtype=torch.float64)
+    found = loss_at(objective, objective.space.current(), buffers={"1.running_mean": mean}).value
+    assert_same(before, snapshot(model))
+    model[1].running_mean = mean  # type: ignore[union-attr]
+    assert found == pytest.approx(float(objective.loss()), rel=1e-13)
+
+
+def test_bad_arguments() -> None:
+    objective, *_ = regression()
+    with pytest.raises(InputError, match=r"shape \(4,\), got \(3,\)"), shifted(objective, torch.zeros(3)):
+        pass
+    buffers = {"no": torch.zeros(1)}
+    with pytest.raises(InputError, match="'no'"), shifted(objective, torch.zeros(4), buffers=buffers):
+        pass
