@@ -14,7 +14,7 @@ have curvatures that are much alike, and their mean has a fraction of the noise.
     "torch_optimizer"  as is  as is                error   kernel  error
     "kozistr"          as is  as is                as is   as is   as is
 
-A kernel is what the axes from the third on span: (out, in, ...spatial axes). "paper" is the integer rule with b = 1. The
+A kernel is what the axes from the third on span, (out, in, spatial ...). "paper" is the integer rule with b = 1. The
 names below "none" are public implementations in their default settings ("official" the authors' image code, "fairseq"
 and "instruction" their code for translation and their tutorial); shapes they have no rule for are errors here. Whether
 magnitudes or signed entries are averaged is up to the caller: the paper's formula has the entries of z * Hz, signed,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linalg import eigsh, hutchinson_diagonal, hutchinson_trace, normal, rademacher, spectral_density, sphere
+from curvature.linalg import eigsh, hutchinson_diagonal, normal, rademacher, spectral_density, sphere
 from curvature.linop import Counting
-from curvature.results import Status
 from tests.matrices import F64, generator, spectra, with_spectrum
 
 NUM_SEEDS = 400
@@ -32,78 +31,6 @@ def test_probes_have_the_moments_they_promise() -> None:
     torch.testing.assert_close(
         sphere(9, 5, generator=generator(), dtype=F64).norm(dim=0), torch.full((5,), 3.0, dtype=F64)
     )
-
-
-# -- trace ------------------------------------------------------------------------------------------------------------
-
-
-def test_over_all_sign_vectors_mean_and_variance_are_the_formulas() -> None:
-    A = with_spectrum(torch.linspace(-1, 2, 9, dtype=F64))
-    trace = hutchinson_trace(A, probes=every_sign_vector(9))
-    torch.testing.assert_close(trace.value, A.trace(), rtol=1e-12, atol=0)
-    variance = 2 * (A.square().sum() - A.diagonal().square().sum())
-    torch.testing.assert_close(trace.samples.var(correction=0), variance, rtol=1e-12, atol=0)
-
-
-def test_diagonal_matrices_are_exact_for_signs_and_multiples_of_the_identity_for_the_sphere() -> None:
-    D = torch.diag(torch.arange(1.0, 8.0, dtype=F64))
-    for estimate in (
-        hutchinson_trace(D, num_probes=3, generator=generator()),
-        hutchinson_trace(4 * torch.eye(7, dtype=F64), num_probes=3, generator=generator(), distribution="sphere"),
-    ):
-        torch.testing.assert_close(estimate.value, torch.tensor(28.0, dtype=F64))
-        assert estimate.stderr < 1e-14
-        assert estimate.status is Status.BUDGET
-
-
-@pytest.mark.parametrize("distribution", ["rademacher", "normal", "sphere"])
-def test_the_standard_error_of_the_trace_is_the_truth(distribution: str) -> None:
-    A = with_spectrum(spectra(50)["indefinite"] + spectra(50)["polynomial"])
-    z = []
-    for seed in range(NUM_SEEDS):
-        estimate = hutchinson_trace(
-            A, num_probes=60, generator=generator(seed), distribution=distribution, block_size=60
-        )
-        z.append((estimate.value - A.trace()) / estimate.stderr)
-    scores = torch.stack(z)
-    assert abs(scores.mean()) * NUM_SEEDS**0.5 < 4
-    assert 0.9 < scores.std() < 1.1
-
-
-def test_rtol_is_reached_or_said_to_be_missed() -> None:
-    A = with_spectrum(spectra(50)["flat"])
-    reached = hutchinson_trace(A, rtol=0.01, generator=generator())
-    assert reached.status is Status.CONVERGED
-    assert reached.stderr <= 0.01 * reached.value
-    assert abs(reached.value - A.trace()) < 4 * reached.stderr
-    missed = hutchinson_trace(with_spectrum(spectra(50)["indefinite"]), rtol=1e-6, max_probes=20, generator=generator())
-    assert missed.status is Status.MAX_PROBES
-    assert missed.num_matvecs == len(missed.samples) == 20
-
-
-def test_blocks_change_the_products_not_the_count() -> None:
-    counted = Counting(with_spectrum(spectra(30)["flat"]))
-    estimate = hutchinson_trace(counted, num_probes=10, block_size=4, generator=generator())
-    assert counted.num_matvecs == estimate.num_matvecs == 10
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "exactly one of num_probes"),
-        ({"num_probes": 4, "rtol": 0.1}, "exactly one of num_probes"),
-        ({"num_probes": 1}, "num_probes must be at least 2, got 1"),
-        ({"rtol": -1.0}, "rtol must be positive"),
-        ({"num_probes": 4, "distribution": "cauchy"}, "distribution must be one of rademacher, normal, sphere"),
-        ({"num_probes": 4, "generator": None}, "generator is needed"),
-        ({"probes": torch.ones(3, 3)}, r"probes must have shape \(6, k\)"),
-        ({"num_probes": 4, "block_size": 0}, "block_size must be at least 1"),
-    ],
-)
-def test_bad_input_for_the_trace(arguments: dict[str, object], message: str) -> None:
-    settings: dict[str, object] = {"generator": generator(), **arguments}
-    with pytest.raises(InputError, match=message):
-        hutchinson_trace(torch.eye(6), **settings)  # type: ignore[arg-type]
 
 
 # -- diagonal ---------------------------------------------------------------------------------------------------------
