@@ -23,6 +23,9 @@ from curvature.objective import Objective
 __all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
 
 
+_EPS = 2.0**-53  # a batch next to which all others weigh nothing has no deviation either
+
+
 @dataclass(frozen=True, kw_only=True)
 class PointLoss:
     """The loss at one point, and how far other data would move it."""
@@ -37,8 +40,8 @@ class PointLoss:
 def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Have the model's parameters be `point` (n,) inside the context; they are restored bit for bit.
 
-    Entries are rounded to the dtype of their parameter. Graphs that the objective keeps belong to its own point: inside,
-    ask `loss_at` or `gradient_at`, which build none of them anew.
+    Entries are rounded to the dtype of their parameter. Graphs that the objective keeps belong to its own point: asking
+    the objective itself for anything inside drops them, `loss_at` and `gradient_at` leave them alone.
 
     Args:
         objective: whose chosen parameters are set.
@@ -54,8 +57,9 @@ def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
         known = dict(objective.model.named_buffers())
         for name, values in buffers.items():
             if name not in known or known[name].shape != values.shape:
+                shape = tuple(values.shape)
                 raise InputError(
-                    f"buffers must name buffers of the model, in their shapes; {name!r} of {tuple(values.shape)} is none."
+                    f"buffers must name buffers of the model, in their shapes; {name!r} of {shape} is none."
                 )
             changes.append((known[name], values.detach().to(known[name])))
     originals = [tensor.data for tensor, _ in changes]
@@ -94,17 +98,15 @@ def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
     group = objective.process_group
     weight, total, count = sum(w for w, _ in batches), sum(w * loss for w, loss in batches), float(len(batches))
     if group is not None:
-        packed, weight = sum_over_ranks(
-            torch.tensor([total, count], dtype=torch.float64, device=objective.device), weight, group
-        )
+        packed, weight = sum_over_ranks(_packed(objective, total, count), weight, group)
         total, count = packed.tolist()
     if weight == 0:
         raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
     mean = total / weight
     shares = [(w / weight, loss) for w, loss in batches]
-    variance = sum((loss - mean) ** 2 * p / (1 - p) / count for p, loss in shares) if count > 1 else math.nan
+    variance = sum((loss - mean) ** 2 * p / max(1 - p, _EPS) / count for p, loss in shares) if count > 1 else math.nan
     if group is not None:
-        packed, _ = sum_over_ranks(torch.tensor([variance], dtype=torch.float64, device=objective.device), 0.0, group)
+        packed, _ = sum_over_ranks(_packed(objective, variance), 0.0, group)
         variance = float(packed)
     scale = count if objective.sums else 1.0
     value, stderr = scale * mean, scale * math.sqrt(variance) if variance == variance else math.nan
@@ -125,6 +127,10 @@ def gradient_at(
     with shifted(objective, point, buffers=buffers):
         loss, gradient = there.loss_and_gradient()
     return float(loss), gradient
+
+
+def _packed(objective: Objective, *values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=objective.device)
 
 
 def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:

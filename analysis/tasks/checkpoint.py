@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvature.errors import CheckpointError
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "read_state", "save_checkpoint"]
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -44,6 +44,18 @@ def load_checkpoint(path: Path | str, model: nn.Module) -> dict[str, Any]:
     model.load_state_dict(state)
     metadata = stored.get("metadata", {})
     return dict(metadata) if isinstance(metadata, Mapping) else {}
+
+
+def read_state(path: Path | str, model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint that fits a model, on the CPU; the model is left as it is.
+
+    Raises:
+        CheckpointError: if the file is missing, unreadable or does not fit; the message names keys and shapes.
+    """
+    path = Path(path)
+    state = _unwrapped(_state_dict(_read(path), path))
+    _check_fit(state, model, path)
+    return state
 
 
 def _read(path: Path) -> Mapping[str, Any]:

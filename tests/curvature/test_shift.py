@@ -82,7 +82,7 @@ def test_graphs_kept_at_the_point_stay_valid() -> None:
 def test_everything_is_restored_after_an_error(error: type[BaseException]) -> None:
     class Breaks(nn.BatchNorm1d):
         def forward(self, x: Tensor) -> Tensor:
-            out = super().forward(x)
+            super().forward(x)
             raise error
 
     model = nn.Sequential(nn.Linear(3, 3), Breaks(3)).train()

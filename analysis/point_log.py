@@ -1,0 +1,104 @@
+"""A file that remembers points as they are computed, so that work that was interrupted goes on where it stopped.
+
+One line of JSON a point, written and flushed as it is found; a line that was cut off is as if it had not been written.
+Numbers are written in full, so a landscape that was continued equals one that was not, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+
+__all__ = ["PointLog", "fingerprint"]
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Return a digest of shapes, dtypes and all bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PointLog:
+    """The points of a file, and those that are added to it.
+
+    Args:
+        path: of the file; it is made with its first point.
+
+    Raises:
+        InputError: if the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._points: dict[str, dict[int, tuple[float, float]]] = {}
+        self._keys: dict[str, str] = {}
+        self.num_points = 0
+        if path.exists():
+            self._read()
+
+    def known(self, section: str, key: str) -> dict[int, tuple[float, float]]:
+        """Return place -> (loss, standard error) of the points of a section.
+
+        Raises:
+            InputError: if they were computed for another point, other data or another grid.
+        """
+        if self._keys.get(section, key) != key:
+            raise InputError(
+                f"{self.path} holds points of another landscape ({section}: other parameters, data, directions or "
+                "grid); give the settings it was begun with, or delete it and begin again."
+            )
+        return dict(self._points.get(section, {}))
+
+    def note(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
+        """Add a point.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        record = {"section": section, "key": key, "place": place, "loss": _plain(loss), "stderr": _plain(stderr)}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another place.") from error
+        self._add(section, key, place, loss, stderr)
+
+    def _add(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
+        self._keys.setdefault(section, key)
+        if self._keys[section] == key:
+            self._points.setdefault(section, {})[place] = (loss, stderr)
+            self.num_points += 1
+
+    def _read(self) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path} cannot be read ({error}); delete it and begin again.") from error
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # cut off while it was written
+            self.path.write_text(whole, encoding="utf-8")
+        for line in whole.splitlines():
+            try:
+                r = json.loads(line)
+                self._add(r["section"], r["key"], int(r["place"]), _number(r["loss"]), _number(r["stderr"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{self.path} holds lines that are no points; delete it and begin again.") from error
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
