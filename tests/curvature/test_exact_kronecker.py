@@ -1,0 +1,262 @@
+"""Kronecker factors where they are exact, and sums written out in loops where they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import Objective
+from curvature.errors import InputError
+from curvature.exact import KroneckerFactors, kronecker_factors
+from tests.checks import assert_close, assert_untouched
+from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, cut, dense_jacobian, ggn, output_hessian, targets
+
+
+def real(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def built(build: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = build().double()
+    return model
+
+
+def blocks(factors: KroneckerFactors) -> Tensor:
+    return torch.block_diag(*(factors.to_dense(name) for name in factors.layers))
+
+
+def dense_blocks(G: Tensor, factors: KroneckerFactors) -> Tensor:
+    """Return the blocks of a dense matrix that belong to the layers."""
+    parts = []
+    for f in factors.layers.values():
+        names = [n for n in (f.weight, f.bias) if n is not None]
+        index = torch.cat([torch.arange(*factors.slices[n]) for n in names])
+        parts.append(G[index][:, index])
+    return torch.block_diag(*parts)
+
+
+def deep_linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("route", ["func", "backpack"])
+@pytest.mark.parametrize("kind", ["kflr", "kfra"])
+def test_exact_on_a_deep_linear_net(kind: Any, route: Any) -> None:
+    """Under squared error the columns are the same for all examples, so that they are independent of the inputs."""
+    model, x, y = built(deep_linear), real(6, 3), real(6, 3, seed=1)
+    objective = Objective(model, nn.MSELoss(), [(x[:4], y[:4]), (x[4:], y[4:])])
+    with assert_untouched(model):
+        factors = kronecker_factors(objective, kind, route="backpack" if kind == "kfra" else route)
+    G = ggn(model, nn.MSELoss(), x, y)
+    assert_close(blocks(factors), dense_blocks(G, factors))
+    assert factors.uncovered == {}
+    v = real(G.shape[0], seed=2)
+    assert_close(factors.matvec(v), dense_blocks(G, factors) @ v)  # parameters lie layer by layer
+
+
+@pytest.mark.parametrize("loss", list(BY_LOSS.values()), ids=lambda loss: loss.name)
+def test_exact_on_one_example(loss: Any) -> None:
+    """With one example and one position a layer's block is a Kronecker product if it is the last one, or alone."""
+    model, x, y = nn.Linear(4, loss.outputs).double(), BY_LAYER["Tanh"].inputs()[:1], targets(loss)[:1]
+    if "ignore_index" in loss.name:
+        y = torch.zeros_like(y)
+    factors = kronecker_factors(Objective(model, loss.build(), (x, y)))
+    assert_close(factors.to_dense("(root)"), ggn(model, loss.build(), x, y))
+
+
+class Mixed(nn.Module):
+    """Convolutions, a linear layer on sequences, others in between; no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, (2, 3), stride=(1, 2), padding=(1, 0), dilation=(2, 1))
+        self.reflect = nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect", bias=False)
+        self.norm = nn.LayerNorm(4)
+        self.token = nn.Linear(4, 3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.conv(x))
+        z = self.reflect(z) + z[:, :2]
+        z = torch.tanh(self.token(self.norm(z.flatten(2)[..., :4])))
+        return self.head(z.flatten(1))
+
+
+def written_out(model: Mixed, x: Tensor, loss: Any, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (A, B) of the layers by loops over examples, columns and positions, from dense Hessians and Jacobians."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, a, z, name=name: seen.__setitem__(name, (a[0], z)))
+        for name, layer in model.named_children()
+        if name != "norm"
+    ]
+    outputs = model(x)
+    for handle in handles:
+        handle.remove()
+    H = output_hessian(loss, outputs, y)
+    factors = {}
+    for name, (a, z) in seen.items():
+        layer = getattr(model, name)
+        J = dense_jacobian(outputs, [z])
+        M = (J.T @ H @ J).reshape(*z.shape, *z.shape)
+        B = torch.zeros(layer.weight.shape[0], layer.weight.shape[0], dtype=torch.float64)
+        rows = []
+        for n in range(len(x)):
+            if isinstance(layer, nn.Conv2d):
+                h, w = z.shape[2:]
+                for s in range(h):
+                    for t in range(w):
+                        B += M[n, :, s, t, n, :, s, t]
+                        # a row of patches is the derivative of one output in the kernel
+                        kernel = layer.weight.detach().clone().requires_grad_()
+                        value = layer._conv_forward(a[n : n + 1], kernel, None)[0, 0, s, t]
+                        rows.append(torch.autograd.grad(value, kernel)[0][0].reshape(-1))
+                positions = h * w
+            else:
+                flat = a[n].reshape(-1, a.shape[-1])
+                positions = len(flat)
+                Mn = M.reshape(len(x), positions, len(B), len(x), positions, len(B))
+                for t in range(positions):
+                    B += Mn[n, t, :, n, t]
+                    rows.append(flat[t])
+        patches = torch.stack(rows).detach()
+        if layer.bias is not None:
+            patches = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], dim=1)
+        factors[name] = (patches.T @ patches / len(x), B.detach() / positions)
+    return factors
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy, ignored targets", "mean squared error, sum", "not convex"])
+def test_convolutions_and_sequences(loss: str) -> None:
+    chosen = BY_LOSS[loss]
+    model, x, y = built(Mixed), real(5, 2, 4, 5), targets(chosen)
+    assert isinstance(model, Mixed)
+    if "ignored" in loss:  # a batch without a term adds nothing, not even to the inputs' moments
+        y[:] = torch.tensor([-100, 1, 0, 2, -100])
+    with assert_untouched(model):
+        factors = kronecker_factors(Objective(model, chosen.build(), cut(x, y)))
+    for name, (A, B) in written_out(model, x, chosen.build(), y).items():
+        assert_close(factors.layers[name].A, A)
+        assert_close(factors.layers[name].B, B)
+    assert list(factors.layers) == ["conv", "reflect", "token", "head"]
+    assert set(factors.uncovered) == {"norm.weight", "norm.bias"}
+    assert "LayerNorm" in factors.uncovered["norm.weight"]
+    v = real(factors.num_params, seed=3)
+    product = factors.matvec(v)
+    for name, f in factors.layers.items():
+        index = torch.cat([torch.arange(*factors.slices[n]) for n in (f.weight, f.bias) if n is not None])
+        assert_close(product[index], factors.to_dense(name) @ v[index])
+    assert float(product[slice(*factors.slices["norm.weight"])].abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["kflr", "kfac"])
+def test_backpack_and_hooks_agree(kind: Any) -> None:
+    model, x, y = BY_LAYER["Sigmoid"].model(), BY_LAYER["Sigmoid"].inputs(), targets(BY_LOSS["cross-entropy"])
+    objective = Objective(model, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double()), cut(x, y))
+    ours, theirs = (
+        kronecker_factors(objective, kind, route=route, generator=torch.Generator().manual_seed(0), mc_samples=2)
+        for route in ("func", "backpack")
+    )
+    assert_close(blocks(theirs), blocks(ours))
+    assert (ours.route, theirs.route) == ("hooks", "backpack")
+
+
+def test_kfac_has_the_mean_of_kflr() -> None:
+    model, x, y = nn.Linear(2, 3).double(), real(5, 2), targets(BY_LOSS["cross-entropy"])
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    exact = kronecker_factors(objective).layers["(root)"].B
+    draws = torch.stack(
+        [
+            kronecker_factors(objective, "kfac", generator=torch.Generator().manual_seed(seed)).layers["(root)"].B
+            for seed in range(400)
+        ]
+    )
+    z = (draws.mean(0) - exact) / (draws.std(0) / 20)
+    assert float(z.abs().max()) < 4
+
+
+def test_chosen_parameters() -> None:
+    model, x, y = built(deep_linear), real(6, 3), real(6, 3, seed=1)
+    for params in (["0.weight", "2.bias"], ["*.bias"], ["1"]):
+        objective = Objective(model, nn.MSELoss(), (x, y), params=params)
+        factors = kronecker_factors(objective)
+        names = list(objective.space.names)
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        keep = torch.cat([torch.full((size,), name in names) for name, size in sizes.items()])
+        G = ggn(model, nn.MSELoss(), x, y)[keep][:, keep]
+        assert_close(blocks(factors), dense_blocks(G, factors))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.step(torch.tanh(self.step(x)))))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_what_has_no_factors() -> None:
+    x, y = BY_LAYER["Tanh"].inputs(), targets(BY_LOSS["cross-entropy"])
+    loss = nn.CrossEntropyLoss()
+    with pytest.raises(InputError, match="'step' is called 2 times"):
+        kronecker_factors(Objective(Twice().double(), loss, (x, y)))
+    factors = kronecker_factors(Objective(tied().double(), loss, (x, y)))
+    assert "shared" in factors.uncovered["0.weight"]
+    assert list(factors.layers) == ["3"]
+    train = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    with pytest.raises(InputError, match="couples the examples"), assert_untouched(train):
+        kronecker_factors(Objective(train, loss, (x, y)))
+    with pytest.raises(InputError, match="no layer has Kronecker factors"):
+        kronecker_factors(Objective(nn.LayerNorm(4).double(), nn.MSELoss(), (x, x)))
+    with pytest.raises(InputError, match="couples the examples"):
+        kronecker_factors(Objective(nn.Linear(4, 3).double(), lambda z, _: z.sum(0).square().mean(), (x, y)))
+    with pytest.raises(InputError, match="max_columns=2"):
+        kronecker_factors(Objective(nn.Linear(4, 3).double(), loss, (x, y)), max_columns=2)
+    with pytest.raises(InputError, match="BackPACK is not to be used here: layer '1' is a GELU"):
+        kronecker_factors(Objective(nn.Sequential(nn.Linear(4, 3), nn.GELU()).double(), loss, (x, y)), "kfra")
+    with pytest.raises(InputError, match="no factors for 'body'"):
+        factors.to_dense("body")
+    with pytest.raises(InputError, match="shape"):
+        factors.matvec(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "ekfac"}, "kind must be"),
+        ({"route": "vmap"}, "route must be"),
+        ({"kind": "kfra", "route": "func"}, "no other route"),
+        ({"kind": "kfac"}, "pass generator="),
+        ({"mc_samples": 0}, "mc_samples must be"),
+        ({"max_columns": 0}, "max_columns must be"),
+    ],
+)
+def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
+    objective = Objective(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
+    with pytest.raises(InputError, match=message):
+        kronecker_factors(objective, **settings)
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    model = nn.Linear(4, 3).double()
+
+    def interrupted(z: Tensor, y: Tensor) -> Tensor:
+        if model._forward_hooks:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(z, y)
+
+    objective = Objective(model, interrupted, (BY_LAYER["Tanh"].inputs(), targets(BY_LOSS["cross-entropy"])))
+    with pytest.raises(KeyboardInterrupt), assert_untouched(model):
+        kronecker_factors(objective)
