@@ -1,3 +1,5 @@
 """Optimizers that use curvature, as `torch.optim.Optimizer` subclasses. Each is a pure update plus a thin shell."""
 
-__all__: list[str] = []
+from optimizers.adahessian import AdaHessian as AdaHessian
+
+__all__ = ["AdaHessian"]

@@ -1,0 +1,76 @@
+"""What lies in `.grad`: adding to it as a backward pass would, and the checks before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError, NonFiniteError
+
+__all__ = ["add_to_grad", "all_zero", "dense_grad", "poison", "refuse_non_finite"]
+
+
+def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+    """Add to `.grad` as a backward pass would: no graph, and no memory shared between two gradients."""
+    taken: set[int] = set()
+    for p, g in zip(params, grads, strict=True):
+        if g is None:
+            continue
+        g = g.detach()
+        strided = g.layout == torch.strided
+        if p.grad is not None:
+            p.grad = p.grad.add_(g) if strided and p.grad.layout == torch.strided else p.grad + g
+        elif strided and (g.stride() != p.stride() or g.data_ptr() in taken):
+            p.grad = torch.empty_like(p).copy_(g)
+        else:
+            p.grad = g
+            if strided:
+                taken.add(g.data_ptr())
+
+
+def dense_grad(p: Tensor, optimizer: str) -> Tensor:
+    """Return a parameter's gradient.
+
+    Raises:
+        InputError: if it is sparse.
+    """
+    assert p.grad is not None
+    if p.grad.layout != torch.strided:
+        raise InputError(f"{optimizer} does not support sparse gradients; build the embedding with sparse=False.")
+    return p.grad
+
+
+def all_zero(grads: Iterable[Tensor]) -> bool:
+    """Return whether no gradient has an entry other than zero. Waits for the device."""
+    return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+
+
+def poison(params: Iterable[Tensor], curvatures: Sequence[Sequence[Tensor]]) -> None:
+    """Make a gradient NaN where curvature is not finite, so that whoever looks for infinities there finds one."""
+    norms = [n for tensors in curvatures for n in torch._foreach_norm(list(tensors))]
+    for p in params:
+        if norms and p.grad is not None and p.grad.numel() > 0:
+            p.grad.add_(torch.stack([n.to(p.device, torch.float32) for n in norms]).sum() * 0)
+            return
+
+
+def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) -> None:
+    """Refuse curvature that is not finite. Waits for the device once.
+
+    Raises:
+        NonFiniteError: with the shape of the first parameter concerned.
+    """
+    pairs = [(p, h) for p, h in zip(params, curvatures, strict=True) if h.numel() > 0]
+    if not pairs:
+        return
+    largest = torch._foreach_norm([h for _, h in pairs], float("inf"))
+    if bool(torch.stack([n.to(largest[0].device, torch.float64) for n in largest]).isfinite().all()):
+        return
+    shapes = [tuple(p.shape) for p, h in pairs if not bool(h.isfinite().all())]
+    raise NonFiniteError(
+        f"the curvature of {len(shapes)} parameters, the first of shape {shapes[0]}, is not finite: the loss is not "
+        "twice differentiable there (sqrt or norm at 0?) or overflows. Shift the argument, use a wider dtype, or pass "
+        "check_finite=False."
+    )

@@ -1,0 +1,185 @@
+"""Where a diagonal method takes its curvature from: one place that measures it, whatever the update rule does with it.
+
+A source turns the graph of one batch into contributions that add up over micro-batches and average over ranks, and at
+the end of a step turns their sum into one estimate a parameter. With z random signs, H the Hessian of the batch's loss
+and J the Jacobian of its outputs:
+
+    HessianDiagonal       mean_s z_s * (H z_s)        E = diag H              one product a probe
+    RowNorm               sqrt(mean_s (H z_s)^2)      E[.^2] = row norms^2    one product a probe
+    GaussNewtonBartlett   mean_s (J' u_s)^2           E = diag J' H_loss J    one backward pass a sample
+
+A product is taken through the graph of the gradient that the step needs anyway, which is never built twice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.losses import LossRule
+from optimizers._differentiation import pull_back
+from optimizers._probes import counter_generator, random_signs
+from optimizers.sampled_targets import sampled_output_gradient
+
+__all__ = ["BatchGraph", "CurvatureSource", "GaussNewtonBartlett", "HessianDiagonal", "RowNorm", "curvature_source"]
+
+_TARGETS = 2  # keeps the stream of sampled targets apart from that of probes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchGraph:
+    """One batch's loss with its graph, and the counters that fix the random numbers."""
+
+    params: Sequence[Tensor]
+    """The parameters whose curvature is due."""
+    gradients: Sequence[Tensor | None]
+    """Of the loss in them; with a graph of their own if the source needs second derivatives."""
+    outputs: Tensor | None = None
+    """Of the model, with graph; None where the closure returned the loss itself."""
+    targets: Any = None
+    rule: LossRule | None = None
+    weight: float = 1.0
+    """Factor on the loss of this batch."""
+    seed: int = 0
+    step: int = 0
+    place: int = 0
+    """Which micro-batch of the step, counted over ranks: independent draws where independence is needed."""
+
+
+@dataclass(frozen=True)
+class CurvatureSource(ABC):
+    """How a diagonal curvature is measured. `num_probes` products or samples are averaged a step."""
+
+    num_probes: int = 1
+
+    second_order: ClassVar[bool] = True
+    """Whether gradients need a graph of their own."""
+    signed: ClassVar[bool] = False
+    """Whether the estimate changes sign with the loss."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
+            raise InputError(f"num_probes must be an integer >= 1, got {self.num_probes!r}.")
+
+    @abstractmethod
+    def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
+        """Return lists of one tensor a parameter, which add up over micro-batches and average over ranks."""
+
+    @abstractmethod
+    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
+        """Return the step's estimate from the summed contributions, one tensor a parameter."""
+
+    def _products(self, batch: BatchGraph, sample: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return (z, H z); the last product frees the graph."""
+        z = random_signs(batch.params, batch.seed, batch.step, sample)
+        Hz = pull_back(batch.gradients, batch.params, z, retain_graph=sample + 1 < self.num_probes)
+        return z, _widened(Hz)
+
+
+class HessianDiagonal(CurvatureSource):
+    """diag H by random signs: the mean of z * (H z).
+
+    Variance of one probe in entry i: sum_{j != i} H_ij^2, often far more than H_ii^2. An average of the *squares* of
+    such estimates, as in AdaHessian with one probe, goes to sum_j H_ij^2, the squared row norm of H: (H z)_i^2 has that
+    expectation. More probes bring it down towards H_ii^2 + sum_{j != i} H_ij^2 / num_probes.
+    """
+
+    signed = True
+
+    def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
+        total: list[Tensor] = []
+        for sample in range(self.num_probes):
+            z, Hz = self._products(batch, sample)
+            sampled = list(torch._foreach_mul(Hz, z))
+            total = list(torch._foreach_add(total, sampled)) if total else sampled
+        if self.num_probes > 1:
+            torch._foreach_div_(total, self.num_probes)
+        return [total]
+
+    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
+        return sums[0]
+
+
+class RowNorm(CurvatureSource):
+    """Norms of the rows of H: the root of the mean of (H z)^2. E of the square is sum_j H_ij^2.
+
+    Reference: Dauphin, de Vries and Bengio (2015), Equilibrated adaptive learning rates for non-convex optimization.
+    """
+
+    def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
+        return [self._products(batch, sample)[1] for sample in range(self.num_probes)]
+
+    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
+        if self.num_probes == 1:
+            return list(torch._foreach_abs(sums[0]))
+        squares = list(torch._foreach_mul(sums[0], sums[0]))
+        for Hz in sums[1:]:
+            torch._foreach_addcmul_(squares, Hz, Hz)
+        torch._foreach_div_(squares, self.num_probes)
+        torch._foreach_sqrt_(squares)
+        return squares
+
+
+class GaussNewtonBartlett(CurvatureSource):
+    """The diagonal of the Gauss-Newton matrix by targets drawn from the model: never negative, no second derivatives.
+
+    It is the Monte Carlo Fisher's diagonal for the losses it knows (`optimizers.sampled_targets`). Micro-batches and
+    ranks draw independently and their squares are averaged, which has the same expectation as one draw on the joined
+    batch, and less variance.
+    """
+
+    second_order = False
+
+    def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
+        if batch.outputs is None or batch.rule is None:
+            raise InputError(
+                'curvature="gauss-newton-bartlett" draws targets from the model: give loss= to the optimizer and a '
+                "closure that returns (outputs, targets)."
+            )
+        total: list[Tensor] = []
+        for sample in range(self.num_probes):
+            device = batch.outputs.device
+            generator = counter_generator(device, _TARGETS, batch.seed, batch.step, sample, batch.place)
+            u = sampled_output_gradient(batch.rule, batch.outputs, batch.targets, generator)
+            last = sample + 1 == self.num_probes
+            g = _widened(pull_back([batch.outputs], batch.params, [u], retain_graph=not last))
+            if total:
+                torch._foreach_addcmul_(total, g, g)
+            else:
+                total = list(torch._foreach_mul(g, g))
+        torch._foreach_mul_(total, batch.weight / self.num_probes)
+        return [total]
+
+    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
+        return sums[0]
+
+
+_SOURCES: dict[str, type[CurvatureSource]] = {
+    "hessian-diagonal": HessianDiagonal,
+    "row-norm": RowNorm,
+    "gauss-newton-bartlett": GaussNewtonBartlett,
+}
+
+
+def curvature_source(curvature: str | CurvatureSource, num_probes: int) -> CurvatureSource:
+    """Return a source by its name, or the one given.
+
+    Raises:
+        InputError: if there is no source of that name.
+    """
+    if isinstance(curvature, CurvatureSource):
+        return curvature
+    if curvature not in _SOURCES:
+        raise InputError(f"curvature must be one of {', '.join(_SOURCES)} or a CurvatureSource, got {curvature!r}.")
+    return _SOURCES[curvature](num_probes)
+
+
+def _widened(tensors: list[Tensor]) -> list[Tensor]:
+    """Return float32 or wider: estimates are squared and averaged, also those of bfloat16 parameters."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
