@@ -1,65 +1,23 @@
-"""The report of a run: one HTML file that needs nothing beside it, made from a run folder alone.
-
-Figures are inline SVG whose colours are CSS variables, so that they follow the reader's light or dark scheme; each is
-drawn twice, for wide and for narrow windows.
-"""
+"""The report of a run: one HTML file that needs nothing beside it, made from a run folder alone."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis import wording
-from analysis.drawing import Colors
 from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
 from analysis.figures_layers import plot_layer_coupling
 from analysis.figures_low_rank import plot_low_rank_error
+from analysis.page import COLORS, NARROW, WIDE, svg, templates, two_sizes
 from analysis.results import Inspection, LayerCoupling, LayerCurvature, Measured
 from analysis.store import Run, load_run
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["build_report", "write_report"]
-
-# Colours no figure would use by itself, and the CSS variables that take their place.
-_INK, _RULE = "#010203", "#010206"
-_COLORS = Colors(positive="#010207", negative="#010208", outlier="#010209", quiet="#01020a")
-_VARIABLES = {
-    _INK: "--figure-ink",
-    _RULE: "--figure-rule",
-    _COLORS.positive: "--figure-positive",
-    _COLORS.negative: "--figure-negative",
-    _COLORS.outlier: "--figure-outlier",
-    _COLORS.quiet: "--figure-quiet",
-}
-_STYLE: Any = {
-    "axes.edgecolor": _INK,
-    "axes.facecolor": "none",
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.linewidth": 0.6,
-    "axes.unicode_minus": True,
-    "figure.facecolor": "none",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8,
-    "grid.color": _RULE,
-    "hatch.linewidth": 0.5,
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-}
-_WIDE, _NARROW = 7.2, 3.5  # inches
 
 
 def write_report(folder: Path) -> Path:
@@ -71,47 +29,24 @@ def write_report(folder: Path) -> Path:
 
 def build_report(run: Run) -> str:
     """Return the report of a run as one self-contained HTML page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("analysis"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": wording.count,
-        "duration": wording.duration,
-        "memory": wording.memory,
-        "number": wording.number,
-        "quantity": wording.quantity,
-        "prose": wording.prose,
-        "unbroken": _unbroken,
-        "share": wording.share,
-    }
     inspection = run.inspection
-    return environment.get_template("report.html").render(
-        run=run,
-        inspection=inspection,
-        cards=_cards(inspection),
-        findings=wording.findings(inspection),
-        eigenvalues=_eigenvalue_rows(inspection),
-        figures=_figures(inspection),
-        total_trace=sum(layer.trace.value for layer in inspection.layers),
-        Measured=Measured,
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            run=run,
+            inspection=inspection,
+            cards=_cards(inspection),
+            findings=wording.findings(inspection),
+            eigenvalues=_eigenvalue_rows(inspection),
+            figures=_figures(inspection),
+            total_trace=sum(layer.trace.value for layer in inspection.layers),
+            Measured=Measured,
+        )
     )
 
 
 # -- what stands in it ------------------------------------------------------------------------------------------------
-
-
-def _unbroken(text: str) -> Markup:
-    """Return a sentence as HTML in which no line ends within a quantity or a formula."""
-    from markupsafe import Markup, escape
-
-    pattern = r"(\([^()\s]+ ± [^()\s]+\)\S*|\S+ ± [^\s,;)]+|\S*\d/λ|\|λ\|)"
-    return Markup(re.sub(pattern, r'<span class="unbroken">\1</span>', str(escape(text))))
 
 
 def _cards(inspection: Inspection) -> list[dict[str, str]]:
@@ -180,24 +115,24 @@ def _figures(inspection: Inspection) -> dict[str, Markup]:
     i = inspection
     top, low, n = wording.quantity(i.sharpness), wording.quantity(i.lowest), wording.count(i.num_params)
     figures = {
-        "density": _two_sizes(
+        "density": two_sizes(
             "density",
             f"Spectral density: a smoothed count of the {n} eigenvalues on a logarithmic scale, from {low} to {top}; "
             f"{wording.share(i.negative_share)} of the absolute curvature is negative.",
-            lambda ax: plot_spectral_density(i.density, top=i.top, bottom=i.bottom, data=i.data, ax=ax, colors=_COLORS),
+            lambda ax: plot_spectral_density(i.density, top=i.top, bottom=i.bottom, data=i.data, ax=ax, colors=COLORS),
             height=3.3,
         ),
-        "eigenvalues": _two_sizes(
+        "eigenvalues": two_sizes(
             "eigenvalues",
             "The largest and the smallest eigenvalues by rank, with residuals; the table below has the numbers.",
-            lambda ax: plot_eigenvalues(i.top, i.bottom, num_params=i.num_params, data=i.data, ax=ax, colors=_COLORS),
+            lambda ax: plot_eigenvalues(i.top, i.bottom, num_params=i.num_params, data=i.data, ax=ax, colors=COLORS),
             height=2.6,
         ),
     }
-    figures["low_rank"] = _two_sizes(
+    figures["low_rank"] = two_sizes(
         "low-rank",
         f"Relative error of the best low-rank approximations by rank, from 1 to {n}.",
-        lambda ax: plot_low_rank_error(i.low_rank, ax=ax, colors=_COLORS),
+        lambda ax: plot_low_rank_error(i.low_rank, ax=ax, colors=COLORS),
         height=2.6,
     )
     if i.layers:
@@ -216,11 +151,11 @@ def _layers_figure(layers: tuple[LayerCurvature, ...]) -> Markup:
     label = f"Share of the trace by layer ({shares}), and the extreme eigenvalues of each layer's own block."
 
     def draw(figure: Figure, rows: int, columns: int) -> object:
-        return plot_layers(layers, axes=list(figure.subplots(rows, columns, sharey=columns == 2).flat), colors=_COLORS)
+        return plot_layers(layers, axes=list(figure.subplots(rows, columns, sharey=columns == 2).flat), colors=COLORS)
 
     panel = 1.0 + 0.24 * len(layers)
-    wide = _svg("layers-wide", label, lambda figure: draw(figure, 1, 2), (_WIDE, panel))
-    narrow = _svg("layers-narrow", label, lambda figure: draw(figure, 2, 1), (_NARROW, 2 * panel - 0.2))
+    wide = svg("layers-wide", label, lambda figure: draw(figure, 1, 2), (WIDE, panel))
+    narrow = svg("layers-narrow", label, lambda figure: draw(figure, 2, 1), (NARROW, 2 * panel - 0.2))
     return Markup(wide + narrow)  # made here, of numbers and escaped names
 
 
@@ -231,53 +166,9 @@ def _coupling_figure(coupling: LayerCoupling) -> Markup:
     label = f"Coupling of layers as a table of shaded cells; the strongest between two layers is {strongest:.2f}."
 
     def draw(figure: Figure) -> object:
-        return plot_layer_coupling(coupling, ax=figure.subplots(), colors=_COLORS)
+        return plot_layer_coupling(coupling, ax=figure.subplots(), colors=COLORS)
 
     side = 1.2 + 0.45 * len(coupling.names)
-    wide = _svg("coupling-wide", label, draw, (_WIDE, min(side, 0.8 * _WIDE)))
-    narrow = _svg("coupling-narrow", label, draw, (_NARROW, _NARROW))
+    wide = svg("coupling-wide", label, draw, (WIDE, min(side, 0.8 * WIDE)))
+    narrow = svg("coupling-narrow", label, draw, (NARROW, NARROW))
     return Markup(wide + narrow)  # made here, of numbers and escaped names
-
-
-def _two_sizes(name: str, label: str, draw: Callable[[Axes], object], *, height: float) -> Markup:
-    from markupsafe import Markup
-
-    wide = _svg(f"{name}-wide", label, lambda figure: draw(figure.subplots()), (_WIDE, height))
-    narrow = _svg(f"{name}-narrow", label, lambda figure: draw(figure.subplots()), (_NARROW, max(2.9, height)))
-    return Markup(wide + narrow)  # made here, of numbers and escaped names
-
-
-def _svg(name: str, label: str, draw: Callable[[Figure], object], size: tuple[float, float]) -> str:
-    """Draw a figure and return it as an SVG element that takes colours and fonts from the page."""
-    import matplotlib as mpl
-    from markupsafe import escape
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for pattern in (
-        r"<metadata>.*?</metadata>\s*",
-        r"<style.*?</style>\s*",
-        r"<!--.*?-->\s*",
-        r" font-family: [^;\"]*;?",
-    ):
-        svg = re.sub(pattern, "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # matplotlib before 3.10
-    svg = re.sub(r"<[^>]*>", _shortened, svg)
-    svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    view_box = re.search(r'viewBox="[^"]*"', svg)
-    assert view_box is not None
-    opening = f'<svg class="{name.rpartition("-")[2]}" role="img" aria-label="{escape(label)}" {view_box[0]}'
-    return re.sub(r"<svg[^>]*>", opening + ' xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
-
-
-def _shortened(tag: re.Match[str]) -> str:
-    """Return a tag with its coordinates cut to hundredths of a point, finer than any screen; text is left alone."""
-    return re.sub(r"(\d\.\d{2})\d+", r"\1", tag[0])

@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -35,15 +35,32 @@ from torch import Tensor
 from analysis.results import CostEstimate, Inspection, to_plain
 from curvature.errors import InputError
 
-__all__ = ["Run", "check_destination", "file_sha256", "free_folder", "load_run", "now", "save_run", "versions"]
+__all__ = [
+    "Record",
+    "Run",
+    "check_destination",
+    "file_sha256",
+    "free_folder",
+    "load_record",
+    "load_run",
+    "now",
+    "save_run",
+    "versions",
+]
 
 FORMAT = 3
 T = TypeVar("T")
+R = TypeVar("R", bound="Record")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One inspection, with what produced it."""
+class Record:
+    """What produced a result, whatever was measured; a subclass adds the result."""
+
+    kind: ClassVar[str]
+    """What was measured, in a word."""
+    result: ClassVar[str]
+    """Name of the field that holds the result."""
 
     task: str
     """Reference that leads to the task: a bundled name, "file.py:function" or "package.module:function"."""
@@ -54,7 +71,7 @@ class Run:
     metadata: dict[str, Any]
     """What the task says about itself: data, split, accuracy, fingerprints."""
     settings: dict[str, Any]
-    """The settings of the inspection: parameters chosen, number of eigenvalues, tolerances, probes, steps."""
+    """The settings of the measurement: parameters chosen, numbers of things, tolerances."""
     seed: int
     """Seed of the generator that all random probes come from."""
     command: str
@@ -69,21 +86,30 @@ class Run:
     """Digest of the training data, if they are tensors in memory."""
     check: tuple[str, ...] | None
     """What the self-check of the objective found; None if it was switched off."""
-    estimate: CostEstimate
-    """Cost as predicted before the work; `inspection.cost` is what it came to."""
-    inspection: Inspection
-    """The results."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the large arrays as plain Python values that JSON can hold."""
         return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run(Record):
+    """One inspection, with what produced it."""
+
+    kind: ClassVar[str] = "inspection"
+    result: ClassVar[str] = "inspection"
+
+    estimate: CostEstimate
+    """Cost as predicted before the work; `inspection.cost` is what it came to."""
+    inspection: Inspection
+    """The results."""
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def save_run(
-    run: Run, folder: Path, *, overwrite: bool = False, finish: Callable[[Path], object] | None = None
+    run: Record, folder: Path, *, overwrite: bool = False, finish: Callable[[Path], object] | None = None
 ) -> Path:
     """Write a run folder, whole or not at all, and return its path.
 
@@ -171,11 +197,11 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _write(run: Run, folder: Path) -> None:
-    config = {"format": FORMAT, **run.to_dict()}
-    results = config.pop("inspection")
+def _write(run: Record, folder: Path) -> None:
+    config = {"format": FORMAT, "kind": run.kind, **run.to_dict()}
+    results = config.pop(run.result)
     arrays: dict[str, np.ndarray] = {}
-    _collect_arrays(run.inspection, "", arrays)
+    _collect_arrays(getattr(run, run.result), "", arrays)
     np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
     for name, content in (("config.json", config), ("results.json", results)):
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -189,6 +215,10 @@ def _collect_arrays(record: Any, path: str, arrays: dict[str, np.ndarray]) -> No
             arrays[f"{path}{field.name}"] = value.detach().cpu().numpy()
         elif is_dataclass(value):
             _collect_arrays(value, f"{path}{field.name}.", arrays)
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if is_dataclass(item):
+                    _collect_arrays(item, f"{path}{field.name}.{i}.", arrays)
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
@@ -221,23 +251,39 @@ def _umask() -> int:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Read a run folder; the tensors are those that were saved, bit for bit, on the CPU.
+    """Read the folder of an inspection; the tensors are those that were saved, bit for bit, on the CPU.
 
     Raises:
-        InputError: if the folder holds no complete run, or one written by a newer version.
+        InputError: if the folder holds no complete inspection, or one written by a newer version.
+    """
+    return load_record(folder, Run)
+
+
+def load_record(folder: Path | str, cls: type[R]) -> R:
+    """Read a run folder of any kind, as `load_run` does.
+
+    Args:
+        folder: what `save_run` wrote.
+        cls: the kind of record it holds.
+
+    Raises:
+        InputError: if the folder holds no complete run of that kind, or one written by a newer version.
     """
     folder = Path(folder)
     if not _is_run(folder):
-        raise InputError(f"{folder} holds no complete run; give a folder that `curvature inspect` wrote.")
+        raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz", allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-        written = int(config["format"])
-        run = _rebuild(Run, {**config, "inspection": results}, arrays, "") if written == FORMAT else None
+        written, kind = int(config["format"]), config.get("kind", "inspection")
+        fits = written == FORMAT and kind == cls.kind
+        run = _rebuild(cls, {**config, cls.result: results}, arrays, "") if fits else None
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
+    if run is None and kind != cls.kind:
+        raise InputError(f"{folder} holds the run of another kind ({kind}), not one of {cls.kind}; give one of those.")
     if run is None:
         raise InputError(
             f"{folder} was written in format {written}, and this version reads format {FORMAT}; use that one."
@@ -250,7 +296,7 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
     values = {}
     for field in fields(cls):  # type: ignore[arg-type]
         kind = hints[field.name]
-        below = "" if field.name == "inspection" else f"{path}{field.name}."
+        below = "" if field.name == getattr(cls, "result", None) else f"{path}{field.name}."
         array = arrays.get(f"{path}{field.name}")
         if array is None and kind is Tensor:
             raise KeyError(f"{path}{field.name}")
@@ -262,7 +308,7 @@ def _restore(kind: Any, value: Any, arrays: Mapping[str, Tensor], path: str) -> 
     if is_dataclass(kind):
         return _rebuild(kind, value, arrays, path)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
-        return tuple(_restore(get_args(kind)[0], item, arrays, path) for item in value)
+        return tuple(_restore(get_args(kind)[0], item, arrays, f"{path}{i}.") for i, item in enumerate(value))
     if get_origin(kind) is types.UnionType:
         return None if value is None else _restore(get_args(kind)[0], value, arrays, path)
     if isinstance(kind, type) and issubclass(kind, Enum):

@@ -22,7 +22,7 @@ from curvature.evaluation import tensors_in
 from curvature.objective import Objective
 from curvature.planning import SpectrumPlan
 
-__all__ = ["Listener", "run_inspection"]
+__all__ = ["Listener", "checkpoint_record", "data_sha256", "in_groups", "on_device", "run_inspection"]
 
 
 class Listener:
@@ -75,7 +75,7 @@ def run_inspection(
     """
     listener = listener or Listener()
     with listener.doing("loading the task"):
-        task = _on_device(load_task(reference, checkpoint), device)
+        task = on_device(load_task(reference, checkpoint), device)
         objective = task.objective(params=list(params) if params else None, micro_batch=micro_batch)
     listener.loaded(task, objective)
     messages = None
@@ -84,7 +84,7 @@ def run_inspection(
             messages = objective.check().messages
     if micro_batch is None:
         with listener.doing("cutting the data into groups"):
-            objective = _in_groups(objective)
+            objective = in_groups(objective)
     with listener.doing("timing one product"):
         estimate = estimate_cost(objective, plan)
     listener.estimated(estimate)
@@ -111,15 +111,15 @@ def run_inspection(
         command=command,
         created=now(),
         versions=versions(),
-        checkpoint=_checkpoint(task.checkpoint),
-        data_sha256=_data_sha256(task.train_data),
+        checkpoint=checkpoint_record(task.checkpoint),
+        data_sha256=data_sha256(task.train_data),
         check=messages,
         estimate=estimate,
         inspection=inspection,
     )
 
 
-def _in_groups(objective: Objective) -> Objective:
+def in_groups(objective: Objective) -> Objective:
     """Return the objective with its data in enough pieces for an error over the data, if that is the same function.
 
     A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
@@ -140,7 +140,7 @@ def _in_groups(objective: Objective) -> Objective:
     return pieces if bool(same) else objective
 
 
-def _on_device(task: Task, device: str | None) -> Task:
+def on_device(task: Task, device: str | None) -> Task:
     """Return the task with its model moved; batches follow, since the objective moves each to its parameters."""
     if device is None:
         return task
@@ -165,11 +165,12 @@ def _available(name: str) -> torch.device:
         raise InputError(f"the device {name!r} cannot be used here; there is {there}.") from error
 
 
-def _checkpoint(path: Path | None) -> dict[str, str] | None:
+def checkpoint_record(path: Path | None) -> dict[str, str] | None:
+    """Return file name and digest of a checkpoint, for the record."""
     return None if path is None else {"file": path.name, "sha256": file_sha256(path)}
 
 
-def _data_sha256(data: Any) -> str | None:
+def data_sha256(data: Any) -> str | None:
     """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
     digest = hashlib.sha256()
 
