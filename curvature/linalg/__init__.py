@@ -1,6 +1,7 @@
 """Numerics on symmetric matrices known through their products: tensors and linear operators alike."""
 
 from curvature.linalg.cg import cg as cg
+from curvature.linalg.diagonal import diagonal as diagonal
 from curvature.linalg.diagonal import hutchinson_diagonal as hutchinson_diagonal
 from curvature.linalg.distribution import cdf as cdf
 from curvature.linalg.distribution import count as count
@@ -11,6 +12,8 @@ from curvature.linalg.functionals import effective_dimension as effective_dimens
 from curvature.linalg.functionals import logdet as logdet
 from curvature.linalg.functionals import moments as moments
 from curvature.linalg.functionals import spectral_sum as spectral_sum
+from curvature.linalg.gltr import cubic_subproblem as cubic_subproblem
+from curvature.linalg.gltr import gltr as gltr
 from curvature.linalg.hutchpp import hutchpp as hutchpp
 from curvature.linalg.lanczos import Krylov as Krylov
 from curvature.linalg.lanczos import KrylovRuns as KrylovRuns
@@ -33,6 +36,7 @@ from curvature.linalg.stopping import RelativeProgress as RelativeProgress
 from curvature.linalg.thick_restart import ThickRestartLanczos as ThickRestartLanczos
 from curvature.linalg.trace import hutchinson_trace as hutchinson_trace
 from curvature.linalg.trace import trace as trace
+from curvature.linalg.trust_region import trust_region as trust_region
 from curvature.linalg.xnystrace import xnystrace as xnystrace
 from curvature.linalg.xtrace import xtrace as xtrace
 
@@ -47,8 +51,11 @@ __all__ = [
     "cdf",
     "cg",
     "count",
+    "cubic_subproblem",
+    "diagonal",
     "effective_dimension",
     "eigsh",
+    "gltr",
     "hutchinson_diagonal",
     "hutchinson_trace",
     "hutchpp",
@@ -69,6 +76,7 @@ __all__ = [
     "spectral_sum",
     "sphere",
     "trace",
+    "trust_region",
     "wasserstein",
     "xnystrace",
     "xtrace",
