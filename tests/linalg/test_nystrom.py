@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
 from curvature.linalg import nystrom
+from curvature.linalg.cg import cg
 from curvature.linalg.low_rank import DiagonalOnSubspace, LowRank, error_norms, spectral_bound
 from curvature.linop import Counting, LinearOperator, MatrixLike, Shifted
 from curvature.results import Status
@@ -80,6 +81,7 @@ def test_low_rank_is_recovered() -> None:
     A = with_spectrum(values)
     found = nystrom(A, 20, generator=generator())
     torch.testing.assert_close(found.eigenvalues, values[:20], rtol=0, atol=1e-10)
+    assert float(found.eigenvalues[15:].max()) < 1e-15  # the shift, 9e-15, was taken out
     torch.testing.assert_close(found.to_dense(), A, rtol=0, atol=1e-10)
     assert float(found.error_bound) < 1e-10
 
@@ -247,6 +249,17 @@ def test_preconditioned_condition_is_below_its_bound() -> None:
         P = found.preconditioner(damping).to_dense()
         spectrum = torch.linalg.eigvals(P @ (A + damping * torch.eye(200, dtype=F64))).real
         assert float(spectrum.max() / spectrum.min()) <= float(found.condition_bound(damping))
+
+
+def test_conjugate_gradients_need_fewer_steps() -> None:
+    A, damping = with_spectrum(power_law(300)), 1e-5
+    b = torch.randn(300, generator=generator(1), dtype=F64)
+    found = nystrom(A, 20, atol=10 * damping, max_rank=160, generator=generator())
+    plain = cg(A, b, damping=damping, rtol=1e-8)
+    quick = cg(A, b, damping=damping, rtol=1e-8, preconditioner=found.preconditioner(damping))
+    exact = torch.linalg.solve(A + damping * torch.eye(300, dtype=F64), b)
+    torch.testing.assert_close(quick.x, exact, rtol=1e-5, atol=0)
+    assert quick.num_iterations[0] < plain.num_iterations[0] / 4
 
 
 # -- the bound at its rate --------------------------------------------------------------------------------------------
