@@ -24,6 +24,7 @@ from curvature.linalg.lobpcg import lobpcg as lobpcg
 from curvature.linalg.low_rank import ErrorCurve as ErrorCurve
 from curvature.linalg.low_rank import LowRank as LowRank
 from curvature.linalg.lsmr import lsmr as lsmr
+from curvature.linalg.matrix_functions import matrix_function as matrix_function
 from curvature.linalg.minres import minres as minres
 from curvature.linalg.nystrom import nystrom as nystrom
 from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
@@ -64,6 +65,7 @@ __all__ = [
     "lobpcg",
     "logdet",
     "lsmr",
+    "matrix_function",
     "minres",
     "moments",
     "normal",
