@@ -1,8 +1,8 @@
 """Kronecker factors of the Gauss-Newton matrix's layer blocks: KFLR, KFAC and KFRA.
 
 A layer z_t = W a_t + b sees inputs a_t at T positions (T = 1 for a linear layer on vectors; the pixels of a
-convolution, whose a_t are patches; the tokens of a sequence). With d_t = J' r the columns of the loss Hessian's root pulled back to
-z_t, the layer's block is sum_nv (sum_t d_nvt (x) a_nt)(...)'. It is replaced by one Kronecker product,
+convolution, whose a_t are patches; the tokens of a sequence). With d_t = J' r the columns of the loss Hessian's root
+pulled back to z_t, the layer's block is sum_nv (sum_t d_nvt (x) a_nt)(...)'. It is replaced by one Kronecker product,
 
     G_[W b]  ~  B (x) A,    B = (1/T) sum_n sum_v sum_t d_nvt d_nvt',    A = (1/N) sum_n sum_t a_nt a_nt',
 
