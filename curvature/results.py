@@ -22,6 +22,8 @@ __all__ = [
     "DiagonalEstimate",
     "EigenPairs",
     "Estimate",
+    "NormBounds",
+    "NormEstimate",
     "SpectralDensity",
     "Status",
     "TraceEstimate",
@@ -161,6 +163,30 @@ class BoundedEstimate(Estimate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormEstimate(Estimate):
+    """An estimate of a norm of A, units of A."""
+
+    num_matvecs: int
+    """Products with A that were spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBounds(_Record):
+    """Bounds on a norm of A."""
+
+    lower: Tensor
+    """(), units of A: the norm is no smaller, ..."""
+    upper: Tensor
+    """(), and, but for the failure probability, no larger than this."""
+    failure_probability: float
+    """Of the upper bound being too low, over the random start."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    status: Status
+    """Whether the bounds are as close as was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TraceEstimate(_Record):
     """An estimate of tr A."""
 
@@ -209,7 +235,7 @@ class DiagonalEstimate(_Record):
     status: Status = Status.BUDGET
     """Whether the accuracy that was asked for was reached."""
     method: str = "hutchinson"
-    """Which estimator gave the values: "hutchinson", "xdiag" or "exact"."""
+    """Which estimator gave the values: "hutchinson", "xdiag", "mixed" or "exact"."""
     samples: Tensor | None = None
     """(n, num_probes), one estimate a probe, where they were kept; `values` is their mean."""
 

@@ -28,6 +28,8 @@ from curvature.linalg.matrix_functions import matrix_function as matrix_function
 from curvature.linalg.minres import minres as minres
 from curvature.linalg.nystrom import nystrom as nystrom
 from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
+from curvature.linalg.norms import frobenius_norm as frobenius_norm
+from curvature.linalg.norms import spectral_norm as spectral_norm
 from curvature.linalg.probes import normal as normal
 from curvature.linalg.probes import rademacher as rademacher
 from curvature.linalg.probes import sphere as sphere
@@ -56,6 +58,7 @@ __all__ = [
     "diagonal",
     "effective_dimension",
     "eigsh",
+    "frobenius_norm",
     "gltr",
     "hutchinson_diagonal",
     "hutchinson_trace",
@@ -75,6 +78,7 @@ __all__ = [
     "randomized_eigh",
     "ritz",
     "spectral_density",
+    "spectral_norm",
     "spectral_sum",
     "sphere",
     "trace",

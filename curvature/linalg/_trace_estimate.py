@@ -17,7 +17,7 @@ from curvature.linalg._validate import check_count
 from curvature.linop import MatrixLike
 from curvature.results import EigenPairs, Status, TraceEstimate
 
-__all__ = ["FEWEST", "Goal", "Samples", "enlarge", "open_pool", "spend", "summary"]
+__all__ = ["FEWEST", "Goal", "Samples", "enlarge", "open_pool", "spend", "summary", "worth_completing"]
 
 FEWEST = 8  # samples before a standard error is believed
 _DOUBT = 2  # by how much a forecast from few samples may be too high
@@ -172,7 +172,7 @@ def spend(
         more = math.ceil(min(samples, goal.budget)) + (price - 1) * best - k
         best = min(best, s + left, k if price == 1 else k - FEWEST // 2)
         ahead = max(more, 0) + max(best - s, 0)
-        if _EXPLORE * pool.num_matvecs >= pool.n and _worth_completing(pool, ahead // _DOUBT, goal):
+        if worth_completing(pool, ahead, goal):
             pool.complete()
         elif best > s and estimate.method != "xnystrace":
             pool.sketch(best)
@@ -213,6 +213,12 @@ def _nystrom_wins(pool: ProbePool, samples: Samples, curve: Tensor, best: int, b
     nystrom = samples.stderr.square() * float(decay) * k / budget
     mixed = pool.trace_samples()[0].var() * float(gain) / (budget - best)
     return bool(nystrom <= mixed)
+
+
+def worth_completing(pool: ProbePool, forecast: int, goal: Goal) -> bool:
+    """Whether a forecast, from few samples as a rule, says that n products are the cheaper way."""
+    explored = _EXPLORE * pool.num_matvecs >= pool.n
+    return explored and _worth_completing(pool, forecast // _DOUBT, goal)
 
 
 def _worth_completing(pool: ProbePool, ahead: int, goal: Goal) -> bool:

@@ -1,23 +1,17 @@
-"""Trace, diagonal and density: exact identities first, then the estimates, then their error bars."""
+"""Probes and density: exact identities first, then the estimates, then their error bars."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linalg import eigsh, hutchinson_diagonal, normal, rademacher, spectral_density, sphere
+from curvature.linalg import eigsh, normal, rademacher, spectral_density, sphere
 from curvature.linop import Counting
 from tests.matrices import F64, generator, spectra, with_spectrum
 
 NUM_SEEDS = 400
-
-
-def every_sign_vector(n: int) -> Tensor:
-    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=n)), dtype=F64).T
 
 
 def test_probes_have_the_moments_they_promise() -> None:
@@ -31,41 +25,6 @@ def test_probes_have_the_moments_they_promise() -> None:
     torch.testing.assert_close(
         sphere(9, 5, generator=generator(), dtype=F64).norm(dim=0), torch.full((5,), 3.0, dtype=F64)
     )
-
-
-# -- diagonal ---------------------------------------------------------------------------------------------------------
-
-
-def test_over_all_sign_vectors_the_diagonal_is_exact_with_its_variance() -> None:
-    A = with_spectrum(torch.linspace(-1, 2, 9, dtype=F64))
-    probes = every_sign_vector(9)
-    estimate = hutchinson_diagonal(A, probes=probes, block_size=50)
-    torch.testing.assert_close(estimate.values, A.diagonal(), rtol=0, atol=1e-13)
-    k = probes.shape[1]
-    variance = A.square().sum(dim=1) - A.diagonal().square()
-    torch.testing.assert_close(estimate.stderr.square() * (k - 1), variance, rtol=1e-11, atol=0)
-
-
-def test_the_standard_errors_of_the_diagonal_are_the_truth() -> None:
-    A = with_spectrum(spectra(20)["indefinite"])
-    scores = torch.stack(
-        [
-            (e.values - A.diagonal()) / e.stderr
-            for seed in range(NUM_SEEDS)
-            for e in [hutchinson_diagonal(A, num_probes=60, generator=generator(seed), block_size=60)]
-        ]
-    )
-    assert scores.mean().abs() * (NUM_SEEDS * 20) ** 0.5 < 8  # entries share probes
-    assert 0.9 < scores.std() < 1.1
-
-
-def test_bad_input_for_the_diagonal() -> None:
-    with pytest.raises(InputError, match="exactly one of num_probes"):
-        hutchinson_diagonal(torch.eye(3), generator=generator())
-    with pytest.raises(InputError, match="probes must be signs"):
-        hutchinson_diagonal(torch.eye(3), probes=torch.full((3, 2), 0.5))
-    with pytest.raises(InputError, match="num_probes must be at least 2"):
-        hutchinson_diagonal(torch.eye(3), num_probes=1, generator=generator())
 
 
 # -- density ----------------------------------------------------------------------------------------------------------
