@@ -5,9 +5,17 @@ from curvature.errors import CurvatureError as CurvatureError
 from curvature.linop import LinearOperator as LinearOperator
 from curvature.objective import Objective as Objective
 from curvature.operators import BlockDiagonalOperator as BlockDiagonalOperator
+from curvature.operators import EmpiricalFisherOperator as EmpiricalFisherOperator
+from curvature.operators import FisherOperator as FisherOperator
 from curvature.operators import GGNOperator as GGNOperator
+from curvature.operators import GradientCovarianceOperator as GradientCovarianceOperator
 from curvature.operators import HessianOperator as HessianOperator
+from curvature.operators import JacobianOperator as JacobianOperator
+from curvature.operators import MCFisherOperator as MCFisherOperator
+from curvature.operators import NTKOperator as NTKOperator
+from curvature.operators import PreconditionedOperator as PreconditionedOperator
 from curvature.operators import SubmatrixOperator as SubmatrixOperator
+from curvature.operators import optimizer_preconditioner as optimizer_preconditioner
 from curvature.parameters import Block as Block
 from curvature.parameters import ParameterSpace as ParameterSpace
 from curvature.planning import SpectrumPlan as SpectrumPlan
@@ -17,6 +25,10 @@ from curvature.results import EigenPairs as EigenPairs
 from curvature.results import SpectralDensity as SpectralDensity
 from curvature.results import Status as Status
 from curvature.results import TraceEstimate as TraceEstimate
+from curvature.solve_results import MatrixFunctionResult as MatrixFunctionResult
+from curvature.solve_results import SolveResult as SolveResult
+from curvature.solve_results import SubproblemResult as SubproblemResult
+from curvature.solving import solve as solve
 from curvature.spectral import layer_spectra as layer_spectra
 from curvature.spectral import spectrum as spectrum
 from curvature.spectrum_results import Spectrum as Spectrum
@@ -27,19 +39,31 @@ __all__ = [
     "CurvatureError",
     "DiagonalEstimate",
     "EigenPairs",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
     "GGNOperator",
+    "GradientCovarianceOperator",
     "HessianOperator",
+    "JacobianOperator",
     "LinearOperator",
+    "MCFisherOperator",
+    "MatrixFunctionResult",
+    "NTKOperator",
     "Objective",
     "ParameterSpace",
+    "PreconditionedOperator",
+    "SolveResult",
     "SpectralDensity",
     "Spectrum",
     "SpectrumPlan",
     "Status",
     "SubmatrixOperator",
+    "SubproblemResult",
     "TraceEstimate",
     "layer_spectra",
+    "optimizer_preconditioner",
     "plan",
+    "solve",
     "spectrum",
     "top_eigenpairs",
 ]
