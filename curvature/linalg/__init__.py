@@ -26,10 +26,10 @@ from curvature.linalg.low_rank import LowRank as LowRank
 from curvature.linalg.lsmr import lsmr as lsmr
 from curvature.linalg.matrix_functions import matrix_function as matrix_function
 from curvature.linalg.minres import minres as minres
-from curvature.linalg.nystrom import nystrom as nystrom
-from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
 from curvature.linalg.norms import frobenius_norm as frobenius_norm
 from curvature.linalg.norms import spectral_norm as spectral_norm
+from curvature.linalg.nystrom import nystrom as nystrom
+from curvature.linalg.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
 from curvature.linalg.probes import normal as normal
 from curvature.linalg.probes import rademacher as rademacher
 from curvature.linalg.probes import sphere as sphere

@@ -29,8 +29,9 @@ def test_the_variance_over_all_sign_vectors_is_the_formula_of_the_docstring() ->
     torch.testing.assert_close(squares.var(correction=0), 2 * (B.square().sum() - B.diagonal().square().sum()))
 
 
-@pytest.mark.parametrize("sketch_size", [None, 0, 8])
-@pytest.mark.parametrize("name", ["flat", "slow exponential"])
+@pytest.mark.parametrize(
+    ("name", "sketch_size"), [("flat", None), ("flat", 0), ("flat", 8), ("indefinite", 8), ("slow exponential", None)]
+)
 def test_the_standard_error_of_the_frobenius_norm_is_the_truth(name: str, sketch_size: int | None) -> None:
     A = with_spectrum(spectra(100)[name])
     z = []
@@ -39,7 +40,7 @@ def test_the_standard_error_of_the_frobenius_norm_is_the_truth(name: str, sketch
         z.append((e.value - A.norm()) / e.stderr)
     scores = torch.stack(z)
     assert abs(scores.mean()) < 0.4  # samples are skewed
-    assert 0.9 < scores.std() < (1.25 if sketch_size is None else 1.1)  # and a chosen basis leaves few of them
+    assert 0.9 < scores.std() < (1.1 if name != "slow exponential" else 1.25)  # more where few eigenvalues rule
 
 
 def test_a_basis_takes_outliers_out_and_is_not_bought_where_it_does_not_pay() -> None:
