@@ -1,0 +1,198 @@
+"""Which calls of torch's functions use which parameters, with what goes in: seen while the model runs.
+
+Layers are found where they are computed, not where they are declared: attention that hands its weights to a function,
+a module that is called twice, a tensor that two modules share or that a model keeps by itself are all calls with a
+parameter among the arguments. Slices, reshapes and transposes of a parameter are followed back to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types as python_types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from curvature.per_example.forms import Factors, Form, Scattered
+from curvature.per_example.layout import Build, Examples, Layout
+from curvature.per_example.rules import RULES, Claim
+
+__all__ = ["Capture", "Use"]
+
+_T = torch.Tensor
+_TRANSPOSES = {_T.t, torch.t, *(getattr(_T, name).__get__ for name in ("T", "mT"))}
+_VIEWS = {
+    *(_T.__getitem__, _T.view, _T.reshape, _T.flatten, _T.squeeze, _T.unsqueeze, _T.transpose, _T.permute, _T.expand),
+    *(_T.expand_as, _T.narrow, _T.select, _T.chunk, _T.split, _T.unflatten, _T.view_as, _T.contiguous),
+    *(torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.transpose, torch.permute, torch.narrow),
+    *(torch.select, torch.chunk, torch.split, torch.unflatten, torch.movedim, _T.movedim, torch.swapaxes, _T.repeat),
+    *_TRANSPOSES,
+}
+_JOINS = {torch.cat, torch.concat, torch.concatenate}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor that is a parameter or a rearrangement of its entries."""
+
+    tensor: Tensor  # kept alive, for its id is the key it is found by
+    parameter: int
+    index: Callable[[], Tensor] | None = None
+    """Where its entries lie in the parameter, in its shape; None where it is the parameter."""
+    transposed: bool = False
+    """Whether it is the parameter's transpose and nothing else."""
+    source: int | None = None
+    """The use that made it, if it is the output of an embedding of something that examples may share."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter by one call."""
+
+    kind: str
+    parameter: int
+    edge: GradientEdge
+    """Where the gradient in the call's output can be had."""
+    place: _Place
+    build: Build
+    reads: tuple[tuple[Tensor, int], ...]
+    """Tensors that `build` reads, with their versions."""
+
+    def form(self, delta: Tensor, num_examples: int, layout: Layout, parameter: Tensor) -> Form | None:
+        """Return the per-example gradients of the parameter from this use, or None if they cannot be told apart.
+
+        Args:
+            delta: gradient in the call's output, in the dtype to compute in.
+            num_examples: N.
+            layout: where the examples lie in `delta`.
+            parameter: the tensor that the place leads to.
+        """
+        if any(tensor._version != version for tensor, version in self.reads):
+            return None
+        if self.place.index is None:
+            return self.build(delta, Examples(num_examples, layout))
+        index = self.place.index()
+        repeated = index.ndim == delta.ndim and len(index) == num_examples and bool((index == index[:1]).all())
+        form = self.build(delta, Examples(num_examples, layout, repeated))
+        if form is None:
+            return None
+        if self.place.transposed and isinstance(form, Factors):
+            swapped = form.transposed()
+            if swapped is not None:
+                return swapped
+        return Scattered(form, (index[0] if repeated else index).reshape(-1), parameter.numel())
+
+
+class Capture(TorchFunctionMode):
+    """While active, records the uses of some tensors.
+
+    Attributes:
+        uses: in the order of the calls.
+        coupled: why the examples of a batch are no separate functions, if a call made it plain.
+
+    Args:
+        parameters: the tensors to look for.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self.coupled: str | None = None
+        self._places = {id(p): _Place(p, i) for i, p in enumerate(parameters)}
+
+    @property
+    def structure(self) -> tuple[tuple[str, int], ...]:
+        """What was used by what, in which order."""
+        return tuple((use.kind, use.parameter) for use in self.uses)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self._note_coupling(args, kwargs)
+        rule = RULES.get(func)
+        operands = args[0] if args and func in _JOINS else (*args, *kwargs.values())
+        placed = [self._places.get(id(t)) for t in operands if isinstance(t, Tensor)]
+        if not any(placed):
+            return func(*args, **kwargs)
+        if rule is not None:
+            claims = _claims(rule, args, kwargs)
+            reads = [tuple((t.detach(), t._version) for t in claim.reads) for claim in claims]
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and out.grad_fn is not None:
+                for claim, read in zip(claims, reads, strict=True):
+                    self._record(func, out, self._places.get(id(claim.tensor)), claim.build, read)
+                if func is F.embedding and len(claims) == 1:
+                    self._follow_embedding(out, *args[:2])
+            return out
+        if func in _VIEWS and placed[0] is not None:
+            return self._follow_view(func, placed[0], args, kwargs)
+        if isinstance(func, python_types.FunctionType) and func.__module__ == F.__name__:
+            with self:
+                return _inside(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build, reads: Any) -> None:
+        if place is not None and place.tensor.requires_grad:
+            self.uses.append(Use(func.__name__, place.parameter, get_gradient_edge(out), place, build, reads))
+
+    def _follow_embedding(self, out: Tensor, index: Tensor, table: Tensor) -> None:
+        """Positions are often looked up once for all examples: then what is looked up is a part of the table."""
+        place = self._places.get(id(table))
+        if place is not None and place.index is None and place.tensor.requires_grad:
+            width, source = table.shape[1], len(self.uses) - 1
+
+            def entries() -> Tensor:
+                return index[..., None] * width + torch.arange(width, device=index.device)
+
+            self._places[id(out)] = _Place(out, place.parameter, entries, source=source)
+
+    def _follow_view(self, func: Any, place: _Place, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        shape = place.tensor.shape
+
+        def entries(part: int | None) -> Tensor:
+            numbers = torch.arange(place.tensor.numel(), device=place.tensor.device).view(shape)
+            with torch._C.DisableTorchFunction():
+                moved = func(numbers if place.index is None else place.index(), *args[1:], **kwargs)
+            return moved if part is None else moved[part]
+
+        matrix = place.index is None and place.tensor.ndim == 2
+        for i, part in enumerate([out] if isinstance(out, Tensor) else out):
+            if part is place.tensor:
+                continue
+            swaps = func in (_T.transpose, torch.transpose) and part.shape == shape[::-1]
+            at = functools.partial(entries, None if isinstance(out, Tensor) else i)
+            self._places[id(part)] = _Place(
+                part, place.parameter, at, matrix and (func in _TRANSPOSES or swaps), place.source
+            )
+        return out
+
+    def _note_coupling(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        running_mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+        if running_mean is None or (args[5] if len(args) > 5 else kwargs.get("training", False)):
+            self.coupled = "batch normalisation uses the statistics of the batch, which couple its examples"
+
+
+def _claims(rule: Callable[..., list[Claim]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Claim]:
+    try:
+        return rule(*args, **kwargs)
+    except TypeError:  # a form of the call that the rule does not know, such as out=
+        return []
+
+
+def _inside(func: python_types.FunctionType) -> Callable[..., Any]:
+    """Return a function of torch.nn.functional without its dispatch to modes, so that its own calls can be seen."""
+    never = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
+    )
+    plain = python_types.FunctionType(func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__)
+    plain.__kwdefaults__ = func.__kwdefaults__
+    return plain

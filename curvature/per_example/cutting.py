@@ -1,0 +1,108 @@
+"""Examples of a batch: how many there are, and the model on some of them.
+
+An example is what one place along the first dimension of the inputs makes of the model's outputs and of the targets.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.backward import pull_back
+from curvature.errors import CurvatureError, DataError
+from curvature.evaluation import Evaluator, _seeded, map_tensors, tensors_in
+from curvature.lean import LeanLayers
+from curvature.per_example.capture import Capture
+from curvature.per_example.layout import Examples, Layout
+
+__all__ = ["cut", "inputs_of", "layouts_of_uses", "leading_size", "outputs_of", "seeded"]
+
+
+def leading_size(evaluator: Evaluator, batch: Any) -> int:
+    """Return the number of examples of a batch: the length of the first dimension of its first tensor.
+
+    Raises:
+        DataError: if it holds no tensor with a dimension.
+    """
+    sized = [t for t in tensors_in(inputs_of(evaluator, batch)) if t.ndim > 0]
+    if not sized:
+        raise DataError(
+            "per-example gradients need batches whose tensors hold the examples along their first dimension; got none."
+        )
+    return sized[0].shape[0]
+
+
+def inputs_of(evaluator: Evaluator, batch: Any) -> Any:
+    """Return what outputs are made from: the first of a pair, or all that a custom forward takes."""
+    return batch[0] if evaluator.forward is None else batch
+
+
+def seeded(evaluator: Evaluator, index: int) -> AbstractContextManager[Any]:
+    """Put torch's generators into the state that batch `index` is evaluated under."""
+    return _seeded(evaluator.seed + index, evaluator.parameters[0].device)
+
+
+def cut(evaluator: Evaluator, batch: Any, rows: Tensor, num_examples: int) -> Any:
+    """Return the batch with only some of its examples; where the batch is a pair, its inputs only."""
+    return map_tensors(
+        inputs_of(evaluator, batch), lambda t: t[rows] if t.ndim > 0 and t.shape[0] == num_examples else t
+    )
+
+
+def outputs_of(evaluator: Evaluator, part: Any) -> Tensor:
+    """Return the model's outputs on what `cut` returned, inside a session."""
+    returned = evaluator.model(part) if evaluator.forward is None else evaluator.forward(evaluator.model, part)[0]
+    assert isinstance(returned, Tensor)
+    return returned
+
+
+def layouts_of_uses(
+    evaluator: Evaluator, batch: Any, index: int, num_examples: int
+) -> tuple[Any, tuple[Layout | None, ...]]:
+    """Find where the examples lie in the output of every use of a parameter, on two examples of a batch.
+
+    A vector in the outputs of one example is pulled back: in the right layout it reaches no row of the other.
+
+    Returns:
+        The structure of the uses that were seen, and the layout of each; None where rows mix examples.
+
+    Raises:
+        DataError: if the model does not run on two examples alone.
+    """
+    device = evaluator.parameters[0].device
+    two = cut(evaluator, batch, torch.tensor([0, num_examples - 1], device=device), num_examples)
+    capture = Capture(evaluator.parameters)
+    generator = torch.Generator().manual_seed(0)
+    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+        try:
+            with seeded(evaluator, index), capture:
+                outputs = outputs_of(evaluator, two)
+        except CurvatureError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the model runs on batch {index} but not on two of its {num_examples} examples: {error}. Examples "
+                "must lie along the first dimension of all inputs; pass forward= that arranges them so."
+            ) from error
+        if outputs.ndim == 0 or outputs.shape[0] % 2:
+            return capture.structure, (None,) * len(capture.uses)
+        possible = [list(Layout) for _ in capture.uses]
+        for place in (0, 1) if outputs.requires_grad and capture.uses else ():
+            vector = torch.zeros(outputs.shape, dtype=outputs.dtype, device=device)
+            own = vector.view(2, -1)[place]
+            own.copy_(torch.randn(own.shape, generator=generator))
+            deltas = pull_back([outputs], [use.edge for use in capture.uses], [vector])  # type: ignore[misc]
+            for i, delta in enumerate(deltas):
+                possible[i] = [layout for layout in possible[i] if _spares(delta, layout, other=1 - place)]
+    return capture.structure, tuple(layouts[0] if layouts else None for layouts in possible)
+
+
+def _spares(delta: Tensor | None, layout: Layout, other: int) -> bool:
+    """Return whether the rows of one of two examples are zero."""
+    if delta is None:
+        return True
+    arranged = Examples(2, layout).arranged(delta)
+    return arranged is not None and not bool(arranged[other].count_nonzero())

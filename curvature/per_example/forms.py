@@ -1,0 +1,347 @@
+"""What is kept of the per-example gradients of a parameter, and the sums that can be had without writing them out.
+
+A batch of N examples has N gradients of the size of the model. Few questions need them as such: a linear map's gradient
+of example i is a sum over its rows t (tokens, places of an image) of outer products d_it a_it', and its squared norm is
+
+    sum_ts (d_it' d_is) (a_it' a_is),
+
+the weighted sum of its squares, where there is one row, the product of the squared factors. Each `Form` knows the
+gradients of one use of a parameter, or of several, in the cheapest way to hold them.
+
+Reference: Goodfellow (2015), Efficient per-example gradient computations; Dangel, Kunstner and Hennig (2020), BackPACK;
+Li, Tramer, Liang and Hashimoto (2022), Large language models can be strong differentially private learners.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Sum", "Windows", "merge"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A rank-one array `left right'` in a parameter's shape, seen as a matrix of its first dimension by the others."""
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def draw(cls, shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Probe:
+        rows = shape[0] if shape else 1
+        columns = max(1, torch.Size(shape).numel() // max(1, rows))
+        left, right = (torch.randn(size, generator=generator).to(like) for size in (rows, columns))
+        return cls(left, right)
+
+    @property
+    def flat(self) -> Tensor:
+        return torch.outer(self.left, self.right).reshape(-1)
+
+
+class Form(ABC):
+    """Gradients h_i, i < N, of one parameter, or of several in a row."""
+
+    num_examples: int
+    numels: tuple[int, ...]
+    """Entries of each parameter."""
+    route: str
+    """How they are held, as results report it."""
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+    @abstractmethod
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Return the gradients of some of the examples, (stop - start, numel)."""
+
+    @abstractmethod
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        """Return sum_i <h_i, probe> and the sum of the magnitudes of the terms it is made of, both ()."""
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
+        """Return sum_i factors_i h_i^2, (numel,), unless `factors` is None; and |h_i|^2, (number of parameters, N)."""
+        total, norms = None, []
+        for start, stop in self.chunks(chunk_bytes):
+            squared = self.dense(start, stop).square()
+            norms.append(torch.stack([part.sum(1) for part in squared.split(self.numels, dim=1)]))
+            if factors is not None:
+                part = factors[start:stop] @ squared
+                total = part if total is None else total.add_(part)
+        return total, torch.cat(norms, dim=1)
+
+    def chunks(self, chunk_bytes: int, width: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of as many examples as fit, at `width` entries each."""
+        size = max(1, chunk_bytes // (8 * max(1, self.numel if width is None else width)))
+        for start in range(0, self.num_examples, size):
+            yield start, min(start + size, self.num_examples)
+
+
+class Direct(Form):
+    """Gradients as they are: of biases, of what normalisation layers scale by, of anything small."""
+
+    route = "direct"
+
+    def __init__(self, values: Tensor, numels: tuple[int, ...] | None = None, route: str = "direct") -> None:
+        self.values = values
+        self.num_examples = len(values)
+        self.numels = (values.shape[1],) if numels is None else numels
+        self.route = route
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop]
+
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        return _sums(self.values * probe.flat)
+
+
+class Rows:
+    """The right factor of a linear map: a, (N, G, T, p)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.shape = tuple(values.shape)
+
+    def take(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop]
+
+    def times(self, vector: Tensor) -> Tensor:
+        """Return a u for u (p,), (N, G, T)."""
+        return self.values @ vector
+
+
+class Windows:
+    """The right factor of a convolution: the windows of x (N, C, ...) that each output place sees.
+
+    Args:
+        x: padded input, (N, C, *sizes).
+        kernel, stride, dilation: one number a dimension of `sizes`.
+        groups: G, which divides C.
+        places: sizes of the output.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        places: tuple[int, ...],
+    ) -> None:
+        self.x = x.contiguous()
+        self.geometry = (stride, dilation, groups)
+        self.kernel, self.places = kernel, places
+        N, C = x.shape[:2]
+        self.shape = (N, groups, torch.Size(places).numel(), C // groups * torch.Size(kernel).numel())
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """Return (stop - start, G, T, p); a window's entries are ordered as the kernel's."""
+        stride, dilation, groups = self.geometry
+        x = self.x[start:stop]
+        N, C = x.shape[:2]
+        d = len(self.kernel)
+        steps = [s * e for s, e in zip(x.stride()[2:], stride, strict=True)]
+        inner = [s * e for s, e in zip(x.stride()[2:], dilation, strict=True)]
+        size = (N, groups, C // groups, *self.places, *self.kernel)
+        windows = x.as_strided(
+            size, (x.stride(0), C // groups * x.stride(1), x.stride(1), *steps, *inner), x.storage_offset()
+        )
+        order = (0, 1, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d))
+        return windows.permute(order).reshape(N, *self.shape[1:])
+
+    def times(self, vector: Tensor) -> Tensor:
+        stride, dilation, groups = self.geometry
+        N, C = self.x.shape[:2]
+        kernel = vector.view(1, C // groups, *self.kernel).expand(groups, *[-1] * (1 + len(self.kernel)))
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        y = convolution(self.x, kernel.contiguous(), None, stride, 0, dilation, groups)
+        return y.reshape(N, groups, -1)
+
+
+class Factors(Form):
+    """h_i = sum_t left_it right_it' in each of G groups, as a (G q, p) matrix.
+
+    Args:
+        left: d, (N, G, T, q).
+        right: a, (N, G, T, p), or the windows that stand for it.
+    """
+
+    def __init__(self, left: Tensor, right: Rows | Windows) -> None:
+        self.left, self.right = left, right
+        self.num_examples, self.groups, self.rows, self.q = left.shape
+        self.p = right.shape[-1]
+        self.numels = (self.groups * self.q * self.p,)
+
+    @property
+    def route(self) -> str:  # type: ignore[override]
+        return "ghost" if self._ghost_is_cheaper else "factorised"
+
+    @property
+    def _ghost_is_cheaper(self) -> bool:
+        return self.rows * (self.p + self.q) <= max(self.p * self.q, self.p + self.q)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        return (self.left[start:stop].mT @ self.right.take(start, stop)).reshape(stop - start, -1)
+
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        on_left = torch.einsum("ngtq,gq->ngt", self.left, probe.left.view(self.groups, self.q))
+        return _sums(on_left * self.right.times(probe.right))
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
+        if self.rows == 1:
+            d, a = self.left[:, :, 0].square(), self.right.take(0, self.num_examples)[:, :, 0].square()
+            norms = (d.sum(2) * a.sum(2)).sum(1)[None]
+            if factors is None:
+                return None, norms
+            return torch.einsum("ngq,ngp->gqp", d * factors[:, None, None], a).reshape(-1), norms
+        if factors is None and self._ghost_is_cheaper:
+            return None, self._ghost_norms(chunk_bytes)
+        return super().squares(factors, chunk_bytes)
+
+    def _ghost_norms(self, chunk_bytes: int) -> Tensor:
+        norms = []
+        for start, stop in self.chunks(chunk_bytes, 2 * self.groups * self.rows**2 + self.groups * self.rows * self.p):
+            a, d = self.right.take(start, stop), self.left[start:stop]
+            norms.append(((d @ d.mT) * (a @ a.mT)).sum((1, 2, 3)))
+        return torch.cat(norms)[None].clamp_min(0)  # terms of both signs: rounding may leave less than nothing
+
+    def chunks(self, chunk_bytes: int, width: int | None = None) -> Iterator[tuple[int, int]]:
+        return super().chunks(chunk_bytes, self.numel + self.groups * self.rows * self.p if width is None else width)
+
+    def transposed(self) -> Factors | None:
+        """Return the same for the transposed parameter; None if the right factor has to be written out for that."""
+        if self.groups > 1 or isinstance(self.right, Windows):
+            return None
+        return Factors(self.right.values, Rows(self.left))
+
+
+class Indexed(Form):
+    """An embedding: row index_it of the (V, d) table receives values_it.
+
+    Sums of squares add what meets in one row of the table first, in the space of rows that are met at all.
+    """
+
+    route = "indexed"
+
+    def __init__(self, index: Tensor, values: Tensor, num_rows: int) -> None:
+        self.index, self.values, self.num_rows = index, values, num_rows
+        self.num_examples = len(index)
+        self.numels = (num_rows * values.shape[-1],)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        values = self.values[start:stop]
+        count, _, d = values.shape
+        table = values.new_zeros(count * self.num_rows, d)
+        table.index_add_(0, self._keys(self.index[start:stop]), values.reshape(-1, d))
+        return table.view(count, -1)
+
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        return _sums((self.values @ probe.right) * probe.left[self.index])
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:  # noqa: ARG002
+        d = self.values.shape[-1]
+        keys, places = self._keys(self.index).unique(return_inverse=True)
+        met = self.values.new_zeros(len(keys), d).index_add_(0, places, self.values.reshape(-1, d)).square_()
+        example, row = keys // self.num_rows, keys % self.num_rows
+        norms = met.new_zeros(self.num_examples).index_add_(0, example, met.sum(1))
+        if factors is None:
+            return None, norms[None]
+        table = met.new_zeros(self.num_rows, d).index_add_(0, row, met * factors[example, None])
+        return table.view(-1), norms[None]
+
+    def as_factors(self) -> Factors:
+        """Return the same with one-hot rows for indices."""
+        hot = F.one_hot(self.index, self.num_rows).to(self.values.dtype)
+        return Factors(hot[:, None], Rows(self.values[:, None]))
+
+    def _keys(self, index: Tensor) -> Tensor:
+        return (index + self.num_rows * torch.arange(len(index), device=index.device)[:, None]).reshape(-1)
+
+
+class Scattered(Form):
+    """Gradients of a part of a parameter (a slice, an expanded row), put where that part lies.
+
+    Args:
+        inner: the gradients of the part.
+        index: (inner.numel,), places of the part's entries in the parameter.
+        numel: of the parameter.
+    """
+
+    def __init__(self, inner: Form, index: Tensor, numel: int) -> None:
+        self.inner, self.index = inner, index
+        self.num_examples, self.numels = inner.num_examples, (numel,)
+        self._injective = len(index.unique()) == len(index)
+        self.route = inner.route
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        inner = self.inner.dense(start, stop)
+        return inner.new_zeros(len(inner), self.numel).index_add_(1, self.index, inner)
+
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        part = Probe(probe.flat[self.index], torch.ones_like(probe.right[:1]))
+        dense = [self.inner.dense(*chunk) for chunk in self.inner.chunks(2**24)]
+        values = [_sums(rows * part.left) for rows in dense]
+        return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
+        if not self._injective:
+            return super().squares(factors, chunk_bytes)
+        total, norms = self.inner.squares(factors, chunk_bytes)
+        return None if total is None else total.new_zeros(self.numel).index_add_(0, self.index, total), norms
+
+
+class Sum(Form):
+    """Several uses of one parameter, whose gradients add up before anything is squared."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
+        self.forms = list(forms)
+        self.num_examples, self.numels = forms[0].num_examples, forms[0].numels
+        self.route = "factorised"
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        total = self.forms[0].dense(start, stop)
+        for form in self.forms[1:]:
+            total = total + form.dense(start, stop)
+        return total
+
+    def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
+        values = [form.project(probe) for form in self.forms]
+        return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
+
+    def chunks(self, chunk_bytes: int, width: int | None = None) -> Iterator[tuple[int, int]]:
+        return super().chunks(chunk_bytes // (1 + len(self.forms)), width)
+
+
+def merge(forms: Sequence[Form], chunk_bytes: int) -> Form:
+    """Return the gradients of a parameter from those of its uses."""
+    if len(forms) == 1:
+        return forms[0]
+    if all(isinstance(form, Direct) for form in forms):
+        return Direct(torch.stack([form.dense(0, form.num_examples) for form in forms]).sum(0))
+    linear = [_as_rows(form, chunk_bytes) for form in forms]
+    if all(form is not None for form in linear):
+        left = torch.cat([form.left for form in linear if form is not None], dim=2)
+        right = torch.cat([form.right.values for form in linear if form is not None], dim=2)  # type: ignore[union-attr]
+        merged = Factors(left, Rows(right))
+        if merged.route == "ghost" or not any(isinstance(form, Indexed) for form in forms):
+            return merged
+    return Sum(forms)
+
+
+def _as_rows(form: Form, max_bytes: int) -> Factors | None:
+    """Return factors that can be joined to others along their rows, if `form` has them."""
+    if isinstance(form, Indexed) and 8 * form.index.numel() * form.num_rows <= max_bytes:
+        return form.as_factors()
+    plain = isinstance(form, Factors) and form.groups == 1 and isinstance(form.right, Rows)
+    return form if plain else None  # type: ignore[return-value]
+
+
+def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:
+    return terms.sum(), terms.abs().sum()

@@ -1,0 +1,288 @@
+"""Norms, inner products and moments of the gradients of single examples, in one pass over the data.
+
+Reference: McCandlish, Kaplan, Amodei and the OpenAI Dota team (2018), An empirical model of large-batch training; Liu,
+Bai, Jiang, Wang, Wang and Hou (2020), Understanding why neural networks generalize well through GSNR of parameters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.distributed import sum_over_ranks
+from curvature.errors import DataError, InputError
+from curvature.memory import available_memory
+from curvature.objective import BUDGET_SHARE, Objective
+from curvature.per_example.gram import Gram
+from curvature.per_example.results import GradientMoments, GradientNorms
+from curvature.per_example.walk import Group, Walk
+
+__all__ = ["gradient_dots", "gradient_moments", "gradient_norms", "per_example_gradients"]
+
+Per = Literal["sequence", "target"]
+Route = Literal["auto", "rules", "vmap", "loop"]
+
+CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
+
+
+def gradient_norms(
+    objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
+) -> GradientNorms:
+    """Return |g_i|^2 for every example, with the mean gradient and the trace of the gradients' covariance.
+
+    Gradients are not written out where their norms can be had without: a linear map's from inner products of its inputs
+    and of the gradients in its outputs (`Factors`). Cost: one gradient and between 0.1 and 2 more.
+
+    Args:
+        objective: with `loss=` and outputs that are one tensor, examples along the first dimension of inputs, outputs
+            and targets (or consecutive rows of them). Restrict it to some parameters by `objective.restrict`.
+        per: "sequence" takes what one place of the first dimension holds for an example; "target" every target (each
+            token of a text), at a backward pass for each target of a sequence.
+        route: "auto" takes rules for the layers they are known for and computes the gradients of other parameters
+            example by example, with `torch.func.vmap` or, where the model does not go through that, in a loop; "rules"
+            refuses where rules do not do; "vmap" and "loop" take these for all parameters.
+        memory_budget: bytes for gradients that are held. Default: half of what is free.
+
+    Raises:
+        DataError: if examples are coupled (batch normalisation in train mode) or do not lie along the first dimension;
+            if all weights are zero; if dropout draws a mask for the whole batch where examples have to be taken one by
+            one.
+        CheckFailedError: if the examples' gradients do not add up to the batch's.
+        InputError: for arguments out of range, an objective with `loss=None`, or route="rules" where it does not do.
+    """
+    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=False)
+
+
+def gradient_dots(
+    objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
+) -> GradientNorms:
+    """Return g_i' g_j for all pairs of examples besides what `gradient_norms` returns.
+
+    Cost: that of norms, and the products of what is kept of all examples, their factors or gradients: N^2 times their
+    entries. Arguments and errors are those of `gradient_norms`.
+
+    Raises:
+        InputError: also if what has to be kept does not fit into `memory_budget`, and for data on several ranks.
+    """
+    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=True)
+
+
+def gradient_moments(
+    objective: Objective,
+    *,
+    per: Per = "sequence",
+    pairwise: bool = False,
+    norms: bool = True,
+    route: Route = "auto",
+    memory_budget: int | None = None,
+) -> GradientMoments:
+    """Return mean and variance of every entry of the gradient over examples, and what `gradient_norms` returns.
+
+    With p_i the share of example i in all loss terms, g = sum_i p_i g_i is the objective's gradient and the variance is
+    sum_i p_i g_i^2 - g^2, that of these data. The population's is estimated without bias by `unbiased_factor` times it,
+    1 / (1 - sum p_i^2), which is N / (N - 1) where all examples count alike.
+
+    Cost: one gradient, one more for the squares of layers whose inputs have one row for each example, and about two for
+    those with many (tokens, places of an image), whose gradients are written out a few examples at a time.
+
+    Args:
+        objective: see `gradient_norms`, as for `per`, `route`, `memory_budget` and errors.
+        per: "sequence" or "target".
+        pairwise: also return all inner products g_i' g_j.
+        norms: also return |g_i|^2.
+        route: "auto", "rules", "vmap" or "loop".
+        memory_budget: bytes for gradients and inner products that are held.
+
+    Raises:
+        InputError: also for pairwise products that do not fit into `memory_budget`, or over several ranks.
+
+    Example:
+        >>> from torch import nn
+        >>> x, y = torch.eye(2), torch.tensor([[1.0], [3.0]])
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> moments = gradient_moments(Objective(model, nn.MSELoss(), (x, y)))
+        >>> moments.mean, moments.variance, moments.squared_norms
+        (tensor([-1., -3.]), tensor([1., 9.]), tensor([ 4., 36.]))
+    """
+    result = _collect(objective, per, route, memory_budget, moments=True, norms=norms, dots=pairwise)
+    assert isinstance(result, GradientMoments)
+    return result
+
+
+def per_example_gradients(
+    objective: Objective,
+    *,
+    per: Per = "sequence",
+    chunk_size: int | None = None,
+    route: Route = "auto",
+    memory_budget: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (numbers of examples (c,), their gradients (c, n)) until all N have come, in chunks that fit.
+
+    sum_i p_i g_i is the objective's gradient; `GradientNorms` defines p_i and g_i. `objective.space.to_dict` splits a
+    row by parameter. A summed loss takes a forward pass beforehand to count the terms.
+
+    Args:
+        objective: see `gradient_norms`, as for `per`, `route` and errors.
+        per: "sequence" or "target".
+        chunk_size: most rows of a chunk; no chunk spans two batches. Default: what fits into a quarter of the budget.
+        route: "auto", "rules", "vmap" or "loop".
+        memory_budget: bytes for gradients that are held.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
+    budget = _budget(objective, memory_budget)
+    walk = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
+    return _rows(objective, walk, chunk_size or max(1, budget // 4 // (8 * objective.num_params)))
+
+
+def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    factor = walk.count_terms() if objective.sums else 1.0
+    starts = torch.tensor([0, *objective.space.numels]).cumsum(0).tolist()
+    for group in walk:
+        for start in range(0, len(group.places), chunk_size):
+            stop = min(start + chunk_size, len(group.places))
+            with torch.no_grad():
+                rows = torch.zeros(stop - start, objective.num_params, dtype=objective.dtype, device=objective.device)
+                for part in group.parts:
+                    dense = part.form.dense(start, stop)
+                    for i, columns in zip(part.positions, dense.split(part.form.numels, dim=1), strict=True):
+                        rows[:, starts[i] : starts[i + 1]] = columns
+                rows *= (factor * group.scale[start:stop])[:, None]
+            yield group.places[start:stop], rows
+
+
+# -- sums over the data -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """What is added up over groups; of squares the parts h_i, times what makes them w_i g_i^2."""
+
+    gradient: Tensor
+    squares: Tensor | None
+    places: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    """(parameters, E) a group."""
+    routes: dict[int, str] = field(default_factory=dict)
+
+    def add(self, group: Group, starts: list[int], chunk_bytes: int, *, norms: bool) -> None:
+        self.gradient.add_(group.gradient, alpha=group.share)
+        self.places.append(group.places)
+        self.weights.append(group.weights)
+        found = self.gradient.new_zeros(len(starts) - 1 if norms else 0, len(group.places))
+        factors = (group.weights * group.scale.double().square()).to(self.gradient.dtype)
+        for part in group.parts:
+            for i in part.positions:
+                if i not in self.routes or self.routes[i] == "single" or ":" in part.route:  # the one that tells most
+                    self.routes[i] = part.route
+            if self.squares is None and not norms:
+                continue
+            total, squared = part.form.squares(None if self.squares is None else factors, chunk_bytes)
+            if norms:
+                found[list(part.positions)] = squared * group.scale.square()
+            if self.squares is not None:
+                assert total is not None
+                for i, piece in zip(part.positions, total.split(part.form.numels), strict=True):
+                    self.squares[starts[i] : starts[i + 1]] += piece
+        self.norms.append(found)
+
+
+@torch.no_grad()
+def _collect(
+    objective: Objective,
+    per: str,
+    route: str,
+    memory_budget: int | None,
+    *,
+    moments: bool,
+    norms: bool,
+    dots: bool,
+) -> GradientNorms:
+    if dots and objective.process_group is not None:
+        raise InputError("inner products of examples on different ranks are not computed; gather the data on one.")
+    clock = time.perf_counter()
+    budget = _budget(objective, memory_budget)
+    walk = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
+    space = objective.space
+    starts = torch.tensor([0, *space.numels]).cumsum(0).tolist()
+    zeros = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
+    sums = _Sums(zeros, zeros.clone() if moments else None)
+    gram = Gram(budget) if dots else None
+    for group in walk:
+        sums.add(group, starts, _chunk(budget), norms=norms)
+        if gram is not None:
+            for part in group.parts:
+                gram.add(part.positions, part.form, group.scale, group.places)
+    order = torch.cat(sums.places).argsort()
+    weights = torch.cat(sums.weights)[order]
+    squared_norms = torch.cat(sums.norms, dim=1)[:, order] if norms else None
+    gradient, squares, total, sum_squares, weighted_norms = _over_ranks(objective, sums, weights, squared_norms)
+    if total == 0:
+        raise DataError("the weights of all examples are zero: no target counts (all ignored or masked?).")
+    unit = total if objective.sums else 1.0  # of gradients: a summed loss is that many times the mean
+    mean = gradient if objective.sums else gradient / total
+    second = None if squares is None else squares * (unit**2 / total)
+    layers = space.blocks
+    by_layer = [list(block.positions) for block in layers]
+    of_mean = torch.stack([block.take(mean).square().sum() for block in layers])
+    if second is None:
+        assert weighted_norms is not None
+        of_second = torch.stack([weighted_norms[at].sum() for at in by_layer]) * (unit**2 / total)
+    else:
+        of_second = torch.stack([block.take(second).sum() for block in layers])
+    result: dict[str, Any] = {
+        "mean": mean,
+        "weights": weights,
+        "squared_norms": None if squared_norms is None else squared_norms.sum(0) * unit**2,
+        "layers": tuple(block.name for block in layers),
+        "layer_squared_norms": None
+        if squared_norms is None
+        else torch.stack([squared_norms[at].sum(0) for at in by_layer]) * unit**2,
+        "layer_mean_squared_norms": of_mean,
+        "layer_traces": (of_second - of_mean).clamp_min(0),
+        "sum_squared_shares": sum_squares / total**2,
+        "routes": {name: sums.routes.get(i, "unused") for i, name in enumerate(space.names)},
+        "dots": None if gram is None else gram.matrix(len(weights), mean) * unit**2,
+        "num_examples": len(weights),
+        "num_backwards": walk.num_backwards / max(1, walk.num_batches),
+        "seconds": time.perf_counter() - clock,
+    }
+    if second is None:
+        return GradientNorms(**result)
+    return GradientMoments(**result, second_moment=second, blocks=layers)
+
+
+def _over_ranks(
+    objective: Objective, sums: _Sums, weights: Tensor, squared_norms: Tensor | None
+) -> tuple[Tensor, Tensor | None, float, float, Tensor | None]:
+    """Return sums over all data: of gradients, of w g^2, of w, of w^2 and, by parameter, of w |g|^2."""
+    weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
+    totals = [sums.gradient, sums.squares, weighted_norms]
+    weight, squared = float(weights.sum()), float(weights.square().sum())
+    if objective.process_group is not None:
+        packed = torch.cat([weights.new_tensor([squared]), *(t.double() for t in totals if t is not None)])
+        packed, weight = sum_over_ranks(packed, weight, objective.process_group)
+        squared = float(packed[0])
+        parts = list(packed[1:].split([len(t) for t in totals if t is not None]))
+        totals = [None if t is None else parts.pop(0).to(t.dtype) for t in totals]
+    gradient, squares, norms = totals
+    assert gradient is not None
+    return gradient, squares, weight, squared, norms
+
+
+def _budget(objective: Objective, memory_budget: int | None) -> int:
+    if memory_budget is not None and memory_budget <= 0:
+        raise InputError(f"memory_budget must be a positive number of bytes, got {memory_budget}.")
+    return int(BUDGET_SHARE * available_memory(objective.device)) if memory_budget is None else memory_budget
+
+
+def _chunk(budget: int) -> int:
+    return min(CHUNK_BYTES, max(1, budget // 4))
