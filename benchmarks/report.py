@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.eigen_report import eigen_table
+from benchmarks.estimator_report import estimator_table
 from benchmarks.markdown import conditions, insert, marked, markers
 
 __all__ = ["BEGIN", "END", "insert", "main", "table"]
@@ -93,7 +94,7 @@ def _conditions(rows: Sequence[Row]) -> str:
     )
 
 
-TABLES = {"products": table, "eigen": eigen_table}
+TABLES = {"products": table, "eigen": eigen_table, "estimators": estimator_table}
 
 
 def main() -> None:
