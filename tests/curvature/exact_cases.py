@@ -133,6 +133,10 @@ def _soft(g: torch.Generator) -> Tensor:
     return torch.rand(N, 3, generator=g, dtype=torch.float64).softmax(1)
 
 
+def twice_cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return 2 * nn.functional.cross_entropy(z, y)
+
+
 W3 = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
 LOSSES = [
     Loss("cross-entropy", nn.CrossEntropyLoss, _classes),
@@ -152,7 +156,7 @@ LOSSES = [
         lambda g: (_real(g) > 0).double(),
     ),
     Loss("smooth L1", lambda: nn.SmoothL1Loss(beta=0.7), _real),
-    Loss("2 x cross-entropy", lambda: lambda z, y: 2 * nn.functional.cross_entropy(z, y), _classes),
+    Loss("2 x cross-entropy", lambda: twice_cross_entropy, _classes),
     Loss("not convex", lambda: lambda z, y: (z.sin() * y + z[:, :1] * z[:, 1:2]).sum(1).mean(), _real),
 ]
 BY_LOSS = {loss.name: loss for loss in LOSSES}
