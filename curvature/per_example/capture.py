@@ -34,6 +34,7 @@ _VIEWS = {
     *(torch.select, torch.chunk, torch.split, torch.unflatten, torch.movedim, _T.movedim, torch.swapaxes, _T.repeat),
     *_TRANSPOSES,
 }
+_MATRIX_PRODUCTS = {F.linear, torch.matmul, _T.matmul}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 
 
@@ -59,6 +60,8 @@ class Use:
     parameter: int
     edge: GradientEdge
     """Where the gradient in the call's output can be had."""
+    shape: tuple[int, ...]
+    """Of the call's output; the gradient may come in another."""
     place: _Place
     build: Build
     reads: tuple[tuple[Tensor, int], ...]
@@ -73,6 +76,7 @@ class Use:
             layout: where the examples lie in `delta`.
             parameter: the tensor that the place leads to.
         """
+        delta = delta.reshape(self.shape)
         if any(tensor._version != version for tensor, version in self.reads):
             return None
         if self.place.index is None:
@@ -141,7 +145,8 @@ class Capture(TorchFunctionMode):
 
     def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build, reads: Any) -> None:
         if place is not None and place.tensor.requires_grad:
-            self.uses.append(Use(func.__name__, place.parameter, get_gradient_edge(out), place, build, reads))
+            edge = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out)
+            self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build, reads))
 
     def _follow_embedding(self, out: Tensor, index: Tensor, table: Tensor) -> None:
         """Positions are often looked up once for all examples: then what is looked up is a part of the table."""
@@ -179,6 +184,17 @@ class Capture(TorchFunctionMode):
         running_mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
         if running_mean is None or (args[5] if len(args) > 5 else kwargs.get("training", False)):
             self.coupled = "batch normalisation uses the statistics of the batch, which couple its examples"
+
+
+def _computed(out: Tensor) -> Tensor:
+    """Return what `out`, a matrix product, is a view of.
+
+    The graph goes past the view, if the output is overwritten in place later, but not past what was computed.
+    """
+    base = out._base
+    if base is None or base.grad_fn is None or base.numel() != out.numel():
+        return out
+    return base if base.is_contiguous() and out.is_contiguous() else out  # else entries come in another order
 
 
 def _claims(rule: Callable[..., list[Claim]], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Claim]:

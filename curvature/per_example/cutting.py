@@ -95,8 +95,9 @@ def layouts_of_uses(
             own = vector.view(2, -1)[place]
             own.copy_(torch.randn(own.shape, generator=generator))
             deltas = pull_back([outputs], [use.edge for use in capture.uses], [vector])  # type: ignore[misc]
-            for i, delta in enumerate(deltas):
-                possible[i] = [layout for layout in possible[i] if _spares(delta, layout, other=1 - place)]
+            for i, (use, delta) in enumerate(zip(capture.uses, deltas, strict=True)):
+                rows = None if delta is None else delta.reshape(use.shape)
+                possible[i] = [layout for layout in possible[i] if _spares(rows, layout, other=1 - place)]
     return capture.structure, tuple(layouts[0] if layouts else None for layouts in possible)
 
 
