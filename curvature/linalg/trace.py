@@ -56,7 +56,7 @@ def trace(
     The run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol |value|,
     with 8 samples at least. For a trace near zero with terms of both signs no estimator reaches a relative accuracy;
     the status says so. Stopping at an accuracy favours samples that happen to lie close together: of nominal 95 %
-    intervals 90 to 95 % covered on test spectra.
+    intervals 86 to 97 % covered on the spectra of tests/matrices.py.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these.
 
