@@ -6,6 +6,7 @@ a / (1 - beta^n) is unbiased. n counts observations: for curvature that is refre
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ def bias_corrections(states: list[dict[str, Tensor]], counter: str, beta: float,
     """Return 1 - beta^n for every parameter, 1 where nothing was observed yet: numbers, or scalars on the device."""
     if not capturable:
         return [1.0 - beta**n if n > 0 else 1.0 for n in (float(state[counter]) for state in states)]
-    shares = [1.0 - beta ** state[counter] for state in states]
-    return [torch.where(share > 0, share, 1.0) for share in shares]
+    log_beta = math.log(beta) if beta > 0 else -math.inf  # 1 - beta^n in float32 would lose half of its digits
+    shares = [-torch.expm1(state[counter] * log_beta) for state in states]
+    return [torch.where(state[counter] > 0, share, 1.0) for share, state in zip(shares, states, strict=True)]
 
 
 def step_sizes(

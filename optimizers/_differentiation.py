@@ -17,7 +17,7 @@ from torch.backends import cuda
 
 from curvature.errors import CheckFailedError, InputError
 
-__all__ = ["curvature_session", "gradients", "pull_back"]
+__all__ = ["curvature_session", "gradients", "leaves", "pull_back"]
 
 
 @contextlib.contextmanager
@@ -69,6 +69,22 @@ def pull_back(
         return [torch.zeros_like(p) for p in params]
     parts = _grad([f for f, _ in pairs], params, [v for _, v in pairs], create_graph=False, retain_graph=retain_graph)
     return [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
+
+
+def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves that the graphs of some tensors reach: parameters, and inputs that ask for a gradient."""
+    found: list[Tensor] = []
+    seen, stack = set(), [t.grad_fn for t in tensors if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+    return found
 
 
 def _grad(

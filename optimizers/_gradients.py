@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 
-__all__ = ["add_to_grad", "all_zero", "dense_grad", "poison", "refuse_non_finite"]
+__all__ = ["add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
 
 
 def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
@@ -30,16 +30,14 @@ def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> Non
                 taken.add(g.data_ptr())
 
 
-def dense_grad(p: Tensor, optimizer: str) -> Tensor:
-    """Return a parameter's gradient.
+def refuse_sparse(grads: Iterable[Tensor | None], optimizer: str) -> None:
+    """Refuse sparse gradients.
 
     Raises:
-        InputError: if it is sparse.
+        InputError: if there is one.
     """
-    assert p.grad is not None
-    if p.grad.layout != torch.strided:
+    if any(g is not None and g.layout != torch.strided for g in grads):
         raise InputError(f"{optimizer} does not support sparse gradients; build the embedding with sparse=False.")
-    return p.grad
 
 
 def all_zero(grads: Iterable[Tensor]) -> bool:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from curvature.errors import CheckFailedError, InputError
 from curvature.losses import loss_rule
-from optimizers._differentiation import curvature_session, gradients
-from optimizers._gradients import add_to_grad, all_zero, dense_grad, poison, refuse_non_finite
+from optimizers._differentiation import curvature_session, gradients, leaves
+from optimizers._gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
 from optimizers._ranks import average_gradients, average_over_ranks
 from optimizers._resumable import COUNTERS, ResumableOptimizer
 from optimizers.curvature_source import BatchGraph, CurvatureSource
@@ -54,10 +55,10 @@ class CurvatureOptimizer(ResumableOptimizer):
     since neither fused kernels nor compiled graphs have a second derivative. Methods that sample targets take closures
     that return (outputs, targets), with `loss=` given at construction.
 
-    Data-parallel runs pass `process_group=` and give closures the bare module (`ddp.module`): gradients and curvature
-    are averaged over ranks here, outside the hooks of `DistributedDataParallel`, under which PyTorch cannot
-    differentiate twice. Gradients that DDP has averaged already may be kept: `loss.backward()` through DDP, then
-    `optimizer.accumulate(lambda: loss_of(ddp.module), part="curvature")`, then `step()`.
+    Data-parallel runs pass `process_group=`: gradients and curvature are averaged over ranks here, outside the hooks of
+    `DistributedDataParallel`, under which PyTorch cannot differentiate twice. Closures may call the wrapper or its
+    module. Gradients that DDP has averaged already may be kept: `loss.backward()` through DDP, then, where
+    `optimizer.curvature_due`, `optimizer.accumulate(closure, part="curvature")`, then `step()`.
 
     With a `GradScaler`: `accumulate(closure, scaler=scaler)`, `scaler.step(optimizer)`, `scaler.update()`; curvature is
     unscaled, and a product that overflows makes the scaler skip the step.
@@ -185,6 +186,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             self.accumulate(curvature_closure, part="curvature", synchronize=False)
         return loss
 
+    @_disable_dynamo  # differentiation is not compiled; the update of a compiled step is
     @torch.no_grad()
     def accumulate(
         self,
@@ -214,8 +216,11 @@ class CurvatureOptimizer(ResumableOptimizer):
             raise InputError(f'part must be "both", "gradient" or "curvature", got {part!r}.')
         measured = part != "gradient" and self.curvature_due
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        with curvature_session() if measured and callable(closure) else contextlib.nullcontext(), torch.enable_grad():
-            loss, outputs, targets = self._loss(_called(closure))
+        with (
+            curvature_session() if measured and not isinstance(closure, Tensor) else contextlib.nullcontext(),
+            torch.enable_grad(),
+        ):
+            loss, outputs, targets = self._loss(closure if isinstance(closure, Tensor) else closure())
             scaled = loss if weight == 1.0 else loss * weight
             scaled = scaled if scaler is None else scaler.scale(scaled)
         second_order = measured and self.curvature.second_order
@@ -269,6 +274,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         weight: float = 1.0,
         scale: Tensor | None = None,
     ) -> None:
+        refuse_sparse(grads, type(self).__name__)
         curved = self._curved()
         if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise CheckFailedError(
@@ -297,10 +303,13 @@ class CurvatureOptimizer(ResumableOptimizer):
         self._sums = sums
         self._num_measured += 1
 
+    @_disable_dynamo
     def _take_graphs_off_gradients(self) -> None:
         """The classic form: gradients that hold their graph. Measure curvature from it if due, then let go of it."""
         owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with_graph = [p for p in owners if p.grad is not None and p.grad.requires_grad]
+        # a backward pass with a graph has left one in the gradients of inputs too, which nobody would ever free
+        inputs = leaves([p.grad for p in with_graph if p.grad is not None])
         try:
             if self._sums is None and any(p.grad is not None for p in self._curved()):
                 if with_graph:
@@ -310,12 +319,12 @@ class CurvatureOptimizer(ResumableOptimizer):
                         "curvature is due at this step and the gradients have no graph: call step(closure) with a "
                         "closure that returns the loss, or optimizer.accumulate(loss) in place of loss.backward(), or "
                         "loss.backward(create_graph=optimizer.curvature_due). Under DistributedDataParallel only the "
-                        "first two work, with the bare module: step(lambda: loss_of(ddp.module)) and process_group=."
+                        "first two work, with process_group= given to the optimizer."
                     )
         finally:
-            for p in with_graph:
-                assert p.grad is not None
-                p.grad = p.grad.detach()
+            for leaf in (*with_graph, *inputs):
+                if leaf.grad is not None:
+                    leaf.grad = leaf.grad.detach()
 
     def _measure_from_gradients(self) -> None:
         if not self.curvature.second_order:
@@ -367,6 +376,7 @@ class CurvatureOptimizer(ResumableOptimizer):
 
     def _move(self) -> None:
         """Hand every group's gradients and curvature to the update rule."""
+        refuse_sparse((p.grad for group in self.param_groups for p in group["params"]), type(self).__name__)
         curved = self._curved() if self._sums is not None else []
         estimates = self.curvature.finish(self._sums) if self._sums is not None else []
         if self.check_finite and getattr(self, "found_inf", None) is None:
@@ -377,7 +387,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [dense_grad(p, type(self).__name__) for p in params]
+            grads = [p.grad for p in params if p.grad is not None]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = self._new_state(p, group)
@@ -420,20 +430,6 @@ class CurvatureOptimizer(ResumableOptimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Check the settings of a method in one group."""
-
-
-def _called(closure: Closure | Tensor) -> Any:
-    if isinstance(closure, Tensor):
-        return closure
-    try:
-        return closure()
-    except RuntimeError as error:
-        if "Expected to have finished reduction" in str(error):
-            raise CheckFailedError(
-                "the closure ran DistributedDataParallel's forward, whose hooks wait for a backward() in vain: "
-                "call ddp.module in the closure and give the optimizer process_group=."
-            ) from error
-        raise
 
 
 def _is_due(group: dict[str, Any]) -> bool:

@@ -1,0 +1,159 @@
+"""Two processes over gloo take the steps of one on the joined batch, in every form, and stay equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from curvature.errors import CheckFailedError
+from optimizers import AdaHessian
+
+STEPS = 6
+FORMS = ("closure", "closure through ddp", "accumulate", "micro-batches", "ddp gradients", "closure, one rank unused")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return torch.randn(12, 3, dtype=torch.float64), torch.randint(0, 3, (12,))
+
+
+class Model(nn.Module):
+    """With a part that only positive sums of a batch use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.extra = nn.Linear(3, 3, bias=False).double()
+        self.never = nn.Linear(3, 3, bias=False).double()
+
+    def forward(self, x: Tensor, extra: bool = False) -> Tensor:
+        return self.net(x) + (self.extra(x) if extra else 0)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def run(form: str, rank: int, ranks: int, group: Any) -> Tensor:
+    torch.manual_seed(100 + rank)  # ranks share no global seed
+    model = Model()
+    x, y = data()
+    rows = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
+    partly = form == "closure, one rank unused"
+    used = [model.net, model.extra, model.never] if partly else [model.net]
+    optimizer = AdaHessian(
+        [p for m in used for p in m.parameters()], lr=0.05, update_every=2, num_probes=2, process_group=group
+    )
+
+    def loss_of(part: slice) -> Tensor:
+        if partly and ranks == 1:  # the joined batch: the second half uses the extra part
+            first, second = slice(0, 6), slice(6, 12)
+            return (F.cross_entropy(model(x[first]), y[first]) + F.cross_entropy(model(x[second], True), y[second])) / 2
+        return F.cross_entropy(model(x[part], partly and rank == 1), y[part])
+
+    ddp = DistributedDataParallel(model.net) if ranks > 1 and "ddp" in form else model.net
+    middle = (rows.start + rows.stop) // 2
+    first_half, second_half = slice(rows.start, middle), slice(middle, rows.stop)
+    for _ in range(STEPS):
+        if form in ("closure", "closure, one rank unused"):
+            optimizer.step(lambda: loss_of(rows))
+            continue
+        if form == "closure through ddp":
+            optimizer.step(lambda: F.cross_entropy(ddp(x[rows]), y[rows]))
+            continue
+        optimizer.zero_grad()
+        if form == "accumulate":
+            optimizer.accumulate(lambda: loss_of(rows))
+        elif form == "ddp gradients":
+            F.cross_entropy(ddp(x[rows]), y[rows]).backward()
+            if optimizer.curvature_due:
+                optimizer.accumulate(lambda: loss_of(rows), part="curvature")
+        else:
+            optimizer.accumulate(lambda: loss_of(first_half), weight=0.5, synchronize=False)
+            optimizer.accumulate(lambda: loss_of(second_half), weight=0.5)
+        optimizer.step()
+    assert all(p not in optimizer.state for p in model.never.parameters())
+    return flat(model)
+
+
+def ddp_misuse(group: Any) -> str:
+    """Return what the error says where curvature is due and DDP's gradients have no graph."""
+    x, y = data()
+    ddp = DistributedDataParallel(Model().net)
+    F.cross_entropy(ddp(x), y).backward()
+    try:
+        AdaHessian(ddp.parameters(), process_group=group).step()
+    except CheckFailedError as error:
+        return str(error)
+    return ""
+
+
+def sampled(group: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the curvature of two ranks from sampled targets, and this rank's own."""
+    model = Model().net
+    x, y = data()
+    rows = slice(6 * rank, 6 * rank + 6)
+    own, joined = (
+        AdaHessian(
+            model.parameters(),
+            lr=0.0,
+            betas=(0.0, 0.0),
+            curvature="gauss-newton-bartlett",
+            loss=F.cross_entropy,
+            process_group=g,
+        )
+        for g in (None, group)
+    )
+    values = []
+    for optimizer in (own, joined):
+        optimizer.step(lambda: (model(x[rows]), y[rows]))
+        values.append(torch.cat([optimizer.state[p]["exp_hessian_diag_sq"].reshape(-1) for p in model.parameters()]))
+    return values[1].sqrt(), values[0].sqrt()
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        group = dist.group.WORLD
+        results: dict[str, Any] = {form: run(form, rank, 2, group) for form in FORMS}
+        results["misuse"] = ddp_misuse(group)
+        results["sampled"] = sampled(group, rank)
+        torch.save(results, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_take_the_steps_of_one(two_ranks: list[dict[str, Any]], form: str) -> None:
+    a, b = (results[form] for results in two_ranks)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    alone = run("closure, one rank unused" if form == FORMS[-1] else "closure", 0, 1, None)
+    torch.testing.assert_close(a, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_errors_say_what_to_call(two_ranks: list[dict[str, Any]]) -> None:
+    for results in two_ranks:
+        assert "process_group= given to the optimizer" in results["misuse"]
+
+
+def test_ranks_sample_targets_apart_and_average_them(two_ranks: list[dict[str, Any]]) -> None:
+    (joined, _), (other, _) = (results["sampled"] for results in two_ranks)
+    torch.testing.assert_close(joined, other, rtol=0, atol=0)
+    assert bool((joined > 0).any())
