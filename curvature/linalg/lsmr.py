@@ -217,7 +217,7 @@ class _Run:
         floor = (
             rounding_level(self.J) * self.size * (norms + self.damping**0.5 * torch.linalg.vector_norm(self.X, dim=0))
         )
-        converged = gradients <= torch.tensor(self.tolerance).to(gradients).maximum(floor)
+        converged = gradients <= torch.tensor(self.tolerance, dtype=torch.float64).to(gradients).maximum(floor)
         for i, is_converged in enumerate(converged.tolist()):
             if is_converged:
                 self.statuses[i] = Status.CONVERGED

@@ -147,15 +147,17 @@ def _iterate(
     callback: Callable[[int, str], None] | None,
 ) -> None:
     """Grow all runs until each is accurate enough or at its end."""
-    for _ in range(limit):
+    first = limit - 5 if rtol is None else 0  # a budget is judged once, by its last steps
+    for step in range(limit):
         process.step()
         for i, run in enumerate(runs):
-            if len(process.alpha[i]) > run.num_steps:
+            late = step >= first or process.beta[i][-1] == 0
+            if late and len(process.alpha[i]) > run.num_steps:
                 run.update(process.alpha[i], process.beta[i])
                 run.resting = run.at_rounding or (rtol is not None and run.below(rtol))
                 process.resting[i] = process.resting[i] or (rtol is not None and run.resting)
         if callback is not None:
-            worst = max(run.error / max(run.size, math.ulp(0.0)) for run in runs)
+            worst = max(run.error / run.size if run.size > 0 else run.error for run in runs)
             callback(process.num_matvecs, f"relative error {worst:.2g}")
         if process.over:
             return

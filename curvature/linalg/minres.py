@@ -136,12 +136,12 @@ def _iterate(s: Systems, columns: list[int], null_rtol: float) -> None:
     for _ in range(limit):
         state, size, null, squared = _step(s, state, size, null_rtol)
         norms = torch.linalg.vector_norm(state.R, dim=0)
-        facts = torch.stack([norms, null.to(norms), state.beta, squared]).double().tolist()
+        facts = torch.stack([norms, null.to(norms), state.beta, squared, size.expand_as(norms)]).double().tolist()
         left = []
-        for j, (i, norm, is_null, beta, square) in enumerate(zip(active, *facts, strict=True)):
+        for j, (i, norm, is_null, beta, square, largest) in enumerate(zip(active, *facts, strict=True)):
             if not (math.isfinite(norm) and math.isfinite(square)):
                 raise NonFiniteError(non_finite_message(s.num_matvecs))
-            _check_definite(square, float(size))
+            _check_definite(square, largest)
             s.steps[i] += not is_null
             s.history[i] += [] if is_null else [norm]
             if norm <= s.tolerance[i]:
