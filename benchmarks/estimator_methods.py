@@ -71,8 +71,9 @@ def _curvlinops(problem: Problem, operator: Operator, meter: Meter) -> Any:
     kind = {"hessian": curvlinops.HessianLinearOperator, "ggn": curvlinops.GGNLinearOperator}[operator]
     data = [(problem.inputs, problem.targets)]
     A = kind(problem.model, problem.loss, problem.params, data, check_deterministic=False)
-    plain = A.__matmul__
-    return _Both(problem.num_params, meter.watch(plain))
+    return _Both(
+        problem.num_params, meter.watch(A.__matmul__)
+    )  # its xdiag asks for the adjoint, as its matrices have it
 
 
 def _hessian_eigenthings(problem: Problem, operator: Operator, meter: Meter) -> Any:
@@ -102,6 +103,9 @@ class _Both:
 
     def __rmatmul__(self, X: Tensor) -> Tensor:
         return self.product(X.T).T
+
+    def adjoint(self) -> _Both:
+        return self
 
 
 def _wrapped(problem: Problem, operator: Operator, meter: Meter) -> _Both:
