@@ -100,6 +100,119 @@ def inspect(
         screen.last_line(f"report: {folder / 'report.html'}")
 
 
+@app.command()
+def landscape(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
+        ),
+    ],
+    directions: Annotated[
+        str,
+        typer.Option(help="random, eigenvectors, gradient, pca (of --trajectory) or path (of --to with --curve)."),
+    ] = "auto",
+    scaling: Annotated[str, typer.Option(help="Of random directions: filter, layer, raw or unit.")] = "filter",
+    scale_biases: Annotated[
+        bool, typer.Option("--scale-biases", help="Move biases and normalisation parameters, too.")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Look at the way to this checkpoint, too.")
+    ] = None,
+    curve: Annotated[
+        int, typer.Option(metavar="N", help="Spend N gradients on a curved way to --to that avoids high loss.")
+    ] = 0,
+    trajectory: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CHECKPOINT", help="A checkpoint of the training; in order of time, several times."),
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points along each axis.")] = 31,
+    radius: Annotated[
+        float | None, typer.Option(metavar="R", help="Steps run from -R to R. Default: what shows the valley.")
+    ] = None,
+    plane: Annotated[bool, typer.Option("--plane/--line", help="Look at a plane, or along lines only.")] = True,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters to load into the model.")] = None,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random directions.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder. Default: runs/TASK-landscape-n.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a landscape that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
+    ] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")] = False,
+    micro_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
+    ] = None,
+) -> None:
+    """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
+    with _errors_as_sentences():
+        from analysis.landscape_report import write_landscape_report
+        from analysis.landscape_screen import LandscapeScreen
+        from analysis.landscape_store import Draft, place_of_run
+        from analysis.landscape_workflow import LandscapePlan, run_landscape
+        from analysis.store import save_run
+
+        plan = LandscapePlan(
+            directions=directions,  # type: ignore[arg-type]  # checked there
+            scaling=scaling,  # type: ignore[arg-type]  # likewise
+            scale_vectors=scale_biases,
+            points=points,
+            radius=radius,
+            plane=plane,
+            curve=curve,
+        )
+        if out is not None:
+            place_of_run("", out, resume=resume, overwrite=overwrite)
+        places: list[tuple[Path, Draft]] = []
+
+        def draft(name: str) -> Draft:
+            places.append(place_of_run(name, out, resume=resume, overwrite=overwrite))
+            return places[0][1]
+
+        screen = LandscapeScreen(stderr=as_json)
+        try:
+            with screen:
+                run = run_landscape(
+                    task,
+                    plan,
+                    checkpoint=checkpoint,
+                    to=to,
+                    trajectory=trajectory or (),
+                    params=params,
+                    device=device,
+                    micro_batch=micro_batch,
+                    seed=seed,
+                    check=not no_check,
+                    command=shlex.join(["curvature", *sys.argv[1:]]),
+                    draft=draft,
+                    listener=screen,
+                )
+        except KeyboardInterrupt:
+            if not places or not places[0][1].exists:
+                raise
+            typer.echo(f"stopped; what was found is kept: go on with --resume --out {places[0][0]}", err=True)
+            raise typer.Exit(130) from None
+        folder, unfinished = places[0]
+        with screen.doing("writing the report"):
+            save_run(run, folder, overwrite=overwrite, finish=write_landscape_report)
+        unfinished.remove()
+        if as_json:
+            typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
+        else:
+            screen.show_landscape(run.landscape)
+        screen.last_line(f"report: {folder / 'report.html'}")
+
+
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
     """Turn what a user can mend into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130."""

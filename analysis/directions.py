@@ -189,7 +189,7 @@ def trajectory_directions(
     V = V * torch.sign(V.gather(0, V.abs().argmax(0, keepdim=True)))
     coordinates = wide @ V
     distances = (wide - coordinates @ V.T).norm(dim=1)
-    names = ("trajectory, first component", "trajectory, second component")
+    names = ("component 1", "component 2")
     columns = V.to(objective.dtype).unbind(1)
     first, second = (_direction(name, "trajectory", "unit", v) for name, v in zip(names, columns, strict=True))
     shares = (values[:2] / values.sum()).tolist()

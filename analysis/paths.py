@@ -59,7 +59,7 @@ def read_place(objective: Objective, path: Path) -> Place:
     if missing:
         raise CheckpointError(f"the checkpoint {path} holds no {missing[0]!r}, which is among the chosen parameters.")
     vector = objective.space.to_flat({name: state[name] for name in objective.space.names}).to(objective.device)
-    present = dict(objective.model.named_buffers())  # what is not saved, stays as it is
+    present: dict[str, Tensor] = dict(objective.model.named_buffers())  # what is not saved, stays as it is
     return Place(name=path.stem, vector=vector, buffers=_buffers({n: state.get(n, t) for n, t in present.items()}))
 
 

@@ -15,7 +15,7 @@ from analysis.tasks import Task
 from analysis.workflow import Listener
 from curvature.objective import Objective
 
-__all__ = ["Screen"]
+__all__ = ["Screen", "new_table"]
 
 _PLAIN_WIDTH = 132  # of files and pipes, which have no width of their own
 
@@ -26,6 +26,9 @@ class Screen(Listener):
     Args:
         stderr: write there instead of to stdout, which is then left to the results.
     """
+
+    unit = "products"
+    """What the progress bar counts."""
 
     def __init__(self, *, stderr: bool) -> None:
         console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
@@ -38,7 +41,7 @@ class Screen(Listener):
             TextColumn("{task.description:24}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("products, left"),
+            TextColumn(f"{self.unit}, left"),
             TimeRemainingColumn(),
         )
         self._progress = Progress(
@@ -70,8 +73,16 @@ class Screen(Listener):
             f"estimate: about {products}, {wording.duration(estimate.seconds)} at "
             f"{wording.duration(estimate.seconds_per_matvec)} a product, up to {wording.memory(estimate.peak_bytes)}"
         )
-        self._progress.update(self._bar, total=estimate.num_matvecs + estimate.num_layer_matvecs, visible=True)
+        self.begin(estimate.num_matvecs + estimate.num_layer_matvecs)
+
+    def begin(self, total: int) -> None:
+        """Show the bar, of so many products or points."""
+        self._progress.update(self._bar, total=total, visible=True)
         self._progress.start()
+
+    def say(self, what: str | Table) -> None:
+        """Print a line or a table."""
+        self._console.print(what)
 
     def advanced(self, stage: str, done: int, planned: int) -> None:
         self._progress.update(self._bar, description=stage, completed=done, total=planned)
@@ -94,7 +105,8 @@ class Screen(Listener):
         self._console.print(text, soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """Return a table of the kind all commands print: names to the left, numbers to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -102,7 +114,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _key_numbers(inspection: Inspection) -> Table:
-    table = _table("\nCurvature", "", "value ± uncertainty", "other data", "")
+    table = new_table("\nCurvature", "", "value ± uncertainty", "other data", "")
     table.columns[3].justify = "left"
     rows = (
         ("loss", wording.number(inspection.loss), "", f"mean over {wording.count(inspection.total_weight)} terms"),
@@ -134,7 +146,7 @@ def _both(measured: Measured) -> tuple[str, str]:
 
 
 def _extreme_eigenvalues(inspection: Inspection) -> Table:
-    table = _table("\nEigenvalues", "rank", "eigenvalue", "residual", "")
+    table = new_table("\nEigenvalues", "rank", "eigenvalue", "residual", "")
     for rank, value, residual, converged in inspection.extreme_eigenvalues():
         row = (wording.count(rank), wording.number(value, 5), wording.number(residual, 2))
         table.add_row(*row, "" if converged else "not converged")
@@ -143,7 +155,7 @@ def _extreme_eigenvalues(inspection: Inspection) -> Table:
 
 def _layers(inspection: Inspection) -> Table:
     columns = ("layer", "parameters", "gradient", "largest λ", "smallest λ", "trace", "condition", "negative")
-    table = _table("\nLayers", *columns)
+    table = new_table("\nLayers", *columns)
     for layer in inspection.layers:
         table.add_row(
             layer.name + ("" if layer.converged else " (not converged)"),

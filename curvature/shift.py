@@ -136,19 +136,21 @@ def _packed(objective: Objective, *values: float) -> Tensor:
 def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
     evaluator, found = objective._evaluator, []
-    for index, _, batch in objective._data:
-        with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
-            try:
-                if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
-                    for p in evaluator.parameters:
-                        p.requires_grad_(False)
-                evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)
-            except NonFiniteError:
-                found.append((1.0, math.nan))
-                continue
-            finally:
+    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+        try:
+            if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
                 for p in evaluator.parameters:
-                    p.requires_grad_(True)
-        if evaluation.weight != 0:
-            found.append((evaluation.weight, float(evaluation.loss.detach())))
+                    p.requires_grad_(False)
+            for index, _, batch in objective._data:
+                try:
+                    with evaluator.copy_buffers().installed():
+                        evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)
+                except NonFiniteError:
+                    found.append((1.0, math.nan))
+                    continue
+                if evaluation.weight != 0:
+                    found.append((evaluation.weight, float(evaluation.loss.detach())))
+        finally:
+            for p in evaluator.parameters:
+                p.requires_grad_(True)
     return found
