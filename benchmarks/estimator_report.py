@@ -71,7 +71,7 @@ def _conditions(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if not row["failure"]]
     if not measured:
         return "Nothing was measured."
-    seeds = {row["problem"]: row["seeds"] for row in measured}
+    seeds = {row["problem"]: row["seeds"] for row in measured if row["quantity"] in TITLES}
     said = ", ".join(f"{count} for {problem}" for problem, count in seeds.items())
     return (
         "Error relative to the exact value, root mean square over seeds (" + said + "); of diagonals in norm, of "
