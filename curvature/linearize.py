@@ -3,8 +3,9 @@
 Two graphs are built on one forward pass, each when it is first needed:
 
 - Hessian: g = grad(loss, params) with its own graph; H v = grad(g, params, v). Two gradients' work a product, at best.
-- Gauss-Newton: J'u as a function of a dummy u; J v = grad(J'u, u, v); then the loss Hessian on the outputs, in closed
-  form where the loss is known; then J' of that through the first graph. 4/3 of a gradient's work a product, at best.
+- Jacobian of the outputs: J'u as a function of a dummy u; J v = grad(J'u, u, v). A product J'M J v goes on with a
+  matrix M on the outputs (the loss Hessian for Gauss-Newton, in closed form where the loss is known), then with J'
+  through the first graph. 4/3 of a gradient's work a product, at best.
 
 Both are ordinary reverse-mode double backward, the route that is right for every differentiable layer.
 """
@@ -12,23 +13,28 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward
 
+from curvature.backward import differentiable, no_autocast, walk
+from curvature.backward import pull_back as _pull_back
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from curvature.evaluation import Evaluator
 from curvature.lean import LeanLayers
-from curvature.losses import OutputHessian
+from curvature.losses import OutputMap
 from curvature.memory import HeldMemory
+from curvature.output_metrics import BatchOutputs, LossHessian, OutputMetric
 from curvature.parameters import Block, ParameterSpace
 
 __all__ = ["LeanTrust", "Linearization", "walk"]
+
+LOSS_HESSIAN = LossHessian()
 
 
 class LeanTrust:
@@ -77,7 +83,8 @@ class Linearization:
         self._params = list(space.tensors.values())
         self._buffers = evaluator.copy_buffers()
         self._gradient: Sequence[Tensor | None] | None = None
-        self._jacobian: tuple[Sequence[Tensor | None], Tensor, OutputHessian] | None = None
+        self._jacobian: tuple[Sequence[Tensor | None], Tensor] | None = None
+        self._output_maps: WeakKeyDictionary[OutputMetric, OutputMap] = WeakKeyDictionary()
         self._meter = HeldMemory() if metered else None
         self._trust = None if trust is None or trust.revoked else trust
         self._lean = LeanLayers(corrections_only=self._trust is None)
@@ -97,7 +104,7 @@ class Linearization:
             return self._flatten([None if g is None else g.detach() for g in self._gradient])
         if not self._evaluation.loss.requires_grad:
             return self._flatten([None] * len(self._params))
-        with self._session(), _no_autocast(self._space.device):
+        with self._session(), no_autocast(self._space.device):
             parts = _pull_back([self._evaluation.loss], self._params)
         return self._flatten(parts)
 
@@ -126,6 +133,12 @@ class Linearization:
             )
         return outputs.detach(), self._evaluation.targets
 
+    def batch_outputs(self) -> BatchOutputs:
+        """Return the model's outputs on this batch, detached, beside the loss and the targets it compares them with."""
+        outputs, rule = self._outputs("matrix"), self._evaluator.rule
+        assert rule is not None
+        return BatchOutputs(rule, outputs.detach(), self._evaluation.targets, self.index)
+
     def graph_root(self) -> Any:
         """Return the node of the loss in autograd's graph; None if the loss depends on no parameter."""
         return self._evaluation.loss.grad_fn
@@ -140,46 +153,82 @@ class Linearization:
         gradient = self._build_gradient()
         chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
-        with self._backward_session(), _no_autocast(self._space.device):
+        with self._backward_session(), no_autocast(self._space.device):
             rows = [self._curve(gradient, chosen, params, x) for x in X.unbind()]
         return _stack(rows)
 
     def _curve(
         self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor
     ) -> Tensor:
-        g, v = _differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
+        g, v = differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
         if not g:
             return torch.zeros_like(x)
         return self._flatten(_pull_back(g, params, v), chosen)
 
     def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
+        return self.metric_product(X, LOSS_HESSIAN, block)
+
+    def metric_product(self, X: Tensor, metric: OutputMetric, block: Block | None = None) -> Tensor:
+        """Return J'M J X for X (k, m), one vector a row, M a matrix on the outputs; or that of a diagonal block."""
         if self.weight == 0:
             return torch.zeros_like(X)
         self._verify("ggnvp")
-        jacobian_transposed, u, output_hessian = self._build_jacobian()
-        chosen = self._positions(block)
-        params = [self._params[i] for i in chosen]
-        outputs = self._evaluation.outputs
-        assert outputs is not None
+        M = self._map(metric)
+        dtype = self._outputs("Gauss-Newton matrix").dtype
         rows = []
-        with self._backward_session(), _no_autocast(self._space.device):
+        with self._backward_session(), no_autocast(self._space.device):
             for x in X.unbind():
-                Jt, v = _differentiable([jacobian_transposed[i] for i in chosen], self._unflatten(x, chosen))
-                if not Jt:
-                    rows.append(torch.zeros_like(x))
-                    continue
-                (Jv,) = _pull_back(Jt, [u], v)
-                assert Jv is not None  # outputs depend on the dummy by construction
-                HJv = output_hessian(Jv).to(outputs.dtype)
-                rows.append(self._flatten(_pull_back([outputs], params, [HJv]), chosen))
+                Jx = self._push(x, block)
+                rows.append(torch.zeros_like(x) if Jx is None else self._pull(M(Jx).to(dtype), block))
         return _stack(rows)
 
-    def prepare(self, product: Literal["hvp", "ggnvp"]) -> None:
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the model returns for this batch."""
+        return self._outputs("Jacobian").numel()
+
+    def jvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return J X, (k, num_outputs), for X (k, m), one vector a row; columns outside the block are left out of J."""
+        self._verify("ggnvp")
+        self._build_jacobian()
+        with self._backward_session(), no_autocast(self._space.device):
+            rows = [self._push(x, block) for x in X.unbind()]
+        zero = X.new_zeros(self.num_outputs)
+        return _stack([zero if row is None else row.reshape(-1).to(X.dtype) for row in rows])
+
+    def vjp(self, U: Tensor, block: Block | None = None) -> Tensor:
+        """Return J'U, (k, m), for U (k, num_outputs), one vector a row."""
+        self._verify("ggnvp")
+        self._build_jacobian()
+        outputs = self._outputs("Jacobian")
+        with self._backward_session(), no_autocast(self._space.device):
+            return _stack([self._pull(u.reshape(outputs.shape).to(outputs.dtype), block) for u in U.unbind()])
+
+    def _push(self, x: Tensor, block: Block | None) -> Tensor | None:
+        """Return J x in the shape of the outputs; None where they do not depend on the block."""
+        transposed, u = self._build_jacobian()
+        chosen = self._positions(block)
+        Jt, v = differentiable([transposed[i] for i in chosen], self._unflatten(x, chosen))
+        return _pull_back(Jt, [u], v)[0] if Jt else None
+
+    def _pull(self, u: Tensor, block: Block | None) -> Tensor:
+        """Return J'u, (m,)."""
+        outputs, chosen = self._outputs("Jacobian"), self._positions(block)
+        params = [self._params[i] for i in chosen]
+        if not outputs.requires_grad:
+            return self._flatten([None] * len(params), chosen)
+        return self._flatten(_pull_back([outputs], params, [u]), chosen)
+
+    def prepare(self, product: Literal["hvp", "ggnvp"] | OutputMetric) -> None:
         """Build the graph of a product, which its first use would do."""
-        if self.weight != 0:
-            self._verify(product)
-            _ = self._build_gradient() if product == "hvp" else self._build_jacobian()
+        if self.weight == 0:
+            return
+        self._verify("hvp" if product == "hvp" else "ggnvp")
+        if product == "hvp":
+            self._build_gradient()
+        else:
+            self._map(LOSS_HESSIAN if isinstance(product, str) else product)
 
     # -- lean layers --------------------------------------------------------------------------------------------------
 
@@ -190,23 +239,28 @@ class Linearization:
 
     def _verify(self, product: Literal["hvp", "ggnvp"]) -> None:
         """Before lean layers first serve for a product on this model, compare it with autograd's own on this batch."""
-        if self._trust is None or self.num_lean_layers == 0 or product in self._trust.differences or self.weight == 0:
+        if self._trust is None or self.num_lean_layers == 0 or product in self._trust.differences:
             return
         trust, self._trust = self._trust, None
         reference = Linearization(self._evaluator, self._space, self._batch, self.index)
         eps = max(torch.finfo(p.dtype).eps for p in self._params)
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
-        trust.compare(product, getattr(self, product)(v), getattr(reference, product)(v), eps)
+        trust.compare(product, self._compared(product, v), reference._compared(product, v), eps)
         if trust.revoked:
             self._adopt(reference)
         else:
             self._trust = trust
 
+    def _compared(self, product: Literal["hvp", "ggnvp"], v: Tensor) -> Tensor:
+        """Products with J and J' are compared whatever the loss: its own Hessian may be zero and hide them."""
+        return self.hvp(v) if product == "hvp" else self.vjp(self.jvp(v))
+
     def _adopt(self, reference: Linearization) -> None:
         self._lean = reference._lean
         self._buffers, self._evaluation = reference._buffers, reference._evaluation
         self._gradient, self._jacobian = reference._gradient, reference._jacobian
+        self._output_maps = reference._output_maps
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -216,35 +270,45 @@ class Linearization:
             if not loss.requires_grad:
                 self._gradient = (None,) * len(self._params)
                 return self._gradient
-            with self._session(), _no_autocast(self._space.device), self._metered():
+            with self._session(), no_autocast(self._space.device), self._metered():
                 self._gradient = _pull_back([loss], self._params, create_graph=True)
             self._check_finite(self._gradient)
             self._check_twice_differentiable(self._gradient, "hvp")
         return self._gradient
 
-    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor, OutputHessian]:
+    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor]:
         if self._jacobian is None:
-            outputs, rule = self._evaluation.outputs, self._evaluator.rule
-            if rule is None:
-                raise InputError(
-                    "the Gauss-Newton matrix needs the split between model and loss: pass loss= and a forward that "
-                    "returns "
-                    "(outputs, targets), instead of loss=None."
-                )
-            if not isinstance(outputs, Tensor):
-                raise InputError(
-                    f"the Gauss-Newton matrix needs outputs that are one tensor, got {type(outputs).__name__}; "
-                    "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
-                )
-            with self._session(), _no_autocast(self._space.device), self._metered():
+            outputs = self._outputs("Gauss-Newton matrix")
+            with self._session(), no_autocast(self._space.device), self._metered():
                 u = torch.zeros_like(outputs, requires_grad=True)
                 transposed: Sequence[Tensor | None] = (None,) * len(self._params)
                 if outputs.requires_grad:
                     transposed = _pull_back([outputs], self._params, [u], create_graph=True)
-                output_hessian = rule.output_hessian(outputs, self._evaluation.targets)
             self._check_twice_differentiable(transposed, "ggnvp")
-            self._jacobian = (transposed, u, output_hessian)
+            self._jacobian = (transposed, u)
         return self._jacobian
+
+    def _map(self, metric: OutputMetric) -> OutputMap:
+        """Return u -> M u on this batch's outputs, with the Jacobian's graph built."""
+        self._build_jacobian()
+        if metric not in self._output_maps:
+            with self._session(), no_autocast(self._space.device), self._metered():
+                self._output_maps[metric] = metric.at(self.batch_outputs())
+        return self._output_maps[metric]
+
+    def _outputs(self, what: str) -> Tensor:
+        outputs = self._evaluation.outputs
+        if self._evaluator.rule is None:
+            raise InputError(
+                f"the {what} needs the split between model and loss: pass loss= and a forward that returns "
+                "(outputs, targets), instead of loss=None."
+            )
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"the {what} needs outputs that are one tensor, got {type(outputs).__name__}; "
+                "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
+            )
+        return outputs
 
     def _backward_session(self) -> AbstractContextManager[None]:
         """What products need: as much as building the graph did only where parts of the model run again."""
@@ -302,54 +366,5 @@ class Linearization:
                 )
 
 
-def _pull_back(
-    functions: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    vectors: Sequence[Tensor] | None = None,
-    *,
-    create_graph: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Return sum_i vectors_i' d functions_i / d inputs, None where there is no dependence; the graph is kept.
-
-    This is `torch.autograd.grad`, called past its dispatch to function modes: that dispatch would switch our own mode
-    off inside, and layers that activation checkpointing records again in the backward pass would be recorded otherwise.
-    """
-    if vectors is None:
-        vectors = [torch.ones_like(f) for f in functions]
-    return _engine_run_backward(
-        tuple(functions),
-        tuple(vectors),
-        True,
-        create_graph,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
-
-
 def _stack(rows: list[Tensor]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)  # one row is not copied
-
-
-def walk(roots: Sequence[Any]) -> Iterator[Any]:
-    """Walk autograd's graph from some of its nodes."""
-    seen, stack = set(), [node for node in roots if node is not None]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack += [parent for parent, _ in node.next_functions if parent is not None]
-
-
-def _differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Drop the entries that do not depend on anything: their derivative is zero."""
-    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
-    return [f for f, _ in pairs], [v for _, v in pairs]
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Backward passes run in the dtypes that the forward pass recorded, whatever autocast surrounds them."""
-    if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()  # entering autocast costs as much as a small layer
-    return torch.autocast(device.type, enabled=False)

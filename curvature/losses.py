@@ -1,12 +1,16 @@
-"""What the toolkit knows about loss functions: how they normalise, and their second derivative in the model's outputs.
+"""What the toolkit knows about loss functions: how they normalise, and the matrices they define on the model's outputs.
 
 `loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as
-modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers three
+modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers these
 questions:
 
 - `num_terms(outputs, targets)`: the denominator of a mean-reduced loss, i.e. by how much a batch counts in the whole;
 - `term_weights(outputs, targets)`: the share of each loss term in that denominator;
-- `output_hessian(outputs, targets)`: a function u -> H u with H the Hessian of the reduced loss in the outputs.
+- `output_hessian(outputs, targets)`: a function u -> H u with H the Hessian of the reduced loss in the outputs;
+- `output_gradient(outputs, targets)`: the gradient of the reduced loss in the outputs;
+- `sampled_fisher(outputs, targets, ...)`: u -> F u, an estimate of the Fisher matrix on the outputs from targets drawn
+  by the model itself, for the losses that are negative log-likelihoods: a squared error is that of a normal
+  distribution of variance 1/2 around the output, up to a constant.
 """
 
 from __future__ import annotations
@@ -23,15 +27,19 @@ from torch import Tensor, nn
 
 from curvature.errors import InputError
 
-__all__ = ["LossRule", "loss_rule"]
+__all__ = ["LossRule", "OutputMap", "loss_rule"]
 
-OutputHessian = Callable[[Tensor], Tensor]
+OutputMap = Callable[[Tensor], Tensor]
+"""u -> M u, with M a symmetric matrix on the outputs of a batch; u and M u have their shape."""
+OutputHessian = OutputMap
 
 
 class LossRule(ABC):
     """How one loss function reduces and curves."""
 
     closed_form = True
+    is_likelihood = True
+    """Whether each target adds a weighted sum of negative log-likelihoods, known in closed form."""
 
     def __init__(self, loss: Callable[..., Tensor], reduction: str = "mean", **settings: Any) -> None:
         if reduction not in ("mean", "sum", "batchmean"):
@@ -49,8 +57,23 @@ class LossRule(ABC):
         return float(self.term_weights(outputs, targets).sum(dtype=torch.float64))
 
     @abstractmethod
-    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
+    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputMap:
         """Return u -> H u, for u of the outputs' shape; H is symmetric, of the loss as reduced over this batch."""
+
+    def output_gradient(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Return the gradient of the loss in the outputs, as reduced over this batch, in their shape and dtype."""
+        z = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.loss(z, targets), z)
+        return gradient
+
+    @abstractmethod
+    def sampled_fisher(self, outputs: Tensor, targets: Any, num_samples: int, generator: torch.Generator) -> OutputMap:
+        """Return u -> F u, F the mean of s s' over targets y drawn from p(y | outputs), s the gradient of -log p(y).
+
+        Every target is drawn on its own and weighted by what it adds to the loss, as reduced over this batch: F is
+        block-diagonal over targets, positive semi-definite, and on average the Fisher matrix on the outputs.
+        """
 
     def _scale(self, outputs: Tensor, targets: Any) -> float:
         return 1.0 if self.reduction == "sum" else 1.0 / self.num_terms(outputs, targets)
@@ -68,10 +91,21 @@ class SquaredError(LossRule):
         shape = targets.shape if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape)
         return torch.ones(shape, device=targets.device)
 
-    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputMap:
         repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
         factor = 2.0 * repeats * self._scale(outputs, targets)
         return lambda u: factor * u
+
+    def sampled_fisher(
+        self, outputs: Tensor, targets: Tensor, num_samples: int, generator: torch.Generator
+    ) -> OutputMap:
+        z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() // outputs.numel()
+        squares = torch.zeros_like(z)
+        for _ in range(repeats * num_samples):  # y = z + e / sqrt(2) with e standard normal, so that s = -sqrt(2) e
+            squares += torch.empty_like(z).normal_(generator=generator).square()
+        diagonal = (2.0 * self._scale(outputs, targets) / num_samples) * squares
+        return lambda u: diagonal * u.to(diagonal.dtype)
 
 
 class CrossEntropy(LossRule):
@@ -92,7 +126,7 @@ class CrossEntropy(LossRule):
             return torch.ones_like(targets.select(_class_dim(targets), 0))
         return _class_index_weights(targets, self.settings)
 
-    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputMap:
         dim = _class_dim(outputs)
         logits = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         p = logits.softmax(dim)
@@ -101,6 +135,27 @@ class CrossEntropy(LossRule):
         def product(u: Tensor) -> Tensor:
             u = u.to(p.dtype)
             return scaled_p * (u - (p * u).sum(dim, keepdim=True))
+
+        return product
+
+    def sampled_fisher(
+        self, outputs: Tensor, targets: Tensor, num_samples: int, generator: torch.Generator
+    ) -> OutputMap:
+        dim = _class_dim(outputs)
+        logits = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        p = logits.softmax(dim)
+        weights = (self._site_weights(logits, targets, dim) * self._scale(outputs, targets)).unsqueeze(dim)
+        sites = p.movedim(dim, -1)
+        rows = sites.reshape(-1, sites.shape[-1])
+        y = torch.multinomial(rows, num_samples, replacement=True, generator=generator)
+        drawn = torch.zeros_like(rows).scatter_add_(1, y, rows.new_full((), 1.0).expand(y.shape)) / num_samples
+        q = drawn.view(sites.shape).movedim(-1, dim)  # share of each class among the draws
+
+        def product(u: Tensor) -> Tensor:
+            """Apply the mean of (e_y - p)(e_y - p)', which is diag q - q p' - p q' + p p'."""
+            u = u.to(p.dtype)
+            of_p, of_gap = ((r * u).sum(dim, keepdim=True) for r in (p, q - p))
+            return weights * (q * (u - of_p) - p * of_gap)
 
         return product
 
@@ -127,20 +182,37 @@ class BinaryCrossEntropyWithLogits(LossRule):
     def term_weights(self, outputs: Tensor | None, targets: Tensor) -> Tensor:
         return torch.ones(targets.shape, device=targets.device)
 
-    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputHessian:
+    def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputMap:
+        s, weights = self._probabilities_and_weights(outputs, targets)
+        diagonal = s * (1 - s) * weights
+        return lambda u: diagonal * u.to(diagonal.dtype)
+
+    def sampled_fisher(
+        self, outputs: Tensor, targets: Tensor, num_samples: int, generator: torch.Generator
+    ) -> OutputMap:
+        s, weights = self._probabilities_and_weights(outputs, targets)
+        ones = torch.zeros_like(s)
+        for _ in range(num_samples):
+            ones += torch.bernoulli(s, generator=generator)
+        q = ones / num_samples
+        diagonal = (q * (1 - s).square() + (1 - q) * s.square()) * weights  # the mean of (y - s)^2
+        return lambda u: diagonal * u.to(diagonal.dtype)
+
+    def _probabilities_and_weights(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and, for every entry, what the reduced loss multiplies log-likelihoods by, w (q y + 1 - y)."""
         z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
         y = targets.to(z.dtype)
-        s = z.sigmoid()
         pos_weight, weight = self.settings.get("pos_weight"), self.settings.get("weight")
-        diagonal = s * (1 - s) * (1 - y + y * (1.0 if pos_weight is None else pos_weight.to(z)))
-        diagonal = diagonal * (1.0 if weight is None else weight.to(z)) * self._scale(outputs, targets)
-        return lambda u: diagonal * u.to(diagonal.dtype)
+        weights = 1 - y + y * (1.0 if pos_weight is None else pos_weight.to(z))
+        weights = weights * (1.0 if weight is None else weight.to(z)) * self._scale(outputs, targets)
+        return z.sigmoid(), weights
 
 
 class AnyLoss(LossRule):
     """A loss nothing is known of: the Hessian in the outputs comes from double backward on the loss alone."""
 
     closed_form = False
+    is_likelihood = False
 
     def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor):
@@ -152,13 +224,13 @@ class AnyLoss(LossRule):
             return torch.ones((), device=targets.device)
         if isinstance(self.loss, nn.NLLLoss):
             return _class_index_weights(targets, self.settings)
-        if self.reduction == "mean" and isinstance(self.loss, nn.modules.loss._Loss):
+        if self.reduction != "batchmean" and isinstance(self.loss, nn.modules.loss._Loss):
             return torch.ones(targets.shape, device=targets.device)  # torch's other means divide by the entries
         if targets.is_floating_point():
             return torch.ones(targets.shape[0], device=targets.device)
         return (targets != -100).float()
 
-    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputHessian:
+    def output_hessian(self, outputs: Tensor, targets: Any) -> OutputMap:
         z = outputs.detach().requires_grad_()
         with torch.enable_grad():
             (g,) = torch.autograd.grad(self.loss(z, targets), z, create_graph=True)
@@ -170,6 +242,12 @@ class AnyLoss(LossRule):
             return torch.zeros_like(u) if Hu is None else Hu
 
         return product
+
+    def sampled_fisher(self, outputs: Tensor, targets: Any, num_samples: int, generator: torch.Generator) -> OutputMap:
+        raise InputError(
+            "targets can be drawn for torch's cross-entropy, mean squared error and binary cross-entropy with logits; "
+            "of another loss it is not known which distribution it is the log-likelihood of."
+        )
 
 
 _MODULES: dict[type, type[LossRule]] = {

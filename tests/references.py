@@ -29,6 +29,16 @@ class Criterion:
     """Loss of one site, (C,), target -> ()."""
     terms_per_site: Callable[[Tensor], int]
     """What a site adds to the denominator, from its outputs (C,)."""
+    distribution: Callable[[Tensor], list[tuple[Tensor, Tensor]]]
+    """Outputs of one target -> (probability, target) pairs under which second moments of gradients are the model's."""
+
+    def split(self, z: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs and targets of a site as single targets: its entries, where each has a loss of its own."""
+        return (
+            [(z, y)]
+            if self.terms_per_site(z) == 1 and len(z) > 1
+            else [(z[i, None], y[i, None]) for i in range(len(z))]
+        )
 
 
 def _class_sites(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,14 +46,31 @@ def _class_sites(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return Z[y != -100], y[y != -100]
 
 
-CROSS_ENTROPY = Criterion(_class_sites, lambda z, y: z.exp().sum().log() - (z * one_hot(y, z)).sum(), lambda _: 1)
+def _classes(z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(p, torch.tensor(c)) for c, p in enumerate(z.exp() / z.exp().sum())]
+
+
+def _normal(z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two points with the mean z and the variance 1/2 of the density exp(-(z - y)^2) / pi^(1/2)."""
+    return [(torch.tensor(0.5, dtype=z.dtype), z + sign * 0.5**0.5) for sign in (-1, 1)]
+
+
+def _coin(z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    s = 1 / (1 + (-z).exp())
+    return [(s.squeeze(), torch.ones_like(z)), (1 - s.squeeze(), torch.zeros_like(z))]
+
+
+CROSS_ENTROPY = Criterion(
+    _class_sites, lambda z, y: z.exp().sum().log() - (z * one_hot(y, z)).sum(), lambda _: 1, _classes
+)
 SQUARED_ERROR = Criterion(
-    lambda z, y: (z.reshape(len(z), -1), y.reshape(len(y), -1)), lambda z, y: ((z - y) ** 2).sum(), len
+    lambda z, y: (z.reshape(len(z), -1), y.reshape(len(y), -1)), lambda z, y: ((z - y) ** 2).sum(), len, _normal
 )
 BINARY_CROSS_ENTROPY = Criterion(
     lambda z, y: (z.reshape(len(z), -1), y.reshape(len(y), -1)),
     lambda z, y: ((1 + z.exp()).log() - y * z).sum(),
     len,
+    _coin,
 )
 
 
@@ -108,6 +135,51 @@ def dense_ggn(forward: Forward, batches: Batches, criterion: Criterion, params: 
             G += J.T @ L @ J
             count += criterion.terms_per_site(z)
     return G / count
+
+
+def example_gradients(
+    forward: Forward, batches: Batches, criterion: Criterion, params: Sequence[Tensor], per: str
+) -> tuple[Tensor, Tensor]:
+    """Return the shares (N,), which add up to 1, and the gradients (N, n) of single examples, one at a time."""
+    shares, gradients = [], []
+    with twice_differentiable_attention(), torch.random.fork_rng(devices=[]):
+        for i, (x, y) in enumerate(batches):
+            torch.manual_seed(i)
+            z = forward(x)
+            for row in range(len(z)):
+                sites = zip(*criterion.sites(z[row, None], y[row, None]), strict=True)
+                targets = [target for site in sites for target in criterion.split(*site)]
+                for group in [targets] if per == "sequence" else [[target] for target in targets]:
+                    if group:
+                        loss = torch.stack([criterion.value(*target) for target in group]).mean()
+                        shares.append(len(group))
+                        gradients.append(flat_gradient(loss, params))
+    p = torch.tensor(shares, dtype=torch.float64)
+    return p / p.sum(), torch.stack(gradients)
+
+
+def dense_fisher(forward: Forward, batches: Batches, criterion: Criterion, params: Sequence[Tensor]) -> Tensor:
+    """Return the mean over targets of E g g', the expectation over what the model itself would answer, one by one."""
+    n = sum(p.numel() for p in params)
+    F, count = torch.zeros(n, n, dtype=torch.float64), 0
+    with twice_differentiable_attention():
+        for site in all_sites(forward, batches, criterion):
+            for z, _ in criterion.split(*site):
+                for probability, y in criterion.distribution(z.detach()):
+                    g = flat_gradient(criterion.value(z, y), params)
+                    F += probability * g[:, None] * g
+                count += 1
+    return F / count
+
+
+def dense_jacobian(forward: Forward, batches: Batches, params: Sequence[Tensor]) -> Tensor:
+    """Return the derivatives of all outputs (M, n), one row at a time; batch i runs under the random state `i`."""
+    rows = []
+    with twice_differentiable_attention(), torch.random.fork_rng(devices=[]):
+        for i, (x, _) in enumerate(batches):
+            torch.manual_seed(i)
+            rows += [flat_gradient(entry, params) for entry in forward(x).reshape(-1)]
+    return torch.stack(rows)
 
 
 def derivative_along(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from curvature.cost import timed
+from curvature.errors import InputError
 from curvature.linearize import Linearization
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
+from curvature.output_metrics import OutputMetric
 from curvature.parameters import Block, Selection
 
 __all__: list[str] = []
@@ -51,7 +54,7 @@ class ObjectiveOperator(LinearOperator):
         rows = [x.T.contiguous() for x in X]
 
         def of_batch(lin: Linearization) -> Tensor:
-            parts = [getattr(lin, self._product)(r, block) for r, block in zip(rows, blocks, strict=True)]
+            parts = [self._of_batch(lin, r, block) for r, block in zip(rows, blocks, strict=True)]
             return parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
         def split(packed: Tensor) -> list[Tensor]:
@@ -75,8 +78,8 @@ class ObjectiveOperator(LinearOperator):
 
         def of_batch(lin: Linearization) -> Tensor:
             nonlocal seconds
-            lin.prepare(self._product)
-            part, spent = timed(lambda: getattr(lin, self._product)(x[None], self.block), self.device)
+            self._prepare(lin)
+            part, spent = timed(lambda: self._of_batch(lin, x[None], self.block), self.device)
             seconds += spent
             return part
 
@@ -96,9 +99,72 @@ class ObjectiveOperator(LinearOperator):
         Raises:
             ParameterSelectionError: if it matches none of this operator's parameters.
         """
-        space = self.objective.space
-        block = space.block(selection, self.objective.model)
-        if self.block is not None:
-            inside = set(self.block.parameters)
-            block = space.block({name: space.tensors[name] for name in block.parameters if name in inside})
-        return type(self)(self.objective, block)
+        block = block_within(self.objective, self.block, selection)
+        restricted = copy.copy(self)
+        restricted.block = block
+        restricted._shape = (block.num_params, block.num_params)
+        return restricted
+
+    def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
+        """Return the product of one batch's matrix, or its diagonal block, with X (k, m), one vector a row."""
+        product: Tensor = getattr(lin, self._product)(X, block)
+        return product
+
+    def _prepare(self, lin: Linearization) -> None:
+        """Build what a batch keeps between products."""
+        lin.prepare(self._product)
+
+
+class MetricOperator(ObjectiveOperator):
+    """sum_b w_b J_b' M_b J_b / sum_b w_b, with J_b the Jacobian of batch b's outputs and M_b a matrix on them."""
+
+    def __init__(self, objective: Objective, metric: OutputMetric, block: Block | None = None) -> None:
+        super().__init__(objective, block)
+        self._metric = metric
+
+    def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
+        return lin.metric_product(X, self._metric, block)
+
+    def _prepare(self, lin: Linearization) -> None:
+        lin.prepare(self._metric)
+
+
+def block_within(objective: Objective, block: Block | None, selection: Selection) -> Block:
+    """Return the block of the selected parameters, of those in `block` if it is given."""
+    space = objective.space
+    chosen = space.block(selection, objective.model)
+    if block is None:
+        return chosen
+    inside = set(block.parameters)
+    return space.block({name: space.tensors[name] for name in chosen.parameters if name in inside})
+
+
+def check_split(objective: Objective, what: str) -> None:
+    """Refuse an objective that does not know model and loss apart.
+
+    Raises:
+        InputError: with what to pass.
+    """
+    if not objective.has_split:
+        raise InputError(
+            f"{what} needs the split between model and loss: give the objective loss= and a forward that returns "
+            "(outputs, targets), instead of loss=None."
+        )
+
+
+def check_likelihood(objective: Objective, what: str) -> None:
+    """Refuse an objective whose loss is not known to be the log-likelihood of a distribution of its targets.
+
+    Raises:
+        InputError: with what to use instead.
+    """
+    check_split(objective, what)
+    rule = objective._rule
+    if rule is not None and not rule.is_likelihood:
+        name = getattr(rule.loss, "__name__", type(rule.loss).__name__)
+        raise InputError(
+            f"{what} is an expectation over targets drawn from the model's own distribution, which is known for "
+            f"torch's cross-entropy, mean squared error and binary cross-entropy with logits, got {name}; use one of "
+            "these (CrossEntropyLoss on logits instead of NLLLoss on their log_softmax), or GGNOperator or "
+            "EmpiricalFisherOperator, which need no distribution."
+        )

@@ -88,6 +88,43 @@ def test_output_hessian(name: str) -> None:
     assert_close(torch.stack(columns, dim=1), expected, 1e-12)
 
 
+@pytest.mark.parametrize("num_samples", [1, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_sampled_fisher_is_unbiased(name: str, num_samples: int) -> None:
+    """Its mean over draws is the Hessian, of these losses; entry by entry, in units of its own standard error."""
+    loss, outputs, targets = LOSSES[name]
+    rule = loss_rule(loss)
+    n, seeds = outputs.numel(), 400
+    u, v = real(2, *outputs.shape)
+    exact = torch.func.jacrev(torch.func.grad(loss))(outputs, targets).reshape(n, n) @ v.reshape(-1)
+    generator = torch.Generator().manual_seed(0)
+    draws = [rule.sampled_fisher(outputs, targets, num_samples, generator) for _ in range(seeds)]
+    products = torch.stack([draw(v).reshape(-1) for draw in draws])
+    for samples, mean in (
+        (products @ u.reshape(-1), exact @ u.reshape(-1)),
+        (products @ v.reshape(-1), exact @ v.reshape(-1)),
+    ):
+        z = float((samples.mean() - mean) / (samples.std() / seeds**0.5))
+        assert abs(z) < 4, f"the mean is {z:+.1f} standard errors from the exact value"
+    first = draws[0]
+    assert_close((u * first(v)).sum(), (v * first(u)).sum(), 1e-12)
+    assert float((v * first(v)).sum()) >= 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_output_gradient(name: str) -> None:
+    loss, outputs, targets = LOSSES[name]
+    assert_close(loss_rule(loss).output_gradient(outputs, targets), torch.func.grad(loss)(outputs, targets), 1e-12)
+
+
+def test_other_losses_draw_no_targets() -> None:
+    for name, (loss, outputs, targets) in OTHER.items():
+        rule = loss_rule(loss)
+        assert not rule.is_likelihood, name
+        with pytest.raises(InputError, match="targets can be drawn for"):
+            rule.sampled_fisher(outputs, targets, 1, torch.Generator())
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_number_of_terms_is_what_the_mean_divides_by(name: str) -> None:
     loss, outputs, targets = LOSSES[name]
@@ -118,6 +155,8 @@ def test_subclass_of_known_loss_is_not_taken_for_it() -> None:
         (nn.NLLLoss(), PADDED, 4.0),
         (nn.NLLLoss(weight=WEIGHTS), PADDED, 2 * 0.5 + 2.0 + 0.1),
         (nn.L1Loss(), torch.zeros(6, 4), 24.0),
+        (nn.L1Loss(reduction="sum"), torch.zeros(6, 4), 24.0),
+        (nn.KLDivLoss(reduction="batchmean"), torch.zeros(6, 4), 6.0),
         (lambda z, y: (z - y).mean(), torch.zeros(6, 4), 6.0),
         (lambda z, y: (z - y).mean(), PADDED, 4.0),
         (lambda z, y: (z - y).mean(), torch.tensor(1.0), 1.0),

@@ -1,0 +1,63 @@
+"""Backward passes through graphs that are kept, and a walk over such graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+__all__ = ["differentiable", "no_autocast", "pull_back", "walk"]
+
+
+def pull_back(
+    functions: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return sum_i vectors_i' d functions_i / d inputs, None where there is no dependence; the graph is kept.
+
+    This is `torch.autograd.grad`, called past its dispatch to function modes: that dispatch would switch our own mode
+    off inside, and layers that activation checkpointing records again in the backward pass would be recorded otherwise.
+    """
+    if vectors is None:
+        vectors = [torch.ones_like(f) for f in functions]
+    return _engine_run_backward(
+        tuple(functions),
+        tuple(vectors),
+        True,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+
+
+def differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Drop the entries that do not depend on anything: their derivative is zero."""
+    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
+    return [f for f, _ in pairs], [v for _, v in pairs]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Backward passes run in the dtypes that the forward pass recorded, whatever autocast surrounds them."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # entering autocast costs as much as a small layer
+    return torch.autocast(device.type, enabled=False)
+
+
+def walk(roots: Sequence[Any]) -> Iterator[Any]:
+    """Walk autograd's graph from some of its nodes."""
+    seen, stack = set(), [node for node in roots if node is not None]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [parent for parent, _ in node.next_functions if parent is not None]

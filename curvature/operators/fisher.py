@@ -1,0 +1,58 @@
+"""The exact Fisher matrix of an objective."""
+
+from __future__ import annotations
+
+from curvature.objective import Objective
+from curvature.operators._objective_operator import ObjectiveOperator, check_likelihood
+from curvature.parameters import Block
+
+__all__ = ["FisherOperator"]
+
+
+class FisherOperator(ObjectiveOperator):
+    """F = sum_t c_t J_t' E[s s'] J_t / W, with s the gradient of -log p(y | z_t) in the outputs, y ~ p(y | z_t).
+
+    The sum runs over the targets t (examples, tokens, entries of a regression) of all batches, z_t are the model's
+    outputs for one of them, J_t is their Jacobian, and W is what the loss divides by (1 for `reduction="sum"`). No
+    target of the data enters but through c_t, the factor by which the loss weights log-likelihoods:
+
+    - cross-entropy: p = softmax(z), E[s s'] = diag p - p p'. c_t is 0 for an ignored target, the class weight of the
+      target where there are class weights, 1 otherwise; with soft targets q, from class probabilities or label
+      smoothing, it is their sum sum_c weight_c q_c. Smoothing alone leaves F as it is.
+    - binary cross-entropy with logits: every entry is a target, E[s s'] = p (1 - p), p = sigmoid(z);
+      c_t = weight * (pos_weight * y + 1 - y).
+    - squared error: every entry is a target, log p = -(z - y)^2 up to a constant, so y is normal around z with variance
+      1/2, E[s s'] = 2, c_t = 1. For another noise variance v, F is to be divided by 2 v.
+
+    In these models z are the natural parameters (for squared error, up to a fixed factor), so that the Hessian of
+    -log p in them does not depend on y and E[s s'] equals it: F is the Gauss-Newton matrix, number for number, and
+    computed as such, without sampling. `MCFisherOperator` estimates it; `EmpiricalFisherOperator` takes the data's own
+    targets and is another matrix. Of other losses it is not known which distribution they stand for: refused.
+
+    Cost of one product: 4/3 gradients at best with the graph kept, as for `GGNOperator`.
+
+    Args:
+        objective: one with cross-entropy, squared error or binary cross-entropy with logits.
+        block: restricts the matrix to some parameters: F_BB, the diagonal block. See `restrict`.
+
+    Raises:
+        InputError: if the objective has no split between model and loss, or another loss.
+
+    Reference: Martens (2020), New insights and perspectives on the natural gradient method, sections 8 and 9; Kunstner,
+    Hennig and Balles (2019), Limitations of the empirical Fisher approximation.
+
+    Example:
+        >>> import torch
+        >>> from curvature import FisherOperator, Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> FisherOperator(Objective(model, torch.nn.MSELoss(), (x, torch.ones(2, 1)))).to_dense()  # (2 / N) x'x
+        tensor([[1., 0.],
+                [0., 4.]])
+    """
+
+    _product = "ggnvp"
+
+    def __init__(self, objective: Objective, block: Block | None = None) -> None:
+        check_likelihood(objective, "the Fisher matrix")
+        super().__init__(objective, block)

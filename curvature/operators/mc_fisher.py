@@ -1,0 +1,77 @@
+"""The Fisher matrix of an objective, estimated from targets that the model draws."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from curvature.errors import DataError, InputError
+from curvature.linearize import Linearization
+from curvature.objective import Objective
+from curvature.operators._fixed_order import check_fixed_order
+from curvature.operators._objective_operator import MetricOperator, check_likelihood
+from curvature.output_metrics import SampledFisher
+from curvature.parameters import Block
+
+__all__ = ["MCFisherOperator"]
+
+_WHY = "drawn targets belong to places in the data"
+
+
+class MCFisherOperator(MetricOperator):
+    """F^ = sum_t c_t J_t' (1/S sum_s s_ts s_ts') J_t / W, s_ts the gradient of -log p(y_ts | z_t), y_ts ~ p(y | z_t).
+
+    Sum, weights and distributions are those of `FisherOperator`, of which this is an unbiased estimate: S targets are
+    drawn for every one in the data, each on its own, also within a sequence. They are fixed by the generator at
+    construction, so that this is one symmetric, positive semi-definite matrix; draw anew with a new operator. When the
+    parameters move, the draws follow the model under the same random numbers.
+
+    The entries' standard errors fall as 1 / sqrt(S). Where `FisherOperator` applies, it is exact at the same cost a
+    product; the estimate is of use as a factor (rank at most S times the targets), to compare with other libraries, and
+    to study Monte Carlo noise.
+
+    Cost of one product: that of `GGNOperator`, whatever S; the draws are made once a batch (once a product for graphs
+    that are not kept) and held as their frequencies, one number an output.
+
+    Args:
+        objective: one with cross-entropy, squared error or binary cross-entropy with logits, over data in fixed order.
+        num_samples: S, draws a target.
+        generator: where the draws come from; one number is taken of it. Draws differ between kinds of device. With a
+            `process_group` the ranks pass generators in the same state and draw differently all the same.
+        block: restricts the matrix to some parameters; see `restrict`.
+
+    Raises:
+        InputError: for another loss, or fewer samples than one.
+        DataError: if the loader shuffles.
+
+    Reference: Schraudolph (2002); Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
+    approximate curvature, section 2.2; Kunstner, Hennig and Balles (2019).
+
+    Example:
+        >>> from curvature import MCFisherOperator, Objective
+        >>> model = torch.nn.Linear(1, 2, bias=False)
+        >>> data = (torch.ones(1, 1), torch.zeros(1, 2))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> A = MCFisherOperator(Objective(model, torch.nn.MSELoss(), data), num_samples=10_000, generator=generator)
+        >>> A.to_dense().round(decimals=1)  # the exact one: (2 / 2) I
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+
+    def __init__(
+        self, objective: Objective, *, num_samples: int = 1, generator: torch.Generator, block: Block | None = None
+    ) -> None:
+        check_likelihood(objective, "the Fisher matrix")
+        if num_samples < 1:
+            raise InputError(f"num_samples must be at least 1, got {num_samples}.")
+        check_fixed_order(objective, _WHY)
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        rank = 0 if objective.process_group is None else dist.get_rank(objective.process_group)
+        super().__init__(objective, SampledFisher(num_samples, seed, rank), block)
+        self.num_samples = num_samples
+
+    def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
+        if self.objective.shuffles and not self.objective.keeps_all_graphs:
+            raise DataError(f"the loader shuffles and {_WHY}; pass a loader with shuffle=False, or list(loader).")
+        return super()._of_batch(lin, X, block)

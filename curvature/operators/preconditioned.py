@@ -1,0 +1,247 @@
+"""A matrix as a preconditioned method sees it, and the preconditioners that optimizers carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from curvature.errors import InputError
+from curvature.linop import LinearOperator, MatrixLike
+from curvature.operators._objective_operator import ObjectiveOperator, block_within
+from curvature.parameters import Block, ParameterSpace, Selection
+
+__all__ = ["PreconditionedOperator", "optimizer_preconditioner"]
+
+
+class PreconditionedOperator(LinearOperator):
+    """P^-1/2 A P^-1/2 for a diagonal P > 0: symmetric, with the eigenvalues of P^-1 A.
+
+    With A the Hessian and P an optimizer's preconditioner (`from_optimizer`) the largest eigenvalue is the
+    preconditioned sharpness. A method that steps along -lr P^-1 m is stable on a quadratic as long as it stays below
+
+    - 2 / lr for m the gradient (RMSprop, Adagrad, Adam with beta1 = 0);
+    - (2 + 2 beta1) / ((1 - beta1) lr) for m the average (1 - beta1) g + beta1 m: 38 / lr for Adam and AdaHessian with
+      beta1 = 0.9. In full-batch training the sharpness rises to this edge and stays there.
+
+    An eigenvector u of this matrix is P^1/2 times one of P^-1 A; `unscale` takes it back to parameters.
+
+    Cost of one product: one with A.
+
+    Args:
+        A: symmetric, (n, n).
+        preconditioner: the diagonal of P, (n,), positive and finite.
+
+    Raises:
+        InputError: if A is not square, or the preconditioner is not positive and finite in every entry.
+
+    Reference: Cohen et al. (2022), Adaptive gradient methods at the edge of stability.
+
+    Example:
+        >>> A = torch.tensor([[8.0, 2.0], [2.0, 1.0]])
+        >>> PreconditionedOperator(A, torch.tensor([4.0, 1.0])).to_dense()
+        tensor([[2., 1.],
+                [1., 1.]])
+    """
+
+    def __init__(self, A: MatrixLike, preconditioner: Tensor) -> None:
+        n = A.shape[0]
+        if A.shape[1] != n:
+            raise InputError(f"PreconditionedOperator needs a square matrix, got shape {tuple(A.shape)}.")
+        if preconditioner.shape != (n,):
+            raise InputError(f"preconditioner must have shape ({n},), got {tuple(preconditioner.shape)}.")
+        if preconditioner.device != A.device:
+            raise InputError(f"preconditioner lies on {preconditioner.device} but A on {A.device}; move it there.")
+        positive = (preconditioner > 0) & preconditioner.isfinite()
+        if not bool(positive.all()):
+            i = int((~positive).nonzero()[0])
+            raise InputError(
+                f"preconditioner must be positive and finite, got {float(preconditioner[i])} in entry {i} "
+                f"({int((~positive).sum())} of {n} are not); entries whose gradient has always been zero need an eps."
+            )
+        super().__init__((n, n), A.dtype, A.device)
+        self.A = A
+        self.preconditioner = preconditioner.detach().to(A.dtype)
+        self._factor = self.preconditioner.rsqrt()
+
+    @classmethod
+    def from_optimizer(
+        cls,
+        A: ObjectiveOperator,
+        optimizer: Any,
+        *,
+        include_lr: bool = False,
+        missing: Literal["error", "identity"] = "error",
+    ) -> Self:
+        """Return a matrix of an objective as the optimizer that trains its parameters sees it at this moment.
+
+        Args:
+            A: the Hessian, Gauss-Newton matrix or another matrix of an objective, or a diagonal block of it.
+            optimizer: see `optimizer_preconditioner`.
+            include_lr: see there.
+            missing: see there.
+
+        Raises:
+            InputError: if A is no matrix of an objective, or as `optimizer_preconditioner` does.
+        """
+        if not isinstance(A, ObjectiveOperator):
+            raise InputError(
+                f"from_optimizer needs a matrix of an objective, whose parameters are known, got {type(A).__name__}; "
+                "pass optimizer_preconditioner(optimizer, space) as preconditioner of other matrices."
+            )
+        space = A.objective.space
+        if A.block is not None:
+            space = ParameterSpace({name: space.tensors[name] for name in A.block.parameters})
+        return cls(A, optimizer_preconditioner(optimizer, space, include_lr=include_lr, missing=missing))
+
+    def restrict(self, selection: Selection) -> Self:
+        """Return the diagonal block for some of the parameters, which costs less; see `HessianOperator.restrict`.
+
+        Raises:
+            InputError: if A is no matrix of an objective.
+            ParameterSelectionError: if the selection matches none of its parameters.
+        """
+        if not isinstance(self.A, ObjectiveOperator):
+            raise InputError(
+                f"restrict needs a matrix of an objective, got {type(self.A).__name__}; restrict the matrix and the "
+                "preconditioner themselves."
+            )
+        block = block_within(self.A.objective, self.A.block, selection)
+        return type(self)(self.A.restrict(block), self._take(self.A.block, block))
+
+    def unscale(self, U: Tensor) -> Tensor:
+        """Return P^-1/2 U, (n,) or (n, k): eigenvectors of P^-1 A from those of this matrix."""
+        return self._factor * U if U.ndim == 1 else self._factor[:, None] * U
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self._factor[:, None] * (self.A @ (self._factor[:, None] * X))
+
+    def _take(self, outer: Block | None, inner: Block) -> Tensor:
+        if outer is None:
+            return inner.take(self.preconditioner)
+        assert isinstance(self.A, ObjectiveOperator)
+        return inner.take(outer.embed(self.preconditioner, self.A.objective.num_params))
+
+
+# -- what optimizers divide by ----------------------------------------------------------------------------------------
+
+
+def optimizer_preconditioner(
+    optimizer: Any,
+    space: ParameterSpace,
+    *,
+    include_lr: bool = False,
+    missing: Literal["error", "identity"] = "error",
+) -> Tensor:
+    """Return the diagonal P, (n,), with which the optimizer's last step was -lr P^-1 m, m its average of gradients.
+
+    Read from the optimizer's state after its step t; parameters are found by identity.
+
+    - Adam, AdamW: (1 - beta1^t) ((v / (1 - beta2^t))^1/2 + eps); with `amsgrad` v is the maximum so far. The first
+      factor is the bias correction of m.
+    - AdaHessian (any optimizer with its state `exp_hessian_diag_sq`): (1 - beta1^t) ((v / (1 - beta2^s))^(k/2) + eps)
+      with k its `hessian_power` and s the refreshes of the curvature where it counts these, else t.
+    - RMSprop: v^1/2 + eps; `centered`: (v - a^2)^1/2 + eps with a the average gradient.
+    - Adagrad: (1 + (t - 1) lr_decay) (v^1/2 + eps).
+    - SGD: 1.
+
+    Weight decay is not part of it.
+
+    Args:
+        optimizer: one of these.
+        space: the parameters, in the order of P.
+        include_lr: divide by the learning rate of each parameter's group: the edge of stability is then the same number
+            for all groups, e.g. 38 for Adam with beta1 = 0.9.
+        missing: what stands for parameters that the optimizer does not hold or has not moved yet (frozen, or never with
+            a gradient): "error", or "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`).
+
+    Raises:
+        InputError: for another kind of optimizer, or parameters without state.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> adam = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.5, 0.999), eps=0.0)
+        >>> model(torch.tensor([3.0, 4.0])).sum().backward()
+        >>> adam.step()
+        >>> optimizer_preconditioner(adam, ParameterSpace.from_model(model))  # (1 - 0.5) |g|
+        tensor([1.5000, 2.0000])
+    """
+    if missing not in ("error", "identity"):
+        raise InputError(f"missing must be 'error' or 'identity', got {missing!r}.")
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise InputError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parts = []
+    for name, p in space.tensors.items():
+        group = group_of.get(id(p))
+        state = {} if group is None else optimizer.state.get(p, {})
+        diagonal = None if group is None else _diagonal(optimizer, p, state, group)
+        if diagonal is None:
+            if missing == "error":
+                why = "does not hold" if group is None else "has not moved"
+                raise InputError(
+                    f"the optimizer {why} {name!r}, so that nothing is known of its preconditioner; select other "
+                    "parameters, take a step that moves it, or pass missing='identity'."
+                )
+            diagonal = torch.ones_like(p)
+        scale = float(group["lr"]) if include_lr and group is not None else 1.0
+        parts.append(diagonal.detach().reshape(-1).to(space.device, space.dtype) / scale)
+    return torch.cat(parts)
+
+
+def _diagonal(optimizer: Any, p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+    """Return the diagonal for one parameter, in its shape; None if it was not moved yet."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return torch.ones_like(p)
+    rule = next((rule for kind, rule in _RULES.items() if isinstance(optimizer, kind)), None)
+    if rule is None and any("exp_hessian_diag_sq" in s for s in optimizer.state.values()):
+        rule = _adahessian
+    if rule is None and (optimizer.state or type(optimizer).__name__ != "AdaHessian"):
+        known = ", ".join(kind.__name__ for kind in _RULES)
+        raise InputError(
+            f"the preconditioner of {type(optimizer).__name__} is not known: known are {known}, AdaHessian and SGD; "
+            "pass its diagonal as a tensor."
+        )
+    if rule is None or not state or float(state.get("step", 0)) == 0:
+        return None
+    return rule(state, group)
+
+
+def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    t = float(state["step"])
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    v: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    return (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + group["eps"])
+
+
+def _adahessian(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    t = float(state["step"])
+    by_steps = group.get("bias_correction") == "steps" or group.get("stale") == "repeat"
+    s = t if by_steps else float(state.get("hessian_step", t))
+    beta1, beta2 = group["betas"]
+    v: Tensor = state["exp_hessian_diag_sq"]
+    return (1 - beta1**t) * ((v / (1 - beta2**s)).pow(group["hessian_power"] / 2) + group["eps"])
+
+
+def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    v: Tensor = state["square_avg"]
+    if group["centered"]:
+        v = v - state["grad_avg"].square()
+    return v.sqrt() + group["eps"]
+
+
+def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    v: Tensor = state["sum"]
+    return (1 + (float(state["step"]) - 1) * group["lr_decay"]) * (v.sqrt() + group["eps"])
+
+
+_RULES: dict[type, Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]] = {
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Adagrad: _adagrad,
+}
