@@ -64,8 +64,6 @@ class Use:
     """Of the call's output; the gradient may come in another."""
     place: _Place
     build: Build
-    reads: tuple[tuple[Tensor, int], ...]
-    """Tensors that `build` reads, with their versions."""
 
     def form(self, delta: Tensor, num_examples: int, layout: Layout, parameter: Tensor) -> Form | None:
         """Return the per-example gradients of the parameter from this use, or None if they cannot be told apart.
@@ -77,8 +75,6 @@ class Use:
             parameter: the tensor that the place leads to.
         """
         delta = delta.reshape(self.shape)
-        if any(tensor._version != version for tensor, version in self.reads):
-            return None
         if self.place.index is None:
             return self.build(delta, Examples(num_examples, layout))
         index = self.place.index()
@@ -128,11 +124,10 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if rule is not None:
             claims = _claims(rule, args, kwargs)
-            reads = [tuple((t.detach(), t._version) for t in claim.reads) for claim in claims]
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and out.grad_fn is not None:
-                for claim, read in zip(claims, reads, strict=True):
-                    self._record(func, out, self._places.get(id(claim.tensor)), claim.build, read)
+                for claim in claims:
+                    self._record(func, out, self._places.get(id(claim.tensor)), claim.build)
                 if func is F.embedding and len(claims) == 1:
                     self._follow_embedding(out, *args[:2])
             return out
@@ -143,10 +138,10 @@ class Capture(TorchFunctionMode):
                 return _inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build, reads: Any) -> None:
+    def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build) -> None:
         if place is not None and place.tensor.requires_grad:
             edge = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out)
-            self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build, reads))
+            self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build))
 
     def _follow_embedding(self, out: Tensor, index: Tensor, table: Tensor) -> None:
         """Positions are often looked up once for all examples: then what is looked up is a part of the table."""

@@ -24,8 +24,7 @@ class Claim(NamedTuple):
 
     tensor: Any
     build: Build
-    reads: tuple[Tensor, ...] = ()
-    """What `build` reads besides the gradient; it must not be overwritten before."""
+    """May read the call's inputs: autograd keeps them, too, and raises where they are overwritten."""
 
 
 def _per_channel(terms: Tensor, ex: Examples) -> Form | None:
@@ -57,7 +56,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[C
         left, right = ex.rows(d), ex.rows(input.to(d.dtype))
         return None if left is None or right is None else Factors(left, Rows(right))
 
-    return [Claim(weight, of_weight, (input,)), Claim(bias, _last_dimension)]
+    return [Claim(weight, of_weight), Claim(bias, _last_dimension)]
 
 
 def _last_dimension(d: Tensor, ex: Examples) -> Form | None:
@@ -72,7 +71,7 @@ def _matmul(input: Tensor, mat2: Tensor) -> list[Claim]:
         left, right = ex.rows(input.to(d.dtype)), ex.rows(d)
         return None if left is None or right is None else Factors(left, Rows(right))
 
-    return [Claim(mat2, of_weight, (input,))] if mat2.ndim == 2 and input.ndim >= 2 else []
+    return [Claim(mat2, of_weight)] if mat2.ndim == 2 and input.ndim >= 2 else []
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> list[Claim]:
@@ -107,7 +106,7 @@ def _convolution(spatial: int) -> Callable[..., list[Claim]]:
             windows = Windows(padded, kernel, steps, spread, groups, tuple(d.shape[2:]))
             return Factors(d.reshape(N, groups, d.shape[1] // groups, -1).mT, windows)
 
-        return [Claim(weight, of_weight, (input,)), Claim(bias, _per_channel)]
+        return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 
     return rule
 
@@ -133,7 +132,7 @@ def _embedding(
             values = values * (index != padding_idx % weight.shape[0])[..., None]
         return Indexed(index, values, weight.shape[0])
 
-    return [Claim(weight, of_table, (input,))]
+    return [Claim(weight, of_table)]
 
 
 def _layer_norm(
@@ -144,7 +143,7 @@ def _layer_norm(
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
         return _reduced(d * F.layer_norm(input.to(d.dtype), normalized_shape, None, None, eps), shape, ex)
 
-    return [Claim(weight, of_weight, (input,)), Claim(bias, lambda d, ex: _reduced(d, shape, ex))]
+    return [Claim(weight, of_weight), Claim(bias, lambda d, ex: _reduced(d, shape, ex))]
 
 
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> list[Claim]:
@@ -153,14 +152,14 @@ def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: flo
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
         return _reduced(d * F.rms_norm(input.to(d.dtype), normalized_shape, None, eps), tuple(normalized_shape), ex)
 
-    return [Claim(weight, of_weight, (input,))]
+    return [Claim(weight, of_weight)]
 
 
 def _group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> list[Claim]:
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
         return _per_channel(d * F.group_norm(input.to(d.dtype), num_groups, None, None, eps), ex)
 
-    return [Claim(weight, of_weight, (input,)), Claim(bias, _per_channel)]
+    return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 
 
 def _batch_norm(
@@ -180,7 +179,7 @@ def _batch_norm(
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
         return _per_channel(d * F.batch_norm(input.to(d.dtype), mean.to(d.dtype), var.to(d.dtype), eps=eps), ex)
 
-    return [Claim(weight, of_weight, (input,)), Claim(bias, _per_channel)]
+    return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 
 
 def _instance_norm(
@@ -199,7 +198,7 @@ def _instance_norm(
         m, v = (None if t is None else t.to(d.dtype) for t in (mean, var))
         return _per_channel(d * F.instance_norm(input.to(d.dtype), m, v, None, None, use_input_stats, 0.1, eps), ex)
 
-    return [Claim(weight, of_weight, (input,)), Claim(bias, _per_channel)]
+    return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 
 
 def _add(input: Any, other: Any, *, alpha: float = 1) -> list[Claim]:
@@ -219,7 +218,7 @@ def _mul(input: Any, other: Any) -> list[Claim]:
         return []
 
     def of(operand: Tensor, partner: Tensor) -> Claim:
-        return Claim(operand, lambda d, ex: _reduced(d * partner, operand.shape, ex), (partner,))
+        return Claim(operand, lambda d, ex: _reduced(d * partner, operand.shape, ex))
 
     return [of(input, other), of(other, input)]
 

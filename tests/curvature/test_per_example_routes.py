@@ -148,6 +148,7 @@ BY_RULES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "positions": (lambda: Own(lambda m, x: (x + m.p).tanh(), p=(3, 4)), real(3, 4)),
     "positions with a leading one": (lambda: Own(lambda m, x: (m.p + x).tanh(), p=(1, 3, 4)), real(3, 4)),
     "some of the positions": (lambda: Own(lambda m, x: (x + m.p[:, :3]).tanh(), p=(1, 6, 4)), real(3, 4)),
+    "one position twice": (lambda: Own(lambda m, x: (x + m.p[[0, 0, 1]]).tanh(), p=(2, 4)), real(3, 4)),
     "expanded positions": (lambda: Own(lambda m, x: (x + m.p.expand(len(x), -1, -1)).tanh(), p=(1, 3, 4)), real(3, 4)),
     "positions in place": (lambda: Own(lambda m, x: x.clone().add_(m.p).tanh(), p=(3, 4)), real(3, 4)),
     "gain and shift": (lambda: Own(lambda m, x: x.tanh() * m.g + m.s, g=(4,), s=(1,)), real(3, 4)),
