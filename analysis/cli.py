@@ -198,10 +198,16 @@ def landscape(
                     listener=screen,
                 )
         except KeyboardInterrupt:
+            for _, unfinished in places:
+                unfinished.remove_if_empty()
             if not places or not places[0][1].exists:
                 raise
             typer.echo(f"stopped; what was found is kept: go on with --resume --out {places[0][0]}", err=True)
             raise typer.Exit(130) from None
+        except CurvatureError:
+            for _, unfinished in places:
+                unfinished.remove_if_empty()
+            raise
         folder, unfinished = places[0]
         with screen.doing("writing the report"):
             save_run(run, folder, overwrite=overwrite, finish=write_landscape_report)

@@ -120,7 +120,6 @@ def plot_plane(
     *,
     show: Literal["loss", "model"] = "loss",
     ax: Axes | None = None,
-    colors: Colors | None = None,
 ) -> Axes:
     """Plot contours of the loss on a plane, or those of its quadratic model at the same levels.
 
@@ -131,9 +130,8 @@ def plot_plane(
         plane: from `analysis.landscape.loss_on_plane`.
         show: the loss, or the model.
         ax: where to draw; a new figure by default.
-        colors: what to paint with.
     """
-    ax, colors = new_axes(ax), colors or Colors()
+    ax = new_axes(ax)
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm
 
@@ -148,12 +146,12 @@ def plot_plane(
     inks = ["#ffffff" if shade < _DARK else "#111111" for shade in shades]
     lines = ax.contour(x, y, inside, levels=levels, colors=inks, linewidths=0.5, alpha=0.75, zorder=1)
     ax.clabel(lines, fmt=lambda level: f"{level:.3g}", fontsize=6.5, colors=inks, inline_spacing=2)
-    if plane.trajectory is not None:
-        _draw_trajectory(ax, plane.trajectory, colors)
-    ax.plot(0, 0, "*", color="#ffffff", markeredgecolor="#111111", markeredgewidth=0.7, markersize=10, zorder=5)
-    ax.set_aspect("equal")
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(y[0], y[-1])
+    if plane.trajectory is not None:
+        _draw_trajectory(ax, plane.trajectory)
+    ax.plot(0, 0, "*", color="#ffffff", markeredgecolor="#111111", markeredgewidth=0.7, markersize=10, zorder=5)
+    ax.set_aspect("equal")
     ax.set(xlabel=plane.first.name, ylabel=plane.second.name)
     ax.set_title("loss" if show == "loss" else "quadratic model at the star", fontsize="medium")
     return ax
@@ -227,18 +225,23 @@ def color_stops(count: int = 17) -> list[list[int]]:
     return [[round(255 * c) for c in map_(i / (count - 1))[:3]] for i in range(count)]
 
 
-def _draw_trajectory(ax: Axes, trajectory: Trajectory, colors: Colors) -> None:
-    del colors  # on filled contours only contrast counts
+def _draw_trajectory(ax: Axes, trajectory: Trajectory) -> None:
     x, y = to_numpy(trajectory.coordinates).T
     ax.plot(x, y, color="#ffffff", linewidth=3.0, zorder=3)
     ax.plot(x, y, color="#d55e00", linewidth=1.5, zorder=3)
     ax.plot(x, y, "o", color="#d55e00", markeredgecolor="#ffffff", markeredgewidth=0.7, markersize=4.5, zorder=4)
+    low, high = ax.get_xlim()
+
+    def leftwards(place: float) -> bool:
+        return place < low + 0.7 * (high - low)
+
     box: Any = {"boxstyle": "round,pad=0.15", "facecolor": "#ffffffd0", "edgecolor": "none"}
     for i in {0, len(x) - 1}:
         ax.annotate(
             trajectory.names[i],
             (x[i], y[i]),
-            xytext=(6, 5),
+            xytext=(6 if leftwards(x[i]) else -6, 5),
+            ha="left" if leftwards(x[i]) else "right",
             textcoords="offset points",
             fontsize=6.5,
             color="#111111",

@@ -237,8 +237,8 @@ def _plane(plane: LossPlane) -> dict[str, Markup]:
 
     def draw(figure: Figure, rows: int, columns: int) -> None:
         first, second = figure.subplots(rows, columns).flat
-        plot_plane(plane, ax=first, colors=COLORS)
-        plot_plane(plane, show="model", ax=second, colors=COLORS)
+        plot_plane(plane, ax=first)
+        plot_plane(plane, show="model", ax=second)
 
     aspect = float((plane.y[-1] - plane.y[0]) / (plane.x[-1] - plane.x[0]))
     wide = svg("plane-wide", label, lambda figure: draw(figure, 1, 2), (WIDE, min(6.0, max(2.2, 0.8 + 2.95 * aspect))))

@@ -126,6 +126,11 @@ class Draft:
 
         return self._kept("directions", pack, unpack)
 
+    def remove_if_empty(self) -> None:
+        """Delete the folder if it holds no point that was found."""
+        if not (self.path / "points.jsonl").is_file():
+            self.remove()
+
     def remove(self) -> None:
         """Delete the folder, if there is one."""
         shutil.rmtree(self.path, ignore_errors=True)

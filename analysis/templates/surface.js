@@ -35,7 +35,7 @@
   function turn(x, y, z) {
     const ca = Math.cos(view.azimuth), sa = Math.sin(view.azimuth), ce = Math.cos(view.elevation), se = Math.sin(view.elevation);
     const u = ca * x - sa * y, v = sa * x + ca * y;
-    return [width / 2 + scale * u, height * 0.53 - scale * (ce * z + se * v), ce * v - se * z]; // x, y, depth away from the eye
+    return [width / 2 + scale * u, height * 0.5 - scale * (ce * z + se * v), ce * v - se * z]; // x, y, depth away from the eye
   }
   const place = (x, y, u) => turn((2 * (x - midX)) / span, (2 * (y - midY)) / span, 1.1 * u - 0.5);
   const grid = () => data[state.show];
@@ -50,7 +50,7 @@
     }
     const style = getComputedStyle(root);
     const ink = style.getPropertyValue("--ink"), soft = style.getPropertyValue("--soft"), rule = style.getPropertyValue("--figure-quiet");
-    scale = view.zoom * Math.min(width / 3.1, height / 2.55);
+    scale = view.zoom * Math.min(width / 2.95, height / 2.4);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
     context.font = `12px ${style.fontFamily}`;
@@ -99,11 +99,16 @@
       const w = context.measureText(s).width;
       context.fillText(s, clamp(x + dx - w / 2, 2, width - w - 2), clamp(y + dy, 12, height - 4));
     };
-    const nearX = se() ? y0 : y1, nearY = ce() ? x0 : x1;
-    text(data.names[0], place(midX, nearX, 0), 0, 30);
-    text(short(x0), place(x0, nearX, 0), 0, 16); text(short(x1), place(x1, nearX, 0), 0, 16);
-    text(data.names[1], place(nearY, midY, 0), ce() ? -8 : 8, 30);
-    text(short(y0), place(nearY, y0, 0), 0, 16); text(short(y1), place(nearY, y1, 0), 0, 16);
+    const nearX = se() ? y0 : y1, nearY = ce() ? x0 : x1, centre = place(midX, midY, 0);
+    const beside = (s, x, y, side, gap) => { // away from the base, across the edge that it belongs to
+      const at = place(x, y, 0), dx = side[0] - centre[0], dy = side[1] - centre[1], length = Math.hypot(dx, dy) || 1;
+      text(s, at, (gap * 1.5 * dx) / length, (gap * dy) / length + 4);
+    };
+    const sideX = place(midX, nearX, 0), sideY = place(nearY, midY, 0);
+    beside(data.names[0], midX, nearX, sideX, 34);
+    beside(short(x0), x0, nearX, sideX, 15); beside(short(x1), x1, nearX, sideX, 15);
+    beside(data.names[1], nearY, midY, sideY, 34);
+    beside(short(y0), nearY, y0, sideY, 15); beside(short(y1), nearY, y1, sideY, 15);
     text(short(highest), top, 0, -8); text(short(lowest), foot, 0, -4);
   }
   // which sides of the box face the eye
