@@ -1,0 +1,148 @@
+"""How damping, trust-region radius and cubic weight follow the ratio of what a step gained to what its model promised.
+
+Each rule is a pure function of the last value and the ratio. A ratio of 1 is a perfect model; NaN or minus infinity,
+from a loss that is not finite at the trial point, counts as the worst there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from curvature.errors import InputError
+
+__all__ = ["CubicRule", "DampingRule", "RadiusRule", "reduction_ratio"]
+
+
+def reduction_ratio(before: float, after: float, model_decrease: float, eps: float) -> float:
+    """Return (before - after) / model_decrease, with both moved up by what rounding can do to `before`.
+
+    Near a minimum both are rounding, and the ratio comes out as 1 instead of noise.
+
+    Args:
+        before: loss at the start of the step.
+        after: loss at its end; -inf is returned where it is not finite.
+        model_decrease: what the model promised.
+        eps: rounding unit of the loss.
+
+    Reference: Conn, Gould and Toint (2000), Trust-Region Methods, section 17.4.2.
+    """
+    if not math.isfinite(after):
+        return -math.inf
+    slack = 10 * eps * abs(before)
+    promised = model_decrease + slack
+    return (before - after + slack) / promised if promised > 0 else -math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class DampingRule:
+    """Levenberg and Marquardt's damping: down after a good ratio, up after a bad one.
+
+    Reference: Martens (2010), Deep learning via Hessian-free optimization, section 4.1, for the default factors.
+
+    Example:
+        >>> rule = DampingRule()
+        >>> rule(3.0, 0.9), rule(3.0, 0.5), rule(2.0, 0.1)
+        (2.0, 3.0, 3.0)
+    """
+
+    low: float = 0.25
+    """Ratio below which damping rises."""
+    high: float = 0.75
+    """Ratio above which damping falls."""
+    increase: float = 3 / 2
+    """Factor upward."""
+    decrease: float = 2 / 3
+    """Factor downward."""
+    minimum: float = 0.0
+    """Least damping."""
+    maximum: float = 1e16
+    """Largest damping."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.low < self.high and self.increase > 1 and 0 < self.decrease <= 1):
+            raise InputError(
+                "DampingRule needs 0 <= low < high, increase > 1 and 0 < decrease <= 1, got "
+                f"{self.low}, {self.high}, {self.increase} and {self.decrease}."
+            )
+
+    def __call__(self, damping: float, ratio: float) -> float:
+        """Return the damping of the next step."""
+        if ratio > self.high:
+            return max(damping * self.decrease, self.minimum)
+        return damping if ratio >= self.low else min(damping * self.increase, self.maximum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadiusRule:
+    """The radius of a trust region: wider after a good step to its boundary, narrower after a bad one.
+
+    Reference: Nocedal and Wright (2006), Numerical Optimization, algorithm 4.1.
+
+    Example:
+        >>> rule = RadiusRule()
+        >>> rule(1.0, 0.9, 1.0), rule(1.0, 0.9, 0.5), rule(1.0, 0.1, 0.8)
+        (2.0, 1.0, 0.2)
+    """
+
+    accept: float = 1e-4
+    """Ratio from which a step is taken."""
+    low: float = 0.25
+    """Ratio below which the radius shrinks."""
+    high: float = 0.75
+    """Ratio above which the radius grows if the step reached the boundary."""
+    shrink: float = 0.25
+    """Factor on the step's length."""
+    grow: float = 2.0
+    """Factor on the radius."""
+    maximum: float = 1e8
+    """Largest radius."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.accept <= self.low < self.high and 0 < self.shrink < 1 < self.grow):
+            raise InputError(
+                "RadiusRule needs 0 <= accept <= low < high and 0 < shrink < 1 < grow, got "
+                f"{self.accept}, {self.low}, {self.high}, {self.shrink} and {self.grow}."
+            )
+
+    def __call__(self, radius: float, ratio: float, length: float) -> float:
+        """Return the next radius after a step of that length."""
+        if not ratio >= self.low:
+            return self.shrink * min(length, radius) if length > 0 else self.shrink * radius
+        at_boundary = length >= 0.999 * radius
+        return min(self.grow * radius, self.maximum) if ratio > self.high and at_boundary else radius
+
+
+@dataclass(frozen=True, kw_only=True)
+class CubicRule:
+    """The weight sigma of the cubic term: towards 0 after very good steps, up after bad ones.
+
+    Reference: Cartis, Gould and Toint (2011), Adaptive cubic regularisation methods for unconstrained optimization,
+    part I, section 7.
+    """
+
+    accept: float = 0.1
+    """Ratio from which a step is taken."""
+    high: float = 0.9
+    """Ratio above which sigma falls."""
+    decrease: float = 0.5
+    """Factor downward."""
+    increase: float = 2.0
+    """Factor upward."""
+    minimum: float = 1e-16
+    """Least sigma."""
+    maximum: float = 1e32
+    """Largest sigma."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and 0 < self.minimum):
+            raise InputError(
+                "CubicRule needs 0 <= accept < high, 0 < decrease < 1 < increase and minimum > 0, got "
+                f"{self.accept}, {self.high}, {self.decrease}, {self.increase} and {self.minimum}."
+            )
+
+    def __call__(self, sigma: float, ratio: float) -> float:
+        """Return the next weight."""
+        if ratio > self.high:
+            return max(sigma * self.decrease, self.minimum)
+        return sigma if ratio >= self.accept else min(sigma * self.increase, self.maximum)

@@ -1,0 +1,124 @@
+"""Optimizers that the battery of `optimizers.check` runs on, and faulty ones that it must catch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers import ESGD, SASSHA, AdaHessian, Sophia
+
+__all__ = ["FAULTY", "SUBJECTS", "Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    make: Any
+    form: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+LR = {"lr": 0.05}
+SUBJECTS: dict[str, Subject] = {
+    "torch SGD": Subject(torch.optim.SGD, "backward", {"lr": 0.01, "momentum": 0.9}),
+    "torch AdamW": Subject(torch.optim.AdamW, "backward", LR),
+    "AdaHessian": Subject(AdaHessian, "loss", LR),
+    "AdaHessian, classic": Subject(AdaHessian, "graph", LR),
+    "AdaHessian, lazy": Subject(AdaHessian, "loss", {**LR, "update_every": 3}),
+    "AdaHessian, stale": Subject(AdaHessian, "loss", {**LR, "update_every": 3, "stale": "repeat"}),
+    # one sample a step may find almost no curvature, and the first step goes far
+    "AdaHessian, Gauss-Newton": Subject(
+        AdaHessian, "outputs", {"lr": 0.02, "curvature": "gauss-newton-bartlett", "num_probes": 16}
+    ),
+    "AdaHessian, capturable": Subject(AdaHessian, "loss", {**LR, "capturable": True}),
+    "Sophia-H": Subject(Sophia, "loss", {**LR, "curvature": "hessian-diagonal"}),
+    "Sophia-G": Subject(Sophia, "outputs", LR),
+    "ESGD": Subject(ESGD, "loss", {"lr": 0.02, "num_probes": 4}),
+    "SASSHA": Subject(SASSHA, "loss", LR),
+}
+
+
+class MovesData(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data.clone()
+        return closure
+
+
+class ForgetsDecay(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        return super().step(closure)
+
+
+class Climbs(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None if p.grad is None else -p.grad
+        return super().step(closure)
+
+
+class KeepsGradients(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        self.seen = [*getattr(self, "seen", []), *[p.grad.clone() for p in self.param_groups[0]["params"]]]
+        return super().step(closure)
+
+
+class CountsInAnAttribute(torch.optim.SGD):
+    """Its learning rate falls with a counter that no state_dict has."""
+
+    def step(self, closure: Any = None) -> Any:
+        self._count = getattr(self, "_count", 0) + 1
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] / self._count
+        super().step(closure)
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            group["lr"] = lr
+
+
+class ReturnsNowAndThen(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        self.odd = not getattr(self, "odd", False)
+        return 1.0 if self.odd else None
+
+
+class MovesFrozen(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.999)
+
+
+class DrawsGlobally(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and group["lr"] != 0:
+                    noise: Tensor = torch.rand_like(p)
+                    p.sub_(p.grad * noise * 1e-4)
+
+
+FAULTY: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
+    "new storage": (MovesData, "parameters keep their storage"),
+    "no weight decay": (ForgetsDecay, "groups: weight decay"),
+    "wrong direction": (Climbs, "decreases a quadratic"),
+    "leak": (KeepsGradients, "memory is flat"),
+    "lost counter": (CountsInAnAttribute, "resume: state_dict"),
+    "lost counter in a copy": (CountsInAnAttribute, "deepcopy"),
+    "return types": (ReturnsNowAndThen, "step returns one type"),
+    "frozen": (MovesFrozen, "frozen and unused"),
+    "no gradients": (MovesFrozen, "no gradients"),
+    "zero gradients": (MovesFrozen, "zero gradients"),
+    "global random numbers": (DrawsGlobally, "resume: file"),
+}
