@@ -1,4 +1,4 @@
-"""Figures of how layers act on each other; made as those of `analysis.figures` are."""
+"""Figures of layers: how they act on each other, and how curvature is spread over their parameters."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from analysis.drawing import Array, Colors
+from analysis.drawing import Array, Colors, asinh_ticks, legend_above
 from analysis.wording import MINUS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from analysis.results import LayerCoupling
+    from analysis.results import LayerCoupling, LayerDiagonals
 
-__all__ = ["plot_layer_coupling"]
+__all__ = ["plot_layer_coupling", "plot_layer_diagonals"]
 
 _STRONGEST = 0.5  # opacity of a cell of value 1: ink on it can be read on light and on dark grounds
 _ROOM = 0.36  # inches of a cell that has room for a number
@@ -56,6 +56,41 @@ def plot_layer_coupling(result: LayerCoupling, *, ax: Axes | None = None, colors
     )
     _draw_cells(ax, shown, colors)
     _write_values(ax, shown, norms < _SURE * stderr)
+    return ax
+
+
+def plot_layer_diagonals(result: LayerDiagonals, *, ax: Axes | None = None, colors: Colors | None = None) -> Axes:
+    """Plot how the diagonal entries of each layer are spread: 5 to 95 %, the middle half, the median and the mean.
+
+    The axis is asinh-scaled: linear around zero, as far as the smallest median, and logarithmic beyond.
+
+    Args:
+        result: from `layer_diagonals`.
+        ax: where to draw; a new figure by default, of a height for the layers.
+        colors: what to paint with.
+    """
+    from matplotlib.figure import Figure
+
+    rows, colors = result.rows, colors or Colors()
+    ax = ax or Figure(figsize=(7.0, 1.2 + 0.3 * len(rows)), layout="constrained").subplots()
+    places = np.arange(len(rows), dtype=float)
+    q = np.array([row.quantiles for row in rows])
+    mean = np.array([row.mean for row in rows])
+    ax.hlines(places, q[:, 0], q[:, 4], color=colors.positive, linewidth=1.2, label="5 to 95 %")
+    ax.hlines(places, q[:, 1], q[:, 3], color=colors.positive, linewidth=7, alpha=0.45, label="middle half")
+    ax.plot(q[:, 2], places, "|", color=colors.positive, markersize=11, markeredgewidth=2, label="median")
+    ax.plot(mean, places, "o", color=colors.outlier, markersize=5, label="mean")
+    extreme = float(np.abs(np.concatenate([q.ravel(), mean])).max())
+    medians = np.abs(q[:, 2])[np.abs(q[:, 2]) > 1e-6 * extreme]
+    width = float(medians.min()) if len(medians) else (extreme or 1.0)
+    ax.set_xscale("asinh", linear_width=width)
+    asinh_ticks(ax.xaxis, min(0.0, float(q.min())), max(extreme, width), width)
+    ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
+    ax.set_yticks(places, [row.name for row in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.grid(axis="y", linewidth=0.5)
+    ax.set(xlabel="diagonal entries of the Hessian" + ("" if result.exact else ", widened by their noise"))
+    legend_above(ax, columns=4)
     return ax
 
 

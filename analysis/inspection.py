@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from analysis.coupling import layer_coupling
+from analysis.diagonal import layer_diagonals
 from analysis.low_rank import low_rank_error
 from analysis.meter import Meter, Progress
-from analysis.plan import COUPLING, COUPLING_PROBES, LAYERS, WHOLE, InspectionPlan
+from analysis.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -44,9 +45,11 @@ def inspect_model(
 ) -> Inspection:
     """Measure loss, gradient and the spectrum of the Hessian of an objective, each with its uncertainty and its price.
 
-    Cost: one gradient; about num_probes x num_steps Hessian products; and with `layers` two thirds as many products
-    with each layer's block, which cost less. A matrix with fewer columns than that is built entry by entry. Memory: the
-    kept graphs and as many vectors. `analysis.plan.estimate_cost` says what it comes to in seconds and bytes.
+    Cost: one gradient; about num_probes x num_steps Hessian products; with `layers` two thirds as many products with
+    each layer's block, which cost less, and for the diagonal a gradient for each output of an example where BackPACK
+    has rules for the model, else `DIAGONAL_MATVECS` products. A matrix with fewer columns than that is built entry by
+    entry. Memory: the kept graphs and as many vectors. `analysis.plan.estimate_cost` says what it comes to in seconds
+    and bytes.
 
     Args:
         objective: what to inspect; its `check()` is the caller's choice. Data in four batches or more (`micro_batch=`
@@ -57,7 +60,7 @@ def inspect_model(
             smallest thirty times.
         num_probes: random start vectors, at least 2; uncertainties fall as their square root.
         num_steps: block Lanczos steps, at least 4.
-        layers: whether to inspect each module's own block, too.
+        layers: whether to inspect each module's own block, too, and its part of the diagonal.
         coupling: whether to measure how strongly layers act on each other: `COUPLING_PROBES` products more a layer.
         generator: source of all probes, on the objective's device.
         progress: called after each product with what is being computed and the products done and planned.
@@ -77,16 +80,20 @@ def inspect_model(
     )
     blocks = plan.layer_blocks(objective)
     planned_whole, planned_layers = plan.total_matvecs(objective)
-    planned_coupling = plan.coupling_matvecs(objective)
+    planned_coupling, planned_diagonal = plan.coupling_matvecs(objective), plan.diagonal_matvecs(objective)
     meter = Meter(objective.device, planned_whole + planned_layers, progress)
     loss, gradient = objective.loss_and_gradient()
     H = HessianOperator(objective)
-    with meter.stage(WHOLE, planned_whole - planned_coupling, whole=True):
+    with meter.stage(WHOLE, planned_whole - planned_coupling - planned_diagonal, whole=True):
         whole = spectrum(H, plan.whole, generator=generator, progress=meter.tick)
     found: dict[str, Spectrum] = {}
     if blocks:
         with meter.stage(LAYERS, planned_layers, whole=False):
             found = layer_spectra(H, plan.layer, blocks=blocks, generator=generator, progress=meter.tick)
+    diagonal = None
+    if plan.layers:
+        with meter.stage(DIAGONAL, planned_diagonal, whole=True):
+            diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.tick)
     coupled = None
     if planned_coupling:
         with meter.stage(COUPLING, planned_coupling, whole=True):
@@ -107,6 +114,7 @@ def inspect_model(
         negative_share=_negative_share(whole),
         layers=tuple(_layer(block, found[block.name], gradient) for block in blocks),
         coupling=coupled,
+        diagonal=diagonal,
         low_rank=low_rank_error(whole),
         exact=whole.exact,
         data=_data_errors(whole),

@@ -9,15 +9,28 @@ import torch
 from analysis.results import CostEstimate
 from curvature.cost import current_memory, peak_memory, timed
 from curvature.errors import InputError
+from curvature.exact import backpack_refusal
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
 from curvature.planning import SpectrumPlan
 
-__all__ = ["COUPLING", "COUPLING_PROBES", "LAYERS", "WHOLE", "InspectionPlan", "estimate_cost"]
+__all__ = [
+    "COUPLING",
+    "COUPLING_PROBES",
+    "DIAGONAL",
+    "DIAGONAL_MATVECS",
+    "LAYERS",
+    "WHOLE",
+    "InspectionPlan",
+    "estimate_cost",
+]
 
 WHOLE, LAYERS, COUPLING = "the whole Hessian", "layer by layer", "coupling of layers"
+DIAGONAL = "the diagonal"
 COUPLING_PROBES = 8
+DIAGONAL_MATVECS = 24
+"""Products that an estimate of the diagonal takes, where it cannot be had exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +97,8 @@ class InspectionPlan:
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
         of_layers = sum(self.layer.num_matvecs(block.num_params) for block in self.layer_blocks(objective))
-        return self.whole.num_matvecs(objective.num_params) + self.coupling_matvecs(objective), of_layers
+        whole = self.whole.num_matvecs(objective.num_params)
+        return whole + self.coupling_matvecs(objective) + self.diagonal_matvecs(objective), of_layers
 
     def coupling_matvecs(self, objective: Objective) -> int:
         """Return the products with the whole Hessian that the coupling of layers takes."""
@@ -92,6 +106,12 @@ class InspectionPlan:
         if not self.coupling or len(blocks) < 2:
             return 0
         return sum(min(block.num_params, COUPLING_PROBES) for block in blocks)
+
+    def diagonal_matvecs(self, objective: Objective) -> int:
+        """Return the products that the diagonal takes: none where BackPACK has rules for the model."""
+        if not self.layers or backpack_refusal(objective, "hessian") is None:
+            return 0
+        return min(objective.num_params, DIAGONAL_MATVECS)
 
 
 def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
@@ -111,6 +131,8 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     total = whole * seconds
     if blocks:
         total += _layer_seconds(H, blocks, plan)
+    if plan.layers and plan.diagonal_matvecs(objective) == 0:
+        total += _columns(objective) * seconds / 2  # one a gradient, and a product is about two
     sizes = [block.num_params for block in blocks]
     held = max(plan.whole.num_bytes(H, [n]), plan.layer.num_bytes(H, sizes) if sizes else 0)
     plan.whole.check_memory(H, [n], None)
@@ -121,6 +143,13 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
         seconds=total,
         peak_bytes=max(peak_memory(device), current_memory(device) + held),
     )
+
+
+def _columns(objective: Objective) -> int:
+    """Return how many columns BackPACK propagates: one for each output of an example."""
+    lin = next(objective.linearizations())
+    outputs, _ = lin.outputs_and_targets()
+    return outputs.numel() // max(1, outputs.shape[0])
 
 
 def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: InspectionPlan) -> float:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import wording
 from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
-from analysis.figures_layers import plot_layer_coupling
+from analysis.figures_layers import plot_layer_coupling, plot_layer_diagonals
 from analysis.figures_low_rank import plot_low_rank_error
 from analysis.page import COLORS, NARROW, WIDE, svg, templates, two_sizes
-from analysis.results import Inspection, LayerCoupling, LayerCurvature, Measured
+from analysis.results import Inspection, LayerCoupling, LayerCurvature, LayerDiagonals, Measured
 from analysis.store import Run, load_run
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def build_report(run: Run) -> str:
             findings=wording.findings(inspection),
             eigenvalues=_eigenvalue_rows(inspection),
             figures=_figures(inspection),
+            estimated_traces={layer.name: layer.trace for layer in inspection.layers},
             total_trace=sum(layer.trace.value for layer in inspection.layers),
             Measured=Measured,
         )
@@ -137,6 +138,8 @@ def _figures(inspection: Inspection) -> dict[str, Markup]:
     )
     if i.layers:
         figures["layers"] = _layers_figure(i.layers)
+    if i.diagonal is not None:
+        figures["diagonal"] = _diagonal_figure(i.diagonal)
     if i.coupling is not None:
         figures["coupling"] = _coupling_figure(i.coupling)
     return figures
@@ -157,6 +160,13 @@ def _layers_figure(layers: tuple[LayerCurvature, ...]) -> Markup:
     wide = svg("layers-wide", label, lambda figure: draw(figure, 1, 2), (WIDE, panel))
     narrow = svg("layers-narrow", label, lambda figure: draw(figure, 2, 1), (NARROW, 2 * panel - 0.2))
     return Markup(wide + narrow)  # made here, of numbers and escaped names
+
+
+def _diagonal_figure(diagonal: LayerDiagonals) -> Markup:
+    medians = ", ".join(f"{row.name} {row.quantiles[2]:.2g}" for row in diagonal.rows)
+    label = f"How the diagonal entries of each layer are spread; medians: {medians}."
+    height = 1.1 + 0.24 * len(diagonal.rows)
+    return two_sizes("diagonal", label, lambda ax: plot_layer_diagonals(diagonal, ax=ax, colors=COLORS), height=height)
 
 
 def _coupling_figure(coupling: LayerCoupling) -> Markup:

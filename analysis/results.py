@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from curvature.diagonal_summary import DiagonalRow
 from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Inspection",
     "LayerCoupling",
     "LayerCurvature",
+    "LayerDiagonals",
     "LowRankError",
     "Measured",
     "StageCost",
@@ -133,6 +135,34 @@ class LayerCoupling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerDiagonals:
+    """The diagonal of the Hessian, layer by layer: what diagonal methods divide by, and pruning goes by."""
+
+    rows: tuple[DiagonalRow, ...]
+    """One for each module that owns parameters, in the order of the model; loss / parameter^2."""
+    exact: bool
+    """Whether every entry is exact up to rounding; otherwise single entries are noisy, as `relative_noise` says."""
+    how: str
+    """How it was computed, and why not exactly, in words."""
+
+    @property
+    def traces(self) -> dict[str, Measured]:
+        """The trace of each layer's block by name, from the entries; loss / parameter^2."""
+        return {
+            row.name: Measured(
+                value=row.num_params * row.mean,
+                stderr=math.nan if row.mean_stderr is None else row.num_params * row.mean_stderr,
+            )
+            for row in self.rows
+        }
+
+    @property
+    def trace(self) -> float:
+        """The sum of all entries; loss / parameter^2."""
+        return sum(trace.value for trace in self.traces.values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class LowRankError:
     """How far the best approximations of low rank are from a symmetric matrix A, in the Frobenius norm."""
 
@@ -233,6 +263,8 @@ class Inspection:
     """The same for each module that owns parameters, in the order of the model; empty if it was not asked for."""
     coupling: LayerCoupling | None
     """How strongly layers act on each other; None if it was not asked for."""
+    diagonal: LayerDiagonals | None
+    """The diagonal of H layer by layer; None if it was not asked for."""
     low_rank: LowRankError
     """How far the best approximations of H of each rank are from it."""
     exact: bool

@@ -122,6 +122,7 @@ def _key_numbers(inspection: Inspection) -> Table:
         ("largest eigenvalue", *_both(inspection.sharpness), "sharpness λ"),
         ("smallest eigenvalue", *_both(inspection.lowest), "negative: no minimum"),
         ("trace", *_both(inspection.total_curvature), "sum of all eigenvalues"),
+        *_exact_trace(inspection),
         ("effective condition number", *_both(inspection.effective_condition), "λ / mean of |λ|"),
         (
             "negative-curvature share",
@@ -139,6 +140,12 @@ def _key_numbers(inspection: Inspection) -> Table:
         )
         table.caption_justify = "left"
     return table
+
+
+def _exact_trace(inspection: Inspection) -> list[tuple[str, str, str, str]]:
+    if inspection.diagonal is None or not inspection.diagonal.exact or inspection.exact:
+        return []
+    return [("trace, exactly", wording.number(inspection.diagonal.trace, 5), "", "from every entry of the diagonal")]
 
 
 def _both(measured: Measured) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Curvature quantities that are exact layer by layer: through BackPACK where it is right, by autograd elsewhere."""
 
 from curvature.exact.diagonal import ExactDiagonal as ExactDiagonal
+from curvature.exact.diagonal import backpack_refusal as backpack_refusal
 from curvature.exact.diagonal import exact_diagonal as exact_diagonal
 from curvature.exact.kronecker import KroneckerFactors as KroneckerFactors
 from curvature.exact.kronecker import LayerFactors as LayerFactors
@@ -14,6 +15,7 @@ __all__ = [
     "KroneckerFactors",
     "LayerFactors",
     "backpack_per_example",
+    "backpack_refusal",
     "exact_diagonal",
     "kronecker_factors",
 ]

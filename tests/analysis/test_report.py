@@ -96,7 +96,7 @@ def test_it_is_one_sound_page(run: Run) -> None:
     assert "http" not in page.replace("http://www.w3.org/1999/xlink", "")
     assert all(header.get("scope") in ("row", "col") for header in parsed.headers)
     assert all(len(label) > 30 for label in parsed.labels)
-    assert len(parsed.labels) == 8  # four figures in two sizes
+    assert len(parsed.labels) == 10  # five figures in two sizes
 
 
 def test_colours_follow_the_page(run: Run) -> None:

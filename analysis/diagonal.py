@@ -1,0 +1,82 @@
+"""The diagonal of the Hessian layer by layer: exact where BackPACK has rules for the model, estimated elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from analysis.plan import DIAGONAL_MATVECS
+from analysis.results import LayerDiagonals
+from curvature.diagonal_summary import summarise_diagonal
+from curvature.errors import InputError
+from curvature.exact import exact_diagonal
+from curvature.linalg import diagonal
+from curvature.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.results import DiagonalEstimate, EigenPairs
+
+__all__ = ["layer_diagonals"]
+
+
+def layer_diagonals(
+    objective: Objective,
+    *,
+    top: EigenPairs | None = None,
+    num_matvecs: int = DIAGONAL_MATVECS,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None = None,
+) -> LayerDiagonals:
+    """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
+
+    Cost: about a gradient for each output of an example where BackPACK has rules for all of the model, and the result
+    is exact; otherwise `num_matvecs` products, by sign vectors on what known eigenpairs leave over.
+
+    Args:
+        objective: what the Hessian is of.
+        top: eigenpairs that are known; they are taken out of the estimate at no product.
+        num_matvecs: products to spend where the diagonal has to be estimated.
+        generator: source of the sign vectors, on the objective's device.
+        progress: told the number of columns after each product.
+
+    Raises:
+        NonFiniteError: if an entry or a product is not finite.
+    """
+    try:
+        exact = exact_diagonal(objective, "hessian", route="backpack")
+    except InputError as refusal:
+        return _estimated(objective, str(refusal.__cause__ or refusal), top, num_matvecs, generator, progress)
+    known = DiagonalEstimate(values=exact.values, stderr=exact.stderr, num_matvecs=0)
+    rows = summarise_diagonal(known, objective.space).rows
+    how = f"Exactly, by BackPACK, {exact.num_columns} columns propagated. {exact.reason}"
+    return LayerDiagonals(rows=rows, exact=True, how=how)
+
+
+def _estimated(
+    objective: Objective,
+    refusal: str,
+    top: EigenPairs | None,
+    num_matvecs: int,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None,
+) -> LayerDiagonals:
+    before = 0
+
+    def callback(spent: int, _: str) -> None:
+        nonlocal before
+        if progress is not None:
+            progress(spent - before)
+        before = spent
+
+    estimate = diagonal(
+        HessianOperator(objective),
+        num_matvecs=max(4, num_matvecs),  # the least it takes; never more than parameters are spent
+        eigenpairs=top,
+        generator=generator,
+        keep_samples=True,
+        callback=callback,
+    )
+    rows = summarise_diagonal(estimate, objective.space).rows
+    exact = not bool(estimate.stderr.any())
+    how = f"By {estimate.method} from {estimate.num_matvecs} products, since BackPACK is not to be used: {refusal}."
+    return LayerDiagonals(rows=rows, exact=exact, how=how)
