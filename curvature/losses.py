@@ -31,7 +31,6 @@ __all__ = ["LossRule", "OutputMap", "loss_rule"]
 
 OutputMap = Callable[[Tensor], Tensor]
 """u -> M u, with M a symmetric matrix on the outputs of a batch; u and M u have their shape."""
-OutputHessian = OutputMap
 
 
 class LossRule(ABC):

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from curvature.cost import timed
-from curvature.errors import InputError
+from curvature.errors import InputError, ParameterSelectionError
 from curvature.linearize import Linearization
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
@@ -130,13 +130,22 @@ class MetricOperator(ObjectiveOperator):
 
 
 def block_within(objective: Objective, block: Block | None, selection: Selection) -> Block:
-    """Return the block of the selected parameters, of those in `block` if it is given."""
+    """Return the block of the selected parameters, of those in `block` if it is given.
+
+    Raises:
+        ParameterSelectionError: if there are none.
+    """
     space = objective.space
     chosen = space.block(selection, objective.model)
     if block is None:
         return chosen
-    inside = set(block.parameters)
-    return space.block({name: space.tensors[name] for name in chosen.parameters if name in inside})
+    inside = {name: space.tensors[name] for name in chosen.parameters if name in block.parameters}
+    if not inside:
+        raise ParameterSelectionError(
+            f"{', '.join(map(repr, chosen.parameters))} lie outside this diagonal block, which holds "
+            f"{', '.join(map(repr, block.parameters))}; restrict the whole matrix instead."
+        )
+    return space.block(inside)
 
 
 def check_split(objective: Objective, what: str) -> None:
