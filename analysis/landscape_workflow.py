@@ -40,6 +40,7 @@ __all__ = ["LandscapeListener", "LandscapePlan", "run_landscape"]
 Directions = Literal["auto", "random", "eigenvectors", "gradient", "pca", "path"]
 _EIGEN_MATVECS = 14  # that two eigenvectors of a trained network take, about
 _MARGIN = 0.2  # of the box around a trajectory, on each side
+_SLIMMEST = 0.5  # shorter side of that box, of the longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,8 +351,9 @@ class _Look:
         if trajectory is not None and self.plan.radius is None:
             box = torch.cat([trajectory.coordinates, torch.zeros(1, 2, dtype=trajectory.coordinates.dtype)])
             low, high = box.min(dim=0).values, box.max(dim=0).values
-            margin = (_MARGIN * (high - low)).clamp_min(_MARGIN / 2 * float((high - low).max()))
-            ends = torch.stack([low - margin, high + margin]).double()
+            half = (0.5 + _MARGIN) * (high - low)
+            half = half.clamp_min(_SLIMMEST * float(half.max()))
+            ends = torch.stack([(low + high) / 2 - half, (low + high) / 2 + half]).double()
             x, y = (torch.linspace(float(a), float(b), self.plan.points, dtype=torch.float64) for a, b in ends.T)
             return x, y
         radius = self.plan.radius or self._radius(directions)

@@ -21,6 +21,10 @@ LAYERS = {  # a folder or a module -> what nothing in it may import
     "curvature/solve_results.py": {*MODELS, "curvature.linalg"},
     "optimizers": {"analysis"} | USER_INTERFACE,
     "analysis/figures.py": {*MODELS, "curvature.linalg"},
+    "analysis/figures_landscape.py": {*MODELS, "curvature.linalg"},
+    "analysis/landscape_report.py": {*MODELS, "curvature.linalg"},
+    "analysis/landscape_results.py": {*MODELS, "curvature.linalg"},
+    "analysis/page.py": {*MODELS, "curvature.linalg"},
     "analysis/report.py": {*MODELS, "curvature.linalg"},
     "analysis/store.py": {*MODELS, "curvature.linalg"},
 }
