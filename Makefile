@@ -29,7 +29,7 @@ format: $(VENV)/.ready ## rewrite the sources as ruff would have them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the README's tables
+bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the tables
 	$(BENCH)/bin/python -m benchmarks.bench_products
 	$(BENCH)/bin/python -m benchmarks.bench_eigen
 	$(BENCH)/bin/python -m benchmarks.bench_tracking

@@ -1,16 +1,17 @@
-"""From rows to the tables in the README: `python -m benchmarks.report [--tables NAME ...] [--readme FILE]`."""
+"""From rows to the tables in README and docs: `python -m benchmarks.report [NAME ...]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.eigen_report import eigen_table
 from benchmarks.estimator_report import estimator_table
 from benchmarks.markdown import conditions, insert, marked, markers
+from benchmarks.summary_report import summary_table
 
 __all__ = ["BEGIN", "END", "insert", "main", "table"]
 
@@ -94,23 +95,32 @@ def _conditions(rows: Sequence[Row]) -> str:
     )
 
 
-TABLES = {"products": table, "eigen": eigen_table, "estimators": estimator_table}
+TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "summary": (summary_table, ("products", "eigen")),
+    "products": (table, ("products",)),
+    "eigen": (eigen_table, ("eigen",)),
+    "estimators": (estimator_table, ("estimators",)),
+}
+"""How a table is made, and of which files of rows."""
 
 
 def main() -> None:
-    """Renew the tables in the README."""
+    """Renew the tables in every file that has a place for them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
-        "tables", nargs="*", choices=[*TABLES, []], help="by default all that the README has a place for"
+        "tables", nargs="*", choices=[*TABLES, []], help="by default all that the files have a place for"
     )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of NAME.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--files", type=Path, nargs="+", default=[ROOT / "README.md", ROOT / "docs" / "benchmarks.md"])
     a = parser.parse_args()
-    text = a.readme.read_text(encoding="utf-8")
-    for name in a.tables or [name for name in TABLES if markers(name)[0] in text]:
-        rows = json.loads((a.results / f"{name}.json").read_text(encoding="utf-8"))
-        text = insert(text, TABLES[name](rows), name)
-    a.readme.write_text(text, encoding="utf-8")
+    for file in a.files:
+        text = file.read_text(encoding="utf-8")
+        for name in a.tables or TABLES:
+            make, sources = TABLES[name]
+            if markers(name)[0] in text:
+                rows = [json.loads((a.results / f"{source}.json").read_text(encoding="utf-8")) for source in sources]
+                text = insert(text, make(*rows), name)
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

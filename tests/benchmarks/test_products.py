@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness, peers, problems
 from benchmarks.bench_products import middle
-from benchmarks.report import BEGIN, END, insert, table
+from benchmarks.report import BEGIN, END, TABLES, insert, table
+from benchmarks.summary_report import summary_table
 from curvature import GGNOperator, HessianOperator, Objective
 
 
@@ -139,6 +140,26 @@ def test_insertion_replaces_only_what_is_between_the_markers() -> None:
             insert(bad, "new\n")
 
 
-def test_readme_has_a_place_for_the_table() -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    assert BEGIN in insert(readme.read_text(encoding="utf-8"), "")
+def test_every_table_has_a_place() -> None:
+    root = Path(__file__).parents[2]
+    text = "".join((root / file).read_text(encoding="utf-8") for file in ("README.md", "docs/benchmarks.md"))
+    for name in TABLES:
+        assert insert(text, "", name) != text
+
+
+def test_summary_names_the_best_that_is_right() -> None:
+    def product(method: str, gradients: float, error: float) -> dict[str, object]:
+        facts = {"problem": "mlp", "operator": "hessian", "columns": 1, "num_params": 5000, "failure": None}
+        return {**facts, "method": method, "label": method + " 1.0, kept", "gradients": gradients, "error": error}
+
+    def pairs(method: str, seconds: float, right: bool) -> dict[str, object]:
+        facts = {"problem": "net", "k": 10, "failure": None, "label": method}
+        return {**facts, "method": method, "seconds": seconds, "right": right}
+
+    products = [product("kept", 1.5, 0.0), product("quick", 1.0, 0.5), product("slow", 3.0, 0.0)]
+    eigen = [pairs("eigsh", 2.0, True), pairs("hasty", 1.0, False), pairs("sound", 5.0, True)]
+    lines = summary_table(products, eigen).splitlines()
+    assert lines[2:] == [
+        "| Hessian product, MLP with 5k parameters | **1.5 gradients** | 3.0 gradients, slow 1.0 | 2.0x |",
+        "| 10 largest eigenpairs, trained net | **2.0 s** | 5.0 s, sound | 2.5x |",
+    ]
