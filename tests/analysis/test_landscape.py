@@ -185,9 +185,10 @@ def test_the_quadratic_radius_of_a_cubic(slope: float) -> None:
         assert found.quadratic_radius(deviation) == pytest.approx(exact, rel=1e-9 if slope == 0 else 1e-3)
 
 
-def test_the_radius_ends_where_the_loss_overflows() -> None:
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_radius_ends_where_the_loss_overflows_on_either_side(side: int) -> None:
     t = STEPS
-    losses = torch.where(t > 0.6, torch.nan, 1 + t**2 / 2)
+    losses = torch.where(side * t > 0.6, torch.nan, 1 + t**2 / 2)
     d = custom_direction(quadratic()[0], torch.ones(5, dtype=torch.float64), name="mine")
     found = LossSlice(
         direction=d, steps=t, losses=losses, stderr=t, centre=1.0, slope=0.0, curvature=1.0, rounding=2.2e-16
