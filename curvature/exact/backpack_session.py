@@ -245,6 +245,9 @@ def _double(
     copies = {key: memo[key] for key in every}
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        for value in _left_by_backpack(module).values():
+            memo.setdefault(id(value), value.detach())  # part of the user's graph, which cannot be copied
     try:
         double = copy.deepcopy(model, memo)
     except Exception as error:  # attributes of any kind may hang on a model
@@ -252,12 +255,22 @@ def _double(
     for module in double.modules():
         for store in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, store).clear()  # BackPACK's own, where the user had extended the model
+        for left in _left_by_backpack(module):
+            delattr(module, left)
         module.__dict__.pop("_backpack_extend", None)
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
         if isinstance(getattr(module, "padding", None), str):
             _spell_out_padding(module)
     return double, copies
+
+
+def _left_by_backpack(module: nn.Module) -> dict[str, Tensor]:
+    """Return the inputs and outputs that a forward pass leaves on a module that the user has extended."""
+    if not getattr(module, "_backpack_extend", False):
+        return {}
+    names = [key for key in vars(module) if key == "output" or key.removeprefix("input").isdigit()]
+    return {key: vars(module)[key] for key in names if isinstance(vars(module)[key], Tensor)}
 
 
 def _spell_out_padding(conv: Any) -> None:

@@ -47,6 +47,11 @@ def _behind_linear(*layers: nn.Module) -> list[nn.Module]:
     return [nn.Linear(4, 6), *layers]
 
 
+def _twice(activation: nn.Module) -> list[nn.Module]:
+    """One module at two places."""
+    return _behind_linear(activation, nn.Linear(6, 5), activation)
+
+
 def _behind_conv(*layers: nn.Module) -> list[nn.Module]:
     return [nn.Conv2d(2, 4, 3, padding=1), *layers]
 
@@ -56,8 +61,16 @@ LAYERS = [
     Layer("Linear, no bias", lambda: [nn.Linear(4, 6, bias=False)], (4,)),
     Layer("Linear on (N, T, D)", lambda: [nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)], (3, 4)),
     *(
-        Layer(type(a).__name__, lambda a=a: _behind_linear(a, nn.Linear(6, 5), a), (4,))  # type: ignore[misc]
-        for a in (nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.LeakyReLU(0.3), nn.LogSigmoid(), nn.ELU(0.7), nn.SELU())
+        Layer(name, lambda make=make: _twice(make()), (4,))  # type: ignore[misc]
+        for name, make in {
+            "ReLU": nn.ReLU,
+            "Tanh": nn.Tanh,
+            "Sigmoid": nn.Sigmoid,
+            "LeakyReLU": lambda: nn.LeakyReLU(0.3),
+            "LogSigmoid": nn.LogSigmoid,
+            "ELU": lambda: nn.ELU(0.7),
+            "SELU": nn.SELU,
+        }.items()
     ),
     Layer("ReLU(inplace)", lambda: _behind_linear(nn.ReLU(inplace=True), nn.Linear(6, 4)), (4,)),
     Layer("Identity", lambda: _behind_linear(nn.Identity(), nn.Tanh()), (4,)),
