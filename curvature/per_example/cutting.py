@@ -89,16 +89,21 @@ def layouts_of_uses(
             ) from error
         if outputs.ndim == 0 or outputs.shape[0] % 2:
             return capture.structure, (None,) * len(capture.uses)
-        possible = [list(Layout) for _ in capture.uses]
+        found = []
         for place in (0, 1) if outputs.requires_grad and capture.uses else ():
             vector = torch.zeros(outputs.shape, dtype=outputs.dtype, device=device)
             own = vector.view(2, -1)[place]
             own.copy_(torch.randn(own.shape, generator=generator))
-            deltas = pull_back([outputs], [use.edge for use in capture.uses], [vector])  # type: ignore[misc]
-            for i, (use, delta) in enumerate(zip(capture.uses, deltas, strict=True)):
-                rows = None if delta is None else delta.reshape(use.shape)
-                possible[i] = [layout for layout in possible[i] if _spares(rows, layout, other=1 - place)]
-    return capture.structure, tuple(layouts[0] if layouts else None for layouts in possible)
+            found.append(pull_back([outputs], [use.edge for use in capture.uses], [vector]))  # type: ignore[misc]
+    layouts = []
+    for i, use in enumerate(capture.uses):
+        mine = [deltas[i] for deltas in found]
+        rows = [None if delta is None else delta.detach().reshape(use.shape) for delta in mine]
+        spared = (
+            layout for layout in Layout if all(_spares(r, layout, other=1 - place) for place, r in enumerate(rows))
+        )
+        layouts.append(next(spared, None))
+    return capture.structure, tuple(layouts)
 
 
 def _spares(delta: Tensor | None, layout: Layout, other: int) -> bool:

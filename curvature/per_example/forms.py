@@ -43,6 +43,10 @@ class Probe:
     def flat(self) -> Tensor:
         return torch.outer(self.left, self.right).reshape(-1)
 
+    def of(self, flat: Tensor) -> Tensor:
+        """Return its inner product with an array of the same shape, given as a vector; ()."""
+        return self.left @ (flat.view(len(self.left), -1) @ self.right)
+
 
 class Form(ABC):
     """Gradients h_i, i < N, of one parameter, or of several in a row."""
@@ -146,15 +150,11 @@ class Windows:
         stride, dilation, groups = self.geometry
         x = self.x[start:stop]
         N, C = x.shape[:2]
-        d = len(self.kernel)
         steps = [s * e for s, e in zip(x.stride()[2:], stride, strict=True)]
         inner = [s * e for s, e in zip(x.stride()[2:], dilation, strict=True)]
-        size = (N, groups, C // groups, *self.places, *self.kernel)
-        windows = x.as_strided(
-            size, (x.stride(0), C // groups * x.stride(1), x.stride(1), *steps, *inner), x.storage_offset()
-        )
-        order = (0, 1, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d))
-        return windows.permute(order).reshape(N, *self.shape[1:])
+        size = (N, groups, C // groups, *self.kernel, *self.places)  # places last: they lie next to each other in x
+        strides = (x.stride(0), C // groups * x.stride(1), x.stride(1), *inner, *steps)
+        return x.as_strided(size, strides, x.storage_offset()).reshape(N, groups, self.shape[3], self.shape[2]).mT
 
     def times(self, vector: Tensor) -> Tensor:
         stride, dilation, groups = self.geometry
