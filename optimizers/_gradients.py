@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,8 +64,10 @@ def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) ->
     pairs = [(p, h) for p, h in zip(params, curvatures, strict=True) if h.numel() > 0]
     if not pairs:
         return
-    largest = torch._foreach_norm([h for _, h in pairs], float("inf"))
-    if bool(torch.stack([n.to(largest[0].device, torch.float64) for n in largest]).isfinite().all()):
+    norms = list(torch._foreach_norm([h for _, h in pairs], float("inf")))
+    if len({(n.device, n.dtype) for n in norms}) > 1:
+        norms = [n.to(norms[0].device, torch.float64) for n in norms]
+    if math.isfinite(torch.stack(norms).amax().item()):
         return
     shapes = [tuple(p.shape) for p, h in pairs if not bool(h.isfinite().all())]
     raise NonFiniteError(

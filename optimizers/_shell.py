@@ -22,7 +22,7 @@ from optimizers._differentiation import curvature_session, gradients, leaves
 from optimizers._gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
 from optimizers._ranks import average_gradients, average_over_ranks
 from optimizers._resumable import COUNTERS, ResumableOptimizer
-from optimizers.curvature_source import BatchGraph, CurvatureSource
+from optimizers.curvature_source import WIDE, BatchGraph, CurvatureSource
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -400,7 +400,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             states = [self.state[p] for p in params]
             for key in COUNTERS if refreshed else COUNTERS[:1]:
                 torch._foreach_add_([state[key] for state in states], 1)
-            grads = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+            grads = [g if g.dtype in WIDE else g.float() for g in grads]
             self._update(group, params, grads, curvatures, states)
             group["num_steps"] += 1
             group["num_refreshes"] += refreshed

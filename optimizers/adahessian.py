@@ -251,7 +251,10 @@ def _multi_tensor_adahessian(
     torch._foreach_add_(steps, eps)
     if shrinkage is not None:
         torch._foreach_mul_(params, shrinkage)
-    torch._foreach_reciprocal_(steps)
+    if isinstance(sizes[0], float):
+        torch._foreach_addcdiv_(params, exp_avgs, steps, [-size for size in sizes])
+        return
+    torch._foreach_reciprocal_(steps)  # sizes are tensors: nothing may wait for them
     torch._foreach_mul_(steps, exp_avgs)
     torch._foreach_mul_(steps, sizes)
     torch._foreach_sub_(params, steps)

@@ -29,6 +29,8 @@ from optimizers.sampled_targets import sampled_output_gradient
 
 __all__ = ["BatchGraph", "CurvatureSource", "GaussNewtonBartlett", "HessianDiagonal", "RowNorm", "curvature_source"]
 
+WIDE = (torch.float32, torch.float64)
+
 _TARGETS = 2  # keeps the stream of sampled targets apart from that of probes
 
 
@@ -182,4 +184,4 @@ def curvature_source(curvature: str | CurvatureSource, num_probes: int) -> Curva
 
 def _widened(tensors: list[Tensor]) -> list[Tensor]:
     """Return float32 or wider: estimates are squared and averaged, also those of bfloat16 parameters."""
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return [t if t.dtype in WIDE else t.float() for t in tensors]

@@ -64,6 +64,16 @@ def test_sophia_without_curvature_is_sign_descent() -> None:
     torch.testing.assert_close(problem.flat(), twin.flat() - 0.01 * g.sign(), **EXACT)
 
 
+@pytest.mark.parametrize("curvature", ["hessian-diagonal", "row-norm"])
+def test_maximising_with_signed_curvature(curvature: str) -> None:
+    """The Hessian of -L is -H, its row norms are those of H."""
+    problem, twin = mlp(), mlp()
+    settings: dict[str, Any] = {"lr": 0.05, "gamma": 50.0, "curvature": curvature, "update_every": 2}
+    train(Sophia(problem.params, maximize=True, **settings), problem.closure, 4)
+    train(Sophia(twin.params, **settings), lambda: -twin.closure(), 4)
+    torch.testing.assert_close(problem.flat(), twin.flat(), **EXACT)
+
+
 def test_sophia_with_sampled_targets_trains() -> None:
     problem = mlp()
     optimizer = Sophia(problem.params, lr=0.02, loss=F.cross_entropy, weight_decay=0.0)

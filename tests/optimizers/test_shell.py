@@ -420,7 +420,7 @@ def misuse(kind: str) -> None:
         ("backward in the closure", InputError, "call no backward"),
         ("no graph in the closure", InputError, "has no graph"),
         ("no graph when due", CheckFailedError, r"call step\(closure\)"),
-        ("no graph when due", CheckFailedError, "ddp.module"),
+        ("no graph when due", CheckFailedError, "process_group= given"),
         ("not a scalar", InputError, r"one entry, got \(12, 3\)"),
         ("not a tensor", InputError, "got NoneType"),
         ("outputs without loss", InputError, "loss= must be given"),
