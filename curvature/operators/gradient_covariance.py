@@ -61,29 +61,30 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     ) -> None:
         super().__init__(objective, per=per, block=block)
         self.unbiased = unbiased
-        self._seen: tuple[Any, _Moments] | None = None
+        self._moments: _Moments | None = None
+        self._point: tuple[Any, ...] | None = None
 
     def products(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        self._moments()
+        self._update_moments()
         return super().products(*args, **kwargs)
 
     def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
-        self._moments()
+        self._update_moments()
         return super().timed(x)
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
-        moments = self._moments()
+        assert self._moments is not None
+        moments = self._moments
         g = moments.gradient if block is None else block.take(moments.gradient)
-        centre = (moments.share(lin) / moments.total**2) * (X @ g)[:, None] * g
-        part = super()._of_batch(lin, X, block) - centre
+        along = (X @ g) * (moments.share(lin) / moments.total**2)
+        part = torch.addr(super()._of_batch(lin, X, block), along, g, alpha=-1)
         return part if moments.factor == 1.0 else moments.factor * part
 
-    def _moments(self) -> _Moments:
-        """Return what the products share, computed once at every point."""
+    def _update_moments(self) -> None:
+        """Compute what the products share, once at every point."""
         point = self.objective._evaluator.fingerprint()
-        if self._seen is None or self._seen[0] != point:
-            self._seen = (point, _Moments(self.objective, self.per, self.unbiased))
-        return self._seen[1]
+        if self._moments is None or self._point != point:
+            self._moments, self._point = _Moments(self.objective, self.per, self.unbiased), point
 
 
 class _Moments:
