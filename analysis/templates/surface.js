@@ -13,6 +13,7 @@
   const state = { show: "loss", log: data.logarithmic, marker: null };
   const Q = data.y.length, P = data.x.length;
   const span = Math.max(data.x[P - 1] - data.x[0], data.y[Q - 1] - data.y[0]);
+  const reach = Math.hypot(data.x[P - 1] - data.x[0], data.y[Q - 1] - data.y[0]) / span;
   const midX = (data.x[0] + data.x[P - 1]) / 2, midY = (data.y[0] + data.y[Q - 1]) / 2;
   let faces = [], projected = [], scale = 1, width = 0, height = 0, pending = false;
 
@@ -35,7 +36,7 @@
   function turn(x, y, z) {
     const ca = Math.cos(view.azimuth), sa = Math.sin(view.azimuth), ce = Math.cos(view.elevation), se = Math.sin(view.elevation);
     const u = ca * x - sa * y, v = sa * x + ca * y;
-    return [width / 2 + scale * u, height * 0.5 - scale * (ce * z + se * v), ce * v - se * z]; // x, y, depth away from the eye
+    return [width / 2 + scale * u, height / 2 - scale * (ce * (z - 0.05) + se * v), ce * v - se * z]; // x, y, depth away from the eye
   }
   const place = (x, y, u) => turn((2 * (x - midX)) / span, (2 * (y - midY)) / span, 1.1 * u - 0.5);
   const grid = () => data[state.show];
@@ -50,7 +51,9 @@
     }
     const style = getComputedStyle(root);
     const ink = style.getPropertyValue("--ink"), soft = style.getPropertyValue("--soft"), rule = style.getPropertyValue("--figure-quiet");
-    scale = view.zoom * Math.min(width / 2.95, height / 2.4);
+    const tall = (elevation) => 1.1 * Math.cos(elevation) + 2 * reach * Math.sin(elevation); // of the whole box, turned
+    const room = Math.max(tall(start.elevation), tall(view.elevation)); // so that tilting shrinks it only where it must
+    scale = view.zoom * Math.min((width - 90) / (2 * reach), (height - 76) / room);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
     context.font = `12px ${style.fontFamily}`;
