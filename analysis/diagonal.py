@@ -10,13 +10,17 @@ from analysis.plan import DIAGONAL_MATVECS
 from analysis.results import LayerDiagonals
 from curvature.diagonal_summary import summarise_diagonal
 from curvature.errors import InputError
-from curvature.exact import exact_diagonal
+from curvature.exact import backpack_refusal, exact_diagonal
 from curvature.linalg import diagonal
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.results import DiagonalEstimate, EigenPairs
 
 __all__ = ["layer_diagonals"]
+
+_MOST_COLUMNS = (
+    1000  # outputs of an example; beyond them, or without rules after all, an estimate is the better bargain
+)
 
 
 def layer_diagonals(
@@ -42,13 +46,18 @@ def layer_diagonals(
     Raises:
         NonFiniteError: if an entry or a product is not finite.
     """
-    try:
-        exact = exact_diagonal(objective, "hessian", route="backpack")
-    except InputError as refusal:
-        return _estimated(objective, str(refusal.__cause__ or refusal), top, num_matvecs, generator, progress)
+    refusal = backpack_refusal(objective, "hessian")
+    if refusal is None:
+        try:
+            exact = exact_diagonal(objective, "hessian", max_columns=_MOST_COLUMNS)
+        except InputError as error:  # what only the data could tell
+            refusal = str(error)
+    if refusal is not None:
+        return _estimated(objective, refusal.rstrip("."), top, num_matvecs, generator, progress)
     known = DiagonalEstimate(values=exact.values, stderr=exact.stderr, num_matvecs=0)
     rows = summarise_diagonal(known, objective.space).rows
-    how = f"Exactly, by BackPACK, {exact.num_columns} columns propagated. {exact.reason}"
+    by = "BackPACK" if exact.route == "backpack" else "autograd"
+    how = f"Exactly, by {by}, {exact.num_columns} columns propagated ({exact.reason.rstrip('.')})."
     return LayerDiagonals(rows=rows, exact=True, how=how)
 
 
@@ -78,5 +87,5 @@ def _estimated(
     )
     rows = summarise_diagonal(estimate, objective.space).rows
     exact = not bool(estimate.stderr.any())
-    how = f"By {estimate.method} from {estimate.num_matvecs} products, since BackPACK is not to be used: {refusal}."
+    how = f"By {estimate.method} from {estimate.num_matvecs} products, since an exact one is out of reach: {refusal}."
     return LayerDiagonals(rows=rows, exact=exact, how=how)

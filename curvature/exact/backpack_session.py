@@ -66,6 +66,16 @@ class BackpackSession:
         self._sizes: list[tuple[nn.Module, int, int, bool]] = []
         _extend(self.net)
 
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether any layer is one."""
+        return any(isinstance(layer, nn.modules.conv._ConvNd) for _, layer in self.layers)
+
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether no activation curves: each diagonal block of the Hessian is then that of the Gauss-Newton matrix."""
+        return not any(isinstance(layer, _CURVED_ACTIVATIONS) for _, layer in self.layers)
+
     def outputs(self, inputs: Any, seed: int) -> Tensor:
         """Return the double's outputs, with their graph, under the random state that the objective gives the batch.
 

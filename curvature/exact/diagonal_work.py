@@ -68,7 +68,7 @@ class DiagonalWork:
             root = loss_root(self.objective._rule, outputs, targets)
         except UnsupportedError as error:
             return self._coupled_loss(lin, error)
-        if self._session is not None:
+        if self._session is not None and not self._quicker_by_autograd(self._session):
             try:
                 return self._propagate(self._session, lin, root)
             except FAILURES as error:
@@ -176,7 +176,8 @@ class DiagonalWork:
     def _pull_back(self, lin: Linearization, root: LossRoot) -> Tensor:
         outputs, _ = lin.outputs_and_targets()
         examples = outputs.shape[0] if outputs.ndim else 1
-        draws = None if self.kind == "ggn" else root.draw(self.kind, self._source())  # type: ignore[arg-type]
+        exact: Literal["hvp", "ggnvp"] | None = {"ggn": "ggnvp", "hessian": "hvp"}.get(self.kind)  # type: ignore[assignment]
+        draws = None if exact else root.draw(self.kind, self._source())  # type: ignore[arg-type]
         columns = root.num_columns if draws is None else 1
         held = outputs.element_size() * examples * max(outputs[:1].numel(), 1)
         width = max(1, min(COLUMNS_AT_ONCE, self.budget // max(2 * held, 1)))
@@ -195,8 +196,8 @@ class DiagonalWork:
                     total = per_example(self.objective, lin, blocks(), self.budget)
                 else:
                     total = one_by_one(self.objective, lin, blocks())
-                if not self._checked and self.kind == "ggn":
-                    self._check_entries(total, lin, "ggnvp")
+                if not self._checked and exact:
+                    self._check_entries(total, lin, exact)
             except UnsupportedError as error:
                 self._refused.add(name)
                 if not any(str(error) in reason for reason in self.reasons):
@@ -205,10 +206,10 @@ class DiagonalWork:
                 self._checked = True
                 self._note(name, columns)
                 return total
-        if self.kind == "ggn" and 2 * self.objective.num_params < examples * columns:
+        if exact and 2 * self.objective.num_params < examples * columns:
             self._afford(self.objective.num_params, "products")
             self._note("products", self.objective.num_params)
-            return by_products(self.objective, lin, "ggnvp", self.budget)
+            return by_products(self.objective, lin, exact, self.budget)
         self._afford(examples * columns, "columns, one of one example at a time")
         self._note("columns", examples * columns)
         return by_columns(self.objective, lin, blocks())
@@ -225,12 +226,28 @@ class DiagonalWork:
     def _hessian(self, lin: Linearization) -> Tensor:
         if self._session is not None:
             try:
+                if self._quicker_by_autograd(self._session) and self._session.is_piecewise_linear:
+                    return self._gauss_newton(lin)
                 return self._propagate_hessian(self._session, lin)
             except FAILURES as error:
                 self._refuse(error)
         self._afford(self.objective.num_params, "Hessian products")
         self._note("products", self.objective.num_params)
         return by_products(self.objective, lin, "hvp", self.budget)
+
+    def _gauss_newton(self, lin: Linearization) -> Tensor:
+        """Return the Gauss-Newton diagonal: the Hessian's where the model is linear in each layer by pieces."""
+        rule = self.objective._rule
+        assert rule is not None
+        return self._pull_back(lin, loss_root(rule, *lin.outputs_and_targets()))
+
+    def _quicker_by_autograd(self, session: BackpackSession) -> bool:
+        """Say whether BackPACK's rules cost more than autograd's, as those of convolutions do, and say why once."""
+        if self.route != "auto" or not session.has_convolutions:
+            return False
+        if not self.reasons:
+            self.reasons.append("autograd is quicker than BackPACK on convolutions; checked against unit vectors")
+        return True
 
     def _propagate_hessian(self, session: BackpackSession, lin: Linearization) -> Tensor:
         outputs, targets = lin.outputs_and_targets()

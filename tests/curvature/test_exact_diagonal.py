@@ -48,13 +48,16 @@ def setting(layer: str = "Tanh", loss: Loss = CE) -> tuple[nn.Module, Any, Tenso
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_layers(layer: Layer, kind: Any) -> None:
     model, loss, x, y = setting(layer.name)
+    dense = DENSE[kind](model, loss, x, y).diagonal()
     found = exact_diagonal(Objective(model, loss, cut(x, y)), kind)
-    assert_close(found.values, DENSE[kind](model, loss, x, y).diagonal())
+    assert_close(found.values, dense)
     if layer.name in REFUSED:
         assert found.route != "backpack"
-        assert REFUSED[layer.name] in found.reason
-    else:
-        assert found.route == "backpack", found.reason
+        assert REFUSED[layer.name] in found.reason or "autograd is quicker" in found.reason
+    elif found.route != "backpack":
+        assert any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+        assert "autograd is quicker" in found.reason
+        assert_close(exact_diagonal(Objective(model, loss, cut(x, y)), kind, route="backpack").values, dense)
 
 
 @pytest.mark.parametrize(("kind", "route"), [("ggn", "backpack"), ("ggn", "func"), ("hessian", "backpack")])
@@ -413,7 +416,8 @@ def _whole_state(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_model_is_left_as_it_was(kind: Any, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, loss, x, y = setting("BatchNorm2d (eval)")
+    model, loss, x, y = setting("Tanh" if error is RuntimeError else "BatchNorm2d (eval)")
+    route: Any = "auto" if error is RuntimeError else "backpack"  # the next best route takes over, or none
     loss(model(x), y).backward()
     before = _whole_state(model)
     objective = Objective(model, loss, (x, y))
@@ -427,9 +431,9 @@ def test_model_is_left_as_it_was(kind: Any, error: Any, monkeypatch: pytest.Monk
     with assert_untouched(model):
         if error is KeyboardInterrupt:
             with pytest.raises(KeyboardInterrupt):
-                exact_diagonal(objective, kind)
+                exact_diagonal(objective, kind, route=route)
         else:
-            first, second = (exact_diagonal(objective, kind).values for _ in range(2))
+            first, second = (exact_diagonal(objective, kind, route=route).values for _ in range(2))
             assert torch.equal(first, second)
             assert_close(first, DENSE[kind](model, loss, x, y).diagonal())
     assert _whole_state(model) == before
