@@ -5,20 +5,23 @@ An example is what one place along the first dimension of the inputs makes of th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.backward import pull_back
 from curvature.errors import CurvatureError, DataError
-from curvature.evaluation import Evaluator, _seeded, map_tensors, tensors_in
+from curvature.evaluation import BufferCopies, Evaluator, _seeded, map_tensors, tensors_in
 from curvature.lean import LeanLayers
 from curvature.per_example.capture import Capture
 from curvature.per_example.layout import Examples, Layout
 
-__all__ = ["cut", "inputs_of", "layouts_of_uses", "leading_size", "outputs_of", "seeded"]
+__all__ = ["cut", "inputs_of", "layouts_of_uses", "leading_size", "outputs_of", "seeded", "session"]
 
 
 def leading_size(evaluator: Evaluator, batch: Any) -> int:
@@ -43,6 +46,26 @@ def inputs_of(evaluator: Evaluator, batch: Any) -> Any:
 def seeded(evaluator: Evaluator, index: int) -> AbstractContextManager[Any]:
     """Put torch's generators into the state that batch `index` is evaluated under."""
     return _seeded(evaluator.seed + index, evaluator.parameters[0].device)
+
+
+@contextlib.contextmanager
+def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
+    """Evaluate and differentiate once, leaving no trace.
+
+    First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.
+    """
+    cuda = torch.backends.cuda
+    kernels = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    allowed = [kernel for kernel, enabled in kernels.items() if enabled]
+    trains = any(module.training for module in evaluator.model.modules())
+    attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
+    with evaluator.session(buffers, LeanLayers(corrections_only=True)), attention:
+        yield
 
 
 def cut(evaluator: Evaluator, batch: Any, rows: Tensor, num_examples: int) -> Any:
@@ -76,7 +99,7 @@ def layouts_of_uses(
     two = cut(evaluator, batch, torch.tensor([0, num_examples - 1], device=device), num_examples)
     capture = Capture(evaluator.parameters)
     generator = torch.Generator().manual_seed(0)
-    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+    with session(evaluator, evaluator.copy_buffers()):
         try:
             with seeded(evaluator, index), capture:
                 outputs = outputs_of(evaluator, two)

@@ -17,8 +17,7 @@ from torch.func import functional_call, grad, vmap
 from curvature.backward import pull_back
 from curvature.errors import DataError
 from curvature.evaluation import Evaluator, map_tensors, tensors_in
-from curvature.lean import LeanLayers
-from curvature.per_example.cutting import cut, inputs_of, outputs_of, seeded
+from curvature.per_example.cutting import cut, inputs_of, outputs_of, seeded, session
 from curvature.per_example.forms import Direct, Form, Probe
 
 __all__ = ["OneByOne"]
@@ -70,8 +69,7 @@ class OneByOne(Form):
 
     def dense(self, start: int, stop: int) -> Tensor:
         rows = torch.arange(start, stop, device=self._by_example.device)
-        lean = LeanLayers(corrections_only=True)
-        with self._evaluator.session(self._evaluator.copy_buffers(), lean), seeded(self._evaluator, self._index):
+        with session(self._evaluator, self._evaluator.copy_buffers()), seeded(self._evaluator, self._index):
             if not self._loop:
                 try:
                     return self._vmapped(rows)

@@ -149,12 +149,16 @@ def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[T
         for start in range(0, len(group.places), chunk_size):
             stop = min(start + chunk_size, len(group.places))
             with torch.no_grad():
-                rows = torch.zeros(stop - start, objective.num_params, dtype=objective.dtype, device=objective.device)
+                rows = torch.empty(stop - start, objective.num_params, dtype=objective.dtype, device=objective.device)
+                scale = (factor * group.scale[start:stop])[:, None]
+                absent = set(range(len(objective.space.names)))
                 for part in group.parts:
                     dense = part.form.dense(start, stop)
                     for i, columns in zip(part.positions, dense.split(part.form.numels, dim=1), strict=True):
-                        rows[:, starts[i] : starts[i + 1]] = columns
-                rows *= (factor * group.scale[start:stop])[:, None]
+                        torch.mul(columns, scale, out=rows[:, starts[i] : starts[i + 1]])
+                    absent -= set(part.positions)
+                for i in absent:
+                    rows[:, starts[i] : starts[i + 1]] = 0
             yield group.places[start:stop], rows
 
 

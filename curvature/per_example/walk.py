@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,10 @@ from curvature.backward import no_autocast, pull_back
 from curvature.distributed import sum_over_ranks
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.evaluation import Evaluation
-from curvature.lean import LeanLayers
 from curvature.losses import AnyLoss
 from curvature.objective import Objective
 from curvature.per_example.capture import Capture, Use
-from curvature.per_example.cutting import layouts_of_uses, leading_size
+from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne
 from curvature.per_example.forms import Direct, Form, Probe, merge
 from curvature.per_example.layout import Layout
@@ -31,6 +31,7 @@ from curvature.per_example.layout import Layout
 __all__ = ["Group", "Part", "Walk"]
 
 _COARSEST = 0.05  # relative difference that a check lets pass in the narrowest dtypes
+_LAYOUTS: WeakKeyDictionary[Objective, dict[Any, tuple[Any, tuple[Layout | None, ...]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class Walk:
         self._per, self._route = per, route
         self._chunk_bytes, self._hold_bytes = chunk_bytes, hold_bytes
         self._generator = torch.Generator().manual_seed(0)
-        self._layouts: dict[Any, tuple[Any, tuple[Layout | None, ...]]] = {}
         self.num_examples = 0
         self.num_backwards = 0
         self.num_batches = 0
@@ -99,9 +99,8 @@ class Walk:
     def count_terms(self) -> float:
         """Return the sum of all weights, over ranks too. Cost: a forward pass."""
         total = 0.0
-        lean = LeanLayers(corrections_only=True)
         for index, batch in enumerate(self._objective.batches()):
-            with self._evaluator.session(self._evaluator.copy_buffers(), lean), torch.no_grad():
+            with session(self._evaluator, self._evaluator.copy_buffers()), torch.no_grad():
                 evaluation = self._evaluator.evaluate(batch, index)
             total += float(self._terms(evaluation, leading_size(self._evaluator, batch), index).sum())
         if self._objective.process_group is not None:
@@ -113,8 +112,7 @@ class Walk:
     def _batch(self, batch: Any, index: int) -> Iterator[Group]:
         N = leading_size(self._evaluator, batch)
         capture, buffers = Capture(self._params), self._evaluator.copy_buffers()
-        lean = LeanLayers(corrections_only=True)
-        with self._evaluator.session(buffers, lean), capture:
+        with session(self._evaluator, buffers), capture:
             evaluation = self._evaluator.evaluate(batch, index)
         terms = self._terms(evaluation, N, index)
         if capture.coupled is not None and N > 1:
@@ -139,7 +137,7 @@ class Walk:
         sums = []
         columns = [c for c in range(width) if bool(counts[:, c].any())]
         for c in columns:
-            with self._evaluator.session(buffers, lean), no_autocast(self._objective.device):
+            with session(self._evaluator, buffers), no_autocast(self._objective.device):
                 vectors, deltas, gradients = self._pull_back(run, None if per_sequence else (c, width))
             self.num_backwards += 1
             with torch.no_grad():
@@ -294,13 +292,15 @@ class Walk:
         return weights.reshape(N, -1)
 
     def _layouts_in(self, batch: Any, index: int, N: int, capture: Capture) -> tuple[Layout | None, ...]:
-        """Return where examples lie in the output of each use, found once for every structure of uses."""
+        """Return where examples lie in the output of each use, found once for an objective in this mode."""
         structure = capture.structure
         if N == 1 or self._route in ("vmap", "loop"):
             return (None,) * len(structure)
-        if structure not in self._layouts:
-            self._layouts[structure] = layouts_of_uses(self._evaluator, batch, index, N)
-        seen, layouts = self._layouts[structure]
+        known = _LAYOUTS.setdefault(self._objective, {})
+        key = (structure, tuple(module.training for module in self._evaluator.model.modules()))
+        if key not in known:
+            known[key] = layouts_of_uses(self._evaluator, batch, index, N)
+        seen, layouts = known[key]
         return layouts if seen == structure else (None,) * len(structure)
 
     def _check_weightless(self, vectors: Tensor, weights: Tensor, index: int) -> None:
@@ -316,8 +316,7 @@ class Walk:
     def _check_columns(self, batch: Any, index: int, total: Tensor) -> None:
         """Compare the sum over targets with the gradient: does the loss come from single outputs only?"""
         evaluator = self._evaluator
-        lean = LeanLayers(corrections_only=True)
-        with evaluator.session(evaluator.copy_buffers(), lean), no_autocast(self._objective.device):
+        with session(evaluator, evaluator.copy_buffers()), no_autocast(self._objective.device):
             loss = evaluator.evaluate(batch, index).loss
             gradient = self._flat(pull_back([loss], self._params), index)
         eps = _coarsest_eps(*self._params)
