@@ -38,8 +38,8 @@ class FisherOperator(ObjectiveOperator):
     Raises:
         InputError: if the objective has no split between model and loss, or another loss.
 
-    Reference: Martens (2020), New insights and perspectives on the natural gradient method, sections 8 and 9; Kunstner,
-    Hennig and Balles (2019), Limitations of the empirical Fisher approximation.
+    Reference: Martens (2020), New insights and perspectives on the natural gradient method; Kunstner, Hennig and Balles
+    (2019), Limitations of the empirical Fisher approximation.
 
     Example:
         >>> import torch

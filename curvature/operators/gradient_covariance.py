@@ -21,9 +21,10 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     """Sigma = sum_i p_i (g_i - g)(g_i - g)' = sum_i p_i g_i g_i' - g g', with g = sum_i p_i g_i the gradient of L.
 
     Examples, their weights p_i (which add up to 1) and their gradients g_i are those of `EmpiricalFisherOperator`. The
-    gradient of a batch of B examples drawn with probabilities p_i, with replacement, has covariance Sigma / B. Of a
-    population that the data are a sample of, Sigma / (1 - sum_i p_i^2) is the unbiased estimate, whatever the weights,
-    if all g_i have one covariance; for equal weights the factor is N / (N - 1).
+    gradient of a batch of B examples drawn with probabilities p_i, with replacement, has covariance Sigma / B. If the
+    data are a sample themselves, g_i independent with one mean and one covariance C, then Sigma is
+    (1 - sum_i p_i^2) C on average, since the part of g in each g_i takes away twice p_i C and gives back sum_j p_j^2 C:
+    `unbiased` divides by that factor, which is (N - 1) / N for equal weights.
 
     With `reduction="sum"` Sigma is W times what it is for the mean, as all matrices of the objective are; then it is
     sum_i w_i (g_i - g / W)(g_i - g / W)' with g the gradient of L.
@@ -42,8 +43,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     Raises:
         InputError: as for `EmpiricalFisherOperator`; with `unbiased`, if all weight is on one example.
 
-    Reference: McCandlish et al. (2018), An empirical model of large-batch training, appendix A; for the factor with
-    weights, Kish (1965), Survey sampling, section 11.7.
+    Reference: McCandlish et al. (2018), An empirical model of large-batch training, section 2.2.
 
     Example:
         >>> from curvature import GradientCovarianceOperator, Objective

@@ -39,7 +39,7 @@ class JacobianOperator(LinearOperator):
         InputError: if the objective has no split between model and loss, or its data are spread over ranks.
         DataError: if the loader shuffles, or batches change their size.
 
-    Reference: Pearlmutter (1994) for J'; Townsend (2017), A new trick for calculating Jacobian vector products, for J.
+    Reference: Townsend (2017), A new trick for calculating Jacobian vector products.
 
     Example:
         >>> import torch

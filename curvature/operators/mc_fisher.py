@@ -45,8 +45,7 @@ class MCFisherOperator(MetricOperator):
         InputError: for another loss, or fewer samples than one.
         DataError: if the loader shuffles.
 
-    Reference: Schraudolph (2002); Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored
-    approximate curvature, section 2.2; Kunstner, Hennig and Balles (2019).
+    Reference: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature.
 
     Example:
         >>> from curvature import MCFisherOperator, Objective
