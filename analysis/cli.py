@@ -156,10 +156,11 @@ def landscape(
 ) -> None:
     """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
     with _errors_as_sentences():
+        from analysis.landscape_plan import LandscapePlan
         from analysis.landscape_report import write_landscape_report
         from analysis.landscape_screen import LandscapeScreen
         from analysis.landscape_store import Draft, place_of_run
-        from analysis.landscape_workflow import LandscapePlan, run_landscape
+        from analysis.landscape_workflow import run_landscape
         from analysis.store import save_run
 
         plan = LandscapePlan(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from analysis.directions import (
-    Scaling,
     custom_direction,
     direction_to,
     eigenvector_directions,
@@ -22,6 +20,7 @@ from analysis.directions import (
     trajectory_directions,
 )
 from analysis.landscape import loss_along, loss_on_plane
+from analysis.landscape_plan import LandscapePlan, estimate_landscape, resolved
 from analysis.landscape_results import Direction, Landscape, LandscapeCost, LossPath, Trajectory
 from analysis.landscape_store import Draft, LandscapeEstimate, LandscapeRun
 from analysis.paths import Place, bend_towards, loss_along_path, present_place, read_place
@@ -29,54 +28,15 @@ from analysis.point_log import PointLog
 from analysis.store import now, versions
 from analysis.tasks import load_task
 from analysis.workflow import Listener, checkpoint_record, data_sha256, in_groups, on_device
-from curvature.cost import timed
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.shift import loss_at
 
-__all__ = ["LandscapeListener", "LandscapePlan", "run_landscape"]
+__all__ = ["LandscapeListener", "run_landscape"]
 
-Directions = Literal["auto", "random", "eigenvectors", "gradient", "pca", "path"]
-_EIGEN_MATVECS = 14  # that two eigenvectors of a trained network take, about
 _MARGIN = 0.2  # of the box around a trajectory, on each side
 _SLIMMEST = 0.5  # shorter side of that box, of the longer
-
-
-@dataclass(frozen=True, kw_only=True)
-class LandscapePlan:
-    """Where to look, and how closely.
-
-    Raises:
-        InputError: for values out of range.
-    """
-
-    directions: Directions = "auto"
-    """"random", "eigenvectors" (the two sharpest), "gradient" (and the sharpest), "pca" (of a trajectory), "path" (the
-    plane of both ends and the bend of a curve); "auto" is "pca" with a trajectory and "random" without."""
-    scaling: Scaling = "filter"
-    """Of random directions."""
-    scale_vectors: bool = False
-    """Whether biases and parameters of normalisation layers move with filter and layer scaling."""
-    points: int = 31
-    """Along each axis: lines take so many, the plane its square."""
-    radius: float | None = None
-    """Steps run from -radius to radius; None: 1 for scaled random directions, else by curvature or trajectory."""
-    plane: bool = True
-    """Whether to look at the plane of both directions, too."""
-    curve: int = 0
-    """Gradients to spend on a curved path to the other checkpoint; 0: the straight path only."""
-
-    def __post_init__(self) -> None:
-        for name, kind in (("directions", Directions), ("scaling", Scaling)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}.")
-        if self.points < 5:
-            raise InputError(f"points must be at least 5, got {self.points}.")
-        if self.radius is not None and not (self.radius > 0 and math.isfinite(self.radius)):
-            raise InputError(f"radius must be positive and finite, got {self.radius}.")
-        if self.curve < 0:
-            raise InputError(f"curve must be a number of gradients >= 0, got {self.curve}.")
 
 
 class LandscapeListener(Listener):
@@ -123,7 +83,7 @@ def run_landscape(
         CurvatureError: whatever stands in the way, with the remedy.
     """
     listener = listener or LandscapeListener()
-    plan = _resolved(plan, to, trajectory)
+    plan = resolved(plan, to, trajectory)
     with listener.doing("loading the task"):
         task = on_device(load_task(reference, checkpoint), device)
         objective = task.objective(params=list(params) if params else None, micro_batch=micro_batch)
@@ -148,7 +108,7 @@ def run_landscape(
         with listener.doing("cutting the data into groups"):
             objective = in_groups(objective)
     with listener.doing("timing one look"):
-        estimate = _estimate(objective, plan, end, len(places))
+        estimate = estimate_landscape(objective, plan, end, len(places))
     listener.planned(estimate)
     look = _Look(objective, plan, seed, kept, log, listener, estimate.num_losses + (plan.curve if end else 0))
     landscape = look.take(places, end)
@@ -167,45 +127,6 @@ def run_landscape(
         check=messages,
         estimate=estimate,
         landscape=landscape,
-    )
-
-
-def _resolved(plan: LandscapePlan, to: Path | None, trajectory: Sequence[Path]) -> LandscapePlan:
-    if plan.directions == "auto":
-        plan = replace(plan, directions="pca" if trajectory else "random")
-    if plan.directions == "pca" and not trajectory:
-        raise InputError(
-            "directions pca take the checkpoints of a trajectory; give --trajectory FILE for each of them."
-        )
-    if trajectory and plan.directions != "pca":
-        raise InputError(
-            f"a trajectory is shown in its own plane, got directions {plan.directions}; leave --directions."
-        )
-    if plan.curve and to is None:
-        raise InputError("a curve leads to another checkpoint; give it with --to FILE.")
-    if plan.directions == "path" and not plan.curve:
-        raise InputError("directions path take both ends of a curve and its bend; give --to FILE and --curve N.")
-    return plan
-
-
-def _estimate(objective: Objective, plan: LandscapePlan, end: Place | None, num_checkpoints: int) -> LandscapeEstimate:
-    here, device = objective.space.current(), objective.device
-    loss_at(objective, here)
-    _, of_loss = timed(lambda: loss_at(objective, here), device)
-    H, v = HessianOperator(objective), torch.ones_like(here)
-    _ = H @ v
-    _, of_product = timed(lambda: H @ v, device)
-    curved = end is not None and plan.curve > 0
-    num_losses = 2 * plan.points + plan.points**2 * plan.plane + num_checkpoints
-    num_losses += 0 if end is None else plan.points * (2 if curved else 1)
-    num_matvecs = 6 + _EIGEN_MATVECS * (plan.directions in ("eigenvectors", "gradient"))
-    num_gradients = 3 + (plan.curve if curved else 0)
-    return LandscapeEstimate(
-        num_losses=num_losses,
-        num_gradients=num_gradients,
-        num_matvecs=num_matvecs,
-        seconds_per_loss=of_loss,
-        seconds=num_losses * of_loss + (num_matvecs + num_gradients) * of_product,
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from analysis.landscape_plan import LandscapePlan
 from analysis.landscape_report import build_landscape_report
-from analysis.landscape_workflow import LandscapePlan, run_landscape
+from analysis.landscape_workflow import run_landscape
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,10 +15,11 @@ from typer.testing import CliRunner, Result
 
 from analysis import landscape_report, landscape_workflow
 from analysis.cli import app
+from analysis.landscape_plan import LandscapePlan
 from analysis.landscape_report import build_landscape_report
 from analysis.landscape_results import Landscape
 from analysis.landscape_store import load_landscape
-from analysis.landscape_workflow import LandscapePlan, run_landscape
+from analysis.landscape_workflow import run_landscape
 from analysis.store import load_run
 from curvature.errors import InputError
 
