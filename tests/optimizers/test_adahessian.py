@@ -180,7 +180,6 @@ def test_identity_curvature_is_momentum() -> None:
 def test_power_zero_is_momentum_whatever_the_curvature() -> None:
     problem, twin = mlp(), mlp()
     optimizer = AdaHessian(problem.params, lr=0.1, hessian_power=0.0, eps=0.0)
-    other = torch.optim.Adam(twin.params, lr=0.1, betas=(0.9, 0.0), eps=0.0)
     train(optimizer, problem.closure, 5)
     m = torch.zeros_like(twin.flat())
     for t in range(1, 6):
@@ -188,7 +187,6 @@ def test_power_zero_is_momentum_whatever_the_curvature() -> None:
         m = 0.9 * m + 0.1 * g
         for p, d in zip(twin.params, twin.split(m / (1 - 0.9**t)), strict=True):
             p.data -= 0.1 * d
-    assert other.defaults["betas"][0] == 0.9
     torch.testing.assert_close(problem.flat(), twin.flat(), **EXACT)
 
 
@@ -213,7 +211,7 @@ def test_average_of_squares_estimates_the_row_norm() -> None:
         assert 0.6 < z.std() < 1.6
 
 
-def test_gauss_newton_with_one_class_pair_is_exact_in_expectation() -> None:
+def test_gauss_newton_curvature_trains() -> None:
     problem = mlp()
     optimizer = AdaHessian(problem.params, lr=0.02, curvature="gauss-newton-bartlett", loss=F.cross_entropy)
     losses = train(optimizer, problem.pair, 30)

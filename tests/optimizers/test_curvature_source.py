@@ -198,6 +198,21 @@ def test_gauss_newton_bartlett_over_micro_batches() -> None:
     assert scores.abs().max() < 4.5
 
 
+def test_micro_batches_draw_apart() -> None:
+    problem = mlp()
+    optimizer = Recorder(problem.params, curvature="gauss-newton-bartlett")
+    for weights in [(1.0,), (0.5, 0.5)]:
+        optimizer.param_groups[0]["num_steps"] = 0  # the same counters, but for the place within the step
+        optimizer.zero_grad()
+        for weight in weights:
+            optimizer.accumulate(problem.pair, weight=weight)
+        optimizer.step()
+    once, twice = optimizer.seen
+    second = 2 * twice - once
+    assert bool((second >= -1e-12).all())
+    assert not torch.allclose(second, once, rtol=0.1)
+
+
 def test_a_source_of_ones_own() -> None:
     """Identity curvature makes AdaHessian an average of gradients."""
 
