@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.linearize import Linearization
 from curvature.objective import Objective
 from curvature.operators._objective_operator import MetricOperator, check_split
-from curvature.output_metrics import LossGradients, Per
+from curvature.output_metrics import LossGradients, Per, example_shares
 from curvature.parameters import Block
 
 __all__ = ["EmpiricalFisherOperator"]
@@ -15,8 +21,9 @@ class EmpiricalFisherOperator(MetricOperator):
 
     l_i is the mean loss over the example's terms, w_i their number (the sum of their class weights), and p_i = w_i / W
     with W = sum_i w_i over all batches: sum_i p_i l_i = L and sum_i p_i g_i is the gradient of L, exactly. Ignored
-    targets have no weight. A user's `weight=` scales the p_i of a whole batch. With `reduction="sum"` L and E are W
-    times what they are for the mean, that is p_i = w_i.
+    targets have no weight. A user's `weight=` scales the p_i of a whole batch. With `reduction="sum"` p_i is the same
+    and g_i is the gradient of W l_i, so that sum_i p_i g_i is the gradient of L there too: E is W^2 times what it is
+    for the mean, where L and the Fisher matrices are W times. Compare it with these for a mean.
 
     What one example is, `per` says: a sequence is everything under one index of the first dimension (an image, a text
     with all its tokens), a target is one loss term (a token, a pixel, an entry of a regression). Both are the same
@@ -60,3 +67,37 @@ class EmpiricalFisherOperator(MetricOperator):
         check_split(objective, "the empirical Fisher matrix")
         super().__init__(objective, LossGradients(per), block)
         self.per = per
+        self._sums: tuple[float, float] | None = None
+
+    def products(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        self._before_walk()
+        return super().products(*args, **kwargs)
+
+    def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
+        self._before_walk()
+        return super().timed(x)
+
+    def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
+        part = super()._of_batch(lin, X, block)
+        return part if self._sums is None else self._sums[0] * part
+
+    @property
+    def _adds_up(self) -> bool:
+        rule = self.objective._rule
+        return rule is not None and rule.reduction == "sum"
+
+    def _before_walk(self) -> None:
+        """Count what a product needs to know of all batches."""
+        if self._adds_up and self._sums is None:
+            self._sums = self._count()
+
+    def _count(self) -> tuple[float, float]:
+        """Return W, and sum_i p_i^2; a mean has divided by W already, it is 1. Costs a pass over the data."""
+
+        def of_batch(lin: Linearization) -> Tensor:
+            shares = example_shares(lin.batch_outputs(), self.per)
+            return torch.stack([shares.sum(), lin.weight * shares.square().sum()])
+
+        total, squares = self.objective.reduce(of_batch).tolist()
+        divisor = 1.0 if self.objective.sums else self.objective.total_weight  # of what `reduce` adds up
+        return total, squares / (divisor * total**2)

@@ -26,8 +26,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     (1 - sum_i p_i^2) C on average, since the part of g in each g_i takes away twice p_i C and gives back sum_j p_j^2 C:
     `unbiased` divides by that factor, which is (N - 1) / N for equal weights.
 
-    With `reduction="sum"` Sigma is W times what it is for the mean, as all matrices of the objective are; then it is
-    sum_i w_i (g_i - g / W)(g_i - g / W)' with g the gradient of L.
+    With `reduction="sum"` Sigma is W^2 times what it is for the mean.
 
     Symmetric; positive semi-definite up to rounding, which is that of E = Sigma + g g': where |g|^2 is far above the
     spread of the g_i, small eigenvalues drown.
@@ -61,57 +60,24 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     ) -> None:
         super().__init__(objective, per=per, block=block)
         self.unbiased = unbiased
-        self._moments: _Moments | None = None
+        self._gradient: Tensor | None = None
         self._point: tuple[Any, ...] | None = None
 
-    def products(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        self._update_moments()
-        return super().products(*args, **kwargs)
-
-    def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
-        self._update_moments()
-        return super().timed(x)
+    def _before_walk(self) -> None:
+        point = self.objective._evaluator.fingerprint()
+        if self._gradient is None or self._point != point:
+            self._gradient, self._point = self.objective.gradient(), point
+        if self._sums is None and (self._adds_up or self.unbiased):
+            sums = self._count()
+            if self.unbiased and 1 - sums[1] <= 100 * torch.finfo(torch.float64).eps:
+                raise InputError("the unbiased covariance needs at least two examples with a weight; drop unbiased=.")
+            self._sums = sums
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
-        assert self._moments is not None
-        moments = self._moments
-        g = moments.gradient if block is None else block.take(moments.gradient)
-        along = (X @ g) * (moments.share(lin) / moments.total**2)
+        assert self._gradient is not None
+        g = self._gradient if block is None else block.take(self._gradient)
+        along = X @ g
+        if self._adds_up and self._sums is not None:
+            along = along * (example_shares(lin.batch_outputs(), self.per).sum().to(g.dtype) / self._sums[0])
         part = torch.addr(super()._of_batch(lin, X, block), along, g, alpha=-1)
-        return part if moments.factor == 1.0 else moments.factor * part
-
-    def _update_moments(self) -> None:
-        """Compute what the products share, once at every point."""
-        point = self.objective._evaluator.fingerprint()
-        if self._moments is None or self._point != point:
-            self._moments, self._point = _Moments(self.objective, self.per, self.unbiased), point
-
-
-class _Moments:
-    """The mean of the gradients, and sums over the weights of all examples."""
-
-    def __init__(self, objective: Objective, per: Per, unbiased: bool) -> None:
-        rule = objective._rule
-        self._sums = rule is not None and rule.reduction == "sum"
-        self._per: Per = per
-        self.gradient = objective.gradient()
-        self.total, self.factor = 1.0, 1.0  # of the weights; of the estimate
-        if self._sums or unbiased:
-            sums = objective.reduce(self._sums_of_batch)
-            whole = 1.0 if objective.sums else objective.total_weight
-            self.total = float(sums[0])
-            concentration = float(sums[1]) / (whole * self.total**2)  # sum_i p_i^2, with p_i made to add up to 1
-            if unbiased and 1 - concentration <= 100 * torch.finfo(torch.float64).eps:
-                raise InputError("the unbiased covariance needs at least two examples with a weight; drop unbiased=.")
-            self.factor = 1 / (1 - concentration) if unbiased else 1.0
-
-    def share(self, lin: Linearization) -> Tensor | float:
-        """Return what the shares of the batch's examples add up to."""
-        return self._shares(lin).sum().to(self.gradient.dtype) if self._sums else 1.0
-
-    def _shares(self, lin: Linearization) -> Tensor:
-        return example_shares(lin.batch_outputs(), self._per)
-
-    def _sums_of_batch(self, lin: Linearization) -> Tensor:
-        shares = self._shares(lin)
-        return torch.stack([shares.sum(), lin.weight * shares.square().sum()])
+        return part / (1 - self._sums[1]) if self.unbiased and self._sums is not None else part

@@ -24,6 +24,7 @@ from curvature import (
 from curvature.errors import DataError, InputError
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.output_metrics import Per
+from curvature.per_example import gradient_moments
 from tests.cases import BY_NAME, CASES, Case
 from tests.checks import assert_close, assert_untouched, check_operator
 from tests.references import dense_fisher, example_gradients, flat_gradient
@@ -141,8 +142,9 @@ def test_weights_of_cross_entropy(settings: dict[str, Any], per: Per, generator:
     second, covariance = moments(p, torch.stack(g))
     factor = 1 / (1 - float((p * p).sum()))
     X = torch.randn(len(second), 2, generator=generator, dtype=torch.float64)
-    for reduction, total in (("mean", 1.0), ("sum", whole)):
+    for reduction, total in (("mean", 1.0), ("sum", whole**2)):  # of a sum g_i is the gradient of W l_i
         objective = Objective(model, nn.CrossEntropyLoss(**settings, reduction=reduction), batches)
+        assert_close(objective.gradient(), total**0.5 * (p[:, None] * torch.stack(g)).sum(0), EXACT)
         assert_close(EmpiricalFisherOperator(objective, per=per) @ X, total * second @ X, EXACT)
         assert_close(GradientCovarianceOperator(objective, per=per) @ X, total * covariance @ X, EXACT)
         unbiased = GradientCovarianceOperator(objective, per=per, unbiased=True)
@@ -193,9 +195,22 @@ def test_weights_of_binary_cross_entropy(reduction: str) -> None:
             own = -WEIGHT[i] * (POSITIVE[i] * targets[i] * F.logsigmoid(z[i]) + (1 - targets[i]) * F.logsigmoid(-z[i]))
             g = flat_gradient(own, params)
             second += g[:, None] * g
-    whole = 15.0 if reduction == "mean" else 1.0
-    assert_close(FisherOperator(objective).to_dense(), expected / whole, EXACT)
-    assert_close(EmpiricalFisherOperator(objective, per="target").to_dense(), second / whole, EXACT)
+    terms = 15.0
+    assert_close(FisherOperator(objective).to_dense(), expected / (terms if reduction == "mean" else 1.0), EXACT)
+    empirical = EmpiricalFisherOperator(objective, per="target").to_dense()
+    assert_close(empirical, second / terms if reduction == "mean" else second * terms, EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("per", PER)
+def test_diagonals_are_the_moments_of_single_gradients(per: Per, reduction: str) -> None:
+    case = BY_NAME["attention by hand"]
+    objective = Objective(case.model(), nn.CrossEntropyLoss(reduction=reduction), case.ragged())
+    expected = gradient_moments(objective, per=per)
+    second = EmpiricalFisherOperator(objective, per=per).to_dense().diagonal()
+    variance = GradientCovarianceOperator(objective, per=per).to_dense().diagonal()
+    assert_close(second, expected.second_moment, EXACT)
+    assert_close(variance, expected.variance, EXACT)
 
 
 def test_weights_of_batches_scale_their_examples() -> None:
@@ -222,9 +237,9 @@ def test_sums_under_weights_of_batches() -> None:
     p = w / w.sum()
     second, covariance = moments(p, g)
     assert_close(objective.gradient(), (w[:, None] * g).sum(0), EXACT)
-    assert_close(EmpiricalFisherOperator(objective).to_dense(), w.sum() * second, EXACT)
+    assert_close(EmpiricalFisherOperator(objective).to_dense(), w.sum() ** 2 * second, EXACT)
     unbiased = GradientCovarianceOperator(objective, unbiased=True)
-    assert_close(unbiased.to_dense(), w.sum() * covariance / (1 - float((p * p).sum())), EXACT)
+    assert_close(unbiased.to_dense(), w.sum() ** 2 * covariance / (1 - float((p * p).sum())), EXACT)
 
 
 def test_unbiased_covariance_is_that_of_the_population_on_average_over_all_samples() -> None:
@@ -418,8 +433,8 @@ def test_empirical_fisher_of_any_loss_that_is_a_sum_over_examples(
             w.append(float(WEIGHT[int(y)]) if isinstance(loss, nn.NLLLoss) else 1.0)
     p = torch.tensor(w, dtype=torch.float64)
     second, _ = moments(p / p.sum(), torch.stack(g))
-    total = 14.0 if isinstance(loss, nn.L1Loss) and loss.reduction == "sum" else 1.0
-    assert_close(EmpiricalFisherOperator(objective, per=per).to_dense(), total * second, EXACT)
+    terms = 14.0 if isinstance(loss, nn.L1Loss) and loss.reduction == "sum" else 1.0
+    assert_close(EmpiricalFisherOperator(objective, per=per).to_dense(), terms**2 * second, EXACT)
 
 
 def test_lean_layers_are_checked_although_the_loss_has_no_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,8 +524,10 @@ def test_what_has_no_meaning_is_refused() -> None:
     v = torch.ones(objective.num_params, dtype=torch.float64)
     x, y = case.data()
     single = Objective(model, case.loss, (x[:1], y[:1]))
-    with pytest.raises(InputError, match="at least two examples"):
-        GradientCovarianceOperator(single, unbiased=True) @ v
+    alone = GradientCovarianceOperator(single, unbiased=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match="at least two examples"):
+            alone @ v
 
 
 @pytest.mark.parametrize("per", PER)
