@@ -51,7 +51,7 @@ class BlockDiagonalOperator(LinearOperator):
     def __init__(self, A: ObjectiveOperator, blocks: Sequence[Block] | None = None) -> None:
         if not isinstance(A, ObjectiveOperator):
             raise InputError(
-                f"diagonal blocks are those of a HessianOperator or GGNOperator, got {type(A).__name__}; for the "
+                f"diagonal blocks are those of an operator of an objective, got {type(A).__name__}; for the "
                 "blocks of other operators see SubmatrixOperator."
             )
         if A.block is not None:
