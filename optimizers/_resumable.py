@@ -38,6 +38,10 @@ _KEPT = ("curvature", "loss", "check_finite", "_rule", "_group_name")
 class ResumableOptimizer(torch.optim.Optimizer):
     """What `CurvatureOptimizer` does about its state."""
 
+    _kept: tuple[str, ...] = _KEPT
+    """Attributes that copies and pickles keep, beside settings and state."""
+    _late_settings: dict[str, Any] = _DEFAULTS
+    """Settings that groups saved before these existed are given."""
     _group: ProcessGroup | None
     _group_name: str | None
 
@@ -59,13 +63,13 @@ class ResumableOptimizer(torch.optim.Optimizer):
         for index, p, group in zip(theirs, ours, groups, strict=True):
             for key, value in seen[-1]["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    on_host = key in COUNTERS and not group["capturable"]
+                    on_host = key in COUNTERS and not group.get("capturable", False)
                     self.state[p][key] = value.detach().to("cpu" if on_host else p.device, copy=True)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what torch leaves out, but for what belongs to a step half taken."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -74,7 +78,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
                 if key in counters and not isinstance(counters[key], Tensor):
                     counters[key] = torch.tensor(float(counters[key]), dtype=torch.float32)
         for group in self.param_groups:
-            for name, value in _DEFAULTS.items():
+            for name, value in self._late_settings.items():
                 group.setdefault(name, value)
         if "_group" not in self.__dict__:
             self._group = None

@@ -135,7 +135,7 @@ class CubicRule:
     """Largest sigma."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and 0 < self.minimum):
+        if not (0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and self.minimum > 0):
             raise InputError(
                 "CubicRule needs 0 <= accept < high, 0 < decrease < 1 < increase and minimum > 0, got "
                 f"{self.accept}, {self.high}, {self.decrease}, {self.increase} and {self.minimum}."

@@ -1,0 +1,317 @@
+"""A closure as a function of the flat parameters, for the length of one step: values, gradients, and matrices at a point.
+
+Every evaluation within a step sees the same random numbers (dropout, sampled collocation points), so that losses at two
+points can be compared. Nothing runs under `no_grad`: a closure may differentiate itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError, NonFiniteError
+from curvature.linop import LinearOperator
+from curvature.losses import LossRule
+from optimizers._differentiation import gradients, pull_back
+from optimizers._flat import FlatParams
+from optimizers._gradients import refuse_sparse
+
+__all__ = ["Evaluations", "Kind", "Linearised", "ResidualJacobian"]
+
+Kind = Literal["hessian", "ggn", "residuals"]
+Mean = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linearised:
+    """What is known at the start of a step."""
+
+    loss: float
+    """The loss there."""
+    gradient: Tensor
+    """(n,)."""
+    matrix: CountedMatrix | None
+    """Hessian, Gauss-Newton matrix or Jacobian; it holds the graph. None where it was not asked for."""
+    residuals: Tensor | None = None
+    """(m,), where the closure returns residuals."""
+
+    @property
+    def operator(self) -> CountedMatrix:
+        """The matrix, which must have been asked for."""
+        assert self.matrix is not None
+        return self.matrix
+
+
+class CountedMatrix(LinearOperator):
+    """A matrix at one point, with the number of columns it was applied to."""
+
+    num_matvecs = 0
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.num_matvecs += X.shape[1]
+        return torch.stack([self._product(x) for x in X.T], dim=1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Hessian(CountedMatrix):
+    """H v as the gradient of g'v, through the graph of g."""
+
+    def __init__(self, flat: FlatParams, grads: list[Tensor | None], sign: float, mean: Mean) -> None:
+        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
+        self.flat, self.grads, self.sign, self.mean = flat, grads, sign, mean
+
+    def _product(self, x: Tensor) -> Tensor:
+        v = self.flat.split(x)
+        Hv = self.flat.flatten(pull_back(self.grads, self.flat.params, v, retain_graph=True))
+        return self.mean(self.sign * Hv)
+
+
+class _Outputs:
+    """Products with the Jacobian J of some outputs in the parameters, and with its transpose."""
+
+    def __init__(self, flat: FlatParams, outputs: Tensor) -> None:
+        self.flat, self.outputs = flat, outputs
+        with torch.enable_grad():
+            self.u = torch.zeros_like(outputs, requires_grad=True)
+            weighted = (outputs * self.u).sum()
+        if not weighted.requires_grad or not outputs.requires_grad:
+            raise InputError(
+                "the closure's outputs have no graph: compute them from the parameters with gradients enabled, and do "
+                "not detach them."
+            )
+        self.Jtu = gradients(weighted, flat.params, create_graph=True, retain_graph=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return J x in the shape of the outputs: J'u is linear in u, and its derivative is J."""
+        return pull_back(self.Jtu, [self.u], self.flat.split(x), retain_graph=True)[0]
+
+    def backward(self, w: Tensor) -> Tensor:
+        """Return J'w, (n,), for w in the shape of the outputs."""
+        w = w.to(self.outputs.dtype)
+        return self.flat.flatten(pull_back([self.outputs], self.flat.params, [w], retain_graph=True))
+
+
+class _GaussNewton(CountedMatrix):
+    """G v = J' H J v, H the loss's Hessian in the outputs."""
+
+    def __init__(self, flat: FlatParams, outputs: Tensor, targets: Any, rule: LossRule, mean: Mean) -> None:
+        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
+        self.jacobian, self.mean = _Outputs(flat, outputs), mean
+        self.output_hessian = rule.output_hessian(outputs.detach(), targets)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.mean(self.jacobian.backward(self.output_hessian(self.jacobian.forward(x))))
+
+
+class ResidualJacobian(CountedMatrix):
+    """J, (m, n), of a residual vector; `T` is its transpose and counts with it."""
+
+    def __init__(self, flat: FlatParams, residuals: Tensor) -> None:
+        super().__init__((residuals.numel(), flat.n), flat.dtype, flat.device)
+        self.products = _Outputs(flat, residuals)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.products.forward(x).reshape(-1).to(self.device, self.dtype)
+
+    @property
+    def T(self) -> LinearOperator:
+        return _Transposed(self)
+
+
+class _Transposed(LinearOperator):
+    def __init__(self, J: ResidualJacobian) -> None:
+        super().__init__((J.shape[1], J.shape[0]), J.dtype, J.device)
+        self.J = J
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.J.num_matvecs += X.shape[1]
+        products = self.J.products
+        return torch.stack([products.backward(x.view(products.outputs.shape)) for x in X.T], dim=1)
+
+
+class Evaluations:
+    """One step's view of a closure.
+
+    Args:
+        flat: the parameters.
+        closure: returns the loss, (outputs, targets), or residuals.
+        curvature_closure: takes the place of `closure` for the matrix.
+        kind: which matrix.
+        loss: of (outputs, targets).
+        rule: of that loss.
+        sign: -1 to climb.
+        mean: over ranks.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        *,
+        kind: Kind,
+        loss: Callable[..., Tensor] | None,
+        rule: LossRule | None,
+        sign: float = 1.0,
+        mean: Mean | None = None,
+    ) -> None:
+        self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
+        self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
+        self.mean: Mean = mean if mean is not None else (lambda t: t)
+        self.start = flat.get()
+        self.num_evaluations = self.num_gradients = 0
+        self._random = _RandomState(flat.params)
+
+    def linearise(self, *, with_matrix: bool = True) -> Linearised:
+        """Return loss, gradient and, if asked for, matrix at the parameters as they are.
+
+        Raises:
+            NonFiniteError: if the loss or its gradient is not finite there: there is nothing to step from.
+        """
+        self.num_evaluations += 1
+        self.num_gradients += 1
+        separate = self.curvature_closure is not None
+        with self._random.replayed(), torch.enable_grad():
+            value, outputs, targets = self._called(self.closure)
+        second_order = self.kind == "hessian" and with_matrix and not separate
+        if self.kind == "residuals":
+            assert outputs is not None
+            jacobian = ResidualJacobian(self.flat, outputs)
+            r = outputs.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
+            gradient = jacobian.products.backward(outputs.detach())
+            self._refuse_non_finite(float(value.detach()), gradient)
+            return Linearised(loss=float(value.detach()), gradient=gradient, matrix=jacobian, residuals=r)
+        grads = gradients(value, self.flat.params, create_graph=second_order, retain_graph=with_matrix and not separate)
+        refuse_sparse(grads, "this optimizer")
+        gradient = self.mean(self.sign * self.flat.flatten(grads))
+        loss = float(self.mean(self.sign * value.detach().reshape(1)))
+        self._refuse_non_finite(loss, gradient)
+        if not with_matrix:
+            return Linearised(loss=loss, gradient=gradient, matrix=None)
+        if separate:
+            assert self.curvature_closure is not None
+            with self._random.replayed(), torch.enable_grad():
+                value, outputs, targets = self._called(self.curvature_closure)
+        matrix: CountedMatrix
+        if self.kind == "ggn":
+            if outputs is None or self.rule is None:
+                raise InputError(
+                    'curvature="ggn" needs the split between model and loss: give loss= to the optimizer and a closure '
+                    'that returns (outputs, targets), or use curvature="hessian".'
+                )
+            matrix = _GaussNewton(self.flat, outputs, targets, self.rule, self.mean)
+        else:
+            if separate:
+                grads = gradients(value, self.flat.params, create_graph=True, retain_graph=True)
+            matrix = _Hessian(self.flat, grads, self.sign, self.mean)
+        return Linearised(loss=loss, gradient=gradient, matrix=matrix)
+
+    def value(self, x: Tensor) -> float:
+        """Return the loss at x, infinity if it is not a number; the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        with self._moved_to(x), self._random.replayed(), torch.enable_grad():
+            value = self._called(self.closure)[0]
+        found = float(self.mean(self.sign * value.detach().reshape(1)))
+        return found if math.isfinite(found) else math.inf
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """Return loss and gradient at x; the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        self.num_gradients += 1
+        with self._moved_to(x):
+            with self._random.replayed(), torch.enable_grad():
+                value = self._called(self.closure)[0]
+            grads = gradients(value, self.flat.params, create_graph=False, retain_graph=False)
+        found = float(self.mean(self.sign * value.detach().reshape(1)))
+        return found if math.isfinite(found) else math.inf, self.mean(self.sign * self.flat.flatten(grads))
+
+    @contextlib.contextmanager
+    def _moved_to(self, x: Tensor) -> Iterator[None]:
+        """Put the parameters at x for a while: the graph of the start is needed again, and holds their memory."""
+        self.flat.set_for_now(x)
+        try:
+            yield
+        finally:
+            self.flat.set_for_now(self.start)
+
+    def _called(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None, Any]:
+        """Return (loss, outputs or residuals, targets)."""
+        returned = closure()
+        if self.kind == "residuals":
+            r = _residuals(returned)
+            return (r * r).sum() / 2, r, None
+        outputs = targets = None
+        if isinstance(returned, (tuple, list)) and len(returned) == 2:
+            if self.loss is None:
+                raise InputError(
+                    "the closure returned (outputs, targets), for which loss= must be given to the optimizer."
+                )
+            outputs, targets = returned
+            if not isinstance(outputs, Tensor):
+                raise InputError(f"outputs must be one tensor, got {type(outputs).__name__}.")
+            returned = self.loss(outputs, targets)
+        if not isinstance(returned, Tensor) or returned.numel() != 1:
+            got = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+            raise InputError(f"the closure must return the loss, a tensor with one entry, got {got}.")
+        return returned.reshape(()), outputs, targets
+
+    def _refuse_non_finite(self, loss: float, gradient: Tensor) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss is {loss} at the start of the step, and there is nothing to step back to: parameters are "
+                "left as they are; start elsewhere, or look at the batch."
+            )
+        if not bool(gradient.isfinite().all()):
+            raise NonFiniteError(
+                f"the gradient is not finite at the start of the step, where the loss is {loss:.4g}: parameters are "
+                "left as they are; look for sqrt or norm at 0, or use a wider dtype."
+            )
+
+    def finish(self) -> None:
+        """Leave the random streams as one evaluation of the closure would have."""
+        self._random.finish()
+
+
+def _residuals(returned: Any) -> Tensor:
+    if isinstance(returned, (tuple, list)) and returned and all(isinstance(r, Tensor) for r in returned):
+        returned = torch.cat([r.reshape(-1) for r in returned])
+    if not isinstance(returned, Tensor) or returned.numel() == 0 or not returned.is_floating_point():
+        got = type(returned).__name__ if not isinstance(returned, Tensor) else f"{tuple(returned.shape)}"
+        raise InputError(f"the closure must return the residuals, a real tensor or several of them, got {got}.")
+    return returned
+
+
+class _RandomState:
+    """The random streams of a step: every evaluation starts where the step did."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.devices = sorted({p.device.index for p in params if p.is_cuda})
+        self.before = self._now()
+        self.after: list[Tensor] | None = None
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        self._restore(self.before)
+        yield
+        if self.after is None:
+            self.after = self._now()
+
+    def finish(self) -> None:
+        if self.after is not None:
+            self._restore(self.after)
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self.devices)]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for i, state in zip(self.devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, i)

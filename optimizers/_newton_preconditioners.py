@@ -1,0 +1,70 @@
+"""Preconditioners of damped Newton systems: from probes, from a few eigenpairs kept for several steps, or the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvature.linalg.diagonal import hutchinson_diagonal
+from curvature.linalg.low_rank import DiagonalOnSubspace
+from curvature.linalg.preconditioner import DiagonalPreconditioner
+from curvature.linalg.randomized_eigh import randomized_eigh
+from curvature.linop import MatrixLike
+from optimizers._flat import FlatParams
+
+if TYPE_CHECKING:
+    from optimizers._full_batch import FullBatchOptimizer
+
+__all__ = ["Preconditioner", "largest_pairs", "newton_preconditioner"]
+
+Preconditioner = Callable[[MatrixLike, float, torch.Generator], Any]
+"""(A, damping, generator) -> an object whose `@` applies P^-1, symmetric positive definite."""
+
+_STREAM = 11  # of the seed, apart from the other uses of it
+
+
+def newton_preconditioner(optimizer: FullBatchOptimizer, flat: FlatParams, A: MatrixLike, damping: float) -> Any:
+    """Return the preconditioner that `optimizer.preconditioner` names, for A + damping I."""
+    wanted: Any = optimizer.preconditioner  # type: ignore[attr-defined]
+    if wanted is None:
+        return None
+    group = optimizer.param_groups[0]
+    generator = optimizer._generator(flat, _STREAM)
+    if wanted == "diagonal":
+        estimate = hutchinson_diagonal(A, num_probes=group["rank"], generator=generator)
+        d = estimate.values.abs()
+        floor = torch.finfo(d.dtype).eps ** 0.5 * float(d.max()) or 1.0
+        return DiagonalPreconditioner(d, damping=max(damping, floor), power=0.75)
+    if wanted == "nystrom":
+        values, U = largest_pairs(optimizer, flat, A, generator)
+        sizes = values.abs()
+        floor = torch.finfo(sizes.dtype).eps ** 0.5 * float(sizes.max()) or 1.0
+        damped = sizes + max(damping, floor)
+        return DiagonalOnSubspace(U, damped.min() / damped, 1.0)
+    return wanted(A, damping, generator)
+
+
+def largest_pairs(
+    optimizer: FullBatchOptimizer, flat: FlatParams, A: MatrixLike | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the eigenpairs of A largest in magnitude, as of the last refresh; they are kept in the state.
+
+    Magnitudes serve an indefinite Hessian, where a factorisation of a Nystrom core would fail. A may be None where no
+    refresh is due.
+    """
+    group = optimizer.param_groups[0]
+    values, U = optimizer.state[flat.params[0]].get("sketch_values"), optimizer._recall(flat, "sketch_vectors")
+    if A is not None and (values is None or U is None or group["num_steps"] % group["refresh_every"] == 0):
+        rank = min(int(group["rank"]), flat.n)
+        found = randomized_eigh(
+            A, rank, oversampling=min(5, flat.n - rank), power_iterations=0, num_tests=0, generator=generator
+        )
+        values, U = found.eigenvalues, found.eigenvectors
+        optimizer.state[flat.params[0]]["sketch_values"] = values
+        optimizer._remember(flat, sketch_vectors=U)
+    assert values is not None
+    assert U is not None
+    return values.to(flat.device, flat.dtype), U

@@ -1,0 +1,219 @@
+"""Levenberg-Marquardt: certified fits, dense references in both dimensions, failure, networks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from curvature.errors import InputError, NonFiniteError
+from optimizers._dense_jacobian import DampedLeastSquares, dense_jacobian
+from optimizers._evaluations import ResidualJacobian
+from optimizers._flat import FlatParams
+from optimizers.levenberg_marquardt import LevenbergMarquardt
+from optimizers.pointwise import PointwiseResiduals
+from tests.optimizers.nist import SETS, log_relative_error
+
+
+def fit(name: str, start: int, steps: int = 700) -> tuple[Tensor, LevenbergMarquardt]:
+    problem = SETS[name]
+    b = nn.Parameter(torch.tensor(problem.starts[start], dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b])
+    for _ in range(steps):
+        optimizer.step(lambda: problem.residuals(b))
+        report = optimizer.last_step
+        assert report is not None
+        if not report.accepted or report.step_norm <= 1e-13 * float(b.detach().norm()):
+            break
+    return b, optimizer
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_certified_parameters_from_the_second_start(name: str) -> None:
+    problem = SETS[name]
+    b, optimizer = fit(name, 1)
+    assert log_relative_error(b, problem.certified) >= 6.5
+    deviations = optimizer.covariance(lambda: problem.residuals(b)).diagonal().sqrt()
+    assert log_relative_error(deviations, problem.standard_deviations) >= 4.5
+    squares = problem.residuals(b).detach().square().sum()
+    assert float(squares) == pytest.approx(problem.residual_sum_of_squares, rel=1e-6, abs=1e-15)
+
+
+FAR = ["BoxBOD", "DanWood", "Eckerle4", "MGH09", "Misra1d", "Rat43", "Thurber"]
+
+
+def test_certified_parameters_from_the_first_start() -> None:
+    reached = {name: log_relative_error(fit(name, 0)[0], SETS[name].certified) for name in FAR}
+    assert min(reached.values()) >= 6, reached
+
+
+def network(points: int) -> tuple[nn.Module, Tensor, Tensor]:
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).to(torch.float64)
+    x = torch.randn(points, 2, dtype=torch.float64)
+    return model, x, torch.sin(x.sum(1, keepdim=True))
+
+
+def reference_jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    blocks = jacrev(lambda values: functional_call(model, values, (x,)).reshape(-1))(named)
+    return torch.cat([blocks[name].reshape(len(x), -1) for name in named], dim=1)
+
+
+@pytest.mark.parametrize("points", [1, 7, 80], ids=["one residual", "fewer residuals", "more residuals"])
+def test_dense_jacobian(points: int) -> None:
+    model, x, _ = network(points)
+    J = ResidualJacobian(FlatParams(list(model.parameters())), model(x))
+    torch.testing.assert_close(dense_jacobian(J), reference_jacobian(model, x), rtol=1e-12, atol=1e-14)
+    w = torch.randn(points, dtype=torch.float64)
+    torch.testing.assert_close(J.T @ w, reference_jacobian(model, x).T @ w, rtol=1e-12, atol=1e-14)
+
+
+def test_dense_jacobian_of_what_batching_gets_wrong() -> None:
+    """Batch normalisation in train mode couples the rows; the check on a plain pass must not let a wrong J through."""
+    model = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 1)).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    J = ResidualJacobian(FlatParams(list(model.parameters())), model(x))
+    torch.testing.assert_close(dense_jacobian(J), reference_jacobian(model, x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6), (1, 4), (4, 1)])
+def test_damped_least_squares_against_normal_equations(shape: tuple[int, int]) -> None:
+    J, b = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
+    D = torch.rand(shape[1], dtype=torch.float64) + 0.5
+    expected = torch.linalg.solve(J.T @ J + 0.3 * torch.diag(D**2), J.T @ b)
+    torch.testing.assert_close(DampedLeastSquares(J, D).solve(b, 0.3), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("points", [7, 80])
+def test_routes_take_the_same_first_step(points: int) -> None:
+    """With unit column scales the iterative route solves the same damped problem as a dense reference."""
+    model, x, y = network(points)
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    J, r = reference_jacobian(model, x), (model(x) - y).detach().reshape(-1)
+    size = (J.T @ r).norm() / r.norm()
+    expected = -torch.linalg.solve(J.T @ J + size**2 * torch.eye(J.shape[1], dtype=J.dtype), J.T @ r)
+    optimizer = LevenbergMarquardt(model.parameters(), method="lsmr", rtol=1e-12, damping=1.0)
+    optimizer.step(lambda: model(x) - y)
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.message.startswith("accepted at the 1.")
+    torch.testing.assert_close(after - before, expected, rtol=1e-7, atol=1e-9)
+    assert optimizer.last_step.model_decrease == pytest.approx(
+        float(r @ r - (r + J @ expected).square().sum()) / 2, rel=1e-7
+    )
+
+
+@pytest.mark.parametrize("method", ["dense", "lsmr"])
+def test_network_fits_fewer_points_than_parameters_exactly(method: str) -> None:
+    model, x, y = network(9)
+    optimizer = LevenbergMarquardt(model.parameters(), method=method)  # type: ignore[arg-type]
+    for _ in range(40):
+        optimizer.step(lambda: model(x) - y)
+    assert float((model(x) - y).detach().square().sum()) < 1e-18
+
+
+def test_pointwise_residuals_of_a_differential_equation() -> None:
+    """Rows at once equal backward passes one after the other, weights and second derivatives included."""
+    model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    inside, edge = torch.rand(6, 2, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)
+    residuals = PointwiseResiduals(
+        model,
+        [
+            (lambda u, x: jacrev(jacrev(lambda z: u(z)[0]))(x).diagonal().sum() + x.sum(), inside),
+            (lambda u, x: u(x), edge),
+        ],
+        weights=[1.0, 3.0],
+    )
+    params = list(model.parameters())
+    r = residuals()
+    rows = []
+    for ri in r:
+        grads = torch.autograd.grad(ri, params, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, params, strict=True)]
+            )
+        )
+    torch.testing.assert_close(residuals.jacobian(params), torch.stack(rows), rtol=1e-10, atol=1e-12)
+    mean_square = (model(edge).detach() ** 2).mean()
+    torch.testing.assert_close(r[6:].detach().square().sum(), 3 * mean_square)
+    first = LevenbergMarquardt(params, jacobian=residuals.jacobian)
+    first.step(residuals)
+    with pytest.raises(InputError, match="none of the model's"):
+        residuals.jacobian([nn.Parameter(torch.zeros(2))])
+
+
+def test_overflow_at_the_trial_point_shrinks_the_step() -> None:
+    b = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b], damping=1e-12)
+    optimizer.step(lambda: torch.sqrt(b) + 1e-3 * b + 1)  # the full step is far below zero
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.accepted
+    assert 0 <= float(b.detach()) < 1
+
+
+def test_failures_leave_parameters_alone() -> None:
+    b = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b])
+    with pytest.raises(NonFiniteError, match="start of the step"):
+        optimizer.step(lambda: b * math.nan)
+    assert b.tolist() == [1.0, 2.0]
+
+    def fails() -> Tensor:
+        if fails.calls:  # type: ignore[attr-defined]
+            raise RuntimeError("mine")
+        fails.calls = 1  # type: ignore[attr-defined]
+        return b**2
+
+    fails.calls = 0  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="mine"):
+        optimizer.step(fails)
+    assert b.tolist() == [1.0, 2.0]
+
+
+def test_minimum_and_zero_jacobian_are_told() -> None:
+    b = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b])
+    optimizer.step(lambda: b * 0 + 1)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.stationary
+    assert b.grad is not None
+    b2 = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b2])
+    for _ in range(8):
+        optimizer.step(lambda: b2 - 1)
+    assert b2.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"method": "svd"}, "method must be one of"),
+        ({"max_trials": 0}, "max_trials"),
+        ({"rtol": 0.0}, "rtol must be positive"),
+    ],
+)
+def test_bad_settings(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LevenbergMarquardt([nn.Parameter(torch.ones(2))], **settings)  # type: ignore[arg-type]
+
+
+def test_bad_closures() -> None:
+    b = nn.Parameter(torch.ones(2))
+    optimizer = LevenbergMarquardt([b])
+    with pytest.raises(InputError, match="residuals, a real tensor"):
+        optimizer.step(lambda: 3.0)
+    with pytest.raises(InputError, match="no graph"):
+        optimizer.step(lambda: b.detach())
+    with pytest.raises(InputError, match="curvature_closure"):
+        optimizer.step(lambda: b, lambda: b)
+    with pytest.raises(InputError, match="more residuals than parameters"):
+        optimizer.covariance(lambda: b)
+    with pytest.raises(InputError, match="full rank"):
+        optimizer.covariance(lambda: torch.stack([b.sum(), 2 * b.sum() - 1, b.sum() + 1]))
+    with pytest.raises(InputError, match="shape"):
+        LevenbergMarquardt([b], jacobian=lambda _: torch.ones(2, 3)).step(lambda: b)
