@@ -1,0 +1,281 @@
+"""How each measure of sharpness is computed: numbers of the curvature, of noise, and of boxes and volumes.
+
+Functions here return a `Found`; `analysis.sharpness` names them and puts them into one table. One convention of size
+serves all measures that move the parameters: u has length rho (worst case), root mean square length rho (average), or
+lies in the cube inside that ball (linf, |u_i| <= rho / n^(1/2)), so that linf <= l2 and averages compare with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+
+from analysis.directions import _filter_dims
+from curvature.errors import InputError
+from curvature.linalg import trace
+from curvature.linop import LinearOperator, MatrixLike
+from curvature.objective import Objective
+from curvature.operators import FisherOperator, HessianOperator
+from curvature.results import mean_and_stderr
+from curvature.shift import gradient_at, loss_at
+
+__all__ = [
+    "Found",
+    "average_rise",
+    "box_rise",
+    "diagonally_scaled",
+    "fisher_rao",
+    "logit_normalised",
+    "pieces",
+    "relative_flatness",
+    "tolerated_noise",
+]
+
+_WIDEST = 60  # doublings of sigma before the loss counts as flat
+_CLOSE = 1e-4  # relative width at which the search for sigma ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A value, its error and its price."""
+
+    value: float
+    stderr: float
+    num_matvecs: int = 0
+    num_gradients: int = 0
+    num_losses: int = 0
+    details: dict[str, float] = field(default_factory=dict)
+
+
+class _DiagonallyScaled(LinearOperator):
+    def __init__(self, A: MatrixLike, c: Tensor) -> None:
+        super().__init__((A.shape[0], A.shape[1]), A.dtype, A.device)
+        self.A, self.c = A, c.to(A.dtype)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self.c[:, None] * (self.A @ (self.c[:, None] * X))
+
+
+def diagonally_scaled(A: MatrixLike, c: Tensor) -> LinearOperator:
+    """Return C A C with C = diag(c), (n,): the Hessian of L(theta + c * u) in u. Entries of c may be zero."""
+    return _DiagonallyScaled(A, c)
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------
+
+
+def _pair_rises(objective: Objective, c: Tensor, sigma: float, probes: Tensor, base: float) -> Tensor:
+    """Return (L(theta + s) + L(theta - s)) / 2 - L with s = sigma c z for every column z; infinite on overflow."""
+    theta, rises = objective.space.current(), []
+    for z in probes.T:
+        step = sigma * c * z
+        sides = [loss_at(objective, theta + sign * step).value for sign in (1, -1)]
+        mean = sum(sides) / 2 - base
+        rises.append(math.inf if math.isnan(mean) else mean)
+    return torch.tensor(rises, dtype=torch.float64)
+
+
+def average_rise(objective: Objective, c: Tensor, *, rho: float, num_probes: int, generator: torch.Generator) -> Found:
+    """Return E L(theta + c u) - L over normal u with E |u|^2 = rho^2, from pairs +-u; about rho^2 tr(C H C) / 2 n.
+
+    Odd terms of the loss cancel in a pair, so that the standard error vanishes with rho as the value does. Cost: two
+    losses a probe.
+    """
+    z = torch.randn(len(c), num_probes, generator=generator, dtype=c.dtype, device=c.device)
+    base = loss_at(objective, objective.space.current()).value
+    value, stderr = mean_and_stderr(_pair_rises(objective, c, rho / len(c) ** 0.5, z, base))
+    return Found(value=float(value), stderr=float(stderr), num_losses=2 * num_probes + 1, details={"rho": rho})
+
+
+def tolerated_noise(
+    objective: Objective, c: Tensor, *, rise: float, num_probes: int, generator: torch.Generator
+) -> Found:
+    """Return 1 / sigma^2 for the sigma at which noise sigma c z lifts the loss by `rise` on average, z normal.
+
+    The same pairs +-z serve every sigma, so that the mean rise is one function of it, whose root is bracketed by
+    doubling and then bisected. Where the loss is flat the value is 0. The standard error is that of the mean rise over
+    its slope. Cost: two losses a probe for each of about 25 values of sigma.
+    """
+    z = torch.randn(len(c), num_probes, generator=generator, dtype=c.dtype, device=c.device)
+    theta = objective.space.current()
+    base, tried = loss_at(objective, theta).value, 0
+
+    def mean_rise(sigma: float) -> float:
+        nonlocal tried
+        tried += 1
+        return float(_pair_rises(objective, c, sigma, z, base).mean())
+
+    length = float((c * theta).norm() / c.square().norm().clamp_min(torch.finfo(c.dtype).tiny))
+    low = high = 0.1 * (length or 1.0)
+    excess = mean_rise(high) > rise
+    for _ in range(_WIDEST):
+        low, high = (low / 2, low) if excess else (high, 2 * high)
+        if (mean_rise(low if excess else high) > rise) != excess:
+            break
+    else:
+        spent = 2 * num_probes * tried + 1
+        return Found(value=math.inf if excess else 0.0, stderr=math.nan, num_losses=spent, details={"rise": rise})
+    while high / low > 1 + _CLOSE:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if mean_rise(middle) > rise else (middle, high)
+    sigma = (low * high) ** 0.5
+    samples = _pair_rises(objective, c, sigma, z, base)
+    slope = (mean_rise(1.02 * sigma) - mean_rise(0.98 * sigma)) / (0.04 * sigma)
+    stderr = float(mean_and_stderr(samples)[1]) / slope if slope > 0 else math.nan
+    return Found(
+        value=sigma**-2,
+        stderr=2 * stderr / sigma**3,
+        num_losses=2 * num_probes * (tried + 1) + 1,
+        details={"sigma": sigma, "sigma_stderr": stderr, "rise": rise},
+    )
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def box_rise(
+    objective: Objective, *, epsilon: float, max_iterations: int, num_restarts: int, generator: torch.Generator
+) -> Found:
+    """Return 100 (max L - L) / (1 + L) over the box |y_i| <= epsilon (|theta_i| + 1), by L-BFGS-B; a lower bound.
+
+    The first start is the centre, others are random in the box, and so is the first where the gradient vanishes. The
+    iteration is scipy's, on the host in float64.
+
+    Raises:
+        InputError: if 1 + L is not positive.
+    """
+    theta = objective.space.current()
+    base, at_centre = gradient_at(objective, theta)
+    if not 1 + base > 0:
+        raise InputError(f"the measure divides by 1 + L, which must be positive, got L = {base:.4g}.")
+    reach = epsilon * (theta.abs() + 1)
+    unit = reach.double().cpu().numpy()
+    highest, gradients = base, 1
+
+    def fall(t: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+        nonlocal highest, gradients
+        gradients += 1
+        loss, g = gradient_at(objective, theta + reach * torch.as_tensor(t).to(theta))
+        highest = max(highest, loss)
+        return -loss, -unit * g.double().cpu().numpy()
+
+    found = []
+    for restart in range(num_restarts):
+        centred = restart == 0 and bool(at_centre.any())
+        drawn = torch.rand(len(theta), generator=generator, dtype=theta.dtype, device=theta.device)
+        start = np.zeros_like(unit) if centred else (2 * drawn - 1).double().cpu().numpy()
+        bounds = scipy.optimize.Bounds(-np.ones_like(unit), np.ones_like(unit))
+        options = {"maxiter": max_iterations}
+        end = scipy.optimize.minimize(fall, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        found.append(100 * (-float(end.fun) - base) / (1 + base))
+    return Found(
+        value=100 * (highest - base) / (1 + base),
+        stderr=math.nan,
+        num_gradients=gradients,
+        details={"epsilon": epsilon, **{f"start {i}": v for i, v in enumerate(found)}},
+    )
+
+
+def pieces(objective: Objective, size: int) -> list[Objective]:
+    """Return the objective on each piece of at most `size` examples of its data, for m-sharpness.
+
+    Raises:
+        InputError: for data on several ranks, whose pieces would have to be of equal number.
+    """
+    if objective.process_group is not None:
+        raise InputError("m-sharpness takes pieces of the data one by one, which ranks cannot share; measure on one.")
+    settings = {k: v for k, v in objective._settings.items() if k not in ("data", "micro_batch", "seed")}
+    return [
+        Objective(objective.model, params=objective.space.tensors, data=[batch], seed=i, **settings)
+        for i, batch in enumerate(objective.cut(size).batches(), start=objective._settings["seed"])
+    ]
+
+
+# -- what the layers' own scales enter --------------------------------------------------------------------------------
+
+
+class _RelativeFlatness(LinearOperator):
+    """V -> S H_WW[S V] for a weight matrix W (d, m), S S' = W W': its trace is the layer's relative flatness."""
+
+    def __init__(self, objective: Objective, name: str, dim: int) -> None:
+        W = objective.space.tensors[name].detach().to(objective.dtype).movedim(dim, 0)
+        self.shape_moved, self.dim, W = W.shape, dim, W.reshape(W.shape[0], -1)
+        d, m = W.shape
+        self.S = W  # (d, m): V is (m, m), unless a square root with fewer columns does
+        if d < m:
+            values, vectors = torch.linalg.eigh(W @ W.T)
+            self.S = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        n = self.S.shape[1] * m
+        super().__init__((n, n), objective.dtype, objective.device)
+        self.m = m
+        self.H = HessianOperator(objective, objective.space.block({name: objective.space.tensors[name]}))
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        k = X.shape[1]
+        V = X.T.reshape(k, -1, self.m)
+        weights = (self.S @ V).reshape(k, *self.shape_moved).movedim(1, self.dim + 1).reshape(k, -1)
+        shape = [k, *self.shape_moved[1:]]
+        shape.insert(self.dim + 1, self.shape_moved[0])
+        products = (self.H @ weights.T).T.reshape(shape).movedim(self.dim + 1, 1).reshape(k, -1, self.m)
+        return (self.S.T @ products).reshape(k, -1).T
+
+
+def relative_flatness(objective: Objective, *, num_matvecs: int, generator: torch.Generator) -> Found:
+    """Return sum_l sum_{s,s'} <w_s, w_s'> tr H_{s,s'} over weight tensors l, with w_s the weights into unit s of l.
+
+    The inner sum is the trace of an operator on (m, m) or (d, m) matrices, estimated with `num_matvecs` products a
+    layer, and exact where the layer has no more. Each layer's is in the details.
+    """
+    dims = _filter_dims(objective.model)
+    layers = [name for name, tensor in objective.space.tensors.items() if tensor.ndim >= 2]
+    if not layers:
+        raise InputError("relative flatness is that of weight matrices, but all chosen parameters are vectors.")
+    terms, variance, spent = {}, 0.0, 0
+    for name in layers:
+        A = _RelativeFlatness(objective, name, dims.get(name, 0))
+        found = trace(A, num_matvecs=num_matvecs, generator=generator)
+        terms[name] = float(found.value)
+        variance += 0.0 if found.method == "exact" else float(found.stderr) ** 2
+        spent += found.num_matvecs
+    return Found(value=sum(terms.values()), stderr=variance**0.5, num_matvecs=spent, details=terms)
+
+
+def fisher_rao(objective: Objective) -> Found:
+    """Return theta' F theta, the square of the Fisher-Rao norm. Cost: one product."""
+    theta = objective.space.current()
+    value = float(theta @ (FisherOperator(objective) @ theta))
+    return Found(value=value, stderr=0.0, num_matvecs=1, details={"norm": max(value, 0.0) ** 0.5})
+
+
+def logit_normalised(objective: Objective) -> Objective:
+    """Return the objective with each output vector centred and divided by its Euclidean norm before the loss.
+
+    Scaling all logits then leaves the loss as it is, so that sharpness tells of the function rather than of how
+    confident it is. Classes lie along dimension 1 of the outputs.
+
+    Raises:
+        InputError: for an objective with loss=None, or outputs that are no batch of vectors.
+    """
+    if not objective.has_split:
+        raise InputError("logits can be normalised where model and loss are known apart: pass loss= to the objective.")
+    settings = dict(objective._settings)
+    if settings["forward"] is None and isinstance(settings["data"], list) and isinstance(settings["data"][0], Tensor):
+        settings["data"] = tuple(settings["data"])  # one pair, not two batches
+    forward: Callable[..., Any] = settings.pop("forward") or (lambda model, batch: (model(batch[0]), batch[1]))
+
+    def normalised(model: Any, batch: Any) -> tuple[Tensor, Any]:
+        outputs, targets = forward(model, batch)
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+            raise InputError("logits must be one tensor (N, C, ...); pass a forward= that picks it.")
+        centred = outputs - outputs.mean(dim=1, keepdim=True)
+        floor = torch.finfo(outputs.dtype).tiny ** 0.5
+        return centred / centred.norm(dim=1, keepdim=True).clamp_min(floor), targets
+
+    return Objective(objective.model, params=objective.space.tensors, forward=normalised, **settings)

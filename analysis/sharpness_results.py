@@ -1,0 +1,85 @@
+"""What measuring sharpness returns: one row a measure, with its formula, its unit, its error and its price."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from analysis.results import to_plain
+from curvature.errors import InputError
+
+__all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
+
+Kind = Literal["exact", "estimate", "residual", "lower bound"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessRow:
+    """One measure of sharpness at one point; larger is sharper."""
+
+    name: str
+    """As `sharpness` takes it."""
+    value: float
+    """In `unit`."""
+    stderr: float
+    """In `unit`: one standard error over probes (of m-sharpness: over the pieces of the data), the residual of an
+    eigenvalue, 0 where the value is exact up to rounding; NaN where it is a lower bound."""
+    kind: Kind
+    """What `stderr` is an error of: a lower bound is the best that an ascent found."""
+    unit: str
+    """Of `value`; "1" for pure numbers."""
+    formula: str
+    """What was computed, in plain text."""
+    source: str
+    """Who defined it."""
+    rescaling_invariant: bool
+    """Whether it stays as it is when a ReLU network is written otherwise: the weights and bias of one layer times a,
+    the weights of the next divided by a."""
+    num_matvecs: int = 0
+    """Products with a curvature matrix that were spent."""
+    num_gradients: int = 0
+    """Gradients over the data."""
+    num_losses: int = 0
+    """Forward passes over the data."""
+    seconds: float = 0.0
+    """Wall-clock time, s."""
+    details: dict[str, float] = field(default_factory=dict)
+    """Settings and by-products by name, e.g. the radius rho, or the terms of each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessTable:
+    """Measures of sharpness of one loss at one point.
+
+    None of them ranks models across settings: Andriushchenko et al. (2023) find rank correlations with generalisation
+    of either sign, that follow the learning rate. Compare like with like, and look at the invariant ones first.
+    """
+
+    rows: tuple[SharpnessRow, ...]
+    """In the order they were asked for."""
+    loss: float
+    """L at the point, in units of the loss."""
+    num_params: int
+    """n."""
+
+    def __getitem__(self, name: str) -> SharpnessRow:
+        """Return the row of a measure.
+
+        Raises:
+            InputError: if it was not measured.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise InputError(f"{name!r} was not measured; the table has {', '.join(row.name for row in self.rows)}.")
+
+    def ratios(self, reference: SharpnessTable) -> dict[str, float]:
+        """Return each measure over the same of another table, by name; NaN where that is 0 or was not measured."""
+        known = {row.name: row.value for row in reference.rows}
+        return {r.name: r.value / known[r.name] if known.get(r.name) else math.nan for r in self.rows}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values; numbers that are not finite as None."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain

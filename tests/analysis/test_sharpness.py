@@ -1,0 +1,325 @@
+"""Measures of sharpness against quadratics solved by hand, dense matrices, and a network written in two ways."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analysis.figures_sharpness import plot_sharpness
+from analysis.sharpness import SHARPNESS_MEASURES, SharpnessSettings, sharpness
+from analysis.sharpness_ascent import perturbation_scale, worst_case
+from analysis.sharpness_measures import average_rise, logit_normalised, relative_flatness, tolerated_noise
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.errors import InputError
+from curvature.shift import PointLoss
+from tests.cases import BY_NAME
+from tests.checks import assert_close, assert_untouched
+
+QUICK = SharpnessSettings(num_steps=6, num_probes=3, num_matvecs=400, piece=20)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def quadratic(n: int = 5, offset: float = 0.0) -> tuple[Objective, Tensor]:
+    """Return L = |X (w - w*)|^2 / N at w* + offset, and its Hessian."""
+    g = generator(3)
+    X, w = torch.randn(9, n, generator=g).double(), torch.randn(1, n, generator=g).double()
+    model = nn.Linear(n, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(w + offset)
+    return Objective(model, nn.MSELoss(), (X, X @ w.T)), 2 * X.T @ X / 9
+
+
+def network(factor: float = 1.0) -> Objective:
+    """Return a ReLU network whose first layer is multiplied by a factor that its second is divided by."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(factor)
+        model[0].bias.mul_(factor)
+        model[2].weight.div_(factor)
+    g = generator(5)
+    x, y = torch.randn(50, 5, generator=g).double(), torch.randint(4, (50,), generator=g)
+    return Objective(model, nn.CrossEntropyLoss(), (x, y))
+
+
+# -- a network written in two ways ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return [sharpness(network(factor), settings=QUICK, generator=generator()) for factor in (1.0, 5.0)]
+
+
+@pytest.mark.parametrize("name", SHARPNESS_MEASURES)
+def test_rescaling_moves_what_it_is_said_to_move(tables, name: str) -> None:
+    before, after = (table[name] for table in tables)
+    assert math.isfinite(before.value)
+    ratio = after.value / before.value
+    if before.rescaling_invariant:
+        assert ratio == pytest.approx(1, abs=1e-6)
+    else:
+        assert abs(ratio - 1) > 0.01
+
+
+def test_curvature_moves_by_the_factor_of_the_change_of_variables(tables) -> None:
+    before, after = tables
+    objective = network()
+    d = torch.cat([torch.full((36,), 1 / 5), torch.full((24,), 5.0), torch.ones(4)]).double()
+    H = HessianOperator(objective).to_dense()
+    moved = d[:, None] * H * d
+    ratios = after.ratios(before)
+    assert ratios["trace"] == pytest.approx(float(moved.trace() / H.trace()), rel=1e-9)
+    assert ratios["frobenius_norm"] == pytest.approx(float(moved.norm() / H.norm()), rel=1e-9)
+    top = [float(torch.linalg.eigvalsh(A)[-1]) for A in (moved, H)]
+    assert ratios["top_eigenvalue"] == pytest.approx(top[0] / top[1], rel=1e-5)
+
+
+# -- dense references -------------------------------------------------------------------------------------------------
+
+
+def test_curvature_measures_are_those_of_dense_matrices(tables) -> None:
+    table, objective = tables[0], network()
+    theta = objective.space.current()
+    H, G = HessianOperator(objective).to_dense(), GGNOperator(objective).to_dense()
+    scaled = theta.abs()[:, None] * H * theta.abs()
+    expected = {
+        "top_eigenvalue": torch.linalg.eigvalsh(H)[-1],
+        "trace": H.trace(),
+        "frobenius_norm": H.norm(),
+        "adaptive_top_eigenvalue": torch.linalg.eigvalsh(scaled)[-1],
+        "adaptive_trace": (theta.square() * H.diagonal()).sum(),
+        "fisher_rao": theta @ G @ theta,
+        "log_volume": torch.linalg.slogdet(torch.eye(len(G)) + G / QUICK.damping).logabsdet / 2,
+    }
+    for name, value in expected.items():
+        loose = "top" in name  # Lanczos stops at a residual, whose square is in the value
+        assert table[name].value == pytest.approx(float(value), rel=1e-6 if loose else 1e-9), name
+        assert table[name].kind in ("exact", "residual"), name
+
+
+def test_fisher_rao_norm_of_a_homogeneous_network_follows_from_its_outputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
+    x, y = torch.randn(20, 4).double(), torch.randint(3, (20,))
+    row = sharpness(Objective(model, nn.CrossEntropyLoss(), (x, y)), ["fisher_rao"], generator=generator())
+    f = model(x).detach()
+    p = f.softmax(1)
+    expected = 4 * ((p * f.square()).sum(1) - (p * f).sum(1).square()).mean()  # layers^2 E f'(diag p - pp') f
+    assert row["fisher_rao"].value == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MLP SiLU", "GroupNorm", "attention by hand"])
+def test_relative_flatness_is_the_double_sum_over_units(name: str) -> None:
+    case = BY_NAME[name]
+    objective = Objective(case.model(), case.loss, case.data())
+    H = HessianOperator(objective).to_dense()
+    found = relative_flatness(objective, num_matvecs=200, generator=generator())
+    for layer, W in objective.space.tensors.items():
+        if W.ndim < 2:
+            assert layer not in found.details
+            continue
+        block = objective.space.block({layer: W})
+        W = W.detach().reshape(len(W), -1)
+        d, m = W.shape
+        inside = block.take(block.take(H).T).reshape(d, m, d, m)
+        expected = torch.einsum("ij,kj,iaka->", W, W, inside)
+        assert found.details[layer] == pytest.approx(float(expected), rel=1e-9, abs=1e-12), layer
+    assert found.stderr == 0
+
+
+# -- worst case -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["raw", "elementwise", "layer"])
+def test_worst_case_in_a_ball_at_a_quadratic_minimum_is_the_top_eigenvalue(kind) -> None:
+    objective, H = quadratic()
+    c = perturbation_scale(objective, kind)
+    found = worst_case(objective, rho=0.3, scale=c, num_steps=200, generator=generator())
+    expected = 0.045 * torch.linalg.eigvalsh(c[:, None] * H * c)[-1]
+    assert found.rise == pytest.approx(float(expected), rel=1e-8)
+    assert float((found.perturbation / c).norm()) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.2])
+def test_worst_case_in_a_cube_is_at_a_corner(offset: float) -> None:
+    objective, H = quadratic(offset=offset)
+    g = objective.gradient()
+    corners = 0.1 * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
+    expected = float((corners @ g + ((corners @ H) * corners).sum(1) / 2).max())
+    found = worst_case(objective, rho=0.1, ball="linf", num_restarts=6, generator=generator())
+    assert found.rise == pytest.approx(expected, rel=1e-10)
+
+
+def test_worst_case_of_a_concave_loss_is_found_inside_the_ball() -> None:
+    """-|x - a|^2: the maximum is a itself, which no step to the rim finds."""
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.zero_()
+    a = torch.tensor([[0.1, -0.2, 0.05]]).double()
+    loss = lambda z, y: -(z - y).square().sum()  # noqa: E731
+    objective = Objective(model, loss, (torch.eye(3).double(), a.T), weight=lambda _: 1.0)
+    found = worst_case(objective, rho=1.0, num_steps=60, generator=generator())
+    assert found.rise == pytest.approx(float(a.square().sum()), rel=1e-2)
+    assert found.rise <= float(a.square().sum())
+
+
+def test_sam_and_its_pieces_are_rises_at_one_step() -> None:
+    objective, H = quadratic(offset=0.3)
+    g = objective.gradient()
+    d = 0.05 * g / g.norm()
+    table = sharpness(objective, ["sam", "m_sharpness"], settings=QUICK, generator=generator())
+    assert table["sam"].value == pytest.approx(float(d @ g + d @ H @ d / 2), rel=1e-9)
+    assert table["m_sharpness"].value == pytest.approx(table["sam"].value, rel=1e-12)  # one piece holds all
+    x, y = next(iter(objective.batches()))
+    small = sharpness(objective, ["m_sharpness"], settings=SharpnessSettings(piece=4), generator=generator())
+    rises = []
+    for rows, targets in zip(x.split(4), y.split(4), strict=True):
+        r = rows @ objective.model.weight.detach().T - targets
+        g, A = 2 * (rows.T @ r).flatten() / len(rows), 2 * rows.T @ rows / len(rows)
+        d = 0.05 * g / g.norm()
+        rises.append(float(d @ g + d @ A @ d / 2))
+    assert small["m_sharpness"].value == pytest.approx((4 * rises[0] + 4 * rises[1] + rises[2]) / 9, rel=1e-9)
+    assert small["m_sharpness"].stderr > 0
+
+
+def test_keskars_box_is_maximised() -> None:
+    objective, H = quadratic(offset=0.2)
+    reach = 0.05 * (objective.space.current().abs() + 1)
+    g = objective.gradient()
+    corners = reach * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
+    rise = float((corners @ g + ((corners @ H) * corners).sum(1) / 2).max())
+    settings = SharpnessSettings(epsilon=0.05, num_restarts=6)
+    row = sharpness(objective, ["keskar"], settings=settings, generator=generator())["keskar"]
+    assert row.value == pytest.approx(100 * rise / (1 + float(objective.loss())), rel=1e-6)
+    assert row.kind == "lower bound"
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_error_bars_of_noise_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, H = quadratic()
+    here = objective.space.current()
+
+    def by_hand(_: Objective, point: Tensor) -> PointLoss:  # a thousand times as fast
+        return PointLoss(value=float((point - here) @ H @ (point - here) / 2), stderr=0.0)
+
+    monkeypatch.setattr("analysis.sharpness_measures.loss_at", by_hand)
+    c = perturbation_scale(objective, "elementwise")
+    trace = float((c.square() * H.diagonal()).sum())
+    average, tolerance = [], []
+    for seed in range(300):
+        found = average_rise(objective, c, rho=0.3, num_probes=16, generator=generator(seed))
+        average.append((found.value - 0.09 / 10 * trace) / found.stderr)
+    for seed in range(60):
+        found = tolerated_noise(objective, c, rise=0.1, num_probes=24, generator=generator(seed))
+        tolerance.append((found.value - trace / 0.2) / found.stderr)
+    for scores, bound in ((torch.tensor(average), 0.25), (torch.tensor(tolerance), 0.6)):
+        assert abs(float(scores.mean())) < 2 * bound  # few skewed samples: the bar follows the value
+        assert 0.8 < float(scores.std()) < 1.5
+
+
+def test_average_is_the_trace_in_the_limit() -> None:
+    objective = network()
+    c = torch.ones(objective.num_params, dtype=torch.float64)
+    g = torch.randn(64, 200, generator=generator(), dtype=torch.float64)
+    H = HessianOperator(objective).to_dense()
+    expected = 1e-6 / 128 * ((H @ g) * g).sum(0).mean()
+    found = average_rise(objective, c, rho=1e-3, num_probes=200, generator=generator())
+    assert found.value == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_flat_loss_tolerates_all_noise() -> None:
+    model = nn.Linear(3, 1).double()
+    objective = Objective(model, nn.MSELoss(), (torch.zeros(4, 3).double(), torch.zeros(4, 1).double()))
+    flat = objective.restrict("weight")
+    table = sharpness(flat, settings=QUICK, generator=generator())
+    for row in table.rows:
+        if "normalised" not in row.name:
+            assert row.value == 0, row.name
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_normalised_logits_do_not_tell_confidence() -> None:
+    objective = network()
+    x, y = next(iter(objective.batches()))
+    as_list = Objective(objective.model, nn.CrossEntropyLoss(), [x, y])
+    values = []
+    for scale in (1.0, 3.0):
+        with torch.no_grad():
+            for p in objective.model[2].parameters():
+                p.mul_(scale)
+        values += [float(logit_normalised(o).loss()) for o in (objective, as_list)]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-12)
+    z = objective.model(x).detach()
+    z = z - z.mean(1, keepdim=True)
+    assert values[0] == pytest.approx(float(nn.functional.cross_entropy(z / z.norm(dim=1, keepdim=True), y)), rel=1e-12)
+
+
+def test_scales_have_the_length_of_the_parameters() -> None:
+    case = BY_NAME["GroupNorm"]
+    objective = Objective(case.model(), case.loss, case.data())
+    theta = objective.space.current()
+    for kind in ("elementwise", "filter", "layer"):
+        c = perturbation_scale(objective, kind)  # type: ignore[arg-type]
+        assert_close(c.norm(), theta.norm(), 1e-12)
+    filters = objective.space.to_dict(perturbation_scale(objective, "filter"))["0.weight"]
+    assert_close(filters[2, 0, 1, 1], objective.space.tensors["0.weight"][2].detach().square().mean().sqrt(), 1e-12)
+
+
+def test_numbers_do_not_depend_on_company_and_the_model_is_left_alone() -> None:
+    objective = network()
+    with assert_untouched(objective.model):
+        alone = sharpness(objective, ["average"], settings=QUICK, generator=generator())
+        names = ["worst_linf", "average", "keskar", "pac_bayes"]
+        many = sharpness(objective, names, settings=QUICK, generator=generator())
+    assert alone["average"].value == many["average"].value
+    assert [row.name for row in many.rows] == names
+    assert all(row.num_losses + row.num_gradients > 0 for row in many.rows)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    objective, _ = quadratic()
+    with pytest.raises(InputError, match="distinct names"):
+        sharpness(objective, ["flatness"], generator=generator())
+    with pytest.raises(InputError, match="rho must be positive"):
+        SharpnessSettings(rho=0)
+    with pytest.raises(InputError, match="num_probes must be at least 2"):
+        SharpnessSettings(num_probes=1)
+    with pytest.raises(InputError, match="scale must hold 5"):
+        worst_case(objective, rho=1.0, scale=-torch.ones(5), generator=generator())
+    with pytest.raises(InputError, match="ball must be"):
+        worst_case(objective, rho=1.0, ball="l1", generator=generator())  # type: ignore[arg-type]
+    scalar = Objective(
+        objective.model,
+        None,
+        next(iter(objective.batches())),
+        forward=lambda m, b: m(b[0]).square().mean(),
+        weight=lambda _: 1.0,
+    )
+    with pytest.raises(InputError, match="loss="):
+        logit_normalised(scalar)
+    rows = sharpness(scalar, settings=QUICK, generator=generator()).rows
+    assert "fisher_rao" not in [row.name for row in rows]
+
+
+def test_figures_and_records(tables) -> None:
+    before, after = tables
+    json.dumps(before.to_dict(), allow_nan=False)
+    ax = plot_sharpness(before)
+    assert len(ax.get_yticks()) == len(SHARPNESS_MEASURES)
+    ratio = plot_sharpness(after, reference=before)
+    texts = [text.get_text() for text in ratio.texts]
+    assert texts.count("1.00") >= 14
+    with pytest.raises(InputError, match="was not measured"):
+        before["nothing"]
