@@ -1,0 +1,211 @@
+"""The noise of stochastic gradients: what one pass over single examples says about every batch size.
+
+All measures here are functions of few sums over examples: of g_i, of their squares entry by entry, of |g_i|^2 and of
+g_i'g. The first three come from one pass (`curvature.per_example`), the last from one product J g of the outputs'
+Jacobian with the mean gradient, since g_i'g is the derivative of example i's loss along g.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from analysis.noise_results import GradientNoise, NoiseScale
+from analysis.results import Measured
+from curvature.errors import CheckFailedError, DataError, InputError
+from curvature.objective import Objective
+from curvature.output_metrics import example_shares
+from curvature.per_example import gradient_moments
+from curvature.results import mean_and_stderr, student_quantile
+
+__all__ = ["gradient_noise", "noise_scale_from_two_sizes", "projections"]
+
+
+def gradient_noise(objective: Objective, *, confidence: float = 0.95) -> GradientNoise:
+    """Measure the covariance of single examples' gradients and all that batch sizes are judged by.
+
+    With t_i = |g_i - g|^2 and u_i = 2 (g_i'g - |g|^2), the spread over examples of t_i and u_i - t_i / N gives the
+    errors of tr S and |G|^2 and their covariance (delta method), Fieller's theorem the interval of their ratio. Where
+    the noise drowns the mean the interval is wide rather than short: 4 g'S g / N is then above the variance of |G|^2.
+
+    Cost: one pass of `gradient_moments`, and one product with the Jacobian of the outputs.
+
+    Args:
+        objective: with `loss=`, examples along the first dimension, in an order that is the same at every pass.
+        confidence: of the interval of the noise scale.
+
+    Raises:
+        DataError: for fewer than two examples that count, for a loader that shuffles, and as `gradient_moments`.
+        InputError: for a confidence outside (0, 1), data on several ranks, and as `gradient_moments`.
+        CheckFailedError: if the examples' inner products with g do not average to |g|^2.
+
+    Reference: McCandlish, Kaplan, Amodei et al. (2018), An empirical model of large-batch training; Fieller (1954).
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> x, y = torch.eye(2), torch.tensor([[1.0], [3.0]])  # gradients (-2, 0) and (0, -6)
+        >>> noise = gradient_noise(Objective(model, nn.MSELoss(), (x, y)))
+        >>> noise.trace.value, noise.mean_squared_norm
+        (20.0, 10.0)
+    """
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence}.")
+    if objective.process_group is not None:
+        raise InputError("gradient noise is measured on one rank; gather the data there, or measure each rank's own.")
+    clock = time.perf_counter()
+    moments = gradient_moments(objective)
+    factor, share2 = moments.unbiased_factor, moments.sum_squared_shares
+    if not math.isfinite(factor):
+        raise DataError("the covariance of gradients needs at least two examples that count; pass more data.")
+    p = moments.weights / moments.weights.sum()
+    loss, along = projections(objective, moments.mean)
+    if objective.shuffles:
+        raise DataError("the loader shuffles, but two passes must meet the examples in one order; pass list(loader).")
+    assert moments.squared_norms is not None
+    square = float(moments.mean.double().square().sum())
+    norms = moments.squared_norms.double()
+    spread = (norms - 2 * along + square).clamp_min(0)  # t_i = |g_i - g|^2
+    biased = float(moments.trace.double())
+    gap, rounding = abs(float(p @ along) - square), float(p @ norms) + square
+    if not gap <= 100 * torch.finfo(moments.mean.dtype).eps * rounding:
+        raise CheckFailedError(
+            f"inner products of the examples' gradients with the mean average to {float(p @ along):.6g}, not |g|^2 = "
+            f"{square:.6g}: two passes over the data met different examples; pass a list of batches."
+        )
+    trace = factor * biased
+    of_trace = factor * (spread - biased)
+    of_square = 2 * (along - square) - share2 * of_trace
+    deviations = torch.stack([of_trace, of_square])
+    covariance = factor * (deviations * p.square()) @ deviations.T
+    signal = square - share2 * trace
+    quantile = student_quantile(int(1 / share2) - 1, confidence)
+    lower, upper = _fieller(trace, signal, covariance, quantile)
+    parallel = factor * float(p @ (along - square).square())
+    orthogonal = factor * max(0.0, float(p @ norms) - float(p @ along.square()) / square) if square > 0 else trace
+    variance, noisy = moments.variance.double() * factor, moments.variance > 0
+    ratios = (moments.mean.double().square() / variance)[noisy]
+    stderr = covariance.diagonal().clamp_min(0).sqrt().tolist()
+    layer_traces = moments.layer_traces * factor
+    return GradientNoise(
+        num_examples=moments.num_examples,
+        effective_examples=1 / share2,
+        loss=loss,
+        mean_squared_norm=square,
+        trace=Measured(value=trace, stderr=stderr[0]),
+        squared_norm=Measured(value=signal, stderr=stderr[1]),
+        noise_scale=NoiseScale(
+            value=trace / signal if signal != 0 else math.inf, lower=lower, upper=upper, confidence=confidence
+        ),
+        parallel_variance=parallel,
+        orthogonal_variance=orthogonal,
+        mean_example_squared_norm=float(p @ norms),
+        layers=moments.layers,
+        layer_traces=layer_traces,
+        layer_squared_norms=moments.layer_mean_squared_norms - share2 * layer_traces,
+        layer_gsnr=moments.layer_gsnr / factor,
+        gsnr=float(ratios.mean()) if len(ratios) else math.nan,
+        evidence=1 - float(ratios.mean()) / share2 if len(ratios) else math.nan,
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
+    """Return the loss, and g_i'v for every example (N,), float64, g_i as `GradientNorms` defines it; v is (n,).
+
+    Cost: one product with the outputs' Jacobian, 0.7 gradients with graphs kept and 2 without.
+
+    Raises:
+        InputError: for v of another shape, or an objective that does not tell examples apart.
+        CheckFailedError: if a batch's outputs do not carry its examples along the first dimension.
+    """
+    if tuple(v.shape) != (objective.num_params,):
+        raise InputError(f"v must be of shape ({objective.num_params},), got {tuple(v.shape)}.")
+    found, weights, losses, terms = [], 0.0, 0.0, 0.0
+    for lin in objective.linearizations():
+        batch = lin.batch_outputs()
+        shares = example_shares(batch, "sequence")
+        weights += lin.weight
+        tangent = lin.jvp(v[None]).reshape(batch.outputs.shape)
+        with torch.enable_grad():
+            leaf = batch.outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(batch.rule.loss(leaf, batch.targets), leaf)
+        rates = (slope.double() * tangent.double()).flatten(1).sum(1)
+        if len(rates) != len(shares):
+            raise CheckFailedError(
+                f"{len(shares)} examples but {len(rates)} outputs in a batch: examples must lie along the first "
+                "dimension of the outputs; reshape them in forward=."
+            )
+        if lin.weight == 0:
+            rates = torch.zeros_like(rates)
+        else:
+            losses += float(lin.loss) * (1.0 if objective.sums else lin.weight)
+        found.append(torch.where(shares > 0, rates / shares, 0.0))
+        terms += float(shares.sum())
+    along = torch.cat(found)
+    return (losses, along * terms) if objective.sums else (losses / weights, along)
+
+
+def noise_scale_from_two_sizes(
+    small: Sequence[float] | Tensor,
+    big: Sequence[float] | Tensor,
+    *,
+    small_size: float,
+    big_size: float,
+    confidence: float = 0.95,
+) -> tuple[NoiseScale, Measured, Measured]:
+    """Return the noise scale, tr S and |G|^2 from squared gradient norms at two batch sizes, k measurements of each.
+
+        |G|^2 = (B |g_B|^2 - b |g_b|^2) / (B - b),    tr S = (|g_b|^2 - |g_B|^2) / (1 / b - 1 / B)
+
+    without bias for batches drawn independently; numerator and denominator are averaged before they are divided. Pairs
+    may depend on each other (the small batch a part of the big one), measurements must not.
+
+    Args:
+        small: (k,), |g_b|^2.
+        big: (k,), |g_B|^2.
+        small_size: b, in examples.
+        big_size: B > b.
+        confidence: of the interval (Fieller), by Student's t with k - 1 degrees of freedom.
+
+    Raises:
+        InputError: for sizes that do not satisfy 0 < b < B, unequal or fewer than two measurements.
+
+    Reference: McCandlish et al. (2018), appendix A.1.
+    """
+    a, b = (torch.as_tensor(values, dtype=torch.float64) for values in (small, big))
+    if not 0 < small_size < big_size:
+        raise InputError(f"sizes must satisfy 0 < small_size < big_size, got {small_size} and {big_size}.")
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise InputError(
+            f"small and big must be two lists of one length, at least 2, got {tuple(a.shape)}, {tuple(b.shape)}."
+        )
+    squares = (big_size * b - small_size * a) / (big_size - small_size)
+    traces = (a - b) / (1 / small_size - 1 / big_size)
+    means, errors = mean_and_stderr(torch.stack([traces, squares]), dim=1)
+    covariance = torch.cov(torch.stack([traces, squares])) / len(a)
+    trace, square = means.tolist()
+    lower, upper = _fieller(trace, square, covariance, student_quantile(len(a) - 1, confidence))
+    value = trace / square if square != 0 else math.inf
+    scale = NoiseScale(value=value, lower=lower, upper=upper, confidence=confidence)
+    of_trace, of_square = errors.tolist()
+    return scale, Measured(value=trace, stderr=of_trace), Measured(value=square, stderr=of_square)
+
+
+def _fieller(a: float, b: float, covariance: Tensor, quantile: float) -> tuple[float, float]:
+    """Return the R >= 0 with (a - R b)^2 <= q^2 Var(a - R b), as an interval; a >= 0."""
+    (va, vab), (_, vb) = (quantile**2 * covariance).tolist()
+    A, half, C = b * b - vb, a * b - vab, a * a - va
+    root = math.sqrt(max(0.0, half * half - A * C))
+    if A > 0 and b > 0:
+        return max(0.0, (half - root) / A), max(0.0, (half + root) / A)
+    if C <= 0:
+        return 0.0, math.inf
+    if A > 0:  # |G|^2 is estimated as negative beyond its error, as happens by chance
+        return a / math.sqrt(vb) if vb > 0 else math.inf, math.inf
+    return C / (half + root) if half + root > 0 else math.inf, math.inf
