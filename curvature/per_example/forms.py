@@ -73,10 +73,10 @@ class Form(ABC):
         """Return sum_i factors_i h_i^2, (numel,), unless `factors` is None; and |h_i|^2, (number of parameters, N)."""
         total, norms = None, []
         for start, stop in self.chunks(chunk_bytes):
-            squared = self.dense(start, stop).square()
-            norms.append(torch.stack([part.sum(1) for part in squared.split(self.numels, dim=1)]))
+            dense = self.dense(start, stop)
+            norms.append(torch.stack([_squared_norms(part) for part in dense.split(self.numels, dim=1)]))
             if factors is not None:
-                part = factors[start:stop] @ squared
+                part = factors[start:stop] @ dense.square()
                 total = part if total is None else total.add_(part)
         return total, torch.cat(norms, dim=1)
 
@@ -196,11 +196,12 @@ class Factors(Form):
 
     def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
         if self.rows == 1:
-            d, a = self.left[:, :, 0].square(), self.right.take(0, self.num_examples)[:, :, 0].square()
-            norms = (d.sum(2) * a.sum(2)).sum(1)[None]
+            d, a = self.left[:, :, 0], self.right.take(0, self.num_examples)[:, :, 0]
+            norms = (_squared_norms(d) * _squared_norms(a)).sum(1)[None]
             if factors is None:
                 return None, norms
-            return torch.einsum("ngq,ngp->gqp", d * factors[:, None, None], a).reshape(-1), norms
+            weighted = d.square().mul_(factors[:, None, None])
+            return torch.einsum("ngq,ngp->gqp", weighted, a.square()).reshape(-1), norms
         if factors is None and self._ghost_is_cheaper:
             return None, self._ghost_norms(chunk_bytes)
         return super().squares(factors, chunk_bytes)
@@ -341,6 +342,11 @@ def _as_rows(form: Form, max_bytes: int) -> Factors | None:
         return form.as_factors()
     plain = isinstance(form, Factors) and form.groups == 1 and isinstance(form.right, Rows)
     return form if plain else None  # type: ignore[return-value]
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Return |x|^2 over the last dimension, without an array of squares."""
+    return torch.linalg.vector_norm(x, dim=-1).square_()
 
 
 def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,11 +232,11 @@ def _collect(
     if total == 0:
         raise DataError("the weights of all examples are zero: no target counts (all ignored or masked?).")
     unit = total if objective.sums else 1.0  # of gradients: a summed loss is that many times the mean
-    mean = gradient if objective.sums else gradient / total
-    second = None if squares is None else squares * (unit**2 / total)
+    mean = gradient if objective.sums else gradient.div_(total)
+    second = None if squares is None else squares.mul_(unit**2 / total)
     layers = space.blocks
     by_layer = [list(block.positions) for block in layers]
-    of_mean = torch.stack([block.take(mean).square().sum() for block in layers])
+    of_mean = torch.stack([block.take(mean).norm().square() for block in layers])
     if second is None:
         assert weighted_norms is not None
         of_second = torch.stack([weighted_norms[at].sum() for at in by_layer]) * (unit**2 / total)
