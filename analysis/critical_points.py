@@ -1,0 +1,226 @@
+"""Is this point a minimum, a saddle, a plateau, or none of them: the gradient against its noise, curvature by sign.
+
+Reference: Dauphin, Pascanu, Gulcehre, Cho, Ganguli and Bengio (2014), Identifying and attacking the saddle point
+problem in high-dimensional non-convex optimization; Szekely and Bakirov (2003), Extremal probabilities for Gaussian
+quadratic forms, for the bound on the probability of a gradient so large.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
+from analysis.results import Measured
+from analysis.symmetries import rescaling_symmetries
+from curvature.errors import CheckFailedError, DataError, InputError
+from curvature.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.per_example import gradient_norms
+from curvature.planning import SpectrumPlan
+from curvature.shift import loss_at
+from curvature.spectral import spectrum
+from curvature.spectrum_results import Spectrum
+
+__all__ = ["critical_points", "gradient_p_value"]
+
+_EXTREMAL = 1.5365  # beyond this ratio one degree of freedom has the heaviest tail of all quadratic forms
+
+
+def gradient_p_value(ratio: float) -> float:
+    """Return a bound on the probability of |g|^2 / E|g|^2 >= ratio for a normal g of mean zero and any covariance.
+
+    Of all forms sum_i w_i z_i^2 with z_i standard normal and weights w_i >= 0 that add up to 1, a single square has the
+    heaviest tail beyond 1.5365: P <= erfc((ratio / 2)^(1/2)) there. Below, the bound is 1.
+    """
+    return math.erfc((ratio / 2) ** 0.5) if ratio > _EXTREMAL else 1.0
+
+
+def critical_points(
+    objective: Objective,
+    *,
+    significance: float = 0.01,
+    gradient_tolerance: float | None = None,
+    flatness: float = 1e-3,
+    num_bottom: int = 5,
+    num_probes: int = 4,
+    num_steps: int = 30,
+    reach: float | None = None,
+    num_points: int = 21,
+    symmetries: bool = True,
+    generator: torch.Generator,
+) -> CriticalPoint:
+    """Judge the objective's point: critical or not, and of which kind.
+
+    - "not critical": the gradient is larger than its noise explains (p < significance) and than `gradient_tolerance`.
+    - "plateau": no eigenvalue is beyond the tolerance of zero.
+    - "saddle": eigenvalues below -tolerance are certain, and others above it. "maximum": none above.
+    - "minimum": none was found below, allowing for residuals. Unless H was built in full, an eigenvalue that few
+      directions share may be missed: the bound on the index is certain, its being zero is not.
+    - "undecided": the smallest eigenvalue found is within its residual of the tolerance.
+
+    Over data of finite size a gradient within its noise says that the point may be critical for all data of interest;
+    for these very data it is critical only where |g| itself is about zero.
+
+    Cost: per-example gradient norms, a spectrum (num_probes x num_steps products), `num_points` losses, and with
+    `symmetries` about 6 losses and 2 products for each layer.
+
+    Args:
+        objective: the loss at its point.
+        significance: p-value below which the gradient counts as not zero.
+        gradient_tolerance: |g| at most this counts as zero whatever the noise, loss / parameter. Default: what rounding
+            leaves of it: 10 eps^(1/2) times the root mean square of per-example gradients, or 10 eps |H| |theta| if
+            that is larger; needed where single gradients are not to be had.
+        flatness: tolerance of the curvature as a share of the largest |eigenvalue|.
+        num_bottom: smallest eigenpairs to find.
+        num_probes: of the density.
+        num_steps: block Lanczos steps.
+        reach: longest step along the escape line. Default: a tenth of |theta|, or 1 at zero.
+        num_points: losses along it; made odd.
+        symmetries: whether to try scales of layers.
+        generator: source of the probes, on the objective's device.
+
+    Raises:
+        InputError: for arguments out of range, or without per-example gradients and without `gradient_tolerance`.
+        NonFiniteError: if a product is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        >>> for p in model.parameters():
+        ...     _ = nn.init.zeros_(p)
+        >>> data = (torch.ones(4, 1), torch.ones(4, 1))
+        >>> point = critical_points(Objective(model, nn.MSELoss(), data), generator=torch.Generator().manual_seed(0))
+        >>> point.kind, point.index_at_least, point.escape.drop > 0  # of (1 - v w)^2
+        ('saddle', 1, True)
+    """
+    _check(significance, gradient_tolerance, flatness, reach, num_points)
+    notes: list[str] = []
+    loss, gradient = objective.loss_and_gradient()
+    norm = float(gradient.norm())
+    noise, floor = _noise(objective, gradient_tolerance, notes)
+    p_value = None if noise is None else gradient_p_value((norm / noise) ** 2 if noise > 0 else math.inf * bool(norm))
+    plan = SpectrumPlan(
+        k=1, num_bottom=min(num_bottom, objective.num_params), num_probes=num_probes, num_steps=num_steps, num_groups=0
+    )
+    found = spectrum(HessianOperator(objective), plan, generator=generator)
+    notes += found.notes
+    low, high = found.bottom.eigenvalues, found.top.eigenvalues
+    lowest = Measured(value=float(low[-1]), stderr=float(found.bottom.residual_norms[-1]))
+    largest = Measured(value=float(high[0]), stderr=float(found.top.residual_norms[0]))
+    tolerance = flatness * max(abs(lowest.value), abs(largest.value))
+    if gradient_tolerance is None:  # what rounding of theta makes of the gradient, where single ones vanish, too
+        bend = max(abs(lowest.value), abs(largest.value))
+        floor = max(floor, 10 * torch.finfo(objective.dtype).eps * bend * float(objective.space.current().norm()))
+    at_least = int((low < -tolerance).sum())
+    index = _count(found, lambda x: (x < -tolerance).double(), at_least)
+    if found.exact:
+        at_least = round(index.value)
+    kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact)
+    direction = found.bottom.eigenvectors[:, -1].to(gradient)
+    direction = -direction if float(gradient @ direction) > 0 else direction
+    trials, flat = rescaling_symmetries(objective) if symmetries else ((), None)
+    if flat is not None and flat.shape[1] > 1 and int(torch.linalg.matrix_rank(flat)) < flat.shape[1]:
+        notes.append("Some of the symmetries that hold are combinations of others.")
+    return CriticalPoint(
+        kind=kind,
+        why=why,
+        loss=float(loss),
+        gradient_norm=norm,
+        gradient_noise=noise,
+        p_value=p_value,
+        lowest=lowest,
+        largest=largest,
+        tolerance=tolerance,
+        index_at_least=at_least,
+        index=index,
+        nullity=_count(found, lambda x: (x.abs() <= tolerance).double(), 0),
+        exact=found.exact,
+        direction=direction,
+        escape=_escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points),
+        symmetries=trials,
+        num_matvecs=found.num_matvecs + len(trials),
+        notes=tuple(notes),
+    )
+
+
+def _noise(objective: Objective, given: float | None, notes: list[str]) -> tuple[float | None, float]:
+    """Return the noise of |g| and the |g| that counts as zero."""
+    try:
+        norms = gradient_norms(objective)
+    except (CheckFailedError, DataError, InputError) as error:
+        if given is None:
+            raise InputError(
+                f"per-example gradients are not to be had ({error}) so nothing says how large a gradient is noise; "
+                "pass gradient_tolerance=."
+            ) from error
+        notes.append(f"The gradient's noise is not known: {error}")
+        return None, given
+    second = float(norms.trace + norms.mean_squared_norm)
+    rounding = 10 * torch.finfo(objective.dtype).eps ** 0.5 * second**0.5
+    floor = rounding if given is None else given
+    variance = norms.sum_squared_shares * float(norms.unbiased_trace)
+    if math.isnan(variance):
+        notes.append("One example says nothing of the gradient's noise.")
+        return None, floor
+    return variance**0.5, floor
+
+
+def _count(found: Spectrum, inside: object, at_least: int) -> Measured:
+    estimate = found.spectral_sum(inside)  # type: ignore[arg-type]
+    stderr = math.hypot(float(estimate.stderr), float(estimate.rule))
+    return Measured(value=max(float(estimate.value), float(at_least)), stderr=stderr)
+
+
+def _judge(
+    norm: float,
+    floor: float,
+    p_value: float | None,
+    significance: float,
+    lowest: Measured,
+    largest: Measured,
+    tolerance: float,
+    at_least: int,
+    exact: bool,
+) -> tuple[PointKind, str]:
+    if norm > floor and (p_value is None or p_value < significance):
+        unlikely = "is larger than the tolerance" if p_value is None else f"exceeds its noise (p <= {p_value:.1g})"
+        return "not critical", f"the gradient {unlikely}"
+    if largest.value == lowest.value == 0:
+        return "plateau", "all eigenvalues found are zero"
+    if at_least > 0:
+        if largest.value <= tolerance:
+            return "maximum", "no eigenvalue found is positive"
+        return "saddle", f"{'' if exact else 'at least '}{at_least} eigenvalues are certainly negative"
+    if lowest.value - lowest.stderr < -tolerance:
+        return "undecided", "the residual of the smallest eigenvalue reaches below zero; spend more num_steps"
+    sure = "H was built in full" if exact else "none was found, though one may have been missed"
+    return "minimum", f"no eigenvalue is negative beyond the tolerance: {sure}"
+
+
+def _escape(
+    objective: Objective, u: Tensor, slope: float, curvature: float, reach: float | None, num_points: int
+) -> EscapeLine:
+    theta = objective.space.current()
+    reach = reach or 0.1 * float(theta.norm()) or 1.0
+    half = num_points // 2
+    steps = torch.linspace(-1, 1, 2 * half + 1, dtype=torch.float64) * reach
+    steps[half] = 0.0
+    losses = [loss_at(objective, theta + t * u.to(theta)).value for t in steps.tolist()]
+    return EscapeLine(steps=steps, losses=torch.tensor(losses, dtype=torch.float64), slope=slope, curvature=curvature)
+
+
+def _check(
+    significance: float, gradient_tolerance: float | None, flatness: float, reach: float | None, num_points: int
+) -> None:
+    for name, value in (("significance", significance), ("flatness", flatness)):
+        if not 0 < value < 1:
+            raise InputError(f"{name} must lie in (0, 1), got {value}.")
+    if gradient_tolerance is not None and not gradient_tolerance >= 0:
+        raise InputError(f"gradient_tolerance must not be negative, got {gradient_tolerance}.")
+    if reach is not None and not (reach > 0 and math.isfinite(reach)):
+        raise InputError(f"reach must be positive and finite, got {reach}.")
+    if num_points < 3:
+        raise InputError(f"num_points must be at least 3, got {num_points}.")
