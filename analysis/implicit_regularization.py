@@ -1,0 +1,262 @@
+"""What finite steps add to the loss: the penalties on gradients that SGD follows without being told.
+
+By backward error analysis the mean iterate after an epoch of m steps in random order lies, up to O(m^3 lr^3), on the
+flow of
+
+    C + lr/4 |grad C|^2 + lr/4 (1/m) sum_k |grad C_k - grad C|^2
+
+with C_k the loss of batch k and C their mean (Smith, Dherin, Barrett and De 2021; for one batch Barrett and Dherin
+2020). Weight decay (L2) is part of every C_k: it enters |grad C|^2 and leaves the variance alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from analysis.gradient_noise import projections
+from analysis.regularization_results import (
+    ImplicitRegularization,
+    PenaltyDirection,
+    expected_batch_variance,
+    momentum_factors,
+)
+from curvature.errors import DataError, InputError
+from curvature.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.per_example import gradient_norms
+from curvature.results import EigenPairs
+from curvature.shift import shifted
+
+__all__ = ["adam_correction", "implicit_regularization", "penalty_gradients"]
+
+
+def implicit_regularization(
+    objective: Objective,
+    *,
+    lr: float,
+    batch_size: int | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    directions: bool = False,
+    top: EigenPairs | None = None,
+) -> ImplicitRegularization:
+    """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
+
+    Cost: a gradient (without `batch_size`) or a pass over single examples (with it); for `directions` two Hessian
+    products a batch; with `top` two more over all data for each penalty.
+
+    Args:
+        objective: its batches are the C_k, each counted alike whatever its size, as SGD does.
+        lr: learning rate, positive.
+        batch_size: B; then the variance is the expectation over all partitions of the N examples into batches of B, and
+            directions are those of the batches at hand cut to B, scaled to it. None takes the batches as they are.
+        momentum: heavy-ball beta in [0, 1) as `torch.optim.SGD` has it; see `momentum_factors`.
+        weight_decay: lambda >= 0 of `torch.optim.SGD`.
+        directions: also return the gradients of both penalties.
+        top: eigenpairs of the Hessian of the loss; adds angles and the change of the largest eigenvalue.
+
+    Raises:
+        InputError: for arguments out of range, or several ranks.
+        DataError: if no batch counts, or as `gradient_norms`.
+
+    Reference: Smith, Dherin, Barrett and De (2021), On the origin of implicit regularization in stochastic gradient
+    descent, eq. 20 and appendix A; Barrett and Dherin (2020), Implicit gradient regularization.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> x, y = torch.ones(2, 1), torch.tensor([[1.0], [3.0]])  # gradients -2 and -6
+        >>> found = implicit_regularization(Objective(model, nn.MSELoss(), (x, y)), lr=0.5, batch_size=1)
+        >>> found.full_penalty, found.batch_penalty, found.modified_loss
+        (2.0, 0.5, 7.5)
+    """
+    _validate(objective, lr, batch_size, momentum, weight_decay)
+    space = objective.space
+    if batch_size is None:
+        loss, g, variances, sizes = _of_batches(objective)
+        num_batches, B = float(len(sizes)), sum(sizes) / len(sizes)
+        examples, gamma, stderr = math.nan, math.nan, math.nan
+    else:
+        norms = gradient_norms(objective)
+        examples = 1 / norms.sum_squared_shares
+        if batch_size > norms.num_examples:
+            raise InputError(f"batch_size must be at most the {norms.num_examples} examples, got {batch_size}.")
+        B, num_batches = float(batch_size), examples / batch_size
+        loss, g, gamma = float(objective.loss()), norms.mean, float(norms.trace.double())
+        share = expected_batch_variance(1.0, examples, B)
+        variances = norms.layer_traces.double() * share
+        stderr = share * _trace_stderr(objective, norms.squared_norms, norms.mean, norms.weights)
+    theta = torch.cat([t.detach().reshape(-1) for t in space.tensors.values()]).to(g)
+    whole = g + weight_decay * theta
+    P, V = momentum_factors(lr, momentum, num_batches)
+    full = batch = None
+    if directions or top is not None:
+        pieces = objective if batch_size is None else objective.cut(batch_size)
+        of_full, of_batch, _ = penalty_gradients(pieces, weight_decay=weight_decay)
+        scale = 1.0
+        if batch_size is not None:  # an estimate: one partition's, scaled to the batch size that was asked for
+            m = sum(1 for _ in pieces.linearizations())
+            realised = expected_batch_variance(1.0, examples, examples / m)
+            scale = expected_batch_variance(1.0, examples, B) / realised if realised > 0 else 0.0
+        full = _direction(objective, P * of_full, whole, top)
+        batch = _direction(objective, V * scale * of_batch, whole, top)
+    return ImplicitRegularization(
+        loss=loss + weight_decay / 2 * float(theta.double().square().sum()),
+        lr=lr,
+        momentum=momentum,
+        batch_size=B,
+        num_batches=num_batches,
+        squared_norm=float(whole.double().square().sum()),
+        batch_variance=float(variances.sum()),
+        batch_variance_stderr=stderr,
+        full_factor=P,
+        batch_factor=V,
+        layers=tuple(block.name for block in space.blocks),
+        layer_squared_norms=torch.stack([block.take(whole).double().square().sum() for block in space.blocks]),
+        layer_batch_variances=variances,
+        example_trace=gamma,
+        num_examples=examples,
+        full=full,
+        batch=batch,
+    )
+
+
+def penalty_gradients(objective: Objective, *, weight_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients (n,) of |g|^2 and of (1/m) sum_k |g_k - g|^2 over the objective's batches, and g, (n,).
+
+    2 H g and (2/m) sum_k H_k g_k - 2 H g, batches counted alike: two Hessian products a batch and a gradient, each on
+    one batch's graph. Weight decay adds lambda theta to every g_k and lambda to every H_k's diagonal.
+    """
+    g = _of_batches(objective)[1]
+    count, Hg, own = 0, torch.zeros_like(g), torch.zeros_like(g)
+    theta = torch.cat([t.detach().reshape(-1) for t in objective.space.tensors.values()]).to(g)
+    whole = g + weight_decay * theta
+    for lin in objective.linearizations():
+        if lin.weight == 0:
+            continue
+        products = lin.hvp(torch.stack([whole, lin.gradient() - g]))  # H_k g and H_k (g_k - g): nothing cancels
+        Hg += products[0]
+        own += products[1]
+        count += 1
+    # sum_k H_k g_k / m - H g = sum_k H_k (g_k - g) / m, decay and all: its terms lambda (g_k - g) add up to zero
+    return 2 * (Hg / count + weight_decay * whole), 2 * own / count, whole
+
+
+def adam_correction(
+    objective: Objective, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Tensor:
+    """Return what finite steps add to the gradient in the flow of full-batch Adam, (n,), once averages have settled.
+
+    Adam follows theta_j' = -(g_j + c_j) / (g_j^2 + eps)^(1/2) with
+
+        c_j = (lr/2) [(1 + b1) / (1 - b1) - (1 + b2) / (1 - b2) g_j^2 / (g_j^2 + eps)] d_j |g|_{1,eps},
+
+    |g|_{1,eps} = sum_i (g_i^2 + eps)^(1/2), whose gradient is one Hessian product, H (g / (g^2 + eps)^(1/2)). With the
+    usual betas the bracket is negative where |g_j|^2 is above eps: Adam then resists a fall of the one-norm.
+
+    Cost: a gradient and a Hessian product.
+
+    Args:
+        objective: C, taken as a full batch.
+        lr: learning rate.
+        betas: b1 of the gradient's average, b2 of its squares'; each in [0, 1).
+        eps: added to the square under the root; `torch.optim.Adam` adds its own beside the root.
+
+    Raises:
+        InputError: for arguments out of range.
+
+    Reference: Cattaneo, Klusowski and Shigida (2024), On the implicit bias of Adam, section 1 (eps inside the root,
+    bias corrections on).
+    """
+    if not (lr > 0 and eps > 0 and all(0 <= b < 1 for b in betas)):
+        raise InputError(f"lr and eps must be positive and betas in [0, 1), got {lr}, {eps} and {betas}.")
+    g = objective.gradient()
+    size = (g.square() + eps).sqrt()
+    pull = HessianOperator(objective) @ (g / size)
+    first, second = ((1 + b) / (1 - b) for b in betas)
+    return lr / 2 * (first - second * g.square() / size.square()) * pull
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _of_batches(objective: Objective) -> tuple[float, Tensor, Tensor, list[float]]:
+    """Return the mean loss, the mean gradient, the layers' variances over batches and the batches' weights."""
+    blocks = objective.space.blocks
+    mean: Tensor | None = None
+    spread = torch.zeros(len(blocks), dtype=torch.float64, device=objective.device)
+    losses, sizes = 0.0, []
+    for lin in objective.linearizations():
+        if lin.weight == 0:
+            continue
+        sizes.append(lin.weight)
+        losses += float(lin.loss)
+        row = lin.gradient().double()
+        mean = torch.zeros_like(row) if mean is None else mean
+        change, count = row - mean, len(sizes)  # Welford: no difference of large sums
+        mean = mean + change / count
+        spread += torch.stack([block.take(change).square().sum() for block in blocks]) * (count - 1) / count
+    if mean is None:
+        raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
+    return losses / len(sizes), mean.to(objective.dtype), spread / len(sizes), sizes
+
+
+def _trace_stderr(objective: Objective, squares: Tensor | None, g: Tensor, weights: Tensor) -> float:
+    """Return the error of Gamma over data of the same size, from the spread of |g_i - g|^2."""
+    assert squares is not None
+    p = weights / weights.sum()
+    _, along = projections(objective, g)
+    deviations = squares.double() - 2 * along + float(g.double().square().sum())
+    rest = 1 - float(p.square().sum())
+    centred = deviations - float(p @ deviations)
+    return math.sqrt(float(p.square() @ centred.square()) / rest) if rest > 1e-12 else math.nan
+
+
+def _direction(objective: Objective, gradient: Tensor, g: Tensor, top: EigenPairs | None) -> PenaltyDirection:
+    norm = float(gradient.double().norm())
+    size = norm * float(g.double().norm())
+    cosines = change = None
+    if top is not None:
+        U = top.eigenvectors.to(gradient)
+        cosines = (U.T @ gradient).abs() / norm if norm > 0 else torch.full_like(U[0], torch.nan)
+        change = -_eigenvalue_slope(objective, U[:, 0], gradient)
+    cosine = float(gradient.double() @ g.double()) / size if size > 0 else math.nan
+    return PenaltyDirection(
+        gradient=gradient, norm=norm, cosine_with_gradient=cosine, cosines_with_top=cosines, sharpness_change=change
+    )
+
+
+def _eigenvalue_slope(objective: Objective, u: Tensor, d: Tensor) -> float:
+    """Return d/dt u'H(theta + t d)u at t = 0, by a central difference; lambda's slope, if u is its eigenvector."""
+    length = float(d.norm())
+    if length == 0:
+        return 0.0
+    theta = torch.cat([t.detach().reshape(-1) for t in objective.space.tensors.values()]).to(d)
+    reach = torch.finfo(d.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm()))  # error O(reach^2) and O(eps / reach)
+    there = objective.restrict(objective.space.tensors)
+    bends = []
+    for sign in (1.0, -1.0):
+        with shifted(there, theta + sign * reach / length * d):
+            there.release()
+            bends.append(float(u.double() @ (HessianOperator(there) @ u).double()))
+    there.release()
+    return (bends[0] - bends[1]) / (2 * reach) * length
+
+
+def _validate(objective: Objective, lr: float, batch_size: int | None, momentum: float, weight_decay: float) -> None:
+    if not lr > 0 or not math.isfinite(lr):
+        raise InputError(f"lr must be positive and finite, got {lr}.")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+    if not 0 <= momentum < 1:
+        raise InputError(f"momentum must lie in [0, 1), got {momentum}.")
+    if not weight_decay >= 0:
+        raise InputError(f"weight_decay must not be negative, got {weight_decay}.")
+    if batch_size is not None and objective.sums:
+        raise InputError('batch_size= needs a loss that averages; use reduction="mean", or the batches as they are.')
+    if objective.process_group is not None:
+        raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")

@@ -1,0 +1,188 @@
+"""What implicit regularization and backward error analysis are found to be: frozen records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.results import _Record
+
+__all__ = [
+    "BackwardError",
+    "ImplicitRegularization",
+    "PenaltyDirection",
+    "expected_batch_variance",
+    "momentum_factors",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyDirection(_Record):
+    """The gradient of a penalty: where it pulls against the loss, and against curvature."""
+
+    _large = ("gradient",)
+
+    gradient: Tensor
+    """(n,), of the penalty; loss / parameter."""
+    norm: float
+    """Its length; loss / parameter."""
+    cosine_with_gradient: float
+    """With the loss gradient; -1 to 1, NaN where one of them is zero."""
+    cosines_with_top: Tensor | None
+    """(k,), absolute cosines with the eigenvectors given; None if none were."""
+    sharpness_change: float | None
+    """d lambda_max / dt of the flow along minus this gradient, by first-order perturbation of the largest eigenvalue
+    given; 1 / parameter^2 per unit of lr x steps x loss. None if none was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitRegularization(_Record):
+    """The loss that the mean iterate of SGD descends, C + P |g|^2 + V (1/m) sum_k |g_k - g|^2, and its parts."""
+
+    loss: float
+    """C, the mean over batches."""
+    lr: float
+    """Learning rate."""
+    momentum: float
+    """Heavy-ball momentum beta."""
+    batch_size: float
+    """B in examples; the mean where batches differ."""
+    num_batches: float
+    """m of an epoch."""
+    squared_norm: float
+    """|g|^2, weight decay included; (loss / parameter)^2."""
+    batch_variance: float
+    """(1/m) sum_k |g_k - g|^2, of the batches at hand or expected over all partitions; (loss / parameter)^2."""
+    batch_variance_stderr: float
+    """One standard error over data of the same size; NaN where it is not known."""
+    full_factor: float
+    """P, lr / 4 for plain SGD; parameter^2 / loss."""
+    batch_factor: float
+    """V, lr / 4 for plain SGD; parameter^2 / loss."""
+    layers: tuple[str, ...]
+    """Names of the L modules that own parameters."""
+    layer_squared_norms: Tensor
+    """(L,), |g|^2 of each layer."""
+    layer_batch_variances: Tensor
+    """(L,), the layers' parts of `batch_variance`."""
+    example_trace: float
+    """Gamma = (1/N) sum_i |g_i - g|^2; NaN where only batches were looked at."""
+    num_examples: float
+    """N; NaN where only batches were looked at."""
+    full: PenaltyDirection | None
+    """Gradient of `full_penalty`; None if not asked for."""
+    batch: PenaltyDirection | None
+    """Gradient of `batch_penalty`; None if not asked for."""
+
+    @property
+    def full_penalty(self) -> float:
+        """P |g|^2, the penalty of full-batch descent; loss."""
+        return self.full_factor * self.squared_norm
+
+    @property
+    def batch_penalty(self) -> float:
+        """V (1/m) sum_k |g_k - g|^2, what the noise of batches adds; loss."""
+        return self.batch_factor * self.batch_variance
+
+    @property
+    def modified_loss(self) -> float:
+        """The sum of loss and penalties; loss."""
+        return self.loss + self.full_penalty + self.batch_penalty
+
+    @property
+    def layer_full_penalties(self) -> Tensor:
+        """(L,), the layers' parts of `full_penalty`."""
+        return self.full_factor * self.layer_squared_norms
+
+    @property
+    def layer_batch_penalties(self) -> Tensor:
+        """(L,), the layers' parts of `batch_penalty`."""
+        return self.batch_factor * self.layer_batch_variances
+
+    def batch_penalty_at(self, batch_size: float) -> float:
+        """Return lr / 4 (N - B) / (N - 1) Gamma / B for plain SGD at another batch size B; NaN without Gamma."""
+        if math.isnan(self.example_trace):
+            return math.nan
+        factor = momentum_factors(self.lr, self.momentum, self.num_examples / batch_size)[1]
+        return factor * expected_batch_variance(self.example_trace, self.num_examples, batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardError(_Record):
+    """How far the mean iterate after an epoch of SGD is from three flows, for several learning rates (E,)."""
+
+    lrs: Tensor
+    """(E,), ascending."""
+    num_batches: int
+    """m, steps of an epoch."""
+    num_epochs: int
+    """Epochs run."""
+    num_orders: int
+    """Orders of the batches that the mean is over."""
+    orders: str
+    """"all", "reverse" (an order and its reverse) or "single"."""
+    to_loss: Tensor
+    """(E,), distance to the flow of C; parameters, as for all distances."""
+    to_full: Tensor
+    """(E,), distance to the flow of C + lr/4 |grad C|^2."""
+    to_modified: Tensor
+    """(E,), distance to the flow of C + lr/4 (1/m) sum_k |grad C_k|^2."""
+    moved: Tensor
+    """(E,), distance of the mean iterate from the start."""
+    integrator_error: Tensor
+    """(E,), error of the flows' integration, estimated by half the steps."""
+    num_gradients: int
+    """Gradients of single batches that were spent, a Hessian product counted as two."""
+
+    def slopes(self, which: str = "to_modified") -> Tensor:
+        """Return the order of a distance in lr between neighbouring rates, (E - 1,): d log distance / d log lr."""
+        distance: Tensor = getattr(self, which)
+        return distance.log().diff() / self.lrs.log().diff()
+
+    @property
+    def fails_from(self) -> float | None:
+        """The least lr from which on the modified flow is no nearer than that of C, at every greater lr measured."""
+        fails = ~(self.to_modified < self.to_loss)
+        run = fails.flip(0).long().cumprod(0).flip(0).bool()
+        return float(self.lrs[run][0]) if bool(run.any()) else None
+
+
+def expected_batch_variance(example_trace: float, num_examples: float, batch_size: float) -> float:
+    """Return the mean over all partitions of (1/m) sum_k |g_k - g|^2: (N - B) / (N - 1) Gamma / B; 0 for B = N = 1.
+
+    Raises:
+        InputError: unless 0 < B <= N.
+    """
+    if not 0 < batch_size <= num_examples * (1 + 1e-9):
+        raise InputError(f"batch_size must lie in (0, {num_examples:g}], the number of examples, got {batch_size}.")
+    if num_examples <= 1:
+        return 0.0
+    return max(0.0, num_examples - batch_size) / (num_examples - 1) * example_trace / batch_size
+
+
+def momentum_factors(lr: float, momentum: float, num_batches: float) -> tuple[float, float]:
+    """Return the factors of |g|^2 and of (1/m) sum_k |g_k - g|^2 for SGD with heavy-ball momentum beta.
+
+    With h = lr / (1 - beta), the step that momentum makes of a constant gradient, the iterate of full-batch descent
+    follows the flow of C + (h/4) (1 + beta) / (1 - beta) |grad C|^2, C~ of Ghosh et al. over its constant 1 / (1 -
+    beta). For batches in random order an epoch's second-order term differs from that of the full batch by
+
+        -h^2 sum_{a > b} (1 - beta^(a - b)) / (m - 1)  times  (1/m) sum_k H_k g_k - H g,
+
+    which gives the factor (h/4) (1 - 2 / (m (m - 1)) sum_{d < m} (m - d) beta^d): momentum amplifies the penalty of
+    the full batch, not that of the noise. The velocity of an epoch is let run out; epochs are independent.
+    `num_batches` need not be whole; below 2 there is no noise to weigh and the factor is h/4.
+
+    Reference: Ghosh, Lyu, Zhang and Wang (2023), Implicit regularization in heavy-ball momentum accelerated stochastic
+    gradient descent, theorem 4.1, for the first factor; the second is the argument of Smith et al. (2021) with weights.
+    """
+    h, m = lr / (1 - momentum), round(num_batches)
+    full = h / 4 * (1 + momentum) / (1 - momentum)
+    if m < 2 or momentum == 0:
+        return full, h / 4
+    b = momentum
+    lost = (m * b * (1 - b) - b * (1 - b**m)) / (1 - b) ** 2  # sum_{d < m} (m - d) b^d
+    return full, h / 4 * (1 - 2 * lost / (m * (m - 1)))

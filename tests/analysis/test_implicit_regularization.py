@@ -1,0 +1,286 @@
+"""Implicit regularization against partitions and orders enumerated one by one, and flows integrated by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analysis.implicit_regularization import adam_correction, implicit_regularization, penalty_gradients
+from analysis.regularization_results import expected_batch_variance, momentum_factors
+from curvature import HessianOperator, Objective
+from curvature.errors import InputError
+from curvature.linalg import eigsh
+
+LOSS = nn.MSELoss()
+
+
+def problem(count: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    return model, x, torch.randn(count, 1, generator=generator, dtype=torch.float64)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the loss as a function of the flat parameters, by `functional_call`."""
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+
+    def value(flat: Tensor) -> Tensor:
+        parts = [s.reshape(shape) for s, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+        return LOSS(torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (x,)), y)
+
+    return value
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def partitions(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]]]:
+    if not items:
+        return [[]]
+    first, rest = items[0], items[1:]
+    found = []
+    for others in itertools.combinations(rest, size - 1):
+        left = tuple(i for i in rest if i not in others)
+        found += [[(first, *others), *more] for more in partitions(left, size)]
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
+def test_expected_variance_is_the_mean_over_all_partitions(batch_size: int) -> None:
+    model, x, y = problem()
+    theta = flat(model)
+    g = torch.func.grad(loss_of(model, x, y))(theta)
+    values = []
+    for partition in partitions(tuple(range(6)), batch_size):
+        rows = torch.stack([torch.func.grad(loss_of(model, x[list(k)], y[list(k)]))(theta) for k in partition])
+        values.append(float((rows - g).square().sum(1).mean()))
+    found = implicit_regularization(Objective(model, LOSS, (x, y)), lr=0.2, batch_size=batch_size)
+    assert found.batch_variance == pytest.approx(sum(values) / len(values), rel=1e-10, abs=1e-15)
+    assert found.batch_penalty == pytest.approx(0.05 * found.batch_variance, rel=1e-12)
+    assert found.full_penalty == pytest.approx(0.05 * float(g @ g), rel=1e-10)
+    assert found.loss == pytest.approx(float(loss_of(model, x, y)(theta)), rel=1e-10)
+    assert float(found.layer_batch_penalties.sum()) == pytest.approx(found.batch_penalty, rel=1e-10, abs=1e-15)
+    assert float(found.layer_full_penalties.sum()) == pytest.approx(found.full_penalty, rel=1e-10)
+    other = implicit_regularization(Objective(model, LOSS, (x, y)), lr=0.2, batch_size=2)
+    assert other.batch_penalty_at(batch_size) == pytest.approx(found.batch_penalty, rel=1e-10, abs=1e-15)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_penalties_of_given_batches_and_their_gradients(weight_decay: float) -> None:
+    model, x, y = problem()
+    theta, sizes = flat(model), (3, 1, 2)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    losses = [loss_of(model, *batch) for batch in batches]
+
+    def gradients(t: Tensor) -> Tensor:
+        return torch.stack([torch.func.grad(loss)(t) for loss in losses]) + weight_decay * t
+
+    def full(t: Tensor) -> Tensor:
+        return 0.1 * gradients(t).mean(0).square().sum()
+
+    def noise(t: Tensor) -> Tensor:
+        rows = gradients(t)
+        return 0.1 * (rows - rows.mean(0)).square().sum(1).mean()
+
+    found = implicit_regularization(Objective(model, LOSS, batches), lr=0.4, weight_decay=weight_decay, directions=True)
+    assert found.full_penalty == pytest.approx(float(full(theta)), rel=1e-10)
+    assert found.batch_penalty == pytest.approx(float(noise(theta)), rel=1e-10)
+    g = gradients(theta).mean(0)
+    for direction, penalty in ((found.full, full), (found.batch, noise)):
+        exact = torch.func.grad(penalty)(theta)
+        assert direction is not None
+        torch.testing.assert_close(direction.gradient, exact, rtol=1e-8, atol=1e-12)
+        assert direction.cosine_with_gradient == pytest.approx(float(torch.cosine_similarity(exact, g, dim=0)))
+    decay = weight_decay / 2 * float(theta.square().sum())
+    assert found.loss == pytest.approx(sum(float(loss(theta)) for loss in losses) / 3 + decay, rel=1e-10)
+
+
+def test_angles_with_eigenvectors_and_the_change_of_sharpness() -> None:
+    model, x, y = problem()
+    objective = Objective(model, LOSS, [(x[:3], y[:3]), (x[3:], y[3:])])
+    top = eigsh(HessianOperator(objective), 2, rtol=1e-10, generator=torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in model.parameters()]
+    found = implicit_regularization(objective, lr=0.4, top=top)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    theta, loss = flat(model), loss_of(model, x, y)
+    for direction in (found.full, found.batch):
+        assert direction is not None
+        assert direction.cosines_with_top is not None
+        d = direction.gradient
+        exact = (top.eigenvectors.T @ d).abs() / d.norm()
+        torch.testing.assert_close(direction.cosines_with_top, exact)
+        sharpness = [
+            float(torch.linalg.eigvalsh(torch.func.jacrev(torch.func.grad(loss))(theta - t * d))[-1])
+            for t in (1e-4, -1e-4)
+        ]
+        assert direction.sharpness_change == pytest.approx((sharpness[0] - sharpness[1]) / 2e-4, rel=1e-3)
+
+
+def test_direction_at_a_batch_size_averages_to_the_expected_penalty() -> None:
+    """Over all partitions, the mean of the scaled gradients is the gradient of the expected penalty."""
+    model, x, y = problem()
+    theta = flat(model)
+
+    def expected(t: Tensor) -> Tensor:
+        rows = torch.stack([torch.func.grad(loss_of(model, x[i : i + 1], y[i : i + 1]))(t) for i in range(6)])
+        return 0.1 * (6 - 3) / (6 - 1) * (rows - rows.mean(0)).square().sum(1).mean() / 3
+
+    total, cases = torch.zeros_like(theta), partitions(tuple(range(6)), 3)
+    for halves in cases:
+        order = [i for half in halves for i in half]
+        found = implicit_regularization(
+            Objective(model, LOSS, (x[order], y[order])), lr=0.4, batch_size=3, directions=True
+        )
+        assert found.batch is not None
+        total += found.batch.gradient / len(cases)
+    torch.testing.assert_close(total, torch.func.grad(expected)(theta), rtol=1e-8, atol=1e-12)
+
+
+def test_error_bar_of_the_variance() -> None:
+    """Linear regression at w = 0 with y = e: Gamma of the population is E |2 e x|^2 = 4 d."""
+    d, count, scores = 3, 150, []
+    model = nn.Linear(d, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    for seed in range(300):
+        z = torch.randn(count, d + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = implicit_regularization(Objective(model, LOSS, (z[:, :d], z[:, d:])), lr=0.1, batch_size=10)
+        exact = 4 * d * (count - 1) / count * (count - 10) / (count - 1) / 10
+        scores.append((found.batch_variance - exact) / found.batch_variance_stderr)
+    z = torch.tensor(scores)
+    assert abs(float(z.mean())) < 0.45  # skewed: low estimates come with low errors
+    assert 0.85 < float(z.std()) < 1.4
+
+
+# -- momentum and Adam: against the trajectories themselves -----------------------------------------------------------
+
+
+def rk4(field: Callable[[Tensor], Tensor], theta: Tensor, time: float, steps: int) -> Tensor:
+    h = time / steps
+    for _ in range(steps):
+        a = field(theta)
+        b = field(theta + h / 2 * a)
+        c = field(theta + h / 2 * b)
+        d = field(theta + h * c)
+        theta = theta + h / 6 * (a + 2 * b + 2 * c + d)
+    return theta
+
+
+def slope(errors: list[float], lrs: list[float]) -> float:
+    return math.log(errors[-2] / errors[-1]) / math.log(lrs[-2] / lrs[-1])
+
+
+def test_full_batch_momentum_follows_its_modified_flow() -> None:
+    """Heavy ball to a fixed time: O(lr) from the flow of C, O(lr^2) from that of the modified loss."""
+    model, x, y = problem()
+    loss, beta, lrs, T = loss_of(model, x, y), 0.5, [0.02, 0.01], 1.0
+    grad = torch.func.grad(loss)
+    plain, modified = [], []
+    for lr in lrs:
+        h = lr / (1 - beta)
+        theta, steps = flat(model), round(T / h)
+        velocity = grad(theta) / (1 - beta)  # on the slow manifold to first order
+        for _ in range(steps):
+            velocity = beta * velocity + grad(theta)
+            theta = theta - lr * velocity
+        P = momentum_factors(lr, beta, 1)[0]
+        tilted = torch.func.grad(lambda t, P=P: loss(t) + P * torch.func.grad(loss)(t).square().sum())
+        plain.append(float((theta - rk4(lambda t: -grad(t), flat(model), T, 40)).norm()))
+        modified.append(float((theta - rk4(lambda t, f=tilted: -f(t), flat(model), T, 40)).norm()))
+    assert slope(plain, lrs) == pytest.approx(1, abs=0.15)
+    assert slope(modified, lrs) == pytest.approx(2, abs=0.3)
+    assert modified[-1] < plain[-1] / 5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_noise_under_momentum_over_all_orders(beta: float) -> None:
+    """An epoch in every order, the velocity run out: its second-order term beyond the full batch's is the penalty."""
+    model, x, y = problem()
+    theta0, m = flat(model), 3
+    grads = [torch.func.grad(loss_of(model, x[2 * k : 2 * k + 2], y[2 * k : 2 * k + 2])) for k in range(m)]
+
+    def epoch(functions: list[Callable[[Tensor], Tensor]], lr: float) -> Tensor:
+        theta, velocity = theta0, torch.zeros_like(theta0)
+        for function in functions:
+            velocity = beta * velocity + function(theta)
+            theta = theta - lr * velocity
+        return theta - lr * beta / (1 - beta) * velocity
+
+    objective = Objective(model, LOSS, [(x[2 * k : 2 * k + 2], y[2 * k : 2 * k + 2]) for k in range(m)])
+    of_batch = penalty_gradients(objective)[1]
+    errors, lrs = [], [2e-3, 1e-3]
+    for lr in lrs:
+        orders = list(itertools.permutations(grads))
+        mean = torch.stack([epoch(list(order), lr) for order in orders]).mean(0)
+        full = epoch([lambda t: sum(f(t) for f in grads) / m] * m, lr)
+        V = momentum_factors(lr, beta, m)[1]
+        predicted = -m * lr / (1 - beta) * V * of_batch
+        errors.append(float((mean - full - predicted).norm() / predicted.norm()))
+    assert errors[-1] < 0.02
+    assert errors[-1] < 0.6 * errors[0]  # what is left is of the next order
+
+
+def test_adam_follows_its_corrected_flow() -> None:
+    """Full-batch Adam (eps under the root) to a fixed time: O(lr) from the plain flow, O(lr^2) from the corrected."""
+    model, x, y = problem()
+    b1, b2, eps, T, lrs = 0.5, 0.8, 0.05, 0.4, [4e-3, 2e-3]
+    loss = loss_of(model, x, y)
+    grad = torch.func.grad(loss)
+    start, plain, corrected = flat(model), [], []
+
+    def correction(theta: Tensor, lr: float) -> Tensor:
+        probe = problem()[0]
+        nn.utils.vector_to_parameters(theta, probe.parameters())
+        return adam_correction(Objective(probe, LOSS, (x, y)), lr=lr, betas=(b1, b2), eps=eps)
+
+    for lr in lrs:
+        theta, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
+        for step in range(1, round(T / lr) + 1):
+            g = grad(theta)
+            first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g * g
+            theta = theta - lr * first / (1 - b1**step) / (second / (1 - b2**step) + eps).sqrt()
+
+        def field(t: Tensor, lr: float, *, bent: bool) -> Tensor:
+            g = grad(t)
+            return -(g + (correction(t, lr) if bent else 0)) / (g * g + eps).sqrt()
+
+        plain.append(float((theta - rk4(lambda t, lr=lr: field(t, lr, bent=False), start, T, 12)).norm()))
+        corrected.append(float((theta - rk4(lambda t, lr=lr: field(t, lr, bent=True), start, T, 12)).norm()))
+    assert slope(plain, lrs) == pytest.approx(1, abs=0.2)
+    assert slope(corrected, lrs) > 1.7
+    assert corrected[-1] < plain[-1] / 4
+
+
+def test_one_batch_one_example_and_bad_arguments() -> None:
+    model, x, y = problem()
+    one = implicit_regularization(Objective(model, LOSS, (x, y)), lr=0.1, directions=True)
+    assert one.batch_penalty == 0
+    assert one.batch is not None
+    assert one.batch.norm == 0
+    assert math.isnan(one.batch.cosine_with_gradient)
+    assert math.isnan(one.batch_penalty_at(2))
+    single = implicit_regularization(Objective(model, LOSS, (x[:1], y[:1])), lr=0.1, batch_size=1)
+    assert single.batch_variance == 0
+    assert expected_batch_variance(5.0, 10, 10) == 0
+    objective = Objective(model, LOSS, (x, y))
+    for settings in (
+        {"lr": 0.0},
+        {"lr": 0.1, "batch_size": 7},
+        {"lr": 0.1, "batch_size": 0},
+        {"lr": 0.1, "momentum": 1},
+    ):
+        with pytest.raises(InputError):
+            implicit_regularization(objective, **settings)
+    with pytest.raises(InputError, match="averages"):
+        implicit_regularization(Objective(model, nn.MSELoss(reduction="sum"), (x, y)), lr=0.1, batch_size=2)
+    with pytest.raises(InputError, match="betas"):
+        adam_correction(objective, lr=0.1, betas=(1.0, 0.5))
