@@ -1,4 +1,4 @@
-"""A closure as a function of the flat parameters, for the length of one step: values, gradients, and matrices at a point.
+"""A closure as a function of the flat parameters, for the length of one step: values, gradients and matrices.
 
 Every evaluation within a step sees the same random numbers (dropout, sampled collocation points), so that losses at two
 points can be compared. Nothing runs under `no_grad`: a closure may differentiate itself.

@@ -47,6 +47,9 @@ class Move:
     ratio: float = math.nan
 
 
+_SETTINGS: dict[str, Any] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
+
+
 class FullBatchOptimizer(ResumableOptimizer):
     """Base of optimizers whose step couples all parameters.
 
@@ -67,8 +70,8 @@ class FullBatchOptimizer(ResumableOptimizer):
         NonFiniteError: if the loss or its gradient is not finite where a step starts.
     """
 
-    _kept = ("kind", "loss", "_rule", "_group_name", "last_step")
-    _late_settings: dict[str, Any] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
+    _kept: tuple[str, ...] = ("kind", "loss", "_rule", "_group_name", "last_step")
+    _late_settings = _SETTINGS
     _adapted: tuple[str, ...] = ()
     """Settings that the method adapts, in the first group."""
 
@@ -154,7 +157,9 @@ class FullBatchOptimizer(ResumableOptimizer):
                 for p, g in zip(flat.params, flat.split(evaluations.sign * here.gradient), strict=True):
                     p.grad = g.clone()
                 largest = float(here.gradient.abs().max())
-                if largest <= gtol and not self._moves_without_gradient:
+                # squares of anything smaller underflow
+                vanishes = largest <= max(gtol, torch.finfo(flat.dtype).tiny ** 0.5)
+                if vanishes and (gtol == torch.inf or not self._moves_without_gradient):
                     move = Move(step=None, loss=here.loss, solver="not run", message="the gradient vanishes")
                 else:
                     move = self._move(evaluations, here, start)
@@ -172,7 +177,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             model_decrease=move.model_decrease,
             ratio=move.ratio,
             accepted=moved,
-            stationary=largest <= gtol and not moved,
+            stationary=vanishes and not moved,
             num_products=0 if here.matrix is None else here.matrix.num_matvecs,
             num_evaluations=evaluations.num_evaluations,
             num_gradients=evaluations.num_gradients,
@@ -242,21 +247,24 @@ class FullBatchOptimizer(ResumableOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for p in group["params"]:
-                if p.is_complex() or not p.is_floating_point():
-                    raise InputError(
-                        f"parameters must be real floating point, got {p.dtype}; view a complex one by "
-                        "torch.view_as_real."
-                    )
-            if not float(group["lr"]) >= 0:
-                raise InputError(f"lr must be >= 0, got {group['lr']}.")
-            if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-                raise InputError(f"seed must be an integer, got {group['seed']!r}.")
-            if group["maximize"] and self.kind != "hessian":
-                raise InputError(
-                    "maximize=True has no Gauss-Newton model: its matrix is that of a minimum; use curvature='hessian'."
-                )
+            _validate(group, self.kind)
             self._validate(group)
         except InputError:
             self.param_groups.pop()
             raise
+
+
+def _validate(group: dict[str, Any], kind: Kind) -> None:
+    for p in group["params"]:
+        if p.is_complex() or not p.is_floating_point():
+            raise InputError(
+                f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
+            )
+    if not float(group["lr"]) >= 0:
+        raise InputError(f"lr must be >= 0, got {group['lr']}.")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+        raise InputError(f"seed must be an integer, got {group['seed']!r}.")
+    if group["maximize"] and kind != "hessian":
+        raise InputError(
+            'maximize=True has no Gauss-Newton model, whose matrix is that of a minimum; use curvature="hessian".'
+        )

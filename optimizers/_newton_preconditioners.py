@@ -1,4 +1,4 @@
-"""Preconditioners of damped Newton systems: from probes, from a few eigenpairs kept for several steps, or the user's."""
+"""Preconditioners of damped Newton systems: from probes, from eigenpairs kept for several steps, or the user's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Levenberg and Marquardt's method for sums of squares.
 
-Reference: Levenberg (1944); Marquardt (1963); More (1978), The Levenberg-Marquardt algorithm: implementation and theory.
+Reference: Levenberg (1944); Marquardt (1963); More (1978), The Levenberg-Marquardt algorithm: implementation and
+theory.
 """
 
 from __future__ import annotations

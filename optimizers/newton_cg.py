@@ -156,7 +156,7 @@ class NewtonCG(FullBatchOptimizer):
         d, model = found.x, self._model(found, damping, found.x, -1)
         loss = math.nan
         if found.direction is None:
-            d, model, loss = self._best_kept(evaluations, here, start, found, damping)
+            d, model, loss = self._best_kept(evaluations, start, found, damping)
         else:
             d, model = _with_negative_curvature(found, g, A)
         # parts of a step may move at rates of their own; the direction is then theirs
@@ -211,7 +211,7 @@ class NewtonCG(FullBatchOptimizer):
         return float(history[step]) - damping / 2 * float(d @ d)
 
     def _best_kept(
-        self, evaluations: Evaluations, here: Linearised, start: Tensor, found: SolveResult, damping: float
+        self, evaluations: Evaluations, start: Tensor, found: SolveResult, damping: float
     ) -> tuple[Tensor, float, float]:
         """Return (d, model, loss) of the kept iterate from which going further back does not lower the loss."""
         d, model = found.x, self._model(found, damping, found.x, -1)

@@ -24,9 +24,9 @@ Term = tuple[Callable[[Callable[[Tensor], Tensor], Tensor], Tensor], Tensor]
 class PointwiseResiduals:
     """The residuals of a model at points, each divided by the root of its term's number of points.
 
-    Calling it returns the residuals, (m,), so it is a closure for `LevenbergMarquardt` and `NaturalGradient`; half their
-    squared norm is half the sum over terms of weight * (mean squared residual). `jacobian` goes to the argument of that
-    name. The residuals may differentiate u in x, with `torch.func`.
+    Calling it returns the residuals, (m,), so it is a closure for `LevenbergMarquardt` and `NaturalGradient`: half of
+    the sum over terms of weight * (mean squared residual) is minimised. `jacobian` goes to the argument of that name.
+    The residuals may differentiate u in x, with `torch.func`.
 
     Args:
         model: called on a batch of one point.
@@ -63,7 +63,7 @@ class PointwiseResiduals:
 
     def __call__(self) -> Tensor:
         """Return the residuals, (m,), with their graph."""
-        named = dict(self.model.named_parameters())
+        named: dict[str, Tensor] = dict(self.model.named_parameters())
         parts = []
         for factor, (residual, points) in zip(self.factors, self.terms, strict=True):
             at_points = vmap(self._at_point(residual), in_dims=(None, 0), chunk_size=self.chunk_size)

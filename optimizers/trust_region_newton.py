@@ -123,6 +123,8 @@ class TrustRegionNewton(FullBatchOptimizer):
             "max_iterations": group["max_iterations"],
         }
         message, solver = "not tried", "not run"
+        if size > 0:
+            radius = min(radius, 1e100 * size)  # the subproblem is scaled by the gradient, and squares its radius
         for _ in range(group["max_trials"]):
             if group["subproblem"] == "gltr":
                 generator = self._generator(flat, 12) if group["escape"] else None

@@ -1,7 +1,6 @@
 """Problems of More, Garbow and Hillstrom (1981), Testing unconstrained optimization software, as residuals f(x).
 
-The objective is sum_i f_i(x)^2. Starts and minima are those of the paper; a minimum given as a tuple has several values,
-for problems with more than one local minimum.
+The objective is sum_i f_i(x)^2. Starts and minima are those of the paper; some problems have several local minima.
 """
 
 from __future__ import annotations

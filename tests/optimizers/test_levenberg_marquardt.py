@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,6 +114,10 @@ def test_network_fits_fewer_points_than_parameters_exactly(method: str) -> None:
     for _ in range(40):
         optimizer.step(lambda: model(x) - y)
     assert float((model(x) - y).detach().square().sum()) < 1e-18
+
+
+def poisson(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return jacrev(jacrev(lambda z: u(z)[0]))(x).diagonal().sum() + x.sum()
 
 
 def test_pointwise_residuals_of_a_differential_equation() -> None:

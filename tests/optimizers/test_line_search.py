@@ -79,7 +79,7 @@ def test_what_cannot_fall_is_told(search: Armijo | StrongWolfe | Grid) -> None:
 
 @pytest.mark.parametrize("search", [Armijo(), StrongWolfe()])
 def test_uphill_is_refused_without_evaluations(search: Armijo | StrongWolfe) -> None:
-    def value(t: float) -> float:
+    def value(_: float) -> float:
         raise AssertionError
 
     found = search(Line(value=value, value_and_slope=lambda t: (value(t), 1.0), start=0.0, slope=1.0), 1.0)

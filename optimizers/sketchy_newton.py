@@ -1,0 +1,147 @@
+"""Preconditioned stochastic gradients: a low-rank sketch of the curvature, refreshed now and then.
+
+Reference: Frangella, Rathore, Zhao and Udell (2024), SketchySGD: reliable stochastic optimization via randomized
+curvature estimates, algorithm 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from optimizers._evaluations import Evaluations, Linearised
+from optimizers._full_batch import FullBatchOptimizer, Move
+from optimizers._newton_preconditioners import largest_pairs
+from optimizers._validate import check_at_least, check_choice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["SketchyNewton"]
+
+
+class SketchyNewton(FullBatchOptimizer):
+    """Steps -lr eta (U |diag(values)| U' + rho I)^-1 m: m an average of gradients, U the largest eigenpairs of A.
+
+    A, the Hessian or the Gauss-Newton matrix of the batch at hand (or of `curvature_closure`), is sketched anew every
+    `refresh_every` steps. eta = 1 / (2 lambda_1), with lambda_1 the largest eigenvalue of the preconditioned matrix, by
+    power iteration at each refresh: steps neither blow up nor need a learning rate. The loss is not evaluated again: a
+    step costs a gradient, with batches that change from step to step.
+
+    Cost of a refresh: rank + 5 + 10 products. Memory: the sketch, rank vectors.
+
+    Args:
+        params: parameters or groups of them.
+        lr: factor on the step.
+        curvature: "hessian", for closures that return the loss; "ggn", for (outputs, targets) with `loss`.
+        rank: eigenpairs, largest in magnitude.
+        rho: added to their magnitudes, and the curvature that all else is taken to have; units of the matrix.
+        momentum: of the average of gradients; 0 for none.
+        refresh_every: steps between refreshes.
+        loss: `loss(outputs, targets)`.
+        process_group: ranks that hold equal shares of each batch.
+        maximize, seed: as in `FullBatchOptimizer`.
+
+    Raises:
+        InputError: for settings out of range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = SketchyNewton([w], rank=2, rho=1e-3)
+        >>> for _ in range(30):
+        ...     loss = optimizer.step(lambda: (torch.tensor([1.0, 1000.0]) * w**2).sum())
+        >>> float(loss) < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        *,
+        curvature: Literal["hessian", "ggn"] = "hessian",
+        rank: int = 10,
+        rho: float = 1e-1,
+        momentum: float = 0.0,
+        refresh_every: int = 50,
+        loss: Callable[..., Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_choice("curvature", curvature, ("hessian", "ggn"))
+        if curvature == "ggn" and loss is None:
+            raise InputError('curvature="ggn" needs loss=, and a closure that returns (outputs, targets).')
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "rho": rho,
+            "momentum": momentum,
+            "refresh_every": refresh_every,
+            "maximize": maximize,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, kind=curvature, loss=loss, process_group=process_group)
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        check_at_least("rank", group["rank"], 1)
+        check_at_least("refresh_every", group["refresh_every"], 1)
+        if not group["rho"] > 0 or not math.isfinite(group["rho"]):
+            raise InputError(f"rho must be positive and finite, got {group['rho']}.")
+        if not 0 <= group["momentum"] < 1:
+            raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
+
+    @property
+    def _matrix_is_needed(self) -> bool:
+        group = self.param_groups[0]
+        return group["num_steps"] % group["refresh_every"] == 0 or not any(
+            "sketch_rate" in s for s in self.state.values()
+        )
+
+    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:  # noqa: ARG002
+        group, flat = self.param_groups[0], evaluations.flat
+        values, U = largest_pairs(self, flat, here.matrix, self._generator(flat, 14))
+        rho = float(group["rho"])
+        first = flat.params[0]
+        if here.matrix is not None:
+            largest = _preconditioned_norm(here.matrix, values, U, rho, self._generator(flat, 15))
+            self.state[first]["sketch_rate"] = torch.tensor(0.5 / max(largest, torch.finfo(flat.dtype).tiny))
+        m = here.gradient
+        if group["momentum"] > 0:
+            before = self._recall(flat, "momentum")
+            m = m if before is None else group["momentum"] * before + (1 - group["momentum"]) * m
+            self._remember(flat, momentum=m)
+        d = -self._rates(flat) * float(self.state[first]["sketch_rate"]) * _power(values, U, rho, -1.0, m)
+        if not bool(d.isfinite().all()):
+            return Move(step=None, loss=math.nan, solver="sketch", message="the step is not finite; raise rho")
+        ended = "sketch refreshed" if here.matrix is not None else "sketch kept"
+        return Move(step=d, loss=math.nan, solver=ended, message="taken without a look at the loss")
+
+
+def _preconditioned_norm(A: Any, values: Tensor, U: Tensor, rho: float, generator: torch.Generator) -> float:
+    """Return the largest |eigenvalue| of P^(-1/2) A P^(-1/2), from below, by 10 power iterations."""
+    v = torch.randn(U.shape[0], generator=generator, dtype=U.dtype, device=U.device)
+    size = 0.0
+    for _ in range(10):
+        v = v / torch.linalg.vector_norm(v)
+        v = _power(values, U, rho, -0.5, A @ _power(values, U, rho, -0.5, v))
+        size = float(torch.linalg.vector_norm(v))
+        if not 0 < size < math.inf:
+            break
+    return size
+
+
+def _power(values: Tensor, U: Tensor, rho: float, exponent: float, v: Tensor) -> Tensor:
+    """Return (U |diag(values)| U' + rho I)^exponent v.
+
+    What is left beside U is multiplied by rho^exponent, rounding included: it is taken out of v twice.
+    """
+    inside = U.T @ v
+    rest = v - U @ inside
+    rest = rest - U @ (U.T @ rest)
+    return U @ ((values.abs() + rho) ** exponent * inside) + rho**exponent * rest

@@ -1,0 +1,140 @@
+"""`minimize` and `to_scipy` on published problems: More-Garbow-Hillstrom, Rosenbrock in many dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from torch import Tensor, nn
+
+from curvature.errors import InputError
+from optimizers.minimize import METHODS, minimize, to_scipy
+from tests.optimizers.mgh import PROBLEMS
+
+GENERAL = [name for name in METHODS if name not in ("levenberg-marquardt", "hessian-free")]
+
+
+def near_a_minimum(value: float, minima: tuple[float, ...]) -> bool:
+    return any(abs(value - m) <= 1e-4 * m + 1e-10 for m in minima)
+
+
+CUBIC = ["rosenbrock", "beale", "bard", "kowalik-osborne", "biggs-exp6", "broyden-tridiagonal"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "trust-region") for name in PROBLEMS), *((name, "cubic") for name in CUBIC)]
+)
+def test_published_minima(name: str, method: str) -> None:
+    problem = PROBLEMS[name]
+    x0 = torch.tensor(problem.start, dtype=torch.float64)
+    result = minimize(lambda x: problem.residuals(x).square().sum(), x0, method=method, gtol=1e-11, max_steps=500)
+    assert near_a_minimum(result.fun, problem.minima), result
+    assert x0.tolist() == problem.start
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_published_minima_by_levenberg_marquardt(name: str) -> None:
+    problem = PROBLEMS[name]
+    x0 = torch.tensor(problem.start, dtype=torch.float64)
+    result = minimize(problem.residuals, x0, method="levenberg-marquardt", max_steps=600, ftol=1e-14)
+    assert near_a_minimum(2 * result.fun, problem.minima), result
+
+
+@pytest.mark.parametrize("method", GENERAL)
+def test_rosenbrock_through_scipy(method: str) -> None:
+    """NumPy functions and SciPy's own derivatives; counts are those of the functions called."""
+    calls = {"fun": 0, "jac": 0, "hessp": 0}
+    seen: list[Any] = []
+
+    def fun(x: np.ndarray) -> float:
+        calls["fun"] += 1
+        return float(scipy.optimize.rosen(x))
+
+    def jac(x: np.ndarray) -> np.ndarray:
+        calls["jac"] += 1
+        return np.asarray(scipy.optimize.rosen_der(x))
+
+    def hessp(x: np.ndarray, p: np.ndarray) -> np.ndarray:
+        calls["hessp"] += 1
+        return np.asarray(scipy.optimize.rosen_hess_prod(x, p))
+
+    x0 = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
+    found = scipy.optimize.minimize(
+        fun, x0, jac=jac, hessp=hessp, method=to_scipy(method), callback=seen.append, options={"maxiter": 400}
+    )
+    assert found.success, found
+    np.testing.assert_allclose(found.x, np.ones(5), atol=1e-7)
+    assert (found.nfev, found.njev, found.nhev) == (calls["fun"], calls["jac"], calls["hessp"])
+    assert len(seen) == found.nit
+    np.testing.assert_array_equal(seen[-1], found.x)
+    assert np.abs(found.jac).max() <= 1e-8
+
+
+def test_scipy_with_a_dense_hessian_and_arguments() -> None:
+    found = scipy.optimize.minimize(
+        lambda x, a: float(((x - a) ** 4).sum() + (x**2).sum()),
+        np.zeros(3),
+        args=(2.0,),
+        jac=lambda x, a: 4 * (x - a) ** 3 + 2 * x,
+        hess=lambda x, a: np.diag(12 * (x - a) ** 2 + 2),
+        method=to_scipy("cubic"),
+    )
+    reference = scipy.optimize.brentq(lambda x: 4 * (x - 2) ** 3 + 2 * x, 0, 2)
+    np.testing.assert_allclose(found.x, reference, atol=1e-8)
+
+
+def test_closures_and_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    x = torch.randn(10, 3, dtype=torch.float64)
+    y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) + 0.5
+    result = minimize(lambda: (model(x) - y).square().mean(), params=list(model.parameters()), method="newton-cg")
+    assert result.success
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))
+    assert result.x.shape == (4,)
+
+
+def test_budgets_tolerances_and_callbacks() -> None:
+    def quartic(x: Tensor) -> Tensor:
+        return (x**4).sum()
+
+    start = torch.full((2,), 3.0, dtype=torch.float64)
+    spent = minimize(quartic, start, max_steps=2, gtol=0.0)
+    assert (spent.nit, spent.status, spent.success) == (2, 1, False)
+    few = minimize(quartic, start, max_gradients=5, gtol=0.0)
+    assert few.status == 1
+    assert few.njev + few.nhev <= 8
+    flat = minimize(quartic, start, ftol=0.9, gtol=0.0)
+    assert (flat.status, flat.success) == (0, True)
+    short = minimize(quartic, start, xtol=0.5, gtol=0.0)
+    assert short.success
+    seen = []
+    stopped = minimize(quartic, start, callback=lambda step: bool(seen.append(step)) or len(seen) == 3, gtol=0.0)
+    assert (stopped.nit, stopped.status) == (3, 1)
+    torch.testing.assert_close(stopped.jac, 4 * stopped.x**3)
+    assert stopped.fun == pytest.approx(float((stopped.x**4).sum()))
+
+
+def test_a_minimum_to_rounding_is_told() -> None:
+    """With gtol below rounding the run ends by itself, and says that the loss cannot fall."""
+    result = minimize(lambda x: torch.cosh(x - 0.3).sum(), torch.zeros(2, dtype=torch.float64), gtol=0.0, max_steps=200)
+    assert result.nit < 200
+    assert result.status in (0, 2)
+    torch.testing.assert_close(result.x, torch.full((2,), 0.3, dtype=torch.float64), rtol=1e-7, atol=1e-8)
+
+
+def test_bad_arguments() -> None:
+    x0 = torch.zeros(2)
+    with pytest.raises(InputError, match="method must be one of"):
+        minimize(lambda x: x.sum(), x0, method="bfgs")
+    with pytest.raises(InputError, match="one of them, not both"):
+        minimize(lambda x: x.sum())
+    with pytest.raises(InputError, match="residuals call minimize"):
+        to_scipy("levenberg-marquardt")
+    with pytest.raises(InputError, match="jac, and hessp or hess"):
+        scipy.optimize.minimize(scipy.optimize.rosen, np.zeros(2), method=to_scipy("cubic"))
+    with pytest.raises(InputError, match="bounds"):
+        scipy.optimize.minimize(scipy.optimize.rosen, np.zeros(2), bounds=[(0, 1)] * 2, method=to_scipy("cubic"))
