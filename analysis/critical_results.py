@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from analysis.results import Measured, to_plain
-from analysis.symmetries import Symmetry
 
-__all__ = ["CriticalPoint", "EscapeLine", "PointKind"]
+__all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 
 PointKind = Literal["not critical", "minimum", "saddle", "maximum", "plateau", "undecided"]
 
@@ -40,6 +39,22 @@ class EscapeLine:
         """How far the loss falls below its value at the point, at most; units of the loss, 0 where it rises."""
         base = self.losses[self.steps == 0]
         return float((base - self.losses).nan_to_num(nan=-torch.inf).max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetry:
+    """What happened when the scales of some parameters were changed."""
+
+    name: str
+    """Which layers, in words."""
+    loss_change: float
+    """Largest |L(exp(+-t D) theta) - L| / |L| for factors 1.5 and 1 / 1.5; of the order of rounding for a symmetry."""
+    gradient_residual: float
+    """|g'v| / (|g| |v|), a cosine; 0 for a symmetry."""
+    hessian_residual: float
+    """|H v + D g| / (|H v| + |D g|); 0 for a symmetry."""
+    holds: bool
+    """Whether all three vanish up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

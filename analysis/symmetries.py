@@ -13,34 +13,18 @@ Reference: Kunin, Sagastuy-Brena, Ganguli, Yamins and Tanaka (2021), Neural mech
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from analysis.critical_results import Symmetry
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.shift import loss_at
 
-__all__ = ["Symmetry", "rescaling_symmetries", "try_rescaling"]
+__all__ = ["rescaling_symmetries", "try_rescaling"]
 
 _TRIED = 1.5  # factor by which scales are changed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Symmetry:
-    """What happened when the scales of some parameters were changed."""
-
-    name: str
-    """Which layers, in words."""
-    loss_change: float
-    """Largest |L(exp(+-t D) theta) - L| / |L| for factors 1.5 and 1 / 1.5; of the order of rounding for a symmetry."""
-    gradient_residual: float
-    """|g'v| / (|g| |v|), a cosine; 0 for a symmetry."""
-    hessian_residual: float
-    """|H v + D g| / (|H v| + |D g|); 0 for a symmetry."""
-    holds: bool
-    """Whether all three vanish up to rounding."""
 
 
 def try_rescaling(objective: Objective, exponents: Tensor, *, name: str) -> Symmetry:
