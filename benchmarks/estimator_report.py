@@ -56,7 +56,7 @@ def _cell(row: Row, least: str, footnotes: list[str]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 10 else f"{share:.0e} times"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def _accuracy(rows: Sequence[Row]) -> list[str]:
