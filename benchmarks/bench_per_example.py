@@ -268,7 +268,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if row["failure"]:
         return "fails"
-    figure = f"{row['gradients']:.2g}, {max(row['extra_mebibytes'], 0):.0f} MiB"
+    cost = row["gradients"]
+    figure = f"{cost:.0f}" if cost >= 9.95 else f"{cost:.1f}"
+    figure += f", {max(row['extra_mebibytes'], 0):.0f} MiB"
     return f"{figure} (wrong by {row['error']:.1g})" if row["error"] > WRONG else figure
 
 
