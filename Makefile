@@ -34,6 +34,9 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.bench_eigen
 	$(BENCH)/bin/python -m benchmarks.bench_tracking
 	$(BENCH)/bin/python -m benchmarks.bench_density
+	$(BENCH)/bin/python -m benchmarks.bench_estimators
+	$(BENCH)/bin/python -m benchmarks.bench_exact
+	$(BENCH)/bin/python -m benchmarks.bench_per_example
 	$(BENCH)/bin/python -m benchmarks.bench_scale
 	$(BENCH)/bin/python -m benchmarks.report
 
