@@ -20,7 +20,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.evaluation import BufferCopies
 from curvature.results import _Record
 
-__all__ = ["GradientPenalty", "PenalisedStep"]
+__all__ = ["GradientPenalty", "Kind", "Mode", "PenalisedStep"]
 
 Kind = Literal["full", "batch", "variance"]
 Mode = Literal["double_backward", "hessian_product", "finite_difference"]

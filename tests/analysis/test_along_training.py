@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from curvature import Objective
 from curvature.errors import InputError
 
 
-def pieces() -> tuple[nn.Module, TensorDataset]:
+def pieces() -> tuple[nn.Sequential, TensorDataset]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
@@ -26,8 +28,8 @@ def pieces() -> tuple[nn.Module, TensorDataset]:
 
 
 def train(
-    *, measured: bool, optimizer_class: type[torch.optim.Optimizer] = torch.optim.SGD
-) -> tuple[list[Tensor], list]:
+    *, measured: bool, optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+) -> tuple[list[Tensor], list[Any]]:
     """Return all that a run leaves: parameters, buffers, gradients, optimizer state, draws from every random state."""
     model, data = pieces()
     optimizer = optimizer_class(model.parameters(), lr=0.05)
@@ -51,14 +53,19 @@ def train(
                 monitor(step)  # with gradients that the step will use
             optimizer.step()
             step += 1
-    left = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), torch.rand(3)]
+    left = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+        torch.rand(3),
+    ]
     left += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     modes = [module.training for module in model.modules()]
     return left, [modes, float(np.random.rand()), random.random(), monitor.record.steps]  # noqa: NPY002
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_readings_do_not_disturb_the_run(optimizer: type[torch.optim.Optimizer]) -> None:
+def test_readings_do_not_disturb_the_run(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     with_readings, facts = train(measured=True, optimizer_class=optimizer)
     without, plain = train(measured=False, optimizer_class=optimizer)
     assert len(with_readings) == len(without)
@@ -91,7 +98,8 @@ def test_what_is_moved_inside_is_put_back_after_an_error() -> None:
     model.train()
     nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
     buffers = [b.clone() for b in model.buffers()]
-    gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
+    gradients = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters()))
     state = generator.get_state()
 
     def disturb() -> None:
@@ -99,8 +107,8 @@ def test_what_is_moved_inside_is_put_back_after_an_error() -> None:
         model.train()
         model(data.tensors[0])
         next(iter(loader))
-        for p in model.parameters():
-            p.grad.add_(1)
+        for gradient, _ in gradients:
+            gradient.add_(1)
         model[0].weight.grad = None
         raise ZeroDivisionError
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.gradient_penalty import GradientPenalty
+from analysis.gradient_penalty import GradientPenalty, Kind, Mode
 from curvature.errors import InputError, NonFiniteError
 
-KINDS, MODES = ["full", "batch", "variance"], ["double_backward", "hessian_product", "finite_difference"]
+KINDS: list[Kind] = ["full", "batch", "variance"]
+MODES: list[Mode] = ["double_backward", "hessian_product", "finite_difference"]
 
 
 def problem(dtype: torch.dtype = torch.float64, *layers: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -21,8 +25,11 @@ def problem(dtype: torch.dtype = torch.float64, *layers: nn.Module) -> tuple[nn.
         return model, [(torch.randn(4, 3, dtype=dtype), torch.randn(4, 1, dtype=dtype)) for _ in range(3)]
 
 
-def closures_of(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list:
-    return [lambda x=x, y=y: nn.functional.mse_loss(model(x), y) for x, y in data]
+def closures_of(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Callable[[], Tensor]]:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(model(x), y)
+
+    return [partial(loss, x, y) for x, y in data]
 
 
 def exact(model: nn.Module, data: list[tuple[Tensor, Tensor]], kind: str, strength: float) -> tuple[float, Tensor]:
@@ -48,12 +55,12 @@ def exact(model: nn.Module, data: list[tuple[Tensor, Tensor]], kind: str, streng
 
 
 def flat_grad(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_mode_is_the_derivative_of_the_penalty(kind: str, mode: str) -> None:
+def test_every_mode_is_the_derivative_of_the_penalty(kind: Kind, mode: Mode) -> None:
     model, data = problem()
     penalty = GradientPenalty(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.7, kind=kind, mode=mode)
     found = penalty.gradients(closures_of(model, data))
@@ -76,7 +83,7 @@ def test_finite_differences_in_float32_are_as_good_as_their_step() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-def test_without_strength_it_is_the_optimizer_itself(optimizer: type[torch.optim.Optimizer]) -> None:
+def test_without_strength_it_is_the_optimizer_itself(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     (a, data), (b, _) = problem(), problem()
     penalty = GradientPenalty(optimizer(a.parameters(), lr=0.01), strength=0.0)
     plain = optimizer(b.parameters(), lr=0.01)
@@ -89,7 +96,7 @@ def test_without_strength_it_is_the_optimizer_itself(optimizer: type[torch.optim
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parameters_buffers_and_random_numbers_are_those_of_one_pass(mode: str) -> None:
+def test_parameters_buffers_and_random_numbers_are_those_of_one_pass(mode: Mode) -> None:
     model, data = problem(torch.float64, nn.BatchNorm1d(4), nn.Dropout(0.5))
     other, _ = problem(torch.float64, nn.BatchNorm1d(4), nn.Dropout(0.5))
     before = [p.detach().clone() for p in model.parameters()]
@@ -144,9 +151,14 @@ def test_a_vanishing_gradient_and_an_unused_parameter() -> None:
 def test_bad_arguments_and_losses_are_refused() -> None:
     w = torch.ones(2, requires_grad=True)
     sgd = torch.optim.SGD([w], lr=0.1)
-    for settings in ({"strength": -1.0}, {"strength": 1.0, "kind": "half"}, {"strength": 1.0, "mode": "guess"}):
+    bad: list[dict[str, Any]] = [
+        {"strength": -1.0},
+        {"strength": 1.0, "kind": "half"},
+        {"strength": 1.0, "mode": "guess"},
+    ]
+    for settings in bad:
         with pytest.raises(InputError):
-            GradientPenalty(sgd, **settings)
+            GradientPenalty(sgd, **{"strength": 1.0, **settings})
     with pytest.raises(InputError, match="reach"):
         GradientPenalty(sgd, strength=1.0, reach=0.0)
     penalty = GradientPenalty(sgd, strength=1.0)

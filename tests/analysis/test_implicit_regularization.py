@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +177,10 @@ def rk4(field: Callable[[Tensor], Tensor], theta: Tensor, time: float, steps: in
     return theta
 
 
+def downhill(gradient: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: -gradient(t)
+
+
 def slope(errors: list[float], lrs: list[float]) -> float:
     return math.log(errors[-2] / errors[-1]) / math.log(lrs[-2] / lrs[-1])
 
@@ -194,8 +200,8 @@ def test_full_batch_momentum_follows_its_modified_flow() -> None:
             theta = theta - lr * velocity
         P = momentum_factors(lr, beta, 1)[0]
         tilted = torch.func.grad(lambda t, P=P: loss(t) + P * torch.func.grad(loss)(t).square().sum())
-        plain.append(float((theta - rk4(lambda t: -grad(t), flat(model), T, 40)).norm()))
-        modified.append(float((theta - rk4(lambda t, f=tilted: -f(t), flat(model), T, 40)).norm()))
+        plain.append(float((theta - rk4(downhill(grad), flat(model), T, 40)).norm()))
+        modified.append(float((theta - rk4(downhill(tilted), flat(model), T, 40)).norm()))
     assert slope(plain, lrs) == pytest.approx(1, abs=0.15)
     assert slope(modified, lrs) == pytest.approx(2, abs=0.3)
     assert modified[-1] < plain[-1] / 5
@@ -249,12 +255,12 @@ def test_adam_follows_its_corrected_flow() -> None:
             first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g * g
             theta = theta - lr * first / (1 - b1**step) / (second / (1 - b2**step) + eps).sqrt()
 
-        def field(t: Tensor, lr: float, *, bent: bool) -> Tensor:
+        def field(t: Tensor, rate: float = lr, *, bent: bool = True) -> Tensor:
             g = grad(t)
-            return -(g + (correction(t, lr) if bent else 0)) / (g * g + eps).sqrt()
+            return -(g + (correction(t, rate) if bent else 0)) / (g * g + eps).sqrt()
 
-        plain.append(float((theta - rk4(lambda t, lr=lr: field(t, lr, bent=False), start, T, 12)).norm()))
-        corrected.append(float((theta - rk4(lambda t, lr=lr: field(t, lr, bent=True), start, T, 12)).norm()))
+        plain.append(float((theta - rk4(partial(field, bent=False), start, T, 12)).norm()))
+        corrected.append(float((theta - rk4(field, start, T, 12)).norm()))
     assert slope(plain, lrs) == pytest.approx(1, abs=0.2)
     assert slope(corrected, lrs) > 1.7
     assert corrected[-1] < plain[-1] / 4
@@ -272,14 +278,10 @@ def test_one_batch_one_example_and_bad_arguments() -> None:
     assert single.batch_variance == 0
     assert expected_batch_variance(5.0, 10, 10) == 0
     objective = Objective(model, LOSS, (x, y))
-    for settings in (
-        {"lr": 0.0},
-        {"lr": 0.1, "batch_size": 7},
-        {"lr": 0.1, "batch_size": 0},
-        {"lr": 0.1, "momentum": 1},
-    ):
+    bad: list[dict[str, Any]] = [{"lr": 0.0}, {"batch_size": 7}, {"batch_size": 0}, {"momentum": 1.0}]
+    for settings in bad:
         with pytest.raises(InputError):
-            implicit_regularization(objective, **settings)
+            implicit_regularization(objective, **{"lr": 0.1, **settings})
     with pytest.raises(InputError, match="averages"):
         implicit_regularization(Objective(model, nn.MSELoss(reduction="sum"), (x, y)), lr=0.1, batch_size=2)
     with pytest.raises(InputError, match="betas"):
