@@ -1,0 +1,128 @@
+"""What the noise statistics of `analysis.gradient_noise` cost, in gradients of the same batch.
+
+    python -m benchmarks.bench_noise [--out FILE]      rows to results/noise.json
+
+Process CPU time of one thread, the median over rounds of a measurement over the gradient taken just before; beside it
+BackPACK's first and second moments of the same batch, which Cockpit computes its noise statistics from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PROBLEMS", "main", "measure"]
+
+RESULTS = Path(__file__).parent / "results" / "noise.json"
+ROUNDS = 15
+
+Data = tuple[nn.Module, Tensor, Tensor]
+
+
+def _mlp() -> Data:
+    model = nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 10))
+    return model, torch.randn(1024, 64), torch.randint(10, (1024,))
+
+
+def _cnn() -> Data:
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+    return model, torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
+
+
+PROBLEMS: dict[str, Callable[[], Data]] = {"mlp": _mlp, "cnn": _cnn}
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """Return a row for each method on one problem."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad, SumGradSquared
+
+    from analysis.gradient_noise import gradient_noise
+    from curvature import Objective
+    from curvature.per_example import gradient_moments
+
+    torch.manual_seed(0)
+    model, x, y = PROBLEMS[name]()
+    params = list(model.parameters())
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    extended, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+
+    def gradient() -> None:
+        torch.autograd.grad(nn.functional.cross_entropy(model(x), y), params)
+
+    def with_backpack() -> None:
+        with warnings.catch_warnings(), backpack(BatchL2Grad(), SumGradSquared()):
+            warnings.simplefilter("ignore")  # its hooks warn where inputs need no gradient
+            loss(extended(x), y).backward()
+
+    def fresh() -> None:
+        objective.release()
+        gradient_noise(objective)
+
+    methods = {
+        "gradient_noise, first at a point": fresh,
+        "gradient_noise, graphs kept": lambda: gradient_noise(objective),
+        "gradient_moments alone": lambda: gradient_moments(objective),
+        "BackPACK BatchL2Grad + SumGradSquared": with_backpack,
+    }
+    rows = []
+    for method, call in methods.items():
+        call()
+        ratios, seconds = [], []
+        for _ in range(ROUNDS):
+            gradient()
+            unit = _clocked(gradient)
+            seconds.append(_clocked(call))
+            ratios.append(seconds[-1] / unit)
+        rows.append(
+            {
+                "problem": name,
+                "num_params": sum(p.numel() for p in params),
+                "num_examples": len(x),
+                "method": method,
+                "gradients": statistics.median(ratios),
+                "gradients_quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "seconds": statistics.median(seconds),
+                "rounds": ROUNDS,
+                "threads": torch.get_num_threads(),
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            }
+        )
+    return rows
+
+
+def _clocked(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure all problems and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for name in PROBLEMS for row in measure(name)]
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        print(f"{row['problem']:5} {row['gradients']:7.2f} gradients   {row['method']}")
+
+
+if __name__ == "__main__":
+    main()
