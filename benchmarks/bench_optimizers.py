@@ -1,0 +1,234 @@
+"""What optimizers cost and what they reach: `python -m benchmarks.bench_optimizers costs|training|checks|report`.
+
+    costs      steps of every method in turn with steps of SGD, the median of their ratio
+    training   runs of equal length; loss and score after as many steps, and after the time of as many steps of SGD
+    checks     `optimizers.check_optimizer` on every method; `report` writes ../docs/optimizer_checks.md from it
+    report     renews the tables in README.md of this folder from the rows in results/optimizers.json
+
+Every method chooses its learning rate among three with the first seed; runs with that rate and further seeds follow.
+Time is CPU time of one thread in steps of SGD of the same network, taken between steps of the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.harness import git, one_line
+from benchmarks.optimizer_peers import METHODS, Method, take_step
+from benchmarks.optimizer_problems import TRAINING, TrainingProblem, make_training
+from benchmarks.processes import BARS, write_rows
+
+__all__ = ["Row", "check_row", "choose", "cost_rows", "main", "run", "train_row"]
+
+RESULTS = Path(__file__).parent / "results" / "optimizers.json"
+PERIOD = 10
+"""Steps a round: whole periods of the methods that refresh rarely."""
+EVALUATIONS = 16
+"""How often a run is evaluated."""
+
+Row = dict[str, Any]
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period: int = PERIOD) -> list[Row]:
+    """Return one row a method: the cost of a step in steps of SGD, refreshes and other steps in their proportion.
+
+    All methods take turns, so that what slows the machine down slows all of them. Learning rates are tiny: networks
+    stay where they are.
+    """
+    rows = {name: _row("cost", problem_name, name) for name in methods}
+    steppers = {}
+    for name in ("sgd", *methods):
+        problem = make_training(problem_name)
+        try:
+            optimizer = METHODS[name].make(problem.params, 1e-9, problem.loss)
+            batch = problem.batch(torch.Generator().manual_seed(0))
+            take_step(METHODS[name], optimizer, problem, batch)
+        except Exception as error:
+            rows[name]["failure"] = one_line(error)
+            continue
+        steppers[name] = (METHODS[name], optimizer, problem, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for _ in range(rounds):
+        for name, stepper in steppers.items():
+            start = time.process_time()
+            for _ in range(period):
+                take_step(*stepper)
+            seconds[name].append((time.process_time() - start) / period)
+    for name in methods:
+        if name in seconds:
+            ratios = [own / sgd for own, sgd in zip(seconds[name], seconds["sgd"], strict=True)]
+            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            rows[name] |= {"sgd_steps": quartiles[1], "quartiles": (quartiles[0], quartiles[2]), "rounds": rounds}
+            rows[name]["sgd_seconds"] = statistics.median(seconds["sgd"])
+    return list(rows.values())
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def run(problem_name: str, method: Method, lr: float, *, seed: int, steps: int | None = None) -> Row:
+    """Train once and return the curve: points (steps, time in steps of SGD, loss, score).
+
+    A run ends after `steps` of its steps; one whose steps hold several evaluations (L-BFGS), after the time of as many
+    steps of SGD. A run whose loss is not finite, or a thousand times that of the start, has diverged and ends there.
+    """
+    problem, twin = make_training(problem_name, seed=seed), make_training(problem_name, seed=seed)
+    steps = problem.steps if steps is None else steps
+    optimizer = method.make(problem.params, lr, problem.loss)
+    sgd = METHODS["sgd"].make(twin.params, 1e-9, twin.loss)
+    generator = torch.Generator().manual_seed(seed)
+    every = 1 if method.form == "closure" else max(1, steps // EVALUATIONS)
+    spent, units = 0.0, []
+    points = [(0, 0.0, *_measures(problem))]
+    for step in range(1, steps + 1):
+        batch = problem.batch(generator)
+        if step % every == 0 or step <= 3:
+            start = time.process_time()
+            take_step(METHODS["sgd"], sgd, twin, batch)
+            units.append(time.process_time() - start)
+        start = time.process_time()
+        take_step(method, optimizer, problem, batch)
+        spent += time.process_time() - start
+        if step % every == 0 or step == steps:
+            points.append((step, spent, *_measures(problem)))
+            if not points[-1][2] < 1e3 * points[0][2]:
+                break
+            if method.form == "closure" and spent > steps * statistics.median(units):
+                break
+    unit = statistics.median(units)
+    diverged = not points[-1][2] < 1e3 * points[0][2]
+    points = [point for point in points if math.isfinite(point[2]) and math.isfinite(point[3])]  # JSON knows no others
+    curve = [(step, seconds / unit, loss, score) for step, seconds, loss, score in points]
+    return {"lr": lr, "seed": seed, "diverged": diverged, "steps": steps, "curve": curve}
+
+
+def _measures(problem: TrainingProblem) -> tuple[float, float]:
+    return problem.training_loss(), problem.score(problem.model)
+
+
+def at_equal_steps(one: Row) -> tuple[float, float]:
+    """Return (loss, score) of a run's end; infinite and NaN if it diverged or did not get there."""
+    last = one["curve"][-1]
+    if one["diverged"] or last[0] < one["steps"]:
+        return math.inf, math.nan
+    return last[2], last[3]
+
+
+def at_equal_time(one: Row) -> tuple[float, float]:
+    """Return (loss, score) of the last evaluation within the time of as many steps of SGD."""
+    if one["diverged"]:
+        return math.inf, math.nan
+    point = [p for p in one["curve"] if p[1] <= 1.05 * one["steps"]][-1]  # clocks differ by a few per cent
+    return point[2], point[3]
+
+
+def choose(pilots: Sequence[Row]) -> Row:
+    """Return the run with the least loss at equal time."""
+    return min(pilots, key=lambda one: at_equal_time(one)[0])
+
+
+def train_row(problem_name: str, method_name: str, *, seeds: int, steps: int | None = None) -> Row:
+    """Return a method's runs with the learning rate it chose; `failure` says why there are none."""
+    method = METHODS[method_name]
+    row = _row("training", problem_name, method_name)
+    try:
+        pilots = [run(problem_name, method, lr, seed=0, steps=steps) for lr in method.rates]
+        best = choose(pilots)
+        more = [run(problem_name, method, best["lr"], seed=seed, steps=steps) for seed in range(1, seeds)]
+    except Exception as error:
+        return {**row, "failure": one_line(error)}
+    row["at_edge"] = best["lr"] in (method.rates[0], method.rates[-1])
+    row["diverged_pilots"] = [one["lr"] for one in pilots if one["diverged"]]
+    return {**row, "lr": best["lr"], "runs": [best, *more]}
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_row(method_name: str, *, only: str | None = None) -> Row:
+    """Return what `check_optimizer` says of a method."""
+    from optimizers.check import check_optimizer
+
+    method = METHODS[method_name]
+    row = _row("check", "", method_name)
+    try:
+        settings = {"lr": CHECK_RATES.get(method_name, 0.05), **dict(method.settings)}
+        report = check_optimizer(method.load(), form=method.form, settings=settings, only=only)
+    except Exception as error:
+        return {**row, "failure": one_line(error)}
+    outcomes = [(outcome.name, outcome.status, outcome.reason) for outcome in report.outcomes]
+    return {**row, "outcomes": outcomes}
+
+
+CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessian-gnb": 0.005}
+"""Under which the quadratics of the checks decrease; 0.05 for the others."""
+
+
+def _row(kind: str, problem: str, method: str) -> Row:
+    row: Row = {"kind": kind, "problem": problem, "method": method, "label": METHODS[method].label}
+    row |= {"ours": METHODS[method].ours, "failure": None, "git": git(), "torch": str(torch.__version__)}
+    return row | {"device": "cpu", "dtype": "float32", "threads": 1, "clock": "process CPU time"}
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure what the command line names and write the rows, or the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_optimizers", description=__doc__)
+    parser.add_argument("what", choices=["costs", "training", "checks", "report"])
+    parser.add_argument("--problems", nargs="+", choices=TRAINING, default=None)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # other libraries' deprecations; a failure is caught and reported
+    if a.what == "report":
+        from benchmarks.optimizer_report import write_report
+
+        write_report(json.loads(a.out.read_text(encoding="utf-8")))
+        return
+    runs = [name for name in TRAINING if name != "digits-cnn, batch 512"]
+    problems = [""] if a.what == "checks" else a.problems or (runs if a.what == "training" else list(TRAINING))
+    found: list[Row] = []
+    with Progress(*BARS, console=Console(stderr=True)) as progress:
+        task = progress.add_task(a.what, total=len(problems) * (1 if a.what == "costs" else len(a.methods)))
+        for problem in problems:
+            for methods in [a.methods] if a.what == "costs" else [[method] for method in a.methods]:
+                progress.update(task, description=f"{a.what} {problem} {methods[0] if len(methods) == 1 else ''}")
+                if a.what == "costs":
+                    found += cost_rows(problem, methods, rounds=a.rounds)
+                elif a.what == "training":
+                    found.append(train_row(problem, methods[0], seeds=a.seeds))
+                else:
+                    found.append(check_row(methods[0]))
+                progress.advance(task)
+                _merge(a.out, found)
+
+
+def _merge(out: Path, found: Sequence[Row]) -> None:
+    """Write rows over those of the same kind, problem and method."""
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+    rows = {(row["kind"], row["problem"], row["method"]): row for row in [*before, *found]}
+    write_rows(out, list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmark of optimizers takes the same runs for all, reads them off honestly, and reports what fails."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import optimizer_problems
+from benchmarks.bench_optimizers import (
+    at_equal_steps,
+    at_equal_time,
+    check_row,
+    choose,
+    cost_rows,
+    run,
+    train_row,
+)
+from benchmarks.optimizer_peers import METHODS, Method, take_step
+from benchmarks.optimizer_problems import TrainingProblem, make_training
+from benchmarks.optimizer_report import check_page, cost_table, training_table
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> TrainingProblem:
+        x = torch.linspace(-1, 1, 12)[:, None]
+        model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def outputs(model: nn.Module, x: Tensor) -> Tensor:
+            value: Tensor = model(x).flatten()
+            return value
+
+        return TrainingProblem("tiny", model, nn.MSELoss(), x, x**2, 6, 32, outputs, lambda _: 0.5)
+
+    monkeypatch.setitem(optimizer_problems.TRAINING, "tiny", make)
+
+
+def one(curve: list[tuple[int, float, float, float]], *, diverged: bool = False, lr: float = 1.0) -> dict[str, object]:
+    return {"lr": lr, "seed": 0, "diverged": diverged, "steps": 10, "curve": curve}
+
+
+def test_curves_are_read_at_equal_steps_and_at_equal_time() -> None:
+    slow = one([(0, 0.0, 8.0, 0.1), (5, 9.0, 4.0, 0.2), (10, 18.0, 1.0, 0.9)])
+    assert at_equal_steps(slow) == (1.0, 0.9)
+    assert at_equal_time(slow) == (4.0, 0.2)
+    failed = one([(0, 0.0, 8.0, 0.1)], diverged=True)
+    assert at_equal_steps(failed)[0] == at_equal_time(failed)[0] == math.inf
+    assert choose([failed, slow]) is slow
+
+
+def test_runs_are_reproducible_and_reduce_the_loss() -> None:
+    first, again = (run("tiny", METHODS["adahessian"], 0.05, seed=0) for _ in range(2))
+    losses = [[point[2] for point in found["curve"]] for found in (first, again)]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    assert first["curve"][-1][0] == 32
+
+
+def test_a_run_that_diverges_says_so() -> None:
+    found = run("tiny", METHODS["sgd"], 1e6, seed=0)
+    assert found["diverged"]
+    assert all(math.isfinite(point[2]) for point in found["curve"])
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.label.startswith("torch")])
+def test_every_form_of_step_moves_parameters(name: str) -> None:
+    problem = make_training("tiny")
+    before = [p.detach().clone() for p in problem.params]
+    try:
+        optimizer = METHODS[name].make(problem.params, 1e-3, problem.loss)
+    except ImportError:
+        pytest.skip("a peer that is not installed")
+    take_step(METHODS[name], optimizer, problem, problem.batch(torch.Generator().manual_seed(0)))
+    assert all(not torch.equal(p, b) for p, b in zip(problem.params, before, strict=True))
+
+
+def test_costs_and_training_have_tables() -> None:
+    costs = cost_rows("tiny", ["adamw", "adahessian"], rounds=2, period=2)
+    assert [row["failure"] for row in costs] == [None, None]
+    assert "**torch-curvature AdaHessian**" in cost_table(costs)
+    row = train_row("tiny", "adahessian", seeds=2, steps=16)
+    assert [len(row["runs"]), row["runs"][1]["seed"]] == [2, 1]
+    assert "**torch-curvature AdaHessian** | " in training_table([row], "tiny")
+
+
+def test_failures_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> type[torch.optim.Optimizer]:
+        raise ImportError("no such library")
+
+    monkeypatch.setitem(METHODS, "missing", Method("a peer", missing, "backward", (0.1,)))
+    rows = [*cost_rows("tiny", ["missing"], rounds=1, period=1), train_row("tiny", "missing", seeds=1)]
+    assert {row["failure"] for row in rows} == {"ImportError: no such library"}
+    assert "fails" in cost_table(rows)
+    assert "fails: `ImportError" in training_table(rows, "tiny")
+
+
+def test_checks_have_a_page() -> None:
+    page = check_page([check_row("sgd", only="learning rate")])
+    assert "| torch SGD, momentum 0.9 | 2 | 0 | 0 |" in page
