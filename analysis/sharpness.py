@@ -37,7 +37,7 @@ def sharpness(
 
     Each measure draws from a stream of its own, so that a number does not depend on which others are asked for.
 
-    Cost: see each row; with the default settings and all measures about 1 500 losses, 1 000 gradients and 500 products.
+    Cost: see each row; with the default settings and all measures about 1 400 losses, 400 gradients and 500 products.
 
     Args:
         objective: the loss. Logit-normalised measures, Fisher-Rao and local volume need `loss=`.
