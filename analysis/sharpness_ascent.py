@@ -124,7 +124,8 @@ def worst_case(
         raise InputError(f"scale must hold {n} numbers that are not negative, got shape {tuple(c.shape)}.")
     climb = _Climb(objective, theta, c, rho, ball)
     base, at_centre = climb.look(torch.zeros_like(theta))
-    rises, best = [], torch.zeros_like(theta)
+    rises: list[float] = []
+    best = torch.zeros_like(theta)
     for restart in range(num_restarts):
         if restart == 0 and bool(at_centre.any()):
             found, u = climb.run(torch.zeros_like(theta), base, at_centre, num_steps)
