@@ -102,6 +102,7 @@ def plot_training(result: TrainingRecord, *, ax: Axes | None = None, colors: Col
     """
     ax, colors = new_axes(ax), colors or Colors()
     steps = np.asarray(result.steps, dtype=float)
+    marker = "o" if len(steps) == 1 else ""  # a line of one point cannot be seen
     lines = (
         ("loss", "loss", colors.positive, "-"),
         ("full_penalty", "penalty of the full gradient", colors.negative, "--"),
@@ -109,7 +110,15 @@ def plot_training(result: TrainingRecord, *, ax: Axes | None = None, colors: Col
     )
     for field, label, color, style in lines:
         values = to_numpy(result.series(field))
-        ax.plot(steps, np.where(values > 0, values, np.nan), color=color, linestyle=style, linewidth=1.6, label=label)
+        ax.plot(
+            steps,
+            np.where(values > 0, values, np.nan),
+            color=color,
+            linestyle=style,
+            marker=marker,
+            linewidth=1.6,
+            label=label,
+        )
     scales, low, high = (
         to_numpy(result.series(name)) for name in ("noise_scale", "noise_scale_lower", "noise_scale_upper")
     )
@@ -119,7 +128,7 @@ def plot_training(result: TrainingRecord, *, ax: Axes | None = None, colors: Col
     right.fill_between(
         steps, np.maximum(low, 0.1), np.minimum(high, top), color=colors.quiet, alpha=0.25, linewidth=0, step=None
     )
-    right.plot(steps, shown, ":", color=colors.outlier, linewidth=1.8)
+    right.plot(steps, shown, linestyle=":", marker=marker, color=colors.outlier, linewidth=1.8)
     ax.plot([], [], ":", color=colors.outlier, linewidth=1.8, label="noise scale (right)")
     right.axhline(result.batch_size, color=colors.quiet, linewidth=0.9)
     right.annotate(
