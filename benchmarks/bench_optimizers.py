@@ -168,6 +168,7 @@ def check_row(method_name: str, *, only: str | None = None) -> Row:
     row = _row("check", "", method_name)
     try:
         settings = {"lr": CHECK_RATES.get(method_name, 0.05), **dict(method.settings)}
+        settings.pop("foreach", None)  # set for speed, and a check of its own
         report = check_optimizer(method.load(), form=method.form, settings=settings, only=only)
     except Exception as error:
         return {**row, "failure": one_line(error)}
@@ -182,7 +183,12 @@ CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessia
 def _row(kind: str, problem: str, method: str) -> Row:
     row: Row = {"kind": kind, "problem": problem, "method": method, "label": METHODS[method].label}
     row |= {"ours": METHODS[method].ours, "failure": None, "git": git(), "torch": str(torch.__version__)}
-    return row | {"device": "cpu", "dtype": "float32", "threads": 1, "clock": "process CPU time"}
+    return row | {
+        "device": "cpu",
+        "dtype": "float64" if problem == "pinn" else "float32",
+        "threads": 1,
+        "clock": "process CPU time",
+    }
 
 
 # -- command line -----------------------------------------------------------------------------------------------------

@@ -61,13 +61,15 @@ def training_table(rows: Sequence[Row], problem: str) -> str:
             )
             cells += ["", ""] if per_step else [_losses([x for x, _ in read_off]), _scores([s for _, s in read_off])]
         lr = f"{row['lr']:g}" + ("*" if row["at_edge"] else "")
-        lines.append(f"| {_label(row)} | {lr} | " + " | ".join(cells) + " |")
+        seeds = "" if len(row["runs"]) == 3 else f" ({len(row['runs'])} seeds)"
+        lines.append(f"| {_label(row)}{seeds} | {lr} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _losses(values: Sequence[float]) -> str:
     texts = [
-        f"{v:.2g}" if math.isfinite(v) else "diverged" for v in (statistics.median(values), min(values), max(values))
+        f"{float(f'{v:.2g}'):g}" if math.isfinite(v) else "diverged"
+        for v in (statistics.median(values), min(values), max(values))
     ]
     return texts[0] if texts[0] == texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
