@@ -257,6 +257,19 @@ def test_closures_that_differentiate_themselves(name: str) -> None:
     assert all(p.grad is not None and not p.grad.requires_grad for p in u.parameters())
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_negative_curvature_is_used_in_the_very_step_that_meets_it(damping: float) -> None:
+    """y^4 / 4 - y^2 / 2 from y = 0.1, with and without a convex direction that CG follows first."""
+    for start in ([0.1], [1.0, 0.1]):
+        w = vector(*start)
+        optimizer = NewtonCG([w], damping=damping, damping_rule=None, stop=None)
+        optimizer.step(lambda: w[-1] ** 4 / 4 - w[-1] ** 2 / 2 + 5 * (w[:-1] ** 2).sum())  # noqa: B023
+        assert "no positive curvature" in report(optimizer).solver
+        assert report(optimizer).accepted
+        assert report(optimizer).model_decrease > 0
+        assert float(w[-1].detach()) > 0.3
+
+
 # -- failure ----------------------------------------------------------------------------------------------------------
 
 
