@@ -218,7 +218,7 @@ assert FAST or statistics.median(peaks[10, 4]) > statistics.median(peaks[10, 1])
 # ## Where it pays
 #
 # The benchmark (`benchmarks/README.md`) runs these and the public implementations on three small problems, every method
-# with the same three tries for its learning rate and three seeds. Below: its stored rows, the loss relative to AdamW's,
+# with the same three tries for its learning rate and two or three seeds. Below: its stored rows, the loss relative to AdamW's,
 # below 1 is better. Where a
 # mark is missing the method diverged with every rate, or was not run.
 

@@ -83,7 +83,7 @@ def test_costs_and_training_have_tables() -> None:
     assert "**torch-curvature AdaHessian**" in cost_table(costs)
     row = train_row("tiny", "adahessian", seeds=2, steps=16)
     assert [len(row["runs"]), row["runs"][1]["seed"]] == [2, 1]
-    assert "**torch-curvature AdaHessian** | " in training_table([row], "tiny")
+    assert "**torch-curvature AdaHessian** (2 seeds) | " in training_table([row], "tiny")
 
 
 def test_failures_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
