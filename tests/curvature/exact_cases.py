@@ -201,8 +201,9 @@ def dense_jacobian(outputs: Tensor, params: list[Tensor]) -> Tensor:
 def output_hessian(loss: Callable[..., Tensor], outputs: Tensor, y: Tensor) -> Tensor:
     """Return the Hessian of torch's own loss in all outputs of the data, (numel, numel)."""
     flat = torch.autograd.functional.hessian(lambda z: loss(z, y), outputs.detach())
+    assert isinstance(flat, Tensor)
     size = outputs.numel()
-    return flat.reshape(size, size)  # type: ignore[union-attr]
+    return flat.reshape(size, size)
 
 
 def ggn(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -214,6 +215,6 @@ def ggn(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> 
 
 def hessian(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Return the Hessian of the data as one batch, (n, n)."""
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     grads = torch.autograd.grad(loss(model(x), y), params, create_graph=True)
     return dense_jacobian(torch.cat([g.reshape(-1) for g in grads]), params)

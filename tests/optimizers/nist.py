@@ -196,7 +196,7 @@ SETS: dict[str, CurveFit] = {
         ],
     ),
     "Lanczos3": CurveFit(
-        model=lambda b, x: sum(b[i] * torch.exp(-b[i + 1] * x) for i in (0, 2, 4)),
+        model=lambda b, x: b[0] * torch.exp(-b[1] * x) + b[2] * torch.exp(-b[3] * x) + b[4] * torch.exp(-b[5] * x),
         starts=([1.2, 0.3, 5.6, 5.5, 6.5, 7.6], [0.5, 0.7, 3.6, 4.2, 4.0, 6.3]),
         certified=[0.086816414977, 0.95498101505, 0.84400777463, 2.9515951832, 1.5825685901, 4.9863565084],
         standard_deviations=[
