@@ -24,6 +24,7 @@ COUNTERS = ("step", "hessian_step")
 """State that counts: float32 scalars, on the host unless `capturable`."""
 
 _DEFAULTS: dict[str, Any] = {
+    "update_first": 1,
     "update_every": 1,
     "maximize": False,
     "foreach": None,

@@ -64,6 +64,8 @@ class CurvatureOptimizer(ResumableOptimizer):
     unscaled, and a product that overflows makes the scaler skip the step.
 
     Settings kept in every parameter group, beside those of the method:
+        update_first: curvature is measured on each of the first so many steps of the group. With a large `update_every`
+            20 or so keep the beginning from resting on one measurement, which may be far too small.
         update_every: curvature is measured on every so many-th step of the group. A parameter is not moved before its
             curvature was measured once.
         maximize: climb instead of descend.
@@ -111,7 +113,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         self._rule = None if loss is None else loss_rule(loss)
         self.process_group = process_group
         self._forget()
-        super().__init__(params, {**defaults, "num_steps": 0, "num_refreshes": 0})
+        super().__init__(params, {"update_first": 1, **defaults, "num_steps": 0, "num_refreshes": 0})
 
     # -- what a method supplies ---------------------------------------------------------------------------------------
 
@@ -433,7 +435,8 @@ class CurvatureOptimizer(ResumableOptimizer):
 
 
 def _is_due(group: dict[str, Any]) -> bool:
-    return group["num_steps"] % group["update_every"] == 0 or group["num_refreshes"] == 0
+    step = group["num_steps"]
+    return step < group["update_first"] or step % group["update_every"] == 0 or group["num_refreshes"] == 0
 
 
 def _validate(group: dict[str, Any]) -> None:
@@ -447,9 +450,9 @@ def _validate(group: dict[str, Any]) -> None:
         raise InputError(f"a tensor lr must have one entry, got shape {tuple(lr.shape)}.")
     if not float(lr) >= 0:
         raise InputError(f"lr must be >= 0, got {lr}.")
-    if isinstance(group["update_every"], bool) or not isinstance(group["update_every"], int):
-        raise InputError(f"update_every must be an integer >= 1, got {group['update_every']!r}.")
-    if group["update_every"] < 1:
-        raise InputError(f"update_every must be an integer >= 1, got {group['update_every']}.")
+    for name in ("update_first", "update_every"):
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}.")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
         raise InputError(f"seed must be an integer, got {group['seed']!r}.")

@@ -67,7 +67,7 @@ class AdaHessian(CurvatureOptimizer):
             rarely.
         curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" or a `CurvatureSource`.
         num_probes: products or samples averaged for each D.
-        update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
+        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.
 
     Raises:
@@ -101,6 +101,7 @@ class AdaHessian(CurvatureOptimizer):
         bias_correction: Literal["refreshes", "steps"] = "refreshes",
         curvature: str | CurvatureSource = "hessian-diagonal",
         num_probes: int = 1,
+        update_first: int = 1,
         update_every: int = 1,
         loss: Callable[..., Tensor] | None = None,
         process_group: ProcessGroup | None = None,
@@ -120,6 +121,7 @@ class AdaHessian(CurvatureOptimizer):
             "absolute": absolute,
             "stale": stale,
             "bias_correction": bias_correction,
+            "update_first": update_first,
             "update_every": update_every,
             "foreach": foreach,
             "maximize": maximize,

@@ -44,7 +44,8 @@ class ESGD(CurvatureOptimizer):
         damping: added to the row norms.
         weight_decay: decoupled, times lr.
         num_probes: products averaged for each refresh.
-        update_every, process_group, check_finite, foreach, maximize, capturable, seed: as in `CurvatureOptimizer`.
+        update_first, update_every, process_group, check_finite, foreach, maximize, capturable, seed: as in
+            `CurvatureOptimizer`.
         loss: for closures that return (outputs, targets); optional here.
 
     Raises:
@@ -66,6 +67,7 @@ class ESGD(CurvatureOptimizer):
         weight_decay: float = 0.0,
         *,
         num_probes: int = 1,
+        update_first: int = 1,
         update_every: int = 20,
         loss: Callable[..., Tensor] | None = None,
         process_group: ProcessGroup | None = None,
@@ -79,6 +81,7 @@ class ESGD(CurvatureOptimizer):
             "lr": lr,
             "damping": damping,
             "weight_decay": weight_decay,
+            "update_first": update_first,
             "update_every": update_every,
             "foreach": foreach,
             "maximize": maximize,

@@ -58,7 +58,7 @@ class SASSHA(CurvatureOptimizer):
             which makes early steps too long.
         curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" or a `CurvatureSource`.
         num_probes: products or samples averaged for each estimate.
-        update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
+        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.
 
     Raises:
@@ -85,6 +85,7 @@ class SASSHA(CurvatureOptimizer):
         bias_correction: Literal["refreshes", "steps"] = "refreshes",
         curvature: str | CurvatureSource = "hessian-diagonal",
         num_probes: int = 1,
+        update_first: int = 1,
         update_every: int = 10,
         loss: Callable[..., Tensor] | None = None,
         process_group: ProcessGroup | None = None,
@@ -102,6 +103,7 @@ class SASSHA(CurvatureOptimizer):
             "rho": rho,
             "hessian_power": hessian_power,
             "bias_correction": bias_correction,
+            "update_first": update_first,
             "update_every": update_every,
             "foreach": foreach,
             "maximize": maximize,

@@ -54,7 +54,7 @@ class Sophia(CurvatureOptimizer):
         denominator: "max" is the paper's max(gamma h, eps); "add" the authors' code, gamma max(h, 0) + eps, where rho
             is this gamma and the batch size, its bs, is part of the estimate here.
         num_probes: products or samples averaged for each estimate.
-        update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
+        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.
 
     Raises:
@@ -80,6 +80,7 @@ class Sophia(CurvatureOptimizer):
         curvature: str | CurvatureSource = "gauss-newton-bartlett",
         denominator: Literal["max", "add"] = "max",
         num_probes: int = 1,
+        update_first: int = 1,
         update_every: int = 10,
         loss: Callable[..., Tensor] | None = None,
         process_group: ProcessGroup | None = None,
@@ -96,6 +97,7 @@ class Sophia(CurvatureOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "denominator": denominator,
+            "update_first": update_first,
             "update_every": update_every,
             "foreach": foreach,
             "maximize": maximize,

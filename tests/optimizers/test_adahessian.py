@@ -165,6 +165,23 @@ def test_closed_form_trajectory_on_diagonal_quadratic() -> None:
         torch.testing.assert_close(w.detach(), start * 0.7**t, rtol=1e-12, atol=0)
 
 
+def test_first_steps_measure_curvature_one_by_one() -> None:
+    problem, twin = mlp(), mlp()
+    lazy = AdaHessian(problem.params, lr=0.05, update_first=4, update_every=3)
+    due = []
+    for _ in range(10):
+        due.append(lazy.curvature_due)
+        lazy.step(problem.closure)
+    assert due == [True, True, True, True, False, False, True, False, False, True]
+    dense = AdaHessian(twin.params, lr=0.05)
+    for _ in range(4):
+        dense.step(twin.closure)
+    dense.param_groups[0]["update_every"] = 3  # the same by hand
+    for _ in range(6):
+        dense.step(twin.closure)
+    assert torch.equal(problem.flat(), twin.flat())
+
+
 def test_identity_curvature_is_momentum() -> None:
     """H = I, eps = 0: the bias-corrected average of gradients, as Adam with unit denominators has it."""
     w = torch.tensor([3.0, -2.0], dtype=torch.float64, requires_grad=True)
@@ -236,6 +253,7 @@ def test_gauss_newton_curvature_trains() -> None:
         ({"num_probes": 0}, "num_probes must be an integer >= 1"),
         ({"update_every": 0}, "update_every must be an integer >= 1"),
         ({"update_every": 1.5}, "update_every must be an integer >= 1"),
+        ({"update_first": 0}, "update_first must be an integer >= 1"),
         ({"seed": None}, "seed must be an integer"),
         ({"lr": torch.tensor([0.1, 0.2])}, "one entry"),
     ],
