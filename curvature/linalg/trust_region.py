@@ -26,6 +26,8 @@ from curvature.solve_results import SubproblemResult
 
 __all__ = ["check_gradient", "check_positive", "trust_region"]
 
+_HUGE = 1e150
+
 
 def trust_region(
     A: MatrixLike,
@@ -104,7 +106,7 @@ def trust_region(
             raise NonFiniteError(non_finite_message(spent))
         steps += 1
         smallest = min(c / pp, smallest) if steps > 1 else c / pp
-        if c <= eps * norm * plain or not end < radius**2:
+        if c <= eps * norm * plain or not end < radius * radius:
             tau = _to_boundary(ss, sp, pp, radius)
             s, r, status = s + tau * p, r + tau * q, Status.BOUNDARY
             break
@@ -123,6 +125,8 @@ def trust_region(
 
 def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:
     """Return the tau >= 0 with |s + tau p| = radius, in the form that does not cancel."""
+    if radius > _HUGE:
+        return radius / math.sqrt(pp)  # where s is lost beside it, and its square would overflow
     missing = max(radius**2 - ss, 0.0)
     root = math.sqrt(sp**2 + pp * missing)
     return missing / (sp + root) if sp > 0 else (root - sp) / pp
@@ -144,8 +148,8 @@ def _result(
     z = preconditioned(preconditioner, r[:, None])[:, 0]
     model, rs, rho = torch.stack([((g + r) * s).sum() / 2, (r * s).sum(), (r * z).sum()]).double().tolist()
     norm = radius if on_boundary else norm
-    multiplier = max(-rs / norm**2, 0.0) if on_boundary else 0.0
-    residual = max(rho + 2 * multiplier * rs + multiplier**2 * norm**2, 0.0) ** 0.5
+    multiplier = max(-rs / norm / norm, 0.0) if on_boundary else 0.0
+    residual = max(rho + 2 * multiplier * rs + (multiplier * norm) * (multiplier * norm), 0.0) ** 0.5
     return SubproblemResult(
         step=s * unit,
         step_norm=norm * unit,

@@ -320,3 +320,13 @@ def test_the_hidden_direction_is_found_before_the_space_is_exhausted(seed: int) 
         assert seeing.model_decrease > 2 * blind.model_decrease
         residual = (g + A @ seeing.step + seeing.multiplier * seeing.step).norm()
         assert float(residual) <= seeing.residual_norm + 1e-9 * float(g.norm())
+
+
+@pytest.mark.parametrize("curvature", [1.0, -1.0])
+def test_tiny_gradient_in_a_huge_ball(curvature: float) -> None:
+    A = curvature * torch.eye(3, dtype=torch.float64)
+    g = torch.tensor([1e-200, 0.0, 0.0], dtype=torch.float64)
+    found = trust_region(A, g, 1e100)
+    expected = 1e-200 if curvature > 0 else 1e100
+    assert found.step_norm == pytest.approx(expected, rel=1e-12)
+    assert float(found.step.abs().max() / expected) == pytest.approx(1.0, rel=1e-12)  # no square underflows
