@@ -55,6 +55,8 @@ def moving():
 def slow():
     import os, signal, time
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with it ignored
+
     class Slow(nn.Module):
         def forward(self, x):
             time.sleep(0.05)

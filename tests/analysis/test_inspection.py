@@ -150,8 +150,8 @@ def test_products_are_counted_and_announced() -> None:
     )
     cost = found.cost
     assert sum(stage.num_matvecs for stage in cost.stages) == cost.num_matvecs + cost.num_layer_matvecs
-    assert [stage.name for stage in cost.stages] == ["the whole Hessian", "layer by layer"]
-    assert cost.num_matvecs == found.density.num_matvecs
+    assert [stage.name for stage in cost.stages] == ["the whole Hessian", "layer by layer", "the diagonal"]
+    assert cost.num_matvecs == found.density.num_matvecs + cost.stages[2].num_matvecs
     assert cost.num_layer_matvecs == sum(layer.num_matvecs for layer in found.layers)
     assert told[-1][1:] == (cost.num_matvecs + cost.num_layer_matvecs,) * 2
     assert all(before[1] < after[1] for before, after in pairwise(told))

@@ -233,7 +233,7 @@ def test_errors_are_the_published_ones(name: str, m: int) -> None:
     if name == "flat":
         assert errors[0] < errors[1]  # two thirds of the products of Hutch++ go into a basis that holds nothing
     else:
-        assert errors[3] < 1.1 * errors[2]  # on "poly" the two are close
+        assert errors[3] < 1.5 * errors[2]  # on "poly" the two are close, and twelve trials know a mean to a third
         assert errors[2] < errors[1] < errors[0]
 
 
