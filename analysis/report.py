@@ -62,7 +62,7 @@ def _cards(inspection: Inspection) -> list[dict[str, str]]:
         ("Gradient norm", (wording.number(inspection.gradient_norm), "exact"), "zero at a stationary point"),
         ("Sharpness", wording.value_and_error(inspection.sharpness), "largest eigenvalue λ of the Hessian"),
         ("Smallest eigenvalue", wording.value_and_error(inspection.lowest), "below zero: no strict minimum"),
-        ("Trace", wording.value_and_error(inspection.total_curvature), "sum of all eigenvalues"),
+        ("Trace", wording.value_and_error(inspection.total_curvature), _hint_of_trace(inspection)),
         ("Effective condition", wording.value_and_error(inspection.effective_condition), "λ over the mean of |λ|"),
         (
             "Negative curvature",
@@ -83,6 +83,12 @@ def _cards(inspection: Inspection) -> list[dict[str, str]]:
         {"label": label, "value": value, "error": error, "hint": hint, "data": moves.get(label, "")}
         for label, (value, error), hint in entries
     ]
+
+
+def _hint_of_trace(inspection: Inspection) -> str:
+    if inspection.diagonal is None or not inspection.diagonal.exact or inspection.exact:
+        return "sum of all eigenvalues"
+    return f"sum of all eigenvalues; {wording.number(inspection.diagonal.trace, 5)} exactly"
 
 
 def _eigenvalue_rows(inspection: Inspection) -> list[dict[str, Any]]:
