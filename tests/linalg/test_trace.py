@@ -227,14 +227,14 @@ def test_errors_are_the_published_ones(name: str, m: int) -> None:
         lambda g: xtrace(A, generator=g, **settings),  # type: ignore[arg-type]
         lambda g: xnystrace(A, generator=g, **settings),  # type: ignore[arg-type]
     ]
-    errors = [mean_error(A, method, 12) for method in methods]
+    trials = 100 if name == "poly" else 12  # where the two best are a sixth apart
+    errors = [mean_error(A, method, trials) for method in methods]
     for error, published in zip(errors, PUBLISHED[name, m], strict=True):
         assert published / 3 < error < 3 * published + 3e-15
     if name == "flat":
         assert errors[0] < errors[1]  # two thirds of the products of Hutch++ go into a basis that holds nothing
     else:
-        assert errors[3] < 1.5 * errors[2]  # on "poly" the two are close, and twelve trials know a mean to a third
-        assert errors[2] < errors[1] < errors[0]
+        assert errors[3] < errors[2] < errors[1] < errors[0]
 
 
 def test_steps_are_exact_beyond_the_step() -> None:
