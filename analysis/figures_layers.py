@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from analysis.drawing import Array, Colors, asinh_ticks, legend_above
+from analysis.drawing import Array, Colors, asinh_ticks, figure_width, legend_above
 from analysis.wording import MINUS
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def plot_layer_diagonals(result: LayerDiagonals, *, ax: Axes | None = None, colo
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", linewidth=0.5)
     ax.set(xlabel="diagonal entries of the Hessian" + ("" if result.exact else ", widened by their noise"))
-    legend_above(ax, columns=4)
+    legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
     return ax
 
 
