@@ -8,15 +8,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from curvature.errors import CurvatureError
 
+if TYPE_CHECKING:
+    from analysis.preparation import Request
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+# -- what several commands take ---------------------------------------------------------------------------------------
+
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
+    ),
+]
+Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters to load into the model.")]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder. Default: a new one in runs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")]
+MicroBatch = Annotated[
+    int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
+]
+
+# -- commands ---------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -34,37 +64,22 @@ def curvature() -> None:
 
 @app.command()
 def inspect(
-    task: Annotated[
-        str,
-        typer.Argument(
-            metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
-        ),
-    ],
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters to load into the model.")] = None,
-    params: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
-    ] = None,
+    task: TaskName,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
     k: Annotated[int, typer.Option("--k", help="How many of the largest eigenvalues.")] = 10,
     rtol: Annotated[float, typer.Option(help="Residual of the largest eigenpairs, relative to the eigenvalue.")] = 1e-3,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random probes.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder. Default: runs/TASK-n.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
-    ] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")] = False,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
     no_layers: Annotated[bool, typer.Option("--no-layers", help="Inspect the whole only, not each layer.")] = False,
     coupling: Annotated[
         bool, typer.Option("--coupling", help="Measure how strongly layers act on each other, too.")
     ] = False,
-    micro_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
-    ] = None,
+    micro_batch: MicroBatch = None,
 ) -> None:
     """Inspect the curvature of a trained model: print a table, and write a run folder with a report."""
     with _errors_as_sentences():
@@ -78,18 +93,8 @@ def inspect(
         check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = Screen(stderr=as_json)
         with screen:
-            run = run_inspection(
-                task,
-                plan,
-                checkpoint=checkpoint,
-                params=params,
-                device=device,
-                micro_batch=micro_batch,
-                seed=seed,
-                check=not no_check,
-                command=shlex.join(["curvature", *sys.argv[1:]]),
-                listener=screen,
-            )
+            request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+            run = run_inspection(request, plan, listener=screen)
         folder = out or free_folder(Path("runs"), run.name)
         with screen.doing("writing the report"):
             save_run(run, folder, overwrite=overwrite, finish=write_report)
@@ -102,12 +107,7 @@ def inspect(
 
 @app.command()
 def landscape(
-    task: Annotated[
-        str,
-        typer.Argument(
-            metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
-        ),
-    ],
+    task: TaskName,
     directions: Annotated[
         str,
         typer.Option(help="random, eigenvectors, gradient, pca (of --trajectory) or path (of --to with --curve)."),
@@ -131,28 +131,16 @@ def landscape(
         float | None, typer.Option(metavar="R", help="Steps run from -R to R. Default: what shows the valley.")
     ] = None,
     plane: Annotated[bool, typer.Option("--plane/--line", help="Look at a plane, or along lines only.")] = True,
-    checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters to load into the model.")] = None,
-    params: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random directions.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run folder. Default: runs/TASK-landscape-n.")
-    ] = None,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a landscape that was interrupted.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")
-    ] = False,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")] = False,
-    micro_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
-    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
 ) -> None:
     """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
     with _errors_as_sentences():
@@ -183,21 +171,8 @@ def landscape(
         screen = LandscapeScreen(stderr=as_json)
         try:
             with screen:
-                run = run_landscape(
-                    task,
-                    plan,
-                    checkpoint=checkpoint,
-                    to=to,
-                    trajectory=trajectory or (),
-                    params=params,
-                    device=device,
-                    micro_batch=micro_batch,
-                    seed=seed,
-                    check=not no_check,
-                    command=shlex.join(["curvature", *sys.argv[1:]]),
-                    draft=draft,
-                    listener=screen,
-                )
+                request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+                run = run_landscape(request, plan, to=to, trajectory=trajectory or (), draft=draft, listener=screen)
         except KeyboardInterrupt:
             for _, unfinished in places:
                 unfinished.remove_if_empty()
@@ -218,6 +193,32 @@ def landscape(
         else:
             screen.show_landscape(run.landscape)
         screen.last_line(f"report: {folder / 'report.html'}")
+
+
+# -- what they share --------------------------------------------------------------------------------------------------
+
+
+def _request(
+    task: str,
+    checkpoint: Path | None,
+    params: list[str] | None,
+    device: str | None,
+    micro_batch: int | None,
+    seed: int,
+    no_check: bool,
+) -> Request:
+    from analysis.preparation import Request
+
+    return Request(
+        task=task,
+        checkpoint=checkpoint,
+        params=params,
+        device=device,
+        micro_batch=micro_batch,
+        seed=seed,
+        check=not no_check,
+        command=shlex.join(["curvature", *sys.argv[1:]]),
+    )
 
 
 @contextmanager

@@ -25,9 +25,7 @@ from analysis.landscape_results import Direction, Landscape, LandscapeCost, Loss
 from analysis.landscape_store import Draft, LandscapeEstimate, LandscapeRun
 from analysis.paths import Place, bend_towards, loss_along_path, present_place, read_place
 from analysis.point_log import PointLog
-from analysis.store import now, versions
-from analysis.tasks import load_task
-from analysis.workflow import Listener, checkpoint_record, data_sha256, in_groups, on_device
+from analysis.preparation import Listener, Request, checkpoint_record, load, prepare
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -47,35 +45,21 @@ class LandscapeListener(Listener):
 
 
 def run_landscape(
-    reference: str,
+    request: Request,
     plan: LandscapePlan,
     *,
-    checkpoint: Path | None = None,
     to: Path | None = None,
     trajectory: Sequence[Path] = (),
-    params: Sequence[str] | None = None,
-    device: str | None = None,
-    micro_batch: int | None = None,
-    seed: int = 0,
-    check: bool = True,
-    command: str = "",
     draft: Callable[[str], Draft] | None = None,
     listener: LandscapeListener | None = None,
 ) -> LandscapeRun:
     """Look at the loss around the model of a task, and return the results with all that produced them.
 
     Args:
-        reference: a bundled name, `file.py:function` or `package.module:function`.
+        request: which model, on what; its checkpoint is the point that is looked around from.
         plan: where to look, and how closely.
-        checkpoint: parameters to load into the model: the point that is looked around from.
         to: a checkpoint of the same model, to look at the way there.
         trajectory: checkpoints in order of time, for the plane they are nearest to.
-        params: globs over parameter and module names; default: all that require a gradient.
-        device: where to compute; default: where the task has its model.
-        micro_batch: cut batches into pieces of at most this many examples.
-        seed: of random directions, start vectors and positions.
-        check: whether to run the objective's self-check first.
-        command: the command line this came from, for the record.
         draft: given the task's name, where points are kept as they are found; None keeps none.
         listener: told about progress.
 
@@ -84,14 +68,11 @@ def run_landscape(
     """
     listener = listener or LandscapeListener()
     plan = resolved(plan, to, trajectory)
-    with listener.doing("loading the task"):
-        task = on_device(load_task(reference, checkpoint), device)
-        objective = task.objective(params=list(params) if params else None, micro_batch=micro_batch)
+    task, objective = load(request, listener)
+    with listener.doing("reading checkpoints"):
         places = [read_place(objective, path) for path in trajectory]
         end = None if to is None else read_place(objective, to)
-    listener.loaded(task, objective)
-    parameters = ", ".join(params) if params else "all that require a gradient"
-    settings = {"parameters": parameters, **asdict(plan), "micro_batch": micro_batch}
+    settings = {**request.settings, **asdict(plan)}
     if to is not None:
         settings["to"] = checkpoint_record(to)
     if trajectory:
@@ -99,35 +80,17 @@ def run_landscape(
     kept, log = None, None
     if draft is not None:
         kept = draft(task.name)
-        log = kept.begin({"task": reference, "seed": seed, "checkpoint": str(checkpoint), **settings})
-    messages = None
-    if check:
-        with listener.doing("checking model, loss and data"):
-            messages = objective.check().messages
-    if micro_batch is None:
-        with listener.doing("cutting the data into groups"):
-            objective = in_groups(objective)
+        log = kept.begin(
+            {"task": request.task, "seed": request.seed, "checkpoint": str(request.checkpoint), **settings}
+        )
+    ready = prepare(task, objective, request, listener)
+    objective = ready.objective
     with listener.doing("timing one look"):
         estimate = estimate_landscape(objective, plan, end, len(places))
     listener.planned(estimate)
-    look = _Look(objective, plan, seed, kept, log, listener, estimate.num_losses + (plan.curve if end else 0))
+    look = _Look(objective, plan, request.seed, kept, log, listener, estimate.num_losses + (plan.curve if end else 0))
     landscape = look.take(places, end)
-    return LandscapeRun(
-        task=reference,
-        name=task.name,
-        description=task.description,
-        metadata=dict(task.metadata),
-        settings=settings,
-        seed=seed,
-        command=command,
-        created=now(),
-        versions=versions(),
-        checkpoint=checkpoint_record(task.checkpoint),
-        data_sha256=data_sha256(task.train_data),
-        check=messages,
-        estimate=estimate,
-        landscape=landscape,
-    )
+    return LandscapeRun(**ready.record(request), settings=settings, estimate=estimate, landscape=landscape)
 
 
 class _Look:

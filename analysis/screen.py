@@ -12,7 +12,7 @@ from rich.table import Table
 from analysis import wording
 from analysis.results import CostEstimate, Inspection, Measured
 from analysis.tasks import Task
-from analysis.workflow import Listener
+from analysis.workflow import InspectionListener
 from curvature.objective import Objective
 
 __all__ = ["Screen", "new_table"]
@@ -20,7 +20,7 @@ __all__ = ["Screen", "new_table"]
 _PLAIN_WIDTH = 132  # of files and pipes, which have no width of their own
 
 
-class Screen(Listener):
+class Screen(InspectionListener):
     """A console that listens to an inspection; as a context, it takes the progress bar away at the end.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.plan import InspectionPlan
+from analysis.preparation import Request
 from analysis.store import Run
 from analysis.workflow import run_inspection
 
@@ -32,7 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("task") / "toy_task.py"
     file.write_text(TASK)
     plan = InspectionPlan(k=4, num_probes=3, num_steps=16)
-    return run_inspection(f"{file}:task", plan, seed=1, command="curvature inspect toy_task.py:task --seed 1")
+    request = Request(task=f"{file}:task", seed=1, command="curvature inspect toy_task.py:task --seed 1")
+    return run_inspection(request, plan)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from analysis.plan import InspectionPlan
+from analysis.preparation import Request
 from analysis.report import write_report
 from analysis.store import save_run
 from analysis.workflow import run_inspection
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PAT
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    run = run_inspection("digits-mlp", InspectionPlan(k=3), seed=0, check=False, command="curvature inspect digits-mlp")
+    request = Request(task="digits-mlp", check=False, command="curvature inspect digits-mlp")
+    run = run_inspection(request, InspectionPlan(k=3))
     folder = save_run(run, tmp_path_factory.mktemp("runs") / "run", finish=write_report)
     return folder / "report.html"
 

@@ -14,6 +14,7 @@ from torch import nn
 from analysis.landscape_plan import LandscapePlan
 from analysis.landscape_report import build_landscape_report
 from analysis.landscape_workflow import run_landscape
+from analysis.preparation import Request
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -37,7 +38,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "toy.py").write_text(TASK)
     torch.save(nn.Linear(5, 3).state_dict(), folder / "end.pt")
     plan = LandscapePlan(points=9, curve=5, directions="path")
-    run = run_landscape(f"{folder}/toy.py:task", plan, to=folder / "end.pt", check=False, command="curvature landscape")
+    request = Request(task=f"{folder}/toy.py:task", check=False, command="curvature landscape")
+    run = run_landscape(request, plan, to=folder / "end.pt")
     path = folder / "report.html"
     path.write_text(build_landscape_report(run), encoding="utf-8")
     return path

@@ -20,6 +20,7 @@ from analysis.landscape_report import build_landscape_report
 from analysis.landscape_results import Landscape
 from analysis.landscape_store import load_landscape
 from analysis.landscape_workflow import run_landscape
+from analysis.preparation import Request
 from analysis.store import load_run
 from curvature.errors import InputError
 
@@ -266,7 +267,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder: Path, arguments: list
 
 
 def test_the_page_escapes_and_reads_well(folder: Path) -> None:
-    run = run_landscape(f"{folder}/toy.py:task", LandscapePlan(points=5), check=False)
+    run = run_landscape(Request(task=f"{folder}/toy.py:task", check=False), LandscapePlan(points=5))
     page = build_landscape_report(run)
     assert "A &lt;b&gt;toy&lt;/b&gt;." in page
     assert "nan" not in re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower().replace("finance", "")

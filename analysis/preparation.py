@@ -1,0 +1,187 @@
+"""Before any measurement: the task loaded and on its device, the objective checked, its data in groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.store import file_sha256, now, versions
+from analysis.tasks import Task, load_task
+from curvature.errors import CurvatureError, InputError, TaskError
+from curvature.evaluation import tensors_in
+from curvature.objective import Objective
+from curvature.planning import SpectrumPlan
+
+__all__ = ["Listener", "Prepared", "Request", "checkpoint_record", "in_groups", "load", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which model to measure, on what, and how it was asked for."""
+
+    task: str
+    """A bundled name, "file.py:function" or "package.module:function"."""
+    checkpoint: Path | None = None
+    """Parameters to load into the model."""
+    params: Sequence[str] | None = None
+    """Globs over parameter and module names; None for all that require a gradient."""
+    device: str | None = None
+    """Where to compute; None for where the task has its model."""
+    micro_batch: int | None = None
+    """Cut batches into pieces of at most this many examples."""
+    seed: int = 0
+    """Of all random numbers."""
+    check: bool = True
+    """Whether to run the objective's self-check first."""
+    command: str = ""
+    """The command line this came from, for the record."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it belongs among the settings of a record."""
+        parameters = ", ".join(self.params) if self.params else "all that require a gradient"
+        return {"parameters": parameters, "micro_batch": self.micro_batch}
+
+
+class Listener:
+    """Told how a measurement gets on; this one keeps it to itself."""
+
+    def loaded(self, task: Task, objective: Objective) -> None:
+        """The task is there and its parameters are selected."""
+
+    def doing(self, what: str) -> AbstractContextManager[object]:
+        """Something of a few seconds begins; it is over when the context ends."""
+        del what
+        return nullcontext()
+
+    def advanced(self, stage: str, done: int, planned: int) -> None:
+        """A product was made."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its objective, ready to be measured."""
+
+    task: Task
+    objective: Objective
+    messages: tuple[str, ...] | None
+    """What the self-check found; None if it was switched off."""
+
+    def record(self, request: Request) -> dict[str, Any]:
+        """Return the fields of `analysis.store.Record` but `settings`."""
+        return {
+            "task": request.task,
+            "name": self.task.name,
+            "description": self.task.description,
+            "metadata": dict(self.task.metadata),
+            "seed": request.seed,
+            "command": request.command,
+            "created": now(),
+            "versions": versions(),
+            "checkpoint": checkpoint_record(self.task.checkpoint),
+            "data_sha256": _data_sha256(self.task.train_data),
+            "check": self.messages,
+        }
+
+
+def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
+    """Return the task on its device and the objective of the parameters asked for.
+
+    Raises:
+        CurvatureError: whatever stands in the way, with the remedy.
+    """
+    with listener.doing("loading the task"):
+        task = _on_device(load_task(request.task, request.checkpoint), request.device)
+        params = list(request.params) if request.params else None
+        objective = task.objective(params=params, micro_batch=request.micro_batch)
+    listener.loaded(task, objective)
+    return task, objective
+
+
+def prepare(task: Task, objective: Objective, request: Request, listener: Listener) -> Prepared:
+    """Check the objective if asked to, and cut its data into groups unless the user cut them.
+
+    Raises:
+        CurvatureError: as `Objective.check`.
+    """
+    messages = None
+    if request.check:
+        with listener.doing("checking model, loss and data"):
+            messages = objective.check().messages
+    if request.micro_batch is None:
+        with listener.doing("cutting the data into groups"):
+            objective = in_groups(objective)
+    return Prepared(task, objective, messages)
+
+
+def in_groups(objective: Objective) -> Objective:
+    """Return the objective with its data in enough pieces for an error over the data, if that is the same function.
+
+    A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
+    """
+    _, gradient = objective.loss_and_gradient()
+    num_batches, most = objective.num_batches, SpectrumPlan().num_groups
+    if num_batches is None or num_batches >= SpectrumPlan().least_groups or objective.process_group is not None:
+        return objective
+    largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
+    if largest < most:
+        return objective
+    pieces = objective.cut(-(-largest // (most // num_batches)))
+    try:
+        _, of_pieces = pieces.loss_and_gradient()
+    except CurvatureError:
+        return objective
+    same = (of_pieces - gradient).norm() <= 1e-4 * gradient.norm() + torch.finfo(gradient.dtype).eps ** 0.5
+    return pieces if bool(same) else objective
+
+
+def _on_device(task: Task, device: str | None) -> Task:
+    """Return the task with its model moved; batches follow, since the objective moves each to its parameters."""
+    if device is None:
+        return task
+    target = _available(device)
+    if task.prepared is None:
+        return replace(task, model=task.model.to(target))
+    if task.prepared.device != target:
+        raise TaskError(
+            f"{task.name} returns a ready-made Objective on {task.prepared.device}, which cannot be moved to {device}: "
+            "move the model before it is built, or return an analysis.tasks.Task."
+        )
+    return task
+
+
+def _available(name: str) -> torch.device:
+    """Return the device, with its index, if tensors can live there."""
+    try:
+        return torch.zeros(1, device=name).to("cpu").new_zeros(1).to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        there = " and ".join(["cpu", *([accelerator.type] if accelerator is not None else [])])
+        raise InputError(f"the device {name!r} cannot be used here; there is {there}.") from error
+
+
+def checkpoint_record(path: Path | None) -> dict[str, str] | None:
+    """Return file name and digest of a checkpoint, for the record."""
+    return None if path is None else {"file": path.name, "sha256": file_sha256(path)}
+
+
+def _data_sha256(data: Any) -> str | None:
+    """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
+    digest = hashlib.sha256()
+
+    def feed(part: Any) -> bool:
+        if isinstance(part, Tensor):
+            array = part.detach().cpu().contiguous()
+            digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+            return True
+        return isinstance(part, (tuple, list)) and all(feed(item) for item in part)
+
+    return digest.hexdigest() if feed(data) else None
