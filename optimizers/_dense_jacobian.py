@@ -82,22 +82,33 @@ def column_norms(J: Tensor, before: Tensor | None) -> Tensor:
 class DampedLeastSquares:
     """argmin |J d - b|^2 + damping |D d|^2 for one J, scales D, and any number of b and damping.
 
-    With J D^-1 = Q R (m >= n), or its transpose (m < n: the kernel form, in the space of residuals), each solution
-    costs a QR factorisation of [R; damping^(1/2) I], min(m, n)^3 operations.
+    With J D^-1 = Q R (m >= n), or its transpose (m < n: the kernel form, in the space of residuals), each damping costs
+    a QR factorisation of [R; damping^(1/2) I], min(m, n)^3 operations. Q is kept as reflections, never as a matrix.
     """
 
     def __init__(self, J: Tensor, scale: Tensor) -> None:
         self.scale = scale
         self.tall = J.shape[0] >= J.shape[1]
         scaled = J / scale
-        self.Q, R = torch.linalg.qr(scaled if self.tall else scaled.T)
+        self._reflections = torch.geqrf(scaled if self.tall else scaled.T)
+        k = min(J.shape)
+        R = self._reflections[0][:k].triu()
         self.core = R if self.tall else R.T
+        self._factors: tuple[float, Tensor, Tensor] | None = None
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
         """Return d, (n,); not finite where the damped matrix is singular."""
         k = self.core.shape[0]
-        rhs = self.Q.T @ b if self.tall else b
-        identity = torch.eye(k, dtype=b.dtype, device=b.device)
-        Q, R = torch.linalg.qr(torch.cat([self.core, damping**0.5 * identity]))
+        if self._factors is None or self._factors[0] != damping:
+            identity = torch.eye(k, dtype=b.dtype, device=b.device)
+            self._factors = (damping, *torch.linalg.qr(torch.cat([self.core, damping**0.5 * identity])))
+        _, Q, R = self._factors
+        rhs = self._reflected(b, transpose=True)[:k] if self.tall else b
         y = torch.linalg.solve_triangular(R, (Q[:k].T @ rhs)[:, None], upper=True)[:, 0]
-        return (y if self.tall else self.Q @ y) / self.scale
+        if not self.tall:
+            y = self._reflected(torch.cat([y, y.new_zeros(len(self.scale) - k)]), transpose=False)
+        return y / self.scale
+
+    def _reflected(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """Return the square Q times x, or its transpose."""
+        return torch.ormqr(*self._reflections, x[:, None], transpose=transpose)[:, 0]

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -79,19 +80,24 @@ class _Outputs:
 
     def __init__(self, flat: FlatParams, outputs: Tensor) -> None:
         self.flat, self.outputs = flat, outputs
-        with torch.enable_grad():
-            self.u = torch.zeros_like(outputs, requires_grad=True)
-            weighted = (outputs * self.u).sum()
-        if not weighted.requires_grad or not outputs.requires_grad:
+        if not outputs.requires_grad:
             raise InputError(
                 "the closure's outputs have no graph: compute them from the parameters with gradients enabled, and do "
                 "not detach them."
             )
-        self.Jtu = gradients(weighted, flat.params, create_graph=True, retain_graph=True)
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Return u and J'u with its graph, made when the first product asks for it."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self.outputs, requires_grad=True)
+            weighted = (self.outputs * u).sum()
+        return u, gradients(weighted, self.flat.params, create_graph=True, retain_graph=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return J x in the shape of the outputs: J'u is linear in u, and its derivative is J."""
-        return pull_back(self.Jtu, [self.u], self.flat.split(x), retain_graph=True)[0]
+        u, Jtu = self._transposed
+        return pull_back(Jtu, [u], self.flat.split(x), retain_graph=True)[0]
 
     def backward(self, w: Tensor) -> Tensor:
         """Return J'w, (n,), for w in the shape of the outputs."""
@@ -221,6 +227,14 @@ class Evaluations:
             value = self._called(self.closure)[0]
         found = float(self.mean(self.sign * value.detach().reshape(1)))
         return found if math.isfinite(found) else math.inf
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Return the residuals at x, (m,); the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        with self._moved_to(x), self._random.replayed(), torch.enable_grad():
+            r = self._called(self.closure)[1]
+        assert r is not None
+        return r.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
 
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
         """Return loss and gradient at x; the parameters are where they were afterwards."""

@@ -1,7 +1,8 @@
 """Levenberg and Marquardt's method for sums of squares.
 
 Reference: Levenberg (1944); Marquardt (1963); More (1978), The Levenberg-Marquardt algorithm: implementation and
-theory.
+theory; Transtrum and Sethna (2012), Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares
+minimization, for the acceleration.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Jacobian = Callable[[Sequence[Tensor]], Tensor]
 _MOST = 2048  # rows or columns, up to which a dense factorisation is a small matter
 _LARGEST = 2**26  # entries of a dense J
 _ACCEPTED = 1e-4  # ratio from which a step is taken
+_REACH = 0.1  # of the step, where the residuals' bend along it is measured
 
 
 class LevenbergMarquardt(FullBatchOptimizer):
@@ -37,6 +39,10 @@ class LevenbergMarquardt(FullBatchOptimizer):
 
     The closure returns the residuals r, one tensor or several; the loss reported is |r|^2 / 2. Within a step lambda
     rises until the loss falls by enough, with J kept; afterwards it falls where the model was good.
+
+    Each step d is bent by the geodesic acceleration a that solves the same damped problem for the second derivative of
+    the residuals along d, d + a / 2, as long as a is small beside d: one evaluation more, and in curved valleys, such
+    as those of physics-informed networks, steps that are longer by orders of magnitude.
 
     - "dense": J as a matrix with columns scaled by D, the largest norm each has had, so that units of parameters do not
       matter. Exact, by QR of [J D^-1; lambda^(1/2) I]: J'J, whose condition number is squared, is never formed. With
@@ -52,6 +58,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         damping: lambda at first, relative to D^2.
         damping_rule: maps (lambda, ratio) to the next lambda.
         method: see above.
+        acceleration: largest 2 |D a| / |D d| with which a is added; 0 for plain steps.
         jacobian: J at present values as a matrix, in the order of the parameters (see `PointwiseResiduals`); default:
             by differentiating the closure.
         rtol: of lsmr.
@@ -82,6 +89,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         damping: float = 1e-2,
         damping_rule: Callable[[float, float], float] = DampingRule(increase=4.0, decrease=0.2, minimum=1e-20),  # noqa: B008
         method: Literal["auto", "dense", "lsmr"] = "auto",
+        acceleration: float = 0.75,
         jacobian: Jacobian | None = None,
         rtol: float = 1e-8,
         max_iterations: int | None = None,
@@ -92,6 +100,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         defaults = {
             "damping": damping,
             "method": method,
+            "acceleration": acceleration,
             "rtol": rtol,
             "max_iterations": max_iterations,
             "max_trials": max_trials,
@@ -102,6 +111,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         check_choice("method", group["method"], ("auto", "dense", "lsmr"))
         check_at_least("max_trials", group["max_trials"], 1)
+        check_at_least("acceleration", group["acceleration"], 0)
         if not group["damping"] > 0 or not math.isfinite(group["damping"]):
             raise InputError(f"damping must be positive and finite, got {group['damping']}.")
         if not group["rtol"] > 0:
@@ -148,12 +158,15 @@ class LevenbergMarquardt(FullBatchOptimizer):
             system = _Dense(dense, r, here.gradient, scale)
         else:
             system = _Iterative(J, r, here.gradient, group["rtol"], group["max_iterations"])
+        bends = group["acceleration"] > 0
         damping, eps = float(group["damping"]), torch.finfo(flat.dtype).eps
         message = "not tried"
         for trial in range(group["max_trials"]):
-            d = system.solve(damping)
+            d = system.solve(-r, damping)
             if bool(d.isfinite().all()):
-                model = system.decrease(d)
+                model, bent = system.decrease(d), False
+                if bends:
+                    d, bent = self._bent(evaluations, system, start, d, damping)
                 loss = evaluations.value(start + d)
                 ratio = reduction_ratio(here.loss, loss, model, eps)
                 if ratio > _ACCEPTED:
@@ -162,7 +175,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
                         step=d,
                         loss=loss,
                         solver=system.ended,
-                        message=f"accepted at the {trial + 1}. damping tried",
+                        message=f"accepted at the {trial + 1}. damping tried" + (", accelerated" if bent else ""),
                         model_decrease=model,
                         ratio=ratio,
                     )
@@ -177,6 +190,20 @@ class LevenbergMarquardt(FullBatchOptimizer):
             damping = risen
         group["damping"] = damping
         return Move(step=None, loss=here.loss, solver=system.ended, message=message)
+
+    def _bent(
+        self, evaluations: Evaluations, system: _Dense | _Iterative, start: Tensor, d: Tensor, damping: float
+    ) -> tuple[Tensor, bool]:
+        """Return d + a / 2 and True where the acceleration a is small enough, d and False elsewhere."""
+        ahead = evaluations.residuals(start + _REACH * d)
+        second = 2 / _REACH * ((ahead - system.r) / _REACH - system.J @ d)
+        noise = 8 * torch.finfo(d.dtype).eps / _REACH**2 * float(torch.linalg.vector_norm(system.r))
+        if not noise < float(torch.linalg.vector_norm(second)) < math.inf:
+            return d, False
+        a = system.solve(-second, damping)
+        if not 2 * system.size_of(a) <= self.param_groups[0]["acceleration"] * system.size_of(d):
+            return d, False
+        return d + a / 2, True
 
     def _dense(self, J: LinearOperator) -> Tensor:
         assert isinstance(J, ResidualJacobian)
@@ -195,8 +222,11 @@ class _Dense:
         self.J, self.r, self.gradient = J, r, gradient
         self.system = DampedLeastSquares(J, scale)
 
-    def solve(self, damping: float) -> Tensor:
-        return self.system.solve(-self.r, damping)
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        return self.system.solve(b, damping)
+
+    def size_of(self, d: Tensor) -> float:
+        return float(torch.linalg.vector_norm(self.system.scale * d))
 
     def decrease(self, d: Tensor) -> float:
         return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2
@@ -209,16 +239,19 @@ class _Iterative:
         self.size = float(torch.linalg.vector_norm(gradient) / torch.linalg.vector_norm(r))  # at most |J|
         self.ended = "not run"
 
-    def solve(self, damping: float) -> Tensor:
+    def solve(self, b: Tensor, damping: float) -> Tensor:
         result = lsmr(
             self.J,
-            -self.r,
+            b,
             damping=damping * self.size**2,
             rtol=self.rtol,
             max_iterations=self.max_iterations,
         )
         self.ended = result.status.value
         return result.x
+
+    def size_of(self, d: Tensor) -> float:
+        return float(torch.linalg.vector_norm(d))
 
     def decrease(self, d: Tensor) -> float:
         return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2

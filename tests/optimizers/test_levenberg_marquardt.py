@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from optimizers._dense_jacobian import DampedLeastSquares, dense_jacobian
 from optimizers._evaluations import ResidualJacobian
 from optimizers._flat import FlatParams
 from optimizers.levenberg_marquardt import LevenbergMarquardt
+from optimizers.minimize import minimize
 from optimizers.pointwise import PointwiseResiduals
+from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.nist import SETS, log_relative_error
 
 
@@ -96,7 +99,7 @@ def test_routes_take_the_same_first_step(points: int) -> None:
     J, r = reference_jacobian(model, x), (model(x) - y).detach().reshape(-1)
     size = (J.T @ r).norm() / r.norm()
     expected = -torch.linalg.solve(J.T @ J + size**2 * torch.eye(J.shape[1], dtype=J.dtype), J.T @ r)
-    optimizer = LevenbergMarquardt(model.parameters(), method="lsmr", rtol=1e-12, damping=1.0)
+    optimizer = LevenbergMarquardt(model.parameters(), method="lsmr", rtol=1e-12, damping=1.0, acceleration=0)
     optimizer.step(lambda: model(x) - y)
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert optimizer.last_step is not None
@@ -105,6 +108,57 @@ def test_routes_take_the_same_first_step(points: int) -> None:
     assert optimizer.last_step.model_decrease == pytest.approx(
         float(r @ r - (r + J @ expected).square().sum()) / 2, rel=1e-7
     )
+
+
+@pytest.mark.parametrize("method", ["dense", "lsmr"])
+@pytest.mark.parametrize("m", [3, 9], ids=["fewer residuals", "more residuals"])
+def test_acceleration_against_closed_form(m: int, method: str) -> None:
+    """Residuals A b + c (B b)^2 + 1 have the second derivative 2 c (B d)^2 along d, which differences give exactly."""
+    n, c = 5, 0.05
+    A, B = torch.randn(m, n, dtype=torch.float64), torch.randn(m, n, dtype=torch.float64)
+    b = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b], damping=1.0, method=method, rtol=1e-14)  # type: ignore[arg-type]
+    optimizer.step(lambda: A @ b + c * (B @ b) ** 2 + 1)
+    ones = torch.ones(m, dtype=torch.float64)
+    D2 = A.square().sum(0) if method == "dense" else ((A.T @ ones).norm() / ones.norm()).square().expand(n)
+    damped = A.T @ A + torch.diag(D2)
+    d = -torch.linalg.solve(damped, A.T @ ones)
+    a = -torch.linalg.solve(damped, A.T @ (2 * c * (B @ d) ** 2))
+    assert 1e-3 < float(2 * (D2 * a * a).sum().sqrt() / (D2 * d * d).sum().sqrt()) < 0.75
+    report = optimizer.last_step
+    assert report is not None
+    assert report.message == "accepted at the 1. damping tried, accelerated"
+    assert report.num_evaluations == 3
+    torch.testing.assert_close(b.detach(), d + a / 2, rtol=1e-8, atol=1e-10)
+
+
+def test_acceleration_is_left_out_where_it_is_large_or_rounding() -> None:
+    for dtype in (torch.float32, torch.float64):
+        A = torch.randn(9, 5, dtype=dtype)
+        b = nn.Parameter(torch.ones(5, dtype=dtype))
+        optimizer = LevenbergMarquardt([b])
+        optimizer.step(partial(torch.addmv, torch.ones(9, dtype=dtype), A, b))
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.message == "accepted at the 1. damping tried"
+    b = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = LevenbergMarquardt([b], damping=1e-8)
+    optimizer.step(lambda: b + 0.3 * (b - 1) ** 2)  # 2 |a| / |d| is 1.2
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.message == "accepted at the 1. damping tried"
+    assert float(b.detach()) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_acceleration_follows_a_curved_valley() -> None:
+    """Powell's badly scaled function: half the steps."""
+    steps = {}
+    for acceleration in (0.0, 0.75):
+        problem = PROBLEMS["powell-badly-scaled"]
+        start = torch.tensor(problem.start, dtype=torch.float64)
+        options = {"acceleration": acceleration}
+        result = minimize(problem.residuals, start, method="levenberg-marquardt", gtol=1e-10, options=options)
+        assert result.fun < 1e-20
+        steps[acceleration] = result.nit
+    assert 2 * steps[0.75] < steps[0.0]
 
 
 @pytest.mark.parametrize("method", ["dense", "lsmr"])
@@ -199,6 +253,7 @@ def test_minimum_and_zero_jacobian_are_told() -> None:
         ({"damping": 0.0}, "damping must be positive"),
         ({"method": "svd"}, "method must be one of"),
         ({"max_trials": 0}, "max_trials"),
+        ({"acceleration": -0.5}, "acceleration"),
         ({"rtol": 0.0}, "rtol must be positive"),
     ],
 )
