@@ -35,7 +35,8 @@ class PenaltyDirection(_Record):
     """(k,), absolute cosines with the eigenvectors given; None if none were."""
     sharpness_change: float | None
     """d lambda_max / dt of the flow along minus this gradient, by first-order perturbation of the largest eigenvalue
-    given; 1 / parameter^2 per unit of lr x steps x loss. None if none was given."""
+    given; times lr x steps it is the change in so many steps, loss / parameter^2. None if none was given. Exact up to
+    rounding; with ReLU or max-pooling it is that of the smooth piece the point lies in."""
 
 
 @dataclass(frozen=True, kw_only=True)

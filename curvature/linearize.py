@@ -165,6 +165,33 @@ class Linearization:
             return torch.zeros_like(x)
         return self._flatten(_pull_back(g, params, v), chosen)
 
+    def curvature_gradient(self, v: Tensor) -> Tensor:
+        """Return the gradient of v'H v in the parameters, (n,), v held fixed.
+
+        Raises:
+            InputError: if an operation of the model has no third derivative.
+        """
+        if self.weight == 0:
+            return torch.zeros_like(v)
+        slopes: Sequence[Tensor | None] = self._build_gradient()
+        parts = self._unflatten(v, range(len(self._params)))
+        with self._session(), no_autocast(self._space.device):
+            for last in (False, True):  # g'v differentiated is H v, and v'H v what is asked for
+                along, directions = differentiable(slopes, parts)
+                if not along:
+                    return torch.zeros_like(v)
+                if last and _refusals(along):
+                    raise InputError(
+                        "the model holds an operation without a third derivative (its double backward is marked "
+                        "once_differentiable); write that in differentiable operations."
+                    )
+                inner = torch.stack([(a * d).sum() for a, d in zip(along, directions, strict=True)]).sum()
+                try:
+                    slopes = _pull_back([inner], self._params, create_graph=not last)
+                except RuntimeError as error:
+                    raise InputError(f"the model holds an operation without a third derivative ({error}).") from error
+        return self._flatten(slopes)
+
     def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
         return self.metric_product(X, LOSS_HESSIAN, block)
@@ -344,8 +371,7 @@ class Linearization:
         if product in self._evaluator.graphs_seen:
             return
         self._evaluator.graphs_seen.add(product)
-        refusals = [node for node in walk([t.grad_fn for t in first if t is not None]) if "Error" in node.name()]
-        if refusals:
+        if _refusals([t for t in first if t is not None]):
             custom = {type(n).__name__ for n in walk([self.graph_root()]) if isinstance(n, BackwardCFunction)}
             names = ", ".join(sorted(custom))
             raise CheckFailedError(
@@ -364,6 +390,11 @@ class Linearization:
                     "is not "
                     "differentiable there (sqrt or norm at 0?) or overflows; shift the argument or use a wider dtype."
                 )
+
+
+def _refusals(tensors: Sequence[Tensor]) -> bool:
+    """Say whether a graph holds what a function marked `once_differentiable` leaves; autograd passes over it."""
+    return any("Error" in node.name() for node in walk([t.grad_fn for t in tensors]))
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
