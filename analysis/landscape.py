@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.landscape_results import Direction, LossPlane, LossSlice, Trajectory
+from analysis.layout import fast_layout
 from analysis.point_log import PointLog, fingerprint
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -54,16 +55,16 @@ def loss_along(
     gradient = objective.gradient()
     slope, curvature = float(gradient @ d), float(d @ (HessianOperator(objective) @ d))
     here = objective.space.current()
-    centre = loss_at(objective, here).value
-    key = fingerprint(here, d, t, torch.tensor([centre]))
-    losses, stderr = evaluate_points(
-        objective,
-        ((here + s * d, None) for s in t.tolist()),
-        section=f"along {direction.name}",
-        key=key,
-        log=log,
-        tick=tick,
-    )
+    with fast_layout(objective):
+        centre = loss_at(objective, here).value
+        losses, stderr = evaluate_points(
+            objective,
+            ((here + s * d, None) for s in t.tolist()),
+            section=f"along {direction.name}",
+            key=fingerprint(here, d, t, torch.tensor([centre])),
+            log=log,
+            tick=tick,
+        )
     return LossSlice(
         direction=direction,
         steps=t,
@@ -114,12 +115,17 @@ def loss_on_plane(
     gradient, HD = D.T @ objective.gradient(), HessianOperator(objective) @ D
     hessian = D.T @ HD
     here = objective.space.current()
-    centre = loss_at(objective, here).value
-    key = fingerprint(here, D, x, y, torch.tensor([centre]))
     points = ((here + s * D[:, 0] + t * D[:, 1], None) for t in y.tolist() for s in x.tolist())
-    losses, stderr = evaluate_points(
-        objective, points, section=f"plane of {first.name} and {second.name}", key=key, log=log, tick=tick
-    )
+    with fast_layout(objective):
+        centre = loss_at(objective, here).value
+        losses, stderr = evaluate_points(
+            objective,
+            points,
+            section=f"plane of {first.name} and {second.name}",
+            key=fingerprint(here, D, x, y, torch.tensor([centre])),
+            log=log,
+            tick=tick,
+        )
     return LossPlane(
         first=first,
         second=second,

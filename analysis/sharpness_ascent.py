@@ -88,6 +88,7 @@ def worst_case(
     scale: Tensor | None = None,
     num_steps: int = 20,
     num_restarts: int = 2,
+    rtol: float = 0.0,
     generator: torch.Generator,
 ) -> Ascent:
     """Return the largest rise of the loss that an ascent finds in |u|_p <= rho; a lower bound on the largest there is.
@@ -104,6 +105,7 @@ def worst_case(
         scale: c, (n,), not negative. Default: 1.
         num_steps: gradients a start, at most.
         num_restarts: starts.
+        rtol: a start ends with two steps in succession that add less than this share of the rise.
         generator: source of the random starts, on the objective's device.
 
     Raises:
@@ -118,12 +120,15 @@ def worst_case(
     for name, count in (("num_steps", num_steps), ("num_restarts", num_restarts)):
         if count < 1:
             raise InputError(f"{name} must be at least 1, got {count}.")
+    if not 0 <= rtol < 1:
+        raise InputError(f"rtol must be in [0, 1), got {rtol}.")
     theta = objective.space.current()
     c = torch.ones_like(theta) if scale is None else scale.to(theta)
     if c.shape != (n,) or not bool((c >= 0).all()):
         raise InputError(f"scale must hold {n} numbers that are not negative, got shape {tuple(c.shape)}.")
-    climb = _Climb(objective, theta, c, rho, ball)
+    climb = _Climb(objective, theta, c, rho, ball, rtol)
     base, at_centre = climb.look(torch.zeros_like(theta))
+    climb.base = base
     rises: list[float] = []
     best = torch.zeros_like(theta)
     for restart in range(num_restarts):
@@ -144,8 +149,9 @@ def worst_case(
 
 
 class _Climb:
-    def __init__(self, objective: Objective, theta: Tensor, c: Tensor, rho: float, ball: Ball) -> None:
-        self.objective, self.theta, self.c, self.rho, self.ball = objective, theta, c, rho, ball
+    def __init__(self, objective: Objective, theta: Tensor, c: Tensor, rho: float, ball: Ball, rtol: float) -> None:
+        self.objective, self.theta, self.c, self.rho, self.ball, self.rtol = objective, theta, c, rho, ball, rtol
+        self.base = 0.0
         self.num_gradients = 0
 
     def look(self, u: Tensor) -> tuple[float, Tensor]:
@@ -166,13 +172,15 @@ class _Climb:
     def run(self, u: Tensor, loss: float, h: Tensor, num_steps: int) -> tuple[float, Tensor]:
         """Return the highest loss met and where."""
         length = math.inf  # in units of the rim's distance; infinite: to the rim itself
+        idle = 0  # steps in succession that added next to nothing
         for _ in range(num_steps):
-            if not bool(h.any()):
+            if not bool(h.any()) or idle == 2:
                 break
             towards = self.on_rim(h)
             trial = towards if length == math.inf else self.project(u + length * towards)
             there, slope = self.look(trial)
             if there > loss:
+                idle = idle + 1 if there - loss < self.rtol * (there - self.base) else 0
                 u, loss, h = trial, there, slope
                 continue
             length = 1.0 if length == math.inf else length / 2

@@ -52,9 +52,11 @@ class SharpnessSettings:
     """Gradients of an ascent, at most, for each start."""
     num_restarts: int = 2
     """Starts of an ascent."""
+    ascent_rtol: float = 1e-3
+    """Share of the rise below which steps of an ascent count as idle; two of them in succession end a start."""
     num_probes: int = 16
     """Pairs of noise."""
-    num_matvecs: int = 64
+    num_matvecs: int = 20
     """Products for a trace, a norm, or each layer's relative flatness."""
     rtol: float = 1e-3
     """Residual of eigenvalues, relative."""
@@ -70,7 +72,7 @@ class SharpnessSettings:
     """Prior precision of the local volume, per loss term; units of the Hessian."""
 
     def __post_init__(self) -> None:
-        for name in ("rho", "adaptive_rho", "rtol", "rise", "epsilon", "damping"):
+        for name in ("rho", "adaptive_rho", "rtol", "ascent_rtol", "rise", "epsilon", "damping"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be positive and finite, got {value}.")
@@ -120,8 +122,16 @@ def _worst(
 ) -> Found:
     c, rho = _scaled(objective, s, scale)
     radius = rho if ball == "l2" else rho / objective.num_params**0.5
-    steps = {"num_steps": s.num_steps, "num_restarts": s.num_restarts}
-    found = worst_case(objective, rho=radius, ball=ball, scale=c, generator=g, **steps)
+    found = worst_case(
+        objective,
+        rho=radius,
+        ball=ball,
+        scale=c,
+        num_steps=s.num_steps,
+        num_restarts=s.num_restarts,
+        rtol=s.ascent_rtol,
+        generator=g,
+    )
     starts = {f"start {i}": rise for i, rise in enumerate(found.rises)}
     details = {"rho": radius, **starts}
     return Found(value=found.rise, stderr=math.nan, num_gradients=found.num_gradients, details=details)
@@ -177,7 +187,8 @@ def _box(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Foun
 
 
 def _volume(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
-    found = spectrum(GGNOperator(objective), SpectrumPlan(k=0, num_bottom=0, num_groups=0), generator=g)
+    plan = SpectrumPlan(k=0, num_bottom=0, num_groups=0, num_probes=3, num_steps=24)
+    found = spectrum(GGNOperator(objective), plan, generator=g)
     log = found.spectral_sum(lambda x: 0.5 * torch.log1p(x.clamp_min(0) / s.damping))
     stderr = math.hypot(float(log.stderr), float(log.rule))
     details = {"damping": s.damping}

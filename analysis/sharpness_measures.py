@@ -38,8 +38,12 @@ __all__ = [
     "tolerated_noise",
 ]
 
-_WIDEST = 60  # doublings of sigma before the loss counts as flat
+_WIDEST = 30  # values of sigma tried, up to 4^30 times the first, before the loss counts as flat
+_SECANTS = 8  # values of sigma after which a bracket is bisected
 _CLOSE = 1e-4  # relative width at which the search for sigma ends
+_NEGLIGIBLE = 0.01  # of the standard error: so far off the rise need not be closer
+_SLOPES = (0.5, 8.0)  # of log rise over log sigma that a secant is believed in
+_STRIDE = math.log(4.0)  # of log sigma, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,41 +103,46 @@ def tolerated_noise(
 ) -> Found:
     """Return 1 / sigma^2 for the sigma at which noise sigma c z lifts the loss by `rise` on average, z normal.
 
-    The same pairs +-z serve every sigma, so that the mean rise is one function of it, whose root is bracketed by
-    doubling and then bisected. Where the loss is flat the value is 0. The standard error is that of the mean rise over
-    its slope. Cost: two losses a probe for each of about 25 values of sigma.
+    The same pairs +-z serve every sigma, so that the mean rise is one function of it. Its root is bracketed and found
+    by secants of log rise over log sigma, whose slope is 2 where the loss is quadratic. The search ends where the mean
+    rise is off by a hundredth of its standard error, or the bracket is narrow. Where the loss is flat the value is 0.
+    The standard error is that of the mean rise over its slope. Cost: two losses a probe for each of some 5 sigmas.
     """
     z = torch.randn(len(c), num_probes, generator=generator, dtype=c.dtype, device=c.device)
     theta = objective.space.current()
-    base, tried = loss_at(objective, theta).value, 0
-
-    def mean_rise(sigma: float) -> float:
-        nonlocal tried
-        tried += 1
-        return float(_pair_rises(objective, c, sigma, z, base).mean())
-
+    base = loss_at(objective, theta).value
     length = float((c * theta).norm() / c.square().norm().clamp_min(torch.finfo(c.dtype).tiny))
-    low = high = 0.1 * (length or 1.0)
-    excess = mean_rise(high) > rise
-    for _ in range(_WIDEST):
-        low, high = (low / 2, low) if excess else (high, 2 * high)
-        if (mean_rise(low if excess else high) > rise) != excess:
+    sigma, low, high = 0.1 * (length or 1.0), 0.0, math.inf
+    before: tuple[float, float] | None = None  # log sigma, log rise
+    slope, tried = 2.0, 0
+    while True:
+        samples = _pair_rises(objective, c, sigma, z, base)
+        tried += 1
+        mean, stderr = (float(x) for x in mean_and_stderr(samples))
+        low, high = (low, sigma) if mean > rise else (sigma, high)
+        known = 0 < mean < math.inf
+        if known:
+            here = math.log(sigma), math.log(mean)
+            if before is not None and here[0] != before[0]:
+                slope = min(max((here[1] - before[1]) / (here[0] - before[0]), _SLOPES[0]), _SLOPES[1])
+            before = here
+        close = known and abs(mean - rise) <= _NEGLIGIBLE * stderr
+        bracketed = low > 0 and high < math.inf
+        if close or tried == _WIDEST or (bracketed and high <= (1 + _CLOSE) * low):
             break
-    else:
-        spent = 2 * num_probes * tried + 1
-        return Found(value=math.inf if excess else 0.0, stderr=math.nan, num_losses=spent, details={"rise": rise})
-    while high / low > 1 + _CLOSE:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if mean_rise(middle) > rise else (middle, high)
-    sigma = (low * high) ** 0.5
-    samples = _pair_rises(objective, c, sigma, z, base)
-    slope = (mean_rise(1.02 * sigma) - mean_rise(0.98 * sigma)) / (0.04 * sigma)
-    stderr = float(mean_and_stderr(samples)[1]) / slope if slope > 0 else math.nan
+        step = math.log(rise / mean) / slope if known else math.copysign(_STRIDE, rise - mean)
+        sigma *= math.exp(min(max(step, -_STRIDE), _STRIDE))
+        if bracketed and (tried > _SECANTS or not low < sigma < high):
+            sigma = (low * high) ** 0.5
+    spent = 2 * num_probes * tried + 1
+    if not (close or bracketed):
+        return Found(value=math.inf if low == 0 else 0.0, stderr=math.nan, num_losses=spent, details={"rise": rise})
+    error = stderr * sigma / (slope * mean) if known else math.nan
     return Found(
         value=sigma**-2,
-        stderr=2 * stderr / sigma**3,
-        num_losses=2 * num_probes * (tried + 1) + 1,
-        details={"sigma": sigma, "sigma_stderr": stderr, "rise": rise},
+        stderr=2 * error / sigma**3,
+        num_losses=spent,
+        details={"sigma": sigma, "sigma_stderr": error, "rise": rise},
     )
 
 
@@ -146,7 +155,8 @@ def box_rise(
     """Return 100 (max L - L) / (1 + L) over the box |y_i| <= epsilon (|theta_i| + 1), by L-BFGS-B; a lower bound.
 
     The first start is the centre, others are random in the box, and so is the first where the gradient vanishes. The
-    iteration is scipy's, on the host in float64.
+    iteration is scipy's, on the host in float64, of the rise over the mean slope along the sides of the box: scipy's
+    first step and its tolerances are absolute, and a small box would end it where it begins.
 
     Raises:
         InputError: if 1 + L is not positive.
@@ -172,9 +182,17 @@ def box_rise(
         drawn = torch.rand(len(theta), generator=generator, dtype=theta.dtype, device=theta.device)
         start = np.zeros_like(unit) if centred else (2 * drawn - 1).double().cpu().numpy()
         bounds = scipy.optimize.Bounds(-np.ones_like(unit), np.ones_like(unit))
-        options = {"maxiter": max_iterations}
-        end = scipy.optimize.minimize(fall, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-        found.append(100 * (-float(end.fun) - base) / (1 + base))
+        slope = unit * at_centre.double().cpu().numpy() if centred else fall(start)[1]
+        scale = 1 / max(float(np.abs(slope).mean()), np.finfo(np.float64).tiny)
+        end = scipy.optimize.minimize(
+            lambda t, scale=scale: tuple(scale * part for part in fall(t)),
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": max_iterations, "gtol": 0.0, "ftol": 0.0},
+        )
+        found.append(100 * (-float(end.fun) / scale - base) / (1 + base))
     return Found(
         value=100 * (highest - base) / (1 + base),
         stderr=math.nan,

@@ -65,7 +65,7 @@ def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
     originals = [tensor.data for tensor, _ in changes]
     try:
         for tensor, values in changes:
-            tensor.data = values.contiguous()
+            tensor.data = torch.empty_like(tensor.data).copy_(values)  # in the memory format that it had
         yield
     finally:
         for (tensor, _), original in zip(changes, originals, strict=True):

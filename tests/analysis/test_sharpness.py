@@ -69,17 +69,102 @@ def test_rescaling_moves_what_it_is_said_to_move(tables, name: str) -> None:
         assert abs(ratio - 1) > 0.01
 
 
-def test_curvature_moves_by_the_factor_of_the_change_of_variables(tables) -> None:
-    before, after = tables
+def plain_loss(theta: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Return the loss of `network()` at flat parameters, written out."""
+    x, y = next(iter(network().batches()))
+    W1, b1, W2, b2 = (part for part in theta.split([30, 6, 24, 4]))
+    hidden = torch.relu(x[rows] @ W1.reshape(6, 5).T + b1)
+    return nn.functional.cross_entropy(hidden @ W2.reshape(4, 6).T + b2, y[rows])
+
+
+def one_step(theta: Tensor, d: Tensor, rows: slice = slice(None)) -> float:
+    """Return the rise of L(d * .) at SAM's point, rho = 0.05."""
+    at = theta.clone().requires_grad_()
+    base = plain_loss(at, rows)
+    (g,) = torch.autograd.grad(base, at)
+    h = d * g
+    return float(plain_loss(theta + 0.05 * d * h / h.norm(), rows) - base.detach())
+
+
+def test_all_that_rescaling_moves_moves_as_the_change_of_variables_says(tables) -> None:
+    """With theta' = theta / d the rescaled loss is L(d * theta'), here by plain formulas of the unscaled network."""
+    moved, objective, five = tables[1], network(), network(5.0)
+    n, theta = objective.num_params, objective.space.current()
+    d = torch.cat([torch.full((36,), 1 / 5, dtype=torch.float64), torch.full((24,), 5.0), torch.ones(4)])
+    base = float(plain_loss(theta))
+    assert float(plain_loss(d * five.space.current())) == pytest.approx(base, rel=1e-14)
+    H, G = (d[:, None] * A(objective).to_dense() * d for A in (HessianOperator, GGNOperator))
+    parts = [slice(0, 20), slice(20, 40), slice(40, 50)]
+    exact = {
+        "trace": H.trace(),
+        "frobenius_norm": H.norm(),
+        "log_volume": torch.linalg.slogdet(torch.eye(n) + G / QUICK.damping).logabsdet / 2,
+        "sam": one_step(theta, d),
+        "m_sharpness": sum(w * one_step(theta, d, rows) for w, rows in zip((0.4, 0.4, 0.2), parts, strict=True)),
+    }
+    close = {"top_eigenvalue": torch.linalg.eigvalsh(H)[-1]}
+    for name, value in {**exact, **close}.items():
+        assert moved[name].value == pytest.approx(float(value), rel=1e-9 if name in exact else 1e-5), name
+
+    z = torch.randn(n, 3, generator=generator(), dtype=torch.float64)
+    ones = torch.ones(n, dtype=torch.float64)
+
+    def mean_rise(sigma: float) -> float:
+        return sum(float(plain_loss(theta + s * sigma * d * column)) - base for column in z.T for s in (1, -1)) / 6
+
+    found = average_rise(five, ones, rho=0.05, num_probes=3, generator=generator())
+    assert found.value == pytest.approx(mean_rise(0.05 / n**0.5), rel=1e-8)
+    noise = tolerated_noise(five, ones, rise=0.1, num_probes=3, generator=generator())
+    assert mean_rise(noise.details["sigma"]) == pytest.approx(0.1, rel=0.02)
+
+    for ball, rho in (("l2", 0.05), ("linf", 0.05 / n**0.5)):
+        there = worst_case(five, rho=rho, ball=ball, generator=generator())  # type: ignore[arg-type]
+        here = worst_case(objective, rho=rho, ball=ball, scale=d, generator=generator())  # type: ignore[arg-type]
+        assert there.rises == pytest.approx(here.rises, rel=1e-6)
+        assert float(plain_loss(theta + d * there.perturbation)) - base == pytest.approx(there.rise, rel=1e-9)
+
+    at = theta.clone().requires_grad_()
+    (g,) = torch.autograd.grad(plain_loss(at), at)
+    corner = 1e-3 * ((theta / d).abs() + 1) * d * g.sign()  # so small a box is left at the corner that g points to
+    rise = 100 * (float(plain_loss(theta + corner)) - base) / (1 + base)
+    assert 0.98 * rise < moved["keskar"].value < 1.001 * rise
+    tested = {*exact, *close, "average", "pac_bayes", "worst_l2", "worst_linf", "keskar"}
+    assert tested == {row.name for row in moved.rows if not row.rescaling_invariant}
+
+
+def test_the_search_for_noise_is_cheap_and_finds_the_root() -> None:
+    objective, H = quadratic()
+    z = torch.randn(5, 16, generator=generator(), dtype=torch.float64)
+    expected = float(((H @ z) * z).sum(0).mean()) / 2 / 0.1  # L = u'Hu / 2, so that 1 / sigma^2 is known
+    found = tolerated_noise(objective, torch.ones(5).double(), rise=0.1, num_probes=16, generator=generator())
+    error = found.details["sigma_stderr"] / found.details["sigma"]
+    assert found.value == pytest.approx(expected, rel=0.03 * error)
+    assert found.num_losses <= 32 * 6 + 1
+    steep = tolerated_noise(objective, 1e8 * torch.ones(5).double(), rise=0.1, num_probes=16, generator=generator())
+    assert steep.value == pytest.approx(1e16 * expected, rel=0.03 * error)
+
+
+def test_noise_under_a_step_is_bracketed() -> None:
+    """A loss that jumps has no sigma of just this rise; the search ends at the jump."""
+    model = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    loss = lambda z, y: (z.sum() * 0 + 1.0 * ((z - y).abs() > 0.5).double()).mean()  # noqa: E731
+    objective = Objective(model, loss, (torch.ones(1, 1).double(), torch.ones(1, 1).double()), weight=lambda _: 1.0)
+    found = tolerated_noise(objective, torch.ones(1).double(), rise=0.6, num_probes=2, generator=generator())
+    z = torch.randn(1, 2, generator=generator(), dtype=torch.float64).abs()
+    assert found.details["sigma"] == pytest.approx(0.5 / float(z.min()), rel=1e-4)  # both pairs beyond 1/2
+
+
+def test_idle_ascents_end_early() -> None:
     objective = network()
-    d = torch.cat([torch.full((36,), 1 / 5), torch.full((24,), 5.0), torch.ones(4)]).double()
-    H = HessianOperator(objective).to_dense()
-    moved = d[:, None] * H * d
-    ratios = after.ratios(before)
-    assert ratios["trace"] == pytest.approx(float(moved.trace() / H.trace()), rel=1e-9)
-    assert ratios["frobenius_norm"] == pytest.approx(float(moved.norm() / H.norm()), rel=1e-9)
-    top = [float(torch.linalg.eigvalsh(A)[-1]) for A in (moved, H)]
-    assert ratios["top_eigenvalue"] == pytest.approx(top[0] / top[1], rel=1e-5)
+    settings = {"rho": 0.5, "num_steps": 60, "num_restarts": 1}
+    full = worst_case(objective, **settings, generator=generator())
+    short = worst_case(objective, **settings, rtol=1e-3, generator=generator())
+    assert short.num_gradients < full.num_gradients
+    assert 0.98 * full.rise < short.rise <= full.rise
+    with pytest.raises(InputError, match="rtol must be in"):
+        worst_case(objective, rho=1.0, rtol=1.0, generator=generator())
 
 
 # -- dense references -------------------------------------------------------------------------------------------------
@@ -188,6 +273,15 @@ def test_sam_and_its_pieces_are_rises_at_one_step() -> None:
         rises.append(float(d @ g + d @ A @ d / 2))
     assert small["m_sharpness"].value == pytest.approx((4 * rises[0] + 4 * rises[1] + rises[2]) / 9, rel=1e-9)
     assert small["m_sharpness"].stderr > 0
+
+
+def test_a_box_of_any_size_is_searched() -> None:
+    """So small a rise that scipy's absolute tolerances would end the search at its start."""
+    objective, _ = quadratic(offset=0.2)
+    settings = SharpnessSettings(epsilon=1e-7, num_restarts=1)
+    row = sharpness(objective, ["keskar"], settings=settings, generator=generator())["keskar"]
+    slope = 1e-7 * ((objective.space.current().abs() + 1) * objective.gradient().abs()).sum()
+    assert row.value == pytest.approx(100 * float(slope / (1 + objective.loss())), rel=1e-5)
 
 
 def test_keskars_box_is_maximised() -> None:
