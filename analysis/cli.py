@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from curvature.errors import CurvatureError
 
 if TYPE_CHECKING:
     from analysis.preparation import Request
+    from analysis.study import Study
 
 __all__ = ["app", "main"]
 
@@ -195,6 +196,75 @@ def landscape(
         screen.last_line(f"report: {folder / 'report.html'}")
 
 
+@app.command()
+def noise(
+    task: TaskName,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size of the training, to judge it.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the training, to judge its steps.")] = None,
+    curvature: Annotated[
+        bool, typer.Option("--curvature/--no-curvature", help="Look at how noise lies against curvature, too.")
+    ] = True,
+    damping: Annotated[
+        float | None, typer.Option(help="Solve for the Takeuchi criterion with this much on the diagonal, too.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Measure the noise of stochastic gradients: noise scale, critical batch size, which layers carry it."""
+    with _errors_as_sentences():
+        from analysis.noise_study import NOISE, NoisePlan
+
+        plan = NoisePlan(batch_size=batch_size, lr=lr, curvature=curvature, damping=damping)
+        request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+        _run_study(NOISE, request, plan, out=out, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def implicit(
+    task: TaskName,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD.")],
+    batch_size: Annotated[
+        int | None, typer.Option(help="In examples. Default: the batches of the task as they are.")
+    ] = None,
+    momentum: Annotated[float, typer.Option(help="Heavy-ball momentum of SGD.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of SGD.")] = 0.0,
+    k: Annotated[int, typer.Option("--k", help="How many of the sharpest directions to look against.")] = 3,
+    no_directions: Annotated[
+        bool, typer.Option("--no-directions", help="Only the penalties, not where they push.")
+    ] = False,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Measure what SGD adds to the loss: the penalties on the gradient and on its variance over batches."""
+    with _errors_as_sentences():
+        from analysis.implicit_study import IMPLICIT, ImplicitPlan
+
+        plan = ImplicitPlan(
+            lr=lr,
+            batch_size=batch_size,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            directions=not no_directions,
+            k=k,
+        )
+        request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+        _run_study(IMPLICIT, request, plan, out=out, overwrite=overwrite, as_json=as_json)
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +289,29 @@ def _request(
         check=not no_check,
         command=shlex.join(["curvature", *sys.argv[1:]]),
     )
+
+
+def _run_study(
+    study: Study[Any, Any], request: Request, plan: object, *, out: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Measure, write the run folder with its report, and print what it says."""
+    from analysis.account_report import report_writer
+    from analysis.account_screen import StudyScreen
+    from analysis.store import check_destination, free_folder, save_run
+    from analysis.study import run_study
+
+    check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
+    screen = StudyScreen(stderr=as_json)
+    with screen:
+        run = run_study(study, request, plan, listener=screen)
+    folder = out or free_folder(Path("runs"), f"{run.name}-{run.kind}")
+    with screen.doing("writing the report"):
+        save_run(run, folder, overwrite=overwrite, finish=report_writer(study))
+    if as_json:
+        typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
+    else:
+        screen.tell(run, study.account(run))
+    screen.last_line(f"report: {folder / 'report.html'}")
 
 
 @contextmanager

@@ -105,8 +105,8 @@ def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
     return task, objective
 
 
-def prepare(task: Task, objective: Objective, request: Request, listener: Listener) -> Prepared:
-    """Check the objective if asked to, and cut its data into groups unless the user cut them.
+def prepare(task: Task, objective: Objective, request: Request, listener: Listener, *, groups: bool = True) -> Prepared:
+    """Check the objective if asked to, and, with `groups`, cut its data into groups unless the user cut them.
 
     Raises:
         CurvatureError: as `Objective.check`.
@@ -115,7 +115,7 @@ def prepare(task: Task, objective: Objective, request: Request, listener: Listen
     if request.check:
         with listener.doing("checking model, loss and data"):
             messages = objective.check().messages
-    if request.micro_batch is None:
+    if groups and request.micro_batch is None:
         with listener.doing("cutting the data into groups"):
             objective = in_groups(objective)
     return Prepared(task, objective, messages)

@@ -2,7 +2,7 @@
 
     config.json    task, settings, seed, command line, checkpoint, versions, self-check, estimated cost
     results.json   every number but the large arrays, for people and programs
-    arrays.npz     every tensor, by the name of its field: eigenvectors, density, quadrature nodes, ...
+    arrays.npz     every tensor, by the name of its field: eigenvectors, density, quadrature nodes, ...; and infinities
     report.html    written by whoever has a report to add
 
 A folder appears under its name only when it is complete: it is written beside it and renamed.
@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -41,6 +42,7 @@ __all__ = [
     "check_destination",
     "file_sha256",
     "free_folder",
+    "kind_of",
     "load_record",
     "load_run",
     "now",
@@ -213,6 +215,8 @@ def _collect_arrays(record: Any, path: str, arrays: dict[str, np.ndarray]) -> No
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             arrays[f"{path}{field.name}"] = value.detach().cpu().numpy()
+        elif isinstance(value, float) and math.isinf(value):  # which JSON cannot hold
+            arrays[f"{path}{field.name}"] = np.array(value)
         elif is_dataclass(value):
             _collect_arrays(value, f"{path}{field.name}.", arrays)
         elif isinstance(value, tuple):
@@ -259,6 +263,21 @@ def load_run(folder: Path | str) -> Run:
     return load_record(folder, Run)
 
 
+def kind_of(folder: Path | str) -> str:
+    """Return what was measured in the run that a folder holds: the `kind` of its record.
+
+    Raises:
+        InputError: if the folder holds no complete run.
+    """
+    folder = Path(folder)
+    if not _is_run(folder):
+        raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("kind", "inspection"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
+
+
 def load_record(folder: Path | str, cls: type[R]) -> R:
     """Read a run folder of any kind, as `load_run` does.
 
@@ -270,14 +289,13 @@ def load_record(folder: Path | str, cls: type[R]) -> R:
         InputError: if the folder holds no complete run of that kind, or one written by a newer version.
     """
     folder = Path(folder)
-    if not _is_run(folder):
-        raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
+    kind = kind_of(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz", allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-        written, kind = int(config["format"]), config.get("kind", "inspection")
+        written = int(config["format"])
         fits = written == FORMAT and kind == cls.kind
         run = _rebuild(cls, {**config, cls.result: results}, arrays, "") if fits else None
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -293,13 +311,16 @@ def load_record(folder: Path | str, cls: type[R]) -> R:
 
 def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor], path: str) -> T:
     hints = get_type_hints(cls)
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
         kind = hints[field.name]
         below = "" if field.name == getattr(cls, "result", None) else f"{path}{field.name}."
         array = arrays.get(f"{path}{field.name}")
         if array is None and kind is Tensor:
             raise KeyError(f"{path}{field.name}")
+        if array is not None and kind in (float, float | None):
+            values[field.name] = array.item()
+            continue
         values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
     return cls(**values)
 

@@ -22,14 +22,16 @@ __all__ = [
     "power_of_ten",
     "quantity",
     "share",
+    "subscript",
     "value_and_error",
 ]
 
 MINUS = "\u2212"
 TIMES = "\u00d7"
-_THIN = "\u202f"  # thin and unbreakable: between thousands, before a per cent sign
+THIN = "\u202f"  # thin and unbreakable: between thousands, before a per cent sign
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _NEGLIGIBLE = 5e-5  # an uncertainty below this share of the value is not shown: four digits are printed
 
 
@@ -44,7 +46,7 @@ def number(value: float, digits: int = 4) -> str:
         return "0"
     exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     if -4 <= exponent < 6:
-        return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", _THIN).replace("-", MINUS)
+        return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", THIN).replace("-", MINUS)
     return f"{_fixed(value / 10.0**exponent, digits - 1)} {TIMES} {power_of_ten(exponent)}"
 
 
@@ -64,7 +66,7 @@ def quantity(measured: Measured, digits: int = 4) -> str:
 
 def value_and_error(measured: Measured, *, percent: bool = False) -> tuple[str, str]:
     """Return the value and its uncertainty apart, each readable on its own, for where they stand on two lines."""
-    scale, unit = (100.0, f"{_THIN}%") if percent else (1.0, "")
+    scale, unit = (100.0, f"{THIN}%") if percent else (1.0, "")
     value, stderr = scale * measured.value, scale * measured.stderr
     if not math.isfinite(value):
         return number(value), ""
@@ -78,7 +80,7 @@ def over_data(measured: Measured, *, percent: bool = False) -> str:
     """Return how far other data of the same size would move a value; nothing where that is not known."""
     if not math.isfinite(measured.data):
         return ""
-    return f"± {number(100 * measured.data, 2)}{_THIN}%" if percent else f"± {number(measured.data, 2)}"
+    return f"± {number(100 * measured.data, 2)}{THIN}%" if percent else f"± {number(measured.data, 2)}"
 
 
 def count(value: float) -> str:
@@ -91,15 +93,20 @@ def share(measured: Measured) -> str:
     if not math.isfinite(measured.value):
         return "undefined"
     if max(abs(measured.value), measured.stderr) < 5e-6:
-        return f"0{_THIN}%"
+        return f"0{THIN}%"
     percent = Measured(value=100 * measured.value, stderr=100 * measured.stderr)
     text = quantity(percent, digits=3)
-    return (f"({text})" if "±" in text else text) + f"{_THIN}%"
+    return (f"({text})" if "±" in text else text) + f"{THIN}%"
 
 
 def power_of_ten(exponent: int) -> str:
     """Return 10 to a power, with superscripts."""
     return "10" + str(exponent).translate(_SUPERSCRIPTS)
+
+
+def subscript(index: int) -> str:
+    """Return a whole number as a subscript."""
+    return str(index).translate(_SUBSCRIPTS)
 
 
 def duration(seconds: float) -> str:
@@ -130,7 +137,7 @@ def prose(value: Any) -> str:
 
 
 def _fixed(value: float, decimals: int) -> str:
-    return f"{value:,.{decimals}f}".replace(",", _THIN).replace("-", MINUS)
+    return f"{value:,.{decimals}f}".replace(",", THIN).replace("-", MINUS)
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def _sharpness(inspection: Inspection) -> str:
         text += f" Other data of the same size would move it by {number(top.data, 2)} or so (one standard error)."
     if 1 < k < n and trace > 0:
         held = 100 * float(inspection.top.eigenvalues.sum()) / trace
-        text += f" The {k} largest eigenvalues add up to {held:.0f}{_THIN}% of the trace"
+        text += f" The {k} largest eigenvalues add up to {held:.0f}{THIN}% of the trace"
         text += f"; over all directions the curvature is {number(trace / n, 2)} on average."
     return text
 
@@ -175,7 +182,7 @@ def _minimum(inspection: Inspection) -> str:
     doubt = max(low.stderr, 1e-6 * abs(top.value))  # residual, or rounding
     smallest = f"smallest eigenvalue {quantity(low)}"
     if low.value < -doubt:
-        beside = f", {100 * abs(low.value / top.value):.2g}{_THIN}% of the largest in size" if top.value > 0 else ""
+        beside = f", {100 * abs(low.value / top.value):.2g}{THIN}% of the largest in size" if top.value > 0 else ""
         text = f"Not strictly: along at least one direction the curvature is negative ({smallest}{beside}), and "
         text += f"{share(inspection.negative_share)} of all absolute curvature is."
     elif low.value > doubt:
@@ -185,7 +192,7 @@ def _minimum(inspection: Inspection) -> str:
     text += f" The gradient has norm {number(inspection.gradient_norm, 3)}"
     if top.value > 0 and inspection.loss > 0:
         gain = 100 * inspection.gradient_norm**2 / (2 * top.value * inspection.loss)
-        text += f": a step of 1/λ against it would lower the loss by {number(gain, 2)}{_THIN}%, if not more"
+        text += f": a step of 1/λ against it would lower the loss by {number(gain, 2)}{THIN}%, if not more"
     return text + "."
 
 
@@ -209,7 +216,7 @@ def _layers(layers: tuple[LayerCurvature, ...]) -> str:
     if total > 0:
         heaviest = max(layers, key=lambda layer: layer.trace.value)
         text += " and" if heaviest is sharpest else f", {heaviest.name}"
-        text += f" holds the most of the trace ({100 * heaviest.trace.value / total:.0f}{_THIN}%)"
+        text += f" holds the most of the trace ({100 * heaviest.trace.value / total:.0f}{THIN}%)"
     return (
         text + f", and {worst.name} is the worst conditioned (λ is {number(condition(worst), 3)} times its mean |λ|)."
     )

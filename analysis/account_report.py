@@ -1,0 +1,58 @@
+"""The report of a study: one HTML page that needs nothing beside it, and its figures as PDF for papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from analysis.account import Account, Picture
+from analysis.drawing import Colors
+from analysis.page import COLORS, templates, two_sizes
+from analysis.store import load_record
+from analysis.study import Study, StudyRun
+
+__all__ = ["build_account_report", "report_writer"]
+
+
+def report_writer(study: Study[Any, Any]) -> Callable[[Path], Path]:
+    """Return what writes report.html and the figures as PDF into a run folder of this kind."""
+
+    def write(folder: Path) -> Path:
+        run = load_record(folder, study.record)
+        account = study.account(run)
+        path = folder / "report.html"
+        path.write_text(build_account_report(run, account), encoding="utf-8")
+        for chapter in account.chapters:
+            for picture in chapter.pictures:
+                _to_paper(picture, folder / f"{picture.name}.pdf")
+        return path
+
+    return write
+
+
+def build_account_report(run: StudyRun, account: Account) -> str:
+    """Return the report of a study as one self-contained HTML page."""
+    figures, tables = count(1), count(1)
+    chapters = [
+        {
+            "title": chapter.title,
+            "pictures": [(next(figures), p, _on_page(p)) for p in chapter.pictures],
+            "sheets": [(next(tables), sheet) for sheet in chapter.sheets],
+        }
+        for chapter in account.chapters
+    ]
+    return templates().get_template("account.html").render(run=run, account=account, chapters=chapters)
+
+
+def _on_page(picture: Picture) -> Any:
+    return two_sizes(picture.name, picture.label, lambda ax: picture.draw(ax, COLORS), height=picture.height)
+
+
+def _to_paper(picture: Picture, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, picture.height), layout="constrained")
+    picture.draw(figure.subplots(), Colors())
+    figure.savefig(path, metadata={"CreationDate": None})
