@@ -197,6 +197,43 @@ def landscape(
 
 
 @app.command()
+def sharpness(
+    task: TaskName,
+    measure: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this measure; may be given several times.")
+    ] = None,
+    rho: Annotated[float, typer.Option(help="Length of a perturbation.")] = 0.05,
+    adaptive_rho: Annotated[float, typer.Option(help="The same, relative to the parameters.")] = 0.5,
+    num_probes: Annotated[int, typer.Option(help="Pairs of noise for averages.")] = 16,
+    num_matvecs: Annotated[int, typer.Option(help="Products for a trace or a norm.")] = 20,
+    piece: Annotated[int, typer.Option(help="Examples of a piece of m-sharpness.")] = 32,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Measure sharpness by all measures that people compare, with what each is invariant to."""
+    with _errors_as_sentences():
+        from analysis.sharpness_study import SHARPNESS, SharpnessPlan
+
+        plan = SharpnessPlan(
+            measures=tuple(measure) if measure else None,
+            rho=rho,
+            adaptive_rho=adaptive_rho,
+            num_probes=num_probes,
+            num_matvecs=num_matvecs,
+            piece=piece,
+        )
+        request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+        _run_study(SHARPNESS, request, plan, out=out, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
 def noise(
     task: TaskName,
     batch_size: Annotated[int | None, typer.Option(help="Batch size of the training, to judge it.")] = None,

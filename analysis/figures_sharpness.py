@@ -77,7 +77,7 @@ def plot_sharpness(
         middle = float(np.sqrt(low * high))
         ax.set_xlim(middle / 10, middle * 10)
     decade_ticks(ax.xaxis)
-    ax.set_yticks(range(len(rows)), [row.name.replace("_", " ") for row in rows])
+    ax.set_yticks(range(len(rows)), [row.label for row in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", linewidth=0.5)
     ax.set(xlabel="value, each in its own unit" if ratios is None else "ratio to the reference")

@@ -113,7 +113,7 @@ def _account(run: ImplicitRun) -> Account:
         chapters.append(_directions(run.implicit, found.full, found.batch))
     return Account(
         title="Implicit regularization",
-        facts=(f"lr {found.lr:g}", f"batches of {wording.number(found.batch_size, 4)}"),
+        facts=(f"lr {found.lr:g}", f"batches of {wording.count(found.batch_size)}"),
         cards=_cards(run.implicit),
         findings=_findings(run.implicit),
         chapters=tuple(chapters),
@@ -190,7 +190,7 @@ def _findings(study: ImplicitStudy) -> tuple[Finding, ...]:
 def _added(found: ImplicitRegularization) -> str:
     variance = _relative(found.batch_penalty, found.loss)
     full = _relative(found.full_penalty, found.loss)
-    batch = wording.number(found.batch_size, 4)
+    batch = wording.count(found.batch_size)
     text = (
         f"At a learning rate of {found.lr:g} and batches of {batch} the gradient-variance penalty is {variance} of the "
         f"loss, and the penalty on the full gradient {full}."
@@ -217,7 +217,7 @@ def _payers(found: ImplicitRegularization) -> str:
 def _elsewhere(found: ImplicitRegularization) -> str:
     half, double = found.batch_size / 2, 2 * found.batch_size
     parts = [
-        f"{_relative(found.batch_penalty_at(B), found.loss)} at {wording.number(B, 4)}"
+        f"{_relative(found.batch_penalty_at(B), found.loss)} at {wording.count(B)}"
         for B in (half, double)
         if 1 <= B <= found.num_examples
     ]

@@ -123,7 +123,7 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     cards = [
         Card(
             label="Noise scale",
-            value=number(scale.value, 3) if scale.value > 0 else "undefined",
+            value=number(scale.value, 3) if scale.value > 0 else f"> {number(max(scale.lower, 0.0), 3)}",
             error=f"{number(max(scale.lower, 0.0), 3)} to {number(scale.upper, 3)} ({percent})",
             hint="batch size at which noise and signal are equal, tr S / |G|²",
         ),
@@ -147,8 +147,7 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     cards.append(Card(label="Stopping evidence", value=number(noise.evidence, 3), hint=hint))
     if study.batch_size is not None:
         hint = f"of the full gradient's, by a step on {wording.count(study.batch_size)} examples"
-        share = wording.share(Measured(value=noise.efficiency(study.batch_size), stderr=0.0))
-        cards.append(Card(label="Progress of a batch", value=share, hint=hint))
+        cards.append(Card(label="Progress of a batch", value=_progress(noise, study.batch_size), hint=hint))
     if study.curvature is not None and study.curvature.takeuchi is not None:
         cards.append(_card("Takeuchi criterion", study.curvature.takeuchi, "expected gap of test and training loss"))
     return tuple(cards)
@@ -188,8 +187,7 @@ def _useful(study: NoiseStudy) -> str:
         f"{wording.THIN}% of the full gradient's progress: a larger one gives little."
     )
     if study.batch_size is not None:
-        share = wording.share(Measured(value=noise.efficiency(study.batch_size), stderr=0.0))
-        text += f" A batch of {wording.count(study.batch_size)} makes {share} of it."
+        text += f" A batch of {wording.count(study.batch_size)} makes {_progress(noise, study.batch_size)} of it."
     return text
 
 
@@ -210,15 +208,18 @@ def _carriers(noise: GradientNoise) -> str:
 def _evidence(noise: GradientNoise) -> str:
     if math.isnan(noise.evidence):
         return "No entry of the gradient has any noise."
+    evidence = f"evidence {wording.number(noise.evidence, 3)}"
     if noise.evidence > 0:
         return (
-            f"No: the entries of the mean gradient are as small as sampling noise alone would make them (evidence "
-            f"{wording.number(noise.evidence, 3)} > 0). Training on these data may stop."
+            f"No: entry by entry the mean gradient is as small as sampling noise alone would make it ({evidence} > 0). "
+            "Training on these data may stop."
         )
-    return (
-        "Yes: the mean gradient is larger than sampling noise would make it (evidence "
-        f"{wording.number(noise.evidence, 3)})."
-    )
+    if noise.squared_norm.value <= 0:
+        return (
+            "Hardly: entry by entry the mean gradient is a little larger than sampling noise would make it "
+            f"({evidence} < 0), but its length is not."
+        )
+    return f"Yes: entry by entry the mean gradient is larger than sampling noise would make it ({evidence} < 0)."
 
 
 def _against(c: CurvatureNoise) -> str:
@@ -253,7 +254,7 @@ def _batches(study: NoiseStudy) -> Chapter:
     rows = tuple(
         (
             wording.count(B),
-            wording.share(Measured(value=noise.efficiency(B), stderr=0.0)),
+            _progress(noise, B),
             wording.number(noise.norm_test(B), 3),
             wording.number(noise.inner_product_test(B), 3),
             wording.number(noise.orthogonality_test(B), 3),
@@ -319,6 +320,14 @@ def _layers(noise: GradientNoise) -> Chapter:
             ),
         ),
     )
+
+
+def _progress(noise: GradientNoise, batch_size: float) -> str:
+    """Return the share of the full gradient's progress that a batch makes; where the signal is not seen, at most that."""
+    if noise.squared_norm.value > 0:
+        return wording.share(Measured(value=noise.efficiency(batch_size), stderr=0.0))
+    most = 1 / (1 + max(noise.noise_scale.lower, 0.0) / batch_size)
+    return f"≤ {wording.share(Measured(value=most, stderr=0.0))}"
 
 
 def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,7 @@ from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.shift import loss_at
 
-__all__ = ["SHARPNESS_MEASURES", "SharpnessSettings", "sharpness"]
+__all__ = ["SHARPNESS_MEASURES", "SharpnessSettings", "measures_for", "sharpness"]
 
 SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 """Names of all measures."""
@@ -68,14 +68,7 @@ def sharpness(
             f"generator lives on {generator.device} but the objective on {objective.device}; make it with "
             f"torch.Generator({str(objective.device)!r})."
         )
-    if measures is None:
-        measures = [name for name, spec in MEASURES.items() if not spec.needs_split or objective.has_split]
-        if all(t.ndim < 2 for t in objective.space.tensors.values()):
-            measures.remove("relative_flatness")
-    unknown = [name for name in measures if name not in MEASURES]
-    if unknown or not measures or len(set(measures)) < len(measures):
-        wrong = unknown or ("a repeated name" if measures else "none")
-        raise InputError(f"measures must be distinct names out of {', '.join(MEASURES)}; got {wrong}.")
+    measures = measures_for(objective, measures)
     seeds = torch.randint(2**62, (len(MEASURES),), generator=generator, device=generator.device).tolist()
     rows = []
     with fast_layout(objective):
@@ -107,3 +100,21 @@ def sharpness(
         loss = loss_at(objective, objective.space.current()).value
     rows.sort(key=lambda row: list(measures).index(row.name))
     return SharpnessTable(rows=tuple(rows), loss=loss, num_params=objective.num_params)
+
+
+def measures_for(objective: Objective, measures: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the names asked for, checked, or all that this objective allows.
+
+    Raises:
+        InputError: for an unknown or repeated name, or none.
+    """
+    if measures is None:
+        names = [name for name, spec in MEASURES.items() if not spec.needs_split or objective.has_split]
+        if all(t.ndim < 2 for t in objective.space.tensors.values()):
+            names.remove("relative_flatness")
+        return tuple(names)
+    unknown = [name for name in measures if name not in MEASURES]
+    if unknown or not measures or len(set(measures)) < len(measures):
+        wrong = unknown or ("a repeated name" if measures else "none")
+        raise InputError(f"measures must be distinct names out of {', '.join(MEASURES)}; got {wrong}.")
+    return tuple(measures)

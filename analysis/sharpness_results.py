@@ -11,6 +11,8 @@ from curvature.errors import InputError
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
 
+_WORDS = {"sam": "SAM", "asam": "ASAM", "l2": "ℓ₂", "linf": "ℓ∞", "fisher": "Fisher", "rao": "Rao", "keskar": "Keskar"}
+
 Kind = Literal["exact", "estimate", "residual", "lower bound"]
 
 
@@ -46,6 +48,12 @@ class SharpnessRow:
     """Wall-clock time, s."""
     details: dict[str, float] = field(default_factory=dict)
     """Settings and by-products by name, e.g. the radius rho, or the terms of each layer."""
+
+    @property
+    def label(self) -> str:
+        """The name as it is read."""
+        words = self.name.replace("pac_bayes", "PAC-Bayes").replace("m_sharpness", "m-sharpness").split("_")
+        return " ".join(_WORDS.get(word, word) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)

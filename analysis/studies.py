@@ -7,13 +7,14 @@ from typing import Any
 
 from analysis.implicit_study import IMPLICIT
 from analysis.noise_study import NOISE
+from analysis.sharpness_study import SHARPNESS
 from analysis.store import kind_of, load_record
 from analysis.study import Study, StudyRun
 from curvature.errors import InputError
 
 __all__ = ["STUDIES", "load_study"]
 
-STUDIES: dict[str, Study[Any, Any]] = {study.record.kind: study for study in (NOISE, IMPLICIT)}
+STUDIES: dict[str, Study[Any, Any]] = {study.record.kind: study for study in (SHARPNESS, NOISE, IMPLICIT)}
 """By kind, which is also the name of the command."""
 
 
