@@ -22,6 +22,7 @@ from analysis.regularization_results import ImplicitRegularization
 from analysis.training_record import TrainingReading, TrainingRecord
 from curvature.errors import InputError
 from curvature.objective import Objective
+from curvature.per_example import gradient_moments
 
 __all__ = ["TrainingMonitor", "untouched"]
 
@@ -29,8 +30,8 @@ __all__ = ["TrainingMonitor", "untouched"]
 class TrainingMonitor:
     """Takes readings of gradient noise and implicit regularization at any step of a training loop.
 
-    Each reading costs a pass of `gradient_noise` over the objective's data, about 5 gradients of them; a fixed part of
-    the training set keeps that small.
+    Each reading costs one pass of `gradient_moments` over the objective's data, 2 to 2.5 gradients of them where they are
+    one batch; a fixed part of the training set keeps that small.
 
     Args:
         objective: on the model that is trained, with data of its own choice: a fixed part of the training set will do.
@@ -101,13 +102,15 @@ class TrainingMonitor:
         clock = time.perf_counter()
         with untouched(self.objective, evaluation_mode=self.evaluation_mode):
             try:
-                noise = gradient_noise(self.objective)
+                moments = gradient_moments(self.objective, along_mean=True)  # one for both
+                noise = gradient_noise(self.objective, moments=moments)
                 found = implicit_regularization(
                     self.objective,
                     lr=rate,
                     batch_size=size,
                     momentum=self.momentum,
                     weight_decay=self.weight_decay,
+                    norms=moments,
                 )
             finally:
                 self.objective.release()  # graphs of a point that training leaves at once

@@ -1,8 +1,9 @@
 """The noise of stochastic gradients: what one pass over single examples says about every batch size.
 
 All measures here are functions of few sums over examples: of g_i, of their squares entry by entry, of |g_i|^2 and of
-g_i'g. The first three come from one pass (`curvature.per_example`), the last from one product J g of the outputs'
-Jacobian with the mean gradient, since g_i'g is the derivative of example i's loss along g.
+g_i'g. All come from one pass (`curvature.per_example`) where the data are one batch. The mean gradient of several is
+known only after it: then the last come from one product J g of the outputs' Jacobian, since g_i'g is the derivative of
+example i's loss along g.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ from analysis.results import Measured
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
 from curvature.output_metrics import example_shares
-from curvature.per_example import gradient_moments
+from curvature.per_example import GradientMoments, GradientNorms, gradient_moments
 from curvature.results import mean_and_stderr, student_quantile
 
-__all__ = ["gradient_noise", "noise_scale_from_two_sizes", "projections"]
+__all__ = ["gradient_noise", "inner_products", "is_one_batch", "noise_scale_from_two_sizes", "projections"]
 
 
-def gradient_noise(objective: Objective, *, confidence: float = 0.95) -> GradientNoise:
+def gradient_noise(
+    objective: Objective, *, confidence: float = 0.95, moments: GradientMoments | None = None
+) -> GradientNoise:
     """Measure the covariance of single examples' gradients and all that batch sizes are judged by.
 
     With t_i = |g_i - g|^2 and u_i = 2 (g_i'g - |g|^2), the spread over examples of t_i and u_i - t_i / N gives the
     errors of tr S and |G|^2 and their covariance (delta method), Fieller's theorem the interval of their ratio. Where
     the noise drowns the mean the interval is wide rather than short: 4 g'S g / N is then above the variance of |G|^2.
 
-    Cost: one pass of `gradient_moments`, and one product with the Jacobian of the outputs.
+    Cost: one pass of `gradient_moments`; for several batches also one product with the Jacobian of the outputs.
+    Memory: that of one batch, and of graphs as the objective's `keep_graphs` has it.
 
     Args:
         objective: with `loss=`, examples along the first dimension, in an order that is the same at every pass.
         confidence: of the interval of the noise scale.
+        moments: `gradient_moments(objective)` of this very point, if it was taken before.
 
     Raises:
         DataError: for fewer than two examples that count, for a loader that shuffles, and as `gradient_moments`.
@@ -59,15 +64,17 @@ def gradient_noise(objective: Objective, *, confidence: float = 0.95) -> Gradien
     if objective.process_group is not None:
         raise InputError("gradient noise is measured on one rank; gather the data there, or measure each rank's own.")
     clock = time.perf_counter()
-    moments = gradient_moments(objective)
+    if moments is None:
+        moments = gradient_moments(objective, along_mean=is_one_batch(objective))
     factor, share2 = moments.unbiased_factor, moments.sum_squared_shares
     if not math.isfinite(factor):
         raise DataError("the covariance of gradients needs at least two examples that count; pass more data.")
     p = moments.weights / moments.weights.sum()
-    loss, along = projections(objective, moments.mean)
+    along = inner_products(objective, moments)
     if objective.shuffles:
         raise DataError("the loader shuffles, but two passes must meet the examples in one order; pass list(loader).")
-    assert moments.squared_norms is not None
+    if moments.squared_norms is None:
+        raise InputError("moments hold no norms of single examples' gradients; take them with norms=True.")
     square = float(moments.mean.double().square().sum())
     norms = moments.squared_norms.double()
     spread = (norms - 2 * along + square).clamp_min(0)  # t_i = |g_i - g|^2
@@ -95,7 +102,7 @@ def gradient_noise(objective: Objective, *, confidence: float = 0.95) -> Gradien
     return GradientNoise(
         num_examples=moments.num_examples,
         effective_examples=1 / share2,
-        loss=loss,
+        loss=moments.loss,
         mean_squared_norm=square,
         trace=Measured(value=trace, stderr=stderr[0]),
         squared_norm=Measured(value=signal, stderr=stderr[1]),
@@ -113,6 +120,16 @@ def gradient_noise(objective: Objective, *, confidence: float = 0.95) -> Gradien
         evidence=1 - float(ratios.mean()) / share2 if len(ratios) else math.nan,
         seconds=time.perf_counter() - clock,
     )
+
+
+def is_one_batch(objective: Objective) -> bool:
+    """Return whether all data are known to be one batch, whose mean gradient is at hand while it is looked at."""
+    return objective.num_batches == 1
+
+
+def inner_products(objective: Objective, norms: GradientNorms) -> Tensor:
+    """Return g_i'g for every example (N,), float64: those that came with the norms, or by `projections`."""
+    return projections(objective, norms.mean)[1] if norms.along_mean is None else norms.along_mean.double()
 
 
 def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:

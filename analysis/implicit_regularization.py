@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from analysis.gradient_noise import projections
+from analysis.gradient_noise import inner_products, is_one_batch
 from analysis.regularization_results import (
     ImplicitRegularization,
     PenaltyDirection,
@@ -26,7 +26,7 @@ from analysis.regularization_results import (
 from curvature.errors import DataError, InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
-from curvature.per_example import gradient_norms
+from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results import EigenPairs
 from curvature.third_order import curvature_gradient
 
@@ -42,6 +42,7 @@ def implicit_regularization(
     weight_decay: float = 0.0,
     directions: bool = False,
     top: EigenPairs | None = None,
+    norms: GradientNorms | None = None,
 ) -> ImplicitRegularization:
     """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
 
@@ -57,6 +58,7 @@ def implicit_regularization(
         weight_decay: lambda >= 0 of `torch.optim.SGD`.
         directions: also return the gradients of both penalties.
         top: eigenpairs of the Hessian of the loss; adds angles and the change of the largest eigenvalue.
+        norms: `gradient_norms` or `gradient_moments` of this very point, if taken before; spares their pass.
 
     Raises:
         InputError: for arguments out of range, or several ranks.
@@ -81,15 +83,16 @@ def implicit_regularization(
         num_batches, B = float(len(sizes)), sum(sizes) / len(sizes)
         examples, gamma, stderr = math.nan, math.nan, math.nan
     else:
-        norms = gradient_norms(objective)
+        if norms is None:
+            norms = gradient_norms(objective, along_mean=is_one_batch(objective))
         examples = 1 / norms.sum_squared_shares
         if batch_size > norms.num_examples:
             raise InputError(f"batch_size must be at most the {norms.num_examples} examples, got {batch_size}.")
         B, num_batches = float(batch_size), examples / batch_size
-        loss, g, gamma = float(objective.loss()), norms.mean, float(norms.trace.double())
+        loss, g, gamma = norms.loss, norms.mean, float(norms.trace.double())
         share = expected_batch_variance(1.0, examples, B)
         variances = norms.layer_traces.double() * share
-        stderr = share * _trace_stderr(objective, norms.squared_norms, norms.mean, norms.weights)
+        stderr = share * _trace_stderr(objective, norms)
     theta = torch.cat([t.detach().reshape(-1) for t in space.tensors.values()]).to(g)
     whole = g + weight_decay * theta
     P, V = momentum_factors(lr, momentum, num_batches)
@@ -206,12 +209,13 @@ def _of_batches(objective: Objective) -> tuple[float, Tensor, Tensor, list[float
     return losses / len(sizes), mean.to(objective.dtype), spread / len(sizes), sizes
 
 
-def _trace_stderr(objective: Objective, squares: Tensor | None, g: Tensor, weights: Tensor) -> float:
-    """Return the error of Gamma over data of the same size, from the spread of |g_i - g|^2."""
-    assert squares is not None
-    p = weights / weights.sum()
-    _, along = projections(objective, g)
-    deviations = squares.double() - 2 * along + float(g.double().square().sum())
+def _trace_stderr(objective: Objective, norms: GradientNorms) -> float:
+    """Return the error of Gamma over data of the same size, from the spread of |g_i - g|^2; NaN without norms."""
+    if norms.squared_norms is None:
+        return math.nan
+    p, g = norms.weights / norms.weights.sum(), norms.mean
+    along = inner_products(objective, norms)
+    deviations = norms.squared_norms.double() - 2 * along + float(g.double().square().sum())
     rest = 1 - float(p.square().sum())
     centred = deviations - float(p @ deviations)
     return math.sqrt(float(p.square() @ centred.square()) / rest) if rest > 1e-12 else math.nan

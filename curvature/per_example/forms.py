@@ -17,12 +17,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Sum", "Windows", "merge"]
+__all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Squares", "Sum", "Windows", "merge"]
+
+
+CACHE_BYTES = 2**22  # of temporaries on a CPU that are filled again and again: more leaves the caches
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,16 @@ class Probe:
 
     left: Tensor
     right: Tensor
+    """Itself an outer product, of `inner` over the second dimension and `outer` over all further ones."""
+    inner: Tensor
+    outer: Tensor
 
     @classmethod
     def draw(cls, shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Probe:
-        rows = shape[0] if shape else 1
-        columns = max(1, torch.Size(shape).numel() // max(1, rows))
-        left, right = (torch.randn(size, generator=generator).to(like) for size in (rows, columns))
-        return cls(left, right)
+        rows, columns = (*shape[:2], 1, 1)[:2]
+        further = torch.Size(shape[2:]).numel()
+        left, inner, outer = (torch.randn(size, generator=generator).to(like) for size in (rows, columns, further))
+        return cls(left, torch.outer(inner, outer).reshape(-1), inner, outer)
 
     @property
     def flat(self) -> Tensor:
@@ -46,6 +53,17 @@ class Probe:
     def of(self, flat: Tensor) -> Tensor:
         """Return its inner product with an array of the same shape, given as a vector; ()."""
         return self.left @ (flat.view(len(self.left), -1) @ self.right)
+
+
+class Squares(NamedTuple):
+    """Sums over entries of the gradients h_i of one parameter, or of several in a row."""
+
+    total: Tensor | None
+    """(numel,), sum_i factors_i h_i^2; None unless asked for."""
+    norms: Tensor
+    """(number of parameters, N), |h_i|^2 of each."""
+    along: Tensor | None
+    """(N,), inner products with a vector; None unless asked for."""
 
 
 class Form(ABC):
@@ -69,16 +87,28 @@ class Form(ABC):
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         """Return sum_i <h_i, probe> and the sum of the magnitudes of the terms it is made of, both ()."""
 
-    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
-        """Return sum_i factors_i h_i^2, (numel,), unless `factors` is None; and |h_i|^2, (number of parameters, N)."""
-        total, norms = None, []
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
+        """Return what is quadratic in the gradients.
+
+        Args:
+            factors: (N,), of the squares' sum; None leaves it out.
+            chunk_bytes: size of temporary tensors.
+            along: (numel,), a vector for inner products; None leaves them out.
+        """
+        total, norms, dots = None, [], []
         for start, stop in self.chunks(chunk_bytes):
             dense = self.dense(start, stop)
             norms.append(torch.stack([_squared_norms(part) for part in dense.split(self.numels, dim=1)]))
             if factors is not None:
                 part = factors[start:stop] @ dense.square()
                 total = part if total is None else total.add_(part)
-        return total, torch.cat(norms, dim=1)
+            if along is not None:
+                dots.append(dense @ along)
+        return Squares(total, torch.cat(norms, dim=1), torch.cat(dots) if along is not None else None)
+
+    def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:
+        """Return <h_i, vector> for a vector (numel,), (N,)."""
+        return torch.cat([self.dense(*chunk) @ vector for chunk in self.chunks(chunk_bytes)])
 
     def chunks(self, chunk_bytes: int, width: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of as many examples as fit, at `width` entries each."""
@@ -102,7 +132,8 @@ class Direct(Form):
         return self.values[start:stop]
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        return _sums(self.values * probe.flat)
+        flat = probe.flat
+        return (self.values @ flat).sum(), (self.values.abs() @ flat.abs()).sum()
 
 
 class Rows:
@@ -112,12 +143,17 @@ class Rows:
         self.values = values
         self.shape = tuple(values.shape)
 
-    def take(self, start: int, stop: int) -> Tensor:
+    def take(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:  # noqa: ARG002 - there already
+        """Return the rows of some examples, (stop - start, G, T, p)."""
         return self.values[start:stop]
 
-    def times(self, vector: Tensor) -> Tensor:
-        """Return a u for u (p,), (N, G, T)."""
-        return self.values @ vector
+    def times(self, probe: Probe) -> Tensor:
+        """Return a u for u the probe's right factor (p,), (N, G, T)."""
+        return self.values @ probe.right
+
+    def map(self, matrices: Tensor) -> Tensor:
+        """Return M a for matrices M (G, q, p), (N, G, T, q)."""
+        return self.values @ matrices.mT
 
 
 class Windows:
@@ -145,8 +181,8 @@ class Windows:
         N, C = x.shape[:2]
         self.shape = (N, groups, torch.Size(places).numel(), C // groups * torch.Size(kernel).numel())
 
-    def take(self, start: int, stop: int) -> Tensor:
-        """Return (stop - start, G, T, p); a window's entries are ordered as the kernel's."""
+    def take(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return (stop - start, G, T, p), in the memory of `out` if given; a window's entries come as the kernel's."""
         stride, dilation, groups = self.geometry
         x = self.x[start:stop]
         N, C = x.shape[:2]
@@ -154,15 +190,28 @@ class Windows:
         inner = [s * e for s, e in zip(x.stride()[2:], dilation, strict=True)]
         size = (N, groups, C // groups, *self.kernel, *self.places)  # places last: they lie next to each other in x
         strides = (x.stride(0), C // groups * x.stride(1), x.stride(1), *inner, *steps)
-        return x.as_strided(size, strides, x.storage_offset()).reshape(N, groups, self.shape[3], self.shape[2]).mT
+        windows = x.as_strided(size, strides, x.storage_offset())
+        if out is not None:
+            windows = out.view(-1)[: windows.numel()].view(size).copy_(windows)
+        return windows.reshape(N, groups, self.shape[3], self.shape[2]).mT
 
-    def times(self, vector: Tensor) -> Tensor:
-        stride, dilation, groups = self.geometry
-        N, C = self.x.shape[:2]
-        kernel = vector.view(1, C // groups, *self.kernel).expand(groups, *[-1] * (1 + len(self.kernel)))
+    def times(self, probe: Probe) -> Tensor:
+        """Return a u for u the probe's right factor: channels are summed first, at a pass over x."""
+        groups, (N, C) = self.geometry[2], self.x.shape[:2]
+        plain = torch.matmul(probe.inner, self.x.view(N * groups, C // groups, -1))
+        return self._convolved(plain.view(N * groups, 1, *self.x.shape[2:]), probe.outer.view(1, 1, *self.kernel), 1)
+
+    def map(self, matrices: Tensor) -> Tensor:
+        """Return M a for matrices M (G, q, p), (N, G, T, q): the convolution that these windows are of."""
+        groups, N, C = self.geometry[2], *self.x.shape[:2]
+        kernels = matrices.reshape(-1, C // groups, *self.kernel)
+        return self._convolved(self.x, kernels, groups).view(N, groups, -1, self.shape[2]).mT
+
+    def _convolved(self, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
+        """Return (N, G, T) or, for more than one kernel a group, what can be seen as such."""
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        y = convolution(self.x, kernel.contiguous(), None, stride, 0, dilation, groups)
-        return y.reshape(N, groups, -1)
+        y = convolution(x, kernels.contiguous(), None, self.geometry[0], 0, self.geometry[1], groups)
+        return y.reshape(self.x.shape[0], -1, self.shape[2])
 
 
 class Factors(Form):
@@ -191,20 +240,45 @@ class Factors(Form):
         return (self.left[start:stop].mT @ self.right.take(start, stop)).reshape(stop - start, -1)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        on_left = torch.einsum("ngtq,gq->ngt", self.left, probe.left.view(self.groups, self.q))
-        return _sums(on_left * self.right.times(probe.right))
+        on_left = (probe.left.view(self.groups, 1, self.q) @ self.left.mT)[:, :, 0]
+        return _sums(on_left.mul_(self.right.times(probe)))
 
-    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
-        if self.rows == 1:
-            d, a = self.left[:, :, 0], self.right.take(0, self.num_examples)[:, :, 0]
-            norms = (_squared_norms(d) * _squared_norms(a)).sum(1)[None]
-            if factors is None:
-                return None, norms
-            weighted = d.square().mul_(factors[:, None, None])
-            return torch.einsum("ngq,ngp->gqp", weighted, a.square()).reshape(-1), norms
-        if factors is None and self._ghost_is_cheaper:
-            return None, self._ghost_norms(chunk_bytes)
-        return super().squares(factors, chunk_bytes)
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
+        if self.rows > 1 and (factors is not None or not self._ghost_is_cheaper):
+            return self._written_out(factors, chunk_bytes, along)
+        dots = None if along is None else self.along(along, chunk_bytes)
+        if self.rows > 1:
+            return Squares(None, self._ghost_norms(chunk_bytes), dots)
+        d, a = self.left[:, :, 0], self.right.take(0, self.num_examples)[:, :, 0]
+        norms = (_squared_norms(d) * _squared_norms(a)).sum(1)[None]
+        if factors is None:
+            return Squares(None, norms, dots)
+        weighted = d.square().mul_(factors[:, None, None])
+        return Squares((weighted.permute(1, 2, 0) @ a.square().transpose(0, 1)).reshape(-1), norms, dots)
+
+    def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:  # noqa: ARG002 - as large as the layer's output
+        mapped = self.right.map(vector.view(self.groups, self.q, self.p))
+        return (mapped.mT * self.left.mT).sum((1, 2, 3))
+
+    def _written_out(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None) -> Squares:
+        """Write gradients out a few at a time, into the same memory: new memory costs more than the sums."""
+        G, T, p, q, left = self.groups, self.rows, self.p, self.q, self.left
+        chunks = list(self.chunks(chunk_bytes if left.is_cuda else min(chunk_bytes, CACHE_BYTES)))
+        size = chunks[0][1] if chunks else 0
+        windows = left.new_empty(size * G * T * p) if isinstance(self.right, Windows) else None
+        products = left.new_empty(size * G, q, p)
+        norms = left.new_empty(self.num_examples)
+        dots = None if along is None else left.new_empty(self.num_examples)
+        total = None if factors is None else left.new_zeros(self.numel)
+        for start, stop in chunks:
+            a, d = self.right.take(start, stop, windows).flatten(0, 1), left[start:stop].flatten(0, 1)
+            rows = torch.bmm(d.mT, a, out=products[: len(d)]).view(stop - start, -1)
+            if along is not None and dots is not None:
+                torch.mv(rows, along, out=dots[start:stop])
+            torch.sum(rows.square_(), 1, out=norms[start:stop])
+            if total is not None and factors is not None:
+                total.addmv_(rows.T, factors[start:stop])
+        return Squares(total, norms[None], dots)
 
     def _ghost_norms(self, chunk_bytes: int) -> Tensor:
         norms = []
@@ -246,16 +320,20 @@ class Indexed(Form):
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         return _sums((self.values @ probe.right) * probe.left[self.index])
 
-    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:  # noqa: ARG002
+    def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:  # noqa: ARG002 - as large as what is held
+        return (self.values * vector.view(self.num_rows, -1)[self.index]).sum((1, 2))
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
         d = self.values.shape[-1]
+        dots = None if along is None else self.along(along, chunk_bytes)
         keys, places = self._keys(self.index).unique(return_inverse=True)
         met = self.values.new_zeros(len(keys), d).index_add_(0, places, self.values.reshape(-1, d)).square_()
         example, row = keys // self.num_rows, keys % self.num_rows
         norms = met.new_zeros(self.num_examples).index_add_(0, example, met.sum(1))
         if factors is None:
-            return None, norms[None]
+            return Squares(None, norms[None], dots)
         table = met.new_zeros(self.num_rows, d).index_add_(0, row, met * factors[example, None])
-        return table.view(-1), norms[None]
+        return Squares(table.view(-1), norms[None], dots)
 
     def as_factors(self) -> Factors:
         """Return the same with one-hot rows for indices."""
@@ -286,16 +364,21 @@ class Scattered(Form):
         return inner.new_zeros(len(inner), self.numel).index_add_(1, self.index, inner)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        part = Probe(probe.flat[self.index], torch.ones_like(probe.right[:1]))
+        part = probe.flat[self.index]
         dense = [self.inner.dense(*chunk) for chunk in self.inner.chunks(2**24)]
-        values = [_sums(rows * part.left) for rows in dense]
+        values = [_sums(rows * part) for rows in dense]
         return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
 
-    def squares(self, factors: Tensor | None, chunk_bytes: int) -> tuple[Tensor | None, Tensor]:
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
         if not self._injective:
-            return super().squares(factors, chunk_bytes)
-        total, norms = self.inner.squares(factors, chunk_bytes)
-        return None if total is None else total.new_zeros(self.numel).index_add_(0, self.index, total), norms
+            return super().squares(factors, chunk_bytes, along)
+        total, norms, dots = self.inner.squares(factors, chunk_bytes, None if along is None else along[self.index])
+        if total is not None:
+            total = total.new_zeros(self.numel).index_add_(0, self.index, total)
+        return Squares(total, norms, dots)
+
+    def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:
+        return self.inner.along(vector[self.index], chunk_bytes)
 
 
 class Sum(Form):
@@ -315,6 +398,9 @@ class Sum(Form):
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         values = [form.project(probe) for form in self.forms]
         return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
+
+    def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:
+        return torch.stack([form.along(vector, chunk_bytes) for form in self.forms]).sum(0)
 
     def chunks(self, chunk_bytes: int, width: int | None = None) -> Iterator[tuple[int, int]]:
         return super().chunks(chunk_bytes // (1 + len(self.forms)), width)

@@ -7,7 +7,7 @@ Bai, Jiang, Wang, Wang and Hou (2020), Understanding why neural networks general
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +31,12 @@ CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are s
 
 
 def gradient_norms(
-    objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
+    objective: Objective,
+    *,
+    per: Per = "sequence",
+    along_mean: bool = False,
+    route: Route = "auto",
+    memory_budget: int | None = None,
 ) -> GradientNorms:
     """Return |g_i|^2 for every example, with the mean gradient and the trace of the gradients' covariance.
 
@@ -43,6 +48,8 @@ def gradient_norms(
             and targets (or consecutive rows of them). Restrict it to some parameters by `objective.restrict`.
         per: "sequence" takes what one place of the first dimension holds for an example; "target" every target (each
             token of a text), at a backward pass for each target of a sequence.
+        along_mean: also return g_i'g. Where all data are one batch that costs between nothing and a third of a gradient;
+            for several, whose mean is known only at the end, a second pass, of a gradient and a half.
         route: "auto" takes rules for the layers they are known for and computes the gradients of other parameters
             example by example, with `torch.func.vmap` or, where the model does not go through that, in a loop; "rules"
             refuses where rules do not do; "vmap" and "loop" take these for all parameters.
@@ -55,7 +62,7 @@ def gradient_norms(
         CheckFailedError: if the examples' gradients do not add up to the batch's.
         InputError: for arguments out of range, an objective with `loss=None`, or route="rules" where it does not do.
     """
-    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=False)
+    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=False, along_mean=along_mean)
 
 
 def gradient_dots(
@@ -69,7 +76,7 @@ def gradient_dots(
     Raises:
         InputError: also if what has to be kept does not fit into `memory_budget`, and for data on several ranks.
     """
-    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=True)
+    return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=True, along_mean=False)
 
 
 def gradient_moments(
@@ -78,6 +85,7 @@ def gradient_moments(
     per: Per = "sequence",
     pairwise: bool = False,
     norms: bool = True,
+    along_mean: bool = False,
     route: Route = "auto",
     memory_budget: int | None = None,
 ) -> GradientMoments:
@@ -95,6 +103,7 @@ def gradient_moments(
         per: "sequence" or "target".
         pairwise: also return all inner products g_i' g_j.
         norms: also return |g_i|^2.
+        along_mean: also return g_i'g, see `gradient_norms`.
         route: "auto", "rules", "vmap" or "loop".
         memory_budget: bytes for gradients and inner products that are held.
 
@@ -110,7 +119,9 @@ def gradient_moments(
         >>> moments.mean, moments.variance, moments.squared_norms
         (tensor([-1., -3.]), tensor([1., 9.]), tensor([ 4., 36.]))
     """
-    result = _collect(objective, per, route, memory_budget, moments=True, norms=norms, dots=pairwise)
+    result = _collect(
+        objective, per, route, memory_budget, moments=True, norms=norms, dots=pairwise, along_mean=along_mean
+    )
     assert isinstance(result, GradientMoments)
     return result
 
@@ -176,20 +187,26 @@ class _Sums:
     norms: list[Tensor] = field(default_factory=list)
     """(parameters, E) a group."""
     routes: dict[int, str] = field(default_factory=dict)
+    along: list[Tensor] = field(default_factory=list)
+    """(E,) a group, of its own gradient sum_i h_i with all its g_i; only where asked for."""
 
-    def add(self, group: Group, starts: list[int], chunk_bytes: int, *, norms: bool) -> None:
+    def add(self, group: Group, starts: list[int], chunk_bytes: int, *, norms: bool, along: bool) -> None:
         self.gradient.add_(group.gradient, alpha=group.share)
         self.places.append(group.places)
         self.weights.append(group.weights)
         found = self.gradient.new_zeros(len(starts) - 1 if norms else 0, len(group.places))
         factors = (group.weights * group.scale.double().square()).to(self.gradient.dtype)
+        inner = torch.zeros(len(group.places), dtype=torch.float64, device=found.device)
         for part in group.parts:
             for i in part.positions:
                 if i not in self.routes or self.routes[i] == "single" or ":" in part.route:  # the one that tells most
                     self.routes[i] = part.route
             if self.squares is None and not norms:
                 continue
-            total, squared = part.form.squares(None if self.squares is None else factors, chunk_bytes)
+            own = _at(group.gradient, part.positions, starts) if along else None
+            total, squared, dots = part.form.squares(None if self.squares is None else factors, chunk_bytes, own)
+            if dots is not None:
+                inner += dots.double()
             if norms:
                 found[list(part.positions)] = squared * group.scale.square()
             if self.squares is not None:
@@ -197,6 +214,8 @@ class _Sums:
                 for i, piece in zip(part.positions, total.split(part.form.numels), strict=True):
                     self.squares[starts[i] : starts[i + 1]] += piece
         self.norms.append(found)
+        if along:
+            self.along.append(inner * group.scale.double())
 
 
 @torch.no_grad()
@@ -209,6 +228,7 @@ def _collect(
     moments: bool,
     norms: bool,
     dots: bool,
+    along_mean: bool,
 ) -> GradientNorms:
     if dots and objective.process_group is not None:
         raise InputError("inner products of examples on different ranks are not computed; gather the data on one.")
@@ -220,20 +240,31 @@ def _collect(
     zeros = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
     sums = _Sums(zeros, zeros.clone() if moments else None)
     gram = Gram(budget) if dots else None
+    alone = along_mean and objective.process_group is None and objective.num_batches in (1, None)
+    share = 0.0
     for group in walk:
-        sums.add(group, starts, _chunk(budget), norms=norms)
+        share = group.share
+        sums.add(group, starts, _chunk(budget), norms=norms, along=alone and walk.num_groups == 1)
         if gram is not None:
             for part in group.parts:
                 gram.add(part.positions, part.form, group.scale, group.places)
     order = torch.cat(sums.places).argsort()
     weights = torch.cat(sums.weights)[order]
     squared_norms = torch.cat(sums.norms, dim=1)[:, order] if norms else None
-    gradient, squares, total, sum_squares, weighted_norms = _over_ranks(objective, sums, weights, squared_norms)
+    gradient, squares, total, sum_squares, weighted_norms, loss = _over_ranks(
+        objective, sums, weights, squared_norms, walk.loss
+    )
     if total == 0:
         raise DataError("the weights of all examples are zero: no target counts (all ignored or masked?).")
     unit = total if objective.sums else 1.0  # of gradients: a summed loss is that many times the mean
     mean = gradient if objective.sums else gradient.div_(total)
     second = None if squares is None else squares.mul_(unit**2 / total)
+    inner = None
+    if along_mean and len(sums.along) == walk.num_groups == 1:  # the mean is this group's gradient, but for a factor
+        inner = sums.along[0] * unit * (share if objective.sums else share / total)
+    elif along_mean:
+        again = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
+        inner = _along(again, mean, starts, _chunk(budget))[order] * unit
     layers = space.blocks
     by_layer = [list(block.positions) for block in layers]
     of_mean = torch.stack([block.take(mean).norm().square() for block in layers])
@@ -244,6 +275,7 @@ def _collect(
         of_second = torch.stack([block.take(second).sum() for block in layers])
     result: dict[str, Any] = {
         "mean": mean,
+        "loss": loss if objective.sums else loss / total,
         "weights": weights,
         "squared_norms": None if squared_norms is None else squared_norms.sum(0) * unit**2,
         "layers": tuple(block.name for block in layers),
@@ -254,6 +286,7 @@ def _collect(
         "layer_traces": (of_second - of_mean).clamp_min(0),
         "sum_squared_shares": sum_squares / total**2,
         "routes": {name: sums.routes.get(i, "unused") for i, name in enumerate(space.names)},
+        "along_mean": inner,
         "dots": None if gram is None else gram.matrix(len(weights), mean) * unit**2,
         "num_examples": len(weights),
         "num_backwards": walk.num_backwards / max(1, walk.num_batches),
@@ -265,21 +298,38 @@ def _collect(
 
 
 def _over_ranks(
-    objective: Objective, sums: _Sums, weights: Tensor, squared_norms: Tensor | None
-) -> tuple[Tensor, Tensor | None, float, float, Tensor | None]:
-    """Return sums over all data: of gradients, of w g^2, of w, of w^2 and, by parameter, of w |g|^2."""
+    objective: Objective, sums: _Sums, weights: Tensor, squared_norms: Tensor | None, loss: Tensor
+) -> tuple[Tensor, Tensor | None, float, float, Tensor | None, float]:
+    """Return sums over all data: of gradients, of w g^2, of w, of w^2, by parameter of w |g|^2, and of losses."""
     weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
     totals = [sums.gradient, sums.squares, weighted_norms]
-    weight, squared = float(weights.sum()), float(weights.square().sum())
+    weight, squared, losses = float(weights.sum()), float(weights.square().sum()), float(loss)
     if objective.process_group is not None:
-        packed = torch.cat([weights.new_tensor([squared]), *(t.double() for t in totals if t is not None)])
+        packed = torch.cat([weights.new_tensor([squared, losses]), *(t.double() for t in totals if t is not None)])
         packed, weight = sum_over_ranks(packed, weight, objective.process_group)
-        squared = float(packed[0])
-        parts = list(packed[1:].split([len(t) for t in totals if t is not None]))
+        squared, losses = packed[:2].tolist()
+        parts = list(packed[2:].split([len(t) for t in totals if t is not None]))
         totals = [None if t is None else parts.pop(0).to(t.dtype) for t in totals]
     gradient, squares, norms = totals
     assert gradient is not None
-    return gradient, squares, weight, squared, norms
+    return gradient, squares, weight, squared, norms, losses
+
+
+def _along(walk: Walk, vector: Tensor, starts: list[int], chunk_bytes: int) -> Tensor:
+    """Return scale_i h_i'v for all examples of another pass, (N,), float64, in the order of the groups."""
+    found = []
+    for group in walk:
+        inner = torch.zeros(len(group.places), dtype=torch.float64, device=vector.device)
+        for part in group.parts:
+            inner += part.form.along(_at(vector, part.positions, starts), chunk_bytes).double()
+        found.append(inner * group.scale.double())
+    return torch.cat(found)
+
+
+def _at(vector: Tensor, positions: Sequence[int], starts: list[int]) -> Tensor:
+    """Return the entries of a vector (n,) that belong to these parameters."""
+    pieces = [vector[starts[i] : starts[i + 1]] for i in positions]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _budget(objective: Objective, memory_budget: int | None) -> int:

@@ -22,7 +22,7 @@ class GradientNorms(_Record):
     of a summed loss, of l_i times the number of all terms. Either way the objective's gradient is g = sum_i p_i g_i. An
     example without terms has weight 0 and gradient 0. Covariances are Sigma = sum_i p_i (g_i - g)(g_i - g)'.
 
-    Over ranks of a process group, `mean` and all traces are those of all data, what has an entry for each example is of
+    Over ranks of a process group, `mean`, `loss` and all traces are those of all data, what has an entry for each example is of
     this rank's examples.
     """
 
@@ -30,6 +30,8 @@ class GradientNorms(_Record):
 
     mean: Tensor
     """(n,), the objective's gradient; units of loss / parameter."""
+    loss: float
+    """The objective's value; units of loss."""
     weights: Tensor
     """(N,), float64: w_i, in loss terms."""
     squared_norms: Tensor | None
@@ -48,6 +50,8 @@ class GradientNorms(_Record):
     """By parameter, how its gradients were had: "ghost" (norms without gradients), "factorised" (written out a few at a
     time), "indexed" (embeddings), "direct" (small ones), "vmap" or "loop" with the reason, "single" (batches of one
     example), "unused"."""
+    along_mean: Tensor | None = None
+    """(N,), g_i'g; None unless asked for."""
     dots: Tensor | None = None
     """(N, N), g_i' g_j; None unless asked for."""
     num_examples: int

@@ -177,7 +177,10 @@ def _batch_norm(
     mean, var = running_mean.detach().clone(), running_var.detach().clone()
 
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
-        return _per_channel(d * F.batch_norm(input.to(d.dtype), mean.to(d.dtype), var.to(d.dtype), eps=eps), ex)
+        shape = (-1, *(1,) * (d.ndim - 2))
+        terms = (input.to(d.dtype) - mean.to(d.dtype).view(shape)).mul_(d)  # in one array: this is all about memory
+        form = _per_channel(terms, ex)
+        return None if form is None else Direct(form.dense(0, ex.count) * torch.rsqrt(var.to(d.dtype) + eps))
 
     return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 

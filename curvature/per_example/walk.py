@@ -70,6 +70,8 @@ class Walk:
         num_examples: seen so far.
         num_backwards: backward passes through whole batches so far.
         num_batches: batches seen so far.
+        num_groups: groups yielded so far.
+        loss: sum of the batches' losses times what they count, so far; (), float64.
 
     Args:
         objective: whose model and loss are known apart.
@@ -86,15 +88,20 @@ class Walk:
         self._per, self._route = per, route
         self._chunk_bytes, self._hold_bytes = chunk_bytes, hold_bytes
         self._generator = torch.Generator().manual_seed(0)
+        self._probes: dict[int, Probe] = {}
         self.num_examples = 0
         self.num_backwards = 0
         self.num_batches = 0
+        self.num_groups = 0
+        self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
 
     def __iter__(self) -> Iterator[Group]:
         """Yield the groups in the order of the data."""
         for index, batch in enumerate(self._objective.batches()):
             self.num_batches += 1
-            yield from self._batch(batch, index)
+            for group in self._batch(batch, index):
+                self.num_groups += 1
+                yield group
 
     def count_terms(self) -> float:
         """Return the sum of all weights, over ranks too. Cost: a forward pass."""
@@ -128,6 +135,8 @@ class Walk:
         self.num_examples += N * width
         counts = terms.sum(1, keepdim=True) if per_sequence else terms
         share = 1.0 if self._objective.sums else evaluation.weight
+        if evaluation.weight != 0:
+            self.loss += share * evaluation.loss.detach().double()
         total = float(terms.sum())
         if evaluation.weight == 0 or total == 0 or not evaluation.loss.requires_grad:
             weights = counts * (evaluation.weight / total if total > 0 and not self._objective.sums else 1.0)
@@ -180,6 +189,7 @@ class Walk:
         pieces = flat.split(self._objective.space.numels)
         parts: list[Part] = []
         left: dict[int, str] = {}
+        known: list[tuple[int, Form, Tensor]] = []
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 continue
@@ -191,11 +201,15 @@ class Walk:
                 eps = _coarsest_eps(
                     self._params[i], *(d for u, d in zip(run.uses, deltas, strict=True) if u.parameter == i)
                 )
-                reason = self._disagreement(form, pieces[i], self._params[i].shape, eps)
-            if form is None or reason:
-                left[i] = reason
+                known.append((i, form, self._agreement(i, form, pieces[i], eps)))
             else:
+                left[i] = reason
+        agree = torch.stack([verdict for *_, verdict in known]).tolist() if known else []  # one wait for the device
+        for (i, form, _), agrees in zip(known, agree, strict=True):
+            if agrees:
                 parts.append(Part((i,), form, form.route))
+            else:
+                left[i] = "its uses by known layers do not add up to its gradient"
         if left:
             parts.append(self._one_by_one(run, left, vectors, pieces))
         return tuple(parts), flat
@@ -220,14 +234,12 @@ class Walk:
             return None, "no rule for the functions that use it"
         return merge(forms, self._chunk_bytes), ""
 
-    def _disagreement(self, form: Form, gradient: Tensor, shape: torch.Size, eps: float) -> str:
-        """Say how the sum of the examples' parts differs from the gradient, if it does."""
-        probe = Probe.draw(shape, self._generator, gradient)
-        value, size = form.project(probe)
-        difference = (value - probe.of(gradient)).abs()
-        if bool(difference <= min(1e3 * eps, _COARSEST) * size):
-            return ""
-        return "its uses by known layers do not add up to its gradient"
+    def _agreement(self, i: int, form: Form, gradient: Tensor, eps: float) -> Tensor:
+        """Return whether the sum of the examples' parts is the gradient of parameter i, as a projection shows; ()."""
+        if i not in self._probes:
+            self._probes[i] = Probe.draw(self._params[i].shape, self._generator, gradient)
+        value, size = form.project(self._probes[i])
+        return (value - self._probes[i].of(gradient)).abs() <= min(1e3 * eps, _COARSEST) * size
 
     def _one_by_one(self, run: _Run, left: dict[int, str], vectors: Tensor, pieces: Sequence[Tensor]) -> Part:
         names = [self._objective.space.names[i] for i in left]

@@ -70,6 +70,8 @@ def check(moments: GradientMoments, gradients: Tensor, weights: Tensor, rtol: fl
         assert_close(moments.layer_mean_squared_norms[i], (part @ shares).square().sum(), rtol)
     if moments.dots is not None:
         assert_close(moments.dots, gradients @ gradients.T, rtol)
+    if moments.along_mean is not None:
+        assert_close(moments.along_mean, (gradients @ mean).double(), rtol)
 
 
 # -- every kind of layer ----------------------------------------------------------------------------------------------
@@ -82,9 +84,11 @@ def test_moments(case: Case, ragged: bool) -> None:
     batches = case.ragged() if ragged else [case.data()]
     objective = Objective(model, case.loss, batches)
     with assert_untouched(model):
-        moments = gradient_moments(objective, pairwise=True)
+        moments = gradient_moments(objective, pairwise=True, along_mean=True)
+    assert moments.along_mean is not None
     check(moments, *loop(case, model, batches))
     assert_close(moments.mean, objective.gradient(), EXACT)
+    assert moments.loss == pytest.approx(float(objective.loss()), rel=EXACT)
     assert set(moments.routes) == set(objective.space.names)
 
 
@@ -98,8 +102,11 @@ def test_gradients_norms_and_dots(case: Case) -> None:
         assert len(chunk) <= 3
         rows[numbers] = chunk
     assert_close(rows, gradients, EXACT)
-    norms, dots = gradient_norms(objective), gradient_dots(objective)
+    norms, dots = gradient_norms(objective, along_mean=True), gradient_dots(objective)
     assert norms.squared_norms is not None
+    assert norms.along_mean is not None
+    assert dots.along_mean is None
+    assert_close(norms.along_mean, gradients @ (weights / weights.sum() @ gradients), EXACT)
     assert_close(norms.squared_norms, gradients.square().sum(1), EXACT)
     assert dots.dots is not None
     assert_close(dots.dots, gradients @ gradients.T, EXACT)
@@ -113,7 +120,7 @@ def test_gradients_norms_and_dots(case: Case) -> None:
 def test_without_rules(name: str, route: str) -> None:
     case = BY_NAME[name]
     model = case.model()
-    moments = gradient_moments(Objective(model, case.loss, case.ragged()), pairwise=True, route=route)
+    moments = gradient_moments(Objective(model, case.loss, case.ragged()), pairwise=True, along_mean=True, route=route)
     check(moments, *loop(case, model, case.ragged()))
     assert set(moments.routes.values()) <= {route, "unused"}
 
@@ -135,7 +142,7 @@ def test_float32(name: str) -> None:
 def test_little_memory_changes_nothing(name: str, budget: int) -> None:
     case = BY_NAME[name]
     model = case.model()
-    moments = gradient_moments(Objective(model, case.loss, case.data()), memory_budget=budget)
+    moments = gradient_moments(Objective(model, case.loss, case.data()), memory_budget=budget, along_mean=True)
     check(moments, *loop(case, model, [case.data()]))
 
 
@@ -173,8 +180,9 @@ def test_mean_is_the_objectives_gradient(loss: nn.Module, reduction: str) -> Non
             with pytest.raises(InputError, match="per='sequence'"):
                 gradient_moments(objective, per=per)
             continue
-        moments = gradient_moments(objective, per=per, pairwise=True)
+        moments = gradient_moments(objective, per=per, pairwise=True, along_mean=True)
         assert_close(moments.mean, objective.gradient(), EXACT)
+        assert moments.loss == pytest.approx(float(objective.loss()), rel=EXACT)
         shares = moments.weights / moments.weights.sum()
         G = torch.zeros(moments.num_examples, objective.num_params, dtype=torch.float64)
         for numbers, rows in per_example_gradients(objective, per=per):
@@ -197,7 +205,11 @@ def test_weighted_and_summed_losses(reduction: str) -> None:
     rows = [
         flat_gradient(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters())) for i in range(6)
     ]
-    check(gradient_moments(objective, pairwise=True), unit * torch.stack(rows), weights)
+    check(gradient_moments(objective, pairwise=True, along_mean=True), unit * torch.stack(rows), weights)
+    loss = nn.CrossEntropyLoss(weight=class_weights, reduction=reduction)
+    whole = gradient_moments(Objective(model, loss, (x, y)), along_mean=True)
+    check(whole, unit * torch.stack(rows), weights)
+    assert whole.loss == pytest.approx(loss(model(x), y).item(), rel=EXACT)
 
 
 def test_a_batch_weight_is_shared_by_its_examples() -> None:
@@ -246,7 +258,7 @@ def test_examples_without_targets() -> None:
     y[4:6] = -100
     batches = list(zip(x.split((4, 2, 1)), y.split((4, 2, 1)), strict=True))  # the second batch counts nothing
     model = case.model()
-    moments = gradient_moments(Objective(model, case.loss, batches), pairwise=True)
+    moments = gradient_moments(Objective(model, case.loss, batches), pairwise=True, along_mean=True)
     check(moments, *loop(case, model, batches))
     assert moments.weights[[2, 4, 5]].tolist() == [0, 0, 0]
     per_target = gradient_moments(Objective(model, case.loss, batches), per="target")
@@ -384,9 +396,10 @@ def work(rank: int, folder: str) -> None:
         for reduction in ("mean", "sum"):
             loss = nn.CrossEntropyLoss(reduction=reduction)
             objective = Objective(case.model(), loss, (x[part], y[part]), process_group=dist.group.WORLD)
-            moments = gradient_moments(objective)
+            moments = gradient_moments(objective, along_mean=True)
             rows = torch.cat([rows for _, rows in per_example_gradients(objective)])
             found[reduction] = (moments.mean, moments.variance, moments.trace, moments.squared_norms, rows)
+            found[f"{reduction}, along"] = (moments.along_mean, moments.loss)
             with pytest.raises(InputError, match="ranks"):
                 gradient_dots(objective)
         torch.save(found, f"{folder}/rank{rank}.pt")
@@ -408,3 +421,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         assert_close(torch.cat([found[reduction][3] for found in ranks]), alone.squared_norms, EXACT)
         rows = torch.cat([rows for _, rows in per_example_gradients(objective)])
         assert_close(torch.cat([found[reduction][4] for found in ranks]), rows, EXACT)
+        along = torch.cat([found[f"{reduction}, along"][0] for found in ranks])
+        assert_close(along, (rows @ alone.mean).double(), EXACT)
+        for found in ranks:
+            assert found[f"{reduction}, along"][1] == pytest.approx(float(objective.loss()), rel=EXACT)

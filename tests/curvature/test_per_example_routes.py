@@ -41,13 +41,20 @@ def check(model: nn.Module, x: Tensor, *, route: str = "auto", pairwise: bool = 
             ]
         )
     with assert_untouched(model):
-        moments = gradient_moments(objective, pairwise=pairwise, route=route)  # type: ignore[arg-type]
+        moments = gradient_moments(objective, pairwise=pairwise, along_mean=True, route=route)  # type: ignore[arg-type]
     assert moments.squared_norms is not None
+    assert moments.along_mean is not None
     assert_close(moments.mean, rows.mean(0), EXACT)
     assert_close(moments.second_moment, rows.square().mean(0), EXACT)
     assert_close(moments.squared_norms, rows.square().sum(1), EXACT)
+    assert_close(moments.along_mean, rows @ rows.mean(0), EXACT)
     if moments.dots is not None:
         assert_close(moments.dots, rows @ rows.T, EXACT)
+    halves = Objective(model, nn.MSELoss(), [(x[:2], targets[:2]), (x[2:], targets[2:])])  # the mean comes too late
+    with assert_untouched(model):
+        found_norms = gradient_norms(halves, along_mean=True, route=route)  # type: ignore[arg-type]
+    assert found_norms.along_mean is not None
+    assert_close(found_norms.along_mean, rows @ rows.mean(0), EXACT)
     with assert_untouched(model):
         norms = gradient_norms(objective, route=route).squared_norms  # type: ignore[arg-type]
     assert norms is not None
