@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analysis.account import Account, Picture
 from analysis.drawing import Colors
 from analysis.page import COLORS, templates, two_sizes
 from analysis.store import load_record
-from analysis.study import Study, StudyRun
+from analysis.study import StudyRun
 
 __all__ = ["build_account_report", "report_writer"]
 
+R = TypeVar("R", bound=StudyRun)
 
-def report_writer(study: Study[Any, Any]) -> Callable[[Path], Path]:
+
+def report_writer(record: type[R], tell: Callable[[R], Account]) -> Callable[[Path], Path]:
     """Return what writes report.html and the figures as PDF into a run folder of this kind."""
 
     def write(folder: Path) -> Path:
-        run = load_record(folder, study.record)
-        account = study.account(run)
+        run = load_record(folder, record)
+        account = tell(run)
         path = folder / "report.html"
         path.write_text(build_account_report(run, account), encoding="utf-8")
         for chapter in account.chapters:

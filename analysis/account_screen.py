@@ -6,13 +6,14 @@ from rich.table import Table
 
 from analysis import wording
 from analysis.account import Account, Sheet
+from analysis.comparison_workflow import CompareListener
 from analysis.screen import Screen, new_table
-from analysis.study import StudyCost, StudyListener, StudyRun
+from analysis.study import StudyCost, StudyRun
 
 __all__ = ["StudyScreen"]
 
 
-class StudyScreen(Screen, StudyListener):
+class StudyScreen(Screen, CompareListener):
     """A console that listens to a study; as a context, it takes the progress bar away at the end."""
 
     unit = "stages"
@@ -41,7 +42,8 @@ class StudyScreen(Screen, StudyListener):
         self.say(answers)
         for note in account.notes:
             self.say(f"note: {note}")
-        self.say(f"\nspent: {wording.duration(run.cost.seconds)}")
+        if run.cost is not None:
+            self.say(f"\nspent: {wording.duration(run.cost.seconds)}")
 
 
 def _table(title: str, sheet: Sheet) -> Table:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvature.errors import CurvatureError
+from curvature.errors import CurvatureError, InputError
 
 if TYPE_CHECKING:
     from analysis.preparation import Request
@@ -302,6 +302,60 @@ def implicit(
         _run_study(IMPLICIT, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 
+@app.command()
+def compare(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run folders of one kind; or a task, with several of --checkpoint."),
+    ],
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Measure the task with these parameters; may be given several times."),
+    ] = None,
+    of: Annotated[
+        str, typer.Option(help="What to measure of checkpoints: inspection, sharpness or noise.")
+    ] = "inspection",
+    level: Annotated[float, typer.Option(help="How likely any false alarm may be, over all numbers.")] = 0.05,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."""
+    with _errors_as_sentences():
+        from analysis.account_screen import StudyScreen
+        from analysis.comparison_study import account_of_comparison, compare_runs
+        from analysis.comparison_workflow import measure_checkpoints, read_runs
+        from analysis.store import check_destination, free_folder, save_run
+        from analysis.studies import KINDS
+
+        check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
+        screen = StudyScreen(stderr=as_json)
+        if checkpoint:
+            if len(what) > 1:
+                raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
+            request = _request(what[0], None, params, device, micro_batch, seed, no_check)
+            with screen:
+                runs, folders = measure_checkpoints(request, checkpoint, of, parent=Path("runs"), listener=screen)
+        else:
+            folders = [Path(folder) for folder in what]
+            runs = read_runs(folders)
+        command = shlex.join(["curvature", *sys.argv[1:]])
+        run = compare_runs(runs, folders, level=level, command=command)
+        folder = out or free_folder(Path("runs"), "comparison")
+        with screen.doing("writing the report"):
+            save_run(run, folder, overwrite=overwrite, finish=KINDS[run.kind].write_report)
+        if as_json:
+            typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
+        else:
+            screen.tell(run, account_of_comparison(run))
+        screen.last_line(f"report: {folder / 'report.html'}")
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -332,9 +386,9 @@ def _run_study(
     study: Study[Any, Any], request: Request, plan: object, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
     """Measure, write the run folder with its report, and print what it says."""
-    from analysis.account_report import report_writer
     from analysis.account_screen import StudyScreen
     from analysis.store import check_destination, free_folder, save_run
+    from analysis.studies import KINDS
     from analysis.study import run_study
 
     check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
@@ -343,7 +397,7 @@ def _run_study(
         run = run_study(study, request, plan, listener=screen)
     folder = out or free_folder(Path("runs"), f"{run.name}-{run.kind}")
     with screen.doing("writing the report"):
-        save_run(run, folder, overwrite=overwrite, finish=report_writer(study))
+        save_run(run, folder, overwrite=overwrite, finish=KINDS[run.kind].write_report)
     if as_json:
         typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
     else:

@@ -323,7 +323,7 @@ def _layers(noise: GradientNoise) -> Chapter:
 
 
 def _progress(noise: GradientNoise, batch_size: float) -> str:
-    """Return the share of the full gradient's progress that a batch makes; where the signal is not seen, at most that."""
+    """Return the share of the full gradient's progress that a batch makes; a bound where the signal is not seen."""
     if noise.squared_norm.value > 0:
         return wording.share(Measured(value=noise.efficiency(batch_size), stderr=0.0))
     most = 1 / (1 + max(noise.noise_scale.lower, 0.0) / batch_size)
@@ -353,9 +353,11 @@ def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
         ),
     ]
     if study.curvature is not None:
-        terms.insert(
-            1, ("Critical batch size", "tr(HS) / g'Hg: as the noise scale, every direction weighed by its curvature.")
+        meaning = (
+            "tr(HS) / g'Hg: as the noise scale, every direction weighed by its curvature, and with the gradient of "
+            "these very data for the signal."
         )
+        terms.insert(1, ("Critical batch size", meaning))
     return tuple(terms)
 
 

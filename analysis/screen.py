@@ -63,6 +63,7 @@ class Screen(InspectionListener):
         self._console.print(f"{size}, {str(objective.dtype).removeprefix('torch.')} on {objective.device}")
 
     def doing(self, what: str) -> AbstractContextManager[object]:
+        self._progress.stop()  # of an earlier measurement: one display at a time
         return self._console.status(what)
 
     def estimated(self, estimate: CostEstimate) -> None:

@@ -51,8 +51,8 @@ class StudyRun(Record):
     """Precision of the parameters."""
     device: str
     """Where it was computed."""
-    cost: StudyCost
-    """Before and after."""
+    cost: StudyCost | None
+    """Before and after; None where nothing had to be measured."""
 
 
 class StudyListener(Listener):

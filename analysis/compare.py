@@ -1,0 +1,263 @@
+"""Comparing models or checkpoints number by number: which differences are real, and which are the noise of measuring.
+
+Two errors matter. That of the solver (probes, quadrature, residuals) says whether two numbers differ on these data. How
+far other data of the same size would move a number says whether the difference tells anything about the models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Any
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from analysis.comparison_results import Compared, Comparison, Verdict
+from analysis.conditioning_results import Conditioning
+from analysis.critical_results import CriticalPoint
+from analysis.implicit_study import ImplicitStudy
+from analysis.landscape_results import Landscape
+from analysis.noise_results import GradientNoise
+from analysis.noise_study import NoiseStudy
+from analysis.regularization_results import ImplicitRegularization
+from analysis.results import Inspection, Measured
+from analysis.sharpness_results import SharpnessTable
+from curvature.errors import InputError
+
+__all__ = ["compare", "quantities"]
+
+Quantities = dict[str, tuple[Measured, str]]
+
+_CURVATURE = "loss / parameter²"
+_SQUARE = "(loss / parameter)²"
+
+
+def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool | None = None) -> Comparison:
+    """Compare what was measured of several models: results of one kind, e.g. several `Inspection`.
+
+    A difference d of two numbers with standard errors s1 and s2 has the p-value 2 (1 - Phi(|d| / (s1^2 + s2^2)^(1/2))).
+    Verdicts hold together at the family-wise level by Holm's procedure: with probability 1 - level none of them is a
+    false alarm. Errors over data of two models that were measured on the same data are positively correlated as a rule,
+    and are added as if they were not: "real" is then cautious.
+
+    Args:
+        results: by name of the model; all of one type. The first is what others are compared with.
+        level: family-wise error level, in (0, 1).
+        same_data: whether all were measured on the same data, for the record.
+
+    Raises:
+        InputError: for fewer than two results, results of several types, one that has no numbers to compare, or a level
+            outside (0, 1).
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    if len(results) < 2:
+        raise InputError(f"a comparison needs at least two results, got {len(results)}.")
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, got {level}.")
+    kinds = {type(result) for result in results.values()}
+    if len(kinds) > 1:
+        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise InputError(f"results must be of one kind, got {got}; compare like with like.")
+    found = [quantities(result) for result in results.values()]
+    names = [name for name in found[0] if any(name in other for other in found[1:])]
+    if not names:
+        raise InputError("the results share no number; measure the same things of each model.")
+    nowhere = Measured(value=math.nan, stderr=math.nan)
+    values = [tuple(f[name][0] if name in f else nowhere for f in found) for name in names]
+    p_solver = [tuple(_p_value(row[0], other, data=False) for other in row[1:]) for row in values]
+    p_data = [tuple(_p_value(row[0], other, data=True) for other in row[1:]) for row in values]
+    on_these, real = _holm(p_solver, level), _holm(p_data, level)
+    rows = tuple(
+        Compared(
+            name=name,
+            unit=found[0][name][1],
+            values=row,
+            p_solver=p_solver[i],
+            p_data=p_data[i],
+            verdicts=tuple(
+                _verdict(p_solver[i][j], on_these[i][j], real[i][j], row[0].value == other.value)
+                for j, other in enumerate(row[1:])
+            ),
+        )
+        for i, (name, row) in enumerate(zip(names, values, strict=True))
+    )
+    left_out = sorted({name for f in found for name in f} - set(names))
+    notes = (f"Not measured of all models, and left out: {', '.join(left_out)}.",) if left_out else ()
+    overlaps = _overlaps(list(results.values()))
+    return Comparison(names=tuple(results), rows=rows, level=level, same_data=same_data, overlaps=overlaps, notes=notes)
+
+
+def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
+    """Return the p-value of a difference; NaN where an error is not known (for `data`: over data)."""
+    errors = [a.stderr, b.stderr, *([a.data, b.data] if data else [])]
+    spread, difference = math.sqrt(sum(e**2 for e in errors)), abs(a.value - b.value)
+    if math.isnan(spread) or math.isnan(difference):
+        return math.nan
+    if spread == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * norm.sf(difference / spread))
+
+
+def _holm(p_values: Sequence[tuple[float, ...]], level: float) -> list[list[bool]]:
+    """Return which differences are significant together: the smallest p at level / m, the next at level / (m - 1)..."""
+    places = [(p, i, j) for i, row in enumerate(p_values) for j, p in enumerate(row) if not math.isnan(p)]
+    significant = [[False] * len(row) for row in p_values]
+    for rank, (p, i, j) in enumerate(sorted(places)):
+        if p > level / (len(places) - rank):
+            break
+        significant[i][j] = True
+    return significant
+
+
+def _verdict(p_solver: float, on_these_data: bool, real: bool, equal: bool) -> Verdict:
+    if real:
+        return "real"
+    if math.isnan(p_solver):
+        return "not told apart" if equal else "unknown"
+    return "on these data" if on_these_data else "not told apart"
+
+
+# -- the numbers of each kind of result -------------------------------------------------------------------------------
+
+
+@singledispatch
+def quantities(result: Any) -> Quantities:
+    """Return the numbers of a result that are worth comparing: name -> (value with its errors, unit).
+
+    Errors over data are part of them where they are known. Register further types with `quantities.register`.
+
+    Raises:
+        InputError: for a type that nothing is known of.
+    """
+    raise InputError(
+        f"nothing is known of the numbers of {type(result).__name__}; register it with quantities.register."
+    )
+
+
+@quantities.register
+def _(result: Inspection) -> Quantities:
+    found = {
+        "loss": (_exact(result.loss), "loss"),
+        "gradient norm": (_exact(result.gradient_norm), "loss / parameter"),
+        "largest eigenvalue": (result.sharpness, _CURVATURE),
+        "smallest eigenvalue": (result.lowest, _CURVATURE),
+        "trace": (result.total_curvature, _CURVATURE),
+        "effective condition": (result.effective_condition, ""),
+        "negative share": (result.negative_share, ""),
+        "largest stable step": (result.max_stable_lr, "parameter² / loss"),
+    }
+    for layer in result.layers:
+        found[f"{layer.name}: largest eigenvalue"] = (
+            Measured(value=layer.top, stderr=layer.top_residual),
+            _CURVATURE,
+        )
+        found[f"{layer.name}: trace"] = (layer.trace, _CURVATURE)
+    return found
+
+
+@quantities.register
+def _(result: SharpnessTable) -> Quantities:
+    rows = {}
+    for row in result.rows:
+        measured = Measured(value=row.value, stderr=row.stderr)
+        of_pieces = row.name.endswith("m_sharpness")  # its error is that over pieces of the data
+        rows[row.label] = (_over_data(measured) if of_pieces else measured, "" if row.unit == "1" else row.unit)
+    return {"loss": (_exact(result.loss), "loss"), **rows}
+
+
+@quantities.register
+def _(result: GradientNoise) -> Quantities:
+    found = {
+        "loss": (_exact(result.loss), "loss"),
+        "noise of one example": (_over_data(result.trace), _SQUARE),
+        "signal": (_over_data(result.squared_norm), _SQUARE),
+        "stopping evidence": (_exact(result.evidence), ""),
+        "GSNR": (_exact(result.gsnr), ""),
+    }
+    for name, trace in zip(result.layers, result.layer_traces.tolist(), strict=True):
+        found[f"{name}: noise"] = (_exact(trace), _SQUARE)
+    return found
+
+
+@quantities.register
+def _(result: NoiseStudy) -> Quantities:
+    found = quantities(result.noise)
+    if result.curvature is not None:
+        found["tr(H S)"] = (result.curvature.trace_h_sigma, "loss³ / parameter⁴")
+        found["noise against curvature, cosine"] = (_unknown(result.curvature.cosine), "")
+    return found
+
+
+@quantities.register
+def _(result: ImplicitRegularization) -> Quantities:
+    stderr = result.batch_factor * result.batch_variance_stderr
+    return {
+        "loss": (_exact(result.loss), "loss"),
+        "variance penalty": (Measured(value=result.batch_penalty, stderr=0.0, data=stderr), "loss"),
+        "full-gradient penalty": (_exact(result.full_penalty), "loss"),
+        "modified loss": (_exact(result.modified_loss), "loss"),
+    }
+
+
+@quantities.register
+def _(result: ImplicitStudy) -> Quantities:
+    return quantities(result.regularization)
+
+
+@quantities.register
+def _(result: Conditioning) -> Quantities:
+    found = {}
+    for condition in (result.whole, *result.preconditioned):
+        of = "" if condition is result.whole else f"{condition.name}: "
+        found[f"{of}condition number"] = (condition.condition, "")
+        found[f"{of}effective rank"] = (condition.effective_rank, "")
+        found[f"{of}stable rank"] = (condition.stable_rank, "")
+    return found
+
+
+@quantities.register
+def _(result: CriticalPoint) -> Quantities:
+    return {
+        "loss": (_exact(result.loss), "loss"),
+        "gradient norm": (_exact(result.gradient_norm), "loss / parameter"),
+        "largest eigenvalue": (result.largest, _CURVATURE),
+        "smallest eigenvalue": (result.lowest, _CURVATURE),
+        "index": (result.index, ""),
+    }
+
+
+@quantities.register
+def _(result: Landscape) -> Quantities:
+    found = {"loss": (_exact(result.loss), "loss"), "gradient norm": (_exact(result.gradient_norm), "loss / parameter")}
+    for s in result.slices:
+        found[f"{s.direction.name}: curvature"] = (_exact(s.curvature), "loss")
+        found[f"{s.direction.name}: model holds to 10 %"] = (_unknown(s.quadratic_radius(0.1)), "steps")
+    return found
+
+
+def _exact(value: float) -> Measured:
+    return Measured(value=value, stderr=0.0)
+
+
+def _unknown(value: float) -> Measured:
+    return Measured(value=value, stderr=math.nan)
+
+
+def _over_data(measured: Measured) -> Measured:
+    """Return a number whose only error is that over other data: on these very data it is exact."""
+    return Measured(value=measured.value, stderr=0.0, data=measured.stderr)
+
+
+def _overlaps(results: Sequence[Any]) -> Tensor | None:
+    """Return |U_a' U_b|_F^2 / k of the largest eigenvectors, all pairs; None unless all have some of one network."""
+    if not all(isinstance(result, Inspection) for result in results):
+        return None
+    k = min(result.top.eigenvectors.shape[1] for result in results)
+    if k == 0 or len({result.num_params for result in results}) > 1:
+        return None
+    spaces = [result.top.eigenvectors[:, :k].double() for result in results]
+    return torch.stack([torch.stack([(a.T @ b).square().sum() / k for b in spaces]) for a in spaces])
