@@ -20,10 +20,13 @@ from optimizers.minimize import minimize
 from optimizers.pointwise import PointwiseResiduals
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.nist import SETS, log_relative_error
+from tests.optimizers.nist_larger import LARGER
+
+ALL = {**SETS, **LARGER}
 
 
 def fit(name: str, start: int, steps: int = 700) -> tuple[Tensor, LevenbergMarquardt]:
-    problem = SETS[name]
+    problem = ALL[name]
     b = nn.Parameter(torch.tensor(problem.starts[start], dtype=torch.float64))
     optimizer = LevenbergMarquardt([b])
     for _ in range(steps):
@@ -35,23 +38,31 @@ def fit(name: str, start: int, steps: int = 700) -> tuple[Tensor, LevenbergMarqu
     return b, optimizer
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", ALL)
 def test_certified_parameters_from_the_second_start(name: str) -> None:
-    problem = SETS[name]
+    problem = ALL[name]
     b, optimizer = fit(name, 1)
     assert log_relative_error(b, problem.certified) >= 6.5
     deviations = optimizer.covariance(lambda: problem.residuals(b)).diagonal().sqrt()
-    assert log_relative_error(deviations, problem.standard_deviations) >= 4.5
+    # the residuals of Lanczos1, and with them s, are the rounding of its 14 digits
+    assert log_relative_error(deviations, problem.standard_deviations) >= (2.5 if name == "Lanczos1" else 4.5)
     squares = problem.residuals(b).detach().square().sum()
     assert float(squares) == pytest.approx(problem.residual_sum_of_squares, rel=1e-6, abs=1e-15)
 
 
-FAR = ["BoxBOD", "DanWood", "Eckerle4", "MGH09", "Misra1d", "Rat43", "Thurber"]
+FAR = ["Bennett5", "BoxBOD", "DanWood", "Eckerle4", "Lanczos1", "MGH09", "Misra1d", "Nelson", "Rat43", "Thurber"]
 
 
 def test_certified_parameters_from_the_first_start() -> None:
-    reached = {name: log_relative_error(fit(name, 0)[0], SETS[name].certified) for name in FAR}
+    reached = {name: log_relative_error(fit(name, 0)[0], ALL[name].certified) for name in FAR}
     assert min(reached.values()) >= 6, reached
+
+
+@pytest.mark.parametrize("name", ["Misra1a", "Lanczos2", "ENSO"])
+def test_certified_values_belong_to_the_data(name: str) -> None:
+    """A wrong digit in data or model shows as a residual sum of squares off its certified value."""
+    found = ALL[name].residuals(torch.tensor(ALL[name].certified, dtype=torch.float64)).square().sum()
+    assert float(found) == pytest.approx(ALL[name].residual_sum_of_squares, rel=1e-8)
 
 
 def network(points: int) -> tuple[nn.Module, Tensor, Tensor]:
