@@ -131,6 +131,14 @@ class Direct(Form):
     def dense(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop]
 
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
+        if self.values.numel() * 8 > chunk_bytes:
+            return super().squares(factors, chunk_bytes, along)
+        squares = self.values.square()
+        norms = [part.sum(1) for part in squares.split(self.numels, dim=1)]
+        total, dots = (None if v is None else f @ v for f, v in ((squares.T, factors), (self.values, along)))
+        return Squares(total, torch.stack(norms), dots)
+
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         flat = probe.flat
         return (self.values @ flat).sum(), (self.values.abs() @ flat.abs()).sum()
@@ -153,7 +161,10 @@ class Rows:
 
     def map(self, matrices: Tensor) -> Tensor:
         """Return M a for matrices M (G, q, p), (N, G, T, q)."""
-        return self.values @ matrices.mT
+        if len(matrices) > 1:
+            return self.values @ matrices.mT
+        flat = self.values.reshape(-1, self.shape[-1]) @ matrices[0].mT  # one product instead of N
+        return flat.view(*self.shape[:3], -1)
 
 
 class Windows:
@@ -240,7 +251,10 @@ class Factors(Form):
         return (self.left[start:stop].mT @ self.right.take(start, stop)).reshape(stop - start, -1)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        on_left = (probe.left.view(self.groups, 1, self.q) @ self.left.mT)[:, :, 0]
+        if self.groups == 1 and self.left.is_contiguous():
+            on_left = self.left @ probe.left
+        else:
+            on_left = (probe.left.view(self.groups, 1, self.q) @ self.left.mT)[:, :, 0]
         return _sums(on_left.mul_(self.right.times(probe)))
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
@@ -250,11 +264,12 @@ class Factors(Form):
         if self.rows > 1:
             return Squares(None, self._ghost_norms(chunk_bytes), dots)
         d, a = self.left[:, :, 0], self.right.take(0, self.num_examples)[:, :, 0]
-        norms = (_squared_norms(d) * _squared_norms(a)).sum(1)[None]
         if factors is None:
-            return Squares(None, norms, dots)
-        weighted = d.square().mul_(factors[:, None, None])
-        return Squares((weighted.permute(1, 2, 0) @ a.square().transpose(0, 1)).reshape(-1), norms, dots)
+            return Squares(None, (_squared_norms(d) * _squared_norms(a)).sum(1)[None], dots)
+        d, a = d.square(), a.square()
+        norms = (d.sum(2) * a.sum(2)).sum(1)[None]
+        total = (d.mul_(factors[:, None, None]).permute(1, 2, 0) @ a.transpose(0, 1)).reshape(-1)
+        return Squares(total, norms, dots)
 
     def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:  # noqa: ARG002 - as large as the layer's output
         mapped = self.right.map(vector.view(self.groups, self.q, self.p))

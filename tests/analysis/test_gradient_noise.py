@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from analysis.gradient_noise import gradient_noise, noise_scale_from_two_sizes, projections
+from analysis.implicit_regularization import implicit_regularization
 from analysis.noise_curvature import curvature_noise, tail_index
 from curvature import Objective
 from curvature.errors import CurvatureError, DataError, InputError
+from curvature.per_example import gradient_moments
 from tests.cases import BY_NAME
 from tests.references import dense_ggn, dense_hessian, example_gradients, total_loss
 
@@ -82,6 +86,72 @@ def test_projections_are_inner_products_with_single_gradients(name: str) -> None
     loss, along = projections(objective_of(name), v)
     torch.testing.assert_close(along, rows @ v, rtol=1e-9, atol=1e-12)
     assert loss == pytest.approx(float(total_loss(model, case.ragged(), case.criterion).detach()), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_batch_needs_one_pass_and_says_what_two_passes_do(name: str) -> None:
+    case, model = BY_NAME[name], BY_NAME[name].model()
+    x, y = case.data()
+    whole, parts = (Objective(model, case.loss, data) for data in ([(x, y)], [(x[:4], y[:4]), (x[4:], y[4:])]))
+    gradient_noise(whole)  # where examples lie is found on two of them, once
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    alone = gradient_noise(whole)
+    assert len(calls) == 1
+    moments = gradient_moments(whole, along_mean=True)
+    assert len(calls) == 2
+    given, regularization = (
+        gradient_noise(whole, moments=moments),
+        implicit_regularization(whole, lr=0.1, batch_size=2, norms=moments),
+    )
+    assert len(calls) == 2
+    handle.remove()
+    for other in (given, gradient_noise(parts)):
+        for field in ("loss", "mean_squared_norm", "parallel_variance", "orthogonal_variance", "gsnr", "evidence"):
+            assert getattr(other, field) == pytest.approx(getattr(alone, field), rel=1e-9), field
+        for field in ("trace", "squared_norm"):
+            value, expected = getattr(other, field), getattr(alone, field)
+            assert (value.value, value.stderr) == pytest.approx((expected.value, expected.stderr), rel=1e-8), field
+    fresh = implicit_regularization(parts, lr=0.1, batch_size=2)
+    for field in ("loss", "full_penalty", "batch_penalty", "batch_variance_stderr"):
+        assert getattr(regularization, field) == pytest.approx(getattr(fresh, field), rel=1e-9), field
+
+
+def test_moments_without_norms_are_refused() -> None:
+    objective = objective_of("MLP tanh")
+    with pytest.raises(InputError, match="norms=True"):
+        gradient_noise(objective, moments=gradient_moments(objective, norms=False))
+
+
+def test_memory_does_not_grow_with_the_number_of_batches() -> None:
+    """Largest number of bytes in tensors at any one time, over two and over twenty batches of the same size."""
+    peaks = []
+    for count in (2, 20):
+        model, batches = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 5)), _Drawn(count)
+        objective = Objective(model, nn.CrossEntropyLoss(), batches, keep_graphs=False)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            gradient_noise(objective)
+            implicit_regularization(objective, lr=0.1, batch_size=8)
+        held = largest = 0
+        for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                largest = max(largest, held)
+        peaks.append(largest)
+    assert peaks[0] > 100_000  # a batch's activations are seen
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+class _Drawn:
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = generator()
+        for _ in range(self.count):
+            yield torch.randn(16, 1, 8, 8, generator=draws), torch.randint(5, (16,), generator=draws)
 
 
 def test_a_summed_loss_has_the_noise_scale_of_its_mean() -> None:
