@@ -8,7 +8,8 @@ happens to derivatives that are asked for by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -20,23 +21,28 @@ from curvature.errors import CheckFailedError, InputError
 __all__ = ["curvature_session", "gradients", "leaves", "pull_back"]
 
 
-@contextlib.contextmanager
-def curvature_session() -> Iterator[None]:
+_KERNELS = (  # `torch.nn.attention.sdpa_kernel` does the same and takes as long as a small layer
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+)
+
+
+class curvature_session:  # a generator's context takes three times as long
     """Let a forward pass be differentiated twice: attention by the math kernel, compiled models run eagerly."""
-    switches = (  # `torch.nn.attention.sdpa_kernel` does the same and takes as long as a small layer
-        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
-        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
-        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
-        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
-    )
-    before = [(switch, is_on()) for is_on, switch, _ in switches]
-    try:
-        for _, switch, wanted in switches:
-            switch(wanted)
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for switch, was_on in before:
+
+    def __enter__(self) -> None:
+        self._stance = torch.compiler.set_stance("force_eager")  # entered by being made
+        self._switched = [(switch, not wanted) for is_on, switch, wanted in _KERNELS if is_on() != wanted]
+        for switch, was_on in self._switched:
+            switch(not was_on)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stance.__exit__(kind, error, trace)
+        for switch, was_on in self._switched:
             switch(was_on)
 
 

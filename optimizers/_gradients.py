@@ -61,15 +61,17 @@ def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) ->
     Raises:
         NonFiniteError: with the shape of the first parameter concerned.
     """
-    pairs = [(p, h) for p, h in zip(params, curvatures, strict=True) if h.numel() > 0]
-    if not pairs:
+    filled = [h for h in curvatures if h.numel() > 0]
+    if not filled:
         return
-    norms = list(torch._foreach_norm([h for _, h in pairs], float("inf")))
-    if len({(n.device, n.dtype) for n in norms}) > 1:
-        norms = [n.to(norms[0].device, torch.float64) for n in norms]
-    if math.isfinite(torch.stack(norms).amax().item()):
+    norms = list(torch._foreach_norm(filled, math.inf))
+    if any(n.device.type != "cpu" for n in norms):
+        if len({(n.device, n.dtype) for n in norms}) > 1:
+            norms = [n.to(norms[0].device, torch.float64) for n in norms]
+        norms = [torch.stack(norms).amax()]  # one wait
+    if all(math.isfinite(n.item()) for n in norms):
         return
-    shapes = [tuple(p.shape) for p, h in pairs if not bool(h.isfinite().all())]
+    shapes = [tuple(p.shape) for p, h in zip(params, curvatures, strict=True) if not bool(h.isfinite().all())]
     raise NonFiniteError(
         f"the curvature of {len(shapes)} parameters, the first of shape {shapes[0]}, is not finite: the loss is not "
         "twice differentiable there (sqrt or norm at 0?) or overflows. Shift the argument, use a wider dtype, or pass "

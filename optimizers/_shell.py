@@ -217,7 +217,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         if part not in ("both", "gradient", "curvature"):
             raise InputError(f'part must be "both", "gradient" or "curvature", got {part!r}.')
         measured = part != "gradient" and self.curvature_due
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        params = self._trained()
         with (
             curvature_session() if measured and not isinstance(closure, Tensor) else contextlib.nullcontext(),
             torch.enable_grad(),
@@ -263,6 +263,9 @@ class CurvatureOptimizer(ResumableOptimizer):
             raise InputError(f"the closure must return the loss, a tensor with one entry, got {got}.")
         return returned.reshape(()), outputs, targets
 
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
     def _curved(self) -> list[Tensor]:
         """Return the parameters whose curvature is due, in an order that all ranks share."""
         return [p for group in self.param_groups if _is_due(group) for p in group["params"] if p.requires_grad]
@@ -284,10 +287,12 @@ class CurvatureOptimizer(ResumableOptimizer):
             )
         group = self.process_group
         ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
-        chosen = {id(p) for p in curved}
+        if len(curved) < len(params):
+            chosen = {id(p) for p in curved}
+            grads = [g for p, g in zip(params, grads, strict=True) if id(p) in chosen]
         batch = BatchGraph(
             params=curved,
-            gradients=[g for p, g in zip(params, grads, strict=True) if id(p) in chosen],
+            gradients=grads,
             outputs=outputs,
             targets=targets,
             rule=self._rule,
@@ -346,7 +351,7 @@ class CurvatureOptimizer(ResumableOptimizer):
                     "ranks would judge infinities apart: use optimizer.accumulate(loss, scaler=scaler), which averages "
                     "before the scaler looks."
                 )
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        params = self._trained()
         self._measure(params, [p.grad for p in params], scale=scale)
 
     def _unscale_gradients(self) -> None:
@@ -359,9 +364,7 @@ class CurvatureOptimizer(ResumableOptimizer):
     def _synchronize(self) -> None:
         if self.process_group is None or self._synchronized:
             return
-        average_gradients(
-            [p for group in self.param_groups for p in group["params"] if p.requires_grad], self.process_group
-        )
+        average_gradients(self._trained(), self.process_group)
         if self._sums is not None:
             lengths = [len(tensors) for tensors in self._sums]
             means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], self.process_group))
@@ -390,18 +393,18 @@ class CurvatureOptimizer(ResumableOptimizer):
             if not params:
                 continue
             grads = [p.grad for p in params if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = self._new_state(p, group)
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state.update(self._new_state(p, group))
             refreshed = bool(found) and _is_due(group)
             curvatures = [found[id(p)] for p in params] if refreshed else None
             if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
                 if curvatures is not None and self.curvature.signed:
                     curvatures = list(torch._foreach_neg(curvatures))
-            states = [self.state[p] for p in params]
             for key in COUNTERS if refreshed else COUNTERS[:1]:
-                torch._foreach_add_([state[key] for state in states], 1)
+                _count([state[key] for state in states])
             grads = [g if g.dtype in WIDE else g.float() for g in grads]
             self._update(group, params, grads, curvatures, states)
             group["num_steps"] += 1
@@ -432,6 +435,16 @@ class CurvatureOptimizer(ResumableOptimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Check the settings of a method in one group."""
+
+
+_ONE = torch.tensor(1.0)
+
+
+def _count(counters: list[Tensor]) -> None:
+    if counters[0].is_cpu:
+        torch._foreach_add_(counters, _ONE, alpha=1.0)  # a plain 1 would be made a tensor once for each of them
+    else:
+        torch._foreach_add_(counters, 1)
 
 
 def _is_due(group: dict[str, Any]) -> bool:

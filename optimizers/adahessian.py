@@ -43,8 +43,9 @@ class AdaHessian(CurvatureOptimizer):
 
     What V estimates: with one probe, (H z)_i^2 has the expectation sum_j H_ij^2, the squared norm of row i, not H_ii^2;
     they agree for a diagonal H. More probes, and the average over convolution kernels, move V towards H_ii^2.
-    `curvature="row-norm"` estimates the row norm on purpose, `"gauss-newton-bartlett"` the diagonal of the Gauss-Newton
-    matrix without second derivatives (closures then return (outputs, targets), and `loss=` is needed).
+    `curvature="row-norm"` estimates the row norm on purpose. Without second derivatives, from closures that return
+    (outputs, targets) and with `loss=`: `"gauss-newton-bartlett"`, also called `"fisher"`, estimates the diagonal of
+    the Gauss-Newton matrix, `"empirical-fisher"` the mean of the examples' squared gradients.
 
     Cost: a forward pass, a backward pass that keeps a graph and a product through it: about 3 gradients on a step with
     curvature, 1 on the others. Memory: two averages, and on steps with curvature the graph of the gradient.
@@ -65,7 +66,8 @@ class AdaHessian(CurvatureOptimizer):
         stale: between refreshes, "keep" leaves V alone; "repeat" counts the last D again on every step.
         bias_correction: n counts "refreshes" of V, or all "steps", which makes steps too long where V is refreshed
             rarely.
-        curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" or a `CurvatureSource`.
+        curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" (or "fisher"), "empirical-fisher" or a
+            `CurvatureSource`.
         num_probes: products or samples averaged for each D.
         update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.

@@ -7,8 +7,11 @@ and J the Jacobian of its outputs:
     HessianDiagonal       mean_s z_s * (H z_s)        E = diag H              one product a probe
     RowNorm               sqrt(mean_s (H z_s)^2)      E[.^2] = row norms^2    one product a probe
     GaussNewtonBartlett   mean_s (J' u_s)^2           E = diag J' H_loss J    one backward pass a sample
+    EmpiricalFisher       mean_s (J' (s * v))^2       E = mean_n g_n^2        one backward pass a sample
 
-A product is taken through the graph of the gradient that the step needs anyway, which is never built twice.
+with u a draw that has the covariance H_loss, v sqrt(N) times the gradient of the loss in the outputs of N examples, s a
+random sign an example, and g_n the gradient of one example's loss. A product is taken through the graph of the gradient
+that the step needs anyway, which is never built twice.
 """
 
 from __future__ import annotations
@@ -22,16 +25,24 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.losses import LossRule
+from curvature.losses import CrossEntropy, LossRule
 from optimizers._differentiation import pull_back
 from optimizers._probes import counter_generator, random_signs
 from optimizers.sampled_targets import sampled_output_gradient
 
-__all__ = ["BatchGraph", "CurvatureSource", "GaussNewtonBartlett", "HessianDiagonal", "RowNorm", "curvature_source"]
+__all__ = [
+    "BatchGraph",
+    "CurvatureSource",
+    "EmpiricalFisher",
+    "GaussNewtonBartlett",
+    "HessianDiagonal",
+    "RowNorm",
+    "curvature_source",
+]
 
 WIDE = (torch.float32, torch.float64)
 
-_TARGETS = 2  # keeps the stream of sampled targets apart from that of probes
+_TARGETS, _EXAMPLES = 2, 3  # keep the streams of sampled targets and of examples' signs apart from that of probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,27 +139,31 @@ class RowNorm(CurvatureSource):
         return squares
 
 
-class GaussNewtonBartlett(CurvatureSource):
-    """The diagonal of the Gauss-Newton matrix by targets drawn from the model: never negative, no second derivatives.
+class _OutputSquares(CurvatureSource):
+    """The mean of (J' u)^2 over random vectors u on the outputs: never negative, no second derivatives.
 
-    It is the Monte Carlo Fisher's diagonal for the losses it knows (`optimizers.sampled_targets`). Micro-batches and
-    ranks draw independently and their squares are averaged, which has the same expectation as one draw on the joined
-    batch, and less variance.
+    Micro-batches and ranks draw independently and their squares are averaged, which has the same expectation as one
+    draw on the joined batch, and less variance.
     """
 
     second_order = False
+    stream: ClassVar[int]
+
+    @abstractmethod
+    def _draw(self, rule: LossRule, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        """Return u, of the outputs' shape."""
 
     def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
         if batch.outputs is None or batch.rule is None:
             raise InputError(
-                'curvature="gauss-newton-bartlett" draws targets from the model: give loss= to the optimizer and a '
-                "closure that returns (outputs, targets)."
+                f"{type(self).__name__} needs the outputs of the model and their loss: give loss= to the optimizer and "
+                "a closure that returns (outputs, targets)."
             )
         total: list[Tensor] = []
         for sample in range(self.num_probes):
             device = batch.outputs.device
-            generator = counter_generator(device, _TARGETS, batch.seed, batch.step, sample, batch.place)
-            u = sampled_output_gradient(batch.rule, batch.outputs, batch.targets, generator)
+            generator = counter_generator(device, self.stream, batch.seed, batch.step, sample, batch.place)
+            u = self._draw(batch.rule, batch.outputs, batch.targets, generator)
             last = sample + 1 == self.num_probes
             g = _widened(pull_back([batch.outputs], batch.params, [u], retain_graph=not last))
             if total:
@@ -162,10 +177,49 @@ class GaussNewtonBartlett(CurvatureSource):
         return sums[0]
 
 
+class GaussNewtonBartlett(_OutputSquares):
+    """The diagonal of the Gauss-Newton matrix, by targets drawn from the model's own prediction.
+
+    For the losses it knows (`optimizers.sampled_targets`), which are negative log-likelihoods, that matrix is the
+    Fisher information mean_n E_y [s s'], s the gradient of -log p(y | x_n), times what the loss is in such units (2 for
+    squared errors): "fisher" is another name of this source. Sophia's estimate, the batch size times the square of the
+    mean gradient for drawn labels, has the same distribution.
+    """
+
+    stream = _TARGETS
+
+    def _draw(self, rule: LossRule, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        return sampled_output_gradient(rule, outputs, targets, generator)
+
+
+class EmpiricalFisher(_OutputSquares):
+    """The mean of the squared gradients of the examples, for the targets they have: any loss of rows of the outputs.
+
+    Gradients of examples are not formed: random signs s_n make E (sum_n s_n g_n)^2 = sum_n g_n^2, one backward pass.
+    With a loss that is a mean over N rows of outputs the estimate is of sum_n g_n^2 / N, with a sum of sum_n g_n^2. It
+    is no curvature: it vanishes where every example is fitted, and agrees with the Fisher information only where the
+    model's predictions match the targets' distribution.
+
+    Reference: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher approximation for natural
+    gradient descent.
+    """
+
+    stream = _EXAMPLES
+
+    def _draw(self, rule: LossRule, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        v = rule.output_gradient(outputs, targets)
+        rows = 1 if v.ndim == 0 or (v.ndim == 1 and isinstance(rule, CrossEntropy)) else v.shape[0]
+        bits = torch.randint(2, (rows,), generator=generator, device=v.device)
+        signs = (2 * bits - 1).to(v.dtype).view(rows, *[1] * (v.ndim - 1)) if v.ndim else v.new_ones(())
+        return v * signs * (1.0 if rule.reduction == "sum" else rows**0.5)
+
+
 _SOURCES: dict[str, type[CurvatureSource]] = {
     "hessian-diagonal": HessianDiagonal,
     "row-norm": RowNorm,
     "gauss-newton-bartlett": GaussNewtonBartlett,
+    "fisher": GaussNewtonBartlett,
+    "empirical-fisher": EmpiricalFisher,
 }
 
 

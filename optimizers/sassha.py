@@ -56,7 +56,8 @@ class SASSHA(CurvatureOptimizer):
         hessian_power: of the curvature.
         bias_correction: n counts "refreshes" of V, as the average needs it, or all "steps", as the authors' code does,
             which makes early steps too long.
-        curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" or a `CurvatureSource`.
+        curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" (or "fisher"), "empirical-fisher" or a
+            `CurvatureSource`.
         num_probes: products or samples averaged for each estimate.
         update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.

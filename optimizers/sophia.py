@@ -49,8 +49,8 @@ class Sophia(CurvatureOptimizer):
             Gauss-Newton-Bartlett. Larger values clip less.
         eps: least denominator, positive.
         weight_decay: decoupled, times lr.
-        curvature: "gauss-newton-bartlett" (closures return (outputs, targets), `loss=` is needed),
-            "hessian-diagonal", "row-norm" or a `CurvatureSource`.
+        curvature: "gauss-newton-bartlett", also called "fisher", or "empirical-fisher" (closures return (outputs,
+            targets), `loss=` is needed), "hessian-diagonal", "row-norm" or a `CurvatureSource`.
         denominator: "max" is the paper's max(gamma h, eps); "add" the authors' code, gamma max(h, 0) + eps, where rho
             is this gamma and the batch size, its bs, is part of the estimate here.
         num_probes: products or samples averaged for each estimate.

@@ -14,7 +14,7 @@ from curvature.errors import InputError
 from curvature.losses import loss_rule
 from optimizers import AdaHessian
 from optimizers._probes import mixed_seed, random_signs
-from optimizers.curvature_source import GaussNewtonBartlett, HessianDiagonal, RowNorm
+from optimizers.curvature_source import EmpiricalFisher, GaussNewtonBartlett, HessianDiagonal, RowNorm
 from optimizers.sampled_targets import sampled_output_gradient
 from tests.optimizers.problems import Problem, mlp
 
@@ -140,17 +140,17 @@ def gauss_newton_diagonal(problem: Problem) -> Tensor:
 class Recorder(AdaHessian):
     """Moves nothing and keeps what curvature it is handed, flat."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, loss=F.cross_entropy, **settings)
+    def __init__(self, *args: Any, loss: Any = F.cross_entropy, **settings: Any) -> None:
+        super().__init__(*args, loss=loss, **settings)
         self.seen: list[Tensor] = []
 
     def _update(self, *args: Any) -> None:
         self.seen.append(torch.cat([c.reshape(-1) for c in args[3]]))
 
 
-def estimates(problem: Problem, curvature: Any, draws: int) -> Tensor:
+def estimates(problem: Problem, curvature: Any, draws: int, loss: Any = F.cross_entropy) -> Tensor:
     """Return what an optimizer that moves nothing hands to its update, flat, for many steps."""
-    optimizer = Recorder(problem.params, curvature=curvature)
+    optimizer = Recorder(problem.params, curvature=curvature, loss=loss)
     for _ in range(draws):
         optimizer.step(problem.pair)
     return torch.stack(optimizer.seen)
@@ -183,6 +183,66 @@ def test_gauss_newton_bartlett_is_unbiased() -> None:
         scores = z_scores(drawn, exact)
         assert scores.abs().max() < 4.5
         assert bool((drawn >= 0).all())
+
+
+def test_fisher_is_the_information_of_the_model() -> None:
+    """All classes of every example, weighted by their probability: no sampling, no Hessian of the loss."""
+    problem = mlp()
+    fisher = torch.zeros_like(problem.flat())
+    for x in problem.x:
+        p = problem.model(x).softmax(0).detach()
+        for c in range(3):
+            s = torch.autograd.grad(F.cross_entropy(problem.model(x), torch.tensor(c)), problem.params)
+            fisher += p[c] * torch.cat([t.reshape(-1) for t in s]) ** 2 / len(problem.x)
+    torch.testing.assert_close(fisher, gauss_newton_diagonal(problem), rtol=1e-9, atol=1e-12)
+    assert z_scores(estimates(problem, "fisher", 400), fisher).abs().max() < 4.5
+
+
+def squared_gradients(problem: Problem, loss: Any) -> Tensor:
+    """Return the sum over examples, one at a time."""
+    total = torch.zeros_like(problem.flat())
+    for n in range(len(problem.x)):
+        g = torch.autograd.grad(loss(problem.model(problem.x[n : n + 1]), problem.y[n : n + 1]), problem.params)
+        total += torch.cat([t.reshape(-1) for t in g]) ** 2
+    return total
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor", "samples"),
+    [
+        (nn.CrossEntropyLoss(), 1 / 12, 1),
+        (nn.CrossEntropyLoss(reduction="sum"), 1.0, 1),
+        (nn.MultiMarginLoss(), 1 / 12, 4),
+    ],
+)
+def test_empirical_fisher_is_unbiased(loss: nn.Module, factor: float, samples: int) -> None:
+    problem = mlp()
+    drawn = estimates(problem, EmpiricalFisher(samples), 400, loss=loss)
+    assert z_scores(drawn, factor * squared_gradients(problem, loss)).abs().max() < 4.5
+    assert bool((drawn >= 0).all())
+
+
+def test_empirical_fisher_of_one_example_is_its_squared_gradient() -> None:
+    problem = mlp()
+    problem.x, problem.y = problem.x[:1], problem.y[:1]
+    (drawn,) = estimates(problem, "empirical-fisher", 1)
+    torch.testing.assert_close(drawn, squared_gradients(problem, F.cross_entropy), rtol=1e-12, atol=1e-15)
+    x, y = problem.x[0], problem.y[0]
+    problem.x, problem.y = x, y  # without a dimension of examples
+    (unbatched,) = estimates(problem, "empirical-fisher", 1)
+    torch.testing.assert_close(unbatched, drawn, rtol=1e-12, atol=1e-15)
+
+
+def test_empirical_fisher_over_micro_batches() -> None:
+    problem = mlp()
+    optimizer = Recorder(problem.params, curvature="empirical-fisher")
+    for _ in range(400):
+        optimizer.zero_grad()
+        optimizer.accumulate(problem.pair_of(slice(0, 4)), weight=4 / 12)
+        optimizer.accumulate(problem.pair_of(slice(4, 12)), weight=8 / 12)
+        optimizer.step()
+    exact = squared_gradients(problem, F.cross_entropy) / 12
+    assert z_scores(torch.stack(optimizer.seen), exact).abs().max() < 4.5
 
 
 def test_gauss_newton_bartlett_over_micro_batches() -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
-from optimizers import AdaHessian
+from optimizers import ESGD, SASSHA, AdaHessian, Sophia
+from optimizers._shell import CurvatureOptimizer
 from tests.optimizers.problems import Problem, convolutional, mlp, train
 
 SAME = {"rtol": 0, "atol": 0}
@@ -349,6 +350,26 @@ def test_memory_is_flat(form: Callable[[Problem, AdaHessian], None] | None, ever
         gc.enable()
     assert after - before <= 4, f"{after - before} tensors more after 120 steps"
     assert live_tensors() <= before + 4
+
+
+@pytest.mark.parametrize("make", [AdaHessian, Sophia, ESGD, SASSHA])
+def test_a_thousand_steps_leave_nothing(make: type[CurvatureOptimizer]) -> None:
+    w = torch.tensor([1.0, -0.5], dtype=torch.float64, requires_grad=True)
+    settings = {"curvature": "hessian-diagonal"} if make is Sophia else {}
+    optimizer = make([w], lr=1e-3, update_every=2, **settings)  # type: ignore[call-arg]
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            optimizer.step(lambda: torch.cosh(w * w.flip(0)).sum())
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = steps(4)
+        assert steps(1000) <= before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
