@@ -172,13 +172,13 @@ def _change(row: Compared, place: int) -> str:
 def _numbers(found: Comparison) -> Chapter:
     columns = ["number", *found.names]
     for name in found.names[1:]:
-        columns += ["ratio", "p, these data", "p, other data", f"{name}" if len(found.names) > 2 else "verdict"]
+        columns += ["ratio", "p", f"{name}" if len(found.names) > 2 else "verdict"]
     rows = []
     for row in found.rows:
         cells = [row.name, *(_value(m) for m in row.values)]
         for place, verdict in enumerate(row.verdicts, start=1):
             cells.append(wording.number(row.ratios[place], 3) if math.isfinite(row.ratios[place]) else "")
-            cells += [_p(row.p_solver[place - 1]), _p(row.p_data[place - 1]), verdict]
+            cells += [_p(row, place), verdict]
         rows.append(tuple(cells))
     caption = (
         "Numbers with one standard error of the solver and, after the semicolon, over other data of the same size "
@@ -196,7 +196,9 @@ def _value(measured: Measured) -> str:
     return f"{text}; {over}" if over else text
 
 
-def _p(value: float) -> str:
+def _p(row: Compared, place: int) -> str:
+    over_data, solver = row.p_data[place - 1], row.p_solver[place - 1]
+    value = solver if math.isnan(over_data) else over_data
     if math.isnan(value):
         return ""
     return "< 10⁻⁶" if value < 1e-6 else wording.number(value, 2)
@@ -231,7 +233,7 @@ def _overlaps(found: Comparison) -> Chapter:
         for name, row in zip(found.names, found.overlaps.tolist(), strict=True)
     )
     sheet = Sheet(
-        caption="Overlap of the spaces that the largest eigenvectors span, |UₐᵀU_b|²/k: 1 for the same space, about "
+        caption="Overlap of the spaces that the largest eigenvectors span, |U'V|²/k: 1 for the same space, about "
         "k/n for unrelated ones. It says something of checkpoints of one run.",
         columns=("", *found.names),
         rows=rows,

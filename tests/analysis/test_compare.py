@@ -1,0 +1,241 @@
+"""Comparisons: p-values and Holm's procedure by hand, verdicts case by case, false alarms counted, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import norm
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from analysis.cli import app
+from analysis.compare import compare, quantities
+from analysis.comparison_study import ComparisonRun
+from analysis.figures_compare import plot_comparison
+from analysis.results import Inspection, Measured
+from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
+from analysis.store import Run
+from analysis.studies import load_any
+from curvature.errors import InputError
+
+NAN = math.nan
+
+
+class Numbers:
+    """A result of a kind of its own: numbers by name."""
+
+    def __init__(self, **values: Measured) -> None:
+        self.values = values
+
+
+@quantities.register
+def _(result: Numbers) -> dict[str, tuple[Measured, str]]:
+    return {name: (measured, "loss") for name, measured in result.values.items()}
+
+
+def of(value: float, stderr: float = 0.0, data: float = NAN) -> Measured:
+    return Measured(value=value, stderr=stderr, data=data)
+
+
+def test_p_values_are_those_of_the_normal_distribution() -> None:
+    found = compare({"a": Numbers(x=of(1.0, 0.3, 0.4)), "b": Numbers(x=of(2.0, 0.4, 1.2))})
+    assert found["x"].p_solver[0] == pytest.approx(2 * norm.cdf(-1 / 0.5))
+    assert found["x"].p_data[0] == pytest.approx(2 * norm.cdf(-1 / math.sqrt(0.25 + 1.6)))
+    assert found["x"].ratios == (1.0, 2.0)
+
+
+def test_verdicts_case_by_case() -> None:
+    first = Numbers(
+        real=of(1.0, 0.01, 0.01),
+        sample=of(1.0, 0.01, 5.0),
+        unsampled=of(1.0, 0.01),
+        noise=of(1.0, 1.0),
+        bound=of(1.0, NAN),
+        same=of(1.0),
+        gone=of(1.0),
+    )
+    second = Numbers(
+        real=of(2.0, 0.01, 0.01),
+        sample=of(2.0, 0.01, 5.0),
+        unsampled=of(2.0, 0.01),
+        noise=of(2.0, 1.0),
+        bound=of(2.0, NAN),
+        same=of(1.0),
+        new=of(3.0),
+    )
+    found = compare({"a": first, "b": second})
+    verdicts = {row.name: row.verdicts[0] for row in found.rows}
+    assert verdicts == {
+        "real": "real",
+        "sample": "on these data",
+        "unsampled": "on these data",
+        "noise": "not told apart",
+        "bound": "unknown",
+        "same": "not told apart",
+    }
+    assert "gone, new" in found.notes[0]
+    with pytest.raises(InputError, match="'gone' was not compared"):
+        found["gone"]
+
+
+def test_holm_by_hand() -> None:
+    """P-values .011, .02, .04, .06 at level .05: .011 <= .05/4, then .02 > .05/3 stops, although .04 <= .05."""
+    distances = [float(norm.isf(p / 2)) for p in (0.04, 0.011, 0.06, 0.02)]
+    zeros = Numbers(**{f"x{i}": of(0.0, 1.0, 0.0) for i in range(4)})
+    others = Numbers(**{f"x{i}": of(d, 0.0, 0.0) for i, d in enumerate(distances)})
+    found = compare({"a": zeros, "b": others})
+    assert [row.verdicts[0] for row in found.rows] == ["not told apart", "real", "not told apart", "not told apart"]
+
+
+def test_false_alarms_are_as_rare_as_promised() -> None:
+    """Of 2 000 comparisons of ten equal numbers, at most 5 % + 4 standard errors may raise any alarm."""
+    g = torch.Generator().manual_seed(0)
+    alarms = 0
+    for _ in range(2000):
+        draws = torch.randn(2, 10, generator=g).tolist()
+        a, b = (Numbers(**{f"x{i}": of(v, 1.0) for i, v in enumerate(row)}) for row in draws)
+        alarms += any(row.verdicts[0] != "not told apart" for row in compare({"a": a, "b": b}).rows)
+    assert 0.03 < alarms / 2000 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_inspections_bring_their_errors_and_their_eigenvectors(run: Run) -> None:
+    inspection = run.inspection
+    larger = replace(inspection, top=replace(inspection.top, eigenvalues=2 * inspection.top.eigenvalues))
+    found = compare({"a": inspection, "b": larger})
+    assert found["largest eigenvalue"].values[0] == inspection.sharpness
+    assert found["largest eigenvalue"].ratios[1] == 2.0
+    assert found["trace"].verdicts == ("not told apart",)
+    assert found.overlaps is not None
+    torch.testing.assert_close(found.overlaps, torch.ones(2, 2, dtype=torch.float64), rtol=1e-5, atol=0)
+    other = replace(inspection, top=replace(inspection.top, eigenvectors=inspection.top.eigenvectors.roll(1, 1)[:, :2]))
+    overlaps = compare({"a": replace(other), "b": inspection}).overlaps
+    assert overlaps is not None
+    u, v = other.top.eigenvectors.double(), inspection.top.eigenvectors[:, :2].double()
+    assert float(overlaps[0, 1]) == pytest.approx(float((u.T @ v).square().sum() / 2))
+    assert set(quantities(inspection)) >= {"loss", "trace", "0: trace"}
+
+
+def row(name: str, value: float, stderr: float, kind: Kind = "estimate") -> SharpnessRow:
+    return SharpnessRow(
+        name=name,
+        value=value,
+        stderr=stderr,
+        kind=kind,
+        unit="loss",
+        formula="",
+        source="",
+        rescaling_invariant=True,
+    )
+
+
+def test_sharpness_of_pieces_has_its_error_over_data() -> None:
+    rows = (row("trace", 3.0, 0.1), row("m_sharpness", 2.0, 0.2), row("worst_l2", 1.0, NAN, "lower bound"))
+    found = quantities(SharpnessTable(rows=rows, loss=1.0, num_params=2))
+    assert found["trace"][0] == of(3.0, 0.1) or math.isnan(found["trace"][0].data)
+    assert (found["m-sharpness"][0].stderr, found["m-sharpness"][0].data) == (0.0, 0.2)
+    assert math.isnan(found["worst ℓ₂"][0].stderr)
+
+
+def test_refusals(run: Run) -> None:
+    one = Numbers(x=of(1.0))
+    with pytest.raises(InputError, match="at least two"):
+        compare({"a": one})
+    with pytest.raises(InputError, match="of one kind, got Inspection, Numbers"):
+        compare({"a": one, "b": run.inspection})
+    with pytest.raises(InputError, match="share no number"):
+        compare({"a": one, "b": Numbers(y=of(1.0))})
+    with pytest.raises(InputError, match="level"):
+        compare({"a": one, "b": one}, level=1.0)
+    with pytest.raises(InputError, match="nothing is known of the numbers of int"):
+        compare({"a": 1, "b": 2})
+
+
+def test_the_figure_shows_ratios_and_both_errors() -> None:
+    a = Numbers(x=of(1.0, 0.1, 0.2), y=of(2.0), sign=of(1.0), z=of(1.0, NAN))
+    b = Numbers(x=of(3.0, 0.1, 0.2), y=of(1.0), sign=of(-1.0), z=of(2.0, NAN))
+    ax = plot_comparison(compare({"first": a, "second": b}), ax=Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y", "z"]
+    marks = [line for line in ax.lines if line.get_marker() not in ("None", "", None)]
+    assert [float(np.asarray(line.get_xdata())[0]) for line in marks] == [3.0, 0.5, 2.0]
+    bars = [line for line in ax.lines if list(np.asarray(line.get_ydata())) == [0, 0]]
+    thin, thick = (math.log(float(np.asarray(b.get_xdata())[1]) / 3) for b in bars)
+    assert thick == pytest.approx(math.hypot(0.1, 0.1 / 3))
+    assert thin == pytest.approx(math.hypot(math.hypot(0.1, 0.2), math.hypot(0.1, 0.2) / 3))
+    assert ax.get_xlabel() == "second over first"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+TASK = """
+import torch
+from torch import nn
+from analysis.tasks import Task
+
+
+def task():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 4, generator=g), torch.randint(0, 3, (40,), generator=g)
+    return Task(name="toy", model=nn.Linear(4, 3), description="A toy.", loss=nn.CrossEntropyLoss(), train_data=(x, y))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "toy.py").write_text(TASK)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(nn.Linear(4, 3).state_dict(), tmp_path / f"{seed}.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments], env={"COLUMNS": "160"})
+
+
+def test_checkpoints_are_measured_kept_and_compared(folder: Path) -> None:
+    done = call("compare", "toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--no-check", "--out", "both")
+    assert done.exit_code == 0, done.output
+    for text in ("toy-0-1", "toy-1-1", "largest eigenvalue", "How does toy-1-1 differ", "same data"):
+        assert text in done.stdout
+    run = load_any(folder / "both")
+    assert isinstance(run, ComparisonRun)
+    assert run.comparison.names == ("toy-0-1", "toy-1-1")
+    assert run.comparison.same_data is True
+    assert isinstance(load_any(folder / "runs" / "toy-0-1"), Run)
+    assert isinstance(getattr(load_any(folder / "runs" / "toy-0-1"), "inspection"), Inspection)  # noqa: B009
+    page = (folder / "both" / "report.html").read_text()
+    assert "<svg" in page
+    assert "nan" not in page.lower()
+    assert (folder / "both" / "ratios-1.pdf").is_file()
+    again = call("compare", "runs/toy-0-1", "runs/toy-1-1", "--json")
+    assert again.exit_code == 0, again.output
+    rows = json.loads(again.stdout.splitlines()[0])["comparison"]["rows"]
+    assert [r["verdicts"] for r in rows] == [list(row.verdicts) for row in run.comparison.rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["toy.py:task", "--checkpoint", "0.pt"], "at least two of --checkpoint"),
+        (
+            ["toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--of", "size"],
+            "inspection, sharpness, noise",
+        ),
+        (["a", "b", "--checkpoint", "0.pt", "--checkpoint", "1.pt"], "goes with one task"),
+        (["0.pt"], "at least two run folders"),
+        (["0.pt", "1.pt"], "holds no complete run"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(folder: Path, arguments: list[str], said: str) -> None:
+    done = call("compare", *arguments)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert not (folder / "runs").exists()

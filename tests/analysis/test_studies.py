@@ -1,0 +1,240 @@
+"""Commands of studies as a user meets them: the numbers are those of the library, all is kept, the words are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from analysis.account_report import build_account_report
+from analysis.cli import app
+from analysis.gradient_noise import gradient_noise
+from analysis.implicit_regularization import implicit_regularization
+from analysis.implicit_study import IMPLICIT, ImplicitPlan, ImplicitRun
+from analysis.noise_curvature import curvature_noise
+from analysis.noise_study import NOISE, NoisePlan, NoiseRun
+from analysis.preparation import Request
+from analysis.sharpness import sharpness
+from analysis.sharpness_study import SHARPNESS, SharpnessPlan, SharpnessRun
+from analysis.store import save_run
+from analysis.studies import KINDS, STUDIES, load_any
+from analysis.study import StudyListener, run_study
+from analysis.tasks import load_task
+from curvature import Objective
+from curvature.errors import InputError
+
+TASK = """
+import torch
+from torch import nn
+from analysis.tasks import Task
+
+
+def task(relu=True, spread=1.0):
+    g = torch.Generator().manual_seed(0)
+    x, y = spread * torch.randn(60, 5, generator=g), torch.randint(0, 3, (60,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU() if relu else nn.Tanh(), nn.Linear(6, 3))
+    return Task(name="toy", model=model, description="A <b>toy</b>.", loss=nn.CrossEntropyLoss(), train_data=(x, y))
+
+
+def minimum():
+    '''Least squares at its minimum: the mean gradient is nothing but noise.'''
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 2, generator=g), torch.randn(60, 1, generator=g)
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.linalg.lstsq(x, y).solution.T
+    return Task(name="minimum", model=model, description="", loss=nn.MSELoss(), train_data=(x, y))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "toy.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def objective(name: str = "task") -> Objective:
+    return load_task(f"toy.py:{name}", None).objective()
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments], env={"COLUMNS": "160"})
+
+
+def visible(page: str) -> str:
+    return re.sub(r"<(style|svg|script).*?</\1>", "", page, flags=re.DOTALL)
+
+
+def check_report(folder: Path, *texts: str) -> None:
+    page = (folder / "report.html").read_text()
+    text = " ".join(visible(page).split())
+    assert "A &lt;b&gt;toy&lt;/b&gt;." in text
+    assert "nan" not in text.lower().replace("dominant", "")
+    for expected in texts:
+        assert expected in text
+    for name in re.findall(r'id="(?!chapter)[\w-]+"', page):
+        assert page.count(name) == 1, name
+
+
+def test_noise_from_the_command_to_the_report(folder: Path) -> None:
+    done = call(
+        "noise", "toy.py:task", "--batch-size", "8", "--lr", "0.1", "--damping", "0.1", "--seed", "3", "--out", "here"
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.rstrip().endswith(str(Path("here") / "report.html"))
+    run = load_any("here")
+    assert isinstance(run, NoiseRun)
+    noise, along = run.noise.noise, run.noise.curvature
+    reference = gradient_noise(objective())
+    assert (noise.trace.value, noise.trace.stderr) == pytest.approx((reference.trace.value, reference.trace.stderr))
+    assert noise.noise_scale.upper == pytest.approx(reference.noise_scale.upper, rel=1e-5)
+    torch.testing.assert_close(noise.layer_traces, reference.layer_traces)
+    assert along is not None
+    again = curvature_noise(objective(), damping=0.1, generator=generator())
+    assert along.trace_h_sigma.value == pytest.approx(again.trace_h_sigma.value, rel=1e-5)
+    assert (run.noise.batch_size, run.noise.lr, run.seed) == (8, 0.1, 3)
+    check_report(folder / "here", "How large a batch is of use?", "Takeuchi criterion", "The temperature lr / B")
+    assert {path.name for path in (folder / "here").glob("*.pdf")} == {"batch-sizes.pdf", "layer-noise.pdf"}
+    for text in ("Noise scale", "Which layers carry the noise?", "spent:"):
+        assert text in done.stdout
+
+
+def test_noise_that_drowns_the_gradient_is_said_and_infinities_survive(folder: Path) -> None:
+    run = run_study(NOISE, Request(task="toy.py:minimum", check=False), NoisePlan(batch_size=8))
+    assert run.noise.noise.noise_scale.upper == math.inf
+    save_run(run, folder / "here", finish=KINDS["noise"].write_report)
+    kept = load_any(folder / "here")
+    assert isinstance(kept, NoiseRun)
+    assert kept.noise.noise.noise_scale == run.noise.noise.noise_scale
+    text = " ".join(visible((folder / "here" / "report.html").read_text()).split())
+    assert "cannot be told from zero with 60 examples" in text
+    assert "≤ " in text
+
+
+def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
+    done = call("implicit", "toy.py:task", "--lr", "0.1", "--batch-size", "6", "--k", "2", "--out", "here")
+    assert done.exit_code == 0, done.output
+    run = load_any("here")
+    assert isinstance(run, ImplicitRun)
+    found, reference = run.implicit.regularization, implicit_regularization(objective(), lr=0.1, batch_size=6)
+    expected = (reference.batch_penalty, reference.full_penalty)
+    assert (found.batch_penalty, found.full_penalty) == pytest.approx(expected, rel=1e-5)
+    assert found.batch is not None
+    assert found.batch.cosines_with_top is not None
+    assert len(run.implicit.eigenvalues) == len(found.batch.cosines_with_top) == 2
+    share = 100 * found.batch_penalty / found.loss
+    check_report(folder / "here", f"is {float(f'{share:.3g}'):g}", "Which way does it push?", "Beyond a batch of")
+    assert "At a learning rate of 0.1 and batches of 6 the gradient-variance penalty is" in " ".join(
+        done.stdout.split()
+    )
+    sizes = [int(s) for s in re.findall(r"Beyond a batch of (\d+)", " ".join(done.stdout.split()))]
+    below, above = (found.batch_penalty_at(B) / found.loss for B in (sizes[0], sizes[0] - 1))
+    assert below <= 0.01 < above
+
+
+@pytest.mark.usefixtures("folder")
+def test_implicit_of_the_batches_as_they_are() -> None:
+    plan = ImplicitPlan(lr=0.1, momentum=0.9, directions=False)
+    run = run_study(IMPLICIT, Request(task="toy.py:task", check=False, micro_batch=15), plan)
+    account = IMPLICIT.account(run)
+    assert run.implicit.regularization.num_batches == 4
+    assert [chapter.title for chapter in account.chapters] == ["Layers"]
+    assert any("Momentum" in note for note in account.notes)
+    assert any("as the task has them" in note for note in account.notes)
+    assert "nan" not in visible(build_account_report(run, account)).lower()
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_edge_of_the_theory_is_said() -> None:
+    for lr, said in ((1e-4, ": small"), (1e3, "beyond 2")):
+        run = run_study(IMPLICIT, Request(task="toy.py:task", check=False), ImplicitPlan(lr=lr, batch_size=6))
+        answers = {finding.question: finding.answer for finding in IMPLICIT.account(run).findings}
+        assert said in answers["Does the theory hold here?"]
+
+
+def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
+    names = ["top_eigenvalue", "adaptive_top_eigenvalue", "worst_l2", "m_sharpness", "adaptive_pac_bayes"]
+    options = [part for name in names for part in ("--measure", name)]
+    done = call("sharpness", "toy.py:task", *options, "--piece", "10", "--seed", "3", "--out", "here")
+    assert done.exit_code == 0, done.output
+    run = load_any("here")
+    assert isinstance(run, SharpnessRun)
+    plan = SharpnessPlan(piece=10)
+    reference = sharpness(objective(), names, settings=plan.settings(), generator=generator())
+    assert [row.name for row in run.sharpness.rows] == [row.name for row in reference.rows]
+    assert [row.value for row in run.sharpness.rows] == pytest.approx([row.value for row in reference.rows], rel=1e-4)
+    check_report(folder / "here", "1 of 5 measures are worst cases", "Measures that rescaling moves", "Definitions")
+    for text in ("m-sharpness", "worst ℓ₂", "adaptive PAC-Bayes", "≥"):
+        assert text in done.stdout
+
+
+def test_results_as_json_and_nothing_else(folder: Path) -> None:
+    done = call("noise", "toy.py:task", "--no-curvature", "--no-check", "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.splitlines()[0])
+    assert record["noise"]["curvature"] is None
+    assert record["check"] is None
+    assert (folder / "runs" / "toy-noise-1" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["noise", "toy.py:task", "--batch-size", "0"], "batch size must be at least 1"),
+        (["noise", "toy.py:task", "--no-curvature", "--damping", "1"], "needs curvature"),
+        (["implicit", "toy.py:task", "--lr", "0"], "learning rate must be positive"),
+        (["implicit", "toy.py:task", "--lr", "1", "--batch-size", "61"], "at most the 60 examples"),
+        (["sharpness", "toy.py:task", "--measure", "flatness"], "distinct names out of"),
+        (["sharpness", "toy.py:task", "--rho", "-1"], "rho must be positive"),
+        (["noise", "toy.py:task", "--out", "toy.py"], "is a file"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_leaves_nothing(folder: Path, arguments: list[str], said: str) -> None:
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["toy.py"]
+
+
+def test_every_study_has_a_record_of_its_name_and_a_report() -> None:
+    assert set(STUDIES) == {"sharpness", "noise", "implicit"}
+    assert all(STUDIES[kind].record.kind == kind and kind in KINDS for kind in STUDIES)
+
+
+def test_progress_and_price_are_told(folder: Path) -> None:
+    told: list[object] = []
+
+    class Listening(StudyListener):
+        def priced(self, cost: object) -> None:
+            told.append(cost)
+
+        def advanced(self, stage: str, done: int, planned: int) -> None:
+            told.append((stage, done, planned))
+
+    run = run_study(NOISE, Request(task="toy.py:task", check=False), NoisePlan(), listener=Listening())
+    assert told[1:] == [("single examples", 0, 2), ("noise against curvature", 1, 2)]
+    assert run.cost is not None
+    assert run.cost.seconds > 0
+    with pytest.raises(InputError, match="holds no complete run"):
+        load_any(folder)
+
+
+def test_price_grows_with_what_is_asked_for() -> None:
+    model = nn.Linear(2, 2)
+    small = Objective(model, nn.CrossEntropyLoss(), (torch.ones(4, 2), torch.tensor([0, 1, 0, 1])))
+    assert NOISE.price(small, NoisePlan(curvature=False)) < NOISE.price(small, NoisePlan())
+    assert SHARPNESS.price(small, SharpnessPlan(measures=("sam",))) < SHARPNESS.price(small, SharpnessPlan())
+    assert IMPLICIT.price(small, ImplicitPlan(lr=1.0, directions=False)) < IMPLICIT.price(small, ImplicitPlan(lr=1.0))
