@@ -3,6 +3,10 @@
 An epoch of SGD is run in several orders of the batches; the mean iterate is compared with three flows run for the same
 time m lr, integrated to an error far below the distances: of C, of C + lr/4 |grad C|^2, and of C + lr/4 (1/m) sum_k
 |grad C_k|^2. For small lr the distances fall as lr^2, lr^2 and lr^3.
+
+That holds for losses with three derivatives. With ReLU, maximum pooling and their like the orders are lost: steps cross
+kinks, where neither the expansion nor the integrator's order holds. Replace them (by tanh, GELU, softplus, mean
+pooling) for this test; the result's `notes` name those that were seen.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from analysis.implicit_regularization import penalty_gradients
 from analysis.regularization_results import BackwardError
+from analysis.smoothness import smoothness_note
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective import Objective
 from curvature.shift import shifted
@@ -45,7 +50,8 @@ def backward_error(
     6 `num_steps` times m gradients and two Hessian products a batch. The model's parameters are put back, bit for bit.
 
     Args:
-        objective: in float64, since distances are small differences; its batches are those of SGD, counted alike.
+        objective: in float64, since distances are small differences, and smooth; its batches are those of SGD, counted
+            alike.
         lrs: at least one, positive.
         orders: "all" (up to 6 batches), "reverse" or "single" (which shows that the mean is needed).
         num_epochs: more than one only for an objective of one batch, where there is one order.
@@ -130,6 +136,7 @@ def backward_error(
         moved=table[:, 3],
         integrator_error=table[:, 4],
         num_gradients=spent,
+        notes=smoothness_note(objective, "orders in lr"),
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
-from analysis.backward_error import backward_error
+from analysis.backward_error import Orders, backward_error
+from analysis.smoothness import kinks
+from analysis.tasks.digits import BUNDLED, load_digits
 from curvature import Objective
 from curvature.errors import InputError
 
@@ -66,6 +69,81 @@ def test_an_order_and_its_reverse_are_enough_and_one_order_is_not() -> None:
     assert float(pair.slopes()[0]) > 2.6
     assert float(single.slopes()[0]) < 2.3
     assert (pair.num_orders, single.num_orders) == (2, 1)
+
+
+@pytest.mark.parametrize("num_batches", [2, 5])
+def test_other_numbers_of_batches(num_batches: int) -> None:
+    orders: Orders = "all" if num_batches == 2 else "reverse"
+    found = backward_error(diabetes(num_batches), lrs=[0.00625, 0.0125], orders=orders, num_steps=2)
+    assert float(found.slopes()[0]) > 2.6
+    assert float(found.slopes("to_loss")[0]) < 2.3
+    assert float(found.slopes("to_full")[0]) < 2.3
+    assert not found.notes
+
+
+def digits(num_batches: int) -> Objective:
+    """The bundled network at random weights, on 40 digits: 870 parameters."""
+    (x, y), _ = load_digits()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BUNDLED["digits-mlp"].make_model().double()
+    batches = list(zip(x[:40].double().chunk(num_batches), y[:40].chunk(num_batches), strict=True))
+    return Objective(model, nn.CrossEntropyLoss(), batches)
+
+
+def test_descent_on_digits_mlp() -> None:
+    step = backward_error(digits(1), lrs=[0.1, 0.2], num_steps=2)
+    assert float(step.slopes("to_loss")[0]) == pytest.approx(2, abs=0.1)
+    assert float(step.slopes()[0]) == pytest.approx(3, abs=0.15)
+    runs = [backward_error(digits(1), lrs=[lr], num_epochs=round(1.6 / lr), num_steps=2) for lr in (0.2, 0.1)]
+    for which, order in (("to_loss", 1), ("to_modified", 2)):
+        slope = math.log2(float(getattr(runs[0], which)) / float(getattr(runs[1], which)))
+        assert slope == pytest.approx(order, abs=0.15), which
+
+
+def test_reshuffling_on_digits_mlp() -> None:
+    epoch, single = (
+        backward_error(digits(4), lrs=[0.05, 0.1], orders=orders, num_steps=2) for orders in ("all", "single")
+    )
+    assert float(epoch.slopes()[0]) > 2.6
+    assert float(epoch.slopes("to_loss")[0]) < 2.3
+    assert float(epoch.slopes("to_full")[0]) < 2.3
+    assert float(single.slopes()[0]) < 2.3
+
+
+def test_kinks_are_named() -> None:
+    objective = diabetes(1)
+    assert isinstance(objective.model, nn.Sequential)
+    objective.model[1] = nn.ReLU()
+    (note,) = backward_error(objective, lrs=[0.1], num_steps=2).notes
+    assert "Relu" in note
+    assert "smooth" in note
+
+
+class Functional(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (nn.functional.relu, ("Relu",)),
+        (lambda z: nn.functional.relu_(z.sin()), ("Relu",)),
+        (lambda z: nn.functional.max_pool1d(z, 2), ("MaxPool2DWithIndices",)),
+        (lambda z: nn.functional.leaky_relu(z).abs(), ("Abs", "LeakyRelu")),
+        (lambda z: z.clamp(min=0) + z.amax(1, keepdim=True), ("Amax", "Clamp")),
+        (lambda z: nn.functional.gelu(z.tanh()) + nn.functional.softplus(z) + z.logsumexp(1, keepdim=True), ()),
+    ],
+)
+def test_kinks_in_functions(function: Callable[[Tensor], Tensor], expected: tuple[str, ...]) -> None:
+    model = Functional(function)
+    objective = Objective(model, nn.MSELoss(), (torch.randn(3, 4), model(torch.zeros(3, 4)).detach()))
+    assert kinks(objective) == expected
 
 
 def test_a_quadratic_in_closed_form() -> None:
