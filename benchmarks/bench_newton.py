@@ -1,17 +1,20 @@
 """Newton's family beside L-BFGS, Adam and SciPy's methods: success, digits, cost in gradients, seconds.
 
 `python -m benchmarks.bench_newton`. Published problems from published starts, an ill-conditioned logistic regression,
-and Poisson's equation by a network. All in float64 on one thread, in one process, one after the other.
+Poisson's equation by a network and an autoencoder's saddle. On one thread, in CPU seconds of the process, in float64
+but for the autoencoder.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import platform
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +26,22 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
-from torch.func import jacrev
+from torch import Tensor
 
 from benchmarks.harness import git, one_line
+from benchmarks.newton_autoencoder import AUTOENCODER_METHODS, autoencoder_facts
+from benchmarks.newton_poisson import POISSON_METHODS, poisson_facts
 from benchmarks.processes import BARS, write_rows
-from optimizers import LevenbergMarquardt, PointwiseResiduals, minimize
+from optimizers import minimize
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.nist import SETS, log_relative_error
+from tests.optimizers.nist_larger import LARGER
 
 __all__ = ["Row", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "newton.json"
 GTOL, MOST_GRADIENTS = 1e-10, 1000
+ALL_SETS = {**SETS, **LARGER}
 OURS = ("newton-cg", "trust-region", "gltr", "cubic", "saddle-free")
 SCIPY = ("Newton-CG", "trust-ncg", "trust-krylov")
 
@@ -48,14 +54,20 @@ class Row:
     problem: str
     method: str
     loss: float | None = None
-    """At the end; sums of squares for least squares, |u - u*| for the differential equation."""
+    """At the end; sums of squares for least squares, |u - u*| / |u*| for the differential equation."""
     digits: float | None = None
     """Right digits: of the parameters (curve fitting), of the loss above the minimum otherwise; 11 at most."""
     success: bool = False
-    """6 digits of the parameters; within 1e-4 of a published minimum, 1e-9 absolute; gradient below 1e-8 (logistic)."""
+    """6 digits of the parameters; within 1e-4 of a published minimum, 1e-9 absolute; gradient below 1e-8 (logistic);
+    error below 1e-5 (poisson); the saddle left (autoencoder)."""
     gradients: int | None = None
     """Gradients and products with Hessian or Jacobian, a product counted as one; a dense Jacobian as min(m, 2 n)."""
     seconds: float | None = None
+    """CPU seconds of the process."""
+    negative_curvature: int | None = None
+    """Steps whose Krylov space held negative curvature (autoencoder)."""
+    escaped: float | None = None
+    """Seconds after which the saddle was behind (autoencoder)."""
     failure: str | None = None
     torch: str = str(torch.__version__)
     python: str = platform.python_version()
@@ -63,6 +75,7 @@ class Row:
 
 
 Objective = Callable[[Tensor], Tensor]
+Job = tuple[str, str, str, Callable[[], dict[str, Any]]]
 
 
 class _Counted:
@@ -166,7 +179,7 @@ def _least_squares(residuals: Objective, x0: Tensor) -> tuple[Tensor, int]:
 
 
 def _nist(name: str, start: int, method: str) -> dict[str, Any]:
-    problem = SETS[name]
+    problem = ALL_SETS[name]
     x0 = torch.tensor(problem.starts[start], dtype=torch.float64)
     if method == "levenberg-marquardt":
         result = minimize(problem.residuals, x0, method=method, gtol=0.0, xtol=1e-13, max_steps=1000)
@@ -196,90 +209,55 @@ def _logistic(method: str) -> dict[str, Any]:
     return {"loss": float(f(w)), "digits": digits, "success": largest < 1e-8, "gradients": count}
 
 
-def _poisson(seed: int, method: str) -> dict[str, Any]:
-    """Poisson's equation on the unit square: 30 x 30 points inside, 120 on the edge; the error on 100 x 100."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1)).double()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.1)
-
-    def u_exact(x: Tensor) -> Tensor:
-        return torch.sin(math.pi * x[..., 0]) * torch.sin(math.pi * x[..., 1])
-
-    def equation(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return jacrev(jacrev(lambda y: u(y)[0]))(x).diagonal().sum() + 2 * math.pi**2 * u_exact(x)
-
-    t = (torch.arange(30, dtype=torch.float64) + 0.5) / 30
-    s, zero, one = torch.linspace(0, 1, 30, dtype=torch.float64), torch.zeros(30).double(), torch.ones(30).double()
-    edge = torch.cat([torch.stack(pair, dim=1) for pair in [(s, zero), (s, one), (zero, s), (one, s)]])
-    terms = [(equation, torch.cartesian_prod(t, t)), (lambda u, x: u(x)[0], edge)]
-    residuals = PointwiseResiduals(model, terms, weights=[1.0, 4.0])
-    count = 0
-    optimizer: torch.optim.Optimizer
-    if method == "levenberg-marquardt":
-        optimizer = LevenbergMarquardt(model.parameters(), damping=1e-3, jacobian=residuals.jacobian)
-        for _ in range(400):
-            optimizer.step(residuals)
-            count += 2
-    else:
-        steps = 500 if method == "torch L-BFGS" else 1500
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        if method == "torch L-BFGS":
-            settings: dict[str, Any] = {"history_size": 100, "line_search_fn": "strong_wolfe", "tolerance_change": 0.0}
-            optimizer = torch.optim.LBFGS(model.parameters(), max_iter=steps, **settings)
-
-        def closure() -> Tensor:
-            nonlocal count
-            count += 1
-            optimizer.zero_grad()
-            loss = residuals().square().sum() / 2
-            loss.backward()
-            return loss
-
-        for _ in range(1 if method == "torch L-BFGS" else steps):
-            optimizer.step(closure)
-    grid = torch.linspace(0, 1, 100, dtype=torch.float64)
-    points = torch.cartesian_prod(grid, grid)
-    error = float((model(points)[:, 0] - u_exact(points)).detach().square().mean().sqrt())
-    return {"loss": error, "digits": -math.log10(error), "success": error < 1e-5, "gradients": count}
-
-
-def _jobs(suites: list[str]) -> list[tuple[str, str, str, Callable[[], dict[str, Any]]]]:
-    jobs: list[tuple[str, str, str, Callable[[], dict[str, Any]]]] = []
+def _jobs(suites: list[str]) -> list[Job]:
+    jobs: list[Job] = []
     scalar = (*OURS, *SCIPY, "torch L-BFGS", "torch Adam")
     squares = ("levenberg-marquardt", "least_squares")
+    if "autoencoder" in suites:
+        jobs += [
+            ("autoencoder", f"seed {s}", f"{m}, lr {lr:g}", partial(autoencoder_facts, s, m, lr))
+            for m, rates in AUTOENCODER_METHODS.items()
+            for lr in rates
+            for s in range(3 if lr == rates[0] else 1)
+        ]
+    if "poisson" in suites:
+        jobs += [
+            ("poisson", f"seed {s}", m, partial(poisson_facts, s, m))
+            for m in POISSON_METHODS
+            for s in range(10 if m == "levenberg-marquardt" else 3)
+        ]
     if "mgh" in suites:
         jobs += [("mgh", n, m, partial(_mgh, n, m)) for n in PROBLEMS for m in (*squares, *scalar)]
     if "nist" in suites:
         jobs += [
             (f"nist start {s + 1}", n, m, partial(_nist, n, s, m))
             for s in (0, 1)
-            for n in SETS
+            for n in ALL_SETS
             for m in (*squares, "torch L-BFGS")
         ]
     if "logistic" in suites:
         jobs += [("logistic", "columns from 1e-3 to 1", m, partial(_logistic, m)) for m in scalar]
-    if "poisson" in suites:
-        jobs += [
-            ("poisson", f"seed {s}", m, partial(_poisson, s, m))
-            for s in (0, 1)
-            for m in ("levenberg-marquardt", "torch L-BFGS", "torch Adam")
-        ]
     return jobs
 
 
 def main() -> None:
     """Measure everything, or the suites that the command line names, and write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_newton")
-    suites = ["mgh", "nist", "logistic", "poisson"]
+    suites = ["autoencoder", "poisson", "mgh", "nist", "logistic"]
     parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1, help="processes; each runs one job at a time")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        for suite, problem, method, work in progress.track(_jobs(arguments.suites), description="methods"):
-            rows.append(asdict(_row(suite, problem, method, work)))
+    jobs, rows = _jobs(arguments.suites), []
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(*BARS, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(
+            arguments.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        for row in progress.track(pool.map(_row, *zip(*jobs, strict=True)), total=len(jobs), description="methods"):
+            rows.append(asdict(row))
             write_rows(arguments.out, rows)  # a run that is cut short leaves what it has
 
 

@@ -99,8 +99,10 @@ class SaddleFreeNewton(FullBatchOptimizer):
             torch.diag(krylov.alpha) + torch.diag(krylov.beta, 1) + torch.diag(krylov.beta, -1)
         )
         sizes, c = theta.abs(), S[0] * torch.linalg.vector_norm(here.gradient)
-        solver = f"basis of {len(theta)}" + (", invariant" if krylov.breakdown else "")
         damping, eps, rates = float(group["damping"]), torch.finfo(flat.dtype).eps, self._rates(flat)
+        negative = int((theta < -flat.n * eps * sizes.max()).sum())
+        solver = f"basis of {len(theta)}" + (", invariant" if krylov.breakdown else "")
+        solver += f", {negative} of negative curvature" if negative else ""
         message = "not tried"
         for trial in range(group["max_trials"]):
             y = -c / (sizes + damping)

@@ -113,9 +113,27 @@ def test_saddle_free_step_in_the_whole_space() -> None:
     g, H = problem.dense()
     values, V = torch.linalg.eigh(H)
     before = problem.flat()
-    SaddleFreeNewton(problem.params, num_steps=len(g), damping=2.0).step(problem.closure)
+    optimizer = SaddleFreeNewton(problem.params, num_steps=len(g), damping=2.0)
+    optimizer.step(problem.closure)
     expected = -V @ ((V.T @ g) / (values.abs() + 2.0))
     torch.testing.assert_close(problem.flat() - before, expected, rtol=1e-8, atol=1e-10)
+    assert optimizer.last_step is not None
+    assert (
+        optimizer.last_step.solver
+        == f"basis of {len(g)}, invariant, {int((values < -1e-12).sum())} of negative curvature"
+    )
+
+
+def test_saddle_free_tells_of_negative_curvature_only_where_it_is() -> None:
+    w = nn.Parameter(torch.tensor([1.0, 1e-3], dtype=torch.float64))
+    optimizer = SaddleFreeNewton([w])
+    solvers = []
+    for _ in range(12):
+        optimizer.step(lambda: w[0] ** 2 - w[1] ** 2 + w[1] ** 4)
+        assert optimizer.last_step is not None
+        solvers.append(optimizer.last_step.solver)
+    assert solvers[0] == "basis of 2, invariant, 1 of negative curvature"
+    assert solvers[-1] == "basis of 2, invariant"
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)], ids=["tall", "kernel"])
