@@ -234,6 +234,74 @@ def sharpness(
 
 
 @app.command()
+def conditioning(
+    task: TaskName,
+    matrix: Annotated[str, typer.Option(help="hessian or ggn.")] = "hessian",
+    floor: Annotated[float, typer.Option(help="Leave out eigenvalues below this share of the largest.")] = 1e-6,
+    block_diagonal: Annotated[
+        bool, typer.Option("--block-diagonal", help="Try the layers' own blocks as a preconditioner, built in full.")
+    ] = False,
+    no_layers: Annotated[bool, typer.Option("--no-layers", help="Look at the whole only, not each layer.")] = False,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Measure how ill-conditioned a loss is, layer by layer, and what preconditioners would gain."""
+    with _errors_as_sentences():
+        from analysis.conditioning_study import CONDITIONING, ConditioningPlan
+
+        plan = ConditioningPlan(
+            matrix=matrix,  # type: ignore[arg-type]  # checked there
+            floor=floor,
+            block_diagonal=block_diagonal,
+            layers=not no_layers,
+        )
+        request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+        _run_study(CONDITIONING, request, plan, out=out, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
+def critical(
+    task: TaskName,
+    significance: Annotated[float, typer.Option(help="p-value below which the gradient counts as not zero.")] = 0.01,
+    gradient_tolerance: Annotated[
+        float | None, typer.Option(help="Length up to which the gradient counts as zero. Default: rounding.")
+    ] = None,
+    flatness: Annotated[
+        float, typer.Option(help="Share of the largest eigenvalue within which one counts as zero.")
+    ] = 1e-3,
+    no_symmetries: Annotated[bool, typer.Option("--no-symmetries", help="Do not try scales of layers.")] = False,
+    checkpoint: Checkpoint = None,
+    params: Params = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    no_check: NoCheck = False,
+    micro_batch: MicroBatch = None,
+) -> None:
+    """Judge whether a point is a minimum, a saddle, a plateau or none of them, and where the loss falls."""
+    with _errors_as_sentences():
+        from analysis.critical_study import CRITICAL, CriticalPlan
+
+        plan = CriticalPlan(
+            significance=significance,
+            gradient_tolerance=gradient_tolerance,
+            flatness=flatness,
+            symmetries=not no_symmetries,
+        )
+        request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
+        _run_study(CRITICAL, request, plan, out=out, overwrite=overwrite, as_json=as_json)
+
+
+@app.command()
 def noise(
     task: TaskName,
     batch_size: Annotated[int | None, typer.Option(help="Batch size of the training, to judge it.")] = None,

@@ -78,7 +78,7 @@ def ink() -> str:
 
 
 def legend_above(ax: Axes, *, columns: int) -> None:
-    """Put the legend over the axes, where it hides nothing."""
+    """Put the legend over the axes, where it hides nothing; narrow figures have two columns at most."""
     if ax.get_legend_handles_labels()[0]:
         style: dict[str, Any] = {
             "frameon": False,
@@ -87,6 +87,7 @@ def legend_above(ax: Axes, *, columns: int) -> None:
             "handletextpad": 0.5,
             "columnspacing": 1.4,
         }
+        columns = columns if figure_width(ax) > 5 else min(columns, 2)
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, **style)
 
 
@@ -94,7 +95,7 @@ def decade_ticks(axis: Axis) -> None:
     """Label decades as powers of ten in plain text, which any font can show."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(numticks=6))
+    axis.set_major_locator(LogLocator(numticks=6 if figure_width(axis.axes) > 5 else 4))
     axis.set_major_formatter(FuncFormatter(lambda x, _: _decade(x)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -14,7 +14,6 @@ from analysis.drawing import (
     Colors,
     asinh_ticks,
     decade_ticks,
-    figure_width,
     ink,
     legend_above,
     new_axes,
@@ -89,7 +88,7 @@ def plot_spectral_density(
     decade_ticks(ax.yaxis)
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
     ax.set(xlabel="eigenvalue λ of the Hessian", ylabel="eigenvalues (smoothed count)")
-    legend_above(ax, columns=3 if figure_width(ax) > 5 else 2)
+    legend_above(ax, columns=3)
     return ax
 
 

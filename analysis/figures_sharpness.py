@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.drawing import Colors, decade_ticks, legend_above
+from analysis.drawing import Colors, decade_ticks, figure_width, legend_above
 from analysis.wording import MINUS, number
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def plot_sharpness(
     """Plot every measure on a logarithmic axis, or, with a reference, its ratio to the same measure there.
 
     Circles stay as they are when a ReLU network is rescaled, squares do not. Lower bounds carry an arrow, others a bar
-    of one standard error where it is wider than the mark. Values have units of their own and are written beside; what
-    is not positive has no place on the axis and is only written.
+    of one standard error where it is wider than the mark. Values have units of their own and are written beside, where
+    the figure is wide enough; what is not positive has no place on the axis.
 
     Args:
         table: from `sharpness`.
@@ -47,7 +47,8 @@ def plot_sharpness(
         value = row.value if ratios is None else ratios[row.name]
         stderr = row.stderr * (value / row.value) if row.value else math.nan
         text = number(value, 3).replace("undefined", MINUS) + ("" if ratios is not None else f"  {_unit(row.unit)}")
-        ax.text(1.02, place, text, transform=ax.get_yaxis_transform(), va="center")
+        if figure_width(ax) > 5:
+            ax.text(1.02, place, text, transform=ax.get_yaxis_transform(), va="center")
         if not (value > 0 and math.isfinite(value)):
             continue
         color = colors.outlier if row.rescaling_invariant else colors.negative

@@ -362,10 +362,8 @@ def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
 
 
 def _batch(size: float) -> str:
-    """Return a batch size to two digits, and at least 1."""
-    return (
-        wording.number(max(1.0, float(f"{size:.2g}")), 2) if size < 100 else wording.count(round(float(f"{size:.2g}")))
-    )
+    """Return a batch size, which is at least 1."""
+    return wording.about(max(1.0, size))
 
 
 NOISE = Study(record=NoiseRun, price=_price, measure=_measure, account=_account)

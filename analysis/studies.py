@@ -9,6 +9,8 @@ from typing import Any
 
 from analysis.account_report import report_writer
 from analysis.comparison_study import ComparisonRun, account_of_comparison
+from analysis.conditioning_study import CONDITIONING
+from analysis.critical_study import CRITICAL
 from analysis.implicit_study import IMPLICIT
 from analysis.landscape_report import write_landscape_report
 from analysis.landscape_store import LandscapeRun
@@ -21,7 +23,9 @@ from curvature.errors import InputError
 
 __all__ = ["KINDS", "STUDIES", "Kind", "load_any"]
 
-STUDIES: dict[str, Study[Any, Any]] = {study.record.kind: study for study in (SHARPNESS, NOISE, IMPLICIT)}
+STUDIES: dict[str, Study[Any, Any]] = {
+    study.record.kind: study for study in (SHARPNESS, CONDITIONING, CRITICAL, NOISE, IMPLICIT)
+}
 """By kind, which is also the name of the command."""
 
 

@@ -13,6 +13,7 @@ from analysis.results import Inspection, LayerCurvature, Measured
 
 __all__ = [
     "Finding",
+    "about",
     "count",
     "duration",
     "findings",
@@ -86,6 +87,13 @@ def over_data(measured: Measured, *, percent: bool = False) -> str:
 def count(value: float) -> str:
     """Return a whole number with its thousands set apart (others with four digits)."""
     return _fixed(value, 0) if value == round(value) else number(value)
+
+
+def about(value: float) -> str:
+    """Return a number of things that is not known exactly: to two digits, without decimals from a hundred on."""
+    if not math.isfinite(value) or abs(value) >= 1e6 or abs(value) < 100:
+        return number(value, 2)
+    return count(round(float(f"{value:.2g}")))
 
 
 def share(measured: Measured) -> str:

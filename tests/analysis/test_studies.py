@@ -14,6 +14,10 @@ from typer.testing import CliRunner, Result
 
 from analysis.account_report import build_account_report
 from analysis.cli import app
+from analysis.conditioning import conditioning
+from analysis.conditioning_study import ConditioningRun
+from analysis.critical_points import critical_points
+from analysis.critical_study import CRITICAL, CriticalPlan, CriticalRun
 from analysis.gradient_noise import gradient_noise
 from analysis.implicit_regularization import implicit_regularization
 from analysis.implicit_study import IMPLICIT, ImplicitPlan, ImplicitRun
@@ -180,6 +184,38 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
         assert text in done.stdout
 
 
+def test_conditioning_from_the_command_to_the_report(folder: Path) -> None:
+    done = call("conditioning", "toy.py:task", "--block-diagonal", "--seed", "3", "--out", "here")
+    assert done.exit_code == 0, done.output
+    run = load_any("here")
+    assert isinstance(run, ConditioningRun)
+    reference = conditioning(objective(), block_diagonal=True, generator=generator())
+    assert run.conditioning.whole.condition.value == pytest.approx(reference.whole.condition.value, rel=1e-3)
+    assert run.conditioning.gains == pytest.approx(reference.gains, rel=1e-3)
+    check_report(folder / "here", "Would a preconditioner help?", "block diagonal", "Which layers are ill-conditioned?")
+
+
+def test_critical_from_the_command_to_the_report(folder: Path) -> None:
+    done = call("critical", "toy.py:task", "--seed", "3", "--out", "here")
+    assert done.exit_code == 0, done.output
+    run = load_any("here")
+    assert isinstance(run, CriticalRun)
+    reference = critical_points(objective(), generator=generator())
+    assert (run.critical.kind, run.critical.index_at_least) == (reference.kind, reference.index_at_least)
+    check_report(folder / "here", "Is this a minimum?", "Directions that are flat whatever the data")
+    held = [s.name for s in run.critical.symmetries if s.holds]
+    assert held == ["scale of 0 against 2"]  # of a ReLU network
+    assert f"Some are so whatever the data: {held[0]}." in " ".join(done.stdout.split())
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_minimum_is_called_one() -> None:
+    run = run_study(CRITICAL, Request(task="toy.py:minimum", check=False), CriticalPlan())
+    answers = {finding.question: finding.answer for finding in CRITICAL.account(run).findings}
+    assert answers["Is this a minimum?"].startswith("A minimum")
+    assert answers["Is there a way down?"] == "It rises along the direction of least curvature, both ways."
+
+
 def test_results_as_json_and_nothing_else(folder: Path) -> None:
     done = call("noise", "toy.py:task", "--no-curvature", "--no-check", "--json")
     assert done.exit_code == 0, done.output
@@ -198,6 +234,9 @@ def test_results_as_json_and_nothing_else(folder: Path) -> None:
         (["implicit", "toy.py:task", "--lr", "1", "--batch-size", "61"], "at most the 60 examples"),
         (["sharpness", "toy.py:task", "--measure", "flatness"], "distinct names out of"),
         (["sharpness", "toy.py:task", "--rho", "-1"], "rho must be positive"),
+        (["conditioning", "toy.py:task", "--matrix", "jacobian"], "'hessian' or 'ggn'"),
+        (["conditioning", "toy.py:task", "--floor", "2"], "between 0 and 1"),
+        (["critical", "toy.py:task", "--significance", "0"], "between 0 and 1"),
         (["noise", "toy.py:task", "--out", "toy.py"], "is a file"),
     ],
 )
@@ -210,7 +249,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(folder: Path, arguments: lis
 
 
 def test_every_study_has_a_record_of_its_name_and_a_report() -> None:
-    assert set(STUDIES) == {"sharpness", "noise", "implicit"}
+    assert set(STUDIES) == {"sharpness", "conditioning", "critical", "noise", "implicit"}
     assert all(STUDIES[kind].record.kind == kind and kind in KINDS for kind in STUDIES)
 
 
