@@ -1,12 +1,17 @@
-"""What optimizers cost and what they reach: `python -m benchmarks.bench_optimizers costs|training|checks|report`.
+"""What optimizers cost and what they reach.
+
+`python -m benchmarks.bench_optimizers costs|memory|training|variants|checks|report`:
 
     costs      steps of every method in turn with steps of SGD, the median of their ratio
+    memory     what a thousand steps add to a process, by `benchmarks.optimizer_memory`
     training   runs of equal length; loss and score after as many steps, and after the time of as many steps of SGD
+    variants   the same for variants of AdaHessian
     checks     `optimizers.check_optimizer` on every method; `report` writes ../docs/optimizer_checks.md from it
     report     renews the tables in README.md of this folder from the rows in results/optimizers.json
 
-Every method chooses its learning rate among three with the first seed; runs with that rate and further seeds follow.
-Time is CPU time of one thread in steps of SGD of the same network, taken between steps of the method.
+Every method chooses its learning rate among five, a factor of about three apart, with the first seed, and further ones
+while the best lies at an end; once for equal steps and once for equal time. Runs with these rates and further seeds
+follow. Time is CPU time of one thread in steps of SGD of the same network, taken between steps of the method.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +31,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.harness import git, one_line
-from benchmarks.optimizer_peers import METHODS, Method, take_step
+from benchmarks.optimizer_peers import COST_ONLY, METHODS, VARIANTS, Method, method_of, take_step
 from benchmarks.optimizer_problems import TRAINING, TrainingProblem, make_training
-from benchmarks.processes import BARS, write_rows
+from benchmarks.processes import BARS, row_of, write_rows
 
-__all__ = ["Row", "check_row", "choose", "cost_rows", "main", "run", "train_row"]
+__all__ = ["Row", "check_row", "cost_rows", "main", "next_rate", "pilots", "run", "train_row"]
 
 RESULTS = Path(__file__).parent / "results" / "optimizers.json"
 PERIOD = 10
 """Steps a round: whole periods of the methods that refresh rarely."""
 EVALUATIONS = 16
 """How often a run is evaluated."""
+FURTHER_RATES = 4
+"""At most so many beyond either end of the first five."""
 
 Row = dict[str, Any]
 
@@ -50,18 +57,21 @@ def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period:
     All methods take turns, so that what slows the machine down slows all of them. Learning rates are tiny: networks
     stay where they are.
     """
-    rows = {name: _row("cost", problem_name, name) for name in methods}
+    rows = {name: new_row("cost", problem_name, name) for name in methods}
     steppers = {}
     for name in ("sgd", *methods):
-        problem = make_training(problem_name)
+        problem, method = make_training(problem_name), method_of(name)
         try:
-            optimizer = METHODS[name].make(problem.params, 1e-9, problem.loss)
+            if method.compiled:
+                problem.model.compile()
+            optimizer = method.make(problem.params, 1e-9, problem.loss)
             batch = problem.batch(torch.Generator().manual_seed(0))
-            take_step(METHODS[name], optimizer, problem, batch)
+            for _ in range(1 + method.compiled):  # a graph is compiled at the first call
+                take_step(method, optimizer, problem, batch)
         except Exception as error:
             rows[name]["failure"] = one_line(error)
             continue
-        steppers[name] = (METHODS[name], optimizer, problem, batch)
+        steppers[name] = (method, optimizer, problem, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
@@ -89,9 +99,12 @@ def run(problem_name: str, method: Method, lr: float, *, seed: int, steps: int |
     """
     problem, twin = make_training(problem_name, seed=seed), make_training(problem_name, seed=seed)
     steps = problem.steps if steps is None else steps
-    optimizer = method.make(problem.params, lr, problem.loss)
+    optimizer = method.make(problem.params, lr, problem.loss, training=True)
     sgd = METHODS["sgd"].make(twin.params, 1e-9, twin.loss)
     generator = torch.Generator().manual_seed(seed)
+    limit = 0.0
+    if method.clip is not None:
+        limit = method.clip * problem.gradient_norm(problem.batch(torch.Generator().manual_seed(seed)))
     every = 1 if method.form == "closure" else max(1, steps // EVALUATIONS)
     spent, units = 0.0, []
     points = [(0, 0.0, *_measures(problem))]
@@ -102,7 +115,7 @@ def run(problem_name: str, method: Method, lr: float, *, seed: int, steps: int |
             take_step(METHODS["sgd"], sgd, twin, batch)
             units.append(time.process_time() - start)
         start = time.process_time()
-        take_step(method, optimizer, problem, batch)
+        take_step(method, optimizer, problem, batch, limit=limit)
         spent += time.process_time() - start
         if step % every == 0 or step == steps:
             points.append((step, spent, *_measures(problem)))
@@ -137,24 +150,60 @@ def at_equal_time(one: Row) -> tuple[float, float]:
     return point[2], point[3]
 
 
-def choose(pilots: Sequence[Row]) -> Row:
-    """Return the run with the least loss at equal time."""
-    return min(pilots, key=lambda one: at_equal_time(one)[0])
+def next_rate(rate: float, *, up: bool) -> float:
+    """Return the neighbour of a rate among ..., 0.01, 0.03, 0.1, 0.3, 1, 3, ..."""
+    exponent = math.floor(math.log10(rate) + 1e-9)
+    is_one = rate < 2 * 10.0**exponent
+    if up:
+        return float(f"3e{exponent}" if is_one else f"1e{exponent + 1}")
+    return float(f"3e{exponent - 1}" if is_one else f"1e{exponent}")
+
+
+def pilots(problem_name: str, method: Method, *, steps: int | None = None) -> list[Row]:
+    """Return runs with the first seed, by rate; rates go on beyond an end while a measure is best there."""
+    found = {lr: run(problem_name, method, lr, seed=0, steps=steps) for lr in method.rates}
+    for up in (False, True):
+        for _ in range(FURTHER_RATES):
+            rates = sorted(found)
+            end = rates[-1 if up else 0]
+            if all(_best(list(found.values()), read)["lr"] != end for read in _measured(method)):
+                break
+            lr = next_rate(end, up=up)
+            found[lr] = run(problem_name, method, lr, seed=0, steps=steps)
+    return [found[lr] for lr in sorted(found)]
+
+
+def _best(runs: Sequence[Row], read: Callable[[Row], tuple[float, float]]) -> Row:
+    """Return the run with the least loss; of runs that diverged alike, the one with the least rate."""
+    return min(runs, key=lambda one: (read(one)[0], one["lr"]))
+
+
+def _measured(method: Method) -> list[Callable[[Row], tuple[float, float]]]:
+    return [at_equal_time] if method.form == "closure" else [at_equal_steps, at_equal_time]
 
 
 def train_row(problem_name: str, method_name: str, *, seeds: int, steps: int | None = None) -> Row:
-    """Return a method's runs with the learning rate it chose; `failure` says why there are none."""
-    method = METHODS[method_name]
-    row = _row("training", problem_name, method_name)
+    """Return a method's runs with the rates it chose, `runs` for equal time; `failure` says why there are none."""
+    method = method_of(method_name)
+    row = new_row("training" if method_name in METHODS else "variant", problem_name, method_name)
     try:
-        pilots = [run(problem_name, method, lr, seed=0, steps=steps) for lr in method.rates]
-        best = choose(pilots)
-        more = [run(problem_name, method, best["lr"], seed=seed, steps=steps) for seed in range(1, seeds)]
+        tried = pilots(problem_name, method, steps=steps)
+        further: dict[float, list[Row]] = {}
+        for read in _measured(method):
+            lr = _best(tried, read)["lr"]
+            if lr not in further:
+                further[lr] = [run(problem_name, method, lr, seed=seed, steps=steps) for seed in range(1, seeds)]
     except Exception as error:
         return {**row, "failure": one_line(error)}
-    row["at_edge"] = best["lr"] in (method.rates[0], method.rates[-1])
-    row["diverged_pilots"] = [one["lr"] for one in pilots if one["diverged"]]
-    return {**row, "lr": best["lr"], "runs": [best, *more]}
+    rates = [one["lr"] for one in tried]
+    chosen = {}
+    for read in _measured(method):
+        best = _best(tried, read)
+        at_edge = best["lr"] in (rates[0], rates[-1])
+        chosen[read] = {"lr": best["lr"], "at_edge": at_edge, "runs": [best, *further[best["lr"]]]}
+    row["rates"] = rates
+    row["diverged_pilots"] = [one["lr"] for one in tried if one["diverged"]]
+    return {**row, **chosen[at_equal_time], "equal_steps": chosen.get(at_equal_steps)}
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -165,7 +214,8 @@ def check_row(method_name: str, *, only: str | None = None) -> Row:
     from optimizers.check import check_optimizer
 
     method = METHODS[method_name]
-    row = _row("check", "", method_name)
+    assert method.form != "calls"
+    row = new_row("check", "", method_name)
     try:
         settings = {"lr": CHECK_RATES.get(method_name, 0.05), **dict(method.settings)}
         settings.pop("foreach", None)  # set for speed, and a check of its own
@@ -180,9 +230,10 @@ CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessia
 """Under which the quadratics of the checks decrease; 0.05 for the others."""
 
 
-def _row(kind: str, problem: str, method: str) -> Row:
-    row: Row = {"kind": kind, "problem": problem, "method": method, "label": METHODS[method].label}
-    row |= {"ours": METHODS[method].ours, "failure": None, "git": git(), "torch": str(torch.__version__)}
+def new_row(kind: str, problem: str, method: str) -> Row:
+    """Return what all rows say: of what they are, and what they were measured with."""
+    row: Row = {"kind": kind, "problem": problem, "method": method, "label": method_of(method).label}
+    row |= {"ours": method_of(method).ours, "failure": None, "git": git(), "torch": str(torch.__version__)}
     return row | {
         "device": "cpu",
         "dtype": "float64" if problem == "pinn" else "float32",
@@ -191,15 +242,25 @@ def _row(kind: str, problem: str, method: str) -> Row:
     }
 
 
+PROBLEMS = {
+    "costs": list(TRAINING),
+    "training": [name for name in TRAINING if name != "digits-cnn, batch 512"],
+    "variants": ["digits-cnn", "pinn"],
+    "memory": ["pinn"],
+    "checks": [""],
+}
+MEMORY = ["adamw", "adahessian", "adahessian-10", "torch-optimizer", "kozistr", "kozistr-10", "kozistr-sophia"]
+
+
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Measure what the command line names and write the rows, or the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_optimizers", description=__doc__)
-    parser.add_argument("what", choices=["costs", "training", "checks", "report"])
+    parser.add_argument("what", choices=["costs", "memory", "training", "variants", "checks", "report"])
     parser.add_argument("--problems", nargs="+", choices=TRAINING, default=None)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY], default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -211,8 +272,9 @@ def main() -> None:
 
         write_report(json.loads(a.out.read_text(encoding="utf-8")))
         return
-    runs = [name for name in TRAINING if name != "digits-cnn, batch 512"]
-    problems = [""] if a.what == "checks" else a.problems or (runs if a.what == "training" else list(TRAINING))
+    methods_of_all = {"costs": [*METHODS, "quarter", *COST_ONLY], "variants": list(VARIANTS), "memory": MEMORY}
+    a.methods = a.methods or methods_of_all.get(a.what, list(METHODS))
+    problems = a.problems or PROBLEMS[a.what]
     found: list[Row] = []
     with Progress(*BARS, console=Console(stderr=True)) as progress:
         task = progress.add_task(a.what, total=len(problems) * (1 if a.what == "costs" else len(a.methods)))
@@ -221,8 +283,11 @@ def main() -> None:
                 progress.update(task, description=f"{a.what} {problem} {methods[0] if len(methods) == 1 else ''}")
                 if a.what == "costs":
                     found += cost_rows(problem, methods, rounds=a.rounds)
-                elif a.what == "training":
+                elif a.what in ("training", "variants"):
                     found.append(train_row(problem, methods[0], seeds=a.seeds))
+                elif a.what == "memory":
+                    known = new_row("memory", problem, methods[0])
+                    found.append(row_of("benchmarks.optimizer_memory", methods, known, timeout_seconds=600))
                 else:
                     found.append(check_row(methods[0]))
                 progress.advance(task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import math_attention
 from benchmarks.optimizer_problems import Pair, TrainingProblem
 
-__all__ = ["METHODS", "Method", "StepForm", "take_step"]
+__all__ = ["COST_ONLY", "METHODS", "VARIANTS", "Method", "StepForm", "method_of", "take_step"]
 
 StepForm = Literal["backward", "graph", "closure", "loss", "outputs"]
 Make = Callable[..., torch.optim.Optimizer]
@@ -25,29 +25,47 @@ Make = Callable[..., torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with the learning rates that it may choose from."""
+    """An optimizer with the learning rates that it chooses from."""
 
     label: str
     load: Callable[[], Make]
-    form: StepForm
+    form: StepForm | Literal["calls"]
     rates: tuple[float, ...]
+    """Tried first; further ones follow while the best lies at an end."""
     ours: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
+    training_settings: tuple[tuple[str, Any], ...] = ()
+    """Further settings of training runs, which steps whose cost is measured do without."""
+    curvature_part: int = 1
+    """Curvature is measured on every so many-th example of a batch."""
+    clip: float | None = None
+    """Gradients are clipped at this share of the norm that they have at the start."""
+    compiled: bool = False
 
-    def make(self, params: Sequence[Tensor], lr: float, loss: torch.nn.Module) -> torch.optim.Optimizer:
+    def make(
+        self, params: Sequence[Tensor], lr: float, loss: torch.nn.Module, *, training: bool = False
+    ) -> torch.optim.Optimizer:
         """Return the optimizer for some parameters.
 
         Raises:
             ImportError: if its library is not installed.
         """
         settings = dict(self.settings) | ({"loss": loss} if self.form == "outputs" else {})
-        return self.load()(params, lr=lr, **settings)
+        return self.load()(params, lr=lr, **settings, **(dict(self.training_settings) if training else {}))
 
 
-def take_step(method: Method, optimizer: torch.optim.Optimizer, problem: TrainingProblem, batch: Pair) -> None:
-    """Take one step on a batch."""
+def take_step(
+    method: Method, optimizer: torch.optim.Optimizer, problem: TrainingProblem, batch: Pair, *, limit: float = 0.0
+) -> None:
+    """Take one step on a batch; `limit` is the norm at which methods that clip do so."""
     if method.form == "loss":
-        optimizer.step(lambda: problem.loss_of(batch))  # type: ignore[arg-type,return-value]
+        settings: dict[str, Any] = {}
+        if method.curvature_part > 1:
+            part = batch[0][:: method.curvature_part], batch[1][:: method.curvature_part]
+            settings["curvature_closure"] = lambda: problem.loss_of(part)
+        if method.clip is not None:
+            settings["before_update"] = lambda: torch.nn.utils.clip_grad_norm_(problem.params, limit)
+        optimizer.step(lambda: problem.loss_of(batch), **settings)  # type: ignore[arg-type,return-value]
     elif method.form == "outputs":
         optimizer.step(lambda: problem.evaluate(batch))  # type: ignore[arg-type,return-value]
     elif method.form == "closure":
@@ -59,6 +77,10 @@ def take_step(method: Method, optimizer: torch.optim.Optimizer, problem: Trainin
             return float(loss.detach())
 
         optimizer.step(closure)
+    elif method.form == "calls":
+        with math_attention():
+            graphs = torch.autograd.grad(problem.loss_of(batch), problem.params, create_graph=True)
+            torch.autograd.grad(graphs, problem.params, [torch.ones_like(p) for p in problem.params])
     elif method.form == "graph":
         optimizer.zero_grad()
         with math_attention(), warnings.catch_warnings():  # they cannot differentiate fused attention twice
@@ -97,56 +119,83 @@ def _peer(library: str, name: str) -> Callable[[], Make]:
     return load
 
 
-_ADA = (0.02, 0.08, 0.3)
-_ADAM = (2e-3, 8e-3, 3e-2)
+_ADA = (0.01, 0.03, 0.1, 0.3, 1.0)
+_ADAM = (1e-3, 3e-3, 0.01, 0.03, 0.1)
+_SIGNS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01)
 _OURS = "torch-curvature AdaHessian"
+_TENTH = (("update_every", 10),)
+_DENSE_START = (("update_first", 20),)
+
+
+def _adahessian(what: str, *, preset: str | None = None, form: StepForm = "loss", **fields: Any) -> Method:
+    return Method(f"{_OURS}{what}", _ours("AdaHessian", preset), form, _ADA, ours=True, **fields)
+
+
 METHODS: dict[str, Method] = {
     "sgd": Method(
-        "torch SGD, momentum 0.9", _torch("SGD"), "backward", (5e-3, 3e-2, 0.2), settings=(("momentum", 0.9),)
+        "torch SGD, momentum 0.9",
+        _torch("SGD"),
+        "backward",
+        (3e-3, 0.01, 0.03, 0.1, 0.3),
+        settings=(("momentum", 0.9),),
     ),
     "adam": Method("torch Adam", _torch("Adam"), "backward", _ADAM, settings=(("foreach", True),)),
     "adamw": Method("torch AdamW", _torch("AdamW"), "backward", _ADAM, settings=(("foreach", True),)),
-    "lion": Method("pytorch-optimizer Lion", _peer("pytorch_optimizer", "Lion"), "backward", (3e-4, 1.2e-3, 5e-3)),
+    "lion": Method("pytorch-optimizer Lion", _peer("pytorch_optimizer", "Lion"), "backward", _SIGNS),
     "lbfgs": Method(
         "torch LBFGS, strong Wolfe",
         _torch("LBFGS"),
         "closure",
-        (0.1, 0.4, 1.0),
+        (0.03, 0.1, 0.3, 1.0, 3.0),
         settings=(("line_search_fn", "strong_wolfe"), ("max_iter", 10)),
     ),
-    "adahessian": Method(_OURS, _ours("AdaHessian"), "loss", _ADA, ours=True),
-    "adahessian-10": Method(
-        f"{_OURS}, every 10th", _ours("AdaHessian"), "loss", _ADA, ours=True, settings=(("update_every", 10),)
+    "adahessian": _adahessian(""),
+    "adahessian-10": _adahessian(", every 10th", settings=_TENTH, training_settings=_DENSE_START),
+    "adahessian-4-probes": _adahessian(
+        ", 4 probes every 10th", settings=(*_TENTH, ("num_probes", 4)), training_settings=_DENSE_START
     ),
-    "adahessian-4-probes": Method(
-        f"{_OURS}, 4 probes every 10th",
-        _ours("AdaHessian"),
-        "loss",
-        _ADA,
-        ours=True,
-        settings=(("update_every", 10), ("num_probes", 4)),
+    "adahessian-gnb": _adahessian(
+        ", Gauss-Newton-Bartlett every 10th",
+        form="outputs",
+        settings=(*_TENTH, ("curvature", "gauss-newton-bartlett")),
+        training_settings=_DENSE_START,
     ),
-    "adahessian-gnb": Method(
-        f"{_OURS}, Gauss-Newton-Bartlett every 10th",
-        _ours("AdaHessian"),
-        "outputs",
-        _ADA,
-        ours=True,
-        settings=(("update_every", 10), ("curvature", "gauss-newton-bartlett")),
-    ),
-    "adahessian-davda54": Method(f'{_OURS}.like("davda54")', _ours("AdaHessian", "davda54"), "loss", _ADA, ours=True),
+    "adahessian-davda54": _adahessian('.like("davda54")', preset="davda54"),
     "sophia-h": Method(
         "torch-curvature Sophia-H, every 10th",
         _ours("Sophia"),
         "loss",
         _ADAM,
         ours=True,
-        settings=(("curvature", "hessian-diagonal"), ("update_every", 10)),
+        settings=(("curvature", "hessian-diagonal"), ("gamma", 0.01), *_TENTH),
+        training_settings=_DENSE_START,
+    ),
+    "sophia-g": Method(
+        "torch-curvature Sophia-G, every 10th",
+        _ours("Sophia"),
+        "outputs",
+        _ADAM,
+        ours=True,
+        settings=_TENTH,
+        training_settings=_DENSE_START,
     ),
     "esgd": Method(
-        "torch-curvature ESGD, every 10th", _ours("ESGD"), "loss", _ADA, ours=True, settings=(("update_every", 10),)
+        "torch-curvature ESGD, every 10th",
+        _ours("ESGD"),
+        "loss",
+        _ADA,
+        ours=True,
+        settings=_TENTH,
+        training_settings=_DENSE_START,
     ),
-    "sassha": Method("torch-curvature SASSHA, every 10th", _ours("SASSHA"), "loss", _ADA, ours=True),
+    "sassha": Method(
+        "torch-curvature SASSHA, every 10th",
+        _ours("SASSHA"),
+        "loss",
+        _ADA,
+        ours=True,
+        training_settings=_DENSE_START,
+    ),
     "torch-optimizer": Method("torch_optimizer Adahessian", _peer("torch_optimizer", "Adahessian"), "graph", _ADA),
     "kozistr": Method("pytorch-optimizer AdaHessian", _peer("pytorch_optimizer", "AdaHessian"), "graph", _ADA),
     "kozistr-10": Method(
@@ -160,3 +209,23 @@ METHODS: dict[str, Method] = {
         "pytorch-optimizer SophiaH, every 10th", _peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
     ),
 }
+VARIANTS: dict[str, Method] = {  # of AdaHessian with curvature on every step
+    "no average": _adahessian(", no spatial average", settings=(("spatial_average", None),)),
+    "rows": _adahessian(", rows of matrices averaged too", settings=(("spatial_average", "instruction"),)),
+    "row norm": _adahessian(', "row-norm"', settings=(("curvature", "row-norm"),)),
+    "4 probes": _adahessian(", 4 probes", settings=(("num_probes", 4),)),
+    "quarter": _adahessian(", curvature of a quarter of the batch", curvature_part=4),
+    "clipped": _adahessian(", gradients clipped", clip=0.1),
+    "root": _adahessian(", power 1/2", settings=(("hessian_power", 0.5),)),
+}
+COST_ONLY: dict[str, Method] = {
+    "calls": Method("forward pass, gradient with graph and product, by autograd alone", _torch("SGD"), "calls", ()),
+    "sgd-compiled": replace(METHODS["sgd"], label="torch SGD, compiled model", compiled=True),
+    "compiled": replace(METHODS["adahessian"], label=f"{_OURS}, compiled model", compiled=True),
+    "compiled-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, compiled model", compiled=True),
+}
+
+
+def method_of(name: str) -> Method:
+    """Return a method, a variant, or what is measured for its cost only, by its name."""
+    return {**METHODS, **VARIANTS, **COST_ONLY}[name]

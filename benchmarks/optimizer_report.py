@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.bench_optimizers import at_equal_steps, at_equal_time
 from benchmarks.markdown import conditions, insert, marked
 
-__all__ = ["check_page", "cost_table", "training_table", "write_report"]
+__all__ = ["check_page", "cost_table", "memory_sentence", "training_table", "variant_table", "write_report"]
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -41,29 +41,65 @@ def cost_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def training_table(rows: Sequence[Row], problem: str) -> str:
+def training_table(rows: Sequence[Row], problem: str, kind: str = "training") -> str:
     """Return loss and score at equal steps and at equal time: the middle of the seeds, and their range for the loss."""
-    rows = [row for row in rows if row["kind"] == "training" and row["problem"] == problem]
+    rows = [row for row in rows if row["kind"] == kind and row["problem"] == problem]
     score = "error" if problem == "pinn" else "test accuracy"
     lines = [
-        f"| `{problem}` | lr | loss, equal steps | {score} | loss, equal time | {score} |",
-        "|---|--:|" + "--:|" * 4,
+        f"| `{problem}` | lr | loss, equal steps | {score} | lr | loss, equal time | {score} |",
+        "|---|" + "--:|" * 6,
     ]
     for row in rows:
         if row["failure"]:
-            lines.append(f"| {_label(row)} | | fails: `{row['failure']}` | | | |")
+            lines.append(f"| {_label(row)} | | fails: `{row['failure']}` | | | | |")
             continue
         cells = []
-        for read in (at_equal_steps, at_equal_time):
-            read_off = [read(one) for one in row["runs"]]
-            per_step = read is at_equal_steps and all(
-                one["curve"][-1][0] < one["steps"] and not one["diverged"] for one in row["runs"]
-            )
-            cells += ["", ""] if per_step else [_losses([x for x, _ in read_off]), _scores([s for _, s in read_off])]
-        lr = f"{row['lr']:g}" + ("*" if row["at_edge"] else "")
+        for choice, read in ((row["equal_steps"], at_equal_steps), (row, at_equal_time)):
+            if choice is None:
+                cells += ["", "", ""]
+                continue
+            found = [read(one) for one in choice["runs"]]
+            lr = f"{choice['lr']:g}" + ("*" if choice["at_edge"] else "")
+            cells += [lr, _losses([loss for loss, _ in found]), _scores([value for _, value in found])]
         seeds = "" if len(row["runs"]) == 3 else f" ({len(row['runs'])} seeds)"
-        lines.append(f"| {_label(row)}{seeds} | {lr} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_label(row)}{seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def variant_table(rows: Sequence[Row]) -> str:
+    """Return the losses of AdaHessian and its variants on all problems that these were run on."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows if row["kind"] == "variant"))
+    lines = ["| | " + " | ".join(f"`{p}`, equal steps | `{p}`, equal time" for p in problems) + " |"]
+    lines.append("|---|" + "--:|" * 2 * len(problems))
+    chosen = [row for row in rows if row["kind"] == "variant" or row["method"] in AMONG_VARIANTS]
+    chosen = [row for row in chosen if row["kind"] in ("training", "variant")]
+    for method in dict.fromkeys([*AMONG_VARIANTS, *(row["method"] for row in chosen)]):
+        found = {row["problem"]: row for row in chosen if row["method"] == method}
+        cells = []
+        for problem in problems:
+            row = found.get(problem)
+            if row is None or row["failure"]:
+                cells += ["", ""] if row is None else ["fails", "fails"]
+                continue
+            cells.append(_losses([at_equal_steps(one)[0] for one in row["equal_steps"]["runs"]]))
+            cells.append(_losses([at_equal_time(one)[0] for one in row["runs"]]))
+        label = next(iter(found.values()))["label"].removeprefix("torch-curvature ")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+AMONG_VARIANTS = ("adahessian", "adahessian-10", "adahessian-4-probes")
+"""Methods of the training tables that the variants are compared with."""
+
+
+def memory_sentence(rows: Sequence[Row]) -> str:
+    """Return what a thousand steps added to each process."""
+    rows = [row for row in rows if row["kind"] == "memory"]
+    said = [
+        f"{row['label']} " + (f"fails (`{row['failure']}`)" if row["failure"] else f"{row['grown_mebibytes']:.1f} MiB")
+        for row in rows
+    ]
+    return "Growth of the resident set over 1,000 steps of `pinn` after the first 100: " + ", ".join(said) + ".\n"
 
 
 def _losses(values: Sequence[float]) -> str:
@@ -124,6 +160,8 @@ def write_report(rows: Sequence[Row]) -> None:
     text = insert(readme.read_text(encoding="utf-8"), cost_table(rows), "optimizer-costs")
     problems = dict.fromkeys(row["problem"] for row in rows if row["kind"] == "training")
     tables = "\n".join(training_table(rows, problem) for problem in problems)
-    readme.write_text(insert(text, tables, "optimizer-training"), encoding="utf-8")
+    text = insert(text, tables, "optimizer-training")
+    text = insert(text, variant_table(rows), "optimizer-variants")
+    readme.write_text(insert(text, memory_sentence(rows), "optimizer-memory"), encoding="utf-8")
     if any(row["kind"] == "check" for row in rows):
         (ROOT / "docs" / "optimizer_checks.md").write_text(check_page(rows), encoding="utf-8")

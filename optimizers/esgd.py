@@ -1,7 +1,8 @@
 """Equilibrated SGD: every parameter is scaled by the norm of its row of the Hessian.
 
 Reference: Dauphin, de Vries and Bengio (2015), Equilibrated adaptive learning rates for non-convex optimization,
-Algorithm 1.
+Algorithm 1. The defaults of damping and update_every are those of the authors' code
+(https://gist.github.com/ynd/f1ce7133a03ec54d6eb9), which has a momentum besides; that of lr is ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SASSHA: curvature and gradient measured where the loss is worst nearby, and the square root of the curvature.
 
 Reference: Shin, Lee, Chung and Lee (2025), Sassha: sharpness-aware adaptive second-order optimization with stable
-Hessian approximation; the perturbation is that of Foret, Kleiner, Mobahi and Neyshabur (2021).
+Hessian approximation (https://github.com/LOG-postech/Sassha); the perturbation is that of Foret, Kleiner, Mobahi and
+Neyshabur (2021), Sharpness-aware minimization for efficiently improving generalization.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class SASSHA(CurvatureOptimizer):
         betas: decay of the averages of gradients and of curvature.
         eps: added to the denominator.
         weight_decay: decoupled, times lr.
-        rho: length of the perturbation, over all parameters together. The first group's counts.
+        rho: length of the perturbation, over all parameters together. The first group's counts. The default is that of
+            Foret et al.; the authors' class has 0 and leaves it to its user.
         hessian_power: of the curvature.
         bias_correction: n counts "refreshes" of V, as the average needs it, or all "steps", as the authors' code does,
             which makes early steps too long.

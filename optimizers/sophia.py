@@ -1,7 +1,10 @@
 """Sophia: momentum divided by curvature, each entry of the step clipped.
 
 Reference: Liu, Li, Hall, Liang and Ma (2024), Sophia: a scalable stochastic second-order optimizer for language model
-pre-training, Algorithm 3, with the estimators of Algorithms 1 (Hutchinson) and 2 (Gauss-Newton-Bartlett).
+pre-training, Algorithm 3, with the estimators of Algorithms 1 (Hutchinson) and 2 (Gauss-Newton-Bartlett). The defaults
+of betas, eps and update_every are the paper's; that of weight_decay is the authors' code's
+(https://github.com/Liuhong99/Sophia), which takes 0.965 for the first beta and, in its class for Hutchinson estimates,
+corrects the average of gradients for its start.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from benchmarks.bench_optimizers import (
     at_equal_steps,
     at_equal_time,
     check_row,
-    choose,
     cost_rows,
+    next_rate,
+    pilots,
     run,
     train_row,
 )
-from benchmarks.optimizer_peers import METHODS, Method, take_step
+from benchmarks.optimizer_memory import memory_row
+from benchmarks.optimizer_peers import METHODS, Method, method_of, take_step
 from benchmarks.optimizer_problems import TrainingProblem, make_training
-from benchmarks.optimizer_report import check_page, cost_table, training_table
+from benchmarks.optimizer_report import check_page, cost_table, memory_sentence, training_table, variant_table
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,22 @@ def test_curves_are_read_at_equal_steps_and_at_equal_time() -> None:
     assert at_equal_time(slow) == (4.0, 0.2)
     failed = one([(0, 0.0, 8.0, 0.1)], diverged=True)
     assert at_equal_steps(failed)[0] == at_equal_time(failed)[0] == math.inf
-    assert choose([failed, slow]) is slow
+
+
+def test_rates_have_neighbours() -> None:
+    up = down = [0.1]
+    for _ in range(4):
+        up, down = [*up, next_rate(up[-1], up=True)], [*down, next_rate(down[-1], up=False)]
+    assert up == [0.1, 0.3, 1.0, 3.0, 10.0]
+    assert down == [0.1, 0.03, 0.01, 0.003, 0.001]
+
+
+def test_rates_go_on_beyond_an_end_where_the_best_lies() -> None:
+    slow = replace(METHODS["adahessian"], rates=(1e-5, 3e-5))
+    tried = [one["lr"] for one in pilots("tiny", slow, steps=4)]
+    assert tried == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    wild = replace(METHODS["sgd"], rates=(1e6, 1e7))
+    assert [one["lr"] for one in pilots("tiny", wild, steps=4)] == [1e4, 3e4, 1e5, 3e5, 1e6, 1e7]  # all diverge
 
 
 def test_runs_are_reproducible_and_reduce_the_loss() -> None:
@@ -83,7 +101,43 @@ def test_costs_and_training_have_tables() -> None:
     assert "**torch-curvature AdaHessian**" in cost_table(costs)
     row = train_row("tiny", "adahessian", seeds=2, steps=16)
     assert [len(row["runs"]), row["runs"][1]["seed"]] == [2, 1]
+    assert [one["seed"] for one in row["equal_steps"]["runs"]] == [0, 1]
     assert "**torch-curvature AdaHessian** (2 seeds) | " in training_table([row], "tiny")
+
+
+def test_variants_take_steps_of_their_own_and_have_a_table() -> None:
+    problem = make_training("tiny")
+    batch = problem.batch(torch.Generator().manual_seed(0))
+    limit = 0.1 * problem.gradient_norm(batch)
+    method = method_of("clipped")
+    take_step(method, method.make(problem.params, 1e-9, problem.loss), problem, batch, limit=limit)
+    assert float(torch.nn.utils.get_total_norm([p.grad for p in problem.params])) == pytest.approx(limit, rel=1e-4)
+    part = method_of("quarter")
+    optimizer = part.make(problem.params, 1e-9, problem.loss)
+    take_step(part, optimizer, problem, batch)
+    alone = method_of("adahessian").make(problem.params, 1e-9, problem.loss)
+    alone.step(lambda: problem.loss_of((batch[0][::4], batch[1][::4])))  # type: ignore[arg-type,return-value]
+    for p in problem.params:
+        torch.testing.assert_close(
+            optimizer.state[p]["exp_hessian_diag_sq"], alone.state[p]["exp_hessian_diag_sq"], rtol=1e-4, atol=1e-9
+        )
+    rows = [train_row("tiny", name, seeds=1, steps=4) for name in ("adahessian", "adahessian-10", "quarter")]
+    rows.append(train_row("tiny", "adahessian-4-probes", seeds=1, steps=4))
+    assert [row["kind"] for row in rows] == ["training", "training", "variant", "training"]
+    assert "| AdaHessian, curvature of a quarter of the batch | " in variant_table(rows)
+
+
+def test_methods_that_refresh_rarely_begin_densely_in_training_only() -> None:
+    problem, method = make_training("tiny"), METHODS["adahessian-10"]
+    made = [method.make(problem.params, 0.1, problem.loss, training=training) for training in (False, True)]
+    assert [optimizer.param_groups[0]["update_first"] for optimizer in made] == [1, 20]
+
+
+def test_memory_has_a_row_and_a_sentence() -> None:
+    row = memory_row("adahessian", problem_name="tiny", steps=20)
+    assert row["failure"] is None
+    assert 0 <= row["grown_mebibytes"] < 1
+    assert f"torch-curvature AdaHessian {row['grown_mebibytes']:.1f} MiB" in memory_sentence([row])
 
 
 def test_failures_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
