@@ -30,8 +30,8 @@ __all__ = ["TrainingMonitor", "untouched"]
 class TrainingMonitor:
     """Takes readings of gradient noise and implicit regularization at any step of a training loop.
 
-    Each reading costs one pass of `gradient_moments` over the objective's data, 2 to 2.5 gradients of them where they are
-    one batch; a fixed part of the training set keeps that small.
+    Each reading costs one pass of `gradient_moments` over the objective's data, 2 to 2.5 gradients of them where they
+    are one batch; a fixed part of the training set keeps that small.
 
     Args:
         objective: on the model that is trained, with data of its own choice: a fixed part of the training set will do.

@@ -16,7 +16,7 @@ from curvature.errors import CurvatureError, InputError
 
 if TYPE_CHECKING:
     from analysis.preparation import Request
-    from analysis.study import Study
+    from analysis.studies.study import Study
 
 __all__ = ["app", "main"]
 
@@ -219,7 +219,7 @@ def sharpness(
 ) -> None:
     """Measure sharpness by all measures that people compare, with what each is invariant to."""
     with _errors_as_sentences():
-        from analysis.sharpness_study import SHARPNESS, SharpnessPlan
+        from analysis.studies.sharpness import SHARPNESS, SharpnessPlan
 
         plan = SharpnessPlan(
             measures=tuple(measure) if measure else None,
@@ -254,7 +254,7 @@ def conditioning(
 ) -> None:
     """Measure how ill-conditioned a loss is, layer by layer, and what preconditioners would gain."""
     with _errors_as_sentences():
-        from analysis.conditioning_study import CONDITIONING, ConditioningPlan
+        from analysis.studies.conditioning import CONDITIONING, ConditioningPlan
 
         plan = ConditioningPlan(
             matrix=matrix,  # type: ignore[arg-type]  # checked there
@@ -289,7 +289,7 @@ def critical(
 ) -> None:
     """Judge whether a point is a minimum, a saddle, a plateau or none of them, and where the loss falls."""
     with _errors_as_sentences():
-        from analysis.critical_study import CRITICAL, CriticalPlan
+        from analysis.studies.critical import CRITICAL, CriticalPlan
 
         plan = CriticalPlan(
             significance=significance,
@@ -324,7 +324,7 @@ def noise(
 ) -> None:
     """Measure the noise of stochastic gradients: noise scale, critical batch size, which layers carry it."""
     with _errors_as_sentences():
-        from analysis.noise_study import NOISE, NoisePlan
+        from analysis.studies.noise import NOISE, NoisePlan
 
         plan = NoisePlan(batch_size=batch_size, lr=lr, curvature=curvature, damping=damping)
         request = _request(task, checkpoint, params, device, micro_batch, seed, no_check)
@@ -356,7 +356,7 @@ def implicit(
 ) -> None:
     """Measure what SGD adds to the loss: the penalties on the gradient and on its variance over batches."""
     with _errors_as_sentences():
-        from analysis.implicit_study import IMPLICIT, ImplicitPlan
+        from analysis.studies.implicit import IMPLICIT, ImplicitPlan
 
         plan = ImplicitPlan(
             lr=lr,
@@ -395,11 +395,11 @@ def compare(
 ) -> None:
     """Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."""
     with _errors_as_sentences():
-        from analysis.account_screen import StudyScreen
-        from analysis.comparison_study import account_of_comparison, compare_runs
-        from analysis.comparison_workflow import measure_checkpoints, read_runs
         from analysis.store import check_destination, free_folder, save_run
-        from analysis.studies import KINDS
+        from analysis.studies.checkpoints import measure_checkpoints, read_runs
+        from analysis.studies.comparison import account_of_comparison, compare_runs
+        from analysis.studies.registry import KINDS
+        from analysis.studies.screen import StudyScreen
 
         check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = StudyScreen(stderr=as_json)
@@ -454,10 +454,10 @@ def _run_study(
     study: Study[Any, Any], request: Request, plan: object, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
     """Measure, write the run folder with its report, and print what it says."""
-    from analysis.account_screen import StudyScreen
     from analysis.store import check_destination, free_folder, save_run
-    from analysis.studies import KINDS
-    from analysis.study import run_study
+    from analysis.studies.registry import KINDS
+    from analysis.studies.screen import StudyScreen
+    from analysis.studies.study import run_study
 
     check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
     screen = StudyScreen(stderr=as_json)

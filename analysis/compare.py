@@ -18,13 +18,13 @@ from torch import Tensor
 from analysis.comparison_results import Compared, Comparison, Verdict
 from analysis.conditioning_results import Conditioning
 from analysis.critical_results import CriticalPoint
-from analysis.implicit_study import ImplicitStudy
 from analysis.landscape_results import Landscape
 from analysis.noise_results import GradientNoise
-from analysis.noise_study import NoiseStudy
 from analysis.regularization_results import ImplicitRegularization
 from analysis.results import Inspection, Measured
 from analysis.sharpness_results import SharpnessTable
+from analysis.studies.implicit import ImplicitStudy
+from analysis.studies.noise import NoiseStudy
 from curvature.errors import InputError
 
 __all__ = ["compare", "quantities"]

@@ -175,8 +175,8 @@ def adam_correction(
 
     Checked: by runs of full-batch Adam with eps under the root to a fixed time, whose error against this flow is of
     order lr^2, and of order lr against the one without c. Large eps gives gradient descent with momentum b1 and the
-    factor of Ghosh et al., lr / eps^(1/2) in the step's place; for small eps the sign is that of b1 - b2, as the paper's
-    abstract has it (typically a fall of the one-norm is resisted). Its formula itself was not at hand to compare.
+    factor of Ghosh et al., lr / eps^(1/2) in the step's place; for small eps the sign is that of b1 - b2, as the
+    paper's abstract has it (typically a fall of the one-norm is resisted). The formula in its text was not at hand.
 
     Reference: Cattaneo, Klusowski and Shigida (2024), On the implicit bias of Adam (eps inside the root, bias
     corrections on).

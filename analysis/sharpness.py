@@ -38,8 +38,8 @@ def sharpness(
 
     Each measure draws from a stream of its own, so that a number does not depend on which others are asked for.
 
-    Cost: see each row; with the default settings and all measures of a small network about 500 losses, 250
-    gradients and 300 products.
+    Cost: see each row; with the default settings and all measures of a small network about 400 losses, 200 gradients
+    and 300 products.
 
     Args:
         objective: the loss. Logit-normalised measures, Fisher-Rao and local volume need `loss=`.

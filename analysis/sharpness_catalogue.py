@@ -56,7 +56,7 @@ class SharpnessSettings:
     """Share of the rise below which steps of an ascent count as idle; two of them in succession end a start."""
     num_probes: int = 16
     """Pairs of noise."""
-    num_matvecs: int = 20
+    num_matvecs: int = 32
     """Products for a trace, a norm, or each layer's relative flatness."""
     rtol: float = 1e-3
     """Residual of eigenvalues, relative."""

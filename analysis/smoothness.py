@@ -14,12 +14,15 @@ from curvature.objective import Objective
 __all__ = ["kinks", "smoothness_note"]
 
 _KINKED = frozenset(
-    "Abs AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin Aminmax Celu Clamp ClampMax ClampMin Cummax Cummin Elu "
-    "FractionalMaxPool2D FractionalMaxPool3D Hardshrink Hardsigmoid Hardswish Hardtanh HuberLoss LeakyRelu Max "
-    "MaxPool2DWithIndices MaxPool3DWithIndices Maximum Median Min Minimum MkldnnMaxPool2D MkldnnMaxPool3D "
-    "MultiMarginLoss MultilabelMarginLoss PreluKernel Relu RreluWithNoise SmoothL1Loss Softshrink Sort Threshold "
-    "Topk".split()
-)
+    {
+        "Abs", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "Aminmax", "Celu", "Clamp", "ClampMax",
+        "ClampMin", "Cummax", "Cummin", "Elu", "FractionalMaxPool2D", "FractionalMaxPool3D", "Hardshrink",
+        "Hardsigmoid", "Hardswish", "Hardtanh", "HuberLoss", "LeakyRelu", "Max", "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices", "Maximum", "Median", "Min", "Minimum", "MkldnnMaxPool2D", "MkldnnMaxPool3D",
+        "MultiMarginLoss", "MultilabelMarginLoss", "PreluKernel", "Relu", "RreluWithNoise", "SmoothL1Loss",
+        "Softshrink", "Sort", "Threshold", "Topk",
+    }
+)  # fmt: skip
 
 
 def kinks(objective: Objective) -> tuple[str, ...]:

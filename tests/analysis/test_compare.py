@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 
 from analysis.cli import app
 from analysis.compare import compare, quantities
-from analysis.comparison_study import ComparisonRun
 from analysis.figures_compare import plot_comparison
 from analysis.results import Inspection, Measured
 from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
 from analysis.store import Run
-from analysis.studies import load_any
+from analysis.studies.comparison import ComparisonRun
+from analysis.studies.registry import load_any
 from curvature.errors import InputError
 
 NAN = math.nan

@@ -12,23 +12,23 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from analysis.account_report import build_account_report
 from analysis.cli import app
 from analysis.conditioning import conditioning
-from analysis.conditioning_study import ConditioningRun
 from analysis.critical_points import critical_points
-from analysis.critical_study import CRITICAL, CriticalPlan, CriticalRun
 from analysis.gradient_noise import gradient_noise
 from analysis.implicit_regularization import implicit_regularization
-from analysis.implicit_study import IMPLICIT, ImplicitPlan, ImplicitRun
 from analysis.noise_curvature import curvature_noise
-from analysis.noise_study import NOISE, NoisePlan, NoiseRun
 from analysis.preparation import Request
 from analysis.sharpness import sharpness
-from analysis.sharpness_study import SHARPNESS, SharpnessPlan, SharpnessRun
 from analysis.store import save_run
-from analysis.studies import KINDS, STUDIES, load_any
-from analysis.study import StudyListener, run_study
+from analysis.studies.conditioning import ConditioningRun
+from analysis.studies.critical import CRITICAL, CriticalPlan, CriticalRun
+from analysis.studies.implicit import IMPLICIT, ImplicitPlan, ImplicitRun
+from analysis.studies.noise import NOISE, NoisePlan, NoiseRun
+from analysis.studies.registry import KINDS, STUDIES, load_any
+from analysis.studies.report import build_account_report
+from analysis.studies.sharpness import SHARPNESS, SharpnessPlan, SharpnessRun
+from analysis.studies.study import StudyListener, run_study
 from analysis.tasks import load_task
 from curvature import Objective
 from curvature.errors import InputError

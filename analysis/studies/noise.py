@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.figures_noise import plot_batch_sizes, plot_layer_noise
 from analysis.gradient_noise import gradient_noise
 from analysis.noise_curvature import curvature_noise
 from analysis.noise_results import CurvatureNoise, GradientNoise
 from analysis.results import Measured
-from analysis.study import Progress, Study, StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.errors import InputError
 from curvature.objective import Objective

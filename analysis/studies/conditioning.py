@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.conditioning import conditioning
 from analysis.conditioning_results import Condition, Conditioning
 from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
 from analysis.results import Measured
-from analysis.study import Progress, Study, StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.errors import InputError
 from curvature.objective import Objective

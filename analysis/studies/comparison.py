@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.compare import compare
 from analysis.comparison_results import Compared, Comparison
 from analysis.figures_compare import plot_comparison
 from analysis.results import Measured
 from analysis.store import Record, now, versions
-from analysis.study import StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import StudyRun
 from analysis.wording import Finding
 from curvature.errors import InputError
 

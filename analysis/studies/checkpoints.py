@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.noise_study import NoisePlan
 from analysis.plan import InspectionPlan
 from analysis.preparation import Request
-from analysis.sharpness_study import SharpnessPlan
 from analysis.store import Record, Run, free_folder, save_run
-from analysis.studies import KINDS, STUDIES, load_any
-from analysis.study import StudyListener, run_study
+from analysis.studies.noise import NoisePlan
+from analysis.studies.registry import KINDS, STUDIES, load_any
+from analysis.studies.sharpness import SharpnessPlan
+from analysis.studies.study import StudyListener, run_study
 from analysis.workflow import InspectionListener, run_inspection
 from curvature.errors import InputError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.table import Table
 
 from analysis import wording
-from analysis.account import Account, Sheet
-from analysis.comparison_workflow import CompareListener
 from analysis.screen import Screen, new_table
-from analysis.study import StudyCost, StudyRun
+from analysis.studies.account import Account, Sheet
+from analysis.studies.checkpoints import CompareListener
+from analysis.studies.study import StudyCost, StudyRun
 
 __all__ = ["StudyScreen"]
 

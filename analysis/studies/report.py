@@ -7,11 +7,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from analysis.account import Account, Picture
 from analysis.drawing import Colors
 from analysis.page import COLORS, templates, two_sizes
 from analysis.store import load_record
-from analysis.study import StudyRun
+from analysis.studies.account import Account, Picture
+from analysis.studies.study import StudyRun
 
 __all__ = ["build_account_report", "report_writer"]
 

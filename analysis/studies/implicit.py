@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.figures_regularization import plot_penalties, plot_penalty_by_batch_size
 from analysis.implicit_regularization import implicit_regularization
 from analysis.regularization_results import ImplicitRegularization, PenaltyDirection
 from analysis.results import Measured
-from analysis.study import Progress, Study, StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.api import top_eigenpairs
 from curvature.errors import InputError

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.account_report import report_writer
-from analysis.comparison_study import ComparisonRun, account_of_comparison
-from analysis.conditioning_study import CONDITIONING
-from analysis.critical_study import CRITICAL
-from analysis.implicit_study import IMPLICIT
 from analysis.landscape_report import write_landscape_report
 from analysis.landscape_store import LandscapeRun
-from analysis.noise_study import NOISE
 from analysis.report import write_report
-from analysis.sharpness_study import SHARPNESS
 from analysis.store import Record, Run, kind_of, load_record
-from analysis.study import Study
+from analysis.studies.comparison import ComparisonRun, account_of_comparison
+from analysis.studies.conditioning import CONDITIONING
+from analysis.studies.critical import CRITICAL
+from analysis.studies.implicit import IMPLICIT
+from analysis.studies.noise import NOISE
+from analysis.studies.report import report_writer
+from analysis.studies.sharpness import SHARPNESS
+from analysis.studies.study import Study
 from curvature.errors import InputError
 
 __all__ = ["KINDS", "STUDIES", "Kind", "load_any"]

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from analysis.account import Account
 from analysis.preparation import Listener, Request, load, prepare
 from analysis.store import Record
+from analysis.studies.account import Account
 from curvature.cost import timed
 from curvature.objective import Objective
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.critical_points import critical_points
 from analysis.critical_results import CriticalPoint
 from analysis.figures_critical_points import plot_escape
 from analysis.results import Measured
-from analysis.study import Progress, Study, StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.errors import InputError
 from curvature.objective import Objective

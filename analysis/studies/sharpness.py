@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 
 from analysis import wording
-from analysis.account import Account, Card, Chapter, Picture, Sheet
 from analysis.figures_sharpness import plot_sharpness
 from analysis.results import Measured
 from analysis.sharpness import SharpnessSettings, measures_for, sharpness
 from analysis.sharpness_results import SharpnessRow, SharpnessTable
-from analysis.study import Progress, Study, StudyRun
+from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.objective import Objective
 
