@@ -40,7 +40,8 @@ def plot_backward_error(result: BackwardError, *, ax: Axes | None = None, colors
             order = 2 if field == "to_loss" else 3
             guide = usable[0] * (lrs / lrs[0]) ** order
             ax.plot(lrs, guide, color=color, linewidth=0.8, linestyle=(0, (2, 3)))
-            ax.annotate(f"slope {order}", (lrs[0], usable[0]), xytext=(8, -6), textcoords="offset points")
+            below = (8, -12) if order == 3 else (0, 8)
+            ax.annotate(f"slope {order}", (lrs[0], usable[0]), xytext=below, textcoords="offset points")
     if result.fails_from is not None:
         ax.axvline(result.fails_from, color=colors.quiet, linewidth=0.9)
         ax.annotate(
@@ -61,7 +62,10 @@ def plot_backward_error(result: BackwardError, *, ax: Axes | None = None, colors
         ax.set_ylim(0.2 * shortest[shortest > 0].min(), 10 * top)
     decade_ticks(ax.xaxis)
     decade_ticks(ax.yaxis)
-    ax.set(xlabel="learning rate", ylabel="distance after an epoch")
+    if len(lrs) <= 6:  # few enough to be named, and often within one decade
+        ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+        ax.minorticks_off()
+    ax.set(xlabel="learning rate", ylabel="distance after an epoch, in parameters")
     legend_above(ax, columns=3)
     return ax
 
