@@ -34,7 +34,8 @@ def plot_escape(point: CriticalPoint, *, ax: Axes | None = None, colors: Colors 
     span = float(np.nanmax(losses) - np.nanmin(losses)) or max(abs(point.loss), 1e-12)
     ax.set_ylim(float(np.nanmin(losses)) - 0.15 * span, float(np.nanmax(losses)) + 0.15 * span)
     text = f"u'Hu = {quantity(point.lowest, 3)}\nnegative: {number(point.index.value, 3)}"
-    ax.text(0.02, 0.04, text, transform=ax.transAxes, va="bottom")
+    below = point.escape.curvature < 0  # where the loss leaves room
+    ax.text(0.5, 0.04 if below else 0.96, text, transform=ax.transAxes, ha="center", va="bottom" if below else "top")
     ax.set(xlabel="step along the eigenvector of the smallest eigenvalue", ylabel="loss")
     legend_above(ax, columns=3)
     return ax

@@ -6,6 +6,7 @@ The table of the command and the report say the same, so both take their words f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from analysis.results import Inspection, LayerCurvature, Measured
 __all__ = [
     "Finding",
     "about",
+    "carriers",
     "count",
     "duration",
     "findings",
@@ -105,6 +107,18 @@ def share(measured: Measured) -> str:
     percent = Measured(value=100 * measured.value, stderr=100 * measured.stderr)
     text = quantity(percent, digits=3)
     return (f"({text})" if "±" in text else text) + f"{THIN}%"
+
+
+def carriers(names: Sequence[str], parts: Sequence[float], of: str) -> str:
+    """Return which of several hold the most of something, the largest first, until four fifths are reached."""
+    total, held, named = sum(parts), 0.0, []
+    for part, name in sorted(zip(parts, names, strict=True), reverse=True):
+        named.append(f"{name} ({100 * part / total:.0f}{THIN}%)")
+        held += part / total
+        if held > 0.8:
+            break
+    few = f"{len(named)} of {len(names)} layers" if len(names) > 1 else "the only layer"
+    return f"{', '.join(named)}: {100 * held:.0f}{THIN}% of {of}, in {few}."
 
 
 def power_of_ten(exponent: int) -> str:

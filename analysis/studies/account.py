@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from analysis.drawing import Colors
-from analysis.wording import Finding
+from analysis.results import Measured
+from analysis.wording import Finding, value_and_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,12 @@ class Card:
     """Its uncertainty."""
     hint: str = ""
     """What it is, in a phrase."""
+
+    @classmethod
+    def of(cls, label: str, measured: Measured, hint: str) -> Card:
+        """Return the card of a number with its uncertainty."""
+        value, error = value_and_error(measured)
+        return cls(label=label, value=value, error=error, hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from analysis import wording
 from analysis.conditioning import conditioning
 from analysis.conditioning_results import Condition, Conditioning
 from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
-from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
@@ -114,10 +113,10 @@ def _account(run: ConditioningRun) -> Account:
 def _cards(found: Conditioning) -> tuple[Card, ...]:
     whole = found.whole
     cards = [
-        _card("Condition number", whole.condition, "largest over smallest |eigenvalue| in the numerical range"),
-        _card("Effective rank", whole.effective_rank, "exp of the spectrum's entropy; n if all are equal"),
-        _card("Stable rank", whole.stable_rank, "sum of squares over the largest square"),
-        _card("Numerical rank", whole.rank, f"eigenvalues above {found.floor:g} of the largest"),
+        Card.of("Condition number", whole.condition, "largest over smallest |eigenvalue| in the numerical range"),
+        Card.of("Effective rank", whole.effective_rank, "exp of the spectrum's entropy; n if all are equal"),
+        Card.of("Stable rank", whole.stable_rank, "sum of squares over the largest square"),
+        Card.of("Numerical rank", whole.rank, f"eigenvalues above {found.floor:g} of the largest"),
         Card(
             label="Largest stable step", value=wording.number(found.max_stable_lr), hint="2/λ, plain gradient descent"
         ),
@@ -129,11 +128,6 @@ def _cards(found: Conditioning) -> tuple[Card, ...]:
         hint = "condition number without this preconditioner over that with it"
         cards.append(Card(label=f"Gain of {name}", value=f"{wording.TIMES} {wording.number(gain, 3)}", hint=hint))
     return tuple(cards)
-
-
-def _card(label: str, measured: Measured, hint: str) -> Card:
-    value, error = wording.value_and_error(measured)
-    return Card(label=label, value=value, error=error, hint=hint)
 
 
 def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:

@@ -113,8 +113,8 @@ def _cards(found: CriticalPoint) -> tuple[Card, ...]:
     return (
         Card(label="Verdict", value=found.kind, hint=found.why),
         Card(label="Gradient norm", value=wording.number(found.gradient_norm, 3), error=noise, hint=p),
-        _card("Smallest eigenvalue", found.lowest, "most negative curvature found"),
-        _card(
+        Card.of("Smallest eigenvalue", found.lowest, "most negative curvature found"),
+        Card.of(
             "Largest eigenvalue",
             found.largest,
             f"those within {wording.number(found.tolerance, 2)} of zero count as zero",
@@ -132,14 +132,9 @@ def _p(value: float) -> str:
     return "< 10⁻⁶" if value < 1e-6 else f"≤ {wording.number(value, 2)}"
 
 
-def _card(label: str, measured: Measured, hint: str) -> Card:
-    value, error = wording.value_and_error(measured)
-    return Card(label=label, value=value, error=error, hint=hint)
-
-
 def _count(label: str, measured: Measured, found: CriticalPoint, hint: str) -> Card:
     """Return a number of eigenvalues; that the quadrature sees none or agrees with itself does not make it exact."""
-    card = _card(label, measured, hint)
+    card = Card.of(label, measured, hint)
     return card if found.exact or measured.stderr > 0 else Card(label=label, value=card.value, hint=hint)
 
 

@@ -204,14 +204,7 @@ def _payers(found: ImplicitRegularization) -> str:
     total = float(found.layer_batch_variances.sum())
     if not total > 0:
         return "None: batches do not differ."
-    ranked = sorted(zip(found.layer_batch_variances.tolist(), found.layers, strict=True), reverse=True)
-    named, held = [], 0.0
-    for part, name in ranked:
-        named.append(f"{name} ({100 * part / total:.0f}{wording.THIN}%)")
-        held += part / total
-        if held > 0.8:
-            break
-    return f"{', '.join(named)}: {100 * held:.0f}{wording.THIN}% of the variance penalty."
+    return wording.carriers(found.layers, found.layer_batch_variances.tolist(), "the variance penalty")
 
 
 def _elsewhere(found: ImplicitRegularization) -> str:

@@ -127,8 +127,8 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
             error=f"{number(max(scale.lower, 0.0), 3)} to {number(scale.upper, 3)} ({percent})",
             hint="batch size at which noise and signal are equal, tr S / |G|²",
         ),
-        _card("Noise of one example", noise.trace, "tr S, variance of its gradient"),
-        _card("Signal", noise.squared_norm, "|G|², squared mean gradient, without bias"),
+        Card.of("Noise of one example", noise.trace, "tr S, variance of its gradient"),
+        Card.of("Signal", noise.squared_norm, "|G|², squared mean gradient, without bias"),
         Card(label="Loss", value=number(noise.loss), hint=f"mean over {wording.count(noise.num_examples)} examples"),
     ]
     if study.curvature is not None:
@@ -149,19 +149,17 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
         hint = f"of the full gradient's, by a step on {wording.count(study.batch_size)} examples"
         cards.append(Card(label="Progress of a batch", value=_progress(noise, study.batch_size), hint=hint))
     if study.curvature is not None and study.curvature.takeuchi is not None:
-        cards.append(_card("Takeuchi criterion", study.curvature.takeuchi, "expected gap of test and training loss"))
+        cards.append(Card.of("Takeuchi criterion", study.curvature.takeuchi, "expected gap of test and training loss"))
     return tuple(cards)
-
-
-def _card(label: str, measured: Measured, hint: str) -> Card:
-    value, error = wording.value_and_error(measured)
-    return Card(label=label, value=value, error=error, hint=hint)
 
 
 def _findings(study: NoiseStudy) -> tuple[Finding, ...]:
     found = [
         Finding("How large a batch is of use?", _useful(study)),
-        Finding("Which layers carry the noise?", _carriers(study.noise)),
+        Finding(
+            "Which layers carry the noise?",
+            wording.carriers(study.noise.layers, study.noise.layer_traces.tolist(), "the variance"),
+        ),
         Finding("Do the data still say where to go?", _evidence(study.noise)),
     ]
     if study.curvature is not None:
@@ -189,20 +187,6 @@ def _useful(study: NoiseStudy) -> str:
     if study.batch_size is not None:
         text += f" A batch of {wording.count(study.batch_size)} makes {_progress(noise, study.batch_size)} of it."
     return text
-
-
-def _carriers(noise: GradientNoise) -> str:
-    shares = (noise.layer_traces / noise.layer_traces.sum()).tolist()
-    ranked = sorted(zip(shares, noise.layers, strict=True), reverse=True)
-    held, named = 0.0, []
-    for share, name in ranked:
-        named.append(f"{name} ({100 * share:.0f}{wording.THIN}%)")
-        held += share
-        if held > 0.8:
-            break
-    return (
-        f"{', '.join(named)}: {100 * held:.0f}{wording.THIN}% of the variance, in {len(named)} of {len(ranked)} layers."
-    )
 
 
 def _evidence(noise: GradientNoise) -> str:
