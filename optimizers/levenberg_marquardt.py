@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from optimizers._evaluations import Evaluations, Linearised, ResidualJacobian
 from optimizers._full_batch import FullBatchOptimizer, Move
 from optimizers._validate import check_at_least, check_choice
 from optimizers.damping import DampingRule, reduction_ratio
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Jacobian", "LevenbergMarquardt"]
 
@@ -64,10 +67,11 @@ class LevenbergMarquardt(FullBatchOptimizer):
         rtol: of lsmr.
         max_iterations: of lsmr.
         max_trials: values of lambda that one step tries.
+        process_group: refused; residuals are solved for on one rank.
         seed: as in `FullBatchOptimizer`; the method draws no random numbers.
 
     Raises:
-        InputError: for settings out of range.
+        InputError: for settings out of range, and for a process group.
 
     Example:
         >>> t = torch.linspace(0, 1, 8, dtype=torch.float64)
@@ -94,8 +98,14 @@ class LevenbergMarquardt(FullBatchOptimizer):
         rtol: float = 1e-8,
         max_iterations: int | None = None,
         max_trials: int = 40,
+        process_group: ProcessGroup | None = None,
         seed: int = 0,
     ) -> None:
+        if process_group is not None:
+            raise InputError(
+                "residuals are solved for on one rank: gather them there, or use NewtonCG or NaturalGradient with "
+                "loss=, which average over ranks."
+            )
         self.damping_rule, self.jacobian = damping_rule, jacobian
         defaults = {
             "damping": damping,

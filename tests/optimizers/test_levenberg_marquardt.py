@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from optimizers._evaluations import ResidualJacobian
 from optimizers._flat import FlatParams
 from optimizers.levenberg_marquardt import LevenbergMarquardt
 from optimizers.minimize import minimize
+from optimizers.natural_gradient import NaturalGradient
 from optimizers.pointwise import PointwiseResiduals
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.nist import SETS, log_relative_error
@@ -271,6 +273,14 @@ def test_minimum_and_zero_jacobian_are_told() -> None:
 def test_bad_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LevenbergMarquardt([nn.Parameter(torch.ones(2))], **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [LevenbergMarquardt, NaturalGradient])
+def test_process_groups_are_refused(make: type[LevenbergMarquardt] | type[NaturalGradient]) -> None:
+    """Residuals of ranks are different rows of one J; a step from a rank's own rows alone would be wrong."""
+    group = cast(Any, object())
+    with pytest.raises(InputError, match="residuals are solved for on one rank"):
+        make([nn.Parameter(torch.ones(2))], process_group=group)
 
 
 def test_bad_closures() -> None:
