@@ -166,6 +166,21 @@ def test_compiled_models_run_eagerly_when_curvature_is_due() -> None:
     torch.testing.assert_close(problem.flat(), twin.flat(), rtol=1e-9, atol=1e-12)
 
 
+def test_compiled_graphs_have_no_second_derivative() -> None:
+    """The loss of a compiled model, handed over in place of a closure, is refused; steps without curvature take it."""
+    problem = mlp()
+    fast = torch.compile(problem.model, backend="aot_eager")
+    optimizer = AdaHessian(problem.params, lr=0.05, update_every=2)
+    with pytest.raises(CheckFailedError, match="compiled model has no second derivative: hand step"):
+        optimizer.accumulate(F.cross_entropy(fast(problem.x), problem.y))
+    optimizer.zero_grad()
+    optimizer.step(lambda: F.cross_entropy(fast(problem.x), problem.y))
+    optimizer.zero_grad()
+    optimizer.accumulate(F.cross_entropy(fast(problem.x), problem.y))
+    optimizer.step()
+    assert float(optimizer.state[problem.params[0]]["hessian_step"]) == 1
+
+
 # -- gradient scaling -------------------------------------------------------------------------------------------------
 
 
