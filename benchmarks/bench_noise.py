@@ -3,7 +3,9 @@
     python -m benchmarks.bench_noise [--out FILE]      rows to results/noise.json
 
 Process CPU time of one thread, the median over rounds of a measurement over the gradient taken just before; beside it
-BackPACK's first and second moments of the same batch, which Cockpit computes its noise statistics from.
+BackPACK's first and second moments of the same batch, which Cockpit computes its noise statistics from. `digits-cnn` is
+the bundled network on all its training images, as one batch and as sixteen. Peak memory is of tensors, over and above
+what is held before, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["PROBLEMS", "main", "measure"]
 
 RESULTS = Path(__file__).parent / "results" / "noise.json"
-ROUNDS = 15
+ROUNDS = 9
 
 Data = tuple[nn.Module, Tensor, Tensor]
 
@@ -43,7 +46,14 @@ def _cnn() -> Data:
     return model, torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
 
 
-PROBLEMS: dict[str, Callable[[], Data]] = {"mlp": _mlp, "cnn": _cnn}
+def _digits_cnn() -> Data:
+    from analysis.tasks import load_task
+
+    task = load_task("digits-cnn")
+    return task.model, *task.train_data
+
+
+PROBLEMS: dict[str, Callable[[], Data]] = {"mlp": _mlp, "cnn": _cnn, "digits-cnn": _digits_cnn}
 
 
 def measure(name: str) -> list[dict[str, Any]]:
@@ -52,6 +62,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     from backpack.extensions import BatchL2Grad, SumGradSquared
 
     from analysis.gradient_noise import gradient_noise
+    from analysis.implicit_regularization import implicit_regularization
     from curvature import Objective
     from curvature.per_example import gradient_moments
 
@@ -69,19 +80,31 @@ def measure(name: str) -> list[dict[str, Any]]:
             warnings.simplefilter("ignore")  # its hooks warn where inputs need no gradient
             loss(extended(x), y).backward()
 
-    def fresh() -> None:
-        objective.release()
-        gradient_noise(objective)
+    def noise_and_penalties() -> None:
+        moments = gradient_moments(objective, along_mean=True)
+        gradient_noise(objective, moments=moments)
+        implicit_regularization(objective, lr=0.1, batch_size=32, norms=moments)
+
+    cut = [(x[i::16], y[i::16]) for i in range(16)]
+    in_batches = Objective(model, nn.CrossEntropyLoss(), cut, keep_graphs=False)
+
+    def in_sixteen_batches() -> None:
+        gradient_noise(in_batches)
+        implicit_regularization(in_batches, lr=0.1, batch_size=32)
 
     methods = {
-        "gradient_noise, first at a point": fresh,
-        "gradient_noise, graphs kept": lambda: gradient_noise(objective),
+        "gradient_noise": lambda: gradient_noise(objective),
+        "gradient_noise and implicit_regularization, moments shared": noise_and_penalties,
+        "gradient_noise and implicit_regularization, 16 batches, nothing shared or kept": in_sixteen_batches,
         "gradient_moments alone": lambda: gradient_moments(objective),
         "BackPACK BatchL2Grad + SumGradSquared": with_backpack,
     }
     rows = []
     for method, call in methods.items():
+        if "BackPACK" in method and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules()):
+            continue  # it has no rule for that layer
         call()
+        peak = _peak(call)
         ratios, seconds = [], []
         for _ in range(ROUNDS):
             gradient()
@@ -97,6 +120,7 @@ def measure(name: str) -> list[dict[str, Any]]:
                 "gradients": statistics.median(ratios),
                 "gradients_quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "seconds": statistics.median(seconds),
+                "peak_mebibytes": peak / 2**20,
                 "rounds": ROUNDS,
                 "threads": torch.get_num_threads(),
                 "torch": str(torch.__version__),
@@ -104,6 +128,18 @@ def measure(name: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Return the largest number of bytes in tensors at any one time in a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    held = largest = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            largest = max(largest, held)
+    return largest
 
 
 def _clocked(call: Callable[[], Any]) -> float:
@@ -121,7 +157,9 @@ def main() -> None:
     rows = [row for name in PROBLEMS for row in measure(name)]
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for row in rows:
-        print(f"{row['problem']:5} {row['gradients']:7.2f} gradients   {row['method']}")
+        print(
+            f"{row['problem']:10} {row['gradients']:7.2f} gradients {row['peak_mebibytes']:7.1f} MiB  {row['method']}"
+        )
 
 
 if __name__ == "__main__":
