@@ -48,8 +48,8 @@ def gradient_norms(
             and targets (or consecutive rows of them). Restrict it to some parameters by `objective.restrict`.
         per: "sequence" takes what one place of the first dimension holds for an example; "target" every target (each
             token of a text), at a backward pass for each target of a sequence.
-        along_mean: also return g_i'g. Where all data are one batch that costs between nothing and a third of a gradient;
-            for several, whose mean is known only at the end, a second pass, of a gradient and a half.
+        along_mean: also return g_i'g. Where all data are one batch that costs between nothing and a third of a
+            gradient; for several, whose mean is known only at the end, a second pass, of a gradient and a half.
         route: "auto" takes rules for the layers they are known for and computes the gradients of other parameters
             example by example, with `torch.func.vmap` or, where the model does not go through that, in a loop; "rules"
             refuses where rules do not do; "vmap" and "loop" take these for all parameters.

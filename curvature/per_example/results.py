@@ -22,8 +22,8 @@ class GradientNorms(_Record):
     of a summed loss, of l_i times the number of all terms. Either way the objective's gradient is g = sum_i p_i g_i. An
     example without terms has weight 0 and gradient 0. Covariances are Sigma = sum_i p_i (g_i - g)(g_i - g)'.
 
-    Over ranks of a process group, `mean`, `loss` and all traces are those of all data, what has an entry for each example is of
-    this rank's examples.
+    Over ranks of a process group, `mean`, `loss` and all traces are those of all data, what has an entry for each
+    example is of this rank's examples.
     """
 
     _large = ("mean", "dots", "second_moment")

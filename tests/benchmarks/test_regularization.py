@@ -60,7 +60,7 @@ def test_training_is_that_of_plain_sgd_where_nothing_is_added() -> None:
             with torch.no_grad():
                 for p in model.parameters():
                     assert p.grad is not None
-                    p -= way.lr * p.grad
+                    p.sub_(p.grad, alpha=way.lr)
                     p.grad = None
     fixed, losses = torch.Generator().manual_seed(0), []
     for _ in range(4):
