@@ -39,6 +39,9 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.bench_per_example
 	$(BENCH)/bin/python -m benchmarks.bench_scale
 	$(BENCH)/bin/python -m benchmarks.bench_noise
+	$(BENCH)/bin/python -m benchmarks.bench_regularization
+	$(BENCH)/bin/python -m benchmarks.bench_sharpness
+	$(BENCH)/bin/python -m benchmarks.bench_relations
 	$(BENCH)/bin/python -m benchmarks.bench_newton
 	for part in costs training checks report; do $(BENCH)/bin/python -m benchmarks.bench_optimizers $$part || exit 1; done
 	$(BENCH)/bin/python -m benchmarks.report

@@ -82,7 +82,7 @@ class NoiseRun(StudyRun):
 
 def _price(objective: Objective, plan: NoisePlan) -> float:
     del objective
-    return 4.0 + (3.2 * plan.num_probes if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
+    return 3.0 + (3.2 * plan.num_probes if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
 
 
 def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, progress: Progress) -> NoiseStudy:
@@ -110,8 +110,8 @@ def _account(run: NoiseRun) -> Account:
         terms=_terms(study),
         method=(
             "Every example's gradient was met once, none was kept: norms come from the activations and errors of each "
-            "layer where that is cheaper, inner products with the mean from one product of the Jacobian. All batch "
-            "sizes follow from the same sums."
+            "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, from "
+            "one product of the Jacobian. All batch sizes follow from the same sums."
         ),
     )
 
