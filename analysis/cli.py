@@ -205,7 +205,7 @@ def sharpness(
     rho: Annotated[float, typer.Option(help="Length of a perturbation.")] = 0.05,
     adaptive_rho: Annotated[float, typer.Option(help="The same, relative to the parameters.")] = 0.5,
     num_probes: Annotated[int, typer.Option(help="Pairs of noise for averages.")] = 16,
-    num_matvecs: Annotated[int, typer.Option(help="Products for a trace or a norm.")] = 20,
+    num_matvecs: Annotated[int, typer.Option(help="Products for a trace or a norm.")] = 32,
     piece: Annotated[int, typer.Option(help="Examples of a piece of m-sharpness.")] = 32,
     checkpoint: Checkpoint = None,
     params: Params = None,

@@ -110,8 +110,8 @@ def _account(run: NoiseRun) -> Account:
         terms=_terms(study),
         method=(
             "Every example's gradient was met once, none was kept: norms come from the activations and errors of each "
-            "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, from "
-            "one product of the Jacobian. All batch sizes follow from the same sums."
+            "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, "
+            "from one product of the Jacobian. All batch sizes follow from the same sums."
         ),
     )
 
