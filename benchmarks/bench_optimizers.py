@@ -34,6 +34,7 @@ from benchmarks.harness import git, one_line
 from benchmarks.optimizer_peers import COST_ONLY, METHODS, VARIANTS, Method, method_of, take_step
 from benchmarks.optimizer_problems import TRAINING, TrainingProblem, make_training
 from benchmarks.processes import BARS, row_of, write_rows
+from curvature.errors import NonFiniteError
 
 __all__ = ["Row", "check_row", "cost_rows", "main", "next_rate", "pilots", "run", "train_row"]
 
@@ -115,7 +116,11 @@ def run(problem_name: str, method: Method, lr: float, *, seed: int, steps: int |
             take_step(METHODS["sgd"], sgd, twin, batch)
             units.append(time.process_time() - start)
         start = time.process_time()
-        take_step(method, optimizer, problem, batch, limit=limit)
+        try:
+            take_step(method, optimizer, problem, batch, limit=limit)
+        except NonFiniteError:
+            points.append((step, spent, math.nan, math.nan))
+            break
         spent += time.process_time() - start
         if step % every == 0 or step == steps:
             points.append((step, spent, *_measures(problem)))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvature.errors import InputError
+from curvature.errors import InputError, NonFiniteError
 from curvature.losses import CrossEntropy, LossRule
 from optimizers._differentiation import pull_back
 from optimizers._probes import counter_generator, random_signs
@@ -163,7 +163,15 @@ class _OutputSquares(CurvatureSource):
         for sample in range(self.num_probes):
             device = batch.outputs.device
             generator = counter_generator(device, self.stream, batch.seed, batch.step, sample, batch.place)
-            u = self._draw(batch.rule, batch.outputs, batch.targets, generator)
+            try:
+                u = self._draw(batch.rule, batch.outputs, batch.targets, generator)
+            except RuntimeError as error:  # torch refuses to draw classes from such probabilities
+                if bool(batch.outputs.isfinite().all()):
+                    raise
+                raise NonFiniteError(
+                    "the outputs of the model are not finite, so that nothing can be drawn from them: the run has "
+                    "diverged, lower lr."
+                ) from error
             last = sample + 1 == self.num_probes
             g = _widened(pull_back([batch.outputs], batch.params, [u], retain_graph=not last))
             if total:

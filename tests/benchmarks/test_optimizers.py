@@ -83,6 +83,12 @@ def test_a_run_that_diverges_says_so() -> None:
     assert all(math.isfinite(point[2]) for point in found["curve"])
 
 
+def test_a_run_whose_curvature_is_not_finite_has_diverged() -> None:
+    found = run("tiny", METHODS["adahessian"], 1e30, seed=0)
+    assert found["diverged"]
+    assert found["curve"][0][0] == 0
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.label.startswith("torch")])
 def test_every_form_of_step_moves_parameters(name: str) -> None:
     problem = make_training("tiny")

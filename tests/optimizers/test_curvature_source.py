@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from curvature.errors import InputError
+from curvature.errors import InputError, NonFiniteError
 from curvature.losses import loss_rule
 from optimizers import AdaHessian
 from optimizers._probes import mixed_seed, random_signs
@@ -119,6 +119,13 @@ def test_unknown_losses_are_refused() -> None:
     optimizer = AdaHessian(problem.params, curvature="gauss-newton-bartlett", loss=nn.NLLLoss())
     with pytest.raises(InputError, match="targets can be sampled for cross-entropy"):
         optimizer.step(problem.pair)
+
+
+def test_nothing_is_drawn_from_outputs_that_are_not_finite() -> None:
+    problem = mlp()
+    optimizer = AdaHessian(problem.params, curvature="fisher", loss=F.cross_entropy)
+    with pytest.raises(NonFiniteError, match="the run has diverged"):
+        optimizer.step(lambda: (problem.model(problem.x) * torch.inf, problem.y))
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
