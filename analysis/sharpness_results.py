@@ -11,7 +11,16 @@ from curvature.errors import InputError
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
 
-_WORDS = {"sam": "SAM", "asam": "ASAM", "l2": "ℓ₂", "linf": "ℓ∞", "fisher": "Fisher", "rao": "Rao", "keskar": "Keskar"}
+_WORDS = {
+    "sam": "SAM",
+    "asam": "ASAM",
+    "l2": "ℓ₂",
+    "linf": "ℓ∞",
+    "fisher": "Fisher",
+    "rao": "Rao",
+    "keskar": "Keskar",
+    "frobenius": "Frobenius",
+}
 
 Kind = Literal["exact", "estimate", "residual", "lower bound"]
 
