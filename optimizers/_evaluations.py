@@ -56,6 +56,8 @@ class CountedMatrix(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         self.num_matvecs += X.shape[1]
+        if X.shape[1] == 1:  # CG's case; a stack of one is a copy
+            return self._product(X[:, 0])[:, None]
         return torch.stack([self._product(x) for x in X.T], dim=1)
 
     def _product(self, x: Tensor) -> Tensor:
