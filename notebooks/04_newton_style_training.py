@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Newton-style training: a differential equation and a saddle
 #
-# Two problems on which first-order methods and L-BFGS get stuck, for different reasons. A physics-informed network sits in
+# Two problems that are hard for different reasons. A physics-informed network sits in
 # a curved, narrow valley: what helps is a step that knows the valley's bend. A deep autoencoder starts at a saddle: what
 # helps is a direction in which the loss curves downward. Each step of the optimizers here says what it did: `last_step`.
 
@@ -267,6 +267,6 @@ twin.set_ylabel("negative eigenvalues of 20", color="C3")
 
 # %% [markdown]
 # Along the plateau many of the Krylov spaces hold a negative eigenvalue or two, and the steps go along them. Afterwards the
-# Gauss-Newton matrix, which has none, is the better model, and its products are cheaper. L-BFGS stays where the plateau
-# is; AdamW leaves it too, earlier, and at an equal number of gradients is still ahead here: on a network this small
-# negative curvature frees a second-order method, it does not beat a tuned first-order one.
+# Gauss-Newton matrix, which has none, is the better model, and its products are cheaper. AdamW leaves
+# the plateau too, earlier, and at an equal number of gradients is still ahead here: negative curvature frees a
+# second-order method from the saddle, that does not make it faster than a tuned first-order one on a network this small.
