@@ -90,6 +90,8 @@ def take_step(
     else:
         optimizer.zero_grad()
         problem.loss_of(batch).backward()
+        if method.clip is not None:
+            torch.nn.utils.clip_grad_norm_(problem.params, limit)
         optimizer.step()
 
 
@@ -209,13 +211,15 @@ METHODS: dict[str, Method] = {
         "pytorch-optimizer SophiaH, every 10th", _peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
     ),
 }
-VARIANTS: dict[str, Method] = {  # of AdaHessian with curvature on every step
+VARIANTS: dict[str, Method] = {  # of AdaHessian, on every step where the label says nothing else
     "no average": _adahessian(", no spatial average", settings=(("spatial_average", None),)),
     "rows": _adahessian(", rows of matrices averaged too", settings=(("spatial_average", "instruction"),)),
     "row norm": _adahessian(', "row-norm"', settings=(("curvature", "row-norm"),)),
     "4 probes": _adahessian(", 4 probes", settings=(("num_probes", 4),)),
     "quarter": _adahessian(", curvature of a quarter of the batch", curvature_part=4),
     "clipped": _adahessian(", gradients clipped", clip=0.1),
+    "clipped-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, gradients clipped", clip=0.1),
+    "adamw-clipped": replace(METHODS["adamw"], label="torch AdamW, gradients clipped", clip=0.1),
     "root": _adahessian(", power 1/2", settings=(("hessian_power", 0.5),)),
 }
 COST_ONLY: dict[str, Method] = {

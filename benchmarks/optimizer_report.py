@@ -88,7 +88,7 @@ def variant_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-AMONG_VARIANTS = ("adahessian", "adahessian-10", "adahessian-4-probes")
+AMONG_VARIANTS = ("adamw", "adahessian", "adahessian-10", "adahessian-4-probes")
 """Methods of the training tables that the variants are compared with."""
 
 

@@ -128,8 +128,8 @@ def test_variants_take_steps_of_their_own_and_have_a_table() -> None:
             optimizer.state[p]["exp_hessian_diag_sq"], alone.state[p]["exp_hessian_diag_sq"], rtol=1e-4, atol=1e-9
         )
     rows = [train_row("tiny", name, seeds=1, steps=4) for name in ("adahessian", "adahessian-10", "quarter")]
-    rows.append(train_row("tiny", "adahessian-4-probes", seeds=1, steps=4))
-    assert [row["kind"] for row in rows] == ["training", "training", "variant", "training"]
+    rows += [train_row("tiny", name, seeds=1, steps=4) for name in ("adahessian-4-probes", "adamw")]
+    assert [row["kind"] for row in rows] == ["training", "training", "variant", "training", "training"]
     assert "| AdaHessian, curvature of a quarter of the batch | " in variant_table(rows)
 
 
