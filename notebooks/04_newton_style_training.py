@@ -127,7 +127,7 @@ axes[1].set(xlabel="step", ylabel=r"$\lambda$", title="damping")
 axes[1].legend(frameon=False, fontsize=8)
 error = difference(solved).view(60, 60)
 top = float(error.abs().max())
-image = axes[2].imshow(error.T, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-top, vmax=top)
+image = axes[2].imshow(error.T.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-top, vmax=top)
 axes[2].set(title="$u - u^*$ at the end", xlabel="x", ylabel="y")
 fig.colorbar(image, ax=axes[2])
 
