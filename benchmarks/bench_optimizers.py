@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.harness import git, one_line
+from benchmarks.optimizer_curves import at_equal_steps, at_equal_time
 from benchmarks.optimizer_peers import COST_ONLY, METHODS, VARIANTS, Method, method_of, take_step
 from benchmarks.optimizer_problems import TRAINING, TrainingProblem, make_training
 from benchmarks.processes import BARS, row_of, write_rows
@@ -143,22 +144,6 @@ def _rounded(x: float) -> float:
 
 def _measures(problem: TrainingProblem) -> tuple[float, float]:
     return problem.training_loss(), problem.score(problem.model)
-
-
-def at_equal_steps(one: Row) -> tuple[float, float]:
-    """Return (loss, score) of a run's end; infinite and NaN if it diverged or did not get there."""
-    last = one["curve"][-1]
-    if one["diverged"] or last[0] < one["steps"]:
-        return math.inf, math.nan
-    return last[2], last[3]
-
-
-def at_equal_time(one: Row) -> tuple[float, float]:
-    """Return (loss, score) of the last evaluation within the time of as many steps of SGD."""
-    if one["diverged"]:
-        return math.inf, math.nan
-    point = [p for p in one["curve"] if p[1] <= 1.05 * one["steps"]][-1]  # clocks differ by a few per cent
-    return point[2], point[3]
 
 
 def next_rate(rate: float, *, up: bool) -> float:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_optimizers import at_equal_steps, at_equal_time
 from benchmarks.markdown import conditions, insert, marked
+from benchmarks.optimizer_curves import at_equal_steps, at_equal_time
 
 __all__ = ["check_page", "cost_table", "memory_sentence", "training_table", "variant_table", "write_report"]
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks import optimizer_problems
 from benchmarks.bench_optimizers import (
-    at_equal_steps,
-    at_equal_time,
     check_row,
     cost_rows,
     next_rate,
@@ -20,6 +18,7 @@ from benchmarks.bench_optimizers import (
     run,
     train_row,
 )
+from benchmarks.optimizer_curves import at_equal_steps, at_equal_time
 from benchmarks.optimizer_memory import memory_row
 from benchmarks.optimizer_peers import METHODS, Method, method_of, take_step
 from benchmarks.optimizer_problems import TrainingProblem, make_training
