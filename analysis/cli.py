@@ -219,8 +219,12 @@ def compare(
             if len(what) > 1:
                 raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
             request = request_of(what[0], None, params, device, micro_batch, seed, no_check)
-            with screen:
-                runs, folders = measure_checkpoints(request, checkpoint, of, parent=Path("runs"), listener=screen)
+            try:
+                with screen:
+                    runs, folders = measure_checkpoints(request, checkpoint, of, parent=Path("runs"), listener=screen)
+            except KeyboardInterrupt:
+                typer.echo("stopped; checkpoints that were measured have their folders in runs.", err=True)
+                raise typer.Exit(130) from None
         else:
             folders = [Path(folder) for folder in what]
             runs = read_runs(folders)

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from analysis.figures_compare import plot_comparison
 from analysis.results import Inspection, Measured
 from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
 from analysis.store import Run
+from analysis.studies import checkpoints
 from analysis.studies.comparison import ComparisonRun
 from analysis.studies.registry import load_any
 from curvature.errors import InputError
@@ -219,6 +221,23 @@ def test_checkpoints_are_measured_kept_and_compared(folder: Path) -> None:
     assert again.exit_code == 0, again.output
     rows = json.loads(again.stdout.splitlines()[0])["comparison"]["rows"]
     assert [r["verdicts"] for r in rows] == [list(row.verdicts) for row in run.comparison.rows]
+
+
+def test_what_was_measured_before_ctrl_c_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = checkpoints.run_inspection, 0
+
+    def stops(*args: Any, **settings: Any) -> Run:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(checkpoints, "run_inspection", stops)
+    done = call("compare", "toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--no-check")
+    assert done.exit_code == 130
+    assert "have their folders in runs" in done.output
+    assert [path.name for path in (folder / "runs").iterdir()] == ["toy-0-1"]
 
 
 @pytest.mark.parametrize(
