@@ -22,9 +22,9 @@ from analysis.figures_compare import plot_comparison
 from analysis.results import Inspection, Measured
 from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
 from analysis.store import Run
-from analysis.studies import checkpoints
 from analysis.studies.comparison import ComparisonRun
 from analysis.studies.registry import load_any
+from analysis.workflow import run_inspection
 from curvature.errors import InputError
 
 NAN = math.nan
@@ -224,16 +224,16 @@ def test_checkpoints_are_measured_kept_and_compared(folder: Path) -> None:
 
 
 def test_what_was_measured_before_ctrl_c_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = checkpoints.run_inspection, 0
+    calls = 0
 
     def stops(*args: Any, **settings: Any) -> Run:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return real(*args, **settings)
+        return run_inspection(*args, **settings)
 
-    monkeypatch.setattr(checkpoints, "run_inspection", stops)
+    monkeypatch.setattr("analysis.studies.checkpoints.run_inspection", stops)
     done = call("compare", "toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--no-check")
     assert done.exit_code == 130
     assert "have their folders in runs" in done.output
