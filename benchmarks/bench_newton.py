@@ -1,8 +1,8 @@
 """Newton's family beside L-BFGS, Adam and SciPy's methods: success, digits, cost in gradients, seconds.
 
 `python -m benchmarks.bench_newton`. Published problems from published starts, an ill-conditioned logistic regression,
-Poisson's equation by a network and an autoencoder's saddle. On one thread, in CPU seconds of the process, in float64
-but for the autoencoder.
+three differential equations by networks and an autoencoder's saddle. On one thread, in CPU seconds of the process, in
+float64 but for the autoencoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from torch import Tensor
 
 from benchmarks.harness import git, one_line
 from benchmarks.newton_autoencoder import AUTOENCODER_METHODS, autoencoder_facts
-from benchmarks.newton_poisson import POISSON_METHODS, poisson_facts
+from benchmarks.newton_burgers import BURGERS
+from benchmarks.newton_convection import CONVECTION
+from benchmarks.newton_pinns import PLAIN, pinn_facts
+from benchmarks.newton_poisson import POISSON
 from benchmarks.processes import BARS, write_rows
 from optimizers import minimize
 from tests.optimizers.mgh import PROBLEMS
@@ -44,6 +47,12 @@ GTOL, MOST_GRADIENTS = 1e-10, 1000
 ALL_SETS = {**SETS, **LARGER}
 OURS = ("newton-cg", "trust-region", "gltr", "cubic", "saddle-free")
 SCIPY = ("Newton-CG", "trust-ncg", "trust-krylov")
+PINNS = {"poisson": POISSON, "convection": CONVECTION, "burgers": BURGERS}
+PINN_SEEDS = {
+    "poisson": {"levenberg-marquardt": 10, PLAIN: 3, "torch L-BFGS": 3, "torch Adam": 3},
+    "convection": {"levenberg-marquardt": 3, "torch L-BFGS": 2, "torch Adam": 1},
+    "burgers": {"levenberg-marquardt": 3, "torch L-BFGS": 2, "torch Adam": 1},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,7 @@ class Row:
     """Right digits: of the parameters (curve fitting), of the loss above the minimum otherwise; 11 at most."""
     success: bool = False
     """6 digits of the parameters; within 1e-4 of a published minimum, 1e-9 absolute; gradient below 1e-8 (logistic);
-    error below 1e-5 (poisson); the saddle left (autoencoder)."""
+    error below 1e-5 (poisson), 2e-2 (convection), 6.7e-4 (burgers); the saddle left (autoencoder)."""
     gradients: int | None = None
     """Gradients and products with Hessian or Jacobian, a product counted as one; a dense Jacobian as min(m, 2 n)."""
     seconds: float | None = None
@@ -220,12 +229,13 @@ def _jobs(suites: list[str]) -> list[Job]:
             for lr in rates
             for s in range(3 if lr == rates[0] else 1)
         ]
-    if "poisson" in suites:
-        jobs += [
-            ("poisson", f"seed {s}", m, partial(poisson_facts, s, m))
-            for m in POISSON_METHODS
-            for s in range(10 if m == "levenberg-marquardt" else 3)
-        ]
+    jobs += [
+        (name, f"seed {s}", m, partial(pinn_facts, PINNS[name], s, m))
+        for name in PINNS
+        if name in suites
+        for m, seeds in PINN_SEEDS[name].items()
+        for s in range(seeds)
+    ]
     if "mgh" in suites:
         jobs += [("mgh", n, m, partial(_mgh, n, m)) for n in PROBLEMS for m in (*squares, *scalar)]
     if "nist" in suites:
@@ -243,7 +253,7 @@ def _jobs(suites: list[str]) -> list[Job]:
 def main() -> None:
     """Measure everything, or the suites that the command line names, and write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_newton")
-    suites = ["autoencoder", "poisson", "mgh", "nist", "logistic"]
+    suites = ["autoencoder", *PINNS, "mgh", "nist", "logistic"]
     parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=1, help="processes; each runs one job at a time")
