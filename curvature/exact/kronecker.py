@@ -22,6 +22,7 @@ from torch import Tensor
 
 from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
+from curvature.exact.kronecker_preconditioner import KroneckerPreconditioner
 from curvature.exact.kronecker_work import KroneckerKind, KroneckerWork, LayerUse
 from curvature.objective import Objective
 from curvature.results import _Record
@@ -93,6 +94,14 @@ class KroneckerFactors(_Record):
             for name, piece in zip(names, product.split([p.shape[1] for p in parts], dim=1), strict=True):
                 result[slice(*self.slices[name])] = piece.reshape(-1)
         return result
+
+    def preconditioner(self, damping: float) -> KroneckerPreconditioner:
+        """Return (G + damping I)^-1 with these factors in the place of G, for `cg`, `solve` and `NewtonCG`.
+
+        Raises:
+            InputError: for a damping that is not positive and finite.
+        """
+        return KroneckerPreconditioner(self, damping=damping)
 
     def _layer(self, name: str) -> LayerFactors:
         if name not in self.layers:

@@ -180,6 +180,27 @@ def test_kfac_has_the_mean_of_kflr() -> None:
     assert float(z.abs().max()) < 4
 
 
+@pytest.mark.parametrize("damping", [1e-3, 2.0])
+def test_preconditioner_is_the_inverse_of_the_damped_blocks(damping: float) -> None:
+    """Layer norms have no factors: there it divides by the damping. Biases lie behind their weights."""
+    model = built(lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2, bias=False)))
+    objective = Objective(model, nn.CrossEntropyLoss(), (real(5, 3), torch.tensor([0, 1, 1, 0, 1])))
+    factors = kronecker_factors(objective)
+    n = factors.num_params
+    dense = torch.stack([factors.matvec(e) for e in torch.eye(n, dtype=torch.float64)])
+    P, eye = factors.preconditioner(damping), torch.eye(n, dtype=torch.float64)
+    assert_close(P @ (dense + damping * eye), eye)
+    v = real(n)
+    assert_close(P @ v, torch.linalg.solve(dense + damping * eye, v))
+
+
+def test_a_preconditioner_needs_damping() -> None:
+    objective = Objective(built(deep_linear), nn.MSELoss(), (real(4, 3), real(4, 3)))
+    for damping in (0.0, -1.0, float("inf")):
+        with pytest.raises(InputError, match="positive and finite"):
+            kronecker_factors(objective).preconditioner(damping)
+
+
 def test_chosen_parameters() -> None:
     model, x, y = built(deep_linear), real(6, 3), real(6, 3, seed=1)
     for params in (["0.weight", "2.bias"], ["*.bias"], ["1"]):
