@@ -25,9 +25,9 @@ VISCOSITY = 0.01 / math.pi
 
 
 @functools.cache
-def _hermite(order: int) -> tuple[Tensor, Tensor]:
+def _hermite(order: int) -> tuple[np.ndarray, np.ndarray]:
     nodes, weights = np.polynomial.hermite.hermgauss(order)
-    return torch.tensor(nodes), torch.tensor(weights)
+    return nodes, np.log(weights)
 
 
 def burgers_solution(x: Tensor, order: int = 100) -> Tensor:
@@ -36,9 +36,9 @@ def burgers_solution(x: Tensor, order: int = 100) -> Tensor:
     y is normal with mean x and variance 2 nu t, w(y) = exp(-cos(pi y) / (2 pi nu)); E by Gauss and Hermite's rule of
     that order.
     """
-    nodes, weights = _hermite(order)
+    nodes, log_weights = (torch.from_numpy(a) for a in _hermite(order))  # tensors made under jvp must not be kept
     y = x[..., :1] - torch.sqrt(4 * VISCOSITY * x[..., 1:]) * nodes
-    chance = torch.softmax(weights.log() - torch.cos(math.pi * y) / (2 * math.pi * VISCOSITY), dim=-1)
+    chance = torch.softmax(log_weights - torch.cos(math.pi * y) / (2 * math.pi * VISCOSITY), dim=-1)
     return -(chance * torch.sin(math.pi * y)).sum(-1)
 
 
@@ -49,13 +49,14 @@ def burgers_equation(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     def value(y: Tensor) -> Tensor:
         return u(y)[0]
 
-    def slope(y: Tensor) -> tuple[Tensor, Tensor]:
-        pair: tuple[Tensor, Tensor] = jvp(value, (y,), (space,))
-        return pair
+    def slope(y: Tensor) -> Tensor:
+        derivative: Tensor = jvp(value, (y,), (space,))[1]
+        return derivative
 
-    (here, u_x), (_, u_xx) = jvp(slope, (x,), (space,))
-    u_t = jvp(value, (x,), (time,))[1]
-    return u_t + here * u_x - VISCOSITY * u_xx
+    here, u_t = jvp(value, (x,), (time,))[:2]
+    u_x, u_xx = jvp(slope, (x,), (space,))[:2]
+    residual: Tensor = u_t + here * u_x - VISCOSITY * u_xx
+    return residual
 
 
 def _make(seed: int) -> tuple[nn.Module, PointwiseResiduals]:

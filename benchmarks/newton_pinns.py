@@ -82,7 +82,8 @@ def _levenberg_marquardt(
 
 def _scalar(model: nn.Module, residuals: PointwiseResiduals, method: str, begun: float, seconds: float) -> int:
     count = 0
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer: torch.optim.Optimizer
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if method == "torch L-BFGS":
         settings: dict[str, Any] = {"history_size": 100, "line_search_fn": "strong_wolfe", "tolerance_change": 0.0}
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, max_eval=1000, **settings)
