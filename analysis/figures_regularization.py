@@ -82,7 +82,9 @@ def plot_penalties(result: ImplicitRegularization, *, ax: Axes | None = None, co
     rows = np.arange(len(result.layers))
     full, noise = to_numpy(result.layer_full_penalties), to_numpy(result.layer_batch_penalties)
     ax.barh(rows - 0.2, full, 0.36, color=colors.negative, label="of the full gradient")
-    ax.barh(rows + 0.2, noise, 0.36, color=colors.positive, hatch="//", edgecolor="white", label="of the noise")
+    ax.barh(
+        rows + 0.2, noise, 0.36, color=colors.positive, hatch="//", edgecolor="white", linewidth=0, label="of the noise"
+    )
     ax.set_yticks(rows, list(result.layers))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(left=0)
