@@ -43,7 +43,7 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.bench_sharpness
 	$(BENCH)/bin/python -m benchmarks.bench_relations
 	$(BENCH)/bin/python -m benchmarks.bench_newton
-	for part in costs training checks report; do $(BENCH)/bin/python -m benchmarks.bench_optimizers $$part || exit 1; done
+	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.bench_optimizers $$part || exit 1; done
 	$(BENCH)/bin/python -m benchmarks.report
 
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
