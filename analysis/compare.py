@@ -39,9 +39,10 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
     """Compare what was measured of several models: results of one kind, e.g. several `Inspection`.
 
     A difference d of two numbers with standard errors s1 and s2 has the p-value 2 (1 - Phi(|d| / (s1^2 + s2^2)^(1/2))).
-    Verdicts hold together at the family-wise level by Holm's procedure: with probability 1 - level none of them is a
-    false alarm. Errors over data of two models that were measured on the same data are positively correlated as a rule,
-    and are added as if they were not: "real" is then cautious.
+    Verdicts of each kind hold together at the family-wise level by Holm's procedure: with probability 1 - level none
+    that says "real" is a false alarm, and likewise none that says "on these data". Errors over data of two models that
+    were measured on the same data are positively correlated as a rule, and are added as if they were not: "real" is
+    then cautious.
 
     Args:
         results: by name of the model; all of one type. The first is what others are compared with.

@@ -116,9 +116,10 @@ def plot_penalty_by_batch_size(
     if result.batch_penalty > 0:
         ax.plot(result.batch_size, result.batch_penalty, "o", color=colors.outlier, markersize=5)
     ax.set_xscale("log")
-    ax.set_yscale("log")
     decade_ticks(ax.xaxis)
-    decade_ticks(ax.yaxis)
+    if max(result.loss, result.full_penalty, *noise) > 0:  # else there is nothing a logarithm could show
+        ax.set_yscale("log")
+        decade_ticks(ax.yaxis)
     ax.set(xlabel="batch size, in examples", ylabel="penalty, in units of the loss")
     legend_above(ax, columns=3)
     return ax

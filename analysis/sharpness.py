@@ -109,7 +109,11 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
         InputError: for an unknown or repeated name, or none.
     """
     if measures is None:
-        names = [name for name, spec in MEASURES.items() if not spec.needs_split or objective.has_split]
+        names = [
+            name
+            for name, spec in MEASURES.items()
+            if (objective.has_split or not spec.needs_split) and (objective.has_likelihood or not spec.needs_likelihood)
+        ]
         if all(t.ndim < 2 for t in objective.space.tensors.values()):
             names.remove("relative_flatness")
         return tuple(names)

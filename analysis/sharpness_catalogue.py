@@ -206,6 +206,7 @@ class Measure:
     unit: str = "loss"
     kind: Kind = "estimate"  # where it is not exact
     needs_split: bool = False
+    needs_likelihood: bool = False
 
 
 _CURVATURE = "loss / parameter^2"
@@ -337,7 +338,7 @@ MEASURES: dict[str, Measure] = {
         formula="theta' F theta, F the Fisher matrix of the model's own distribution",
         source="Liang, Poggio, Rakhlin and Stokes (2019), arXiv 1711.01530",
         invariant=True,
-        needs_split=True,
+        needs_likelihood=True,
     ),
     "keskar": Measure(
         compute=_box,

@@ -112,6 +112,8 @@ def share(measured: Measured) -> str:
 def carriers(names: Sequence[str], parts: Sequence[float], of: str) -> str:
     """Return which of several hold the most of something, the largest first, until four fifths are reached."""
     total, held, named = sum(parts), 0.0, []
+    if not total > 0:
+        return f"None: there is no {of.removeprefix('the ')}."
     for part, name in sorted(zip(parts, names, strict=True), reverse=True):
         named.append(f"{name} ({100 * part / total:.0f}{THIN}%)")
         held += part / total

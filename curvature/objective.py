@@ -171,6 +171,11 @@ class Objective:
         return self._rule is not None
 
     @property
+    def has_likelihood(self) -> bool:
+        """Whether the loss is known to be the negative log-likelihood of a distribution, as the Fisher needs."""
+        return self._rule is not None and self._rule.is_likelihood
+
+    @property
     def closed_form_loss(self) -> bool:
         """Whether the loss Hessian on the outputs is known in closed form."""
         return self._rule is not None and self._rule.closed_form

@@ -132,6 +132,8 @@ def _cards(found: Conditioning) -> tuple[Card, ...]:
 
 def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
     whole = found.whole
+    if whole.largest.value == 0:
+        return (Finding("How ill-conditioned is it?", f"The {matrix} is zero: there is no curvature."),)
     vague = " (an order of magnitude only)" if whole.condition.stderr > whole.condition.value / 2 else ""
     text = (
         f"The {matrix} curves {wording.about(whole.condition.value)} times more along its sharpest direction than "

@@ -114,7 +114,7 @@ def _account(run: ImplicitRun) -> Account:
     return Account(
         title="Implicit regularization",
         facts=(f"lr {found.lr:g}", f"batches of {wording.count(found.batch_size)}"),
-        cards=_cards(run.implicit),
+        cards=_cards(run.implicit, decay=bool(run.settings["weight_decay"])),
         findings=_findings(run.implicit),
         chapters=tuple(chapters),
         terms=_TERMS,
@@ -125,10 +125,13 @@ def _account(run: ImplicitRun) -> Account:
 
 def _relative(part: float, whole: float) -> str:
     """Return part over whole in per cent, or as a multiple where it is more."""
-    if not whole > 0:
-        return "undefined"
     ratio = part / whole
     return f"{wording.number(100 * ratio, 3)}{wording.THIN}%" if ratio < 10 else f"{wording.number(ratio, 3)} times"
+
+
+def _of_loss(part: float, found: ImplicitRegularization) -> str:
+    """Return the beginning of a hint; nothing where shares of the loss say nothing."""
+    return f"{_relative(part, found.loss)} of the loss; " if found.loss > 0 else ""
 
 
 def _penalty(found: ImplicitRegularization) -> Measured:
@@ -136,28 +139,28 @@ def _penalty(found: ImplicitRegularization) -> Measured:
     return Measured(value=found.batch_penalty, stderr=stderr if math.isfinite(stderr) else math.nan)
 
 
-def _cards(study: ImplicitStudy) -> tuple[Card, ...]:
+def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
     found, number = study.regularization, wording.number
     penalty = _penalty(found)
     error = f"± {number(penalty.stderr, 2)} with other data" if penalty.stderr > 0 else ""
     cards = [
-        Card(label="Loss C", value=number(found.loss), hint="weight decay included" if found.momentum else ""),
+        Card(label="Loss C", value=number(found.loss), hint="weight decay included" if decay else ""),
         Card(
             label="Variance penalty",
             value=number(found.batch_penalty),
             error=error,
-            hint=f"{_relative(found.batch_penalty, found.loss)} of the loss; what the noise of batches adds",
+            hint=f"{_of_loss(found.batch_penalty, found)}what the noise of batches adds",
         ),
         Card(
             label="Full-gradient penalty",
             value=number(found.full_penalty),
-            hint=f"{_relative(found.full_penalty, found.loss)} of the loss; full-batch descent has it, too",
+            hint=f"{_of_loss(found.full_penalty, found)}full-batch descent has it, too",
         ),
         Card(label="Modified loss", value=number(found.modified_loss), hint="what the mean iterate of SGD descends"),
     ]
     if found.batch is not None:
         rate = found.batch.sharpness_change
-        if rate is not None and study.eigenvalues:
+        if rate is not None and study.eigenvalues and study.eigenvalues[0] > 0:
             share = 100 * rate * found.lr * found.num_batches / study.eigenvalues[0]
             cards.append(
                 Card(
@@ -178,7 +181,7 @@ def _cards(study: ImplicitStudy) -> tuple[Card, ...]:
 def _findings(study: ImplicitStudy) -> tuple[Finding, ...]:
     found = study.regularization
     answers = [Finding("What does SGD add to the loss?", _added(found)), Finding("Which layers pay?", _payers(found))]
-    if math.isfinite(found.num_examples):
+    if math.isfinite(found.num_examples) and found.loss > 0:
         answers.append(Finding("What would another batch size do?", _elsewhere(found)))
     if found.batch is not None:
         answers.append(Finding("Which way does it push?", _push(study, found.batch)))
@@ -188,6 +191,11 @@ def _findings(study: ImplicitStudy) -> tuple[Finding, ...]:
 
 
 def _added(found: ImplicitRegularization) -> str:
+    if not found.loss > 0:
+        return (
+            f"The variance penalty is {wording.number(found.batch_penalty, 3)} and that on the full gradient "
+            f"{wording.number(found.full_penalty, 3)}; the loss is not positive, so that shares of it say nothing."
+        )
     variance = _relative(found.batch_penalty, found.loss)
     full = _relative(found.full_penalty, found.loss)
     batch = wording.count(found.batch_size)
@@ -235,6 +243,8 @@ def _below(found: ImplicitRegularization, share: float) -> float | None:
 
 
 def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
+    if batch.norm == 0:
+        return "Nowhere: its gradient is zero."
     cosine = batch.cosine_with_gradient
     towards = "against" if cosine < -0.1 else ("along with" if cosine > 0.1 else "at right angles to")
     text = f"Descending the variance penalty goes {towards} descending the loss (cosine {wording.number(cosine, 2)})."
@@ -243,7 +253,7 @@ def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
         text += (
             f" {100 * held:.2g}{wording.THIN}% of its square lie in the {len(study.eigenvalues)} sharpest directions."
         )
-    if batch.sharpness_change is not None and study.eigenvalues:
+    if batch.sharpness_change is not None and study.eigenvalues and study.eigenvalues[0] > 0:
         rate = batch.sharpness_change * study.regularization.lr * study.regularization.num_batches
         share = 100 * rate / study.eigenvalues[0]
         verb = "lowers" if rate < 0 else "raises"

@@ -123,7 +123,7 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     cards = [
         Card(
             label="Noise scale",
-            value=number(scale.value, 3) if scale.value > 0 else f"> {number(max(scale.lower, 0.0), 3)}",
+            value=number(scale.value, 3) if scale.value >= 0 else f"> {number(max(scale.lower, 0.0), 3)}",
             error=f"{number(max(scale.lower, 0.0), 3)} to {number(scale.upper, 3)} ({percent})",
             hint="batch size at which noise and signal are equal, tr S / |G|²",
         ),
@@ -133,12 +133,12 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     ]
     if study.curvature is not None:
         c = study.curvature
-        value = number(c.noise_scale, 3) if c.noise_scale > 0 else "undefined"
-        error = "± " + number(abs(c.trace_h_sigma.stderr / c.curvature_along_gradient), 2)
+        value, error = "undefined", ""
+        if 0 < c.noise_scale < math.inf:
+            value = number(c.noise_scale, 3)
+            error = f"± {number(abs(c.trace_h_sigma.stderr / c.curvature_along_gradient), 2)}"
         hint = "tr(HS) / g'Hg: the noise scale that counts curvature, too"
-        cards.append(
-            Card(label="Critical batch size", value=value, error=error if c.noise_scale > 0 else "", hint=hint)
-        )
+        cards.append(Card(label="Critical batch size", value=value, error=error, hint=hint))
         hint = "the curvature noise meets, over what isotropic noise of its size would"
         cards.append(Card(label="Noise meets curvature", value=number(c.anisotropy, 3), hint=hint))
     hint = "inner-product and orthogonality test, θ = 0.9"
@@ -172,6 +172,8 @@ def _findings(study: NoiseStudy) -> tuple[Finding, ...]:
 def _useful(study: NoiseStudy) -> str:
     noise, scale = study.noise, study.noise.noise_scale
     N, number = noise.effective_examples, wording.number
+    if noise.trace.value == 0:
+        return "A single example: the gradients of all examples are the same."
     if noise.squared_norm.value <= 0 or not math.isfinite(scale.upper):
         least = f" It is at least {number(scale.lower, 3)}." if scale.lower > 0 else ""
         return (
@@ -207,12 +209,14 @@ def _evidence(noise: GradientNoise) -> str:
 
 
 def _against(c: CurvatureNoise) -> str:
+    if math.isnan(c.cosine):
+        return "There is nothing to compare: the noise or the curvature is zero."
     text = (
         f"The cosine between covariance and Hessian is {wording.number(c.cosine, 2)} (1 where they are proportional), "
         f"and the noise meets {wording.number(c.anisotropy, 3)} times the curvature that isotropic noise of its size "
         "would."
     )
-    if c.noise_scale > 0:
+    if 0 < c.noise_scale < math.inf:
         text += f" Counting curvature, noise and signal are equal at a batch of {_batch(c.noise_scale)}."
     return text
 
@@ -276,7 +280,7 @@ def _layers(noise: GradientNoise) -> Chapter:
         (
             name,
             wording.number(trace, 3),
-            f"{100 * share:.1f}{wording.THIN}%",
+            f"{100 * share:.1f}{wording.THIN}%" if math.isfinite(share) else "undefined",
             wording.number(square, 3),
             _batch(scale) if scale > 0 else "noise only",
             wording.number(gsnr, 3),

@@ -167,7 +167,7 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
     if _has(table, "top_eigenvalue"):
         top = table["top_eigenvalue"]
         text = f"Along the sharpest direction the loss curves with λ = {wording.quantity(_measured(top))}"
-        if _has(table, "trace"):
+        if _has(table, "trace") and table["trace"].value > 0:
             mean = table["trace"].value / table.num_params
             text += f", {wording.number(top.value / mean, 3)} times the average over all directions"
         found.append(Finding("How sharp is it in absolute terms?", text + "."))
@@ -181,7 +181,10 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
         found.append(Finding("And whatever the scale of the weights?", text))
     if _has(table, "adaptive_pac_bayes"):
         sigma = table["adaptive_pac_bayes"].value ** -0.5 if table["adaptive_pac_bayes"].value > 0 else math.inf
-        text = f"Relative noise of {wording.number(100 * sigma, 2)}{wording.THIN}% on every parameter raises it by 0.1."
+        text = (
+            f"Relative noise of {wording.number(100 * sigma, 2)}{wording.THIN}% on every parameter raises it by "
+            f"{SharpnessSettings.rise:g}."
+        )
         found.append(Finding("How much noise does the loss bear?", text))
     bounds = [row for row in table.rows if row.kind == "lower bound"]
     if bounds:
@@ -262,7 +265,7 @@ _TERMS = (
     ("Average case", "The mean rise under normal noise, in pairs of opposite sign, with its standard error."),
     (
         "PAC-Bayes",
-        "1/σ² of the largest noise under which the loss rises by no more than 0.1 on average, by search.",
+        f"1/σ² of the largest noise under which the loss rises by no more than {SharpnessSettings.rise:g} on average.",
     ),
     ("± (uncertainty)", "One standard error over probes or pieces of the data; of an eigenvalue, its residual."),
 )

@@ -169,7 +169,7 @@ def check_likelihood(objective: Objective, what: str) -> None:
     """
     check_split(objective, what)
     rule = objective._rule
-    if rule is not None and not rule.is_likelihood:
+    if rule is not None and not objective.has_likelihood:
         name = getattr(rule.loss, "__name__", type(rule.loss).__name__)
         raise InputError(
             f"{what} is an expectation over targets drawn from the model's own distribution, which is known for "

@@ -48,6 +48,27 @@ def task(relu=True, spread=1.0):
     return Task(name="toy", model=model, description="A <b>toy</b>.", loss=nn.CrossEntropyLoss(), train_data=(x, y))
 
 
+def same():
+    '''Examples that are all alike: gradients have no noise.'''
+    return Task(name="same", model=nn.Linear(3, 1), description="", loss=nn.MSELoss(),
+                train_data=(torch.ones(20, 3), torch.zeros(20, 1)))
+
+
+def solved():
+    '''Loss, gradient and noise are zero.'''
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    return Task(name="solved", model=model, description="", loss=nn.MSELoss(), train_data=(x, torch.zeros(20, 1)))
+
+
+def flat():
+    '''No curvature, and a loss that is no likelihood known here.'''
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    return Task(name="flat", model=nn.Linear(3, 1), description="", loss=nn.L1Loss(),
+                train_data=(x, torch.full((20, 1), 50.0)))
+
+
 def minimum():
     '''Least squares at its minimum: the mean gradient is nothing but noise.'''
     g = torch.Generator().manual_seed(0)
@@ -214,6 +235,35 @@ def test_a_minimum_is_called_one() -> None:
     answers = {finding.question: finding.answer for finding in CRITICAL.account(run).findings}
     assert answers["Is this a minimum?"].startswith("A minimum")
     assert answers["Is there a way down?"] == "It rises along the direction of least curvature, both ways."
+
+
+@pytest.mark.parametrize("task", ["same", "solved", "flat"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("noise", "--batch-size", "4"),
+        ("implicit", "--lr", "0.1", "--batch-size", "4"),
+        ("sharpness",),
+        ("conditioning",),
+        ("critical",),
+    ],
+)
+def test_where_there_is_nothing_to_measure_it_says_so(folder: Path, task: str, command: tuple[str, ...]) -> None:
+    done = call(command[0], f"toy.py:{task}", *command[1:], "--no-check", "--out", "here")
+    assert done.exit_code == 0, done.output
+    page = visible((folder / "here" / "report.html").read_text())
+    for text in (done.stdout, page):
+        assert not re.search(r"\bnan\b", text)
+        assert "undefined of" not in text
+    said = " ".join(done.stdout.split())
+    if (command[0], task) == ("noise", "same"):
+        assert "A single example: the gradients of all examples are the same." in said
+        assert "None: there is no variance." in said
+    if (command[0], task) == ("implicit", "solved"):
+        assert "the loss is not positive" in said
+        assert "Nowhere: its gradient is zero." in said
+    if (command[0], task) == ("sharpness", "flat"):
+        assert "Fisher" not in said
 
 
 def test_results_as_json_and_nothing_else(folder: Path) -> None:
