@@ -13,6 +13,7 @@ import typer
 from analysis.options import (
     AsJson,
     Checkpoint,
+    CheckpointKey,
     Device,
     MicroBatch,
     NoCheck,
@@ -40,15 +41,32 @@ def main() -> None:
         sys.exit(130)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"curvature {version('torch-curvature')}")
+        except PackageNotFoundError:
+            typer.echo("curvature, of a checkout that is not installed")
+        raise typer.Exit
+
+
 @app.callback()
-def curvature() -> None:
+def curvature(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Second-order information about trained models."""
+    del version
 
 
 @app.command()
 def inspect(
     task: TaskName,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     k: Annotated[int, typer.Option("--k", help="How many of the largest eigenvalues.")] = 10,
     rtol: Annotated[float, typer.Option(help="Residual of the largest eigenpairs, relative to the eigenvalue.")] = 1e-3,
@@ -76,7 +94,7 @@ def inspect(
         check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = Screen(stderr=as_json)
         with screen:
-            request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+            request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
             run = run_inspection(request, plan, listener=screen)
         folder = out or free_folder(Path("runs"), run.name)
         with screen.doing("writing the report"):
@@ -115,6 +133,7 @@ def landscape(
     ] = None,
     plane: Annotated[bool, typer.Option("--plane/--line", help="Look at a plane, or along lines only.")] = True,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -154,7 +173,17 @@ def landscape(
         screen = LandscapeScreen(stderr=as_json)
         try:
             with screen:
-                request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+                request = request_of(
+                    task,
+                    checkpoint,
+                    checkpoint_key,
+                    params,
+                    device,
+                    micro_batch,
+                    seed,
+                    no_check,
+                    [*([to] if to else []), *(trajectory or ())],
+                )
                 run = run_landscape(request, plan, to=to, trajectory=trajectory or (), draft=draft, listener=screen)
         except KeyboardInterrupt:
             for _, unfinished in places:
@@ -192,6 +221,7 @@ def compare(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Measure the task with these parameters; may be given several times."),
     ] = None,
+    checkpoint_key: CheckpointKey = None,
     of: Annotated[
         str, typer.Option(help="What to measure of checkpoints: inspection, sharpness or noise.")
     ] = "inspection",
@@ -218,7 +248,7 @@ def compare(
         if checkpoint:
             if len(what) > 1:
                 raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
-            request = request_of(what[0], None, params, device, micro_batch, seed, no_check)
+            request = request_of(what[0], None, checkpoint_key, params, device, micro_batch, seed, no_check, checkpoint)
             try:
                 with screen:
                     runs, folders = measure_checkpoints(request, checkpoint, of, parent=Path("runs"), listener=screen)
@@ -226,6 +256,8 @@ def compare(
                 typer.echo("stopped; checkpoints that were measured have their folders in runs.", err=True)
                 raise typer.Exit(130) from None
         else:
+            if checkpoint_key is not None:
+                raise InputError("--checkpoint-key goes with --checkpoint, not with runs; leave it out.")
             folders = [Path(folder) for folder in what]
             runs = read_runs(folders)
         command = shlex.join(["curvature", *sys.argv[1:]])

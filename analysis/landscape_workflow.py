@@ -25,7 +25,7 @@ from analysis.landscape_results import Direction, Landscape, LandscapeCost, Loss
 from analysis.landscape_store import Draft, LandscapeEstimate, LandscapeRun
 from analysis.paths import Place, bend_towards, loss_along_path, present_place, read_place
 from analysis.point_log import PointLog
-from analysis.preparation import Listener, Request, checkpoint_record, load, prepare
+from analysis.preparation import Listener, Request, load, prepare
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -70,11 +70,11 @@ def run_landscape(
     plan = resolved(plan, to, trajectory)
     task, objective = load(request, listener)
     with listener.doing("reading checkpoints"):
-        places = [read_place(objective, path) for path in trajectory]
-        end = None if to is None else read_place(objective, to)
+        places = [read_place(objective, path, key=request.checkpoint_key) for path in trajectory]
+        end = None if to is None else read_place(objective, to, key=request.checkpoint_key)
     settings = {**request.settings, **asdict(plan)}
-    if to is not None:
-        settings["to"] = checkpoint_record(to)
+    if end is not None:
+        settings["to"] = dict(end.record)
     if trajectory:
         settings["trajectory"] = [path.name for path in trajectory]
     kept, log = None, None

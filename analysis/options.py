@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from curvature.errors import CurvatureError
+from curvature.errors import CurvatureError, InputError
 
 if TYPE_CHECKING:
     from analysis.preparation import Request
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "Checkpoint",
+    "CheckpointKey",
     "Device",
     "MicroBatch",
     "NoCheck",
@@ -37,7 +38,17 @@ TaskName = Annotated[
         metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
     ),
 ]
-Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters to load into the model.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Parameters to load into the model: a file of torch.save or safetensors, or a Hugging Face folder.",
+    ),
+]
+CheckpointKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which state dict of the checkpoint, if it holds several: state_dict_ema."),
+]
 Params = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
@@ -58,18 +69,27 @@ MicroBatch = Annotated[
 def request_of(
     task: str,
     checkpoint: Path | None,
+    checkpoint_key: str | None,
     params: list[str] | None,
     device: str | None,
     micro_batch: int | None,
     seed: int,
     no_check: bool,
+    others: Sequence[Path] = (),
 ) -> Request:
-    """Return the request that the options of a command make."""
+    """Return the request that the options of a command make; `others` are checkpoints of other options.
+
+    Raises:
+        InputError: for a key without a checkpoint.
+    """
     from analysis.preparation import Request
 
+    if checkpoint_key is not None and checkpoint is None and not others:
+        raise InputError("--checkpoint-key chooses within a checkpoint; name its file, or leave the key out.")
     return Request(
         task=task,
         checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
         params=params,
         device=device,
         micro_batch=micro_batch,

@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.landscape import Tick, evaluate_points
 from analysis.landscape_results import LossPath
 from analysis.point_log import PointLog, fingerprint
-from analysis.tasks.checkpoint import read_state
+from analysis.tasks.checkpoint import read_checkpoint
 from curvature.errors import CheckpointError, InputError
 from curvature.objective import Objective
 from curvature.shift import gradient_at
@@ -41,6 +41,8 @@ class Place:
     """(n,), in the order of the objective's space."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Floating-point buffers by name."""
+    record: Mapping[str, str] = field(default_factory=dict)
+    """File name, digest and key of the checkpoint it was read from."""
 
 
 def present_place(objective: Objective, *, name: str = "the model") -> Place:
@@ -48,19 +50,21 @@ def present_place(objective: Objective, *, name: str = "the model") -> Place:
     return Place(name=name, vector=objective.space.current(), buffers=_buffers(dict(objective.model.named_buffers())))
 
 
-def read_place(objective: Objective, path: Path) -> Place:
-    """Return the point that a checkpoint file holds; the model is left as it is.
+def read_place(objective: Objective, path: Path, *, key: str | None = None) -> Place:
+    """Return the point that a checkpoint holds, `key` says where if at several places; the model is left as it is.
 
     Raises:
         CheckpointError: if the file is missing, unreadable, does not fit, or lacks a chosen parameter.
     """
-    state = read_state(path, objective.model)
+    checkpoint = read_checkpoint(path, objective.model, key=key)
+    state = checkpoint.state
     missing = [name for name in objective.space.names if name not in state]
     if missing:
         raise CheckpointError(f"the checkpoint {path} holds no {missing[0]!r}, which is among the chosen parameters.")
     vector = objective.space.to_flat({name: state[name] for name in objective.space.names}).to(objective.device)
     present: dict[str, Tensor] = dict(objective.model.named_buffers())  # what is not saved, stays as it is
-    return Place(name=path.stem, vector=vector, buffers=_buffers({n: state.get(n, t) for n, t in present.items()}))
+    buffers = _buffers({n: state.get(n, t) for n, t in present.items()})
+    return Place(name=path.stem, vector=vector, buffers=buffers, record=checkpoint.record)
 
 
 def loss_along_path(

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.store import file_sha256, now, versions
+from analysis.plain import plain_values
+from analysis.store import now, versions
 from analysis.tasks import Task, load_task
+from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.errors import CurvatureError, InputError, TaskError
 from curvature.evaluation import tensors_in
 from curvature.objective import Objective
 from curvature.planning import SpectrumPlan
 
-__all__ = ["Listener", "Prepared", "Request", "checkpoint_record", "in_groups", "load", "prepare"]
+__all__ = ["Listener", "Prepared", "Request", "in_groups", "load", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Request:
     """A bundled name, "file.py:function" or "package.module:function"."""
     checkpoint: Path | None = None
     """Parameters to load into the model."""
+    checkpoint_key: str | None = None
+    """Which state dict of the checkpoints, where they hold several."""
     params: Sequence[str] | None = None
     """Globs over parameter and module names; None for all that require a gradient."""
     device: str | None = None
@@ -47,7 +51,8 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """What of it belongs among the settings of a record."""
         parameters = ", ".join(self.params) if self.params else "all that require a gradient"
-        return {"parameters": parameters, "micro_batch": self.micro_batch}
+        settings: dict[str, Any] = {"parameters": parameters, "micro_batch": self.micro_batch}
+        return settings if self.checkpoint_key is None else {**settings, "checkpoint_key": self.checkpoint_key}
 
 
 class Listener:
@@ -80,12 +85,12 @@ class Prepared:
             "task": request.task,
             "name": self.task.name,
             "description": self.task.description,
-            "metadata": dict(self.task.metadata),
+            "metadata": plain_values(dict(self.task.metadata)),
             "seed": request.seed,
             "command": request.command,
             "created": now(),
             "versions": versions(),
-            "checkpoint": checkpoint_record(self.task.checkpoint),
+            "checkpoint": None if (read := self.task.checkpoint_record) is None else dict(read),
             "data_sha256": _data_sha256(self.task.train_data),
             "check": self.messages,
         }
@@ -98,7 +103,7 @@ def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
         CurvatureError: whatever stands in the way, with the remedy.
     """
     with listener.doing("loading the task"):
-        task = _on_device(load_task(request.task, request.checkpoint), request.device)
+        task = _on_device(_task(request), request.device)
         params = list(request.params) if request.params else None
         objective = task.objective(params=params, micro_batch=request.micro_batch)
     listener.loaded(task, objective)
@@ -142,6 +147,14 @@ def in_groups(objective: Objective) -> Objective:
     return pieces if bool(same) else objective
 
 
+def _task(request: Request) -> Task:
+    task = load_task(request.task, request.checkpoint, checkpoint_key=request.checkpoint_key)
+    if task.checkpoint is None or task.checkpoint_record is not None:
+        return task
+    path = Path(task.checkpoint)  # which the user's function says it has read
+    return replace(task, checkpoint_record={"file": path.name, "sha256": sha256_of(files_of(path))})
+
+
 def _on_device(task: Task, device: str | None) -> Task:
     """Return the task with its model moved; batches follow, since the objective moves each to its parameters."""
     if device is None:
@@ -167,17 +180,12 @@ def _available(name: str) -> torch.device:
         raise InputError(f"the device {name!r} cannot be used here; there is {there}.") from error
 
 
-def checkpoint_record(path: Path | None) -> dict[str, str] | None:
-    """Return file name and digest of a checkpoint, for the record."""
-    return None if path is None else {"file": path.name, "sha256": file_sha256(path)}
-
-
 def _data_sha256(data: Any) -> str | None:
     """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
     digest = hashlib.sha256()
 
     def feed(part: Any) -> bool:
-        if isinstance(part, Tensor):
+        if isinstance(part, Tensor) and not part.is_nested and part.layout == torch.strided:
             array = part.detach().cpu().contiguous()
             digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
             digest.update(array.flatten().view(torch.uint8).numpy().tobytes())

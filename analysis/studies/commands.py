@@ -11,6 +11,7 @@ import typer
 from analysis.options import (
     AsJson,
     Checkpoint,
+    CheckpointKey,
     Device,
     MicroBatch,
     NoCheck,
@@ -41,6 +42,7 @@ def sharpness(
     num_matvecs: Annotated[int, typer.Option(help="Products for a trace or a norm.")] = 32,
     piece: Annotated[int, typer.Option(help="Examples of a piece of m-sharpness.")] = 32,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -62,7 +64,7 @@ def sharpness(
             num_matvecs=num_matvecs,
             piece=piece,
         )
-        request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+        request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
         _run(SHARPNESS, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 
@@ -75,6 +77,7 @@ def conditioning(
     ] = False,
     no_layers: Annotated[bool, typer.Option("--no-layers", help="Look at the whole only, not each layer.")] = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -94,7 +97,7 @@ def conditioning(
             block_diagonal=block_diagonal,
             layers=not no_layers,
         )
-        request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+        request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
         _run(CONDITIONING, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 
@@ -109,6 +112,7 @@ def critical(
     ] = 1e-3,
     no_symmetries: Annotated[bool, typer.Option("--no-symmetries", help="Do not try scales of layers.")] = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -128,7 +132,7 @@ def critical(
             flatness=flatness,
             symmetries=not no_symmetries,
         )
-        request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+        request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
         _run(CRITICAL, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 
@@ -143,6 +147,7 @@ def noise(
         float | None, typer.Option(help="Solve for the Takeuchi criterion with this much on the diagonal, too.")
     ] = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -157,7 +162,7 @@ def noise(
         from analysis.studies.noise import NOISE, NoisePlan
 
         plan = NoisePlan(batch_size=batch_size, lr=lr, curvature=curvature, damping=damping)
-        request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+        request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
         _run(NOISE, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 
@@ -174,6 +179,7 @@ def implicit(
         bool, typer.Option("--no-directions", help="Only the penalties, not where they push.")
     ] = False,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     params: Params = None,
     device: Device = None,
     seed: Seed = 0,
@@ -195,7 +201,7 @@ def implicit(
             directions=not no_directions,
             k=k,
         )
-        request = request_of(task, checkpoint, params, device, micro_batch, seed, no_check)
+        request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
         _run(IMPLICIT, request, plan, out=out, overwrite=overwrite, as_json=as_json)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from analysis.tasks.checkpoint import load_checkpoint
+from analysis.tasks.checkpoint import Checkpoint, load_checkpoint
 from analysis.tasks.digits import BUNDLED, load_digits
 from analysis.tasks.task import Task
 from curvature import Objective
@@ -26,13 +26,15 @@ from curvature.errors import TaskError
 __all__ = ["load_task"]
 
 
-def load_task(reference: str, checkpoint: Path | str | None = None) -> Task:
+def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoint_key: str | None = None) -> Task:
     """Return the task that a reference names.
 
     Args:
         reference: a bundled name (`digits-cnn`, `digits-mlp`), or `file.py:function` or `package.module:function`, a
             function without arguments that returns a `Task` or a `curvature.Objective`. It is executed.
-        checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's.
+        checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's: a file
+            or folder, as `analysis.tasks.checkpoint.read_checkpoint` reads it.
+        checkpoint_key: which of its state dicts, if it holds several.
 
     Raises:
         TaskError: if the name is unknown, the module does not import, or the function is missing, fails or returns
@@ -40,7 +42,7 @@ def load_task(reference: str, checkpoint: Path | str | None = None) -> Task:
         CheckpointError: if the checkpoint is missing, unreadable or does not fit.
     """
     if reference in BUNDLED:
-        return _bundled(reference, checkpoint)
+        return _bundled(reference, checkpoint, checkpoint_key)
     place, colon, function_name = reference.rpartition(":")
     if not colon:
         raise TaskError(
@@ -52,27 +54,29 @@ def load_task(reference: str, checkpoint: Path | str | None = None) -> Task:
     task = _as_task(_call(_function(_module(place), function_name, place), reference), reference)
     if checkpoint is None:
         return task
-    metadata = load_checkpoint(checkpoint, task.model)
-    return replace(task, checkpoint=Path(checkpoint), metadata=metadata)
+    return _loaded(task, Path(checkpoint), load_checkpoint(checkpoint, task.model, key=checkpoint_key))
 
 
-def _bundled(name: str, checkpoint: Path | str | None) -> Task:
+def _loaded(task: Task, path: Path, checkpoint: Checkpoint) -> Task:
+    return replace(task, checkpoint=path, metadata=checkpoint.metadata, checkpoint_record=checkpoint.record)
+
+
+def _bundled(name: str, checkpoint: Path | str | None, key: str | None) -> Task:
     bundled = BUNDLED[name]
     train_data, test_data = load_digits()
     with torch.random.fork_rng(devices=[]):  # the initialisation that the checkpoint overwrites draws random numbers
         model = bundled.make_model().eval()
     path = bundled.checkpoint if checkpoint is None else Path(checkpoint)
-    metadata = load_checkpoint(path, model)
-    return Task(
+    read = load_checkpoint(path, model, key=None if checkpoint is None else key)
+    task = Task(
         name=name,
         description=bundled.description,
         model=model,
         loss=nn.CrossEntropyLoss(),
         train_data=train_data,
         test_data=test_data,
-        checkpoint=path,
-        metadata=metadata,
     )
+    return _loaded(task, path, read)
 
 
 def _module(place: str) -> ModuleType:

@@ -40,6 +40,8 @@ class Task:
     """Where the parameters were loaded from; None if the function that made the task set them."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint states: split sizes, losses and accuracies, how it was trained. Plain values."""
+    checkpoint_record: Mapping[str, str] | None = None
+    """File name, digest and key of the checkpoint as it was read."""
     prepared: Objective | None = None
     """The objective, where it was given ready-made."""
 
