@@ -2,7 +2,7 @@
 
 Sums over a data set do not depend on the order of its batches, so a loader that shuffles is fine. They do depend on the
 data: every complete pass over a loader is compared with the first by a fingerprint that is blind to order and sees
-everything else (random augmentation, dropped remainders, a stream that runs dry).
+everything else (random augmentation, inputs paired with other targets, dropped remainders, a stream that runs dry).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvature.errors import DataError
 from curvature.evaluation import map_tensors, tensors_in
+from curvature.fingerprints import Fingerprint, fingerprint
 
 __all__ = ["DataSource"]
 
-_FEATURES = 4096  # entries of an example that enter the fingerprint, evenly spread
+_SEEN = Fingerprint((0, 0, 0), 0)  # of what lies in memory
 
 
 class DataSource:
@@ -38,37 +38,49 @@ class DataSource:
         self.in_memory = isinstance(self._data, list)
         self.num_batches: int | None = None
         self.shuffles = False
-        self._marks: list[float] = []
-        self._first_pass: tuple[float, float] | None = None
+        self._order: list[int] = []
+        self._totals: tuple[int, ...] | None = None
+        self._num_passes = 0
 
-    def __iter__(self) -> Iterator[tuple[int, float, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (index, fingerprint, batch); check on completion that the pass gave the data of the first pass.
 
         Raises:
             DataError: if a pass yields nothing, or other data than the first.
         """
-        index, total, size = 0, 0.0, 0.0
+        index = 0
+        totals: tuple[int, ...] = (0, 0, 0)
         for batch in self._pieces():
-            mark, magnitude = (0.0, 0.0) if self.in_memory else _fingerprint(batch)
-            self._note_order(index, mark)
-            total, size = total + mark, size + magnitude
-            yield index, mark, batch
+            mark = _SEEN if self.in_memory else fingerprint(batch)
+            self._note_order(index, mark.order)
+            totals = tuple((a + b) % 2**64 for a, b in zip(totals, mark.examples, strict=True))
+            yield index, mark.examples[0], batch
             index += 1
         if index == 0:
             raise DataError(
                 "the data hold no batch; pass one (inputs, targets) pair, a list of them, or a loader that is not "
                 "empty."
             )
-        if self._first_pass is None:
-            self._first_pass, self.num_batches = (total, size), index
-        first_total, first_size = self._first_pass
-        if abs(total - first_total) > 1e-9 * max(size, first_size):
+        if self._totals is None:
+            self._totals, self.num_batches = totals, index
+        self._num_passes += 1
+        if not any(a == b for a, b in zip(totals, self._totals, strict=True)):
             raise DataError(
-                "the loader gives other data at each pass (random augmentation, drop_last=True with shuffle=True, or "
-                "a stream): the sum "
-                "over the data is then no fixed function. Turn that off, or pass list(loader) to work on one fixed "
-                "draw."
+                "the loader gives other data at each pass (random augmentation, inputs paired with other targets, "
+                "drop_last=True with shuffle=True, a stream, or batches whose content depends on which examples meet "
+                "in them): the sum over the data is then no fixed function. Turn that off, or pass list(loader) to "
+                "work on one fixed draw."
             )
+
+    def confirm(self) -> None:
+        """Walk a loader until two passes were compared: before graphs of one pass stand for all passes.
+
+        Raises:
+            DataError: if they gave other data.
+        """
+        while not self.in_memory and self._num_passes < 2:
+            for _ in self:
+                pass
 
     def _pieces(self) -> Iterator[Any]:
         for batch in self._data:
@@ -77,11 +89,12 @@ class DataSource:
             else:
                 yield from _split(batch, self._micro_batch)
 
-    def _note_order(self, index: int, mark: float) -> None:
-        if self._first_pass is None:
-            self._marks.append(mark)
-        elif index >= len(self._marks) or mark != self._marks[index]:
-            self.shuffles = True
+    def _note_order(self, index: int, order: int) -> None:
+        """Compare with the order seen so far, of passes that were completed or not."""
+        if index < len(self._order):
+            self.shuffles = self.shuffles or order != self._order[index]
+        else:
+            self._order.append(order)
 
 
 def _as_batches(data: Any, paired: bool) -> Iterable[Any]:
@@ -119,18 +132,3 @@ def _split(batch: Any, size: int) -> Iterator[Any]:
             return t[start : start + size] if t.ndim > 0 and t.shape[0] == length else t
 
         yield map_tensors(batch, piece)
-
-
-def _fingerprint(batch: Any) -> tuple[float, float]:
-    """Return a number that sums over examples, and the sum of its terms' magnitudes: blind to order, not to content."""
-    total, magnitude = 0.0, 0.0
-    for place, leaf in enumerate(tensors_in(batch)):
-        rows = leaf.detach().reshape(leaf.shape[0], -1) if leaf.ndim > 0 else leaf.detach().reshape(1, 1)
-        if rows.numel() == 0:
-            continue
-        rows = rows[:, :: max(1, rows.shape[1] // _FEATURES)].to("cpu", torch.float64)
-        direction = torch.cos(1.0 + place + 12.9898 * torch.arange(rows.shape[1], dtype=torch.float64))
-        terms = torch.sin(rows @ direction + place) + rows @ direction
-        total += float(terms.sum())
-        magnitude += float(terms.abs().sum())
-    return total, magnitude

@@ -10,6 +10,7 @@ rounded to TF32 on GPUs.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.batch_objects import attributes_of
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.lean import LeanLayers
 from curvature.losses import LossRule
@@ -269,33 +271,61 @@ def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors of a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        return [t for value in batch.values() for t in tensors_in(value)]
-    if isinstance(batch, (list, tuple)):
-        return [t for value in batch for t in tensors_in(value)]
-    return []
+    """Return the tensors of a nested batch, attributes of objects included, in the order of `map_tensors`."""
+    return list(_tensors_below(batch, {}))
 
 
-def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same structure of tuples, named tuples, lists and mappings with `function` applied to its tensors."""
+def _tensors_below(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_below(part, seen)
+    elif id(value) not in seen:
+        seen[id(value)] = value  # kept alive, for its id is the key
+        for part in attributes_of(value).values():
+            yield from _tensors_below(part, seen)
+
+
+def map_tensors(
+    batch: Any,
+    function: Callable[[Tensor], Tensor],
+    whole: Callable[[Any], Any] | None = None,
+    seen: dict[int, Any] | None = None,
+) -> Any:
+    """Return the same structure of tuples, lists, mappings and objects with `function` applied to its tensors.
+
+    Objects are copied, not changed. `whole` returns what it makes of an object as one, or None.
+    """
     if isinstance(batch, Tensor):
         return function(batch)
+    seen = {} if seen is None else seen
+    as_one = None if whole is None else whole(batch)
+    if as_one is not None:
+        return as_one
     if isinstance(batch, Mapping):
-        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
+        mapped = {key: map_tensors(value, function, whole, seen) for key, value in batch.items()}
         return mapped if type(batch) is dict else type(batch)(mapped)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(value, function) for value in batch)
-    return batch
+        items = (map_tensors(value, function, whole, seen) for value in batch)
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if id(batch) in seen or not tensors_in(batch):
+        return seen.get(id(batch), batch)
+    seen[id(batch)] = changed = copy.copy(batch)
+    for name, value in attributes_of(batch).items():
+        object.__setattr__(changed, name, map_tensors(value, function, whole, seen))  # also of a frozen data class
+    return changed
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
-    """Return the batch on `device`."""
-    return map_tensors(batch, lambda t: t.to(device, non_blocking=True))
+    """Return the batch on `device`; objects with a method `to` are asked to move themselves."""
+    if all(t.device == device for t in tensors_in(batch)):
+        return batch
+    return map_tensors(
+        batch,
+        lambda t: t.to(device, non_blocking=True),
+        lambda part: part.to(device) if callable(getattr(part, "to", None)) else None,
+    )
 
 
 def _leading_size(batch: Any) -> int:

@@ -115,7 +115,7 @@ class Objective:
         self._keep_graphs = keep_graphs
         self._budget = memory_budget
         self._micro_batch = micro_batch
-        self._kept: list[tuple[float, Linearization]] = []
+        self._kept: list[tuple[int, Linearization]] = []
         self._point: tuple[Any, ...] | None = None
         self._total_weight: float | None = None
         self._used: set[int] | None = None
@@ -264,6 +264,7 @@ class Objective:
             self.release()
             self._point = point
         if self._kept and len(self._kept) == self.num_batches:
+            self._data.confirm()
             for _, lin in self._kept:
                 yield lin
                 self._note_used(lin)

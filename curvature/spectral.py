@@ -132,7 +132,7 @@ def _spectra(
     start = time.perf_counter()
     groups = [GroupSums(run, _num_batches(A), num_groups) for run in runs] if num_groups else []
     advance(A, runs, blocks, groups, progress or (lambda _: None))
-    if groups and isinstance(A, ObjectiveOperator) and A.objective.shuffles:
+    if groups and isinstance(A, ObjectiveOperator) and A.objective.shuffles and not A.objective.keeps_all_graphs:
         groups, reason = [], "the loader shuffles, so that its batches cannot be followed (shuffle=False)"
     synchronize(A.device)
     found = []

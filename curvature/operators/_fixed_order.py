@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from curvature.errors import DataError
-from curvature.evaluation import tensors_in
 from curvature.linearize import Linearization
 from curvature.objective import Objective
 
@@ -26,7 +23,9 @@ def check_fixed_order(objective: Objective, why: str) -> None:
         return
     loader = objective._data._data
     shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
-    if shuffled or objective.shuffles or _order(objective) != _order(objective):
+    if not shuffled:
+        objective._data.confirm()
+    if shuffled or objective.shuffles:
         _refuse(why)
 
 
@@ -43,13 +42,3 @@ def _refuse(why: str) -> None:
         f"the loader shuffles and {why}: every pass would be another matrix. Pass a loader with shuffle=False, or "
         "list(loader)."
     )
-
-
-def _order(objective: Objective) -> list[float]:
-    """Return a number for each batch that depends on the order of its examples, unlike the fingerprint of its data."""
-    return [sum(_mark(leaf) for leaf in tensors_in(batch)) for batch in objective.batches()]
-
-
-def _mark(leaf: Tensor) -> float:
-    entries = leaf.detach().reshape(-1).to("cpu", torch.float64)
-    return float(entries @ torch.cos(1.0 + 12.9898 * torch.arange(entries.numel(), dtype=torch.float64)))
