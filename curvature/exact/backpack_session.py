@@ -14,31 +14,24 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import backpack
 import torch
 from backpack.context import CTX
-from backpack.core.derivatives.basederivatives import BaseParameterDerivatives
-from backpack.core.derivatives.batchnorm_nd import BatchNormNdDerivatives
-from backpack.core.derivatives.embedding import EmbeddingDerivatives
 from backpack.custom_module.branching import Parallel, SumModule, _Branch
 from backpack.custom_module.permute import Permute
 from backpack.custom_module.reduce_tuple import ReduceTuple
 from backpack.custom_module.scale_module import ScaleModule
-from backpack.extensions import DiagHessian
-from backpack.extensions.backprop_extension import BackpropExtension
-from backpack.extensions.module_extension import ModuleExtension
-from backpack.extensions.secondorder.diag_hessian.diag_h_base import DiagHBaseModule
 from torch import Tensor, nn
 
 from curvature.evaluation import _seeded
+from curvature.exact.backpack_rules import EXTENSIONS
 from curvature.exact.pull_back import same_outputs
-from curvature.exact.support import Quantity, UnsupportedError, features, layer_refusal, user_hooks
+from curvature.exact.support import Leaves, Quantity, UnsupportedError, features, layer_refusal, user_hooks
 from curvature.precision import tf32_in_use, tf32_off
 
-__all__ = ["BackpackSession", "diag_hessian"]
+__all__ = ["BackpackSession"]
 
 _CURVED_ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.ELU, nn.SELU)
 _CONVERTED = (SumModule, ScaleModule, _Branch, Parallel, Permute, ReduceTuple)
@@ -97,8 +90,7 @@ class BackpackSession:
         self,
         inputs: Any,
         seed: int,
-        extension: BackpropExtension,
-        outlet: ModuleExtension | None,
+        leaves: Leaves,
         gradient: Tensor,
         root: Any,
         *,
@@ -109,18 +101,19 @@ class BackpackSession:
         Args:
             inputs: of the model.
             seed: random state of the batch.
-            extension: BackPACK's.
-            outlet: the rule that hands `root` to the extension, in place of a rule for the loss; None for first order.
+            leaves: what BackPACK is to leave on the parameters.
             gradient: of the loss in the outputs, (N, ...).
-            root: what is propagated back from the outputs.
+            root: what is propagated back from the outputs, in place of a rule for the loss; None for first order.
             expected: outputs of the user's model.
 
         Raises:
             UnsupportedError: if the double computes other outputs.
         """
         node = _Outlet(gradient, root)
+        make, outlet = EXTENSIONS[leaves]
+        extension = make()
         if outlet is not None:
-            extension.set_module_extension(_Outlet, outlet)
+            extension.set_module_extension(_Outlet, outlet())
         _extend(node)
         with self._surroundings():
             outputs = self.outputs(inputs, seed)
@@ -198,31 +191,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-class _LinearMap(DiagHBaseModule):
-    """Rule for the Hessian's diagonal in layers that are linear in inputs and in parameters, which BackPACK lacks."""
-
-    def __init__(self, derivatives: BaseParameterDerivatives, params: list[str]) -> None:
-        for name in params:
-            setattr(self, name, partial(self._squares, name))
-        super().__init__(derivatives, params=params)
-
-    def _squares(self, name: str, _: Any, module: Any, g_inp: Any, g_out: Any, backproped: dict[str, Any]) -> Tensor:
-        total = torch.zeros_like(getattr(module, name))
-        for matrix, sign in zip(backproped["matrices"], backproped["signs"], strict=True):
-            rows = self.derivatives.param_mjp(name, module, g_inp, g_out, matrix, sum_batch=False)
-            total += sign * rows.square().sum((0, 1))
-        return total
-
-
-def diag_hessian() -> DiagHessian:
-    """Return BackPACK's extension with rules for batch normalisation in eval mode and embeddings."""
-    extension = DiagHessian()
-    for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        extension.set_module_extension(norm, _LinearMap(BatchNormNdDerivatives(), ["weight", "bias"]))
-    extension.set_module_extension(nn.Embedding, _LinearMap(EmbeddingDerivatives(), ["weight"]))
-    return extension
 
 
 class _Outlet(nn.modules.loss._Loss):

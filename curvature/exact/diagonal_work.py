@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from backpack.extensions import DiagGGNExact
-from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor
 
 from curvature.cost import gibibytes
 from curvature.errors import InputError
-from curvature.exact.backpack_session import BackpackSession, diag_hessian
+from curvature.exact.backpack_access import open_session
 from curvature.exact.loss_root import LossRoot, loss_root
 from curvature.exact.pull_back import by_columns, by_products, one_by_one, per_example
 from curvature.exact.support import UnsupportedError
 from curvature.linearize import Linearization
 from curvature.memory import available_memory
 from curvature.objective import Objective
+
+if TYPE_CHECKING:
+    from curvature.exact.backpack_session import BackpackSession
 
 __all__ = ["DiagonalKind", "DiagonalWork", "Route"]
 
@@ -78,14 +79,9 @@ class DiagonalWork:
     # -- BackPACK -----------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        space = self.objective.space
         quantity: Literal["diag_hessian", "diag_ggn"] = "diag_hessian" if self.kind == "hessian" else "diag_ggn"
         try:
-            if self.objective._evaluator.forward is not None:
-                raise UnsupportedError("the objective feeds the model through forward=")  # noqa: TRY301
-            if not self.objective.has_split:
-                raise UnsupportedError("the objective has no split between model and loss")  # noqa: TRY301
-            self._session = BackpackSession(self.objective.model, space.tensors, quantity)
+            self._session = open_session(self.objective, quantity)
         except UnsupportedError as error:
             self._refuse(error)
 
@@ -132,8 +128,7 @@ class DiagonalWork:
         found = session.run(
             lin._batch[0][piece],
             self.objective._evaluator.seed + lin.index,
-            DiagGGNExact(),
-            _RootRule(),
+            "diag_ggn",
             zero,
             columns.to(outputs.dtype),
             expected=outputs[piece],
@@ -266,8 +261,7 @@ class DiagonalWork:
             found = session.run(
                 lin._batch[0][piece],
                 self.objective._evaluator.seed + lin.index,
-                diag_hessian(),
-                _SignedRootRule(),
+                "diag_hessian",
                 gradient[piece],
                 signed,
                 expected=outputs[piece],
@@ -341,21 +335,6 @@ class DiagonalWork:
 
     def _zero(self) -> Tensor:
         return torch.zeros(self.objective.num_params, dtype=self.objective.dtype, device=self.objective.device)
-
-
-class _RootRule(ModuleExtension):
-    """Hands the columns (k, N, ...) to BackPACK's Gauss-Newton rules."""
-
-    def backpropagate(self, extension: Any, module: Any, g_inp: Any, g_out: Any, bpQuantities: Any) -> Tensor:  # noqa: ARG002
-        columns: Tensor = module.root
-        return columns
-
-
-class _SignedRootRule(ModuleExtension):
-    """Hands the columns, by sign, to BackPACK's Hessian rules."""
-
-    def backpropagate(self, extension: Any, module: Any, g_inp: Any, g_out: Any, bpQuantities: Any) -> dict[str, Any]:  # noqa: ARG002
-        return {"matrices": [c for c, _ in module.root], "signs": [s for _, s in module.root]}
 
 
 def _is_used(lin: Linearization, tensor: Tensor) -> bool:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from backpack.extensions import KFLR, KFRA
-from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
 from curvature.backward import pull_back
 from curvature.errors import InputError
 from curvature.evaluation import _seeded
-from curvature.exact.backpack_session import BackpackSession
+from curvature.exact.backpack_access import open_session
 from curvature.exact.loss_root import LossRoot, loss_root
 from curvature.exact.pull_back import check_separable
 from curvature.exact.support import UnsupportedError
@@ -24,6 +22,9 @@ from curvature.lean import LeanLayers
 from curvature.linearize import Linearization
 from curvature.objective import Objective
 from curvature.parameters import ROOT
+
+if TYPE_CHECKING:
+    from curvature.exact.backpack_session import BackpackSession
 
 __all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]
 
@@ -85,9 +86,7 @@ class KroneckerWork:
         self._session: BackpackSession | None = None
         if self.route == "backpack":
             try:
-                if objective._evaluator.forward is not None:
-                    raise UnsupportedError("the objective feeds the model through forward=")  # noqa: TRY301
-                self._session = BackpackSession(objective.model, objective.space.tensors, "kron")
+                self._session = open_session(objective, "kron")
             except UnsupportedError as error:
                 raise self._refusal(error) from error
 
@@ -183,13 +182,11 @@ class KroneckerWork:
                 self.num_columns += root.num_columns
             else:
                 handed = torch.stack([c for c, _ in columns])
-            extension = KFRA() if self.kind == "kfra" else KFLR()
             with session.watched(inputs):
                 found = session.run(
                     lin._batch[0],
                     self.objective._evaluator.seed + lin.index,
-                    extension,
-                    _Handed(),
+                    "kfra" if self.kind == "kfra" else "kflr",
                     torch.zeros_like(outputs),
                     handed.to(outputs.dtype),
                     expected=outputs,
@@ -209,14 +206,6 @@ class KroneckerWork:
         first = str(error).strip().split("\n")[0].rstrip(".")
         other = "kind='kflr' or 'kfac' with route='auto'" if self.kind == "kfra" else "route='auto'"
         return InputError(f"BackPACK is not to be used here: {first}. {other} works for any nn.Linear and nn.Conv2d.")
-
-
-class _Handed(ModuleExtension):
-    """Hands what stands for the loss Hessian to BackPACK's Kronecker rules."""
-
-    def backpropagate(self, extension: Any, module: Any, g_inp: Any, g_out: Any, bpQuantities: Any) -> Tensor:  # noqa: ARG002
-        handed: Tensor = module.root
-        return handed
 
 
 def loss_root_of_examples(rule: Any, outputs: Any, targets: Any, kind: str) -> LossRoot:

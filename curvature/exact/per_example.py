@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from backpack.extensions import BatchGrad, BatchL2Grad, SumGradSquared
 from torch import Tensor
 
 from curvature.cost import check_fits
 from curvature.errors import InputError, NonFiniteError
-from curvature.exact.backpack_session import BackpackSession
+from curvature.exact.backpack_access import open_session
 from curvature.exact.diagonal_work import FAILURES
 from curvature.exact.pull_back import by_columns
-from curvature.exact.support import UnsupportedError
+from curvature.exact.support import Leaves, UnsupportedError
 from curvature.linearize import Linearization
 from curvature.memory import available_memory
 from curvature.objective import Objective
@@ -116,9 +115,7 @@ class _Work:
         self.moments = bool(quantities & {"variance", "second_moment"})
         self._checked = False
         try:
-            if objective._evaluator.forward is not None:
-                raise UnsupportedError("the objective feeds the model through forward=")  # noqa: TRY301
-            self.session = BackpackSession(objective.model, objective.space.tensors, "first_order")
+            self.session = open_session(objective, "first_order")
         except UnsupportedError as error:
             raise _refusal(error) from error
         # BackPACK 1.7.1 gets the norms wrong where a convolution has groups; its gradients are right
@@ -145,7 +142,7 @@ class _Work:
                 self._check(lin, own)
             for piece in self._pieces(lin):
                 if self.moments:
-                    found = self._run(lin, SumGradSquared(), piece, own[piece] * per_row[piece].sqrt())
+                    found = self._run(lin, "sum_of_squares", piece, own[piece] * per_row[piece].sqrt())
                     second += self._flat(found, ())
                 if "norms" in self.quantities:
                     self.squared_norms.append(self._squared_norms(lin, piece, own[piece]))
@@ -153,7 +150,7 @@ class _Work:
                     rows = len(own[piece])
                     needed = rows * n * torch.finfo(dtype).bits // 8
                     check_fits(needed, device, f"gradients of {rows} examples", "ask for norms or moments")
-                    self.rows.append(self._flat(self._run(lin, BatchGrad(), piece, own[piece]), (rows,)))
+                    self.rows.append(self._flat(self._run(lin, "gradients", piece, own[piece]), (rows,)))
             if "grad" in self.quantities:
                 self._check_sum(lin, share)
         except FAILURES as error:
@@ -212,20 +209,20 @@ class _Work:
             raise UnsupportedError("dropout forbids to cut the batch, which does not fit into memory_budget")
         return [slice(a, min(a + chunk, len(inputs))) for a in range(0, len(inputs), chunk)]
 
-    def _run(self, lin: Linearization, extension: object, piece: slice, gradient: Tensor) -> dict[str, Tensor | None]:
+    def _run(self, lin: Linearization, leaves: Leaves, piece: slice, gradient: Tensor) -> dict[str, Tensor | None]:
         seed = self.objective._evaluator.seed + lin.index
         expected = lin.outputs_and_targets()[0][piece]
         found: dict[str, Tensor | None] = self.session.run(
-            lin._batch[0][piece], seed, extension, None, gradient.to(expected.dtype), None, expected=expected
+            lin._batch[0][piece], seed, leaves, gradient.to(expected.dtype), None, expected=expected
         )
         return found
 
     def _squared_norms(self, lin: Linearization, piece: slice, gradient: Tensor) -> Tensor:
         dtype = self.objective.dtype
         if self.norms_from_rows:
-            rows = self._flat(self._run(lin, BatchGrad(), piece, gradient), (len(gradient),))
+            rows = self._flat(self._run(lin, "gradients", piece, gradient), (len(gradient),))
             return rows.square().sum(1)
-        parts = [p for p in self._run(lin, BatchL2Grad(), piece, gradient).values() if p is not None]
+        parts = [p for p in self._run(lin, "squared_norms", piece, gradient).values() if p is not None]
         return torch.stack(parts).sum(0).to(dtype) if parts else gradient.new_zeros(len(gradient), dtype=dtype)
 
     def _flat(self, found: dict[str, Tensor | None], lead: tuple[int, ...]) -> Tensor:
@@ -245,7 +242,7 @@ class _Work:
         two = torch.zeros_like(own)
         two[picked] = own[picked]
         whole = slice(0, len(own))
-        found = self._flat(self._run(lin, SumGradSquared(), whole, two), ())
+        found = self._flat(self._run(lin, "sum_of_squares", whole, two), ())
         expected = by_columns(self.objective, lin, iter([(two[None], 1.0)]), picked)
         if not bool(torch.isfinite(expected).all()):
             raise NonFiniteError("per-example gradients are not finite: squares overflow; use a wider dtype.")

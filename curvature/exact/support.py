@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "Quantity", "UnsupportedError", "layer_refusal", "user_hooks"]
+__all__ = ["LAYERS", "Leaves", "Quantity", "UnsupportedError", "layer_refusal", "user_hooks"]
 
 Quantity = Literal["diag_ggn", "diag_hessian", "kron", "kfra", "first_order"]
+Leaves = Literal["diag_ggn", "diag_hessian", "kflr", "kfra", "gradients", "squared_norms", "sum_of_squares"]
+"""What a pass of BackPACK leaves on the parameters."""
 
 
 class UnsupportedError(Exception):

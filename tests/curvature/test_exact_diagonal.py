@@ -17,6 +17,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.exact import backpack_session as session_module
 from curvature.exact import diagonal_work as diagonal_module
 from curvature.exact import exact_diagonal
+from curvature.exact.backpack_rules import RootRule, SignedRootRule
 from tests.cases import CASES, Case
 from tests.checks import assert_close, assert_untouched, relative_error
 from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES, Layer, Loss, cut, ggn, hessian, targets
@@ -428,8 +429,8 @@ def test_model_is_left_as_it_was(kind: Any, error: Any, monkeypatch: pytest.Monk
         def fail(*_: Any) -> None:
             raise error
 
-        rule = {"ggn": "_RootRule", "hessian": "_SignedRootRule"}[kind]
-        monkeypatch.setattr(getattr(diagonal_module, rule), "backpropagate", fail)
+        rule = {"ggn": RootRule, "hessian": SignedRootRule}[kind]
+        monkeypatch.setattr(rule, "backpropagate", fail)
     with assert_untouched(model):
         if error is KeyboardInterrupt:
             with pytest.raises(KeyboardInterrupt):
