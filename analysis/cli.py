@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from analysis.entry import open_closed_streams
 from analysis.options import (
     AsJson,
     Checkpoint,
@@ -35,6 +36,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 
 def main() -> None:
     """Run the command line."""
+    open_closed_streams()
     try:
         app(prog_name="curvature")
     except KeyboardInterrupt:  # before or after the command's own handler
