@@ -45,6 +45,7 @@ def top_eigenpairs(
     basis_device: torch.device | str | None = None,
     basis_dtype: torch.dtype | None = None,
     certify: bool = False,
+    confidence: float | None = 0.99,
     generator: torch.Generator,
     callback: Callable[[int, str], None] | None = None,
 ) -> EigenPairs:
@@ -69,7 +70,8 @@ def top_eigenpairs(
         max_matvecs: most products to spend.
         basis_device: where the basis is held, "cpu" for one that does not fit beside the model.
         basis_dtype: what it is held in, e.g. torch.bfloat16; see `eigsh`.
-        certify: multiply the pairs once more at the end and report residuals that were computed.
+        certify: multiply every pair once more at the end and report residuals that were computed.
+        confidence: probability with which no eigenvalue may be missed; None to do without. See `eigsh`.
         generator: for the start, on A's device.
         callback: called after each product with the products so far and a word on progress.
 
@@ -95,7 +97,13 @@ def top_eigenpairs(
     chosen, why = _choose(A, n, k, solver, preconditioner, v0)
     if chosen == "dense":
         return replace(_dense(A, k, which, rtol), method=f"all entries: {why}")
-    common: dict[str, Any] = {"rtol": rtol, "atol": atol, "certify": certify, "generator": generator}
+    common: dict[str, Any] = {
+        "rtol": rtol,
+        "atol": atol,
+        "certify": certify,
+        "confidence": confidence,
+        "generator": generator,
+    }
     if chosen == "lobpcg":
         pairs = lobpcg(
             A,
@@ -234,6 +242,7 @@ def _dense(A: MatrixLike, k: int, which: Which, rtol: float) -> EigenPairs:
         num_matvecs=0 if isinstance(A, Tensor) else n,
         status=Status.CONVERGED,
         rtol=rtol,
+        miss_probability=0.0,
     )
 
 

@@ -6,6 +6,7 @@ All are frozen dataclasses of detached tensors. Spectra are stored in descending
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -61,6 +62,10 @@ class Status(Enum):
         "damping or precondition"
     )
     MAX_STEPS = "step limit reached before the error fell below the tolerance; raise num_steps or loosen rtol"
+    UNCERTIFIED = (
+        "every residual is below the tolerance, but that no eigenvalue was missed could not be shown with the "
+        "confidence asked for; raise max_matvecs or num_basis, or pass confidence=None to do without"
+    )
     STOPPED = "the stopping rule that was passed ended the iteration"
     BOUNDARY = "the model's minimiser lies on the boundary of the trust region"
     NEGATIVE_CURVATURE = (
@@ -130,6 +135,10 @@ class EigenPairs(_Record):
     """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
     method: str = ""
     """Which solver ran and why, where the choice was left to `top_eigenpairs`."""
+    miss_probability: float = math.nan
+    """Bound on the probability, over a random direction, that an eigenvalue was missed that belongs among these and
+    differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.
+    """
 
     def raise_if_failed(self) -> EigenPairs:
         """Return self if every pair converged, else raise `NotConvergedError` that carries self."""

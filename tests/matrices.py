@@ -82,6 +82,50 @@ def twenty_spectra(n: int) -> dict[str, Tensor]:
     }
 
 
+def hard_matrices(n: int) -> dict[str, Tensor]:
+    """Matrices on which Krylov methods lose copies or members of clusters, beside those of the other two lists."""
+    i = torch.arange(n, dtype=F64)
+    ones, half, side = torch.ones(n - 1, dtype=F64), n // 2, int(n**0.5)
+
+    def tridiagonal(diagonal: Tensor, off: Tensor) -> Tensor:
+        return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
+
+    laplacian = tridiagonal(torch.full((n,), 2.0, dtype=F64), -ones)
+    small, eye = laplacian[:side, :side], torch.eye(side, dtype=F64)
+    hypercube = torch.zeros(64, 64, dtype=F64)
+    for a in range(64):
+        for bit in range(6):
+            hypercube[a, a ^ (1 << bit)] = 1
+    arrow = torch.diag(i)
+    arrow[0, 1:] = arrow[1:, 0] = 1
+    middle = torch.linspace(1, 2, half, dtype=F64)
+    kinds = twenty_spectra(n)
+    return {
+        **{name: with_spectrum(values) for name, values in spectra(n).items()},
+        **{f"{name}, again": with_spectrum(kinds[name], 1) for name in ("tenfold", "cluster", "two clusters")},
+        "two narrow clusters": with_spectrum(torch.cat([1 + 1e-6 * i[:half], 2 + 1e-6 * i[: n - half]])),
+        "two eigenvalues": with_spectrum(torch.where(i < half, 1.0, 2.0)),
+        "signs": with_spectrum(torch.where(i < half, 1.0, -1.0)),
+        "nearly signs": with_spectrum(torch.where(i < half, 1.0, -1.0) + 1e-7 * torch.sin(i)),
+        "sinc": torch.sinc((i[:, None] - i) / 2) / 2,
+        "Wilkinson": tridiagonal((i - (n - 1) / 2).abs(), ones),
+        "Hilbert": 1 / (i[:, None] + i + 1),
+        "Laplacian": laplacian,
+        "Laplacian of a square": torch.kron(small, eye) + torch.kron(eye, small),
+        "graded": with_spectrum(10.0 ** (-16 * i / (n - 1))),
+        "rank 5": with_spectrum((5 - i).clamp_min(0)),
+        "rank 5, equal": with_spectrum((i < 5).to(F64)),
+        "half null": with_spectrum(torch.where(i < half, 1 + i / n, 0)),
+        "four copies": torch.kron(
+            torch.eye(4, dtype=F64), with_spectrum(torch.linspace(-1, 1, n // 4, dtype=F64))
+        ),
+        "hypercube": hypercube,
+        "identity and rank one": torch.eye(n, dtype=F64) + 1 / n,
+        "arrow": arrow,
+        "null block": torch.block_diag(with_spectrum(middle), torch.zeros(n - half, n - half, dtype=F64)),
+    }
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -25,6 +25,7 @@ __all__ = ["KrylovSpace"]
 
 _TINY = 1e-37  # keeps a start of zero zero
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
+_MORE, _SMALL = 16, 1 << 25  # rows to add at a time where the buffer holds no more than so many numbers
 _COLUMNS = 1 << 18  # coordinates that a restart treats at a time
 
 
@@ -53,7 +54,7 @@ class KrylovSpace:
         self.D = torch.zeros(self.num_known, 0, dtype=torch.float64)
         self.num_matvecs = 0
         self.norm = 0.0
-        self.dropped = 0.0
+        self._injected = False
 
     def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
         """Return one buffer, so that nothing is copied as the basis grows, with U in its first rows."""
@@ -77,8 +78,8 @@ class KrylovSpace:
         return self.n - self.num_known
 
     def rounding(self) -> float:
-        """Residual norms below this are rounding, or were dropped as such."""
-        return max(rounding_level(self.A) * self.norm, self.dropped)
+        """Residual norms below this are rounding."""
+        return rounding_level(self.A) * self.norm
 
     def noise(self) -> float:
         """Residual norms that products with an invariant space may leave, no less than rounding."""
@@ -93,9 +94,9 @@ class KrylovSpace:
         X = X.to(self.rows.device, self.dtype)
         N, R, _ = self._orthonormalise(X / torch.linalg.vector_norm(X, dim=1, keepdim=True).clamp_min(_TINY), 0)
         self._set_directions(N, _used(R.cpu()))
-        if self.num_directions == 0:
-            self._randomise(len(X))
         self.C = torch.zeros(self.num_directions, 0, dtype=torch.float64)
+        if self.num_directions == 0:
+            self.inject(len(X))
 
     def step(self, width: int, aim: Tensor | None = None) -> None:
         """Move up to `width` directions from P to V, by products with them; random ones if there are none.
@@ -107,9 +108,8 @@ class KrylovSpace:
 
     def propose(self, width: int, aim: Tensor | None = None) -> Tensor:
         """Return the directions that a step multiplies, (n, at most width), so that somebody else can."""
-        if self.count > 0 and self.exhausted():
-            self.dropped = max(self.dropped, float(torch.linalg.vector_norm(self.C)))
-            self._randomise(width)
+        if self.count > 0 and not self._injected and self.exhausted():
+            self.inject(width)
         elif aim is not None and self.count > 0 and self.num_directions > width:
             self._sort_directions(aim)
         return self._wide(self.P[:width]).T
@@ -117,7 +117,9 @@ class KrylovSpace:
     def absorb(self, AX: Tensor) -> None:
         """Move the proposed directions X from P to V, given A X."""
         width = AX.shape[1]
+        self._injected = False
         old, new, rest = self.count, self.count + width, self.num_directions - width
+        self._reserve(self.first + new + rest + width)
         self.num_matvecs += width
         coupled = self.C[:width].any(dim=0).nonzero()
         recent = int(coupled[0]) if len(coupled) else old
@@ -144,11 +146,21 @@ class KrylovSpace:
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, ascending, their coefficients in V, and their residual norms outside U."""
         theta, S = torch.linalg.eigh(self.T)
+        self._note_norm(theta)
         return theta, S, torch.linalg.vector_norm(self.C @ S, dim=0)
+
+    def _note_norm(self, theta: Tensor) -> None:
+        if len(theta):
+            self.norm = max(self.norm, float(theta.abs().max()))
 
     def coupling(self, S: Tensor) -> Tensor:
         """Return what U, if it is not quite invariant, adds to the residuals of V S."""
         return torch.linalg.vector_norm(self.D @ self._weights(S), dim=0)
+
+    def image(self, S: Tensor) -> Tensor:
+        """Return A V S, (n, k), for coefficients S of `ritz`, as the recurrence knows it."""
+        parts = torch.cat([self.D, self.T, self.C]).to(self.rows) @ S.to(self.rows)
+        return (self.rows[: len(parts)].T @ parts).to(self.A.device)
 
     def restart(self, S: Tensor) -> None:
         """Keep V S only, S with orthonormal columns."""
@@ -175,27 +187,24 @@ class KrylovSpace:
             "num_known": self.num_known,
             "num_matvecs": self.num_matvecs,
             "norm": self.norm,
-            "dropped": self.dropped,
+            "injected": self._injected,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned for a space of these measures."""
         rows = state["rows"]
-        if (
-            (rows.shape[1], rows.dtype) != (self.n, self.rows.dtype)
-            or state["num_known"] != self.num_known
-            or len(rows) > len(self.rows)
-        ):
+        if (rows.shape[1], rows.dtype) != (self.n, self.rows.dtype) or state["num_known"] != self.num_known:
             raise InputError(
                 f"the state holds {tuple(rows.shape)} directions of {rows.dtype}, {state['num_known']} of them "
-                f"deflated; here there is room for {tuple(self.rows.shape)} of {self.rows.dtype}, {self.num_known} "
-                "deflated: make the solver with the arguments of the one that was saved."
+                f"deflated; here they have {self.n} entries of {self.rows.dtype}, {self.num_known} deflated: make the "
+                "solver with the arguments of the one that was saved."
             )
+        self._reserve(len(rows))
         self.rows[: len(rows)] = rows.to(self.rows)
         self.T, self.C, self.D = (state[name].clone() for name in "TCD")
         self.count, self.num_directions = len(self.T), len(self.C)
-        self.num_matvecs, self.norm, self.dropped = state["num_matvecs"], state["norm"], state["dropped"]
+        self.num_matvecs, self.norm, self._injected = state["num_matvecs"], state["norm"], state["injected"]
         self.generator.set_state(state["generator"])
 
     def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:
@@ -212,26 +221,51 @@ class KrylovSpace:
         self._set_directions(U.T.to(self.rows.device, self.dtype) @ self._wide(self.P), list(range(U.shape[1])))
         self.C = U.T @ self.C
 
-    def _randomise(self, width: int) -> None:
+    def inject(self, width: int = 1) -> None:
+        """Put uniform random directions of the complement of U and V first in P; nothing that P carries is dropped."""
+        self._clear()
+        old = self.num_directions
+        self._reserve(self.first + self.count + old + width)
         X = torch.randn(width, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-        N, R, _ = self._orthonormalise(X.to(self.rows.device), self.count)
-        self._set_directions(N, _used(R.cpu()))
-        self.C = torch.zeros(self.num_directions, self.count, dtype=torch.float64)
+        N, R, H = self._orthonormalise(X.to(self.rows.device), self.count + old)
+        R, new = R.double().cpu(), _used(R.cpu())
+        parts = torch.cat([H.double().cpu()[self.num_known + self.count :], R[new]])
+        Q, _ = torch.linalg.qr(parts, mode="complete")
+        Q = Q[:, : old + len(new)]
+        P = torch.cat([self._wide(self.P), N[new]])
+        self._set_directions(Q.T.to(P) @ P, list(range(len(P))))
+        self.C = Q.T @ torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
+        self._injected = True
+
+    def _clear(self) -> None:
+        """Drop the directions that carry nothing but rounding."""
+        if self.num_directions:
+            self._sort_directions(torch.eye(self.count, dtype=torch.float64))
 
     def widen(self, width: int) -> None:
         """Add random directions until P has `width` rows; A V has no part in them, so that nothing else changes."""
         missing = width - self.num_directions
         if missing <= 0:
             return
-        used = self.first + self.count + self.num_directions
-        rows = self.rows.new_empty(len(self.rows) + missing, self.n)
-        rows[:used] = self.rows[:used]
-        self.rows = rows
+        self._reserve(self.first + self.count + self.num_directions + missing)
         X = torch.randn(missing, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-        N, R, _ = self._orthonormalise(X.to(rows.device), self.count + self.num_directions)
+        N, R, _ = self._orthonormalise(X.to(self.rows.device), self.count + self.num_directions)
         new = _used(R.cpu())
         self._set_directions(N, new, after=self.num_directions)
         self.C = torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
+
+    def newest(self) -> tuple[float, float]:
+        """Return v'Av of the newest direction in V, and the norm of what A v leaves outside U and V."""
+        return float(self.T[-1, -1]), float(torch.linalg.vector_norm(self.C[:, -1]))
+
+    def _reserve(self, num_rows: int) -> None:
+        """Make room for so many rows in all."""
+        if num_rows <= len(self.rows):
+            return
+        used = self.first + self.count + self.num_directions
+        rows = self.rows.new_empty(num_rows + (_MORE if num_rows * self.n <= _SMALL else 0), self.n)
+        rows[:used] = self.rows[:used]
+        self.rows = rows
 
     def _stored(self, X: Tensor) -> Tensor:
         """Return rows as the buffer holds them."""

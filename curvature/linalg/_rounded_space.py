@@ -55,6 +55,7 @@ class RoundedSpace(KrylovSpace):
         self.scale = 2.0 ** min(exponent, 15)
         self.G = torch.eye(measures["known"].shape[1], dtype=torch.float64)
         self.action = math.inf
+        self.dropped = 0.0
         super().__init__(A, **measures)
 
     def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
@@ -72,9 +73,20 @@ class RoundedSpace(KrylovSpace):
         d = _ROOT_MEAN_SQUARE * torch.finfo(self.basis_dtype).eps
         return d * torch.hypot(values, values.new_tensor(min(self.action, self.norm)))
 
+    def rounding(self) -> float:
+        return max(super().rounding(), self.dropped)
+
     def noise(self) -> float:
         # more would see exhausted spaces more surely, and cost accuracy of eigenvalues that are small beside |A|
         return max(super().noise(), 0.5 * torch.finfo(self.basis_dtype).eps * self.norm)
+
+    def _clear(self) -> None:
+        """Drop what the rounding of the rows makes of an invariant space; the residuals of a result are computed."""
+        if self.num_directions and self.exhausted():
+            self.dropped = max(self.dropped, float(torch.linalg.vector_norm(self.C)))
+            self.num_directions, self.C = 0, self.C[:0]
+            self._measure(self.count)
+        super()._clear()
 
     def absorb(self, AX: Tensor) -> None:
         old = self.count
@@ -86,6 +98,7 @@ class RoundedSpace(KrylovSpace):
         weights = self._weights(torch.eye(self.count, dtype=torch.float64))
         T = weights.T @ self.T @ weights
         theta, S = torch.linalg.eigh((T + T.T) / 2)
+        self._note_norm(theta)
         return theta, S, torch.linalg.vector_norm(self.C @ weights @ S, dim=0)
 
     def restart(self, S: Tensor) -> None:
@@ -113,12 +126,17 @@ class RoundedSpace(KrylovSpace):
             [(weights @ self._wide(part)).to(self.A.device) for part in self.V.split(self.columns, 1)], 1
         ).T
 
+    def newest(self) -> tuple[float, float]:
+        place = self.num_known + self.count - 1
+        squared, (alpha, beta) = float(self.G[place, place]), super().newest()
+        return alpha / squared, beta / squared**0.5
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "G": self.G, "action": self.action}
+        return {**super().state_dict(), "G": self.G, "action": self.action, "dropped": self.dropped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.G, self.action = state["G"].clone(), state["action"]
+        self.G, self.action, self.dropped = state["G"].clone(), state["action"], state["dropped"]
 
     def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:
         super()._set_directions(N, use, after=after)

@@ -9,6 +9,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linop import MatrixLike
 
 __all__ = [
+    "check_confidence",
     "check_count",
     "check_finite",
     "check_generator",
@@ -74,6 +75,12 @@ def check_tolerances(rtol: float, atol: float) -> None:
     """Refuse tolerances that nothing can meet."""
     if not rtol > 0 or not atol >= 0:
         raise InputError(f"rtol must be positive and atol not negative, got {rtol} and {atol}.")
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Refuse a confidence that is no probability."""
+    if confidence is not None and not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1, or be None, got {confidence}.")
 
 
 def check_start(A: MatrixLike, v0: Tensor | None, width: int, generator: torch.Generator) -> Tensor:

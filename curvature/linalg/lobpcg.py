@@ -11,6 +11,7 @@ and efficient implementation of LOBPCG.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.linalg._completeness import Bound, grow_chain
 from curvature.linalg._orthonormal import orthonormalise
 from curvature.linalg._validate import (
+    check_confidence,
     check_count,
     check_finite,
     check_generator,
@@ -34,6 +37,8 @@ from curvature.results import EigenPairs, Status
 
 __all__ = ["lobpcg"]
 
+_CHAIN = 20  # products that a chain may take in any case; beyond, no more than the iteration took
+
 
 def lobpcg(
     A: MatrixLike,
@@ -47,15 +52,18 @@ def lobpcg(
     generator: torch.Generator,
     preconditioner: MatrixLike | None = None,
     certify: bool = False,
+    confidence: float | None = 0.99,
     callback: Callable[[int, str], None] | None = None,
 ) -> EigenPairs:
     """Return k eigenpairs of a symmetric matrix, with residuals |A u - lambda u| <= max(rtol |lambda|, atol).
 
-    A start close to eigenvectors that have since been overtaken converges to those: where that can happen, ask for one
-    pair more, from v0 with a random column appended.
+    A start close to eigenvectors that have since been overtaken converges to those. When all pairs have converged, a
+    Lanczos chain from a random direction outside them therefore looks for what was missed, as in `eigsh`; what it finds
+    joins the iteration.
 
-    Cost: a product for each start vector, then for each pair that has not converged in every step. Memory: 6 vectors a
-    column of v0, and their images while they are combined.
+    Cost: a product for each start vector, then for each pair that has not converged in every step, then some 5 to 15
+    for the chain, at most 20 or as many as were spent. Where that does not do, as at the low end of ill-conditioned
+    matrices, for which the chain has no preconditioner, the status is UNCERTIFIED. Memory: 6 vectors a column of v0, and their images while they are combined; those of the chain.
 
     Args:
         A: symmetric, (n, n).
@@ -69,6 +77,7 @@ def lobpcg(
         generator: for the start and for directions that replace dependent ones; on A's device.
         preconditioner: symmetric positive definite (n, n), near the inverse of |A - lambda I|. Default: none.
         certify: multiply the pairs once more at the end, k products, and report residuals that were computed.
+        confidence: probability with which no eigenvalue may be missed, as in `eigsh`; None to do without the chain.
         callback: called after each step with the products so far and a word on progress.
 
     Returns:
@@ -82,7 +91,7 @@ def lobpcg(
         >>> A = torch.diag(torch.arange(100.0))
         >>> g = torch.Generator().manual_seed(0)
         >>> old = lobpcg(A, 2, generator=g)
-        >>> new = lobpcg(A + 0.1 * torch.eye(100), 2, generator=g, v0=old.eigenvectors)
+        >>> new = lobpcg(A + 0.1 * torch.eye(100), 2, generator=g, v0=old.eigenvectors, confidence=None)
         >>> new.status.name, new.num_matvecs
         ('CONVERGED', 2)
     """
@@ -90,6 +99,7 @@ def lobpcg(
     check_generator(A, generator)
     check_count("k", k, 1, n)
     check_tolerances(rtol, atol)
+    check_confidence(confidence)
     if which not in ("LA", "SA"):
         raise InputError(f"which must be one of LA, SA, got {which!r}; for the others take eigsh.")
     if preconditioner is not None and tuple(preconditioner.shape) != (n, n):
@@ -102,6 +112,7 @@ def lobpcg(
             f"max_matvecs must be at least {X.shape[1] + reserved}, to multiply the start once, got {max_matvecs}."
         )
     iteration = _Iteration(A, X, 1.0 if which == "SA" else -1.0, generator)
+    search = _Search(iteration, k, confidence)
     while True:
         tolerance = (rtol * iteration.theta.abs()).clamp_min(max(atol, iteration.rounding()))
         R, norms = iteration.residuals()
@@ -109,12 +120,57 @@ def lobpcg(
         num_open = int(is_open[:k].sum())
         if callback is not None:
             callback(iteration.num_matvecs, f"{k - num_open} of {k} eigenpairs")
-        places = is_open.nonzero()[:, 0][: limit - iteration.num_matvecs]
+        left = limit - iteration.num_matvecs
+        if num_open == 0 and not iteration.stuck and left > 0 and search.found_more(float(tolerance[k - 1]), left):
+            continue
+        places = is_open.nonzero()[:, 0][:left]
         if num_open == 0 or len(places) == 0 or iteration.stuck:
             break
         W = R[:, places.to(R.device)]
         iteration.step(W if preconditioner is None else (preconditioner @ W.to(preconditioner.dtype)).to(W))
-    return _result(iteration, k, rtol, tolerance[:k], norms[:k], certify)
+    return _result(iteration, k, rtol, tolerance[:k], norms[:k], certify, search)
+
+
+class _Search:
+    """Whether pairs were missed, by one chain after the other until one finds nothing."""
+
+    def __init__(self, iteration: _Iteration, k: int, confidence: float | None) -> None:
+        self.iteration, self.k, self.confidence = iteration, k, confidence
+        self.num_chains, self.miss_probability = 0, math.nan if confidence is None else 1.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was shown that nothing was missed; or nobody asked."""
+        return self.confidence is None or self.miss_probability <= 1 - self.confidence
+
+    def found_more(self, tolerance: float, max_steps: int) -> bool:
+        """Look for values beyond the k-th; take what is found into the iteration."""
+        iteration = self.iteration
+        if self.confidence is None:
+            return False
+        if iteration.width == iteration.A.shape[0]:
+            self.miss_probability = 0.0
+            return False
+        self.num_chains += 1
+        allowed = (1 - self.confidence) / (self.num_chains * (self.num_chains + 1))
+        sign = iteration.sign
+        bound = Bound(-sign, sign * (float(iteration.theta[self.k - 1]) - tolerance))
+        chain, rival = grow_chain(
+            iteration.A,
+            iteration.X,
+            (bound,),
+            norm=iteration.norm,
+            allowed=allowed,
+            max_steps=min(max_steps, max(_CHAIN, iteration.num_matvecs)),
+            generator=iteration.generator,
+        )
+        iteration.num_matvecs += len(chain.alphas)
+        spent = sum((1 - self.confidence) / (i * (i + 1)) for i in range(1, self.num_chains))
+        self.miss_probability = min(1.0, spent + chain.miss_probability()) if not rival.shape[1] else 1.0
+        if rival.shape[1] and len(chain.alphas) < max_steps:
+            iteration.step(rival)
+            return True
+        return False
 
 
 class _Iteration:
@@ -160,7 +216,9 @@ class _Iteration:
         self.X, self.AX, self.P, self.AP = S @ C, AS @ C, S @ D, AS @ D
 
 
-def _result(iteration: _Iteration, k: int, rtol: float, tolerance: Tensor, norms: Tensor, certify: bool) -> EigenPairs:
+def _result(
+    iteration: _Iteration, k: int, rtol: float, tolerance: Tensor, norms: Tensor, certify: bool, search: _Search
+) -> EigenPairs:
     A, X, values = iteration.A, iteration.X[:, :k], iteration.theta[:k]
     status = Status.STAGNATED if iteration.stuck else Status.MAX_MATVECS
     status = Status.CONVERGED if bool((norms <= tolerance).all()) else status
@@ -171,6 +229,8 @@ def _result(iteration: _Iteration, k: int, rtol: float, tolerance: Tensor, norms
     converged = norms <= tolerance
     if status is Status.CONVERGED and not bool(converged.all()):
         status = Status.STAGNATED
+    elif status is Status.CONVERGED and not search.passed:
+        status = Status.UNCERTIFIED
     values = iteration.sign * values
     order = values.argsort(descending=True)
     return EigenPairs(
@@ -181,4 +241,5 @@ def _result(iteration: _Iteration, k: int, rtol: float, tolerance: Tensor, norms
         num_matvecs=iteration.num_matvecs + (k if certify else 0),
         status=status,
         rtol=rtol,
+        miss_probability=search.miss_probability,
     )

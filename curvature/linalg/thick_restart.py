@@ -1,8 +1,9 @@
 """Thick-restart Lanczos as an object: to be run for a while, saved, and run on.
 
 Every step multiplies a few residual directions and looks at the Ritz pairs; when the basis is full, the best Ritz
-vectors are kept and the rest dropped. When the basis spans an invariant space, a random direction orthogonal to it is
-tried, so that repeated eigenvalues are found as often as they are there.
+vectors are kept and the rest dropped. When the wanted pairs have converged, a chain of steps from a random direction
+orthogonal to the basis bounds the probability that an eigenvalue was missed (`_completeness`); what it finds joins the
+basis, so that repeated and clustered eigenvalues come as often as they are there.
 
 Reference: Wu and Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems; Stewart (2001), A
 Krylov-Schur algorithm for large eigenproblems. Differs from ARPACK in that convergence is looked at after every
@@ -11,6 +12,7 @@ product, start blocks may have any width, and residuals are those of the pairs r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._krylov_space import KrylovSpace
 from curvature.linalg._orthonormal import orthonormalise
 from curvature.linalg._rounded_space import RoundedSpace, check_basis_dtype
 from curvature.linalg._validate import (
+    check_confidence,
     check_count,
     check_finite,
     check_generator,
@@ -38,9 +42,12 @@ __all__ = ["ThickRestartLanczos", "Which"]
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
-_STATE = ("before", "since", "tried", "least", "fell")
+_STATE = ("least", "fell", "spent", "num_chains", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
-_CHANCE = 2  # steps after which a random direction does no longer lie far from a wanted eigenspace by chance
+_CHAIN = 8  # steps of a chain, as a rule
+_SPARE = 4  # vectors beyond the basis that a chain may take however large they are, ...
+_SPARE_BYTES = 1 << 28  # ... and the bytes that the basis may grow to for it
+_AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
 
 class ThickRestartLanczos:
@@ -77,6 +84,7 @@ class ThickRestartLanczos:
         basis_device: torch.device | str | None = None,
         basis_dtype: torch.dtype | None = None,
         certify: bool = False,
+        confidence: float | None = 0.99,
         callback: Callable[[int, str], None] | None = None,
     ) -> None:
         n = check_square(A)
@@ -85,17 +93,19 @@ class ThickRestartLanczos:
         known = _known_directions(A, deflate)
         check_count("block_size", block_size, 1, n)
         check_tolerances(rtol, atol)
+        check_confidence(confidence)
         start = check_start(A, v0, block_size, generator)
         start_size = start.shape[1]
         least = max(k + block_size + 1, start_size)
         _check(n - known.shape[1], k, which, num_basis, least)
         self.A, self.k, self.which = A, k, which
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
-        self.certify, self.callback = certify or basis_dtype != working_dtype(A), callback
+        self.certify, self.confidence = certify or basis_dtype != working_dtype(A), confidence
+        self.callback = callback
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
         measures: dict[str, Any] = {
-            "size": self.size,
+            "size": self.size + _SPARE,
             "num_directions": start_size,
             "known": known,
             "generator": generator,
@@ -107,9 +117,12 @@ class ThickRestartLanczos:
             else RoundedSpace(A, basis_dtype=basis_dtype, **measures)
         )
         self.space.start(start.T)
-        self._before: Tensor | None = None  # wanted eigenvalues when a random direction was last tried, ...
-        self._since = 0  # ... the products spent when these were new, ...
-        self._tried = 0  # ... and those spent when it was tried
+        row = n * torch.empty(0, dtype=basis_dtype).element_size()
+        self._room = max(self.size + start_size + _SPARE, min(n, _SPARE_BYTES // row))
+        self._chain: Chain | None = None
+        self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
+        self._spent = 0.0  # of the failure probability, in chains that found something
+        self._num_chains = 0
         self._least = torch.inf  # largest residual in units of its goal, where rounding of the basis is near, ...
         self._fell = 0  # ... and the products spent when it last fell
 
@@ -127,12 +140,12 @@ class ThickRestartLanczos:
                 f"max_matvecs must be at least {certificate + 1}{' with certify=True' * self.certify}, got {limit}."
             )
         look = self._look()
-        while not self._converged(look) and not self._stagnated(look) and (width := self._width(limit - certificate)):
+        while not self._finished(look) and (width := self._width(look, limit - certificate)):
             self._advance(look, width)
             look = self._look()
             if self.callback is not None:
                 self.callback(self.space.num_matvecs, f"{int(look.done.sum())} of {self.k} eigenpairs")
-        return self._result(look)
+        return self._result(look, limit)
 
     def widen(self, block_size: int) -> None:
         """Go on with blocks of so many columns, where more columns turned out to be cheap; nothing done is lost.
@@ -147,7 +160,7 @@ class ThickRestartLanczos:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
         own = {name: getattr(self, f"_{name}") for name in _STATE}
-        return {**self.space.state_dict(), **own}
+        return {**self.space.state_dict(), **own, "chain": None if self._chain is None else self._chain.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a solver that was made with the same arguments.
@@ -158,11 +171,19 @@ class ThickRestartLanczos:
         self.space.load_state_dict(state)
         for name in _STATE:
             setattr(self, f"_{name}", state[name])
+        self._chain = None if state["chain"] is None else Chain.from_state(state["chain"])
 
     def _look(self) -> _Look:
         theta, S, residuals = self.space.ritz()
         places = _wanted(theta, self.k, self.which)
-        return _Look(theta, S, residuals, places, residuals[places] <= self._goal(theta[places]))
+        done = residuals[places] <= self._goal(theta[places])
+        look = _Look(theta, S, theta[places], S[:, places], residuals[places], done)
+        if self._chain is None or self._all_done(look) or self._chain.has_rival(theta):
+            return look
+        # the chain came across values within the tolerance of the last wanted one: the pairs that are done stay
+        values, coefficients, norms = self._held
+        coefficients = torch.nn.functional.pad(coefficients, (0, 0, 0, len(theta) - len(coefficients)))
+        return _Look(theta, S, values, coefficients, norms, torch.ones(self.k, dtype=torch.bool))
 
     def _tolerance(self, values: Tensor) -> Tensor:
         return self._asked(values, self.space.rounding())
@@ -180,92 +201,171 @@ class ThickRestartLanczos:
 
     def _stagnated(self, look: _Look) -> bool:
         """Whether residuals have come near the noise of a rounded basis and no longer fall."""
-        if not isinstance(self.space, RoundedSpace) or len(look.places) < self.k or bool(look.done.all()):
+        if not isinstance(self.space, RoundedSpace) or len(look.values) < self.k or bool(look.done.all()):
             return False
-        ratio = float((look.residuals[look.places] / self._goal(look.theta[look.places])).max())
+        ratio = float((look.residuals / self._goal(look.values)).max())
         if ratio > _NEAR or ratio < 0.9 * self._least:
             self._least, self._fell = min(ratio, self._least), self.space.num_matvecs
         return self.space.num_matvecs - self._fell >= 2 * self.size
 
-    def _converged(self, look: _Look) -> bool:
-        space = self.space
-        if len(look.places) < self.k or not bool(look.done.all()):
-            return False
-        if space.count == space.dimension:
+    def _finished(self, look: _Look) -> bool:
+        if not self._all_done(look):
+            return self._stagnated(look)
+        return self._certified(look) or not self._has_room()
+
+    def _all_done(self, look: _Look) -> bool:
+        return len(look.values) == self.k and bool(look.done.all())
+
+    def _certified(self, look: _Look) -> bool:
+        """Whether the chain that runs has shown that nothing was missed; or nobody asked."""
+        if self.confidence is None or self.space.count == self.space.dimension:
             return True
-        if self._before is None:
-            return not space.exhausted()
-        if not space.exhausted():
-            patience = space.num_matvecs - self._since >= self.size  # for noise, in which nothing gets known well
-            return patience or (space.num_matvecs - self._tried > _CHANCE and self._no_rival(look))
-        return not self._moved(look)
+        chain = self._chain
+        return chain is not None and not chain.has_rival(look.theta) and chain.miss_probability() <= self._allowed()
 
-    def _moved(self, look: _Look) -> bool:
-        """Whether the wanted eigenvalues are others than when a random direction was last tried."""
-        before, now = self._before, look.theta[look.places]
-        return before is None or len(before) < self.k or bool((before - now).abs().max() > 10 * self.space.rounding())
+    def _allowed(self) -> float:
+        """Return the share of the failure probability that the present chain may take; the shares of all sum to 1."""
+        assert self.confidence is not None
+        return (1 - self.confidence) / (self._num_chains * (self._num_chains + 1))
 
-    def _no_rival(self, look: _Look) -> bool:
-        """Whether what grows from a random direction is known well enough to have no better pair."""
-        outside = torch.ones(len(look.theta), dtype=torch.bool)
-        outside[look.places] = False
-        unknown = (outside & (look.residuals > self.space.noise())).nonzero()[:, 0]
-        rivals = unknown[_wanted(look.theta[unknown], 2 if self.which == "BE" else 1, self.which)]
-        theta = look.theta[rivals]
-        gap = (theta[:, None] - look.theta[look.places]).abs().amin(dim=1)
-        return bool((look.residuals[rivals] <= torch.maximum(self._tolerance(theta), 0.1 * gap)).all())
+    def _has_room(self) -> bool:
+        """Whether the next step of the chain fits into memory."""
+        space = self.space
+        return self._chain is None or space.count + space.num_directions + 1 <= self._room
 
-    def _width(self, limit: int) -> int:
+    def _width(self, look: _Look, limit: int) -> int:
         """Return how many products come next; none if the limit or the whole space is reached."""
         space = self.space
         left, room = limit - space.num_matvecs, space.dimension - space.count
         if space.count == 0:
             return min(self.start_size, left, room)  # the whole start block at once
-        width = min(self.block_size, room)
+        width = min(1 if self._all_done(look) else self.block_size, room)
         return width if width <= left else 0  # no part of a block, so that a longer run takes the same steps
 
     def _advance(self, look: _Look, width: int) -> None:
-        space, aim = self.space, look.S[:, look.places[~look.done]]
+        if self._all_done(look):
+            self._extend_chain(look)
+            return
+        if self._chain is not None:
+            self._spent += self._allowed()
+            self._chain = None
+        space, aim = self.space, look.coefficients[:, ~look.done]
         if space.count + width > self.size:
-            kept = _num_kept(self.k, int(look.done.sum()), self.size, width)
-            basis = look.S[:, _wanted(look.theta, kept, self.which)]
-            space.restart(basis)
-            aim = basis.T @ aim
-        if space.count > 0 and space.exhausted():
-            self._since = space.num_matvecs if self._moved(look) else self._since
-            self._before, self._tried = look.theta[look.places], space.num_matvecs
+            aim = self._restart(look, _num_kept(self.k, int(look.done.sum()), self.size, width)).T @ aim
         space.step(width, aim)
 
-    def _result(self, look: _Look) -> EigenPairs:
-        space, places = self.space, look.places.flip(0)
-        values, S = look.theta[places], look.S[:, places]
+    def _restart(self, look: _Look, kept: int) -> Tensor:
+        """Keep the best Ritz vectors; return their coefficients."""
+        basis = look.S[:, _wanted(look.theta, kept, self.which)]
+        self.space.restart(basis)
+        return basis
+
+    def _extend_chain(self, look: _Look) -> None:
+        """Take the next step of the chain; the first one of another if there is none, or it found something."""
+        space = self.space
+        if self._chain is not None and self._chain.has_rival(look.theta):
+            self._spent += self._allowed()
+            self._chain = None
+        if self._chain is None:
+            kept = self._room - space.num_directions - _CHAIN - 1
+            if space.count > kept:
+                self._restart(look, max(self.k, kept))
+                look = self._look()
+                if not self._all_done(look):  # by the rounding of a narrow basis
+                    return
+            self._num_chains += 1
+            bounds = self._bounds(look)
+            beyond = sum(bound.beyond(look.theta) for bound in bounds)
+            self._chain = Chain(bounds, space.dimension - space.count, beyond)
+            self._held = look.values, look.coefficients, look.residuals
+            space.inject()
+            space.step(1)
+        else:
+            newest = torch.zeros(space.count, 1, dtype=torch.float64)
+            newest[-1] = 1
+            space.step(1, newest)
+        self._chain.add(*space.newest(), space.noise())
+
+    def _bounds(self, look: _Look) -> tuple[Bound, ...]:
+        """Return the ends beyond which no eigenvalue may be missed: the last wanted ones and their tolerance."""
+        theta = look.values
+        slack = self._tolerance(theta).clamp_min(self.space.noise())
+        if self.which == "LA":
+            return (Bound(1.0, float(theta[0] + slack[0])),)
+        if self.which == "SA":
+            return (Bound(-1.0, float(theta[-1] - slack[-1])),)
+        if self.which == "LM":
+            last = int(theta.abs().argmin())
+            magnitude = float(theta[last].abs() + slack[last])
+            return Bound(1.0, magnitude), Bound(-1.0, -magnitude)
+        low, high = self.k // 2 - 1, self.k // 2
+        return Bound(1.0, float(theta[high] + slack[high])), Bound(-1.0, float(theta[low] - slack[low]))
+
+    def _result(self, look: _Look, limit: int) -> EigenPairs:
+        space = self.space
+        values, S = look.values.flip(0), look.coefficients.flip(1)
         U = space.vectors(S)
-        norms = torch.hypot(look.residuals[places], space.coupling(S)).clamp_min(space.rounding())
+        norms = torch.hypot(look.residuals.flip(0), space.coupling(S)).clamp_min(space.rounding())
         tolerance, inexact = self._tolerance(values), space.num_known > 0
+        done, num_checks, confirmed = self._all_done(look), 0, self.confidence is None
         if isinstance(space, RoundedSpace):
             values, U, R = self._refined(U)
-            norms = torch.linalg.vector_norm(R, dim=0).double().cpu()
+            norms, num_checks, confirmed = torch.linalg.vector_norm(R, dim=0).double().cpu(), len(values), True
             tolerance = self._asked(values, rounding_level(self.A) * space.norm)
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
             inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
-        elif self.certify:
-            R = self._product(U) - U * values.to(U)
-            norms = torch.linalg.vector_norm(R, dim=0).double().cpu()
+        elif self.certify or (done and self.confidence is not None):
+            norms, num_checks, confirmed = self._computed(values, U, S, norms, tolerance, limit)
         converged = norms <= tolerance
-        status = Status.CONVERGED
-        if not self._converged(look) and not self._stagnated(look):
+        certified = done and self._certified(look) and confirmed
+        if not done and not self._stagnated(look):
             status = Status.MAX_MATVECS
         elif not bool(converged.all()):
             status = Status.DEFLATION_INEXACT if inexact else Status.STAGNATED
+        else:
+            status = Status.CONVERGED if certified else Status.UNCERTIFIED
         return EigenPairs(
             eigenvalues=values.to(U),
             eigenvectors=U,
             residual_norms=norms.to(U),
             converged=converged.to(self.A.device),
-            num_matvecs=space.num_matvecs + (len(values) if self.certify else 0),
+            num_matvecs=space.num_matvecs + num_checks,
             status=status,
             rtol=self.rtol,
+            miss_probability=self._miss_probability(look),
         )
+
+    def _miss_probability(self, look: _Look) -> float:
+        if self.confidence is None:
+            return math.nan
+        if not self._all_done(look):
+            return 1.0
+        if self.space.count == self.space.dimension:
+            return 0.0
+        if self._chain is None or self._chain.has_rival(look.theta):
+            return 1.0
+        return min(1.0, self._spent + self._chain.miss_probability())
+
+    def _computed(
+        self, values: Tensor, U: Tensor, S: Tensor, inferred: Tensor, tolerance: Tensor, limit: int
+    ) -> tuple[Tensor, int, bool]:
+        """Return residual norms, how many products were spent on them, and whether these confirm them.
+
+        With z random signs, A U z by a product and by the recurrence differ by what the recurrence is wrong. Where that
+        is not small beside the tolerance every pair is multiplied.
+        """
+        k, left = len(values), limit - self.space.num_matvecs
+        if not self.certify:
+            if left < 1:
+                return inferred, 0, False
+            z = torch.randint(0, 2, (k, 1), generator=torch.Generator().manual_seed(k), dtype=torch.float64) * 2 - 1
+            gap = float(torch.linalg.vector_norm(self._product(U @ z.to(U)) - self.space.image(S @ z)))
+            if gap <= max(_AGREE * float(tolerance.min()), self.space.rounding() * k**0.5):
+                return inferred, 1, True
+            if left < 1 + k:
+                return inferred, 1, False
+        R = self._product(U) - U * values.to(U)
+        return torch.linalg.vector_norm(R, dim=0).double().cpu(), k + int(not self.certify), True
 
     def _refined(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values, vectors and residuals of the span of U, columns of a rounded basis, by products with it."""
@@ -288,8 +388,9 @@ class _Look(NamedTuple):
 
     theta: Tensor  # (m,), Ritz values, ascending
     S: Tensor  # (m, m), their coefficients in the basis
-    residuals: Tensor  # (m,)
-    places: Tensor  # (at most k,), the wanted among them, ascending
+    values: Tensor  # (at most k,), the wanted among them, ascending
+    coefficients: Tensor  # (m, at most k)
+    residuals: Tensor  # of the same length
     done: Tensor  # of the same length: whether the residual is below its tolerance
 
 

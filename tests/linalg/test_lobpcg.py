@@ -55,9 +55,14 @@ def test_a_preconditioner_makes_the_low_end_cheap() -> None:
     laplacian = 2 * torch.eye(n, dtype=F64) - torch.diag(torch.ones(n - 1, dtype=F64), 1)
     laplacian = laplacian - torch.diag(torch.ones(n - 1, dtype=F64), -1)
     inverse = torch.linalg.inv(laplacian + 1e-5 * torch.eye(n, dtype=F64))
-    plain = lobpcg(laplacian, 3, which="SA", rtol=1e-4, generator=generator(), max_matvecs=2000)
-    helped = lobpcg(laplacian, 3, which="SA", rtol=1e-4, generator=generator(), preconditioner=inverse)
+    settings = {"which": "SA", "rtol": 1e-4, "confidence": None, "max_matvecs": 2000}
+    plain = lobpcg(laplacian, 3, generator=generator(), **settings)  # type: ignore[arg-type]
+    helped = lobpcg(laplacian, 3, generator=generator(), preconditioner=inverse, **settings)  # type: ignore[arg-type]
     assert helped.status is Status.CONVERGED
+    sought = lobpcg(laplacian, 3, generator=generator(), preconditioner=inverse, **{**settings, "confidence": 0.99})  # type: ignore[arg-type]
+    assert sought.status is Status.UNCERTIFIED  # the chain has no preconditioner and stops at what the iteration cost
+    assert sought.num_matvecs <= 2 * helped.num_matvecs + 3
+    assert sought.miss_probability > 0.01
     assert helped.num_matvecs < 0.1 * plain.num_matvecs
     torch.testing.assert_close(helped.eigenvalues, wanted(laplacian, 3, "SA"), rtol=1e-4, atol=0)
 
@@ -70,7 +75,7 @@ def test_tracking_the_top_eigenvalue_takes_a_few_products_a_step(solver: object)
     for t in torch.linspace(0, 1, 101, dtype=F64):
         V = torch.matrix_exp(t * (skew - skew.T)) @ Q  # the eigenvectors turn, the eigenvalues grow
         A = (V * ((1 + t) * eigenvalues)) @ V.T
-        pair = solver(A, 1, rtol=0.05, generator=generator(), v0=vector)  # type: ignore[operator]
+        pair = solver(A, 1, rtol=0.05, generator=generator(), v0=vector, confidence=None)  # type: ignore[operator]
         # a residual of 5 % is an eigenvalue to 0.5 %: |residual|^2 / gap
         exact = wanted(A, 1, "LA")
         assert abs(pair.eigenvalues - exact) < 0.01 * exact
@@ -82,7 +87,9 @@ def test_tracking_the_top_eigenvalue_takes_a_few_products_a_step(solver: object)
 def test_one_pair_more_notices_what_has_overtaken() -> None:
     A = torch.diag(torch.cat([torch.tensor([3.0, 2.0], dtype=F64), torch.linspace(0, 1, N - 2, dtype=F64)]))
     old = torch.eye(N, dtype=F64)[:, 1:2]  # the second eigenvector
-    assert lobpcg(A, 1, generator=generator(), v0=old).eigenvalues == 2.0
+    assert lobpcg(A, 1, generator=generator(), v0=old, confidence=None).eigenvalues == 2.0
+    sought = lobpcg(A, 1, generator=generator(), v0=old)
+    torch.testing.assert_close(sought.eigenvalues, torch.tensor([3.0], dtype=F64), rtol=1e-5, atol=0)
     start = torch.cat([old, torch.randn(N, 1, generator=generator(), dtype=F64)], dim=1)
     pairs = lobpcg(A, 2, generator=generator(), v0=start)
     torch.testing.assert_close(pairs.eigenvalues, torch.tensor([3.0, 2.0], dtype=F64), rtol=1e-5, atol=0)
