@@ -96,8 +96,10 @@ class InspectionPlan:
 
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
-        of_layers = sum(self.layer.num_matvecs(block.num_params) for block in self.layer_blocks(objective))
-        whole = self.whole.num_matvecs(objective.num_params)
+        sizes = [block.num_params for block in self.layer_blocks(objective)]
+        of_layers = sum(self.layer.num_matvecs(n) + self.layer.num_search(n) for n in sizes)
+        n = objective.num_params
+        whole = self.whole.num_matvecs(n) + self.whole.num_search(n)
         return whole + self.coupling_matvecs(objective) + self.diagonal_matvecs(objective), of_layers
 
     def coupling_matvecs(self, objective: Objective) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from curvature.cost import check_fits, current_memory, peak_memory, timed
 from curvature.errors import InputError
-from curvature.linalg._validate import check_square, working_dtype
+from curvature.linalg._validate import check_confidence, check_square, working_dtype
 from curvature.linop import MatrixLike
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -27,6 +27,7 @@ Quantity = Literal[
 PATIENCE = 4
 """Eigenpairs that have not converged after the planned products are given so many times as much again."""
 _EXACT_IS_WORTH = 1.5
+_SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
 _CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
@@ -54,6 +55,9 @@ class SpectrumPlan:
     """Block steps at least: what is narrower than the spectrum over their number is not resolved."""
     num_deflated: int = 10
     """Largest pairs that are taken exactly, as far as they converge, whether asked for or not: less variance."""
+    confidence: float | None = 0.99
+    """Probability with which no eigenvalue beyond the pairs may be missed, as in `curvature.linalg.eigsh`; None to do
+    without the products that show it."""
     num_groups: int = 16
     """Groups of batches for the error over the data, at most; 0 for none."""
     least_groups: int = 4
@@ -69,6 +73,7 @@ class SpectrumPlan:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if not 0 < self.rtol <= 0.1:
             raise InputError(f"rtol must lie in (0, 0.1], got {self.rtol}.")
+        check_confidence(self.confidence)
         if not 0 <= self.fraction <= 1:
             raise InputError(f"fraction must lie in [0, 1], got {self.fraction}.")
 
@@ -91,6 +96,11 @@ class SpectrumPlan:
         """Return the products with a matrix of size n."""
         planned = min(self.num_probes, n) * self.num_steps_for(n)
         return n if n <= _EXACT_IS_WORTH * planned else planned
+
+    def num_search(self, n: int) -> int:
+        """Return about how many products it takes to show that no eigenpair of a matrix of size n was missed."""
+        needless = self.confidence is None or self.k + self.num_bottom == 0 or self.all_entries(n)
+        return 0 if needless else _SEARCH
 
     def all_entries(self, n: int) -> bool:
         """Return whether a matrix of size n is computed entry by entry."""
@@ -197,7 +207,7 @@ def plan(
     X = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device)
     _ = A @ X
     _, seconds = timed(lambda: A @ X, A.device)
-    spent = made.num_matvecs(n)
+    spent = made.num_matvecs(n) + made.num_search(n)
     return PlannedCost(
         plan=made,
         quantities=tuple(quantities),

@@ -116,9 +116,7 @@ def hard_matrices(n: int) -> dict[str, Tensor]:
         "rank 5": with_spectrum((5 - i).clamp_min(0)),
         "rank 5, equal": with_spectrum((i < 5).to(F64)),
         "half null": with_spectrum(torch.where(i < half, 1 + i / n, 0)),
-        "four copies": torch.kron(
-            torch.eye(4, dtype=F64), with_spectrum(torch.linspace(-1, 1, n // 4, dtype=F64))
-        ),
+        "four copies": torch.kron(torch.eye(4, dtype=F64), with_spectrum(torch.linspace(-1, 1, n // 4, dtype=F64))),
         "hypercube": hypercube,
         "identity and rank one": torch.eye(n, dtype=F64) + 1 / n,
         "arrow": arrow,

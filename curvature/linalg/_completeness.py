@@ -19,8 +19,9 @@ a part of it is empirical (no miss in 770 runs on clustered and repeated spectra
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from torch import Tensor
 from curvature.linalg._orthonormal import orthonormalise
 from curvature.linalg._validate import check_finite, rounding_level, working_dtype
 from curvature.linop import MatrixLike
+from curvature.results import EigenPairs, Status
 
-__all__ = ["Bound", "Chain", "grow_chain"]
+__all__ = ["Bound", "Chain", "grow_chain", "judge", "look_outside"]
 
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 
@@ -86,27 +88,33 @@ class Chain:
         place = int(excess.argmax())
         return Y[:, place] if float(excess[place]) > 0 else None
 
+    def has_beyond(self, bound: Bound) -> bool:
+        """Whether a Ritz value of the chain lies beyond the bound."""
+        return bound.beyond(torch.linalg.eigvalsh(self._tridiagonal())) > 0
+
     def _tridiagonal(self) -> Tensor:
         off = torch.tensor(self.betas[:-1], dtype=torch.float64)
         diagonal = torch.tensor(self.alphas, dtype=torch.float64)
         return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
 
     def miss_probability(self) -> float:
-        """Return the bound on the probability that an eigenvalue beyond the bounds was missed."""
-        if not self.alphas:
-            return 1.0
-        if self.ended:
-            return 0.0
+        """Return the bound on the probability that an eigenvalue beyond any of the bounds was missed."""
+        return min(1.0, sum(self.miss_probabilities()))
+
+    def miss_probabilities(self) -> tuple[float, ...]:
+        """Return the same for each of the bounds."""
+        if self.ended or not self.alphas:
+            return (0.0 if self.ended else 1.0,) * len(self.bounds)
         mu = torch.linalg.eigvalsh(self._tridiagonal())
-        scale = sum(math.log(beta) for beta in self.betas)
-        total = 0.0
-        for bound in self.bounds:
-            distance = bound.sign * (bound.value - mu)
-            if not bool((distance > 0).all()):
-                return 1.0
-            growth = float(distance.log().sum()) - scale
-            total += math.exp(min(0.0, 0.5 * math.log(2 * self.dimension / math.pi) - growth))
-        return min(1.0, total)
+        share = 0.5 * math.log(2 * self.dimension / math.pi) + sum(math.log(beta) for beta in self.betas)
+        return tuple(self._share_missed(bound, mu, share) for bound in self.bounds)
+
+    @staticmethod
+    def _share_missed(bound: Bound, mu: Tensor, share: float) -> float:
+        distance = bound.sign * (bound.value - mu)
+        if not bool((distance > 0).all()):
+            return 1.0
+        return math.exp(min(0.0, share - float(distance.log().sum())))
 
 
 def grow_chain(
@@ -128,14 +136,14 @@ def grow_chain(
     noise = max(rounding_level(A), _NOISE) * norm
     chain = Chain(bounds, n - V.shape[1], 0)
     W = torch.randn(1, n, generator=generator, dtype=dtype, device=A.device).T
-    W = orthonormalise(W, V)
+    W = orthonormalise(W.to(V), V).to(A.device)
     while W.shape[1] and len(chain.alphas) < max_steps and not chain.ended and chain.miss_probability() > allowed:
         w = W[:, -1:]
         z = check_finite(A @ w.to(A.dtype), len(chain.alphas) + 1).to(dtype)
         alpha = float((w * z).sum())
-        basis = torch.cat([V, W], dim=1)
         for _ in range(2):
-            z = z - basis @ (basis.T @ z)
+            for basis in (V, W):
+                z = z - (basis @ (basis.T @ z.to(basis))).to(z)
         beta = float(torch.linalg.vector_norm(z))
         chain.add(alpha, beta, noise)
         found = chain.rival()
@@ -143,3 +151,59 @@ def grow_chain(
             return chain, W @ found[:, None].to(W)
         W = W if chain.ended else torch.cat([W, z / beta], dim=1)
     return chain, W[:, :0]
+
+
+def judge(pairs: EigenPairs, miss_probability: float, allowed: float) -> EigenPairs:
+    """Return the pairs with their miss probability, UNCERTIFIED if it is too large; NaN stands for not asked."""
+    unsure = pairs.status.ok and miss_probability > allowed
+    status = Status.UNCERTIFIED if unsure else pairs.status
+    return replace(pairs, miss_probability=miss_probability, status=status)
+
+
+class Searched(NamedTuple):
+    """Pairs after a look outside the space that they came from, and the products it took."""
+
+    ends: tuple[EigenPairs, ...]
+    num_matvecs: int
+
+
+def look_outside(
+    A: MatrixLike,
+    V: Tensor,
+    ends: Sequence[tuple[EigenPairs, float, Tensor]],
+    *,
+    norm: float,
+    allowed: float,
+    max_steps: int,
+    generator: torch.Generator,
+) -> Searched:
+    """Look outside V (n, m) for eigenvalues that belong among pairs from either end of the spectrum.
+
+    Each end is its pairs, the sign of the side on which nothing may be missed, and the tolerances of its values. They
+    come back with their miss probability, if they have converged. An end that lost one comes back with the direction
+    found among its vectors and nothing converged, to be computed again from there.
+    """
+    bounds: list[Bound | None] = []
+    for pairs, sign, tolerances in ends:
+        if len(pairs.eigenvalues) and bool(pairs.converged.all()):
+            last = -1 if sign > 0 else 0
+            slack = tolerances.flip(0)[last]  # tolerances ascend with the Ritz values, eigenvalues descend
+            bounds.append(Bound(sign, float(pairs.eigenvalues[last]) + sign * float(slack)))
+        else:
+            bounds.append(None)
+    given = tuple(bound for bound in bounds if bound is not None)
+    if not given:
+        return Searched(tuple(pairs for pairs, _, _ in ends), 0)
+    chain, rival = grow_chain(A, V, given, norm=norm, allowed=allowed, max_steps=max_steps, generator=generator)
+    found = [chain.has_beyond(bound) for bound in given]
+    probabilities = dict(zip(given, chain.miss_probabilities(), strict=True))
+    judged = []
+    for (pairs, _, _), bound in zip(ends, bounds, strict=True):
+        if bound is None:
+            judged.append(pairs)
+        elif rival.shape[1] and found[given.index(bound)]:
+            vectors = torch.cat([pairs.eigenvectors, rival.to(pairs.eigenvectors)], dim=1)
+            judged.append(replace(pairs, eigenvectors=vectors, converged=torch.zeros_like(pairs.converged)))
+        else:
+            judged.append(judge(pairs, probabilities[bound], allowed))
+    return Searched(tuple(judged), len(chain.alphas))

@@ -63,7 +63,8 @@ def lobpcg(
 
     Cost: a product for each start vector, then for each pair that has not converged in every step, then some 5 to 15
     for the chain, at most 20 or as many as were spent. Where that does not do, as at the low end of ill-conditioned
-    matrices, for which the chain has no preconditioner, the status is UNCERTIFIED. Memory: 6 vectors a column of v0, and their images while they are combined; those of the chain.
+    matrices, for which the chain has no preconditioner, the status is UNCERTIFIED. Memory: 6 vectors a column of v0,
+    and their images while they are combined; those of the chain.
 
     Args:
         A: symmetric, (n, n).

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._krylov_space import KrylovSpace
 from curvature.linalg._orthonormal import orthonormalise
+from curvature.linalg._ritz_selection import Which, check_problem, known_directions, num_kept, wanted
 from curvature.linalg._rounded_space import RoundedSpace, check_basis_dtype
 from curvature.linalg._validate import (
     check_confidence,
@@ -39,8 +40,6 @@ from curvature.linop import MatrixLike
 from curvature.results import EigenPairs, Status
 
 __all__ = ["ThickRestartLanczos", "Which"]
-
-Which = Literal["LA", "SA", "LM", "BE"]
 
 _STATE = ("least", "fell", "spent", "num_chains", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
@@ -90,14 +89,14 @@ class ThickRestartLanczos:
         n = check_square(A)
         basis_dtype = check_basis_dtype(A, basis_dtype)
         check_generator(A, generator)
-        known = _known_directions(A, deflate)
+        known = known_directions(A, deflate)
         check_count("block_size", block_size, 1, n)
         check_tolerances(rtol, atol)
         check_confidence(confidence)
         start = check_start(A, v0, block_size, generator)
         start_size = start.shape[1]
         least = max(k + block_size + 1, start_size)
-        _check(n - known.shape[1], k, which, num_basis, least)
+        check_problem(n - known.shape[1], k, which, num_basis, least)
         self.A, self.k, self.which = A, k, which
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
         self.certify, self.confidence = certify or basis_dtype != working_dtype(A), confidence
@@ -175,7 +174,7 @@ class ThickRestartLanczos:
 
     def _look(self) -> _Look:
         theta, S, residuals = self.space.ritz()
-        places = _wanted(theta, self.k, self.which)
+        places = wanted(theta, self.k, self.which)
         done = residuals[places] <= self._goal(theta[places])
         look = _Look(theta, S, theta[places], S[:, places], residuals[places], done)
         if self._chain is None or self._all_done(look) or self._chain.has_rival(theta):
@@ -251,12 +250,12 @@ class ThickRestartLanczos:
             self._chain = None
         space, aim = self.space, look.coefficients[:, ~look.done]
         if space.count + width > self.size:
-            aim = self._restart(look, _num_kept(self.k, int(look.done.sum()), self.size, width)).T @ aim
+            aim = self._restart(look, num_kept(self.k, int(look.done.sum()), self.size, width)).T @ aim
         space.step(width, aim)
 
     def _restart(self, look: _Look, kept: int) -> Tensor:
         """Keep the best Ritz vectors; return their coefficients."""
-        basis = look.S[:, _wanted(look.theta, kept, self.which)]
+        basis = look.S[:, wanted(look.theta, kept, self.which)]
         self.space.restart(basis)
         return basis
 
@@ -392,60 +391,3 @@ class _Look(NamedTuple):
     coefficients: Tensor  # (m, at most k)
     residuals: Tensor  # of the same length
     done: Tensor  # of the same length: whether the residual is below its tolerance
-
-
-def _wanted(theta: Tensor, k: int, which: Which) -> Tensor:
-    """Return the places of the k wanted among ascending Ritz values, ascending."""
-    m = len(theta)
-    k = min(k, m)
-    if which == "LA":
-        return torch.arange(m - k, m)
-    if which == "SA":
-        return torch.arange(k)
-    if which == "LM":
-        return theta.abs().argsort(descending=True)[:k].sort().values
-    return torch.cat([torch.arange(k // 2), torch.arange(m - (k - k // 2), m)])
-
-
-def _num_kept(k: int, num_done: int, size: int, width: int) -> int:
-    """Return how many Ritz vectors survive a restart: the more of them converged, the more of the next ones.
-
-    ARPACK's rule with a larger share at the end, which saved 2 % of the products over 20 spectra.
-    """
-    room = size - k
-    kept = size // 2 if k == 1 else k + min(num_done + room // 10, int(0.7 * room))
-    return max(1, min(kept, size - width))
-
-
-def _known_directions(A: MatrixLike, deflate: EigenPairs | Tensor | None) -> Tensor:
-    """Return the directions to keep out, (n, p), orthonormal."""
-    n = A.shape[0]
-    if deflate is None:
-        return torch.zeros(n, 0, dtype=working_dtype(A), device=A.device)
-    U = deflate.eigenvectors[:, deflate.converged] if isinstance(deflate, EigenPairs) else deflate
-    if U.ndim != 2 or U.shape[0] != n or U.shape[1] >= n:
-        raise InputError(f"deflate must hold fewer than {n} columns of length {n}, got shape {tuple(U.shape)}.")
-    U = U.to(A.device, working_dtype(A))
-    eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-    if not bool(((U.T @ U - eye).abs() <= torch.finfo(U.dtype).eps ** 0.5).all()):
-        raise InputError("deflate must hold orthonormal columns; make them so with torch.linalg.qr(U)[0].")
-    return torch.linalg.qr(U)[0]
-
-
-def _check(
-    n: int,
-    k: int,
-    which: str,
-    num_basis: int | None,
-    least: int,
-) -> None:
-    check_count("k", k, 1, n)
-    if which not in get_args(Which):
-        raise InputError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}.")
-    if which == "BE" and k < 2:
-        raise InputError("which='BE' asks for pairs of both ends: k must be at least 2, got 1.")
-    if num_basis is not None and num_basis < min(n, least):
-        raise InputError(
-            f"num_basis must be at least {least}, more than k + block_size and no less than v0 has columns, got "
-            f"{num_basis}."
-        )

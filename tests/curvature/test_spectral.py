@@ -322,11 +322,23 @@ def test_a_plan_is_as_large_as_its_dearest_quantity_and_holds() -> None:
     assert dear.num_matvecs == plan(A, ["density", "top"], k=6).num_matvecs
     for planned in (cheap, dear):
         spent = spectrum(A, planned.plan, generator=generator()).num_matvecs
-        assert planned.num_matvecs <= spent <= 1.5 * planned.num_matvecs
+        assert 0.9 * planned.num_matvecs <= spent <= 1.5 * planned.num_matvecs
         assert planned.seconds == pytest.approx(planned.num_matvecs * planned.seconds_per_matvec)
         assert planned.peak_bytes > 8 * 1000 * planned.num_matvecs
     at = objective()
     assert plan(at, ["trace"]).num_matvecs <= at.num_params
+
+
+def test_copies_that_the_probes_cannot_see_are_looked_for() -> None:
+    """Four probes see four copies of an eigenvalue; the others lie outside their Krylov space."""
+    above = torch.tensor([2.0] * 9 + [1.5, 1.2, 0.9, 0.7], dtype=F64)
+    A = with_spectrum(torch.cat([above, torch.linspace(0, 0.1, 587, dtype=F64)]))
+    settings = {"k": 6, "num_bottom": 0, "num_steps": 9}
+    alone = spectrum(A, SpectrumPlan(confidence=None, **settings), generator=generator()).top  # type: ignore[arg-type]
+    found = spectrum(A, SpectrumPlan(**settings), generator=generator()).top  # type: ignore[arg-type]
+    assert float(alone.eigenvalues[-1]) < 1.6
+    torch.testing.assert_close(found.eigenvalues, torch.full((6,), 2.0, dtype=F64), rtol=1e-5, atol=0)
+    assert found.miss_probability <= 0.01
 
 
 @pytest.mark.parametrize(
