@@ -7,12 +7,9 @@ random states of torch, NumPy and Python and of the loader of its data, buffers,
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
 
 from analysis.gradient_noise import gradient_noise
@@ -23,6 +20,7 @@ from analysis.training_record import TrainingReading, TrainingRecord
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.per_example import gradient_moments
+from curvature.random_states import RandomStates, generators_of
 
 __all__ = ["TrainingMonitor", "untouched"]
 
@@ -148,15 +146,13 @@ def untouched(objective: Objective, *, evaluation_mode: bool = True) -> Iterator
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
-    generators = [(g, g.get_state()) for g in _generators(objective._settings["data"])]
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - the global state is what loops use
     devices = [objective.device] if objective.device.type == "cuda" else []
+    states = RandomStates(devices, generators_of(objective._settings["data"]))
     try:
-        with torch.random.fork_rng(devices=devices):
-            if evaluation_mode:
-                for module, _ in modes:
-                    module.training = False
-            yield
+        if evaluation_mode:
+            for module, _ in modes:
+                module.training = False
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -168,15 +164,4 @@ def untouched(objective: Objective, *, evaluation_mode: bool = True) -> Iterator
                 p.grad = gradient
                 if gradient is not None and values is not None and not torch.equal(gradient, values):
                     gradient.copy_(values)
-        for generator, state in generators:
-            generator.set_state(state)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        random.setstate(of_python)
-
-
-def _generators(data: Any) -> list[torch.Generator]:
-    """Return the generators that walking the data would advance."""
-    holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in holders]
-    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
-    return list(unique.values())
+        states.restore()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.evaluation import BufferCopies
+from curvature.random_states import RandomStates
 from curvature.results import _Record
 
 __all__ = ["GradientPenalty", "Kind", "Mode", "PenalisedStep"]
@@ -149,14 +150,13 @@ class _Work:
         self.params = [p for group in settings.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.losses: list[float] = []
         self.spent = 0
-        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._states: dict[int, RandomStates] = {}
 
     def loss(self, k: int) -> Tensor:
         """Return closure k's loss; from the second call on under the random state of the first, leaving no trace."""
         first = k not in self._states
         if first:
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-            self._states[k] = (torch.get_rng_state(), cuda)
+            self._states[k] = self._random_states()
         with contextlib.nullcontext() if first else self._repeated(k):
             value = self.closures[k]()
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -169,12 +169,16 @@ class _Work:
     def _repeated(self, k: int) -> Iterator[None]:
         model = self.settings.model
         copies = contextlib.nullcontext() if model is None else BufferCopies(model).installed()
-        devices = list(range(torch.cuda.device_count())) if self._states[k][1] else []
-        with torch.random.fork_rng(devices=devices), copies:
-            torch.set_rng_state(self._states[k][0])
-            if devices:
-                torch.cuda.set_rng_state_all(self._states[k][1])
-            yield
+        present = self._random_states()
+        try:
+            self._states[k].restore()
+            with copies:
+                yield
+        finally:
+            present.restore()
+
+    def _random_states(self) -> RandomStates:
+        return RandomStates(sorted({p.device.index for p in self.params if p.is_cuda}))
 
     def gradient(self, k: int, *, create_graph: bool = False) -> Grads:
         self.spent += 1

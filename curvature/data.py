@@ -15,6 +15,7 @@ from torch import Tensor
 from curvature.errors import DataError
 from curvature.evaluation import map_tensors, tensors_in
 from curvature.fingerprints import Fingerprint, fingerprint
+from curvature.random_states import RandomStates, unnoticed
 
 __all__ = ["DataSource"]
 
@@ -41,6 +42,7 @@ class DataSource:
         self._order: list[int] = []
         self._totals: tuple[int, ...] | None = None
         self._num_passes = 0
+        self._stream: list[RandomStates] = []
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (index, fingerprint, batch); check on completion that the pass gave the data of the first pass.
@@ -72,6 +74,9 @@ class DataSource:
                 "work on one fixed draw."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": []}  # of this process's generators
+
     def confirm(self) -> None:
         """Walk a loader until two passes were compared: before graphs of one pass stand for all passes.
 
@@ -83,7 +88,7 @@ class DataSource:
                 pass
 
     def _pieces(self) -> Iterator[Any]:
-        for batch in self._data:
+        for batch in self._data if self.in_memory else unnoticed(self._data, self._stream):
             if self._micro_batch is None:
                 yield batch
             else:

@@ -25,6 +25,7 @@ from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.lean import LeanLayers
 from curvature.losses import LossRule
 from curvature.precision import tf32_in_use, tf32_off
+from curvature.random_states import RandomStates
 
 __all__ = ["Evaluation", "Evaluator", "move_batch"]
 
@@ -256,18 +257,15 @@ def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> I
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Seed torch's generators and restore them; yields a function that says whether random numbers were drawn since."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    before = [g.get_state() for g in generators]
+    """Seed all generators and restore them; yields a function that says whether random numbers were drawn since."""
+    devices = [device] if device.type == "cuda" else []
+    before = RandomStates(devices)
     try:
-        seeded = [g.manual_seed(seed).get_state() for g in generators]
-        yield lambda: any(not torch.equal(g.get_state(), state) for g, state in zip(generators, seeded, strict=True))
+        before.seed(seed)
+        seeded = RandomStates(devices)
+        yield lambda: not seeded.same_as(RandomStates(devices))
     finally:
-        for g, state in zip(generators, before, strict=True):
-            g.set_state(state)
+        before.restore()
 
 
 def tensors_in(batch: Any) -> list[Tensor]:

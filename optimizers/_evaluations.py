@@ -19,6 +19,7 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linop import LinearOperator
 from curvature.losses import LossRule
+from curvature.random_states import RandomStates
 from optimizers._differentiation import gradients, pull_back
 from optimizers._flat import FlatParams
 from optimizers._gradients import refuse_sparse
@@ -310,24 +311,16 @@ class _RandomState:
 
     def __init__(self, params: list[Tensor]) -> None:
         self.devices = sorted({p.device.index for p in params if p.is_cuda})
-        self.before = self._now()
-        self.after: list[Tensor] | None = None
+        self.before = RandomStates(self.devices)
+        self.after: RandomStates | None = None
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        self._restore(self.before)
+        self.before.restore()
         yield
         if self.after is None:
-            self.after = self._now()
+            self.after = RandomStates(self.devices)
 
     def finish(self) -> None:
         if self.after is not None:
-            self._restore(self.after)
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in self.devices)]
-
-    def _restore(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for i, state in zip(self.devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, i)
+            self.after.restore()

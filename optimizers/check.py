@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from curvature.random_states import RandomStates
 from optimizers import _checks
 from optimizers._checks import NotApplicable, StepForm, Subject
 
@@ -94,10 +95,10 @@ def check_optimizer(
 
 
 def _outcome(check: str, subject: Subject) -> CheckOutcome:
-    state = torch.get_rng_state()
+    states = RandomStates()
     try:
         with contextlib.ExitStack() as stack:
-            stack.callback(torch.set_rng_state, state)
+            stack.callback(states.restore)
             _checks.CHECKS[check](subject)
     except NotApplicable as reason:
         return CheckOutcome(name=check, status="skipped", reason=str(reason))
