@@ -65,7 +65,8 @@ class SolveResult(_Record):
     curvature: Tensor | None = None
     """(...), d'(A + damping I) d for the direction d, not positive beyond rounding; NaN where there is none."""
     gradient_norms: Tensor | None = None
-    """(...), |A r|, or |J'r - damping x| for `lsmr`, recomputed; NaN where it was not needed."""
+    """(...), |A r| (|A P^-1 r| with a preconditioner), or |J'r - damping x| for `lsmr`, recomputed; NaN where
+    it was not needed."""
     method: str = ""
     """Which solver ran and why, where the choice was left to `solve`."""
     named: dict[str, Tensor] | None = None

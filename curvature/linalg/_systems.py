@@ -90,12 +90,13 @@ class Systems:
             done = len(self.norms) - len(active)
             self.callback(self.num_matvecs, f"{done} of {len(self.norms)} solved, residual {worst:.2g} x tolerance")
 
-    def solve(self, iterate: Callable[[Systems, list[int]], None]) -> None:
-        """Iterate and recompute residuals until all columns are solved or cannot be.
+    def solve(self, iterate: Callable[[Systems, list[int]], None], columns: Sequence[int] | None = None) -> None:
+        """Iterate and recompute residuals until all columns, or those named, are solved or cannot be.
 
         `iterate` updates X, history, steps and statuses of the open columns; CONVERGED is what it claims.
         """
-        active = [i for i, norm in enumerate(self.norms) if norm > self.tolerance[i]]
+        chosen = range(len(self.norms)) if columns is None else columns
+        active = [i for i in chosen if not self.norms[i] <= self.tolerance[i]]
         while active:
             before, X_before, R_before = list(self.norms), self.X.clone(), self.R.clone()
             iterate(self, active)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._lanczos_process import LanczosProcess
 from curvature.linalg._secular import SecularSolution, cubic_minimiser, trust_region_minimiser
 from curvature.linalg._systems import check_preconditioner, powers_of_two
@@ -33,6 +34,8 @@ from curvature.solve_results import SubproblemResult
 __all__ = ["cubic_subproblem", "gltr"]
 
 _MOST_STEPS = 200
+_LOWER = 1e-3  # of |A|: what is lower than the lowest eigenvalue found by more than this must not be missed ...
+_MISSED = 0.01  # ... but with this probability
 
 
 def gltr(
@@ -63,8 +66,9 @@ def gltr(
         atol: tolerance of the residual in units of g, where that is larger.
         max_iterations: most steps. Default: 200, n at most.
         generator: on A's device, to look for directions that g does not see, from a random vector once the step has
-            converged; the search ends when the lowest eigenpair has a residual below rtol |A|, which takes about as
-            many products again. For g = 0 it starts there. Default: no such search, and a step of zero for g = 0.
+            converged; the search ends when the lowest eigenpair has a residual below rtol |A| and an eigenvalue lower
+            than it by max(rtol, 1e-3) |A| would have been missed with a probability of 1 % at most, which takes about
+            as many products again. For g = 0 it starts there. Default: no such search, and a step of zero for g = 0.
         callback: called after each step with the products so far and a word on progress.
 
     Raises:
@@ -161,7 +165,7 @@ def _in_lanczos_space(
         small = minimiser(theta, gamma * S[0])
         h = S @ small.y
         residual = process.loose(h)
-        seen = not searching or process.loose(S[:, 0]) <= rtol * float(theta.abs().max())
+        seen = not searching or _seen(process, theta, S, rtol)
         if callback is not None:
             callback(process.num_matvecs, f"residual {residual:.2g}, step {float(small.y.norm()):.2g}")
         converged = process.over or (residual <= tolerance and seen)
@@ -187,6 +191,17 @@ def _in_lanczos_space(
         num_matvecs=process.num_matvecs,
         status=ended if converged else Status.MAX_ITERATIONS,
     )
+
+
+def _seen(process: LanczosProcess, theta: Tensor, S: Tensor, rtol: float) -> bool:
+    """Whether the lowest Ritz pair has converged, and the steps since the random start show that none is lower."""
+    size, first = float(theta.abs().max()), process.cut or 0
+    alphas, betas = process.alpha[0][first:], process.beta[0][first:]
+    if not process.loose(S[:, 0]) <= rtol * size or not alphas or not all(betas):
+        return False
+    bound = Bound(-1.0, float(theta[0]) - max(rtol, _LOWER) * size)
+    chain = Chain((bound,), process.n - first, 0, alphas, betas)
+    return chain.miss_probability() <= _MISSED
 
 
 def _ritz(process: LanczosProcess) -> tuple[Tensor, Tensor]:

@@ -45,12 +45,14 @@ def minres(
 ) -> SolveResult:
     """Solve (A + damping I) x = b for every column b of B, or minimise |b - (A + damping I) x| where there is none.
 
-    A column ends as CONVERGED with |r| <= max(rtol |b|, atol), or as LEAST_SQUARES with |A r| <= null_rtol |A| |r|: b
-    has a part outside A's range. x is then the shortest least-squares solution (with x0: the one nearest to x0), and
-    `gradient_norms` tells |A r|. With a preconditioner what is minimised is r'P^-1 r, and x is some solution of that.
+    A column ends as CONVERGED with |r| <= max(rtol |b|, atol), or as LEAST_SQUARES with |A r| <= eps^(1/2) |A| |r|, r
+    and A r multiplied anew: b has a part outside A's range. x is then the shortest least-squares solution (with x0: the
+    one nearest to x0), and `gradient_norms` tells |A r|. With a preconditioner what is minimised is r'P^-1 r, the
+    gradient is A P^-1 r, and x is some solution of that. Where rounding prevents both, the column ends as STAGNATED
+    with the best x that was reached; its residual is never larger than that of the start.
 
     Steps needed: about sqrt(kappa) for definite matrices, kappa for spectra on both sides of zero. Cost and memory: as
-    `cg`, with 12 blocks of B's size; two products more for a column without solution.
+    `cg`, with 14 blocks of B's size; two products more for a column without solution.
 
     Args:
         A: symmetric, (n, n). Its symmetry is not checked.
@@ -95,10 +97,72 @@ def minres(
         max_iterations=max_iterations,
         callback=callback,
     )
-    start = systems.X.clone() if x0 is not None else torch.zeros_like(systems.X[:, :1])
-    systems.solve(lambda s, columns: _iterate(s, columns, null_rtol))
-    gradients = _shorten(systems, start)
-    return systems.result(gradient_norms=None if gradients is None else systems.shaped(gradients))
+    start = systems.X.clone()
+    best, least = systems.X.clone(), list(systems.norms)
+    size, gradients = systems.scale.new_zeros(()), torch.full_like(systems.scale, torch.nan)
+    level, coarse = null_rtol, torch.finfo(systems.dtype).eps ** (1 / 3)
+    columns: list[int] | None = None
+    while columns is None or columns:
+        size = _run(systems, columns, size, level)
+        unproven = _unproven(systems, start, size, gradients)
+        columns = _improved(systems, best, least, unproven)
+        if not columns and level < coarse:  # rounding hid the null space: look for it less closely
+            columns, level = [i for i in unproven if systems.steps[i] < systems.limit], coarse
+    known = Status.LEAST_SQUARES in systems.statuses
+    return systems.result(gradient_norms=systems.shaped(gradients) if known else None)
+
+
+def _run(s: Systems, columns: list[int] | None, size: Tensor, null_rtol: float) -> Tensor:
+    """Iterate; return the size of A as far as the columns of T have shown."""
+    found = [size]
+    s.solve(lambda s, active: found.append(_iterate(s, active, null_rtol)), columns)
+    return torch.stack(found).max()
+
+
+def _unproven(s: Systems, start: Tensor, size: Tensor, gradients: Tensor) -> list[int]:
+    """Return the columns that claim a least-squares solution although |A r| as multiplied is not small.
+
+    The others are made the shortest solution by taking out what they hold of the null space, where that does not cost
+    residual; `gradients` takes their |A r|.
+    """
+    places = [i for i, status in enumerate(s.statuses) if status is Status.LEAST_SQUARES and gradients[i].isnan()]
+    if not places:
+        return []
+    R = s.R[:, places]
+    Y = s.precondition(R)
+    G = s.multiply(Y)
+    slopes, norms = torch.linalg.vector_norm(G, dim=0), torch.linalg.vector_norm(R, dim=0)
+    slope_sizes = (G * s.precondition(G)).sum(dim=0).clamp_min(0).sqrt()
+    proven = (slope_sizes <= torch.finfo(R.dtype).eps ** 0.5 * size * (R * Y).sum(dim=0).clamp_min(0).sqrt()).tolist()
+    share = (R * (s.X[:, places] - start[:, places])).sum(dim=0) / norms.square()
+    if s.preconditioner is not None:
+        share = torch.zeros_like(share)
+    shortened = R + share * G
+    moved = torch.linalg.vector_norm(shortened, dim=0)
+    for j, i in enumerate(places):
+        if proven[j]:
+            gradients[i] = slopes[j] * s.scale[i]
+            if float(moved[j]) <= float(norms[j]) * (1 + torch.finfo(R.dtype).eps ** 0.5):
+                s.X[:, i] -= share[j] * R[:, j]
+                s.R[:, i], s.norms[i] = shortened[:, j], float(moved[j])
+    return [i for j, i in enumerate(places) if not proven[j]]
+
+
+def _improved(s: Systems, best: Tensor, least: list[float], unproven: list[int]) -> list[int]:
+    """Return the unproven columns that come closer by starting over; take the others, and any worse, to their best."""
+    again = []
+    for i, norm in enumerate(s.norms):
+        halved = norm <= least[i] / 2
+        if norm <= least[i]:
+            best[:, i], least[i] = s.X[:, i], norm
+        elif i in unproven or norm > (1 + torch.finfo(best.dtype).eps ** 0.5) * least[i]:
+            s.X[:, i], s.norms[i], s.statuses[i] = best[:, i], least[i], Status.STAGNATED
+            s.R[:, i] = s.B[:, i] - s.multiply(best[:, i : i + 1])[:, 0]
+        if i in unproven:
+            s.statuses[i] = Status.STAGNATED
+            if halved and s.steps[i] < s.limit:
+                again.append(i)
+    return again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +191,7 @@ class _State:
         return replace(self, **{f.name: getattr(self, f.name)[..., columns] for f in fields(self)})
 
 
-def _iterate(s: Systems, columns: list[int], null_rtol: float) -> None:
+def _iterate(s: Systems, columns: list[int], null_rtol: float) -> Tensor:
     active, limit = list(columns), s.limit - max(s.steps[i] for i in columns)
     state = _start(s, active)
     size = state.beta.new_zeros(())  # of columns of T: approaches |A|
@@ -157,8 +221,9 @@ def _iterate(s: Systems, columns: list[int], null_rtol: float) -> None:
             active, state = [active[j] for j in left], state.select(left)
         s.report(active)
         if not active:
-            return
+            return size
     s.X[:, active] = state.X
+    return size
 
 
 def _start(s: Systems, active: list[int]) -> _State:
@@ -248,22 +313,3 @@ def _check_definite(squared: float, size: float) -> None:
         raise InputError(
             f"preconditioner must be symmetric positive definite, got r'P^-1 r = {squared:.2g} for a residual r."
         )
-
-
-def _shorten(s: Systems, start: Tensor) -> Tensor | None:
-    """Take the null space out of least-squares solutions; return |A r|, NaN for columns that were solved."""
-    places = [i for i, status in enumerate(s.statuses) if status is Status.LEAST_SQUARES]
-    if not places:
-        return None
-    R = s.R[:, places]
-    G = s.multiply(R)
-    if s.preconditioner is None:
-        moved = s.X[:, places] - start.expand_as(s.X)[:, places]
-        share = (R * moved).sum(dim=0) / R.square().sum(dim=0)
-        s.X[:, places] -= share * R
-        R = R + share * G
-        for i, norm in zip(places, torch.linalg.vector_norm(R, dim=0).double().tolist(), strict=True):
-            s.norms[i] = norm
-    gradients = torch.full_like(s.scale, torch.nan)
-    gradients[places] = torch.linalg.vector_norm(G, dim=0) * s.scale[places]
-    return gradients

@@ -188,3 +188,43 @@ def test_bad_input() -> None:
     A[1, 1] = math.inf
     with pytest.raises(NonFiniteError, match="product 1 with the operator"):
         minres(A, b)
+
+
+# -- where rounding is in the way -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("kind", ["outlier", "negative outlier", "Hilbert", "graded"])
+def test_least_squares_is_claimed_of_what_was_multiplied_and_never_worse_than_the_start(
+    kind: str, dtype: torch.dtype
+) -> None:
+    bulk = torch.linspace(0, 1, 99, dtype=F64)
+    top = 1e6 if dtype is F64 else 1e3
+    i = torch.arange(60, dtype=F64)
+    A = {
+        "outlier": with_spectrum(torch.cat([torch.tensor([top], dtype=F64), bulk])),
+        "negative outlier": with_spectrum(torch.cat([torch.tensor([-top], dtype=F64), bulk])),
+        "Hilbert": 1 / (i[:30, None] + i[:30] + 1),
+        "graded": with_spectrum(10.0 ** (-16 * i / 59)),
+    }[kind].to(dtype)
+    b = torch.randn(len(A), generator=generator(7), dtype=F64).to(dtype)
+    result = minres(A, b)
+    r = b.double() - A.double() @ result.x.double()
+    eps, norm = torch.finfo(dtype).eps, float(torch.linalg.matrix_norm(A.double(), 2))
+    assert float(r.norm()) <= 1.001 * float(b.double().norm())
+    torch.testing.assert_close(
+        float(result.residual_norms), float(r.norm()), rtol=1e-2, atol=100 * eps * norm * float(result.x.norm())
+    )
+    if result.status is Status.LEAST_SQUARES:
+        slope = float((A.double() @ r).norm())
+        assert slope <= 2 * eps**0.5 * norm * float(r.norm())
+        assert result.gradient_norms is not None
+        assert float(result.gradient_norms) == pytest.approx(slope, rel=0.5, abs=100 * eps * norm**2 * float(r.norm()))
+    else:
+        assert result.status in (Status.STAGNATED, Status.MAX_ITERATIONS)
+    if kind.endswith("outlier") and dtype is F64:  # one zero eigenvalue: what b has of it stays
+        assert result.status is Status.LEAST_SQUARES
+        best = b - A @ (torch.linalg.pinv(A, hermitian=True, rtol=1e-10) @ b)
+        assert float(result.residual_norms) == pytest.approx(float(best.norm()), rel=1e-6)
+    if kind == "Hilbert" and dtype is F64:
+        assert float(result.residual_norms) < 0.9 * float(b.norm())

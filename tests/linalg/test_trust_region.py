@@ -330,3 +330,20 @@ def test_tiny_gradient_in_a_huge_ball(curvature: float) -> None:
     expected = 1e-200 if curvature > 0 else 1e100
     assert found.step_norm == pytest.approx(expected, rel=1e-12)
     assert float(found.step.abs().max() / expected) == pytest.approx(1.0, rel=1e-12)  # no square underflows
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("low", [[-3.0, -1.0], [-3.0]])
+def test_the_search_goes_on_until_a_direction_that_g_does_not_see_would_have_been_found(
+    low: list[float], cubic: bool
+) -> None:
+    n = 60
+    values = torch.cat([torch.tensor(low, dtype=F64), torch.linspace(1, 2, n - len(low), dtype=F64)])
+    A, g = torch.diag(values), torch.ones(n, dtype=F64)
+    g[0] = 0.0
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        found = cubic_subproblem(A, g, 0.1, generator=random) if cubic else gltr(A, g, 20.0, generator=random)
+        assert found.status.ok
+        assert found.curvature == pytest.approx(-3.0, abs=1e-2)
+        assert found.multiplier >= 3.0 - 1e-3
