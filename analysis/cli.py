@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -26,8 +25,9 @@ from analysis.options import (
     errors_as_sentences,
     request_of,
 )
+from analysis.signals import ends_as_interrupt
 from analysis.studies import commands
-from curvature.errors import CurvatureError, InputError
+from curvature.errors import InputError
 
 __all__ = ["app", "main"]
 
@@ -37,6 +37,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 def main() -> None:
     """Run the command line."""
     open_closed_streams()
+    ends_as_interrupt()
     try:
         app(prog_name="curvature")
     except KeyboardInterrupt:  # before or after the command's own handler
@@ -86,26 +87,20 @@ def inspect(
 ) -> None:
     """Inspect the curvature of a trained model: print a table, and write a run folder with a report."""
     with errors_as_sentences():
+        from analysis.delivery import Delivery
         from analysis.plan import InspectionPlan
         from analysis.report import write_report
         from analysis.screen import Screen
-        from analysis.store import check_destination, free_folder, save_run
         from analysis.workflow import run_inspection
 
         plan = InspectionPlan(k=k, rtol=rtol, layers=not no_layers, coupling=coupling)
-        check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = Screen(stderr=as_json)
-        with screen:
-            request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
-            run = run_inspection(request, plan, listener=screen)
-        folder = out or free_folder(Path("runs"), run.name)
-        with screen.doing("writing the report"):
-            save_run(run, folder, overwrite=overwrite, finish=write_report)
-        if as_json:
-            typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
-        else:
-            screen.show(run.inspection)
-        screen.last_line(f"report: {folder / 'report.html'}")
+        vectors = plan.k + plan.num_bottom
+        with Delivery(screen, out, overwrite=overwrite, as_json=as_json, num_vectors=vectors) as delivery:
+            with screen:
+                request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
+                run = run_inspection(request, plan, listener=screen)
+            delivery.deliver(run, write_report, lambda: screen.show(run.inspection))
 
 
 @app.command()
@@ -148,12 +143,12 @@ def landscape(
 ) -> None:
     """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
     with errors_as_sentences():
+        from analysis.delivery import deliver
         from analysis.landscape_plan import LandscapePlan
         from analysis.landscape_report import write_landscape_report
         from analysis.landscape_screen import LandscapeScreen
-        from analysis.landscape_store import Draft, place_of_run
+        from analysis.landscape_store import LandscapePlace
         from analysis.landscape_workflow import run_landscape
-        from analysis.store import save_run
 
         plan = LandscapePlan(
             directions=directions,  # type: ignore[arg-type]  # checked there
@@ -164,16 +159,8 @@ def landscape(
             plane=plane,
             curve=curve,
         )
-        if out is not None:
-            place_of_run("", out, resume=resume, overwrite=overwrite)
-        places: list[tuple[Path, Draft]] = []
-
-        def draft(name: str) -> Draft:
-            places.append(place_of_run(name, out, resume=resume, overwrite=overwrite))
-            return places[0][1]
-
         screen = LandscapeScreen(stderr=as_json)
-        try:
+        with LandscapePlace(out, resume=resume, overwrite=overwrite) as place:
             with screen:
                 request = request_of(
                     task,
@@ -186,27 +173,17 @@ def landscape(
                     no_check,
                     [*([to] if to else []), *(trajectory or ())],
                 )
-                run = run_landscape(request, plan, to=to, trajectory=trajectory or (), draft=draft, listener=screen)
-        except KeyboardInterrupt:
-            for _, unfinished in places:
-                unfinished.remove_if_empty()
-            if not places or not places[0][1].exists:
-                raise
-            typer.echo(f"stopped; what was found is kept: go on with --resume --out {places[0][0]}", err=True)
-            raise typer.Exit(130) from None
-        except CurvatureError:
-            for _, unfinished in places:
-                unfinished.remove_if_empty()
-            raise
-        folder, unfinished = places[0]
-        with screen.doing("writing the report"):
-            save_run(run, folder, overwrite=overwrite, finish=write_landscape_report)
-        unfinished.remove()
-        if as_json:
-            typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
-        else:
-            screen.show_landscape(run.landscape)
-        screen.last_line(f"report: {folder / 'report.html'}")
+                run = run_landscape(
+                    request, plan, to=to, trajectory=trajectory or (), draft=place.draft, listener=screen
+                )
+            deliver(
+                screen,
+                place.reserved,
+                run,
+                write_landscape_report,
+                lambda: screen.show_landscape(run.landscape),
+                as_json=as_json,
+            )
 
 
 for study in (commands.sharpness, commands.conditioning, commands.critical, commands.noise, commands.implicit):
@@ -239,39 +216,50 @@ def compare(
 ) -> None:
     """Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."""
     with errors_as_sentences():
-        from analysis.store import check_destination, free_folder, save_run
+        from analysis.delivery import Delivery
         from analysis.studies.checkpoints import measure_checkpoints, read_runs
         from analysis.studies.comparison import account_of_comparison, compare_runs
         from analysis.studies.registry import KINDS
         from analysis.studies.screen import StudyScreen
 
-        check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
         screen = StudyScreen(stderr=as_json)
-        if checkpoint:
-            if len(what) > 1:
-                raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
-            request = request_of(what[0], None, checkpoint_key, params, device, micro_batch, seed, no_check, checkpoint)
-            try:
-                with screen:
-                    runs, folders = measure_checkpoints(request, checkpoint, of, parent=Path("runs"), listener=screen)
-            except KeyboardInterrupt:
-                typer.echo("stopped; checkpoints that were measured have their folders in runs.", err=True)
-                raise typer.Exit(130) from None
-        else:
-            if checkpoint_key is not None:
-                raise InputError("--checkpoint-key goes with --checkpoint, not with runs; leave it out.")
-            folders = [Path(folder) for folder in what]
-            runs = read_runs(folders)
-        command = shlex.join(["curvature", *sys.argv[1:]])
-        run = compare_runs(runs, folders, level=level, command=command)
-        folder = out or free_folder(Path("runs"), "comparison")
-        with screen.doing("writing the report"):
-            save_run(run, folder, overwrite=overwrite, finish=KINDS[run.kind].write_report)
-        if as_json:
-            typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
-        else:
-            screen.tell(run, account_of_comparison(run))
-        screen.last_line(f"report: {folder / 'report.html'}")
+        with Delivery(screen, out, overwrite=overwrite, as_json=as_json, name="comparison") as delivery:
+            if checkpoint:
+                if len(what) > 1:
+                    raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
+                request = request_of(
+                    what[0], None, checkpoint_key, params, device, micro_batch, seed, no_check, checkpoint
+                )
+                try:
+                    with screen:
+                        runs, folders = measure_checkpoints(
+                            request, checkpoint, of, parent=Path("runs"), listener=screen
+                        )
+                except KeyboardInterrupt as stop:
+                    raise type(stop)("checkpoints that were measured have their folders in runs.") from stop
+            else:
+                if checkpoint_key is not None:
+                    raise InputError("--checkpoint-key goes with --checkpoint, not with runs; leave it out.")
+                folders = [Path(folder) for folder in what]
+                runs = read_runs(folders)
+            command = shlex.join(["curvature", *sys.argv[1:]])
+            run = compare_runs(runs, folders, level=level, command=command)
+            delivery.deliver(run, KINDS[run.kind].write_report, lambda: screen.tell(run, account_of_comparison(run)))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Write the report of a run that is there, anew or because it is missing."""
+    with errors_as_sentences():
+        from analysis.store import add_report, kind_of
+        from analysis.studies.registry import KINDS, load_any
+        from analysis.terminal import print_results
+
+        load_any(run)
+        add_report(run, KINDS[kind_of(run)].write_report)
+        print_results(f"report: {run / 'report.html'}")
 
 
 if __name__ == "__main__":

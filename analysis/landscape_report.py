@@ -13,6 +13,7 @@ from analysis.landscape_results import Landscape, LossPlane, LossSlice
 from analysis.landscape_store import LandscapeRun, load_landscape
 from analysis.page import COLORS, NARROW, WIDE, svg, templates, two_sizes
 from analysis.results import to_plain
+from analysis.saving import write_figure, write_text
 from analysis.wording import Finding
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def write_landscape_report(folder: Path) -> Path:
     """Write report.html and the figures as PDF into a run folder, and return the report's path."""
     run = load_landscape(folder)
     path = folder / "report.html"
-    path.write_text(build_landscape_report(run), encoding="utf-8")
+    write_text(path, build_landscape_report(run))
     for name, figure in _publication(run.landscape).items():
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        write_figure(folder / f"{name}.pdf", figure)
     return path
 
 

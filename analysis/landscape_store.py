@@ -1,16 +1,19 @@
 """Runs of landscapes, and what an unfinished one leaves behind for the next call to go on with.
 
-While points are computed, a folder `.NAME.partial` beside the run holds the settings, the directions and every point
-found; the run folder itself appears when it is complete, and the draft is gone.
+While points are computed, a hidden folder in that of the run holds the settings, the directions and every point found;
+it is gone when the run is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,10 +22,14 @@ from torch import Tensor
 
 from analysis.landscape_results import Direction, Landscape
 from analysis.point_log import PointLog
-from analysis.store import Record, check_destination, free_folder, load_record
-from curvature.errors import InputError
+from analysis.reservation import Place, check_destination, free_folder, reserve, reserve_free
+from analysis.results import to_plain
+from analysis.run_folder import UNFINISHED
+from analysis.saving import write_text
+from analysis.store import Record, load_record
+from curvature.errors import InputError, WriteError
 
-__all__ = ["Draft", "LandscapeEstimate", "LandscapeRun", "load_landscape", "place_of_run"]
+__all__ = ["Draft", "LandscapeEstimate", "LandscapePlace", "LandscapeRun", "load_landscape"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,8 @@ class Draft:
         path: of the folder; it is made when there is something to keep.
     """
 
+    _CONFIRMED = frozenset({"loss"})  # by `confirm`
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -83,22 +92,45 @@ class Draft:
         Raises:
             InputError: if it was begun with other settings, cannot be read, or cannot be written.
         """
-        file = self.path / "settings.json"
-        text = json.dumps(settings, sort_keys=True, default=str)
         try:
-            if file.is_file():
-                before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-                if other := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-                    raise InputError(
-                        f"{self.path} was begun with another {', '.join(other)}; repeat the command as it was, or "
-                        "begin again with --overwrite."
-                    )
+            if self._settings.is_file():
+                self._confirm(settings, whole=True)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
-                file.write_text(text, encoding="utf-8")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                write_text(self._settings, _json(settings))
+        except OSError as error:
             raise InputError(f"{self.path} cannot be used ({error}); delete it and begin again.") from error
         return PointLog(self.path / "points.jsonl")
+
+    def confirm(self, name: str, value: object) -> None:
+        """Keep something else that all points depend on, or compare it with what was kept.
+
+        Raises:
+            InputError: if it was another one.
+        """
+        before = self._confirm({name: value}, whole=False)
+        if name not in before:
+            with contextlib.suppress(OSError):  # it cannot be compared later; nothing else depends on it
+                write_text(self._settings, _json({**before, name: value}))
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "settings.json"
+
+    def _confirm(self, settings: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+        """Compare settings with those that were kept, and return these."""
+        try:
+            before, now = json.loads(self._settings.read_text(encoding="utf-8")), json.loads(_json(settings))
+            common = now.keys() & before.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{self._settings} cannot be read ({error}); begin again with --overwrite.") from error
+        names = (now.keys() | before.keys()) - self._CONFIRMED if whole else common
+        if other := sorted(name for name in names if before.get(name) != now.get(name)):
+            raise InputError(
+                f"{self.path.parent} was begun with another {', '.join(other)}; repeat the command as it was, or "
+                "begin again with --overwrite."
+            )
+        return dict(before)
 
     def tensor(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return a tensor that was kept, or compute and keep it."""
@@ -138,48 +170,84 @@ class Draft:
     def _kept(self, name: str, pack: Callable[[], dict[str, Any]], unpack: Callable[[Any], Any]) -> Any:
         file = self.path / f"{name}.npz"
         if not file.is_file():
+            packed = pack()
             draft = self.path / f".{name}.npz"  # whole or not at all
-            np.savez(draft, allow_pickle=False, **pack())
-            draft.rename(file)
-        with np.load(file, allow_pickle=False) as kept:
-            return unpack(kept)
+            try:
+                np.savez(draft, allow_pickle=False, **packed)
+                draft.rename(file)
+            except OSError:  # what was computed is used all the same; it cannot be continued from
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
+            return unpack(packed)
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                return unpack(kept)
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} cannot be read ({error}); begin again with --overwrite.") from error
 
 
-def place_of_run(name: str, out: Path | None, *, resume: bool, overwrite: bool) -> tuple[Path, Draft]:
-    """Return the folder a landscape is to be written to, and its draft.
+def _json(settings: dict[str, Any]) -> str:
+    return json.dumps(to_plain(settings, number=str), sort_keys=True)
+
+
+class LandscapePlace:
+    """Where a landscape is written, and what is kept of it until then; as a context, it is given up at the end.
 
     Without `out` it is runs/NAME-landscape-n: with `resume` the first that is unfinished, else the first that is free.
+
+    Args:
+        out: the folder asked for.
+        resume: go on with what was begun there.
+        overwrite: give up a run that is there, and what was begun.
 
     Raises:
         InputError: if `out` may not be written, or was begun before and is neither to be continued nor given up.
     """
-    if out is not None:
-        check_destination(out, overwrite=overwrite)
-        draft = _draft_of(out)
-        if overwrite and not resume:
-            draft.remove()
-        if draft.exists and not resume:
-            raise InputError(
-                f"{out} was begun and not finished; go on with --resume, begin again with --overwrite, or choose "
-                "another folder with --out."
-            )
-        return out, draft
-    stem = f"{name}-landscape"
-    folder = free_folder(Path("runs"), stem)
-    base, _, number = folder.name.rpartition("-")
-    n = int(number)
-    unfinished = sorted(
-        (int(path.name.removesuffix(".partial").rpartition("-")[2]), path)
-        for path in Path("runs").glob(f".{base}-*.partial")
-        if path.name.removesuffix(".partial").rpartition("-")[2].isdigit()
-    )
-    if resume and unfinished:
-        n = unfinished[0][0]
-    while not resume and (_draft_of(folder.parent / f"{base}-{n}").exists or (folder.parent / f"{base}-{n}").exists()):
-        n += 1
-    folder = folder.parent / f"{base}-{n}"
-    return folder, _draft_of(folder)
+
+    def __init__(self, out: Path | None, *, resume: bool, overwrite: bool) -> None:
+        self._resume = resume
+        self._place = None if out is None else reserve(out, overwrite=overwrite, resume=resume)
+        if out is None:
+            check_destination(free_folder(Path("runs"), "run"))
+
+    @property
+    def reserved(self) -> Place:
+        """The place, once the draft was asked for."""
+        assert self._place is not None
+        return self._place
+
+    def draft(self, name: str) -> Draft:
+        """Return the draft, in a folder by the name of the task unless one was asked for."""
+        stem = f"{name}-landscape"
+        if self._place is None and self._resume:
+            self._place = _unfinished(stem)
+        if self._place is None:
+            self._place = reserve_free(Path("runs"), stem)
+        return Draft(self._place.folder / UNFINISHED)
+
+    def __enter__(self) -> LandscapePlace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._place is None:
+            return
+        draft = Draft(self._place.folder / UNFINISHED)
+        if error is None or isinstance(error, WriteError) or (isinstance(error, KeyboardInterrupt) and error.args):
+            draft.remove()  # the numbers are written
+        draft.remove_if_empty()
+        self._place.release()
+        if isinstance(error, KeyboardInterrupt) and draft.exists:
+            again = f"what was found is kept: go on with --resume --out {self._place.shown}"
+            raise type(error)(again) from error
 
 
-def _draft_of(folder: Path) -> Draft:
-    return Draft(folder.parent / f".{folder.name}.partial")
+def _unfinished(stem: str) -> Place | None:
+    """Reserve the first folder of that name that was begun, not finished, and is not being written now."""
+    base, _, _ = free_folder(Path("runs"), stem).name.rpartition("-")
+    numbers = [path.parent.name.removeprefix(f"{base}-") for path in Path("runs").glob(f"*/{UNFINISHED}")]
+    for number in sorted(int(n) for n in numbers if n.isdigit()):
+        with contextlib.suppress(InputError):
+            return reserve(Path("runs") / f"{base}-{number}", resume=True)
+    return None

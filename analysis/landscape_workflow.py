@@ -24,8 +24,8 @@ from analysis.landscape_plan import LandscapePlan, estimate_landscape, resolved
 from analysis.landscape_results import Direction, Landscape, LandscapeCost, LossPath, Trajectory
 from analysis.landscape_store import Draft, LandscapeEstimate, LandscapeRun
 from analysis.paths import Place, bend_towards, loss_along_path, present_place, read_place
-from analysis.point_log import PointLog
-from analysis.preparation import Listener, Request, load, prepare
+from analysis.point_log import PointLog, fingerprint
+from analysis.preparation import Listener, Request, data_sha256, load, prepare
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -81,7 +81,15 @@ def run_landscape(
     if draft is not None:
         kept = draft(task.name)
         log = kept.begin(
-            {"task": request.task, "seed": request.seed, "checkpoint": str(request.checkpoint), **settings}
+            {
+                "task": request.task,
+                "seed": request.seed,
+                "checkpoint": str(request.checkpoint),
+                **settings,
+                "trajectory": [dict(place.record) for place in places],
+                "weights": fingerprint(*(t for t in task.model.state_dict().values() if isinstance(t, Tensor))),
+                "data": data_sha256(task.train_data),
+            }
         )
     ready = prepare(task, objective, request, listener)
     objective = ready.objective
@@ -116,6 +124,8 @@ class _Look:
     def take(self, places: Sequence[Place], end: Place | None) -> Landscape:
         objective, plan = self.objective, self.plan
         loss, gradient = objective.loss_and_gradient()
+        if self.kept is not None:
+            self.kept.confirm("loss", float(loss))
         paths, bend = self._paths(end)
         trajectory: Trajectory | None = None
         if plan.directions == "pca":

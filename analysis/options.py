@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from analysis.signals import Terminated
 from curvature.errors import CurvatureError, InputError
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ def request_of(
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Turn what a user can mend into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn what a user can mend into one sentence and exit code 2, Ctrl-C into exit code 130, and SIGTERM into 143."""
     try:
         yield
     except CurvatureError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        typer.echo("stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stop:
+        typer.echo(f"stopped; {stop.args[0] if stop.args else 'nothing was written.'}", err=True)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None

@@ -1,14 +1,17 @@
 """A file that remembers points as they are computed, so that work that was interrupted goes on where it stopped.
 
 One line of JSON a point, written and flushed as it is found; a line that was cut off is as if it had not been written.
-Numbers are written in full, so a landscape that was continued equals one that was not, bit for bit.
+Numbers are written in full, those that are not finite as "inf", "-inf" and "nan", so a landscape that was continued
+equals one that was not, bit for bit.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -44,6 +47,8 @@ class PointLog:
         self._points: dict[str, dict[int, tuple[float, float]]] = {}
         self._keys: dict[str, str] = {}
         self.num_points = 0
+        self.failed = False
+        """Whether the file took no more points."""
         if path.exists():
             self._read()
 
@@ -61,18 +66,33 @@ class PointLog:
         return dict(self._points.get(section, {}))
 
     def note(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
-        """Add a point.
+        """Add a point. Where the file can be written to no more, points are kept in memory alone.
 
         Raises:
-            InputError: if the file cannot be written.
+            InputError: if the first point cannot be written.
         """
         record = {"section": section, "key": key, "place": place, "loss": _plain(loss), "stderr": _plain(stderr)}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            if not self.failed:
+                self._append((json.dumps(record) + "\n").encode())
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another place.") from error
+            if self.num_points == 0:
+                raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another place.") from error
+            self.failed = True
         self._add(section, key, place, loss, stderr)
+
+    def _append(self, line: bytes) -> None:
+        """Add a line, whole or not at all."""
+        with self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            written = 0
+            try:
+                written = file.write(line)
+            finally:
+                if written != len(line):
+                    file.truncate(before)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _add(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
         self._keys.setdefault(section, key)
@@ -82,13 +102,14 @@ class PointLog:
 
     def _read(self) -> None:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            content = self.path.read_bytes()
+            length = content.rfind(b"\n") + 1
+            if length != len(content):  # cut off while it was written
+                os.truncate(self.path, length)
+            lines = content[:length].decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path} cannot be read ({error}); delete it and begin again.") from error
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # cut off while it was written
-            self.path.write_text(whole, encoding="utf-8")
-        for line in whole.splitlines():
+        for line in lines:
             try:
                 r = json.loads(line)
                 self._add(r["section"], r["key"], int(r["place"]), _number(r["loss"]), _number(r["stderr"]))
@@ -96,9 +117,9 @@ class PointLog:
                 raise InputError(f"{self.path} holds lines that are no points; delete it and begin again.") from error
 
 
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
 
 
-def _number(value: float | None) -> float:
+def _number(value: float | str | None) -> float:
     return math.nan if value is None else float(value)

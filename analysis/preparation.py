@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from curvature.evaluation import tensors_in
 from curvature.objective import Objective
 from curvature.planning import SpectrumPlan
 
-__all__ = ["Listener", "Prepared", "Request", "in_groups", "load", "prepare"]
+__all__ = ["Listener", "Prepared", "Request", "data_sha256", "in_groups", "load", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,9 @@ class Request:
 class Listener:
     """Told how a measurement gets on; this one keeps it to itself."""
 
+    when_loaded: Callable[[Task, Objective], object] | None = None
+    """Called when the task is there, before anything is measured: the time to reserve a folder by its name."""
+
     def loaded(self, task: Task, objective: Objective) -> None:
         """The task is there and its parameters are selected."""
 
@@ -91,7 +94,7 @@ class Prepared:
             "created": now(),
             "versions": versions(),
             "checkpoint": None if (read := self.task.checkpoint_record) is None else dict(read),
-            "data_sha256": _data_sha256(self.task.train_data),
+            "data_sha256": data_sha256(self.task.train_data),
             "check": self.messages,
         }
 
@@ -107,6 +110,8 @@ def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
         params = list(request.params) if request.params else None
         objective = task.objective(params=params, micro_batch=request.micro_batch)
     listener.loaded(task, objective)
+    if listener.when_loaded is not None:
+        listener.when_loaded(task, objective)
     return task, objective
 
 
@@ -180,7 +185,7 @@ def _available(name: str) -> torch.device:
         raise InputError(f"the device {name!r} cannot be used here; there is {there}.") from error
 
 
-def _data_sha256(data: Any) -> str | None:
+def data_sha256(data: Any) -> str | None:
     """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
     digest = hashlib.sha256()
 

@@ -11,6 +11,7 @@ from analysis.figures_layers import plot_layer_coupling, plot_layer_diagonals
 from analysis.figures_low_rank import plot_low_rank_error
 from analysis.page import COLORS, NARROW, WIDE, svg, templates, two_sizes
 from analysis.results import Inspection, LayerCoupling, LayerCurvature, LayerDiagonals, Measured
+from analysis.saving import write_text
 from analysis.store import Run, load_run
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["build_report", "write_report"]
 def write_report(folder: Path) -> Path:
     """Write report.html into a run folder and return its path. Nothing but the folder is needed."""
     path = folder / "report.html"
-    path.write_text(build_report(load_run(folder)), encoding="utf-8")
+    write_text(path, build_report(load_run(folder)))
     return path
 
 

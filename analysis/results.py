@@ -6,10 +6,12 @@ Nothing here knows a model: figures, reports and stored runs are made from these
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from curvature.diagonal_summary import DiagonalRow
@@ -323,24 +325,30 @@ class Inspection:
         return plain
 
 
-def to_plain(value: Any) -> Any:
-    """Return a record as nested dicts and lists: enums by name, numbers that are not finite as None, no large arrays.
+def to_plain(value: Any, *, number: Callable[[float], Any] = lambda x: x if math.isfinite(x) else None) -> Any:
+    """Return a record as nested dicts and lists: enums by name, no large arrays, and what JSON knows not as text.
 
     Left out are the fields that a record declares large and the curve of a `SpectralDensity`; a run folder has them.
+
+    Args:
+        value: a record, or what stands in one.
+        number: what stands for a number; by default None for one that is not finite.
     """
     if isinstance(value, Tensor):
-        return to_plain(value.detach().cpu().tolist())
+        return to_plain(value.detach().cpu().tolist(), number=number)
+    if isinstance(value, np.ndarray | np.generic):
+        return to_plain(value.tolist(), number=number)
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return number(value)
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
+        return [to_plain(item, number=number) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item, number=number) for key, item in value.items()}
     if is_dataclass(value):
         small = [f.name for f in fields(value) if f.name not in getattr(value, "_large", ())]
         if isinstance(value, SpectralDensity):
             small = [name for name in small if not isinstance(getattr(value, name), Tensor)]
-        return {name: to_plain(getattr(value, name)) for name in small}
-    return value
+        return {name: to_plain(getattr(value, name), number=number) for name in small}
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -12,6 +12,7 @@ from rich.table import Table
 from analysis import wording
 from analysis.results import CostEstimate, Inspection, Measured
 from analysis.tasks import Task
+from analysis.terminal import Output
 from analysis.workflow import InspectionListener
 from curvature.objective import Objective
 
@@ -31,12 +32,9 @@ class Screen(InspectionListener):
     """What the progress bar counts."""
 
     def __init__(self, *, stderr: bool) -> None:
-        console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-        self._console = (
-            console
-            if console.is_terminal
-            else Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH)
-        )
+        output = Output(stderr=stderr)
+        width = None if output.isatty() else _PLAIN_WIDTH
+        self._console = Console(file=output, highlight=False, markup=False, emoji=False, width=width)  # type: ignore[arg-type]
         columns = (
             TextColumn("{task.description:24}"),
             BarColumn(),

@@ -5,7 +5,8 @@
     arrays.npz     every tensor, by the name of its field: eigenvectors, density, quadrature nodes, ...; and infinities
     report.html    written by whoever has a report to add
 
-A folder appears under its name only when it is complete: it is written beside it and renamed.
+A folder holds a run only when it is complete: config.json comes last, see `analysis.run_folder`. Numbers that are not
+finite are the strings "inf", "-inf" and "nan" there, since JSON has no others.
 """
 
 from __future__ import annotations
@@ -14,15 +15,10 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
-import os
 import platform
-import re
-import shutil
-import tempfile
 import types
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
@@ -33,12 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.reservation import check_destination, free_folder, reserve, reserve_free
 from analysis.results import CostEstimate, Inspection, to_plain
+from analysis.run_folder import ARRAYS, CONFIG, FORMAT, RESULTS, locate
+from analysis.saving import add_report, save_run, stored
 from curvature.errors import InputError
 
 __all__ = [
     "Record",
     "Run",
+    "add_report",
     "check_destination",
     "file_sha256",
     "free_folder",
@@ -46,11 +46,12 @@ __all__ = [
     "load_record",
     "load_run",
     "now",
+    "reserve",
+    "reserve_free",
     "save_run",
     "versions",
 ]
 
-FORMAT = 3
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
 
@@ -93,6 +94,10 @@ class Record:
         """Return everything but the large arrays as plain Python values that JSON can hold."""
         return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
 
+    def to_json(self) -> str:
+        """Return `to_dict` in one line of JSON, with numbers that are not finite as the run folder has them."""
+        return json.dumps(stored(self), allow_nan=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Record):
@@ -107,72 +112,7 @@ class Run(Record):
     """The results."""
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def save_run(
-    run: Record, folder: Path, *, overwrite: bool = False, finish: Callable[[Path], object] | None = None
-) -> Path:
-    """Write a run folder, whole or not at all, and return its path.
-
-    Args:
-        run: what to write.
-        folder: where; parents are made. It must not exist, or be empty, or hold a run that `overwrite` gives up.
-        overwrite: replace a run that is there; it is kept until the new one is complete.
-        finish: called with the folder while it still has its temporary name, to add files (the report).
-
-    Raises:
-        InputError: if the folder cannot be written, or holds something that may not be replaced.
-    """
-    check_destination(folder, overwrite=overwrite)
-    folder = folder.absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder.parent}: {error.strerror}; choose another place with --out."
-        ) from error
-    try:
-        _write(run, draft)
-        if finish is not None:
-            finish(draft)
-        draft.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
-        _put_in_place(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def check_destination(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place where a run may not be written, before any work is done.
-
-    Raises:
-        InputError: if it is a file, holds a run and `overwrite` is not set, holds anything else, or is not writable.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file, and a run is a folder; choose another place with --out.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not _is_run(folder):
-            raise InputError(
-                f"{folder} holds files that are no run; they are left alone. Choose an empty or new folder with --out."
-            )
-        if not overwrite:
-            raise InputError(
-                f"{folder} holds an earlier run; choose another folder with --out, or replace it with --overwrite."
-            )
-    ancestor = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK | os.X_OK)):
-        raise InputError(f"cannot write to {ancestor}; choose another place with --out.")
-
-
-def free_folder(parent: Path, name: str) -> Path:
-    """Return parent/name-n with the smallest n >= 1 that is not taken."""
-    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    number = 1
-    while (parent / f"{stem}-{number}").exists():
-        number += 1
-    return parent / f"{stem}-{number}"
+# -- what a record states ---------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -199,58 +139,6 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _write(run: Record, folder: Path) -> None:
-    config = {"format": FORMAT, "kind": run.kind, **run.to_dict()}
-    results = config.pop(run.result)
-    arrays: dict[str, np.ndarray] = {}
-    _collect_arrays(getattr(run, run.result), "", arrays)
-    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
-    for name, content in (("config.json", config), ("results.json", results)):
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-
-
-def _collect_arrays(record: Any, path: str, arrays: dict[str, np.ndarray]) -> None:
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            arrays[f"{path}{field.name}"] = value.detach().cpu().numpy()
-        elif isinstance(value, float) and math.isinf(value):  # which JSON cannot hold
-            arrays[f"{path}{field.name}"] = np.array(value)
-        elif is_dataclass(value):
-            _collect_arrays(value, f"{path}{field.name}.", arrays)
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                if is_dataclass(item):
-                    _collect_arrays(item, f"{path}{field.name}.{i}.", arrays)
-
-
-def _put_in_place(draft: Path, folder: Path) -> None:
-    """Rename the finished draft; an earlier run steps aside first and comes back if that fails."""
-    if not folder.exists():
-        draft.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)) / "earlier"
-    folder.rename(aside)
-    try:
-        draft.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "results.json").is_file()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,10 +158,10 @@ def kind_of(folder: Path | str) -> str:
         InputError: if the folder holds no complete run.
     """
     folder = Path(folder)
-    if not _is_run(folder):
+    if not all(locate(folder, name).is_file() for name in (CONFIG, RESULTS)):
         raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("kind", "inspection"))
+        return str(json.loads(locate(folder, CONFIG).read_text(encoding="utf-8")).get("kind", "inspection"))
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
 
@@ -291,9 +179,9 @@ def load_record(folder: Path | str, cls: type[R]) -> R:
     folder = Path(folder)
     kind = kind_of(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        with np.load(folder / "arrays.npz", allow_pickle=False) as file:
+        config = json.loads(locate(folder, CONFIG).read_text(encoding="utf-8"))
+        results = json.loads(locate(folder, RESULTS).read_text(encoding="utf-8"))
+        with np.load(locate(folder, ARRAYS), allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
         written = int(config["format"])
         fits = written == FORMAT and kind == cls.kind
@@ -318,7 +206,7 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
         array = arrays.get(f"{path}{field.name}")
         if array is None and kind is Tensor:
             raise KeyError(f"{path}{field.name}")
-        if array is not None and kind in (float, float | None):
+        if array is not None and kind in (float, float | None):  # infinities, once kept there
             values[field.name] = array.item()
             continue
         values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
@@ -330,10 +218,23 @@ def _restore(kind: Any, value: Any, arrays: Mapping[str, Tensor], path: str) -> 
         return _rebuild(kind, value, arrays, path)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
         return tuple(_restore(get_args(kind)[0], item, arrays, f"{path}{i}.") for i, item in enumerate(value))
+    if get_origin(kind) is dict:
+        return {key: _restore(get_args(kind)[1], item, arrays, "") for key, item in value.items()}
     if get_origin(kind) is types.UnionType:
         return None if value is None else _restore(get_args(kind)[0], value, arrays, path)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[value]
     if kind is float:
         return float("nan") if value is None else float(value)
+    return _decoded(value)
+
+
+def _decoded(value: Any) -> Any:
+    """Return a free value of a record with the numbers that are not finite as numbers again."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {"number"} and value["number"] in ("inf", "-inf", "nan"):
+            return float(value["number"])
+        return {key: _decoded(item) for key, item in value.items()}
     return value

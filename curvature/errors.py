@@ -7,6 +7,7 @@ built-in exception a reader would expect.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NotConvergedError",
     "ParameterSelectionError",
     "TaskError",
+    "WriteError",
 ]
 
 
@@ -52,6 +54,14 @@ class TaskError(CurvatureError, ValueError):
 
 class CheckpointError(CurvatureError, ValueError):
     """A checkpoint is missing, unreadable or does not fit the model."""
+
+
+class WriteError(CurvatureError, OSError):
+    """Results could not be written, or not all of them. `folder` is where they are instead; None if nowhere."""
+
+    def __init__(self, message: str, folder: Path | None) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 class NotConvergedError(CurvatureError, RuntimeError):

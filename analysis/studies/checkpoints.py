@@ -8,7 +8,8 @@ from pathlib import Path
 
 from analysis.plan import InspectionPlan
 from analysis.preparation import Request
-from analysis.store import Record, Run, free_folder, save_run
+from analysis.reservation import Place, reserve_free
+from analysis.store import Record, Run, save_run
 from analysis.studies.noise import NoisePlan
 from analysis.studies.registry import KINDS, STUDIES, load_any
 from analysis.studies.sharpness import SharpnessPlan
@@ -66,12 +67,24 @@ def measure_checkpoints(
         raise InputError(f"checkpoints can be compared by {', '.join(MEASUREMENTS)}, got {of!r}.")
     runs, folders = [], []
     for checkpoint in checkpoints:
-        run = _measured(replace(request, checkpoint=checkpoint), of, listener or CompareListener())
-        folder = free_folder(parent, f"{run.name}-{checkpoint.stem}")
-        save_run(run, folder, finish=KINDS[run.kind].write_report)
+        run, folder = _kept(replace(request, checkpoint=checkpoint), of, parent, listener or CompareListener())
         runs.append(run)
         folders.append(folder)
     return runs, folders
+
+
+def _kept(request: Request, of: str, parent: Path, listener: CompareListener) -> tuple[Record, Path]:
+    """Measure one checkpoint, with a folder of its own reserved before."""
+    assert request.checkpoint is not None
+    stem, places = request.checkpoint.stem, list[Place]()
+    listener.when_loaded = lambda task, _: places.append(reserve_free(parent, f"{task.name}-{stem}"))
+    try:
+        run = _measured(request, of, listener)
+        save_run(run, places[0], finish=KINDS[run.kind].write_report)
+        return run, places[0].shown
+    finally:
+        for place in places:
+            place.release()
 
 
 def _measured(request: Request, of: str, listener: CompareListener) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -209,20 +208,13 @@ def _run(
     study: Study[Any, Any], request: Request, plan: object, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
     """Measure, write the run folder with its report, and print what it says."""
-    from analysis.store import check_destination, free_folder, save_run
+    from analysis.delivery import Delivery
     from analysis.studies.registry import KINDS
     from analysis.studies.screen import StudyScreen
     from analysis.studies.study import run_study
 
-    check_destination(out or free_folder(Path("runs"), "run"), overwrite=overwrite)
-    screen = StudyScreen(stderr=as_json)
-    with screen:
-        run = run_study(study, request, plan, listener=screen)
-    folder = out or free_folder(Path("runs"), f"{run.name}-{run.kind}")
-    with screen.doing("writing the report"):
-        save_run(run, folder, overwrite=overwrite, finish=KINDS[run.kind].write_report)
-    if as_json:
-        typer.echo(json.dumps(run.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        screen.tell(run, study.account(run))
-    screen.last_line(f"report: {folder / 'report.html'}")
+    screen, kind = StudyScreen(stderr=as_json), study.record.kind
+    with Delivery(screen, out, overwrite=overwrite, as_json=as_json, suffix=f"-{kind}") as delivery:
+        with screen:
+            run = run_study(study, request, plan, listener=screen)
+        delivery.deliver(run, KINDS[kind].write_report, lambda: screen.tell(run, study.account(run)))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from analysis.drawing import Colors
 from analysis.page import COLORS, templates, two_sizes
+from analysis.saving import write_figure, write_text
 from analysis.store import load_record
 from analysis.studies.account import Account, Picture
 from analysis.studies.study import StudyRun
@@ -25,7 +26,7 @@ def report_writer(record: type[R], tell: Callable[[R], Account]) -> Callable[[Pa
         run = load_record(folder, record)
         account = tell(run)
         path = folder / "report.html"
-        path.write_text(build_account_report(run, account), encoding="utf-8")
+        write_text(path, build_account_report(run, account))
         for chapter in account.chapters:
             for picture in chapter.pictures:
                 _to_paper(picture, folder / f"{picture.name}.pdf")
@@ -57,4 +58,4 @@ def _to_paper(picture: Picture, path: Path) -> None:
 
     figure = Figure(figsize=(4.8, picture.height), layout="constrained")
     picture.draw(figure.subplots(), Colors())
-    figure.savefig(path, metadata={"CreationDate": None})
+    write_figure(path, figure)

@@ -1,0 +1,55 @@
+"""Ctrl-C and requests to end, at the right moment: never between two steps of one that must be whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Terminated", "ends_as_interrupt", "uninterrupted"]
+
+
+class Terminated(KeyboardInterrupt):
+    """Someone asked the process to end: SIGTERM, or SIGHUP of a terminal that was closed."""
+
+
+def ends_as_interrupt() -> None:
+    """Let SIGTERM and SIGHUP end this process the way Ctrl-C does, with everything put in order first."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it, and that stands
+            signal.signal(number, end)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C until the end of the context; a second one interrupts at once.
+
+    Elsewhere than in the main thread, where Python handles no signals, it does nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pending = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if pending:
+            before(number, frame)
+        pending = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
