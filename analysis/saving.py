@@ -55,17 +55,19 @@ def save_run(
     if not isinstance(folder, Place):
         with reserve(folder, overwrite=overwrite) as place:
             return save_run(run, place, finish=finish)
-    place, broken = folder, None
+    place = folder
+    broken: Exception | KeyboardInterrupt | None = None
     try:
-        with uninterrupted():
-            draft = place.begin()
-            _write(run, draft)
-        broken = _finished(draft, finish)
-        with uninterrupted():
+        with uninterrupted() as stop:
+            draft = _drafted(run, place)
+        broken = KeyboardInterrupt() if stop.asked else _finished(draft, finish)
+        with uninterrupted() as stop:
             _list_files(draft)
             place.put()
     except OSError as error:
         raise _rescued(run, place, finish, error) from error
+    if stop.asked:
+        raise KeyboardInterrupt(f"the numbers are in {place.shown}.")
     shown = place.shown
     if isinstance(broken, KeyboardInterrupt):
         raise type(broken)(f"the numbers are in {shown}; `curvature report {shown}` writes the report.") from broken
@@ -101,6 +103,17 @@ def add_report(folder: Path, finish: Callable[[Path], object]) -> None:
             raise WriteError(f"the report of {folder} cannot be written: {_reason(error)}.", folder) from error
         finally:
             place.drop()
+
+
+def _drafted(run: Record, place: Place) -> Path:
+    """Write the numbers of a run into the draft of its place."""
+    try:
+        draft = place.begin()
+        _write(run, draft)
+    except BaseException:
+        place.drop()
+        raise
+    return draft
 
 
 def _write(run: Record, folder: Path) -> None:

@@ -28,28 +28,30 @@ def ends_as_interrupt() -> None:
             signal.signal(number, end)
 
 
+class Stop:
+    """Whether someone asked to stop meanwhile."""
+
+    asked = False
+
+
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C until the end of the context; a second one interrupts at once.
+def uninterrupted() -> Iterator[Stop]:
+    """Put off Ctrl-C in the context, whose value says whether it came; a second one interrupts at once.
 
     Elsewhere than in the main thread, where Python handles no signals, it does nothing.
     """
-    before = signal.getsignal(signal.SIGINT)
+    stop, before = Stop(), signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
+        yield stop
         return
-    pending = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pending
-        if pending:
+        if stop.asked:
             before(number, frame)
-        pending = True
+        stop.asked = True
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-    if pending:
-        raise KeyboardInterrupt

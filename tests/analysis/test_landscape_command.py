@@ -82,7 +82,7 @@ def test_from_the_command_to_the_report(folder: Path) -> None:
         assert text in done.stdout
     names = {path.name for path in (folder / "here").iterdir()}
     assert names >= {"config.json", "results.json", "arrays.npz", "report.html", "contours.pdf", "surface.pdf"}
-    assert not list(folder.glob(".*partial"))
+    assert not list((folder / "here").glob(".*"))
     run = load_landscape(folder / "here")
     assert run.landscape.plane is not None
     assert run.landscape.plane.losses[3, 3] == pytest.approx(run.landscape.loss, rel=1e-6)
@@ -199,16 +199,27 @@ def test_what_was_interrupted_is_continued_and_comes_out_the_same(
         stopped = landscape(*settings, "--out", "here")
     assert stopped.exit_code == 130
     assert stopped.stderr == "stopped; what was found is kept: go on with --resume --out here\n"
-    assert not (folder / "here").exists()
+    assert not (folder / "here" / "config.json").exists()
     again = landscape(*settings, "--out", "here")
     assert again.exit_code == 2
     assert "--resume" in again.stderr
     other = landscape(*settings, "--seed", "1", "--out", "here", "--resume")
     assert other.exit_code == 2
     assert "another seed" in other.stderr
+    source = (folder / "toy.py").read_text()
+    for old, new, what in (
+        ("torch.randn(64", "2 * torch.randn(64", "data"),
+        ("torch.manual_seed(0)", "torch.manual_seed(7)", "weights"),
+        ("nn.Tanh", "nn.ReLU", "loss"),
+    ):
+        (folder / "toy.py").write_text(source.replace(old, new))
+        changed = landscape(*settings, "--out", "here", "--resume")
+        assert changed.exit_code == 2
+        assert f"begun with another {what};" in changed.stderr
+    (folder / "toy.py").write_text(source)
     done = landscape(*settings, "--out", "here", "--resume")
     assert done.exit_code == 0, done.output
-    assert not list(folder.glob(".*partial"))
+    assert not list((folder / "here").glob(".*"))
     one, two = (load_landscape(folder / name).landscape for name in ("whole", "here"))
     assert two.cost.num_known == 22
     assert "22 from before" in done.stdout

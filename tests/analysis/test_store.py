@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from analysis.results import Measured
-from analysis.store import Run, check_destination, file_sha256, free_folder, load_run, save_run, versions
-from curvature.errors import InputError
+from analysis.store import Run, add_report, check_destination, file_sha256, free_folder, load_run, save_run, versions
+from curvature.errors import InputError, WriteError
 
 
 def assert_same(a: Any, b: Any, path: str = "run") -> None:
@@ -58,6 +58,25 @@ def test_what_is_undefined_stays_undefined(run: Run, folder: Path) -> None:
     assert again.check is None
 
 
+def test_infinities_come_back(run: Run, folder: Path) -> None:
+    inf = float("inf")
+    odd = replace(run.inspection, negative_share=Measured(value=-inf, stderr=inf), loss=float("nan"))
+    metadata = {"best": [inf, -inf, 1.5], "word": "inf", "deep": {"none": None}}
+    save_run(replace(run, inspection=odd, metadata=metadata), folder)
+    for name in ("results.json", "config.json"):
+        json.loads((folder / name).read_text(), parse_constant=pytest.fail)
+    again = load_run(folder)
+    assert (again.inspection.negative_share.value, again.inspection.negative_share.stderr) == (-inf, inf)
+    assert np.isnan(again.inspection.loss)
+    assert again.metadata == metadata
+
+
+def test_what_json_does_not_know_is_kept_as_text(run: Run, folder: Path) -> None:
+    metadata: dict[Any, Any] = {1: np.float32(0.5), "where": Path("a"), "dtype": torch.float32, "name": "\udcff"}
+    save_run(replace(run, metadata=metadata), folder)
+    assert load_run(folder).metadata == {"1": 0.5, "where": "a", "dtype": "torch.float32", "name": "\udcff"}
+
+
 def test_files_are_for_reading(run: Run, folder: Path) -> None:
     save_run(run, folder)
     results = json.loads((folder / "results.json").read_text())
@@ -79,26 +98,22 @@ def test_nothing_names_the_machine(run: Run, folder: Path) -> None:
     assert set(versions()) >= {"python", "torch", "platform", "threads"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interruption_leaves_nothing(run: Run, folder: Path, error: type[BaseException]) -> None:
+@pytest.mark.parametrize(("error", "said"), [(RuntimeError, WriteError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_a_report_that_fails_leaves_the_numbers(
+    run: Run, folder: Path, error: type[BaseException], said: type[BaseException]
+) -> None:
     def interrupt(draft: Path) -> None:
-        assert (draft / "results.json").exists()
-        raise error
+        (draft / ".report.html").write_text("half of it")
+        raise error("no font")
 
-    with pytest.raises(error):
+    with pytest.raises(said, match=r"the numbers are in .*curvature report"):
         save_run(run, folder, finish=interrupt)
-    assert names(folder.parent) == set()
-
-
-def test_an_interruption_leaves_the_earlier_run(run: Run, folder: Path) -> None:
-    def interrupt(_: Path) -> None:
-        raise KeyboardInterrupt
-
-    save_run(run, folder)
-    with pytest.raises(KeyboardInterrupt):
-        save_run(replace(run, seed=2), folder, overwrite=True, finish=interrupt)
-    assert names(folder.parent) == {"toy"}
-    assert load_run(folder).seed == 1
+    assert names(folder) == {"config.json", "results.json", "arrays.npz"}
+    assert_same(run, load_run(folder))
+    add_report(folder, lambda draft: (draft / "report.html").write_text("all of it"))
+    assert names(folder) == {"config.json", "results.json", "arrays.npz", "report.html"}
+    save_run(run, folder, overwrite=True)
+    assert names(folder) == {"config.json", "results.json", "arrays.npz"}
 
 
 def test_an_earlier_run_goes_only_when_told(run: Run, folder: Path) -> None:
@@ -109,6 +124,38 @@ def test_an_earlier_run_goes_only_when_told(run: Run, folder: Path) -> None:
     save_run(replace(run, seed=2), folder, overwrite=True)
     assert load_run(folder).seed == 2
     assert names(folder.parent) == {"toy"}
+
+
+def test_files_beside_a_run_stay(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    (folder / "thesis.tex").write_text("years of work")
+    save_run(replace(run, seed=2), folder, overwrite=True)
+    assert load_run(folder).seed == 2
+    assert (folder / "thesis.tex").read_text() == "years of work"
+    (folder / "report.html").write_text("mine")
+    with pytest.raises(InputError, match=r"holds report.html, which the run there did not write"):
+        save_run(run, folder, overwrite=True)
+    assert (folder / "report.html").read_text() == "mine"
+
+
+def test_folders_of_other_tools_stay(run: Run, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("config.json", "results.json"):
+        (folder / name).write_text('{"format": 3}')
+    (folder / "weights.pt").write_text("weeks of training")
+    with pytest.raises(InputError, match="no run"):
+        save_run(run, folder, overwrite=True)
+    assert names(folder) == {"config.json", "results.json", "weights.pt"}
+
+
+def test_files_that_a_run_claims_elsewhere_stay(run: Run, folder: Path) -> None:
+    save_run(run, folder)
+    (folder.parent / "mine").write_text("x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "files": ["../mine", str(folder.parent / "mine"), ".."]}))
+    save_run(replace(run, seed=2), folder, overwrite=True)
+    assert load_run(folder).seed == 2
+    assert names(folder.parent) == {"toy", "mine"}
 
 
 def test_other_files_are_never_overwritten(run: Run, folder: Path) -> None:
