@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.evaluation import BufferCopies
 from curvature.random_states import RandomStates
+from curvature.repeated_evaluation import RunningBuffers
 from curvature.results import _Record
 
 __all__ = ["GradientPenalty", "Kind", "Mode", "PenalisedStep"]
@@ -57,8 +57,8 @@ class GradientPenalty:
     Memory: "double_backward" holds the graphs of all batches at once for "full" and "variance"; the others one.
 
     Closures are called anew for each gradient that is taken, under the random state that they were first called with,
-    so that dropout has one mask a step. Buffers that a forward pass writes (running statistics) are put back after
-    all but the first call if `model` is given.
+    so that dropout has one mask a step. Buffers that a forward pass writes (running statistics) move in the first call
+    alone.
 
     Args:
         optimizer: any whose `step()` reads `.grad`; state, schedules and parameter groups stay its own.
@@ -66,7 +66,6 @@ class GradientPenalty:
         kind: which penalty.
         mode: how its gradient is had. Finite differences are for smooth models.
         reach: relative step of the finite difference; default the root of the dtype's epsilon. Error O(reach).
-        model: whose buffers further calls must not move.
 
     Raises:
         InputError: for settings that are not among these.
@@ -91,7 +90,6 @@ class GradientPenalty:
         kind: Kind = "full",
         mode: Mode = "hessian_product",
         reach: float | None = None,
-        model: nn.Module | None = None,
     ) -> None:
         if not 0 <= strength < math.inf:
             raise InputError(f"strength must be finite and not negative, got {strength}.")
@@ -106,7 +104,6 @@ class GradientPenalty:
         self.kind = kind
         self.mode = mode
         self.reach = reach
-        self.model = model
 
     def step(self, closures: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]) -> PenalisedStep:
         """Set `.grad` to the gradient of loss and penalty, and let the optimizer step.
@@ -151,13 +148,15 @@ class _Work:
         self.losses: list[float] = []
         self.spent = 0
         self._states: dict[int, RandomStates] = {}
+        self._buffers = [RunningBuffers() for _ in closures]
 
     def loss(self, k: int) -> Tensor:
         """Return closure k's loss; from the second call on under the random state of the first, leaving no trace."""
         first = k not in self._states
         if first:
             self._states[k] = self._random_states()
-        with contextlib.nullcontext() if first else self._repeated(k):
+        buffers, random = self._buffers[k], contextlib.nullcontext() if first else self._repeated(k)
+        with buffers.watched(), buffers.evaluation(), random:
             value = self.closures[k]()
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise InputError("a closure must return the loss, a tensor with one entry and its graph, and not backward.")
@@ -167,13 +166,10 @@ class _Work:
 
     @contextlib.contextmanager
     def _repeated(self, k: int) -> Iterator[None]:
-        model = self.settings.model
-        copies = contextlib.nullcontext() if model is None else BufferCopies(model).installed()
         present = self._random_states()
         try:
             self._states[k].restore()
-            with copies:
-                yield
+            yield
         finally:
             present.restore()
 

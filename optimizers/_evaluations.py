@@ -19,7 +19,8 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linop import LinearOperator
 from curvature.losses import LossRule
-from curvature.random_states import RandomStates
+from curvature.repeated_evaluation import RepeatedEvaluation
+from optimizers._closures import loss_of, own_gradients, residuals_of
 from optimizers._differentiation import gradients, pull_back
 from optimizers._flat import FlatParams
 from optimizers._gradients import refuse_sparse
@@ -177,7 +178,9 @@ class Evaluations:
         self.mean: Mean = mean if mean is not None else (lambda t: t)
         self.start = flat.get()
         self.num_evaluations = self.num_gradients = 0
-        self._random = _RandomState(flat.params)
+        self.unused = [False] * len(flat.params)
+        self._repeated = RepeatedEvaluation(flat.params)
+        self.watched = self._repeated.watched
 
     def linearise(self, *, with_matrix: bool = True) -> Linearised:
         """Return loss, gradient and, if asked for, matrix at the parameters as they are.
@@ -188,8 +191,7 @@ class Evaluations:
         self.num_evaluations += 1
         self.num_gradients += 1
         separate = self.curvature_closure is not None
-        with self._random.replayed(), torch.enable_grad():
-            value, outputs, targets = self._called(self.closure)
+        value, outputs, targets = self._called(self.closure)
         second_order = self.kind == "hessian" and with_matrix and not separate
         if self.kind == "residuals":
             assert outputs is not None
@@ -200,6 +202,8 @@ class Evaluations:
             return Linearised(loss=float(value.detach()), gradient=gradient, matrix=jacobian, residuals=r)
         grads = gradients(value, self.flat.params, create_graph=second_order, retain_graph=with_matrix and not separate)
         refuse_sparse(grads, "this optimizer")
+        if not separate:
+            self.unused = [g is None for g in grads]
         gradient = self.mean(self.sign * self.flat.flatten(grads))
         loss = float(self.mean(self.sign * value.detach().reshape(1)))
         self._refuse_non_finite(loss, gradient)
@@ -207,8 +211,7 @@ class Evaluations:
             return Linearised(loss=loss, gradient=gradient, matrix=None)
         if separate:
             assert self.curvature_closure is not None
-            with self._random.replayed(), torch.enable_grad():
-                value, outputs, targets = self._called(self.curvature_closure)
+            value, outputs, targets = self._called(self.curvature_closure, moves=False)
         matrix: CountedMatrix
         if self.kind == "ggn":
             if outputs is None or self.rule is None:
@@ -226,7 +229,7 @@ class Evaluations:
     def value(self, x: Tensor) -> float:
         """Return the loss at x, infinity if it is not a number; the parameters are where they were afterwards."""
         self.num_evaluations += 1
-        with self._moved_to(x), self._random.replayed(), torch.enable_grad():
+        with self._moved_to(x):
             value = self._called(self.closure)[0]
         found = float(self.mean(self.sign * value.detach().reshape(1)))
         return found if math.isfinite(found) else math.inf
@@ -234,7 +237,7 @@ class Evaluations:
     def residuals(self, x: Tensor) -> Tensor:
         """Return the residuals at x, (m,); the parameters are where they were afterwards."""
         self.num_evaluations += 1
-        with self._moved_to(x), self._random.replayed(), torch.enable_grad():
+        with self._moved_to(x):
             r = self._called(self.closure)[1]
         assert r is not None
         return r.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
@@ -244,8 +247,7 @@ class Evaluations:
         self.num_evaluations += 1
         self.num_gradients += 1
         with self._moved_to(x):
-            with self._random.replayed(), torch.enable_grad():
-                value = self._called(self.closure)[0]
+            value = self._called(self.closure)[0]
             grads = gradients(value, self.flat.params, create_graph=False, retain_graph=False)
         found = float(self.mean(self.sign * value.detach().reshape(1)))
         return found if math.isfinite(found) else math.inf, self.mean(self.sign * self.flat.flatten(grads))
@@ -259,26 +261,14 @@ class Evaluations:
         finally:
             self.flat.set_for_now(self.start)
 
-    def _called(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None, Any]:
+    def _called(self, closure: Callable[[], Any], *, moves: bool = True) -> tuple[Tensor, Tensor | None, Any]:
         """Return (loss, outputs or residuals, targets)."""
-        returned = closure()
-        if self.kind == "residuals":
-            r = _residuals(returned)
-            return (r * r).sum() / 2, r, None
-        outputs = targets = None
-        if isinstance(returned, (tuple, list)) and len(returned) == 2:
-            if self.loss is None:
-                raise InputError(
-                    "the closure returned (outputs, targets), for which loss= must be given to the optimizer."
-                )
-            outputs, targets = returned
-            if not isinstance(outputs, Tensor):
-                raise InputError(f"outputs must be one tensor, got {type(outputs).__name__}.")
-            returned = self.loss(outputs, targets)
-        if not isinstance(returned, Tensor) or returned.numel() != 1:
-            got = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-            raise InputError(f"the closure must return the loss, a tensor with one entry, got {got}.")
-        return returned.reshape(()), outputs, targets
+        with own_gradients(self.flat.params), self._repeated.evaluation(moves=moves):
+            returned = closure()
+            if self.kind == "residuals":
+                r = residuals_of(returned)
+                return (r * r).sum() / 2, r, None
+            return loss_of(returned, self.loss)
 
     def _refuse_non_finite(self, loss: float, gradient: Tensor) -> None:
         if not math.isfinite(loss):
@@ -292,35 +282,6 @@ class Evaluations:
                 "left as they are; look for sqrt or norm at 0, or use a wider dtype."
             )
 
-    def finish(self) -> None:
-        """Leave the random streams as one evaluation of the closure would have."""
-        self._random.finish()
-
-
-def _residuals(returned: Any) -> Tensor:
-    if isinstance(returned, (tuple, list)) and returned and all(isinstance(r, Tensor) for r in returned):
-        returned = torch.cat([r.reshape(-1) for r in returned])
-    if not isinstance(returned, Tensor) or returned.numel() == 0 or not returned.is_floating_point():
-        got = type(returned).__name__ if not isinstance(returned, Tensor) else f"{tuple(returned.shape)}"
-        raise InputError(f"the closure must return the residuals, a real tensor or several of them, got {got}.")
-    return returned
-
-
-class _RandomState:
-    """The random streams of a step: every evaluation starts where the step did."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.devices = sorted({p.device.index for p in params if p.is_cuda})
-        self.before = RandomStates(self.devices)
-        self.after: RandomStates | None = None
-
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        self.before.restore()
-        yield
-        if self.after is None:
-            self.after = RandomStates(self.devices)
-
-    def finish(self) -> None:
-        if self.after is not None:
-            self.after.restore()
+    def finish(self, *, keep: bool = True) -> None:
+        """Leave random streams and buffers as one evaluation of the closure would have, or as they were found."""
+        self._repeated.finish(keep=keep)

@@ -128,9 +128,17 @@ class FullBatchOptimizer(ResumableOptimizer):
         return self._step(closure, curvature_closure, 0.0)
 
     def _step(
-        self, closure: Callable[[], Any] | None, curvature_closure: Callable[[], Any] | None, gtol: float
+        self,
+        closure: Callable[[], Any] | None,
+        curvature_closure: Callable[[], Any] | None,
+        gtol: float,
+        *,
+        moves_buffers: bool = True,
     ) -> Tensor | None:
-        """Take a step unless the largest entry of the gradient is at most `gtol`."""
+        """Take a step unless the largest entry of the gradient is at most `gtol`.
+
+        Where none is taken, `moves_buffers=False` leaves random streams and running statistics as they were found.
+        """
         flat = self._flat()
         if closure is None:
             # a checkpoint is loaded into an optimizer that was stepped with zero gradients and without closure
@@ -151,8 +159,9 @@ class FullBatchOptimizer(ResumableOptimizer):
             mean=None if self.process_group is None else self._mean_over_ranks,
         )
         start = evaluations.start
+        move: Move | None = None
         try:
-            with curvature_session():
+            with curvature_session(), evaluations.watched():
                 here = evaluations.linearise(with_matrix=self._matrix_is_needed)
                 for p, g in zip(flat.params, flat.split(evaluations.sign * here.gradient), strict=True):
                     p.grad = g.clone()
@@ -164,9 +173,9 @@ class FullBatchOptimizer(ResumableOptimizer):
                 else:
                     move = self._move(evaluations, here, start)
             if move.step is not None:
-                flat.set(start + move.step)
+                flat.set(start + move.step, keep=evaluations.unused if self.process_group is None else None)
         finally:
-            evaluations.finish()
+            evaluations.finish(keep=move is not None and (moves_buffers or move.step is not None))
         moved = move.step is not None
         self.last_step = StepReport(
             loss_before=evaluations.sign * here.loss,
@@ -226,7 +235,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             offset = 0
             for p, size in zip(flat.params, flat.sizes, strict=True):
                 part = vector[offset : offset + size]
-                self.state[p][name] = part.clone().reshape(*p.shape, *vector.shape[1:])
+                self.state[p][name] = part.clone().reshape((*p.shape, *vector.shape[1:]))
                 offset += size
 
     def _recall(self, flat: FlatParams, name: str) -> Tensor | None:

@@ -18,7 +18,7 @@ from optimizers._flat import FlatParams
 if TYPE_CHECKING:
     from optimizers._full_batch import FullBatchOptimizer
 
-__all__ = ["Preconditioner", "largest_pairs", "newton_preconditioner"]
+__all__ = ["Preconditioner", "largest_pairs", "newton_preconditioner", "sketch_is_due"]
 
 Preconditioner = Callable[[MatrixLike, float, torch.Generator], Any]
 """(A, damping, generator) -> an object whose `@` applies P^-1, symmetric positive definite."""
@@ -47,6 +47,12 @@ def newton_preconditioner(optimizer: FullBatchOptimizer, flat: FlatParams, A: Ma
     return wanted(A, damping, generator)
 
 
+def sketch_is_due(optimizer: FullBatchOptimizer, flat: FlatParams) -> bool:
+    """Whether eigenpairs are to be computed: at every so many-th step, and where those kept are of other parameters."""
+    group = optimizer.param_groups[0]
+    return group["num_steps"] % group["refresh_every"] == 0 or _kept_pairs(optimizer, flat) is None
+
+
 def largest_pairs(
     optimizer: FullBatchOptimizer, flat: FlatParams, A: MatrixLike | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -55,16 +61,28 @@ def largest_pairs(
     Magnitudes serve an indefinite Hessian, where a factorisation of a Nystrom core would fail. A may be None where no
     refresh is due.
     """
-    group = optimizer.param_groups[0]
-    values, U = optimizer.state[flat.params[0]].get("sketch_values"), optimizer._recall(flat, "sketch_vectors")
-    if A is not None and (values is None or U is None or group["num_steps"] % group["refresh_every"] == 0):
+    if A is not None and sketch_is_due(optimizer, flat):
+        group = optimizer.param_groups[0]
         rank = min(int(group["rank"]), flat.n)
         found = randomized_eigh(
             A, rank, oversampling=min(5, flat.n - rank), power_iterations=0, num_tests=0, generator=generator
         )
-        values, U = found.eigenvalues, found.eigenvectors
-        optimizer.state[flat.params[0]]["sketch_values"] = values
-        optimizer._remember(flat, sketch_vectors=U)
-    assert values is not None
-    assert U is not None
-    return values.to(flat.device, flat.dtype), U
+        optimizer._remember(flat, sketch_vectors=found.eigenvectors)
+        for p in flat.params:
+            state = optimizer.state[p]
+            state["sketch_values"] = found.eigenvalues.clone()
+            state["sketch_of"] = torch.tensor([group["num_steps"], flat.n])
+    kept = _kept_pairs(optimizer, flat)
+    assert kept is not None
+    return kept
+
+
+def _kept_pairs(optimizer: FullBatchOptimizer, flat: FlatParams) -> tuple[Tensor, Tensor] | None:
+    """Return the eigenpairs kept for exactly these parameters; None where some came or went since."""
+    states = [optimizer.state[p] for p in flat.params]
+    sketches = [state.get("sketch_of") for state in states]
+    first = sketches[0]
+    if first is None or int(first[1]) != flat.n or any(s is None or s.tolist() != first.tolist() for s in sketches):
+        return None
+    U = optimizer._recall(flat, "sketch_vectors")
+    return None if U is None else (states[0]["sketch_values"].to(flat.device, flat.dtype), U)

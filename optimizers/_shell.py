@@ -8,6 +8,7 @@ bit for bit lies in `state_dict()`: random numbers are functions of counters.
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from curvature.errors import CheckFailedError, InputError
+from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from curvature.losses import loss_rule
+from curvature.repeated_evaluation import RunningBuffers
+from optimizers._closures import loss_of, own_gradients
 from optimizers._differentiation import curvature_session, gradients, leaves
 from optimizers._gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
 from optimizers._ranks import average_gradients, average_over_ranks
@@ -83,8 +86,8 @@ class CurvatureOptimizer(ResumableOptimizer):
         curvature: where curvature comes from.
         loss: `loss(outputs, targets)`, for closures that return both.
         process_group: ranks that hold equal shares of each batch.
-        check_finite: raise on a measured curvature that is not finite, instead of storing it for good. Waits for the
-            device once on each step with curvature; under a scaler the scaler does it.
+        check_finite: raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a
+            GPU only steps with curvature look, as looking waits for the device; under a scaler the scaler does it.
 
     Raises:
         InputError: for complex parameters, settings out of range, closures that return something else than agreed.
@@ -222,9 +225,14 @@ class CurvatureOptimizer(ResumableOptimizer):
             curvature_session() if measured and not isinstance(closure, Tensor) else contextlib.nullcontext(),
             torch.enable_grad(),
         ):
-            loss, outputs, targets = self._loss(closure if isinstance(closure, Tensor) else closure())
+            loss, outputs, targets = self._evaluated(closure, moves_buffers=part != "curvature")
             scaled = loss if weight == 1.0 else loss * weight
             scaled = scaled if scaler is None else scaler.scale(scaled)
+        if self.check_finite and scaler is None and (measured or not loss.is_cuda) and not math.isfinite(loss.item()):
+            raise NonFiniteError(
+                f"the loss is {loss.item()}: parameters are left as they are. Look at the batch, lower lr, or pass "
+                "check_finite=False."
+            )
         second_order = measured and self.curvature.second_order
         grads: list[Tensor | None] = [None] * len(params)
         if part != "curvature" or second_order:
@@ -248,20 +256,21 @@ class CurvatureOptimizer(ResumableOptimizer):
 
     # -- curvature ----------------------------------------------------------------------------------------------------
 
-    def _loss(self, returned: Any) -> tuple[Tensor, Tensor | None, Any]:
-        if isinstance(returned, (tuple, list)) and len(returned) == 2:
-            if self.loss is None:
-                raise InputError(
-                    "the closure returned (outputs, targets), for which loss= must be given to the optimizer."
-                )
-            outputs, targets = returned
-            returned = self.loss(outputs, targets)
-        else:
-            outputs = targets = None
-        if not isinstance(returned, Tensor) or returned.numel() != 1:
-            got = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-            raise InputError(f"the closure must return the loss, a tensor with one entry, got {got}.")
-        return returned.reshape(()), outputs, targets
+    def _evaluated(self, closure: Closure | Tensor, *, moves_buffers: bool) -> tuple[Tensor, Tensor | None, Any]:
+        """Return (loss, outputs, targets), the latter two None where the closure returned the loss itself."""
+        if isinstance(closure, Tensor):
+            return loss_of(closure, None)
+        measured = self._num_measured
+        with contextlib.ExitStack() as stack:
+            if not moves_buffers:
+                buffers = RunningBuffers()
+                stack.enter_context(buffers.watched())
+                stack.enter_context(buffers.evaluation(moves=False))
+            stack.enter_context(own_gradients(self._trained()))
+            returned = closure()
+        if self._num_measured != measured:
+            raise InputError("the closure must not call zero_grad(): the curvature of earlier micro-batches is lost.")
+        return loss_of(returned, self.loss)
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -322,6 +331,7 @@ class CurvatureOptimizer(ResumableOptimizer):
                 if with_graph:
                     self._measure_from_gradients()
                 elif not all_zero([p.grad for p in owners if p.grad is not None]):
+                    self._refuse_first_order()
                     raise CheckFailedError(
                         "curvature is due at this step and the gradients have no graph: call step(closure) with a "
                         "closure that returns the loss, or optimizer.accumulate(loss) in place of loss.backward(), or "
@@ -334,11 +344,7 @@ class CurvatureOptimizer(ResumableOptimizer):
                     leaf.grad = leaf.grad.detach()
 
     def _measure_from_gradients(self) -> None:
-        if not self.curvature.second_order:
-            raise CheckFailedError(
-                "targets are sampled from the model's outputs, which gradients do not show: call step(closure) or "
-                "accumulate(closure) with a closure that returns (outputs, targets)."
-            )
+        self._refuse_first_order()
         scale = getattr(self, "grad_scale", None)
         if getattr(self, "found_inf", None) is not None:
             if scale is None:
@@ -353,6 +359,14 @@ class CurvatureOptimizer(ResumableOptimizer):
                 )
         params = self._trained()
         self._measure(params, [p.grad for p in params], scale=scale)
+
+    def _refuse_first_order(self) -> None:
+        if not self.curvature.second_order:
+            raise CheckFailedError(
+                "targets are sampled from the model's outputs, which gradients do not show: call step(closure) or "
+                "accumulate(closure) with a closure that returns (outputs, targets), and give loss= to the optimizer; "
+                'or pass curvature="hessian-diagonal".'
+            )
 
     def _unscale_gradients(self) -> None:
         scale = getattr(self, "grad_scale", None)

@@ -156,8 +156,9 @@ class _OutputSquares(CurvatureSource):
     def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
         if batch.outputs is None or batch.rule is None:
             raise InputError(
-                f"{type(self).__name__} needs the outputs of the model and their loss: give loss= to the optimizer and "
-                "a closure that returns (outputs, targets)."
+                f"{type(self).__name__} needs the outputs of the model and their loss: give loss= to the optimizer, "
+                "e.g. loss=torch.nn.functional.cross_entropy, and a closure that returns (outputs, targets), e.g. "
+                'lambda: (model(x), y). For a closure that returns the loss pass curvature="hessian-diagonal".'
             )
         total: list[Tensor] = []
         for sample in range(self.num_probes):

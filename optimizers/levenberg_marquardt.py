@@ -138,10 +138,13 @@ class LevenbergMarquardt(FullBatchOptimizer):
         """
         flat = self._flat()
         evaluations = Evaluations(flat, closure, None, kind="residuals", loss=None, rule=None)
-        here = evaluations.linearise()
-        evaluations.finish()
+        try:
+            with evaluations.watched():
+                here = evaluations.linearise()
+                J = self._dense(here.operator)
+        finally:
+            evaluations.finish(keep=False)
         assert here.residuals is not None
-        J = self._dense(here.operator)
         m, n = J.shape
         if m <= n:
             raise InputError(f"a covariance needs more residuals than parameters, got {m} and {n}.")

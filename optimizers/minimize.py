@@ -125,7 +125,7 @@ def minimize(
     while True:
         over_budget = nit >= max_steps or (max_gradients is not None and njev + nhev >= max_gradients)
         # a tolerance of infinity measures the gradient at the end, and takes no step
-        optimizer._step(closure, None, torch.inf if over_budget else gtol)
+        optimizer._step(closure, None, torch.inf if over_budget else gtol, moves_buffers=False)
         step = optimizer.last_step
         assert step is not None
         nfev, njev, nhev = nfev + step.num_evaluations, njev + step.num_gradients, nhev + step.num_products
@@ -145,7 +145,7 @@ def minimize(
         if (ftol > 0 and 0 <= step.loss_before - step.loss_after <= ftol * abs(step.loss_before)) or (
             xtol > 0 and step.step_norm <= xtol * (xtol + size)
         ):
-            optimizer._step(closure, None, torch.inf)
+            optimizer._step(closure, None, torch.inf, moves_buffers=False)
             step = optimizer.last_step
             assert step is not None
             nfev, njev = nfev + step.num_evaluations, njev + step.num_gradients

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.repeated_evaluation import RepeatedEvaluation
+from optimizers._closures import loss_of, own_gradients
 from optimizers._corrections import bias_corrections, scalar_lr, step_sizes
 from optimizers._differentiation import gradients
 from optimizers._gradients import refuse_sparse
@@ -135,9 +137,29 @@ class SASSHA(CurvatureOptimizer):
         """
         if isinstance(closure, Tensor):
             raise InputError("SASSHA evaluates the loss at two points: pass a closure, not the loss itself.")
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        repeated, kept = RepeatedEvaluation(self._trained()), False
+        try:
+            with repeated.watched():
+                loss = self._accumulate_twice(closure, repeated, weight, part, scaler, synchronize)
+            kept = True
+        finally:
+            repeated.finish(keep=kept)
+        return loss
+
+    def _accumulate_twice(
+        self,
+        closure: Closure,
+        repeated: RepeatedEvaluation,
+        weight: float,
+        part: Part,
+        scaler: GradScaler | None,
+        synchronize: bool,
+    ) -> Tensor:
+        params = self._trained()
         with torch.enable_grad():
-            loss, _, _ = self._loss(closure())
+            with own_gradients(params):
+                returned = repeated.call(closure, moves=part != "curvature")
+            loss = loss_of(returned, self.loss)[0]
             scaled = loss if scaler is None else scaler.scale(loss)
         found = gradients(scaled, params, create_graph=False, retain_graph=False)
         refuse_sparse(found, type(self).__name__)
@@ -151,7 +173,13 @@ class SASSHA(CurvatureOptimizer):
         try:
             for p, g in zip(params, grads, strict=True):
                 p.add_(g * length.to(g.device))
-            super().accumulate(closure, weight=weight, part=part, scaler=scaler, synchronize=synchronize)
+            super().accumulate(
+                lambda: repeated.call(closure, moves=False),
+                weight=weight,
+                part=part,
+                scaler=scaler,
+                synchronize=synchronize,
+            )
         finally:
             torch._foreach_copy_(params, before)
         return loss.detach()

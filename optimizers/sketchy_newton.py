@@ -16,7 +16,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from optimizers._evaluations import Evaluations, Linearised
 from optimizers._full_batch import FullBatchOptimizer, Move
-from optimizers._newton_preconditioners import largest_pairs
+from optimizers._newton_preconditioners import largest_pairs, sketch_is_due
 from optimizers._validate import check_at_least, check_choice
 
 if TYPE_CHECKING:
@@ -98,25 +98,23 @@ class SketchyNewton(FullBatchOptimizer):
 
     @property
     def _matrix_is_needed(self) -> bool:
-        group = self.param_groups[0]
-        return group["num_steps"] % group["refresh_every"] == 0 or not any(
-            "sketch_rate" in s for s in self.state.values()
-        )
+        return sketch_is_due(self, self._flat())
 
     def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:  # noqa: ARG002
         group, flat = self.param_groups[0], evaluations.flat
         values, U = largest_pairs(self, flat, here.matrix, self._generator(flat, 14))
         rho = float(group["rho"])
-        first = flat.params[0]
         if here.matrix is not None:
             largest = _preconditioned_norm(here.matrix, values, U, rho, self._generator(flat, 15))
-            self.state[first]["sketch_rate"] = torch.tensor(0.5 / max(largest, torch.finfo(flat.dtype).tiny))
+            rate = torch.tensor(0.5 / max(largest, torch.finfo(flat.dtype).tiny))
+            for p in flat.params:
+                self.state[p]["sketch_rate"] = rate.clone()
         m = here.gradient
         if group["momentum"] > 0:
             before = self._recall(flat, "momentum")
             m = m if before is None else group["momentum"] * before + (1 - group["momentum"]) * m
             self._remember(flat, momentum=m)
-        d = -self._rates(flat) * float(self.state[first]["sketch_rate"]) * _power(values, U, rho, -1.0, m)
+        d = -self._rates(flat) * float(self.state[flat.params[0]]["sketch_rate"]) * _power(values, U, rho, -1.0, m)
         if not bool(d.isfinite().all()):
             return Move(step=None, loss=math.nan, solver="sketch", message="the step is not finite; raise rho")
         ended = "sketch refreshed" if here.matrix is not None else "sketch kept"

@@ -1,0 +1,111 @@
+"""What a closure returns: the loss, (outputs, targets), or residuals; anything else is refused with what to write."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+
+__all__ = ["loss_of", "own_gradients", "residuals_of"]
+
+
+def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, Tensor | None, Any]:
+    """Return (loss, outputs, targets) of what a closure returned; the latter two are None where it was the loss.
+
+    Raises:
+        InputError: if it is neither the loss nor (outputs, targets).
+    """
+    if loss is not None and isinstance(returned, (tuple, list)) and len(returned) == 2:
+        outputs, targets = returned
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"the outputs of (outputs, targets) must be one tensor, got {_described(outputs)}; return the tensor "
+                "that the loss compares with the targets, e.g. (outputs.logits, targets)."
+            )
+        returned = loss(outputs, targets)
+        where = "loss(outputs, targets)"
+    else:
+        outputs = targets = None
+        where = "the closure"
+    if not isinstance(returned, Tensor) or returned.numel() != 1:
+        advice = _advice(returned) if outputs is None else "; give a loss with reduction='mean' or 'sum'"
+        raise InputError(f"{where} must return the loss, a tensor with one entry, got {_described(returned)}{advice}.")
+    return returned.reshape(()), outputs, targets
+
+
+def residuals_of(returned: Any) -> Tensor:
+    """Return the residuals as one tensor.
+
+    Raises:
+        InputError: for anything that is no residual: a loss, targets, integers.
+    """
+    parts = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    if not parts or not all(isinstance(r, Tensor) for r in parts) or sum(r.numel() for r in parts) == 0:
+        raise InputError(
+            f"the closure must return the residuals, a real tensor or several of them, got {_described(returned)}."
+        )
+    if len(parts) == 1 and parts[0].ndim == 0:
+        raise InputError(
+            "the closure returned one number, a loss, where the residuals are asked for, whose squares are summed: "
+            "half the square of a loss would be minimised. Return the residuals before squares and means, e.g. "
+            "model(x) - y; for a loss that is no sum of squares use NewtonCG or TrustRegionNewton. One residual alone "
+            "is returned as a tensor of shape (1,)."
+        )
+    for place, part in enumerate(parts):
+        if not part.is_floating_point() or not part.requires_grad:
+            what = "has no graph" if part.is_floating_point() else f"holds {part.dtype}"
+            raise InputError(
+                f"tensor {place + 1} of {len(parts)} that the closure returned {what}, so it is no residual: compute "
+                "residuals from the parameters with gradients enabled, and not detached. Where (outputs, targets) "
+                "were meant, return outputs - targets, or use NaturalGradient or NewtonCG with loss=."
+            )
+    return parts[0] if len(parts) == 1 else torch.cat([r.reshape(-1) for r in parts])
+
+
+@contextlib.contextmanager
+def own_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Keep what lies in `.grad` from a closure, which may zero it, and refuse one that adds to it.
+
+    Raises:
+        InputError: if the closure called backward(): its gradient would count twice.
+    """
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        yield
+        if any(p.grad is not None and bool(p.grad.any()) for p in params):
+            raise InputError(
+                "the closure must return the loss and call no backward(): the optimizer differentiates it."
+            )
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
+
+
+def _described(returned: Any) -> str:
+    if isinstance(returned, Tensor):
+        return f"a tensor of shape {tuple(returned.shape)}"
+    if isinstance(returned, Mapping):
+        return f"a {type(returned).__name__} of {', '.join(map(repr, returned))}"
+    if isinstance(returned, (tuple, list)):
+        return f"a {type(returned).__name__} of {len(returned)}"
+    return type(returned).__name__
+
+
+def _advice(returned: Any) -> str:
+    if isinstance(returned, Mapping):
+        named = " return its entry 'loss' alone" if "loss" in returned else " return one entry, or the sum of them"
+        return f";{named}"
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return "; return the loss alone, or (outputs, targets), for which loss= must be given to the optimizer"
+    if isinstance(returned, (tuple, list)):
+        return "; return the loss alone"
+    if isinstance(returned, Tensor):
+        return "; take its mean or sum"
+    return ""
