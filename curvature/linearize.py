@@ -65,7 +65,7 @@ class Linearization:
         batch: the batch, on the device of the parameters.
         index: its place in the data, which fixes its random numbers.
         trust: allows lean layers, after a comparison with autograd; None records layers as autograd has them.
-        metered: whether `held_bytes` is measured (a little slower to build).
+        meter: watches what the graphs hold (a little slower to build).
     """
 
     def __init__(
@@ -76,22 +76,23 @@ class Linearization:
         index: int,
         *,
         trust: LeanTrust | None = None,
-        metered: bool = False,
+        meter: HeldMemory | None = None,
     ) -> None:
         self._evaluator = evaluator
         self._space = space
         self._params = list(space.tensors.values())
-        self._buffers = evaluator.copy_buffers()
         self._gradient: Sequence[Tensor | None] | None = None
         self._jacobian: tuple[Sequence[Tensor | None], Tensor] | None = None
         self._output_maps: WeakKeyDictionary[OutputMetric, OutputMap] = WeakKeyDictionary()
-        self._meter = HeldMemory() if metered else None
+        self._meter = meter
         self._trust = None if trust is None or trust.revoked else trust
         self._lean = LeanLayers(corrections_only=self._trust is None)
         self._batch = batch
         self.index = index
-        with self._session(), self._metered():
-            self._evaluation = evaluator.evaluate(batch, index)
+        with self._metered():
+            self._buffers = evaluator.copy_buffers()
+            with self._session():
+                self._evaluation = evaluator.evaluate(batch, index)
         self.weight = self._evaluation.weight
         self.loss = self._evaluation.loss.detach()
         self.drew_random_numbers = self._evaluation.drew_random_numbers
@@ -115,10 +116,6 @@ class Linearization:
         if self._jacobian is not None:
             return tuple(j is not None for j in self._jacobian[0])
         return None
-
-    def held_bytes(self) -> int:
-        """Return the bytes that this linearisation's graphs hold; 0 if it is not metered."""
-        return 0 if self._meter is None else self._meter.held_bytes()
 
     def outputs_and_targets(self) -> tuple[Tensor, Any]:
         """Return the model's outputs on this batch, detached, and the targets.
@@ -269,7 +266,8 @@ class Linearization:
         if self._trust is None or self.num_lean_layers == 0 or product in self._trust.differences:
             return
         trust, self._trust = self._trust, None
-        reference = Linearization(self._evaluator, self._space, self._batch, self.index)
+        meter = None if self._meter is None else HeldMemory()
+        reference = Linearization(self._evaluator, self._space, self._batch, self.index, meter=meter)
         eps = max(torch.finfo(p.dtype).eps for p in self._params)
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
@@ -284,10 +282,11 @@ class Linearization:
         return self.hvp(v) if product == "hvp" else self.vjp(self.jvp(v))
 
     def _adopt(self, reference: Linearization) -> None:
-        self._lean = reference._lean
-        self._buffers, self._evaluation = reference._buffers, reference._evaluation
+        self._lean, self._buffers, self._evaluation = reference._lean, reference._buffers, reference._evaluation
         self._gradient, self._jacobian = reference._gradient, reference._jacobian
         self._output_maps = reference._output_maps
+        if self._meter is not None and reference._meter is not None:
+            self._meter.take_over(reference._meter)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 

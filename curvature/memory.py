@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,11 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["HeldMemory", "available_memory"]
 
+PROC = Path("/proc/self")
+
 
 class HeldMemory(TorchDispatchMode):
     """Watches what is allocated while it is active; `held_bytes()` says what of that is still alive.
 
-    It sees every storage an operation returns, on any device, so after building a graph it knows what the graph keeps.
+    It sees every storage an operation makes, on any device, so after building a graph it knows what the graph keeps.
+    Storages that were there before, of parameters and data, are not counted, whatever views the graph has of them.
+
+    Args:
+        closed: called each time the watch ends, unless by an error: what is held may have grown.
     """
 
     @classmethod
@@ -25,20 +35,38 @@ class HeldMemory(TorchDispatchMode):
         """Never runs under the compiler; saying so to it would import it, 1.5 s of a first product."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, closed: Callable[[], None] | None = None) -> None:
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._closed = closed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
+        given: set[int] | None = None
+        for tensor in _parts(result):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._storages:
+                continue
+            if given is None:
+                given = {t.untyped_storage()._cdata for t in _parts([*args, *(kwargs or {}).values()])}
+            if key not in given:
                 reference = StorageWeakRef(storage)
-                self._storages[reference.cdata] = (reference, storage.nbytes())
+                self._storages[key] = (reference, storage.nbytes())
         return result
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
+        if self._closed is not None and exc_type is None:
+            self._closed()
+
+    def take_over(self, other: HeldMemory) -> None:
+        """Count what another one saw as well."""
+        self._storages |= other._storages
+        if self._closed is not None:
+            self._closed()
 
     def held_bytes(self) -> int:
         """Return the bytes of the storages seen that are still in use."""
@@ -46,9 +74,106 @@ class HeldMemory(TorchDispatchMode):
         return sum(size for _, size in self._storages.values())
 
 
+def _parts(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors with a storage of their own in what an operation takes or returns."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _parts(item)
+    elif isinstance(value, Tensor) and value.layout is torch.strided:
+        yield value
+
+
+# -- what is there ----------------------------------------------------------------------------------------------------
+
+
 def available_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device without paging or failing."""
+    """Return the bytes that can still be allocated on a device without paging or failing; never negative.
+
+    In main memory: what the machine has free, and no more than what is left below the limits of this process
+    (`ulimit -v`, `ulimit -d`) and of its control groups (containers, batch systems), the enclosing ones included. On a
+    CUDA device: what is free there, no more than torch's own share (`set_per_process_memory_fraction`).
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free + unused, share - torch.cuda.memory_allocated(device)))
+    rooms = [int(psutil.virtual_memory().available)]
+    if sys.platform == "linux":
+        rooms += [*_process_rooms(), *_group_rooms(PROC)]
+    return max(0, min(rooms))
+
+
+def _process_rooms() -> Iterator[int]:
+    """Yield what the limits on a Linux process's address space and data leave."""
+    import resource
+
+    used = psutil.Process().memory_info()
+    for limit, size in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data)):
+        allowed, _ = resource.getrlimit(limit)
+        if allowed != resource.RLIM_INFINITY:
+            yield allowed - size
+
+
+def _group_rooms(proc: Path) -> Iterator[int]:
+    """Yield what the limits of the process's control groups leave, from its own group up to the root that is seen.
+
+    Pages of files that were not used lately do not count as used: the kernel drops them first.
+    """
+    for folder, top, version in _group_folders(proc, os.getpid()):
+        limits, usage, cache = _FILES[version]
+        while True:
+            allowed = [n for n in (_number(folder / name) for name in limits) if n is not None and n < _NO_LIMIT]
+            used = _number(folder / usage) if allowed else None
+            if used is not None:
+                yield min(allowed) - used + _statistic(folder / "memory.stat", cache)
+            if folder == top:
+                break
+            folder = folder.parent
+
+
+_NO_LIMIT = 1 << 60  # what version 1 writes for none is about 2^63
+_FILES = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+}
+
+
+@functools.cache
+def _group_folders(proc: Path, pid: int) -> list[tuple[Path, Path, int]]:
+    """Return the folder of a process's memory group, where its hierarchy is mounted, and the version, 1 or 2."""
+    del pid  # after a fork another process may have been moved
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split(" ") for line in (proc / "mountinfo").read_text().splitlines() if " - cgroup" in line]
+    except (OSError, UnicodeDecodeError):
+        return []
+    found = []
+    for fields in mounts:
+        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+        if kind == "cgroup" and "memory" not in options:
+            continue
+        version = 2 if kind == "cgroup2" else 1
+        paths = [path for _, names, path in groups if (names == "" if version == 2 else "memory" in names.split(","))]
+        top = Path(fields[4].replace("\\040", " "))
+        for path in paths:
+            inside = path.removeprefix(fields[3].rstrip("/")).strip("/")  # a container sees part of the hierarchy
+            folder = top / inside
+            found.append((folder if ".." not in folder.parts and folder.is_dir() else top, top, version))
+    return found
+
+
+def _number(file: Path) -> int | None:
+    """Return the number in a file; None if there is none ("max")."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(file: Path, name: str) -> int:
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return 0
+    return next((int(value) for key, value in lines if key == name), 0)

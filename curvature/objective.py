@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from curvature.data import DataSource
 from curvature.distributed import sum_over_ranks
 from curvature.errors import DataError, InputError
-from curvature.evaluation import Evaluator, Forward, move_batch
+from curvature.evaluation import Evaluator, Forward, move_batch, tensors_in
+from curvature.kept_graphs import GraphBudget, KeptGraphs
 from curvature.linearize import LeanTrust, Linearization
 from curvature.losses import loss_rule
-from curvature.memory import available_memory
 from curvature.parameters import ParameterSpace, Selection
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from curvature.check import CheckReport
 
 __all__ = ["Objective"]
-
-BUDGET_SHARE = 0.5  # of the free memory, for kept graphs
 
 
 class Objective:
@@ -52,7 +50,8 @@ class Objective:
             ranks.
         keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
             keeps as many as fit into `memory_budget`.
-        memory_budget: bytes that kept graphs may hold. Default: half of what is free when the first graph is built.
+        memory_budget: bytes that kept graphs may hold, those of `restrict` and `cut` included; the graph that is being
+            worked on comes on top. Default: half of what is free, below all limits of the process, as graphs grow.
         micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph.
         seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
         allow_tf32: leave PyTorch's TF32 settings for GPUs as they are. By default products of float32 are computed in
@@ -112,10 +111,8 @@ class Objective:
             "seed": seed,
             "allow_tf32": allow_tf32,
         }
-        self._keep_graphs = keep_graphs
-        self._budget = memory_budget
         self._micro_batch = micro_batch
-        self._kept: list[tuple[int, Linearization]] = []
+        self._kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
         self._point: tuple[Any, ...] | None = None
         self._total_weight: float | None = None
         self._used: set[int] | None = None
@@ -148,7 +145,7 @@ class Objective:
     @property
     def may_keep_graphs(self) -> bool:
         """Whether graphs are kept at all, as far as memory allows."""
-        return self._keep_graphs is not False
+        return self._kept.keep is not False
 
     @property
     def keeps_all_graphs(self) -> bool:
@@ -163,7 +160,12 @@ class Objective:
     @property
     def held_bytes(self) -> int:
         """Bytes that the kept graphs hold at present."""
-        return sum(lin.held_bytes() for _, lin in self._kept)
+        return self._kept.held_bytes
+
+    @property
+    def _budget(self) -> int:
+        """Bytes that kept graphs may hold at present."""
+        return self._kept.budget.num_bytes
 
     @property
     def has_split(self) -> bool:
@@ -187,14 +189,14 @@ class Objective:
         if self._used is not None and len(self._used) < len(self.space.names):
             unused = [name for i, name in enumerate(self.space.names) if i not in self._used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
-        if self.num_batches is not None and self._kept:
+        if self.num_batches is not None and len(self._kept) > 0:
             of = (
                 f"{len(self._kept)} of {self.num_batches}"
                 if len(self._kept) < self.num_batches
                 else f"all {self.num_batches}"
             )
             notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
-        if any(lin.drew_random_numbers for _, lin in self._kept):
+        if any(lin.drew_random_numbers for lin in self._kept):
             notes.append(
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
                 "seed."
@@ -209,7 +211,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        return self._mean((lin.weight, lin.loss.to(self.dtype)) for lin in self.linearizations())
+        return self.reduce(lambda lin: lin.loss.to(self.dtype))
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, (n,). Cost: one gradient."""
@@ -217,10 +219,7 @@ class Objective:
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L and its gradient (n,). Cost: one gradient."""
-        parts = (
-            (lin.weight, torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()])) for lin in self.linearizations()
-        )
-        mean = self._mean(parts)
+        mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
         return mean[0], mean[1:]
 
     def restrict(self, selection: Selection) -> Objective:
@@ -228,8 +227,7 @@ class Objective:
         names = self.space.block(selection, self.model).parameters
         chosen = {name: self.space.tensors[name] for name in names}
         restricted = Objective(self.model, params=chosen, **self._settings)
-        restricted._trust = self._trust
-        return restricted
+        return restricted._sharing_with(self)
 
     def cut(self, micro_batch: int) -> Objective:
         """Return the same function with its batches cut into pieces of at most so many examples.
@@ -237,8 +235,13 @@ class Objective:
         It is the same where the loss of a batch is a mean over its examples; what couples them changes.
         """
         pieces = Objective(self.model, params=self.space.tensors, **{**self._settings, "micro_batch": micro_batch})
-        pieces._trust = self._trust
-        return pieces
+        return pieces._sharing_with(self)
+
+    def _sharing_with(self, other: Objective) -> Objective:
+        """Return self, with the trust in lean layers and the memory for graphs that the other objective has."""
+        self._trust = other._trust
+        self._kept = KeptGraphs(other._kept.keep, other._kept.budget)
+        return self
 
     def check(self, *, rtol: float | None = None) -> CheckReport:
         """Verify on this very model and data that products can be trusted; see `curvature.check.check_objective`."""
@@ -263,46 +266,37 @@ class Objective:
         if point != self._point:
             self.release()
             self._point = point
-        if self._kept and len(self._kept) == self.num_batches:
-            self._data.confirm()
-            for _, lin in self._kept:
-                yield lin
-                self._note_used(lin)
-            return
-        for index, mark, batch in self._data:
-            if index < len(self._kept):
-                if self._kept[index][0] == mark:
-                    yield self._kept[index][1]
-                    continue
-                del self._kept[index:]  # the loader's order changed: graphs kept from here on are of other batches
-            lin = Linearization(
-                self._evaluator,
-                self.space,
-                move_batch(batch, self.device),
-                index,
-                trust=self._trust,
-                metered=self._keep_graphs is not False,
-            )
-            self._refuse_moving_draws(lin)
-            keep = index == len(self._kept) and self._keep_graphs is not False
-            if keep:
-                self._kept.append((mark, lin))
+        self._kept.begin_walk()
+        for index, mark, batch in self._walk():
+            lin = self._kept.find(index, mark)
+            if lin is None:
+                lin = self._linearization(index, mark, batch)
             yield lin
             self._note_used(lin)
-            if keep:
-                self._enforce_budget()
+            del lin  # before the next graph is built
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield place, mark and batch; the data are not read where all graphs are kept."""
+        if not self.keeps_all_graphs:
+            yield from self._data
+            return
+        self._data.confirm()
+        yield from self._kept.batches()
+
+    def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
+        """Return the linearised loss of a batch, which is kept if it is its turn."""
+        meter = self._kept.meter(index)
+        own = move_batch(batch, self.device)
+        lin = Linearization(self._evaluator, self.space, own, index, trust=self._trust, meter=meter)
+        self._refuse_moving_draws(lin)
+        if meter is not None:
+            is_copy = own is not batch or not self._data.in_memory
+            self._kept.add(mark, own, lin, meter, sum(t.nbytes for t in tensors_in(own)) if is_copy else 0)
+        return lin
 
     def release(self) -> None:
         """Drop the kept graphs and the memory they hold; the next product builds them again."""
         self._kept.clear()
-
-    def _enforce_budget(self) -> None:
-        if self._keep_graphs != "auto":
-            return
-        if self._budget is None:
-            self._budget = int(BUDGET_SHARE * (available_memory(self.device) + self.held_bytes))
-        while self._kept and self.held_bytes > self._budget:
-            self._kept.pop()
 
     def _refuse_moving_draws(self, lin: Linearization) -> None:
         """Batch statistics and masks belong to a batch: under a shuffling loader they change from pass to pass."""
@@ -346,24 +340,30 @@ class Objective:
         def parts() -> Iterator[tuple[float, Tensor]]:
             for lin in self.linearizations():
                 part = products(lin)
-                if observe is not None and lin.weight != 0:
-                    observe(lin.index, lin.weight, part)
-                yield lin.weight, part
+                weight = lin.weight
+                if observe is not None and weight != 0:
+                    observe(lin.index, weight, part)
+                del lin  # before the next graph is built
+                yield weight, part
+                del part
 
         return self._mean(parts())
 
     def _mean(self, parts: Iterator[tuple[float, Tensor]]) -> Tensor:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
         total: Tensor | None = None
-        weight, unit = 0.0, 1.0
+        weight, unit, own = 0.0, 1.0, False
         for w, part in parts:
             weight += w
             if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
                 part = torch.zeros_like(part)
             if total is None:  # a single batch, the common case, is not scaled up and down again
                 total, unit = part, w if w != 0 else 1.0
+            elif own:
+                total.add_(part, alpha=w / unit)
             else:
-                total = total.add(part, alpha=w / unit)
+                total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
+            del part
         assert total is not None
         if self.process_group is not None:
             total, weight = sum_over_ranks(total * unit, weight, self.process_group)

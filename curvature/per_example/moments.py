@@ -16,8 +16,9 @@ from torch import Tensor
 
 from curvature.distributed import sum_over_ranks
 from curvature.errors import DataError, InputError
+from curvature.kept_graphs import BUDGET_SHARE
 from curvature.memory import available_memory
-from curvature.objective import BUDGET_SHARE, Objective
+from curvature.objective import Objective
 from curvature.per_example.gram import Gram
 from curvature.per_example.results import GradientMoments, GradientNorms
 from curvature.per_example.walk import Group, Walk

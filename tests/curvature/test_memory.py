@@ -1,0 +1,230 @@
+"""What graphs hold, what they may hold, and how much there is."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import GGNOperator, HessianOperator, Objective, kept_graphs
+from curvature.memory import HeldMemory, _group_rooms, available_memory
+from tests.checks import BATCHING_TOLERANCE, assert_close
+
+CPU = torch.device("cpu")
+NUM_BATCHES = 3
+
+
+class Reversing:
+    """A loader that yields its batches in the reverse of the order it had last."""
+
+    def __init__(self, data: list[tuple[Tensor, Tensor]]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.data = self.data[::-1]
+        return iter(self.data)
+
+
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(6, 5, generator=g, dtype=torch.float64), torch.randint(0, 3, (6,), generator=g))
+        for _ in range(NUM_BATCHES)
+    ]
+
+
+def objective(**settings: object) -> Objective:
+    return Objective(net(), nn.CrossEntropyLoss(), batches(), **settings)  # type: ignore[arg-type]
+
+
+def calls(of: Objective, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {
+        "loss": of.loss,
+        "gradient": of.gradient,
+        "H": lambda: HessianOperator(of) @ v,
+        "G": lambda: GGNOperator(of) @ v,
+    }
+
+
+def _v(of: Objective) -> Tensor:
+    return torch.randn(of.num_params, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 1.2])
+def test_the_budget_holds_whatever_is_called_in_whatever_order(share: float) -> None:
+    free = objective(keep_graphs=True)
+    v = _v(free)
+    expected = {name: call() for name, call in calls(objective(keep_graphs=False), v).items()}
+    for call in calls(free, v).values():
+        call()
+    budget = int(share * free.held_bytes)
+    for order in itertools.product(expected, repeat=2):
+        of = objective(memory_budget=budget)
+        for name in order:
+            assert_close(calls(of, v)[name](), expected[name], BATCHING_TOLERANCE)
+            assert of.held_bytes <= budget, order
+    assert (share > 0) == (len(of._kept) > 0)
+    assert of.keeps_all_graphs == (share > 1)
+
+
+def test_the_budget_holds_between_batches_and_after_an_abandoned_walk() -> None:
+    budget = objective(keep_graphs=True)
+    v = _v(budget)
+    _ = HessianOperator(budget) @ v
+    limit = budget.held_bytes // 2
+    of = objective(memory_budget=limit)
+    of.loss()
+    for _ in range(2):
+        of.reduce(lambda lin: lin.hvp(v[None])[0], observe=lambda *_: _check(of, limit))
+        of.reduce(lambda lin: lin.ggnvp(v[None])[0], observe=lambda *_: _check(of, limit))
+    of = objective(memory_budget=0)
+    walk = of.linearizations()
+    next(walk).hvp(v[None])
+    assert of.held_bytes == 0
+
+
+def _check(of: Objective, limit: int) -> None:
+    assert of.held_bytes <= limit
+
+
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_graphs_dropped_in_the_middle_of_a_walk_are_built_again(shuffles: bool) -> None:
+    """All graphs of the Hessian fit; those of the Gauss-Newton matrix beside them do not."""
+    probe = objective(keep_graphs=True)
+    v = _v(probe)
+    H = HessianOperator(probe) @ v
+    data = Reversing(batches()) if shuffles else batches()
+    own = sum(t.nbytes for batch in batches() for t in batch) if shuffles else 0
+    limit = int(1.05 * probe.held_bytes) + own
+    G = GGNOperator(probe) @ v
+    of = Objective(net(), nn.CrossEntropyLoss(), data, memory_budget=limit)
+    assert_close(HessianOperator(of) @ v, H, BATCHING_TOLERANCE)
+    assert len(of._kept) == NUM_BATCHES
+    for _ in range(3):
+        assert_close(GGNOperator(of) @ v, G, BATCHING_TOLERANCE)
+        assert len(of._kept) < NUM_BATCHES
+        assert_close(HessianOperator(of) @ v, H, BATCHING_TOLERANCE)
+        assert 0 < of.held_bytes <= limit
+
+
+def test_an_objective_shares_its_budget_with_those_made_from_it() -> None:
+    probe = objective(keep_graphs=True)
+    _ = HessianOperator(probe) @ _v(probe)
+    limit = int(1.1 * probe.held_bytes)
+    whole = objective(memory_budget=limit)
+    parts = [whole, whole.restrict("0"), whole.cut(3)]
+    for of in parts + parts[::-1]:
+        v = torch.ones(of.num_params, dtype=torch.float64)
+        expected = HessianOperator(objective(params=None if of is not parts[1] else "0", keep_graphs=False)) @ v
+        assert_close(HessianOperator(of) @ v, expected, BATCHING_TOLERANCE)
+        assert 0 < of.held_bytes <= sum(each.held_bytes for each in parts) <= limit
+
+
+def test_the_default_budget_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1 << 30
+    monkeypatch.setattr(kept_graphs, "available_memory", lambda _: free)
+    monkeypatch.setattr(kept_graphs, "_PATIENCE", 0.0)
+    of = objective()
+    v = _v(of)
+    expected = HessianOperator(of) @ v
+    assert len(of._kept) == NUM_BATCHES
+    free = 0  # what is held may be half of what it takes
+    assert_close(HessianOperator(of) @ v, expected, BATCHING_TOLERANCE)
+    assert len(of._kept) < NUM_BATCHES
+
+
+def test_views_of_what_was_there_hold_nothing() -> None:
+    W, told = torch.ones(30, 40), []
+    with HeldMemory(lambda: told.append(True)) as meter:
+        view, made = W.t()[1:], W * 2
+        W.add_(1)
+        part = made[3:]
+        del made
+        gone = W * 3
+        del gone
+    assert meter.held_bytes() == 30 * 40 * 4
+    assert told == [True]
+    assert view.shape == (39, 30)
+    del part
+    assert meter.held_bytes() == 0
+
+
+# -- what is there ----------------------------------------------------------------------------------------------------
+
+
+def _tree(root: Path, files: dict[str, object]) -> Path:
+    for name, value in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{value}\n")
+    return root / "proc"
+
+
+def test_limits_of_control_groups_are_seen_up_the_tree(tmp_path: Path) -> None:
+    """Version 2: the job's group has no limit of its own, the user's slice has."""
+    mount = f"29 22 0:26 / {tmp_path}/cg rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+    proc = _tree(
+        tmp_path,
+        {
+            "proc/cgroup": "0::/user/job",
+            "proc/mountinfo": mount,
+            "cg/user/job/memory.max": "max",
+            "cg/user/job/memory.high": "max",
+            "cg/user/job/memory.current": 500,
+            "cg/user/memory.max": 1000,
+            "cg/user/memory.high": 900,
+            "cg/user/memory.current": 700,
+            "cg/user/memory.stat": "anon 600\ninactive_file 50",
+        },
+    )
+    assert list(_group_rooms(proc)) == [900 - 700 + 50]
+
+
+def test_limits_of_control_groups_of_version_1_are_seen_in_a_container(tmp_path: Path) -> None:
+    """The container's mount shows its own group only, under the path that it has outside."""
+    mounts = f"""30 22 0:27 /docker/abc {tmp_path}/cpu ro - cgroup cgroup rw,cpu
+31 22 0:28 /docker/abc {tmp_path}/mem ro - cgroup cgroup rw,memory"""
+    proc = _tree(
+        tmp_path,
+        {
+            "proc/cgroup": "4:cpu:/docker/abc\n5:memory:/docker/abc/step\n0::/",
+            "proc/mountinfo": mounts,
+            "mem/step/memory.limit_in_bytes": 9223372036854771712,
+            "mem/step/memory.usage_in_bytes": 10,
+            "mem/memory.limit_in_bytes": 100,
+            "mem/memory.usage_in_bytes": 120,
+            "mem/memory.stat": "inactive_file 3\ntotal_inactive_file 5",
+        },
+    )
+    assert list(_group_rooms(proc)) == [100 - 120 + 5]
+    assert list(_group_rooms(tmp_path / "none")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are read on Linux")
+@pytest.mark.parametrize("name", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process_are_seen(name: str) -> None:
+    import resource
+
+    import psutil
+
+    limit, used = getattr(resource, name), psutil.Process().memory_info()
+    before = resource.getrlimit(limit)
+    size = used.vms if name == "RLIMIT_AS" else used.data
+    try:
+        resource.setrlimit(limit, (size + (1 << 28), before[1]))
+        assert 0 < available_memory(CPU) <= 1 << 28
+        resource.setrlimit(limit, (size // 2, before[1]))
+        none = available_memory(CPU)
+    finally:
+        resource.setrlimit(limit, before)
+    assert none == 0
