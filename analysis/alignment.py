@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.alignment_results import GradientAlignment, SubspaceOverlap, VectorAlignment
 from curvature.api import top_eigenpairs
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -21,6 +22,7 @@ from curvature.operators import HessianOperator
 __all__ = ["gradient_alignment", "overlap_over_time", "subspace_overlap"]
 
 
+@full_precision
 def gradient_alignment(
     objective: Objective,
     k: int = 10,
@@ -82,6 +84,7 @@ def gradient_alignment(
     )
 
 
+@full_precision
 def subspace_overlap(U: Tensor, V: Tensor) -> SubspaceOverlap:
     """Return how much the spans of U (n, k) and V (n, k') have in common, beside what chance gives.
 
@@ -103,6 +106,7 @@ def subspace_overlap(U: Tensor, V: Tensor) -> SubspaceOverlap:
     )
 
 
+@full_precision
 def overlap_over_time(bases: Sequence[Tensor]) -> Tensor:
     """Return the overlap of every pair of subspaces, (T, T): symmetric, 1 on the diagonal where all have one size.
 

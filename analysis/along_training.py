@@ -20,6 +20,7 @@ from analysis.training_record import TrainingReading, TrainingRecord
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.per_example import gradient_moments
+from curvature.process_state import one_at_a_time
 from curvature.random_states import RandomStates, generators_of
 
 __all__ = ["TrainingMonitor", "untouched"]
@@ -142,6 +143,12 @@ def untouched(objective: Objective, *, evaluation_mode: bool = True) -> Iterator
         objective: whose model and data are looked after.
         evaluation_mode: switch the model to `eval()` inside.
     """
+    with one_at_a_time, _put_back(objective, evaluation_mode):
+        yield
+
+
+@contextlib.contextmanager
+def _put_back(objective: Objective, evaluation_mode: bool) -> Iterator[None]:
     model = objective.model
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]

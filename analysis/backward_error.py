@@ -20,6 +20,7 @@ from torch import Tensor
 from analysis.implicit_regularization import penalty_gradients
 from analysis.regularization_results import BackwardError
 from analysis.smoothness import smoothness_note
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective import Objective
 from curvature.shift import shifted
@@ -32,6 +33,7 @@ Orders = Literal["all", "reverse", "single"]
 Field = Callable[[Tensor], Tensor]
 
 
+@full_precision
 def backward_error(
     objective: Objective,
     *,

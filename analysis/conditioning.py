@@ -19,6 +19,7 @@ from torch import Tensor
 
 from analysis.conditioning_results import Condition, Conditioning, ConditioningComparison
 from analysis.results import Measured
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
@@ -34,6 +35,7 @@ _POINTS = 25  # of the effective dimension
 _HALF = 0.5  # of an eigenvalue: a node that stands for less is no part of the range
 
 
+@full_precision
 def conditioning(
     objective: Objective,
     *,

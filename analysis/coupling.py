@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.results import LayerCoupling
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.probes import rademacher
 from curvature.objective import Objective
@@ -21,6 +22,7 @@ from curvature.results import mean_and_stderr
 __all__ = ["layer_coupling"]
 
 
+@full_precision
 def layer_coupling(
     objective: Objective,
     *,

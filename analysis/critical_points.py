@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
 from analysis.results import Measured
 from analysis.symmetries import rescaling_symmetries
+from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -38,6 +39,7 @@ def gradient_p_value(ratio: float) -> float:
     return math.erfc((ratio / 2) ** 0.5) if ratio > _EXTREMAL else 1.0
 
 
+@full_precision
 def critical_points(
     objective: Objective,
     *,

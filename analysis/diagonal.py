@@ -8,6 +8,7 @@ import torch
 
 from analysis.plan import DIAGONAL_MATVECS
 from analysis.results import LayerDiagonals
+from curvature.autocast import full_precision
 from curvature.diagonal_summary import summarise_diagonal
 from curvature.errors import InputError
 from curvature.exact import backpack_refusal, exact_diagonal
@@ -23,6 +24,7 @@ _MOST_COLUMNS = (
 )
 
 
+@full_precision
 def layer_diagonals(
     objective: Objective,
     *,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from analysis.landscape_results import Direction
 from curvature.api import top_eigenpairs
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
 
@@ -34,6 +35,7 @@ Scaling = Literal["filter", "layer", "raw", "unit"]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@full_precision
 def random_direction(
     objective: Objective,
     *,
@@ -88,6 +90,7 @@ def random_direction(
     return _direction(name, "random", scaling, vector)
 
 
+@full_precision
 def eigenvector_directions(
     objective: Objective,
     k: int = 2,
@@ -125,6 +128,7 @@ def gradient_direction(objective: Objective) -> Direction:
     return _direction("gradient", "gradient", "unit", g / norm)
 
 
+@full_precision
 def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoint", unit: bool = False) -> Direction:
     """Return the way from the objective's point to other parameters (n,): they are at step 1, or at |d| with `unit`.
 
@@ -152,6 +156,7 @@ def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Dire
     return _direction(name, "custom", "raw", vector.to(objective.device, objective.dtype))
 
 
+@full_precision
 def trajectory_directions(
     objective: Objective, checkpoints: Sequence[Tensor]
 ) -> tuple[tuple[Direction, Direction], Tensor, Tensor, tuple[float, float]]:

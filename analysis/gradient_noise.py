@@ -17,6 +17,7 @@ from torch import Tensor
 
 from analysis.noise_results import GradientNoise, NoiseScale
 from analysis.results import Measured
+from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
 from curvature.output_metrics import example_shares
@@ -26,6 +27,7 @@ from curvature.results import mean_and_stderr, student_quantile
 __all__ = ["gradient_noise", "inner_products", "is_one_batch", "noise_scale_from_two_sizes", "projections"]
 
 
+@full_precision
 def gradient_noise(
     objective: Objective, *, confidence: float = 0.95, moments: GradientMoments | None = None
 ) -> GradientNoise:
@@ -127,11 +129,13 @@ def is_one_batch(objective: Objective) -> bool:
     return objective.num_batches == 1
 
 
+@full_precision
 def inner_products(objective: Objective, norms: GradientNorms) -> Tensor:
     """Return g_i'g for every example (N,), float64: those that came with the norms, or by `projections`."""
     return projections(objective, norms.mean)[1] if norms.along_mean is None else norms.along_mean.double()
 
 
+@full_precision
 def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
     """Return the loss, and g_i'v for every example (N,), float64, g_i as `GradientNorms` defines it; v is (n,).
 

@@ -21,6 +21,7 @@ from analysis.low_rank import low_rank_error
 from analysis.meter import Meter, Progress
 from analysis.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
+from curvature.autocast import full_precision
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
@@ -30,6 +31,7 @@ from curvature.spectrum_results import Samples, Spectrum, SpectrumEstimate
 __all__ = ["inspect_model"]
 
 
+@full_precision
 def inspect_model(
     objective: Objective,
     *,

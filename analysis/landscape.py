@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.landscape_results import Direction, LossPlane, LossSlice, Trajectory
 from analysis.layout import fast_layout
 from analysis.point_log import PointLog, fingerprint
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -26,6 +27,7 @@ Tick = Callable[[bool], object]
 """Told after each point whether it was known from an earlier call."""
 
 
+@full_precision
 def loss_along(
     objective: Objective,
     direction: Direction,
@@ -77,6 +79,7 @@ def loss_along(
     )
 
 
+@full_precision
 def loss_on_plane(
     objective: Objective,
     first: Direction,
@@ -141,6 +144,7 @@ def loss_on_plane(
     )
 
 
+@full_precision
 def evaluate_points(
     objective: Objective,
     points: Iterable[tuple[Tensor, Mapping[str, Tensor] | None]],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.results import LowRankError
+from curvature.autocast import full_precision
 
 if TYPE_CHECKING:
     from curvature.spectrum_results import Spectrum
@@ -21,6 +22,7 @@ __all__ = ["low_rank_error"]
 _POINTS = 60  # ranks at which the curve is known, evenly spread on a logarithmic axis
 
 
+@full_precision
 def low_rank_error(found: Spectrum) -> LowRankError:
     """Return |A - A_r|_F / |A|_F for A_r, the r eigenpairs of A that are largest in magnitude, and its uncertainties.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from analysis.noise_results import CurvatureNoise
 from analysis.results import Measured
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg import cg, rademacher
 from curvature.objective import Objective
@@ -19,6 +20,7 @@ from curvature.results import mean_and_stderr
 __all__ = ["curvature_noise", "tail_index"]
 
 
+@full_precision
 def curvature_noise(
     objective: Objective,
     *,

@@ -21,6 +21,7 @@ from analysis.landscape import Tick, evaluate_points
 from analysis.landscape_results import LossPath
 from analysis.point_log import PointLog, fingerprint
 from analysis.tasks.checkpoint import read_checkpoint
+from curvature.autocast import full_precision
 from curvature.errors import CheckpointError, InputError
 from curvature.objective import Objective
 from curvature.shift import gradient_at
@@ -67,6 +68,7 @@ def read_place(objective: Objective, path: Path, *, key: str | None = None) -> P
     return Place(name=path.stem, vector=vector, buffers=buffers, record=checkpoint.record)
 
 
+@full_precision
 def loss_along_path(
     objective: Objective,
     start: Place,
@@ -118,6 +120,7 @@ def loss_along_path(
     )
 
 
+@full_precision
 def bend_towards(
     objective: Objective,
     start: Place,

@@ -15,6 +15,7 @@ import torch
 from analysis.layout import fast_layout
 from analysis.sharpness_catalogue import MEASURES, SharpnessSettings
 from analysis.sharpness_results import SharpnessRow, SharpnessTable
+from curvature.autocast import full_precision
 from curvature.cost import synchronize
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -26,6 +27,7 @@ SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 """Names of all measures."""
 
 
+@full_precision
 def sharpness(
     objective: Objective,
     measures: Sequence[str] | None = None,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from analysis.directions import _filter_dims
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.shift import gradient_at
@@ -80,6 +81,7 @@ def perturbation_scale(objective: Objective, kind: ScaleKind) -> Tensor:
     return space.to_flat(parts)
 
 
+@full_precision
 def worst_case(
     objective: Objective,
     *,

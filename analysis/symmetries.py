@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from analysis.critical_results import Symmetry
+from curvature.autocast import full_precision
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.shift import loss_at
@@ -56,6 +57,7 @@ def try_rescaling(objective: Objective, exponents: Tensor, *, name: str) -> Symm
     )
 
 
+@full_precision
 def rescaling_symmetries(objective: Objective) -> tuple[tuple[Symmetry, ...], Tensor]:
     """Try the scale of every layer with a weight matrix, and of each against the next; return trials and directions.
 

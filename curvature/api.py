@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.cost import check_fits, timed
 from curvature.errors import InputError
 from curvature.linalg import ThickRestartLanczos, lobpcg
@@ -29,6 +30,7 @@ _WORTH = 0.85  # of the time of single products that a block must promise: where
 _DENSE = 1000  # tensors up to this size are decomposed
 
 
+@full_precision
 def top_eigenpairs(
     A: MatrixLike | Objective,
     k: int,

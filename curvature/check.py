@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
 from curvature.linearize import Linearization, walk
@@ -43,6 +44,7 @@ class CheckReport:
     """One sentence a test, with its figure."""
 
 
+@full_precision
 def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
     """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
 

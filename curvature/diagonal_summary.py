@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.parameters import Block, ParameterSpace
 from curvature.results import DiagonalEstimate
@@ -55,6 +56,7 @@ class DiagonalSummary:
         return asdict(self)
 
 
+@full_precision
 def summarise_diagonal(
     estimate: DiagonalEstimate, space: ParameterSpace, *, by: Literal["layer", "parameter"] = "layer"
 ) -> DiagonalSummary:

@@ -4,7 +4,8 @@
 an error: attention runs under the math kernel (the fused kernels have no second derivative), the random state is
 seeded by batch so that dropout is one fixed mask, buffers are swapped for copies so that batch normalisation in train
 mode updates those, parameters that were not chosen do not record gradients, compiled models run eagerly, float32 is not
-rounded to TF32 on GPUs.
+rounded to TF32 on GPUs,
+autocast is as around the product but keeps no cast weights. One thread at a time: much of this belongs to the process.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.autocast import as_around
 from curvature.batch_objects import attributes_of
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.lean import LeanLayers
 from curvature.losses import LossRule
 from curvature.precision import tf32_in_use, tf32_off
+from curvature.process_state import one_at_a_time
 from curvature.random_states import RandomStates
 
 __all__ = ["Evaluation", "Evaluator", "move_batch"]
@@ -87,12 +90,15 @@ class Evaluator:
         return tuple(state)
 
     def copy_buffers(self) -> BufferCopies:
-        return BufferCopies(self.model)
+        with one_at_a_time:  # in another thread, copies may be installed
+            return BufferCopies(self.model)
 
     @contextlib.contextmanager
     def session(self, buffers: BufferCopies, lean: LeanLayers) -> Iterator[None]:
         """Make the model safe to evaluate and differentiate twice, with its layers as `lean` has them; restore it."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(one_at_a_time)
+            stack.enter_context(as_around())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -110,12 +116,12 @@ class Evaluator:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
         rounds = self._keeps_float32 and tf32_in_use()
         if not rounds and not torch.is_inference_mode_enabled() and all(p.requires_grad for p in self.parameters):
-            return contextlib.nullcontext()
+            return one_at_a_time
         return self._restored_for_backward(tf32_off() if rounds else contextlib.nullcontext())
 
     @contextlib.contextmanager
     def _restored_for_backward(self, precision: AbstractContextManager[None]) -> Iterator[None]:
-        with torch.inference_mode(False), _requires_grad_only(self.parameters, ()), precision:
+        with one_at_a_time, torch.inference_mode(False), _requires_grad_only(self.parameters, ()), precision:
             yield
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------

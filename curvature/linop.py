@@ -16,6 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 
 __all__ = [
@@ -86,7 +87,8 @@ class LinearOperator(ABC):
         if isinstance(X, LinearOperator):
             return Composed(self, X)
         _check_operand(self, X)
-        return self._matmat(X[:, None])[:, 0] if X.ndim == 1 else self._matmat(X)
+        product = full_precision(self._matmat)
+        return product(X[:, None])[:, 0] if X.ndim == 1 else product(X)
 
     def __add__(self, other: MatrixLike) -> Sum:
         return Sum(self, other)
@@ -229,6 +231,7 @@ class Counting(LinearOperator):
         return self.A @ X
 
 
+@full_precision
 def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
     """Return A as a tensor (m, n); a tensor is returned as it is. Cost: n products, in blocks."""
     if isinstance(A, Tensor):

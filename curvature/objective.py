@@ -21,7 +21,9 @@ from curvature.evaluation import Evaluator, Forward, move_batch, tensors_in
 from curvature.kept_graphs import GraphBudget, KeptGraphs
 from curvature.linearize import LeanTrust, Linearization
 from curvature.losses import loss_rule
+from curvature.objective_arguments import check_arguments
 from curvature.parameters import ParameterSpace, Selection
+from curvature.process_state import one_at_a_time
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,7 +82,7 @@ class Objective:
         seed: int = 0,
         allow_tf32: bool = False,
     ) -> None:
-        _validate(model, loss, forward, keep_graphs, memory_budget, micro_batch)
+        check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(
             model, "_orig_mod", model
         )  # torch.compile's wrapper has no second derivative; the module inside has
@@ -117,6 +119,17 @@ class Objective:
         self._total_weight: float | None = None
         self._used: set[int] | None = None
         self._trust = LeanTrust()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: no graphs, which are built again."""
+        if self.process_group is not None:
+            raise InputError("an objective with process_group= cannot be copied or pickled; build it on each rank.")
+        return {**{key: value for key, value in self.__dict__.items() if key != "_kept"}, "_point": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        budget = GraphBudget(self._settings["memory_budget"], self.device)
+        self._kept = KeptGraphs(self._settings["keep_graphs"], budget)
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -262,10 +275,11 @@ class Objective:
         A kept graph belongs to the parameters, buffers and modes it was built with; when any of them has changed, all
         graphs are dropped and the operators are those of the present point.
         """
-        point = self._evaluator.fingerprint()
-        if point != self._point:
-            self.release()
-            self._point = point
+        with one_at_a_time:
+            point = self._evaluator.fingerprint()
+            if point != self._point:
+                self.release()
+                self._point = point
         self._kept.begin_walk()
         for index, mark, batch in self._walk():
             lin = self._kept.find(index, mark)
@@ -353,17 +367,18 @@ class Objective:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
         total: Tensor | None = None
         weight, unit, own = 0.0, 1.0, False
-        for w, part in parts:
-            weight += w
-            if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
-                part = torch.zeros_like(part)
-            if total is None:  # a single batch, the common case, is not scaled up and down again
-                total, unit = part, w if w != 0 else 1.0
-            elif own:
-                total.add_(part, alpha=w / unit)
-            else:
-                total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
-            del part
+        with one_at_a_time:
+            for w, part in parts:
+                weight += w
+                if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
+                    part = torch.zeros_like(part)
+                if total is None:  # a single batch, the common case, is not scaled up and down again
+                    total, unit = part, w if w != 0 else 1.0
+                elif own:
+                    total.add_(part, alpha=w / unit)
+                else:
+                    total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
+                del part
         assert total is not None
         if self.process_group is not None:
             total, weight = sum_over_ranks(total * unit, weight, self.process_group)
@@ -381,18 +396,3 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"Objective({type(self.model).__name__}, {self.num_params} parameters, {self.dtype}, {self.device})"
-
-
-def _validate(model: Any, loss: Any, forward: Any, keep_graphs: Any, memory_budget: Any, micro_batch: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if loss is None and forward is None:
-        raise InputError(
-            "loss=None needs a forward(model, batch) that returns the scalar loss itself; pass loss= or forward=."
-        )
-    if keep_graphs not in (True, False, "auto"):
-        raise InputError(f"keep_graphs must be True, False or 'auto', got {keep_graphs!r}.")
-    if memory_budget is not None and memory_budget < 0:
-        raise InputError(f"memory_budget must be a number of bytes >= 0, got {memory_budget}.")
-    if micro_batch is not None and micro_batch < 1:
-        raise InputError(f"micro_batch must be at least 1, got {micro_batch}.")

@@ -20,6 +20,7 @@ from numpy.random import mtrand
 from torch import Tensor
 
 from curvature.batch_objects import attributes_of
+from curvature.process_state import one_at_a_time
 
 __all__ = ["RandomStates", "generators_of", "unnoticed"]
 
@@ -110,14 +111,15 @@ def unnoticed(data: Iterable[Any], stream: list[RandomStates]) -> Iterator[Any]:
     held = generators_of(data)
 
     def drawing(call: Any) -> Any:
-        outside = RandomStates(devices, held)
-        try:
-            if stream:
-                stream[0].restore()
-            return call()
-        finally:
-            stream[:] = [RandomStates(devices, held)]
-            outside.restore()
+        with one_at_a_time:
+            outside = RandomStates(devices, held)
+            try:
+                if stream:
+                    stream[0].restore()
+                return call()
+            finally:
+                stream[:] = [RandomStates(devices, held)]
+                outside.restore()
 
     batches = drawing(lambda: iter(data))
     end = object()

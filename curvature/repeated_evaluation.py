@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
+from curvature.autocast import as_around
 from curvature.random_states import RandomStates
 
 __all__ = ["RandomStreams", "RepeatedEvaluation", "RunningBuffers"]
@@ -65,12 +66,13 @@ class RunningBuffers:
 
     @contextlib.contextmanager
     def evaluation(self, *, moves: bool = True) -> Iterator[None]:
-        """Evaluate once; the first evaluation moves the buffers themselves, unless told not to."""
+        """Evaluate once, autocast as around the step; the first evaluation moves the buffers, unless told not to."""
         self._first = moves and not self._evaluated
         self._evaluated |= moves
         self._copies.clear()
         try:
-            yield
+            with as_around():
+                yield
         finally:
             self._close()
             self._first = False

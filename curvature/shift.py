@@ -19,6 +19,7 @@ from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.evaluation import move_batch
 from curvature.lean import LeanLayers
 from curvature.objective import Objective
+from curvature.process_state import one_at_a_time
 
 __all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
 
@@ -51,6 +52,12 @@ def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
     Raises:
         InputError: for a vector of another shape, or a buffer that the model does not have.
     """
+    with one_at_a_time, _shifted(objective, point, buffers):
+        yield
+
+
+@contextlib.contextmanager
+def _shifted(objective: Objective, point: Tensor, buffers: Mapping[str, Tensor] | None) -> Iterator[None]:
     parts = objective.space.to_dict(point.detach().to(objective.device))
     changes = [(tensor, parts[name].to(tensor.dtype)) for name, tensor in objective.space.tensors.items()]
     if buffers:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg.cg import cg
 from curvature.linalg.minres import minres
@@ -42,6 +43,7 @@ _SEMI_DEFINITE = (
 )
 
 
+@full_precision
 def solve(
     A: Objective | MatrixLike,
     rhs: Tensor | Mapping[str, Tensor],

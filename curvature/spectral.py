@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.cost import synchronize
 from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run, advance
 from curvature.linalg import eigsh
@@ -33,6 +34,7 @@ from curvature.spectrum_results import COARSE_SHARES, DataSpread, Spectrum
 __all__ = ["layer_spectra", "spectrum"]
 
 
+@full_precision
 def spectrum(
     A: MatrixLike,
     plan: SpectrumPlan | None = None,
@@ -70,6 +72,7 @@ def spectrum(
     return found
 
 
+@full_precision
 def layer_spectra(
     A: ObjectiveOperator,
     plan: SpectrumPlan | None = None,

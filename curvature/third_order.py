@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linearize import Linearization
 from curvature.objective import Objective
@@ -13,6 +14,7 @@ from curvature.objective import Objective
 __all__ = ["curvature_gradient"]
 
 
+@full_precision
 def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
     """Return the gradient (n,) of v'H(theta)v in theta, v held fixed: the third derivative T(v, v, .).
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.backends import cuda
 
 from curvature.errors import CheckFailedError, InputError
+from curvature.process_state import one_at_a_time
 
 __all__ = ["curvature_session", "gradients", "leaves", "pull_back"]
 
@@ -33,6 +34,7 @@ class curvature_session:  # a generator's context takes three times as long
     """Let a forward pass be differentiated twice: attention by the math kernel, compiled models run eagerly."""
 
     def __enter__(self) -> None:
+        one_at_a_time.__enter__()
         self._stance = torch.compiler.set_stance("force_eager")  # entered by being made
         self._switched = [(switch, not wanted) for is_on, switch, wanted in _KERNELS if is_on() != wanted]
         for switch, was_on in self._switched:
@@ -44,6 +46,7 @@ class curvature_session:  # a generator's context takes three times as long
         self._stance.__exit__(kind, error, trace)
         for switch, was_on in self._switched:
             switch(was_on)
+        one_at_a_time.__exit__(kind, error, trace)
 
 
 def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool) -> list[Tensor | None]:

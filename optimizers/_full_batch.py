@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.losses import loss_rule
 from optimizers._differentiation import curvature_session
@@ -127,6 +128,7 @@ class FullBatchOptimizer(ResumableOptimizer):
         """
         return self._step(closure, curvature_closure, 0.0)
 
+    @full_precision
     def _step(
         self,
         closure: Callable[[], Any] | None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from curvature.autocast import as_around
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from curvature.losses import loss_rule
 from curvature.repeated_evaluation import RunningBuffers
@@ -223,6 +224,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         params = self._trained()
         with (
             curvature_session() if measured and not isinstance(closure, Tensor) else contextlib.nullcontext(),
+            as_around(),
             torch.enable_grad(),
         ):
             loss, outputs, targets = self._evaluated(closure, moves_buffers=part != "curvature")
@@ -322,6 +324,7 @@ class CurvatureOptimizer(ResumableOptimizer):
     @_disable_dynamo
     def _take_graphs_off_gradients(self) -> None:
         """The classic form: gradients that hold their graph. Measure curvature from it if due, then let go of it."""
+        torch.clear_autocast_cache()  # of casts of the weights, which are about to move
         owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with_graph = [p for p in owners if p.grad is not None and p.grad.requires_grad]
         # a backward pass with a graph has left one in the gradients of inputs too, which nobody would ever free

@@ -25,11 +25,13 @@ from backpack.custom_module.reduce_tuple import ReduceTuple
 from backpack.custom_module.scale_module import ScaleModule
 from torch import Tensor, nn
 
+from curvature.autocast import as_around
 from curvature.evaluation import _seeded
 from curvature.exact.backpack_rules import EXTENSIONS
 from curvature.exact.pull_back import same_outputs
 from curvature.exact.support import Leaves, Quantity, UnsupportedError, features, layer_refusal, user_hooks
 from curvature.precision import tf32_in_use, tf32_off
+from curvature.process_state import one_at_a_time
 
 __all__ = ["BackpackSession"]
 
@@ -171,6 +173,8 @@ class BackpackSession:
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(one_at_a_time)
+            stack.enter_context(as_around())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(warnings.catch_warnings())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
 from curvature.exact.diagonal_work import DiagonalKind, DiagonalWork, Route
@@ -58,6 +59,7 @@ class ExactDiagonal(_Record):
         return {name: part.view(s) for (name, s), part in zip(self.layout, self.values.split(sizes), strict=True)}
 
 
+@full_precision
 def exact_diagonal(
     objective: Objective,
     kind: DiagonalKind = "ggn",

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
 from curvature.exact.kronecker_preconditioner import KroneckerPreconditioner
@@ -115,6 +116,7 @@ class KroneckerFactors(_Record):
         return torch.cat([places[:, :-1].reshape(-1), places[:, -1]])
 
 
+@full_precision
 def kronecker_factors(
     objective: Objective,
     kind: KroneckerKind = "kflr",

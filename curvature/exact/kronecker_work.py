@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature.backward import pull_back
+from curvature.backward import no_autocast, pull_back
 from curvature.errors import InputError
 from curvature.evaluation import _seeded
 from curvature.exact.backpack_access import open_session
@@ -113,25 +113,29 @@ class KroneckerWork:
         evaluator, rule = self.objective._evaluator, self.objective._rule
         assert rule is not None
         parts: list[Tensor] = []
-        with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+        with (
+            evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)),
+            contextlib.ExitStack() as autocast_off,
+        ):
             with _captured(self.uses) as calls, _seeded(evaluator.seed + lin.index, self.objective.device):
                 outputs, targets, _ = evaluator._loss(lin._batch)
             self._refuse_repeated(calls)
+            autocast_off.enter_context(no_autocast(self.objective.device))
             root = loss_root_of_examples(rule, outputs, targets, self.kind)
-            S = [
-                torch.zeros(u.num_outputs, u.num_outputs, dtype=outputs.dtype, device=outputs.device) for u in self.uses
-            ]
+            dtype = self.objective.dtype  # that of activations may be narrower, by autocast
+            S = [torch.zeros(u.num_outputs, u.num_outputs, dtype=dtype, device=outputs.device) for u in self.uses]
             reached = [k for k, call in enumerate(calls) if call and call[0][1].requires_grad]
             for column, sign in self._columns(root):
                 places = [calls[k][0][1] for k in reached]
                 arrived = pull_back([outputs], places, [column.to(outputs.dtype)]) if places else ()
                 for k, d in zip(reached, arrived, strict=True):
                     if d is not None:
-                        D = self.uses[k].outputs(d)
+                        D = self.uses[k].outputs(d).to(dtype)
                         S[k].addmm_(D.T, D, alpha=sign)
         examples = outputs.shape[0]
         for use, call, s in zip(self.uses, calls, S, strict=True):
             a = use.inputs(call[0][0]) if call else outputs.new_zeros(examples, use.num_inputs)
+            a = a.to(dtype)
             counts = a.new_tensor([len(a), examples])
             parts += [s, *(p / lin.weight for p in (a.T @ a, a.sum(0), counts))]
         return parts

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.cost import check_fits
 from curvature.errors import InputError, NonFiniteError
 from curvature.exact.backpack_access import open_session
@@ -53,6 +54,7 @@ class BackpackPerExample(_Record):
     """N."""
 
 
+@full_precision
 def backpack_per_example(
     objective: Objective,
     quantities: Sequence[str] = QUANTITIES,

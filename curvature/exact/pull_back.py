@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from curvature.backward import pull_back
+from curvature.backward import no_autocast, pull_back
 from curvature.evaluation import map_tensors, tensors_in
 from curvature.exact.support import UnsupportedError
 from curvature.lean import LeanLayers
@@ -69,7 +69,8 @@ def per_example(
 
     def squares(example: Any, columns: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         out, pull = torch.func.vjp(lambda p: output(p, example), params)  # type: ignore[misc]
-        rows = torch.func.vmap(lambda s: pull(s)[0])(columns)
+        with no_autocast(space.device):
+            rows = torch.func.vmap(lambda s: pull(s)[0])(columns)
         return {name: row.square().sum(0) for name, row in rows.items()}, out
 
     total = torch.zeros(space.num_params, dtype=space.dtype, device=space.device)
@@ -118,8 +119,9 @@ def one_by_one(objective: Objective, lin: Linearization, blocks: Iterator[tuple[
                 same_outputs(alone.detach(), outputs[n : n + 1])
                 if not alone.requires_grad:
                     continue
-                for column in columns[:, n : n + 1].to(alone.dtype):
-                    total += sign * lin._flatten(pull_back([alone], params, [column])).square()
+                with no_autocast(space.device):
+                    for column in columns[:, n : n + 1].to(alone.dtype):
+                        total += sign * lin._flatten(pull_back([alone], params, [column])).square()
     return total
 
 
@@ -137,7 +139,7 @@ def by_columns(
     if not outputs.requires_grad:
         return total
     params = list(space.tensors.values())
-    with lin._session():
+    with lin._session(), no_autocast(space.device):
         for columns, sign in blocks:
             for column in columns.to(outputs.dtype):
                 rows = column.reshape(outputs.shape[0] if outputs.ndim else 1, -1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
 from curvature.linalg._validate import non_finite_message
@@ -27,6 +28,7 @@ from curvature.solve_results import KeptIterate, SolveResult
 __all__ = ["cg"]
 
 
+@full_precision
 def cg(
     A: MatrixLike,
     B: Tensor,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._deflation import Known
 from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve
@@ -26,6 +27,7 @@ __all__ = ["DIAGONAL_METHODS", "diagonal", "hutchinson_diagonal"]
 DIAGONAL_METHODS = ("auto", "hutchinson", "xdiag")
 
 
+@full_precision
 def diagonal(
     A: MatrixLike,
     *,
@@ -157,6 +159,7 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))
 
 
+@full_precision
 def hutchinson_diagonal(
     A: MatrixLike,
     *,

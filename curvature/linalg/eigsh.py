@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.linalg.thick_restart import ThickRestartLanczos, Which
 from curvature.linop import MatrixLike
 from curvature.results import EigenPairs
@@ -14,6 +15,7 @@ from curvature.results import EigenPairs
 __all__ = ["eigsh"]
 
 
+@full_precision
 def eigsh(
     A: MatrixLike,
     k: int,

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.results import Estimate, SpectralDensity, mean_and_stderr
 
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
 
+@full_precision
 def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:
     """Estimate tr f(A) = sum_i f(lambda_i).
 
@@ -41,6 +43,7 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
     return Estimate(value=density.dimension * mean, stderr=density.dimension * stderr)
 
 
+@full_precision
 def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     """Estimate (1/n) tr A^p for every order p, (len(orders),).
 
@@ -58,6 +61,7 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     return Estimate(value=mean, stderr=stderr)
 
 
+@full_precision
 def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
     """Estimate log det(A + damping I) = sum_i log(lambda_i + damping). The rule errs upwards.
 
@@ -68,6 +72,7 @@ def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
     return spectral_sum(density, lambda x: torch.log(x + damping))
 
 
+@full_precision
 def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> Estimate:
     """Estimate d(z) = tr A (A + z I)^-1 = sum_i lambda_i / (lambda_i + z) for every z of a grid, of the grid's shape.
 

@@ -20,6 +20,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._lanczos_process import LanczosProcess
@@ -38,6 +39,7 @@ _LOWER = 1e-3  # of |A|: what is lower than the lowest eigenvalue found by more 
 _MISSED = 0.01  # ... but with this probability
 
 
+@full_precision
 def gltr(
     A: MatrixLike,
     g: Tensor,
@@ -89,6 +91,7 @@ def gltr(
     return _in_lanczos_space(A, g, minimiser, 0.0, preconditioner, rtol, atol, max_iterations, generator, callback)
 
 
+@full_precision
 def cubic_subproblem(
     A: MatrixLike,
     g: Tensor,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, open_pool, spend, summary
@@ -21,6 +22,7 @@ from curvature.results import EigenPairs, TraceEstimate
 __all__ = ["hutchpp"]
 
 
+@full_precision
 def hutchpp(
     A: MatrixLike,
     *,

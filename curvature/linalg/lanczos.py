@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_square, working_dtype
 from curvature.linop import MatrixLike
@@ -42,6 +43,7 @@ class Krylov:
     """Products that were spent: m."""
 
 
+@full_precision
 def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
     """Run up to `num_steps` Lanczos steps from v0; fewer if the Krylov space is exhausted before.
 
@@ -93,6 +95,7 @@ class KrylovRuns:
     """Products that were spent, over all runs."""
 
 
+@full_precision
 def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
     """Run Lanczos from every column of X, (n, p); arguments and errors as for `lanczos`. Memory: p m vectors."""
     n = check_square(A)
@@ -139,6 +142,7 @@ def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
     )
 
 
+@full_precision
 def ritz(krylov: Krylov | KrylovRuns) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of T, ascending (m,), and its eigenvectors as columns (m, m), in float64 on the CPU.
 

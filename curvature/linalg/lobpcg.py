@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, grow_chain
 from curvature.linalg._orthonormal import orthonormalise
@@ -40,6 +41,7 @@ __all__ = ["lobpcg"]
 _CHAIN = 20  # products that a chain may take in any case; beyond, no more than the iteration took
 
 
+@full_precision
 def lobpcg(
     A: MatrixLike,
     k: int,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
 from curvature.linalg._validate import check_tolerances, non_finite_message, rounding_level, working_dtype
@@ -25,6 +26,7 @@ from curvature.solve_results import SolveResult
 __all__ = ["lsmr"]
 
 
+@full_precision
 def lsmr(
     J: MatrixLike,
     B: Tensor,

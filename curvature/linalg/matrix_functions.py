@@ -23,6 +23,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._lanczos_process import LanczosProcess
 from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
@@ -59,6 +60,7 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # w(t), by which the resolv
 }
 
 
+@full_precision
 def matrix_function(
     A: MatrixLike,
     V: Tensor,

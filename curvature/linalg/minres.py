@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
 from curvature.linalg._validate import non_finite_message, rounding_level
@@ -30,6 +31,7 @@ from curvature.solve_results import SolveResult
 __all__ = ["minres"]
 
 
+@full_precision
 def minres(
     A: MatrixLike,
     B: Tensor,

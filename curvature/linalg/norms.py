@@ -25,6 +25,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_plan import most_accurate, residual_curve
 from curvature.linalg._probe_pool import ProbePool
@@ -45,6 +46,7 @@ __all__ = ["frobenius_norm", "spectral_norm"]
 _LARGEST_LOG = 700.0  # exp of more overflows
 
 
+@full_precision
 def frobenius_norm(
     A: MatrixLike,
     *,
@@ -110,6 +112,7 @@ def frobenius_norm(
     return NormEstimate(value=value, stderr=stderr, num_matvecs=pool.num_matvecs)
 
 
+@full_precision
 def spectral_norm(
     A: MatrixLike,
     *,

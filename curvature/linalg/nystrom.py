@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
 from curvature.linalg.low_rank import LowRank, error_norms, spectral_bound
@@ -33,6 +34,7 @@ _GROWTH = 16  # times the first rank, unless the caller says how far to grow
 _NEGATIVE = 10.0  # shifts by which a Rayleigh quotient may be negative before the matrix is called indefinite
 
 
+@full_precision
 def nystrom(
     A: MatrixLike,
     rank: int,

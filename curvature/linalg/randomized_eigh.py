@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import (
     check_count,
@@ -37,6 +38,7 @@ from curvature.results import Status
 __all__ = ["randomized_eigh"]
 
 
+@full_precision
 def randomized_eigh(
     A: MatrixLike,
     rank: int,

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_generator, check_square, working_dtype
 from curvature.linalg.lanczos import lanczos_runs, ritz
@@ -30,6 +31,7 @@ __all__ = ["smoothed", "spectral_density"]
 _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
 
+@full_precision
 def spectral_density(
     A: MatrixLike,
     *,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool, spend
@@ -28,6 +29,7 @@ TRACE_METHODS = ("auto", "hutchinson", "hutch++", "xtrace", "xnystrace")
 _FEWEST = 8  # probes before a standard error is believed
 
 
+@full_precision
 def trace(
     A: MatrixLike,
     *,
@@ -131,6 +133,7 @@ def _best(pool: ProbePool) -> Samples:
     return nystrom if bool(nystrom.stderr < mixed.stderr) else mixed
 
 
+@full_precision
 def hutchinson_trace(
     A: MatrixLike,
     *,

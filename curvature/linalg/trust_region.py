@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_preconditioner, powers_of_two, preconditioned, right_hand_sides
 from curvature.linalg._validate import check_square, check_tolerances, non_finite_message, working_dtype
@@ -29,6 +30,7 @@ __all__ = ["check_gradient", "check_positive", "trust_region"]
 _HUGE = 1e150
 
 
+@full_precision
 def trust_region(
     A: MatrixLike,
     g: Tensor,

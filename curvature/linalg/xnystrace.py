@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool
@@ -28,6 +29,7 @@ __all__ = ["nystrom_samples", "xnystrace"]
 _SHIFTS = 6  # by what powers of ten the shift may grow until the factorisation succeeds
 
 
+@full_precision
 def xnystrace(
     A: MatrixLike,
     *,

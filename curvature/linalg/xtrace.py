@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from curvature.autocast import full_precision
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool
 from curvature.linop import MatrixLike
@@ -18,6 +19,7 @@ from curvature.results import EigenPairs, TraceEstimate
 __all__ = ["xtrace"]
 
 
+@full_precision
 def xtrace(
     A: MatrixLike,
     *,

@@ -20,6 +20,7 @@ from curvature.evaluation import BufferCopies, Evaluator, _seeded, map_tensors, 
 from curvature.lean import LeanLayers
 from curvature.per_example.capture import Capture
 from curvature.per_example.layout import Examples, Layout
+from curvature.process_state import one_at_a_time
 
 __all__ = ["cut", "inputs_of", "layouts_of_uses", "leading_size", "outputs_of", "seeded", "session"]
 
@@ -54,18 +55,19 @@ def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
 
     First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.
     """
-    cuda = torch.backends.cuda
-    kernels = {
-        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
-        SDPBackend.MATH: cuda.math_sdp_enabled(),
-    }
-    allowed = [kernel for kernel, enabled in kernels.items() if enabled]
-    trains = any(module.training for module in evaluator.model.modules())
-    attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
-    with evaluator.session(buffers, LeanLayers(corrections_only=True)), attention:
-        yield
+    with one_at_a_time:
+        cuda = torch.backends.cuda
+        kernels = {
+            SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+            SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+            SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+            SDPBackend.MATH: cuda.math_sdp_enabled(),
+        }
+        allowed = [kernel for kernel, enabled in kernels.items() if enabled]
+        trains = any(module.training for module in evaluator.model.modules())
+        attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
+        with evaluator.session(buffers, LeanLayers(corrections_only=True)), attention:
+            yield
 
 
 def cut(evaluator: Evaluator, batch: Any, rows: Tensor, num_examples: int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature.autocast import full_precision
 from curvature.distributed import sum_over_ranks
 from curvature.errors import DataError, InputError
 from curvature.kept_graphs import BUDGET_SHARE
@@ -31,6 +32,7 @@ Route = Literal["auto", "rules", "vmap", "loop"]
 CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
 
 
+@full_precision
 def gradient_norms(
     objective: Objective,
     *,
@@ -66,6 +68,7 @@ def gradient_norms(
     return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=False, along_mean=along_mean)
 
 
+@full_precision
 def gradient_dots(
     objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
 ) -> GradientNorms:
@@ -80,6 +83,7 @@ def gradient_dots(
     return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=True, along_mean=False)
 
 
+@full_precision
 def gradient_moments(
     objective: Objective,
     *,
@@ -127,6 +131,7 @@ def gradient_moments(
     return result
 
 
+@full_precision
 def per_example_gradients(
     objective: Objective,
     *,
