@@ -87,13 +87,20 @@ def test_verdicts_case_by_case() -> None:
         found["gone"]
 
 
-def test_holm_by_hand() -> None:
-    """P-values .011, .02, .04, .06 at level .05: .011 <= .05/4, then .02 > .05/3 stops, although .04 <= .05."""
-    distances = [float(norm.isf(p / 2)) for p in (0.04, 0.011, 0.06, 0.02)]
+@pytest.mark.parametrize(
+    ("p_values", "real"),
+    [
+        ((0.04, 0.011, 0.06, 0.02), {0.011}),  # .011 <= .05/4, then .02 > .05/3 stops, although .04 <= .05
+        ((0.03, 0.011, 0.04, 0.016), {0.011, 0.016}),  # Bonferroni: .016 > .05/4; Hochberg: .04 <= .05 takes all
+        ((0.012, 0.016, 0.024, 0.049), {0.012, 0.016, 0.024, 0.049}),
+    ],
+)
+def test_holm_by_hand(p_values: tuple[float, ...], real: set[float]) -> None:
+    distances = [float(norm.isf(p / 2)) for p in p_values]
     zeros = Numbers(**{f"x{i}": of(0.0, 1.0, 0.0) for i in range(4)})
     others = Numbers(**{f"x{i}": of(d, 0.0, 0.0) for i, d in enumerate(distances)})
     found = compare({"a": zeros, "b": others})
-    assert [row.verdicts[0] for row in found.rows] == ["not told apart", "real", "not told apart", "not told apart"]
+    assert [row.verdicts[0] for row in found.rows] == ["real" if p in real else "not told apart" for p in p_values]
 
 
 def test_false_alarms_are_as_rare_as_promised() -> None:
