@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import typer
+
 from analysis.reservation import Place, check_destination, free_folder, reserve, reserve_free
 from analysis.saving import save_run
 from analysis.screen import Screen
@@ -102,3 +104,8 @@ def deliver(
     if trouble is not None:
         raise trouble
     screen.last_line(f"report: {report}")
+    failure = screen.output.failure
+    if isinstance(failure, BrokenPipeError):  # whoever read has seen enough
+        typer.echo(f"report: {report}", err=True)
+    elif failure is not None and not as_json:
+        raise WriteError(f"standard output took no more ({failure}); the run is in {place.shown}.", place.shown)

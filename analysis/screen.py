@@ -32,7 +32,7 @@ class Screen(InspectionListener):
     """What the progress bar counts."""
 
     def __init__(self, *, stderr: bool) -> None:
-        output = Output(stderr=stderr)
+        self.output = output = Output(stderr=stderr)
         width = None if output.isatty() else _PLAIN_WIDTH
         self._console = Console(file=output, highlight=False, markup=False, emoji=False, width=width)  # type: ignore[arg-type]
         columns = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import IO, Any
 
@@ -65,7 +66,7 @@ class Output:
         try:
             text.encode(self.encoding)
         except UnicodeEncodeError:
-            known = text.translate(_PLAIN)
+            known = _RAISED.sub(lambda m: "^" + m[0].translate(_LOWERED), text).translate(_PLAIN)
             return known.encode(self.encoding, "backslashreplace").decode(self.encoding)
         return text
 
@@ -80,6 +81,8 @@ class Output:
             pass
 
 
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _PLAIN = str.maketrans(
     {
         wording.MINUS: "-",
@@ -87,7 +90,6 @@ _PLAIN = str.maketrans(
         "±": "+/-",
         "·": "*",
         "λ": "lambda",
-        "²": "^2",
         "₂": "2",
         "ℓ": "l",
         "…": "...",

@@ -103,7 +103,7 @@ def test_descent_on_digits_mlp() -> None:
 
 def test_reshuffling_on_digits_mlp() -> None:
     epoch, single = (
-        backward_error(digits(4), lrs=[0.05, 0.1], orders=orders, num_steps=2) for orders in ("all", "single")
+        backward_error(digits(3), lrs=[0.05, 0.1], orders=orders, num_steps=2) for orders in ("all", "single")
     )
     assert float(epoch.slopes()[0]) > 2.6
     assert float(epoch.slopes("to_loss")[0]) < 2.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from analysis.cli import app
 from analysis.store import load_run
+from analysis.terminal import Output
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +70,12 @@ def slow():
     return Objective(model, nn.MSELoss(), (X, torch.zeros(30, 200).double()), keep_graphs=False)
 
 
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 8)).double()
+    return Objective(net, nn.CrossEntropyLoss(), (X, torch.arange(30) % 8))
+
+
 def nothing():
     return Objective(model(), nn.MSELoss(), [])
 
@@ -119,16 +127,25 @@ def test_a_users_own_objective_from_the_first_line_to_the_report(folder: Path) -
     assert "https://" not in report
 
 
-def test_json_is_all_that_is_on_stdout(folder: Path) -> None:
-    done = curvature(folder, "inspect", "mytask.py:regression", "--json", "--no-layers", "--k", "1")
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the report, which takes longer than the inspection of a small model."""
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_json_is_all_that_is_on_stdout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["inspect", "mytask.py:regression", "--json", "--no-layers", "--k", "1"])
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["inspection"]["num_params"] == 4
     assert (folder / "runs").is_dir()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_same_seed_gives_the_same_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    command = ["inspect", "digits-mlp", "--json", "--no-check", "--no-layers", "--k", "2", "--seed"]
+    command = ["inspect", "mytask.py:network", "--json", "--no-check", "--no-layers", "--k", "2", "--seed"]
     runs = [CliRunner().invoke(app, [*command, seed]) for seed in ("3", "3", "4")]
     first, second, other = (json.loads(run.stdout)["inspection"] for run in runs)
     for name in ("top", "bottom", "trace", "negative_share"):
@@ -198,9 +215,13 @@ def test_control_c_leaves_nothing_behind(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} - {"__pycache__", "interrupt"} == {"mytask.py"}
 
 
-def test_settings_reach_the_run(folder: Path) -> None:
-    done = curvature(folder, "inspect", "digits-mlp", "--params", "hidden2", "--params", "classifier.bias", "--k", "3")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("no_report")
+def test_settings_reach_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ["inspect", "digits-mlp", "--params", "hidden2", "--params", "classifier.bias", "--k", "3"]
+    monkeypatch.setattr(sys, "argv", ["curvature", *arguments])
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.stderr
     run = load_run(folder / "runs" / "digits-mlp-1")
     assert run.inspection.num_params == 120
     assert [layer.name for layer in run.inspection.layers] == ["hidden2", "classifier"]
@@ -214,6 +235,7 @@ def test_settings_reach_the_run(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "report: runs/digits-mlp-1/report.html"
 
 
+@pytest.mark.usefixtures("no_report")
 def test_an_earlier_run_is_kept_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     settings = ["inspect", "mytask.py:regression", "--no-check", "--no-layers", "--out", "here"]
@@ -222,3 +244,32 @@ def test_an_earlier_run_is_kept_unless_told(folder: Path, monkeypatch: pytest.Mo
     assert again.exit_code == 2
     assert "holds an earlier run" in again.stderr
     assert CliRunner().invoke(app, [*settings, "--overwrite"]).exit_code == 0
+
+
+def test_a_pipe_that_closes_costs_nothing(folder: Path) -> None:
+    """The reader leaves after one line, on a terminal without Unicode: the run is written, and named on stderr."""
+    command = [sys.executable, "-m", "analysis.cli", "inspect", "mytask.py:regression", "--no-check", "--no-layers"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    folders = list((folder / "runs").iterdir())
+    assert process.returncode == 0, errors
+    assert errors == f"report: runs/{folders[0].name}/report.html\n"
+    assert load_run(folders[0]).inspection.num_params == 4
+
+
+def test_terminals_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    output = Output(stderr=False)
+    output.write("λ\u202f= 5.7 \u00d7 10⁻¹⁶ ± 2, 漢")
+    assert stream.buffer.getvalue() == b"lambda = 5.7 x 10^-16 +/- 2, \\u6f22"  # type: ignore[attr-defined]
+    stream.close()
+    output.write("more")
+    assert output.failure is not None

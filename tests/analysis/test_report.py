@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from analysis import wording
-from analysis.report import build_report, write_report
+from analysis.report import build_report
 from analysis.results import Inspection, Measured
 from analysis.store import Run, save_run
 from curvature.results import EigenPairs
@@ -75,18 +75,20 @@ def with_lowest(inspection: Inspection, value: float, residual: float) -> Inspec
     return replace(inspection, bottom=replace(bottom, eigenvalues=values, residual_norms=residuals))
 
 
-def test_it_needs_the_folder_only(run: Run, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def page(run: Run) -> str:
+    return build_report(run)
+
+
+def test_it_needs_the_folder_only(run: Run, page: str, folder: Path) -> None:
     """Another process, which has neither the task nor its module, writes the same page."""
     save_run(run, folder)
-    write_report(folder)
-    here = (folder / "report.html").read_text(encoding="utf-8")
     code = f"from pathlib import Path; from analysis.report import write_report; write_report(Path({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-    assert (folder / "report.html").read_text(encoding="utf-8") == here
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
-def test_it_is_one_sound_page(run: Run) -> None:
-    page = build_report(run)
+def test_it_is_one_sound_page(page: str) -> None:
     parsed = outline(page)
     assert len(parsed.ids) == len(set(parsed.ids))
     assert all(reference.startswith(("#", "data:,")) for reference in parsed.references)
@@ -99,16 +101,16 @@ def test_it_is_one_sound_page(run: Run) -> None:
     assert len(parsed.labels) == 10  # five figures in two sizes
 
 
-def test_colours_follow_the_page(run: Run) -> None:
-    figures = re.findall(r"<svg.*?</svg>", build_report(run), flags=re.DOTALL)
+def test_colours_follow_the_page(page: str) -> None:
+    figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     for svg in figures:
         assert "var(--figure-ink)" in svg
         assert not re.search(r"(fill|stroke): #", svg)
         assert "font-family" not in svg
 
 
-def test_numbers_stand_with_their_uncertainty(run: Run) -> None:
-    text, inspection = outline(build_report(run)).text, run.inspection
+def test_numbers_stand_with_their_uncertainty(run: Run, page: str) -> None:
+    text, inspection = outline(page).text, run.inspection
     value, error = wording.value_and_error(inspection.negative_share, percent=True)
     assert value in text
     assert error in text
@@ -122,12 +124,11 @@ def test_numbers_stand_with_their_uncertainty(run: Run) -> None:
         assert stage.name in text
 
 
-def test_what_the_task_says_is_text_not_markup(run: Run) -> None:
-    page = build_report(run)
+def test_what_the_task_says_is_text_not_markup(run: Run, page: str) -> None:
     assert "A &lt;b&gt;toy&lt;/b&gt; &amp; nothing else." in page
-    outline(build_report(replace(run, name="</style><script>alert(1)</script>")))
     hostile = replace(run.inspection.layers[0], name='"><script>alert(1)</script>')
-    page = build_report(replace(run, inspection=replace(run.inspection, layers=(hostile,))))
+    inspection = replace(run.inspection, layers=(hostile,))
+    page = build_report(replace(run, name="</style><script>alert(1)</script>", inspection=inspection))
     assert "<script" not in page
     outline(page)
 
