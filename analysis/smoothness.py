@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from curvature.backward import walk
 from curvature.errors import DataError
-from curvature.lean import LeanLayers
 from curvature.objective import Objective
 
 __all__ = ["kinks", "smoothness_note"]
@@ -43,7 +42,7 @@ def kinks(objective: Objective) -> tuple[str, ...]:
     """
     evaluator = objective._evaluator
     for index, batch in enumerate(objective.batches()):
-        with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+        with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
             nodes = walk([evaluator.evaluate(batch, index).loss.grad_fn])
             return tuple(sorted({node.name().partition("Backward")[0] for node in nodes} & _KINKED))
     raise DataError("the objective has no batch to look at.")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
+from curvature.guards import custom_functions
 from curvature.linearize import Linearization, walk
 from curvature.losses import AnyLoss
 
@@ -297,7 +297,7 @@ def _first_kink(lin: Linearization) -> str | None:
 
 
 def _custom_functions(lin: Linearization) -> str:
-    customs = sorted({type(node).__name__ for node in walk([lin.graph_root()]) if isinstance(node, BackwardCFunction)})
+    customs = custom_functions([lin.graph_root()])
     if customs:
         names = ", ".join(customs)
         return (

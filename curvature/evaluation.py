@@ -14,7 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class Evaluator:
         parameters: the leaf tensors the loss is a function of.
         seed: what the random state is set to before batch i is `seed + i`.
         allow_tf32: whether float32 may be rounded to TF32 where PyTorch's settings say so.
-        graphs_seen: products whose graphs were searched for functions that refuse a second derivative.
+        forward_differentiates: whether an evaluation was seen to hold derivatives (a PINN, a gradient penalty); None
+            before the first.
     """
 
     model: nn.Module
@@ -71,7 +72,7 @@ class Evaluator:
     parameters: Sequence[Tensor]
     seed: int
     allow_tf32: bool = False
-    graphs_seen: set[str] = field(default_factory=set)
+    forward_differentiates: bool | None = None
 
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
@@ -88,6 +89,10 @@ class Evaluator:
             for tensors in (module._parameters, module._buffers):
                 state += [part for t in tensors.values() if t is not None for part in (t.data_ptr(), t._version)]
         return tuple(state)
+
+    def corrected_layers(self) -> LeanLayers:
+        """Return layers as autograd has them, right to the order that this model needs, to enter a session with."""
+        return LeanLayers(corrections_only=True, third_order=self.forward_differentiates is not False)
 
     def copy_buffers(self) -> BufferCopies:
         with one_at_a_time:  # in another thread, copies may be installed

@@ -2,8 +2,7 @@
 
 Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
 wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these
-    layers
-are recorded as functions whose second derivative is written out, with all such factors computed once:
+layers are recorded as functions whose second derivative is written out, with all such factors computed once:
 
 - convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
 - batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it
@@ -11,11 +10,12 @@ are recorded as functions whose second derivative is written out, with all such 
 - layer normalisation: the closed form of its second derivative;
 - smooth activations: f' and u f'' stored, where u is the gradient that arrives.
 
-One function is recorded anew in any case, because its own second derivative is wrong (torch 2.13, seen on the CPU): the
-fused weight normalisation, whose Hessian comes out far from symmetric.
-
 They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
-trusts them (`Objective.notes` says what came of it).
+trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
+
+Some layers are recorded in elementary operations because torch's own derivatives of them are wrong: weight
+normalisation always, the other normalisations (`curvature.composed`) where third derivatives are asked for. A model
+that differentiates itself in its forward pass asks for them too: that is seen here, and it is recorded anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["LeanLayers"]
+from curvature.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
+from curvature.errors import CheckFailedError
+from curvature.guards import refuse_undifferentiable
+
+__all__ = ["LeanLayers", "MustRecordAnewError"]
 
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 # tanh and sigmoid are left to autograd, whose own second derivatives of them are cheaper than three stored factors
@@ -38,23 +42,36 @@ _ACTIVATIONS = {F.gelu, F.silu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.log
 _ACTIVATIONS |= {torch._C._nn.gelu, torch._C._nn.silu, torch._C._nn.softplus}
 
 
+_DIFFERENTIATIONS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+class MustRecordAnewError(CheckFailedError):
+    """The forward pass turns out to differentiate what was recorded for two derivatives only."""
+
+
 class LeanLayers(TorchFunctionMode):
     """While active, records eligible layers in their lean form.
 
     Attributes:
         num_replaced: how many layers were.
+        must_record_anew: the forward pass differentiates itself with a graph, and holds layers recorded for less.
+        forward_differentiates: it does so, whatever it holds.
         saw_hooks: whether something recorded its graph through hooks, as activation checkpointing does: then parts of
             the model run again in every backward pass.
 
     Args:
         corrections_only: leave layers as autograd has them, except for those it gets wrong.
+        third_order: record them for derivatives of any order; implies `corrections_only`.
     """
 
-    def __init__(self, *, corrections_only: bool = False) -> None:
+    def __init__(self, *, corrections_only: bool = False, third_order: bool = False) -> None:
         super().__init__()
         self.num_replaced = 0
-        self.saw_hooks = False
-        self._rules = {} if corrections_only else _RULES
+        self.saw_hooks = self.must_record_anew = self.forward_differentiates = False
+        self._third_order = third_order
+        self._left_normalisations = False
+        self._rules = {} if corrections_only or third_order else _RULES
+        self._replaced: list[Any] = []
         self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
 
     def __torch_function__(
@@ -62,14 +79,39 @@ class LeanLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.saw_hooks = self.saw_hooks or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs)
+        if func in _DIFFERENTIATIONS and kwargs.get("create_graph"):
+            self._prepare_for_differentiation(args[0])
+        elif func is torch._weight_norm:
+            return weight_norm(*args, **kwargs)
+        elif func in NORMALISATIONS and torch.is_grad_enabled():
+            if self._third_order or differentiated_by_transform():
+                result = NORMALISATIONS[func](func, *args, **kwargs)
+                return func(*args, **kwargs) if result is None else result
+            self._left_normalisations = True
         if func in self._rules and torch.is_grad_enabled() and _eligible(args):
             result = self._rules[func](self, func, *args, **kwargs)
             if result is not None:
                 self.num_replaced += 1
+                self._replaced.append((func, *map(_kind, (*args, *kwargs.items()))))
                 return result
         return func(*args, **kwargs)
+
+    def signature(self) -> int:
+        """Return a number that is equal for recordings that replaced the same calls on tensors of the same kind."""
+        return hash(tuple(self._replaced))
+
+    def _prepare_for_differentiation(self, outputs: Any) -> None:
+        """The forward pass differentiates with a graph, so that its loss holds derivatives beyond the second."""
+        self.forward_differentiates = True
+        if not self._third_order:
+            if self.num_replaced or self._left_normalisations:
+                self.must_record_anew = True
+                raise MustRecordAnewError(
+                    "the model differentiates in its forward pass, which it did not do when it was first evaluated; "
+                    "build a new objective."
+                )
+            self._third_order, self._rules = True, {}
+        refuse_undifferentiable(outputs if isinstance(outputs, (tuple, list)) else [outputs], "higher")
 
     # -- one rule a layer: the lean result, or None to leave the call as it is -----------------------------------------
 
@@ -171,14 +213,24 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
 
 
 def _eligible(args: Sequence[Any]) -> bool:
-    """Real floating tensors, outside autocast (which would cast behind our back) and outside function transforms."""
+    """Real floating tensors, outside autocast (which would cast behind our back), transforms and forward mode."""
     x = args[0] if args else None
     return (
         isinstance(x, Tensor)
         and x.is_floating_point()
         and not torch.is_autocast_enabled(x.device.type)
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _kind(argument: Any) -> Any:
+    """Return what the code that serves an argument may depend on, hashable: of a tensor all but its values."""
+    if isinstance(argument, Tensor):
+        return (argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad)
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_kind, argument))
+    return argument if isinstance(argument, (bool, int, float, str)) else type(argument)
 
 
 def _tuple(value: int | Iterable[int], length: int) -> tuple[int, ...]:
@@ -195,12 +247,6 @@ def _wanted(ctx: FunctionCtx, place: int) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf that is differentiated for
         return True
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g v / |v|, the norm over all dimensions but `dim` (over all for -1)."""
-    dims = [i for i in range(v.ndim) if i != dim]
-    return v * (g / v.square().sum(dims, keepdim=True).sqrt())
 
 
 def _no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:

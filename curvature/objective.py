@@ -19,7 +19,8 @@ from curvature.distributed import sum_over_ranks
 from curvature.errors import DataError, InputError
 from curvature.evaluation import Evaluator, Forward, move_batch, tensors_in
 from curvature.kept_graphs import GraphBudget, KeptGraphs
-from curvature.linearize import LeanTrust, Linearization
+from curvature.lean_trust import LeanTrust
+from curvature.linearize import Linearization
 from curvature.losses import loss_rule
 from curvature.objective_arguments import check_arguments
 from curvature.parameters import ParameterSpace, Selection
@@ -214,10 +215,7 @@ class Objective:
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
                 "seed."
             )
-        for product, difference in self._trust.differences.items():
-            name = {"hvp": "Hessian", "ggnvp": "Gauss-Newton"}[product]
-            verdict = "are not used: they differ from" if self._trust.revoked else "serve for products: they agree with"
-            notes.append(f"Lean layers {verdict} autograd on this model ({name} product: {difference:.1e} relative).")
+        notes += self._trust.notes()
         return tuple(notes)
 
     # -- values -------------------------------------------------------------------------------------------------------

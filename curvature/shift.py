@@ -17,7 +17,6 @@ from torch import Tensor
 from curvature.distributed import sum_over_ranks
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.evaluation import move_batch
-from curvature.lean import LeanLayers
 from curvature.objective import Objective
 from curvature.process_state import one_at_a_time
 
@@ -143,7 +142,7 @@ def _packed(objective: Objective, *values: float) -> Tensor:
 def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
     evaluator, found = objective._evaluator, []
-    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         try:
             if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
                 for p in evaluator.parameters:

@@ -47,7 +47,7 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
 
     def parts() -> Iterator[tuple[float, Tensor]]:
         for index, batch in enumerate(objective.batches()):
-            lin = Linearization(objective._evaluator, objective.space, batch, index)
+            lin = Linearization(objective._evaluator, objective.space, batch, index, third_order=True)
             yield lin.weight, lin.curvature_gradient(v)
 
     return objective._mean(parts())

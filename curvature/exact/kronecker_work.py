@@ -18,7 +18,6 @@ from curvature.exact.backpack_access import open_session
 from curvature.exact.loss_root import LossRoot, loss_root
 from curvature.exact.pull_back import check_separable
 from curvature.exact.support import UnsupportedError
-from curvature.lean import LeanLayers
 from curvature.linearize import Linearization
 from curvature.objective import Objective
 from curvature.parameters import ROOT
@@ -114,7 +113,7 @@ class KroneckerWork:
         assert rule is not None
         parts: list[Tensor] = []
         with (
-            evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)),
+            evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()),
             contextlib.ExitStack() as autocast_off,
         ):
             with _captured(self.uses) as calls, _seeded(evaluator.seed + lin.index, self.objective.device):

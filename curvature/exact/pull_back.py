@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from curvature.backward import no_autocast, pull_back
 from curvature.evaluation import map_tensors, tensors_in
 from curvature.exact.support import UnsupportedError
-from curvature.lean import LeanLayers
 from curvature.linearize import Linearization
 from curvature.objective import Objective
 
@@ -75,7 +74,7 @@ def per_example(
 
     total = torch.zeros(space.num_params, dtype=space.dtype, device=space.device)
     evaluator = objective._evaluator
-    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)), warnings.catch_warnings():
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vmap warns of operations that it loops over
         for columns, sign in blocks:
             columns = columns.to(outputs.dtype)
@@ -110,7 +109,7 @@ def one_by_one(objective: Objective, lin: Linearization, blocks: Iterator[tuple[
     total = torch.zeros(space.num_params, dtype=space.dtype, device=space.device)
     for columns, sign in blocks:
         for n in range(num_examples):
-            with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+            with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
                 try:
                     alone = fed(_examples(batch, n, n + 1, num_examples))
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -179,7 +178,7 @@ def check_separable(objective: Objective, lin: Linearization) -> None:
     num_examples = _separable(objective, lin)
     outputs, _ = lin.outputs_and_targets()
     evaluator = objective._evaluator
-    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)), torch.no_grad():
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()), torch.no_grad():
         try:
             alone = _Fed(objective)(_examples(lin._batch, 0, 1, num_examples))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

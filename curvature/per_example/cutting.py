@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvature.backward import pull_back
 from curvature.errors import CurvatureError, DataError
 from curvature.evaluation import BufferCopies, Evaluator, _seeded, map_tensors, tensors_in
-from curvature.lean import LeanLayers
 from curvature.per_example.capture import Capture
 from curvature.per_example.layout import Examples, Layout
 from curvature.process_state import one_at_a_time
@@ -66,7 +65,7 @@ def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
         allowed = [kernel for kernel, enabled in kernels.items() if enabled]
         trains = any(module.training for module in evaluator.model.modules())
         attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
-        with evaluator.session(buffers, LeanLayers(corrections_only=True)), attention:
+        with evaluator.session(buffers, evaluator.corrected_layers()), attention:
             yield
 
 

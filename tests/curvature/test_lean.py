@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -71,10 +72,13 @@ ACTIVATIONS: dict[str, Layer] = {
 LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS
 
 
-def second_derivative(function: Callable[..., Tensor], inputs: list[Tensor], chosen: list[int]) -> Tensor:
-    """Return H v of a curved function of the layer's output, in some of the inputs."""
+def second_derivative(
+    function: Callable[..., Tensor], inputs: list[Tensor], chosen: list[int], layers: LeanLayers | None = None
+) -> Tensor:
+    """Return g and H v of a curved function of the layer's output, in some of the inputs, the layer as recorded."""
     leaves = [x.clone().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
-    y = function(*leaves)
+    with contextlib.nullcontext() if layers is None else layers:
+        y = function(*leaves)
     value = (y.sin() * real(*y.shape, seed=5)).sum()
     params = [leaves[i] for i in chosen]
     g = torch.autograd.grad(value, params, create_graph=True)
@@ -90,8 +94,7 @@ def test_lean_layer_agrees_with_autograd(name: str) -> None:
     for chosen in (list(places), *([i] for i in places)):
         expected = second_derivative(function, inputs, chosen)
         lean = LeanLayers()
-        with lean:
-            actual = second_derivative(function, inputs, chosen)
+        actual = second_derivative(function, inputs, chosen, lean)
         if 0 in chosen:
             assert lean.num_replaced > 0
         assert_close(actual, expected, 1e-11)
@@ -103,13 +106,14 @@ def test_weight_norm_is_replaced_even_without_lean_layers(dim: int) -> None:
     for corrections_only in (True, False):
         leaves = [v.clone().requires_grad_(), g.clone().requires_grad_()]
 
-        def gradient(leaves: list[Tensor] = leaves) -> Tensor:
-            return flat_gradient(torch._weight_norm(leaves[0], leaves[1], dim).sin().sum(), leaves, create_graph=True)
+        def gradient(leaves: list[Tensor] = leaves, layers: LeanLayers | None = None) -> Tensor:
+            with contextlib.nullcontext() if layers is None else layers:
+                value = torch._weight_norm(leaves[0], leaves[1], dim).sin().sum()
+            return flat_gradient(value, leaves, create_graph=True)
 
         x = real(v.numel() + g.numel(), seed=3)
         by_differences = derivative_along(gradient, leaves, x)
-        with LeanLayers(corrections_only=corrections_only):
-            product = flat_gradient(gradient() @ x, leaves)
+        product = flat_gradient(gradient(layers=LeanLayers(corrections_only=corrections_only)) @ x, leaves)
         assert_close(product, by_differences, 1e-8)
 
 
@@ -137,8 +141,7 @@ def test_batch_norm_is_not_folded_into_what_was_changed_in_place(change: Callabl
 
     inputs = [real(2, 3, 4), real(4, 3, 2), real(4)]
     expected = second_derivative(function, inputs, [0, 1, 2])
-    with LeanLayers():
-        actual = second_derivative(function, inputs, [0, 1, 2])
+    actual = second_derivative(function, inputs, [0, 1, 2], LeanLayers())
     assert_close(actual, expected, 1e-11)
 
 
