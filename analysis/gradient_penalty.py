@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.guards import refuse_undifferentiable
 from curvature.random_states import RandomStates
 from curvature.repeated_evaluation import RunningBuffers
 from curvature.results import _Record
@@ -183,6 +184,8 @@ class _Work:
     def _differentiate(self, value: Tensor, create_graph: bool = False) -> Grads:
         if not value.requires_grad:
             return [torch.zeros_like(p) for p in self.params]
+        if create_graph:
+            refuse_undifferentiable([value])
         found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.params, strict=True)]
 

@@ -29,12 +29,14 @@ _MARKED = once_differentiable(lambda _: None).__code__  # the wrapper's code, th
 _NORMS = re.compile(r"(LayerNorm|BatchNorm)\w*BackwardBackward\d*$")
 
 
-def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second") -> None:
+def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second", *, of_gradients: bool = False) -> None:
     """Refuse tensors whose graph cannot be differentiated with a graph of its own, before that is done.
 
     Args:
         tensors: what is differentiated; others than tensors are skipped.
         order: which derivatives of the model are asked for, for the message.
+        of_gradients: the tensors are gradients with a graph, to be differentiated without one: only what autograd has
+            left out of it already counts.
 
     Raises:
         CheckFailedError: with the operation and the remedy.
@@ -44,11 +46,11 @@ def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second") -> No
     for node in walk(roots):
         name = node.name()
         if isinstance(node, BackwardCFunction):
-            if _is_marked(node):
+            if not of_gradients and _is_marked(node):
                 marked.add(name)
         elif name == "torch::autograd::Error":
             marked.add("")
-        elif "Norm" in name and _is_wrong(node, name):
+        elif "Norm" in name and _is_wrong(node, name, of_gradients):
             norms.add(name.partition("Backward")[0])
     if marked:
         names = ", ".join(sorted(filter(None, marked)) or custom_functions(roots))
@@ -94,8 +96,8 @@ def _wrapped(function: Any) -> Iterator[Any]:
         function = getattr(function, "__wrapped__", None)
 
 
-def _is_wrong(node: Any, name: str) -> bool:
+def _is_wrong(node: Any, name: str, of_gradients: bool) -> bool:
     if name.startswith("WeightNormInterfaceBackward"):
         return True
     # batch normalisation by running statistics is an affine map, and right to all orders
-    return _NORMS.search(name) is not None and bool(getattr(node, "_saved_train", True))
+    return not of_gradients and _NORMS.search(name) is not None and bool(getattr(node, "_saved_train", True))

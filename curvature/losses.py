@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.errors import InputError
+from curvature.guards import refuse_undifferentiable
 
 __all__ = ["LossRule", "OutputMap", "loss_rule"]
 
@@ -232,7 +233,9 @@ class AnyLoss(LossRule):
     def output_hessian(self, outputs: Tensor, targets: Any) -> OutputMap:
         z = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            (g,) = torch.autograd.grad(self.loss(z, targets), z, create_graph=True)
+            value = self.loss(z, targets)
+            refuse_undifferentiable([value])
+            (g,) = torch.autograd.grad(value, z, create_graph=True)
         if not g.requires_grad:  # piecewise linear in the outputs
             return torch.zeros_like
 

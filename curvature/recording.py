@@ -111,8 +111,10 @@ class Recording:
             if not self._lean.must_record_anew:
                 if trust is None or isinstance(error, NOT_OF_LAYERS):
                     raise
-                self._record_plainly()
+                self._trust = None
+                self._record()
                 trust.revoke(f"they raised {type(error).__name__}")
+                return
         inside = self._lean.forward_differentiates
         if self._lean.must_record_anew:
             self._third_order = True

@@ -8,8 +8,10 @@ happens to derivatives that are asked for by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +19,13 @@ from torch.autograd.graph import _engine_run_backward
 from torch.backends import cuda
 
 from curvature.errors import CheckFailedError, InputError
+from curvature.guards import refuse_undifferentiable
+from curvature.lean import LeanLayers, MustRecordAnewError
 from curvature.process_state import one_at_a_time
 
-__all__ = ["curvature_session", "gradients", "leaves", "pull_back"]
+__all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "pull_back"]
 
+T = TypeVar("T")
 
 _KERNELS = (  # `torch.nn.attention.sdpa_kernel` does the same and takes as long as a small layer
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
@@ -49,17 +54,46 @@ class curvature_session:  # a generator's context takes three times as long
         one_at_a_time.__exit__(kind, error, trace)
 
 
+@dataclass
+class ClosureRecorder:
+    """Runs closures with the layers replaced that torch differentiates wrongly, as far as it has seen them need it.
+
+    Attributes:
+        forward_differentiates: a closure was seen to differentiate itself (a PINN, a gradient penalty).
+    """
+
+    forward_differentiates: bool = False
+
+    def run(self, closure: Callable[[], T]) -> T:
+        """Return what the closure does; it runs twice when it first turns out to need derivatives beyond the second."""
+        layers = LeanLayers(corrections_only=True, third_order=self.forward_differentiates)
+        try:
+            with layers:
+                returned = closure()
+        except MustRecordAnewError:
+            if not layers.must_record_anew:
+                raise
+        self.forward_differentiates |= layers.forward_differentiates
+        if not layers.must_record_anew:
+            return returned
+        with LeanLayers(third_order=True):
+            return closure()
+
+
 def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool) -> list[Tensor | None]:
     """Return the gradient of the loss in every parameter, None where it does not depend on it.
 
     Raises:
         InputError: if the loss has no graph, or one that a call of backward() has used up.
+        CheckFailedError: for a graph of the gradient, if autograd would leave something out of it.
     """
     if not loss.requires_grad:
         raise InputError(
             "the loss has no graph: the closure must compute it from the parameters with gradients enabled, not under "
             "torch.no_grad() and not detached."
         )
+    if create_graph:
+        refuse_undifferentiable([loss])
     return _grad([loss], params, [torch.ones_like(loss)], create_graph=create_graph, retain_graph=retain_graph)
 
 

@@ -21,7 +21,7 @@ from curvature.linop import LinearOperator
 from curvature.losses import LossRule
 from curvature.repeated_evaluation import RepeatedEvaluation
 from optimizers._closures import loss_of, own_gradients, residuals_of
-from optimizers._differentiation import gradients, pull_back
+from optimizers._differentiation import ClosureRecorder, gradients, pull_back
 from optimizers._flat import FlatParams
 from optimizers._gradients import refuse_sparse
 
@@ -159,6 +159,7 @@ class Evaluations:
         rule: of that loss.
         sign: -1 to climb.
         mean: over ranks.
+        recorder: runs the closures.
     """
 
     def __init__(
@@ -172,7 +173,9 @@ class Evaluations:
         rule: LossRule | None,
         sign: float = 1.0,
         mean: Mean | None = None,
+        recorder: ClosureRecorder | None = None,
     ) -> None:
+        self._recorder = ClosureRecorder() if recorder is None else recorder
         self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
         self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
         self.mean: Mean = mean if mean is not None else (lambda t: t)
@@ -263,6 +266,9 @@ class Evaluations:
 
     def _called(self, closure: Callable[[], Any], *, moves: bool = True) -> tuple[Tensor, Tensor | None, Any]:
         """Return (loss, outputs or residuals, targets)."""
+        return self._recorder.run(lambda: self._called_once(closure, moves))
+
+    def _called_once(self, closure: Callable[[], Any], moves: bool) -> tuple[Tensor, Tensor | None, Any]:
         with own_gradients(self.flat.params), self._repeated.evaluation(moves=moves):
             returned = closure()
             if self.kind == "residuals":

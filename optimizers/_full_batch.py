@@ -159,6 +159,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             rule=self._rule,
             sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
             mean=None if self.process_group is None else self._mean_over_ranks,
+            recorder=self._recorder,
         )
         start = evaluations.start
         move: Move | None = None

@@ -7,6 +7,7 @@ all attributes out of copies. Here averages keep their dtype, what is loaded is 
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvature.errors import InputError
+from optimizers._differentiation import ClosureRecorder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,6 +47,10 @@ class ResumableOptimizer(torch.optim.Optimizer):
     """Settings that groups saved before these existed are given."""
     _group: ProcessGroup | None
     _group_name: str | None
+
+    @cached_property
+    def _recorder(self) -> ClosureRecorder:
+        return ClosureRecorder()
 
     @abstractmethod
     def _forget(self) -> None:

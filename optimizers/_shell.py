@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 
 from curvature.autocast import as_around
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
+from curvature.guards import refuse_undifferentiable
 from curvature.losses import loss_rule
 from curvature.repeated_evaluation import RunningBuffers
 from optimizers._closures import loss_of, own_gradients
@@ -269,7 +270,8 @@ class CurvatureOptimizer(ResumableOptimizer):
                 stack.enter_context(buffers.watched())
                 stack.enter_context(buffers.evaluation(moves=False))
             stack.enter_context(own_gradients(self._trained()))
-            returned = closure()
+            corrected = self.curvature_due or self._recorder.forward_differentiates
+            returned = self._recorder.run(closure) if corrected else closure()
         if self._num_measured != measured:
             raise InputError("the closure must not call zero_grad(): the curvature of earlier micro-batches is lost.")
         return loss_of(returned, self.loss)
@@ -361,6 +363,7 @@ class CurvatureOptimizer(ResumableOptimizer):
                     "before the scaler looks."
                 )
         params = self._trained()
+        refuse_undifferentiable([p.grad for p in params], of_gradients=True)
         self._measure(params, [p.grad for p in params], scale=scale)
 
     def _refuse_first_order(self) -> None:
