@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvature.backward import pull_back
 from curvature.errors import InputError
 from curvature.guards import refuse_undifferentiable
 
@@ -235,8 +236,8 @@ class AnyLoss(LossRule):
         with torch.enable_grad():
             value = self.loss(z, targets)
             refuse_undifferentiable([value])
-            (g,) = torch.autograd.grad(value, z, create_graph=True)
-        if not g.requires_grad:  # piecewise linear in the outputs
+            (g,) = pull_back([value], [z], create_graph=True) if value.requires_grad else (None,)
+        if g is None or not g.requires_grad:  # piecewise linear in the outputs
             return torch.zeros_like
 
         def product(u: Tensor) -> Tensor:
