@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from analysis.saving import write_text
+
 __all__ = ["PROBLEMS", "main", "measure"]
 
 RESULTS = Path(__file__).parent / "results" / "noise.json"
@@ -154,8 +156,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in PROBLEMS for row in measure(name)]
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows = []
+    for name in PROBLEMS:
+        rows += measure(name)
+        write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
     for row in rows:
         print(
             f"{row['problem']:10} {row['gradients']:7.2f} gradients {row['peak_mebibytes']:7.1f} MiB  {row['method']}"

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from analysis.drawing import Colors, decade_ticks
 from analysis.gradient_penalty import GradientPenalty
+from analysis.saving import write_text
 from analysis.tasks.digits import BUNDLED, load_digits
 from benchmarks.harness import git
 from benchmarks.processes import BARS
@@ -270,7 +271,7 @@ def main() -> None:
                 for name, way in WAYS.items():
                     rows.append({"way": name, "images": IMAGES, "batch_size": BATCH, **train(way, seed), **facts})
                     lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
-                    arguments.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+                    write_text(arguments.out, f"[\n{lines}\n]\n")
                     progress.advance(bar)
     rows = json.loads(arguments.out.read_text(encoding="utf-8"))
     report(rows, console)

@@ -24,6 +24,7 @@ from analysis.class_structure import class_structure
 from analysis.conditioning import conditioning
 from analysis.directions import Scaling, random_direction
 from analysis.landscape import loss_along, loss_on_plane
+from analysis.saving import write_text
 from analysis.sharpness import SharpnessSettings, sharpness
 from benchmarks import relation_networks as networks
 from curvature import GGNOperator, HessianOperator, Objective, top_eigenpairs
@@ -297,7 +298,7 @@ def main() -> None:
                     " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()),
                 )
         print(f"{name}: {time.process_time() - start:.0f} s of CPU time", flush=True)
-        arguments.out.write_text(json.dumps(rows, indent=None) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(rows, indent=None) + "\n")
 
 
 if __name__ == "__main__":

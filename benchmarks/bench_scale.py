@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.processes import write_rows
+
 __all__ = ["BASE", "GRIDS", "main", "measure", "plot"]
 
 ROOT = Path(__file__).parents[1]
@@ -117,12 +119,12 @@ def main() -> None:
                 row = json.loads(done.stdout.strip().splitlines()[-1])
                 row |= {"varied": varied, "seconds_a_product": row["seconds"] / row["products"]}
                 rows.append(row)
+                write_rows(a.out, rows)  # after each, so that a run can be cut short
                 print(
                     f"{varied} = {value:>9}  {'kept' if kept else 'rebuilt':8} {row['seconds']:8.2f} s  "
                     f"{row['gradients_a_product']:5.2f} gradients a product  {row['extra_mebibytes']:+8.0f} MiB",
                     flush=True,
                 )
-    a.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
     plot(rows, a.figure)
 
 

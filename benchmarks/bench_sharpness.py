@@ -21,6 +21,7 @@ import torch
 
 from analysis.directions import random_direction
 from analysis.landscape import loss_on_plane
+from analysis.saving import write_text
 from analysis.sharpness import sharpness
 from analysis.tasks import load_task
 from curvature import Objective
@@ -92,7 +93,7 @@ def main() -> None:
     task = load_task("digits-cnn")
     common = {"task": "digits-cnn", "threads": 1, "torch": str(torch.__version__), "python": platform.python_version()}
     rows = [{**common, **row} for row in (*_table(task), *_landscape(task, arguments.points))]
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
     for row in rows:
         if "cpu_seconds" in row:
             print(

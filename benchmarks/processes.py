@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from analysis.saving import write_text
+
 __all__ = ["BARS", "row_of", "write_rows"]
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +40,6 @@ def row_of(module: str, arguments: Sequence[str], known: dict[str, Any], *, time
 
 
 def write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSON, one a line."""
+    """Write rows as JSON, one a line; earlier ones stay until all are on the disk."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    write_text(out, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
