@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.autocast import full_precision
 from curvature.cost import check_fits, timed
+from curvature.distributed import agree_on
 from curvature.errors import InputError
 from curvature.linalg import ThickRestartLanczos, lobpcg
 from curvature.linalg._validate import check_count, check_generator, check_square, working_dtype
@@ -93,6 +94,8 @@ def top_eigenpairs(
     """
     A = HessianOperator(A) if isinstance(A, Objective) else A
     n = check_square(A)
+    agree_on(A, "top_eigenpairs", k=k, which=which, tolerances=(rtol, atol), solver=solver, block_size=block_size)
+    agree_on(A, "top_eigenpairs", num_basis=num_basis, max_matvecs=max_matvecs, certify=certify)
     check_generator(A, generator)
     check_count("k", k, 1, n)
     _check_solver(solver, preconditioner, which)
@@ -171,9 +174,10 @@ def _columns_cost_the_same(A: MatrixLike) -> bool:
     """Return whether A multiplies column by column, on graphs that are kept."""
     if not isinstance(A, ObjectiveOperator):
         return False
-    if A.objective.may_keep_graphs and not A.objective.keeps_all_graphs:
+    if A.objective.may_keep_graphs and (A.objective._ranks is not None or not A.objective.keeps_all_graphs):
         A.objective.loss()  # builds what can be kept
-    return A.objective.keeps_all_graphs
+    kept = A.objective.keeps_all_graphs
+    return kept if A.objective._ranks is None else A.objective._ranks.everywhere(kept)
 
 
 class _Clocked(LinearOperator):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.autocast import full_precision
+from curvature.distributed import together
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
 from curvature.guards import custom_functions
@@ -44,6 +45,7 @@ class CheckReport:
     """One sentence a test, with its figure."""
 
 
+@together
 @full_precision
 def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
     """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
@@ -57,9 +59,11 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
         CheckFailedError: with the cause (which module, which function) and the remedy.
         DataError: if the data differ from pass to pass.
     """
-    batch = next(iter(objective.batches()))
     with _explained():
-        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        found = _first_that_counts(objective)
+    if found is None:  # all data are on other ranks, which look at one batch each
+        return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol),))
+    lin, batch = found
     eps = _working_precision(lin, objective)
     tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
     messages = [_repeats(objective, tolerance)]
@@ -69,6 +73,15 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
         if objective.closed_form_loss:
             messages.append(_output_hessian(lin, objective, tolerance))
     return CheckReport(True, tuple(messages))
+
+
+def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None:
+    """Return the first batch of this rank in which a target counts."""
+    for batch in objective.batches():
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        if lin.weight != 0:
+            return lin, batch
+    return None
 
 
 # -- repeatability ----------------------------------------------------------------------------------------------------

@@ -28,14 +28,16 @@ class DataSource:
     Args:
         data: one batch (a tuple, a mapping, a tensor), a list of batches, or a loader.
         paired: whether a batch is a pair (inputs, targets): then a list of two tensors is one batch, too.
+        may_be_empty: where other ranks hold data.
 
     Raises:
         DataError: if `data` is empty, an iterator that can be walked once, or cannot be iterated.
     """
 
-    def __init__(self, data: Any, *, paired: bool, micro_batch: int | None = None) -> None:
-        self._data = _as_batches(data, paired)
+    def __init__(self, data: Any, *, paired: bool, micro_batch: int | None = None, may_be_empty: bool = False) -> None:
+        self._data = _as_batches(data, paired, may_be_empty)
         self._micro_batch = micro_batch
+        self._may_be_empty = may_be_empty
         self.in_memory = isinstance(self._data, list)
         self.num_batches: int | None = None
         self.shuffles = False
@@ -58,7 +60,7 @@ class DataSource:
             totals = tuple((a + b) % 2**64 for a, b in zip(totals, mark.examples, strict=True))
             yield index, mark.examples[0], batch
             index += 1
-        if index == 0:
+        if index == 0 and not self._may_be_empty:
             raise DataError(
                 "the data hold no batch; pass one (inputs, targets) pair, a list of them, or a loader that is not "
                 "empty."
@@ -102,13 +104,13 @@ class DataSource:
             self._order.append(order)
 
 
-def _as_batches(data: Any, paired: bool) -> Iterable[Any]:
+def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
     if isinstance(data, (Tensor, tuple, Mapping)):
         return [data]
     if isinstance(data, list):
         if paired and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
             return [data]
-        if not data:
+        if not data and not may_be_empty:
             raise DataError("data is an empty list; pass one (inputs, targets) pair, a list of them, or a loader.")
         return data
     if isinstance(data, Iterator):

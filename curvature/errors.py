@@ -19,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "ParameterSelectionError",
+    "RankError",
     "TaskError",
     "WriteError",
 ]
@@ -46,6 +47,10 @@ class NonFiniteError(CurvatureError, ArithmeticError):
 
 class CheckFailedError(CurvatureError, RuntimeError):
     """The self-check found that the objective is no well-defined twice differentiable function."""
+
+
+class RankError(CurvatureError, RuntimeError):
+    """Ranks of a process group hold different models, settings or vectors, or one of them failed."""
 
 
 class TaskError(CurvatureError, ValueError):

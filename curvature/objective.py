@@ -8,14 +8,14 @@ only through this object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from curvature.data import DataSource
-from curvature.distributed import sum_over_ranks
+from curvature.distributed import RankAgreement, built_together, sum_of_parts
 from curvature.errors import DataError, InputError
 from curvature.evaluation import Evaluator, Forward, move_batch, tensors_in
 from curvature.kept_graphs import GraphBudget, KeptGraphs
@@ -50,7 +50,7 @@ class Objective:
             not ignored, class weights included), which makes L independent of how the data are cut into batches.
         device: where batches are moved. Default, and only choice that works: where the parameters are.
         process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all
-            ranks.
+            ranks. All ranks make the same calls; where one fails or differs, all of them raise.
         keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
             keeps as many as fit into `memory_budget`.
         memory_budget: bytes that kept graphs may hold, those of `restrict` and `cut` included; the graph that is being
@@ -66,6 +66,9 @@ class Objective:
         InputError: for arguments out of range or of the wrong kind.
     """
 
+    _ranks: RankAgreement | None
+
+    @built_together
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +102,9 @@ class Objective:
         self._evaluator = Evaluator(
             model, self._rule, forward, weight, list(self.space.tensors.values()), seed, allow_tf32
         )
-        self._data = DataSource(data, paired=forward is None, micro_batch=micro_batch)
+        self._data = DataSource(
+            data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
+        )
         self._settings = {
             "loss": loss,
             "data": data,
@@ -341,12 +346,14 @@ class Objective:
         products: Callable[[Linearization], Tensor],
         *,
         observe: Callable[[int, float, Tensor], None] | None = None,
+        vectors: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks).
 
         Args:
             products: a tensor of one shape for every batch.
             observe: told the place, weight and tensor of each of this rank's batches that count.
+            vectors: what is multiplied by; compared over ranks.
         """
 
         def parts() -> Iterator[tuple[float, Tensor]]:
@@ -359,28 +366,15 @@ class Objective:
                 yield weight, part
                 del part
 
-        return self._mean(parts())
+        return self._mean(parts(), vectors)
 
-    def _mean(self, parts: Iterator[tuple[float, Tensor]]) -> Tensor:
+    def _mean(self, parts: Iterator[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
-        total: Tensor | None = None
-        weight, unit, own = 0.0, 1.0, False
-        with one_at_a_time:
-            for w, part in parts:
-                weight += w
-                if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
-                    part = torch.zeros_like(part)
-                if total is None:  # a single batch, the common case, is not scaled up and down again
-                    total, unit = part, w if w != 0 else 1.0
-                elif own:
-                    total.add_(part, alpha=w / unit)
-                else:
-                    total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
-                del part
-        assert total is not None
-        if self.process_group is not None:
-            total, weight = sum_over_ranks(total * unit, weight, self.process_group)
-            unit = 1.0
+        if self._ranks is None:
+            total, weight, unit = sum_of_parts(parts)
+            assert total is not None
+        else:
+            total, weight, unit = self._ranks.summed(self, lambda: sum_of_parts(parts), vectors)
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.distributed import sum_over_ranks
+from curvature.distributed import together
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.evaluation import move_batch
 from curvature.objective import Objective
@@ -78,6 +78,7 @@ def _shifted(objective: Objective, point: Tensor, buffers: Mapping[str, Tensor] 
             tensor.data = original
 
 
+@together
 def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> PointLoss:
     """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
 
@@ -101,18 +102,18 @@ def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
             batches = _batch_losses(objective, recorded=False)
         except RuntimeError:  # a forward pass that differentiates in the parameters itself
             batches = _batch_losses(objective, recorded=True)
-    group = objective.process_group
+    ranks = objective._ranks
     weight, total, count = sum(w for w, _ in batches), sum(w * loss for w, loss in batches), float(len(batches))
-    if group is not None:
-        packed, weight = sum_over_ranks(_packed(objective, total, count), weight, group)
+    if ranks is not None:
+        packed, weight = ranks.sum(_packed(objective, total, count), weight)
         total, count = packed.tolist()
     if weight == 0:
         raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
     mean = total / weight
     shares = [(w / weight, loss) for w, loss in batches]
     variance = sum((loss - mean) ** 2 * p / max(1 - p, _EPS) / count for p, loss in shares) if count > 1 else math.nan
-    if group is not None:
-        packed, _ = sum_over_ranks(_packed(objective, variance), 0.0, group)
+    if ranks is not None:
+        packed, _ = ranks.sum(_packed(objective, variance), 0.0)
         variance = float(packed)
     scale = count if objective.sums else 1.0
     value, stderr = scale * mean, scale * math.sqrt(variance) if variance == variance else math.nan

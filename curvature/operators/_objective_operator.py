@@ -67,7 +67,8 @@ class ObjectiveOperator(LinearOperator):
             assert observe is not None
             observe(index, weight, split(packed))
 
-        return split(self.objective.reduce(of_batch, observe=None if observe is None else pass_on))
+        told = None if observe is None else pass_on
+        return split(self.objective.reduce(of_batch, observe=told, vectors=rows))
 
     def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
         """Return A x for a vector (n,), the seconds that any block would have taken, and those of a column.
@@ -83,7 +84,9 @@ class ObjectiveOperator(LinearOperator):
             seconds += spent
             return part
 
-        product, total = timed(lambda: self.objective.reduce(of_batch)[0], self.device)
+        product, total = timed(lambda: self.objective.reduce(of_batch, vectors=[x])[0], self.device)
+        if self.objective._ranks is not None:  # what is decided by them is decided alike on all ranks
+            seconds, total = self.objective._ranks.mean(seconds, total)
         return product, max(total - seconds, 0.0), seconds
 
     def restrict(self, selection: Selection) -> Self:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from curvature.distributed import agree_on
 from curvature.errors import DataError, InputError
 from curvature.linearize import Linearization
 from curvature.objective import Objective
@@ -66,6 +67,7 @@ class MCFisherOperator(MetricOperator):
             raise InputError(f"num_samples must be at least 1, got {num_samples}.")
         check_fixed_order(objective, _WHY)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        agree_on(objective, "MCFisherOperator", generator=seed, num_samples=num_samples)
         rank = 0 if objective.process_group is None else dist.get_rank(objective.process_group)
         super().__init__(objective, SampledFisher(num_samples, seed, rank), block)
         self.num_samples = num_samples

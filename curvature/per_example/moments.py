@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvature.autocast import full_precision
-from curvature.distributed import sum_over_ranks
+from curvature.distributed import together
 from curvature.errors import DataError, InputError
 from curvature.kept_graphs import BUDGET_SHARE
 from curvature.memory import available_memory
@@ -32,6 +32,7 @@ Route = Literal["auto", "rules", "vmap", "loop"]
 CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
 
 
+@together
 @full_precision
 def gradient_norms(
     objective: Objective,
@@ -83,6 +84,7 @@ def gradient_dots(
     return _collect(objective, per, route, memory_budget, moments=False, norms=True, dots=True, along_mean=False)
 
 
+@together
 @full_precision
 def gradient_moments(
     objective: Objective,
@@ -310,9 +312,9 @@ def _over_ranks(
     weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
     totals = [sums.gradient, sums.squares, weighted_norms]
     weight, squared, losses = float(weights.sum()), float(weights.square().sum()), float(loss)
-    if objective.process_group is not None:
+    if objective._ranks is not None:
         packed = torch.cat([weights.new_tensor([squared, losses]), *(t.double() for t in totals if t is not None)])
-        packed, weight = sum_over_ranks(packed, weight, objective.process_group)
+        packed, weight = objective._ranks.sum(packed, weight)
         squared, losses = packed[:2].tolist()
         parts = list(packed[2:].split([len(t) for t in totals if t is not None]))
         totals = [None if t is None else parts.pop(0).to(t.dtype) for t in totals]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from curvature.backward import no_autocast, pull_back
-from curvature.distributed import sum_over_ranks
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.evaluation import Evaluation
 from curvature.losses import AnyLoss
@@ -110,8 +109,8 @@ class Walk:
             with session(self._evaluator, self._evaluator.copy_buffers()), torch.no_grad():
                 evaluation = self._evaluator.evaluate(batch, index)
             total += float(self._terms(evaluation, leading_size(self._evaluator, batch), index).sum())
-        if self._objective.process_group is not None:
-            _, total = sum_over_ranks(torch.zeros(0, dtype=torch.float64), total, self._objective.process_group)
+        if self._objective._ranks is not None:
+            _, total = self._objective._ranks.sum(torch.zeros(0, dtype=torch.float64), total)
         return total
 
     # -- one batch ----------------------------------------------------------------------------------------------------

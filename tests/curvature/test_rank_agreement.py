@@ -1,0 +1,229 @@
+"""Two processes: what differs between ranks or fails on one raises on both; a rank without data counts nothing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from curvature import EmpiricalFisherOperator, HessianOperator, MCFisherOperator, Objective, top_eigenpairs
+from curvature.distributed import content
+from curvature.linalg import diagonal
+from curvature.per_example import gradient_moments
+from curvature.shift import loss_at
+
+
+def net(hidden: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.BatchNorm1d(hidden), nn.Linear(hidden, 3)).double().eval()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(12, 4, generator=generator, dtype=torch.float64), torch.arange(12) % 3
+
+
+def objective(rank: int, group: Any = None, *, model: nn.Module | None = None, **more: Any) -> Objective:
+    x, y = data()
+    part = slice(8) if rank == 0 else slice(8, 12)
+    given = more.pop("data", [(x[part], y[part])])
+    return Objective(model or net(), more.pop("loss", nn.CrossEntropyLoss()), given, process_group=group, **more)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _changed(rank: int, group: Any, change: Callable[[nn.Sequential], object]) -> Tensor:
+    model = net()
+    o = objective(rank, group, model=model)
+    if rank == 1:
+        change(model)
+    return o.loss()
+
+
+def _swap(model: Any) -> None:
+    with torch.no_grad():
+        model[3].weight.copy_(model[3].weight[[1, 0, 2]])
+
+
+def _late(rank: int, group: Any) -> None:
+    """Rank 1 fails in the middle of a product, rank 0 is in the same one."""
+    model = net()
+    o = objective(rank, group, model=model)
+    A = HessianOperator(o)
+    A @ torch.ones(A.shape[0], dtype=torch.float64)
+    if rank == 1:
+        model[1].register_forward_hook(lambda *_: 1 / 0)
+        o.release()
+        with torch.no_grad():
+            model[0].bias.add_(0)
+    A @ torch.ones(A.shape[0], dtype=torch.float64)
+
+
+def _class_weights(rank: int, group: Any) -> Tensor:
+    weights = torch.ones(3, dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight=weights)
+    o = objective(rank, group, loss=loss)
+    weights[rank] += 1
+    return o.loss()
+
+
+x, y = data()
+REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
+    "weights": ("'0.weight'", lambda r, g: _changed(r, g, lambda m: m[0].weight.data.mul_(3))),
+    "signs of two entries": ("'0.bias'", lambda r, g: _changed(r, g, lambda m: m[0].bias.data[:2].neg_())),
+    "hidden units swapped": ("'3.weight'", lambda r, g: _changed(r, g, _swap)),
+    "buffers": ("buffer '2.running_mean'", lambda r, g: _changed(r, g, lambda m: m[2].running_mean.add_(1))),
+    "modes": ("modes", lambda r, g: _changed(r, g, lambda m: m.train())),
+    "class weights": ("settings of the loss", _class_weights),
+    "label smoothing": (
+        "settings of the loss",
+        lambda r, g: objective(r, g, loss=nn.CrossEntropyLoss(label_smoothing=0.1 * r)).loss(),
+    ),
+    "partial": (
+        "settings of the loss",
+        lambda r, g: objective(
+            r, g, loss=functools.partial(nn.functional.cross_entropy, label_smoothing=0.1 * r)
+        ).loss(),
+    ),
+    "architecture": ("gave to Objective", lambda r, g: objective(r, g, model=net(5 + r))),
+    "selection": ("gave to Objective", lambda r, g: objective(r, g, params=("0.*", "3.*")[r])),
+    "loss": ("gave to Objective", lambda r, g: objective(r, g, loss=(nn.CrossEntropyLoss(), nn.NLLLoss())[r])),
+    "seed": ("gave to Objective", lambda r, g: objective(r, g, seed=r)),
+    "selects nothing": ("no parameter", lambda r, g: objective(r, g, params=("*", "nothing")[r])),
+    "generators": (
+        "different vectors",
+        lambda r, g: diagonal(HessianOperator(objective(r, g)), num_matvecs=4, generator=generator(r)),
+    ),
+    "start": ("different vectors", lambda r, g: top_eigenpairs(objective(r, g), 1, generator=generator(r))),
+    "drawn targets": (
+        "gave to MCFisherOperator",
+        lambda r, g: MCFisherOperator(objective(r, g), generator=generator(r)),
+    ),
+    "k": ("gave to top_eigenpairs", lambda r, g: top_eigenpairs(objective(r, g), 1 + r, generator=generator())),
+    "calls": ("shapes", lambda r, g: objective(r, g).loss() if r else objective(r, g).gradient()),
+    "NaN": ("the loss is nan", lambda r, g: objective(r, g, data=[(x / (1 - r), y)]).loss()),
+    "no second": ("gave to", lambda r, g: objective(r, g, weight=(None, lambda _: 1.0)[r])),
+    "exception": ("by zero", _late),
+    "empty everywhere": ("no batch on any rank", lambda r, g: objective(r, g, data=[]).loss()),
+    "check": ("by zero", lambda r, g: objective(r, g, loss=None, forward=_fails(r)).check()),
+    "loss at a point": ("by zero", lambda r, g: loss_at(_failing(r, g), _failing(r, g).space.current())),
+    "moments": ("", lambda r, g: gradient_moments(objective(r, g, data=[(x, y)] if r else []))),
+}
+
+
+def _fails(rank: int) -> Callable[..., Tensor]:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).square().mean() * (1 // (1 - rank))
+
+    return forward
+
+
+def _failing(rank: int, group: Any) -> Objective:
+    return objective(rank, group, loss=None, forward=_fails(rank))
+
+
+def no_data(rank: int, group: Any, empty: Any) -> dict[str, Tensor]:
+    """All data on rank 0, an empty list or loader or batch on rank 1."""
+    o = objective(rank, group, data=[data()] if rank == 0 else empty)
+    v = torch.ones(o.num_params, dtype=torch.float64)
+    return {
+        "loss": o.loss(),
+        "gradient": o.gradient(),
+        "H": HessianOperator(o) @ v,
+        "F": EmpiricalFisherOperator(o) @ v,
+        "top": top_eigenpairs(o, 2, generator=generator()).eigenvalues,
+        "check": torch.tensor(float(o.check().passed)),
+    }
+
+
+def empties() -> dict[str, Any]:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:0], y[:0]), batch_size=4)
+    return {"list": [], "loader": loader, "batch": [(x[:0], y[:0])], "ignored": [(x[:2], torch.full((2,), -100))]}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    group = dist.group.WORLD
+    errors = {}
+    for name, (_, call) in REFUSED.items():
+        start = time.monotonic()
+        try:
+            call(rank, group)
+            errors[name] = ("none", "", 0.0)
+        except Exception as error:
+            errors[name] = (type(error).__name__, str(error), time.monotonic() - start)
+    results: dict[str, Any] = {"errors": errors, "alike": objective(rank, group).loss()}
+    results |= {name: no_data(rank, group, empty) for name, empty in empties().items()}
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    if rank == 1:
+        os._exit(0)  # dies
+    try:
+        objective(rank, group)
+    except Exception as error:
+        results["left alone"] = (type(error).__name__, str(error))
+    torch.save(results, f"{folder}/rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("agreement")
+    spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_all_ranks_raise_at_once(ranks: list[dict[str, Any]], name: str) -> None:
+    kinds = {results["errors"][name][0] for results in ranks}
+    assert "none" not in kinds
+    assert "RankError" in kinds or kinds == {"DataError"}
+    for results in ranks:
+        _, text, seconds = results["errors"][name]
+        assert REFUSED[name][0] in text
+        assert seconds < 30
+
+
+@pytest.mark.parametrize("name", ["list", "loader", "batch", "ignored"])
+def test_a_rank_without_data_counts_nothing(ranks: list[dict[str, Any]], name: str) -> None:
+    alone = no_data(0, None, None)
+    for results in ranks:
+        for what, expected in alone.items():
+            torch.testing.assert_close(results[name][what], expected, rtol=1e-6, atol=1e-9, msg=what)
+
+
+def test_ranks_that_agree_work_after_all_that_and_a_dead_one_is_named(ranks: list[dict[str, Any]]) -> None:
+    expected = Objective(net(), nn.CrossEntropyLoss(), data()).loss()
+    for results in ranks:
+        torch.testing.assert_close(results["alike"], expected)
+    kind, text = ranks[0]["left alone"]
+    assert kind == "RankError"
+    assert "another rank of the process group ended" in text
+
+
+def test_content_sees_what_sums_miss() -> None:
+    torch.manual_seed(0)
+    t = torch.randn(3, 5000)
+    rows, columns = t[[1, 0, 2]], t.clone()
+    columns[:, [0, 1]] = columns[:, [1, 0]]
+    flipped, moved = t.clone(), t.clone()
+    flipped[0, :2].neg_()
+    moved[0, 0], moved[0, 4096] = t[0, 4096], t[0, 0]
+    digests = {content([v]) for v in (t, rows, columns, flipped, moved, t.double(), t.bfloat16())}
+    assert len(digests) == 7
+    assert content([t]) == content([t.clone()])
+    assert content([torch.tensor(1.0), torch.empty(0, 3), torch.tensor([True])]) > 0
+    assert content([torch.eye(3).to_sparse()]) == content([torch.eye(3)])
