@@ -23,7 +23,7 @@ from curvature.per_example import gradient_moments
 from curvature.shift import loss_at
 
 
-def net(hidden: int = 5) -> nn.Sequential:
+def net(hidden: int = 5) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.BatchNorm1d(hidden), nn.Linear(hidden, 3)).double().eval()
 
@@ -44,7 +44,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _changed(rank: int, group: Any, change: Callable[[nn.Sequential], object]) -> Tensor:
+def _changed(rank: int, group: Any, change: Callable[[Any], object]) -> Tensor:
     model = net()
     o = objective(rank, group, model=model)
     if rank == 1:
