@@ -7,6 +7,7 @@ and a few gradients. Each finding names its cause and the remedy.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,9 @@ def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None
 
 def _repeats(objective: Objective, tolerance: float) -> str:
     (loss, gradient), (loss_again, gradient_again) = _fresh_pass(objective), _fresh_pass(objective)
-    change = max(_relative(loss, loss_again), _relative(gradient, gradient_again))
-    if change > tolerance:
+    changes = _relative(loss, loss_again), _relative(gradient, gradient_again)
+    change = max(changes)
+    if not all(c <= tolerance for c in changes):  # nor NaN
         raise CheckFailedError(
             f"two evaluations at the same parameters differ by {change:.1e} relative: {_moving_module(objective)}"
         )
@@ -177,7 +179,7 @@ def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> st
     gap = float(
         (u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny)
     )
-    if gap > tolerance:
+    if not gap <= tolerance:
         raise CheckFailedError(
             f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward "
             "formula is wrong. "
@@ -206,11 +208,11 @@ def _difference(lin: Linearization, objective: Objective, batch: Any, eps: float
     (loss_up, g_up), (loss_down, g_down) = (_shifted(objective, batch, sign * half * v) for sign in (1.0, -1.0))
     slope, curve = (loss_up - loss_down) / (2 * half), (g_up - g_down) / (2 * half)
     rounding = eps / (2 * half)  # of a difference, relative to what is subtracted
-    gap = max(0.0, abs(float(slope - g @ v)) - 20 * rounding * abs(float(lin.loss)))
+    gap = abs(float(slope - g @ v)) - 20 * rounding * abs(float(lin.loss))
     return _Difference(
-        slope_error=gap / max(float(g.norm()), torch.finfo(g.dtype).tiny),
+        slope_error=0.0 if gap <= 0 else gap / max(float(g.norm()), torch.finfo(g.dtype).tiny),
         curve_error=_relative(curve, Hv),
-        drowned=max(float(curve.norm()), float(Hv.norm())) <= 30 * rounding * float(g.norm()),
+        drowned=all(float(part.norm()) <= 30 * rounding * float(g.norm()) for part in (curve, Hv)),
     )
 
 
@@ -220,9 +222,10 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
     tolerance = 1e-4 if double else 5e-2 if single else 0.4  # in half precision differences see gross errors only
     steps = (eps ** (1 / 3),) if double else _SINGLE_STEPS if single else _HALF_STEPS
     found = [_difference(lin, objective, batch, eps, step) for step in steps]
-    slope_error = min(d.slope_error for d in found)
-    curve_error = min((d.curve_error for d in found if not d.drowned), default=None)
-    if slope_error > tolerance:
+    slope_error = min((d.slope_error for d in found if not math.isnan(d.slope_error)), default=math.nan)
+    curve_errors = [d.curve_error for d in found if not d.drowned]
+    curve_error = min((error for error in curve_errors if not math.isnan(error)), default=math.nan)
+    if not slope_error <= tolerance:
         raise CheckFailedError(
             f"the gradient is not the derivative of the loss (off by {slope_error:.1e} of its norm along a random "
             f"direction). {_custom_functions(lin)}"
@@ -232,9 +235,9 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
     kink = _first_kink(lin)
     if kink is not None:
         reason = f"{kink} has kinks, where they measure jumps instead"
-    elif curve_error is None:
+    elif not curve_errors:
         reason = "they drown in the rounding of the model's dtype"
-    elif curve_error > tolerance:
+    elif not curve_error <= tolerance:
         raise CheckFailedError(
             f"H v differs from differences of the gradient by {curve_error:.1e} relative: the second derivative is "
             f"wrong. {_custom_functions(lin)}"
@@ -268,7 +271,7 @@ def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) 
     closed = rule.output_hessian(outputs, targets)(u)
     by_autograd = AnyLoss(rule.loss, rule.reduction).output_hessian(outputs, targets)(u)
     gap = _relative(closed.to(by_autograd.dtype), by_autograd)
-    if gap > max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
+    if not gap <= max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
         raise CheckFailedError(
             f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a "
             "bug."

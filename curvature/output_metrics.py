@@ -94,7 +94,7 @@ class LossGradients:
         if not batch.rule.closed_form:
             _refuse_coupling(batch, dims)
         counts = shares > 0
-        if bool((_sum(d.abs(), dims)[~counts] > 0).any()):
+        if not bool((_sum(d.abs(), dims)[~counts] <= 0).all()):
             raise InputError(
                 "a target of weight 0 adds to the loss (label smoothing with a class weight of 0, or a mask of the "
                 "loss's own?): its own gradient is not defined; leave such targets out by ignore_index."
@@ -170,7 +170,7 @@ def _refuse_coupling(batch: BatchOutputs, dims: tuple[int, ...]) -> None:
     Hu = batch.rule.output_hessian(outputs, batch.targets)(moved * u)
     size = float(Hu.abs().max())
     seen = float(((1 - moved) * Hu).abs().max())
-    if seen > 100 * torch.finfo(Hu.dtype).eps * size:
+    if not seen <= 100 * torch.finfo(Hu.dtype).eps * size:
         raise InputError(
             "the loss couples its examples (its second derivative mixes them), so that no example has a loss of its "
             "own; per='sequence' takes what shares a first index for one example."

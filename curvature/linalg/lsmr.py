@@ -134,7 +134,7 @@ class _Run:
             raise NonFiniteError(non_finite_message(self.num_matvecs))
         self.history = [[norm] for norm in norms]
         self.tolerance = [max(self.rtol * norm, self.atol / c) for norm, c in zip(norms, self.scales, strict=True)]
-        active = [i for i, norm in enumerate(norms) if norm > self.tolerance[i]]
+        active = [i for i, norm in enumerate(norms) if not norm <= self.tolerance[i]]
         if not active:
             return
         state = self._start(G[:, active], active, beta[active])
@@ -147,7 +147,7 @@ class _Run:
                     raise NonFiniteError(non_finite_message(self.num_matvecs))
                 self.steps[i] = step + 1
                 self.history[i].append(gradient)
-                if gradient > self.tolerance[i]:
+                if not gradient <= self.tolerance[i]:
                     left.append(j)
             if len(left) < len(active):
                 self.X[:, active] = state.X

@@ -142,10 +142,10 @@ def _check_definite(G: Tensor, Omega: Tensor, size: Tensor, eps: float) -> None:
     """Refuse a G = Omega'A Omega that is not symmetric or has a negative eigenvalue beyond the rounding of products."""
     rounding = 10 * eps * size * torch.linalg.matrix_norm(Omega)
     lowest = torch.linalg.eigvalsh((G + G.T) / 2)[0]
-    if bool(lowest < -rounding):
+    if not bool(lowest >= -rounding):
         seen = float((lowest / Omega.shape[0]).detach())
         raise InputError(f"A must be positive semi-definite, but has Rayleigh quotients near {seen:.3g}; {_ADVICE}")
-    if bool(torch.linalg.matrix_norm(G - G.T) > 10 * rounding):
+    if not bool(torch.linalg.matrix_norm(G - G.T) <= 10 * rounding):
         raise InputError("A must be symmetric, but u'Av and v'Au differ beyond rounding; use hutchinson_trace.")
 
 

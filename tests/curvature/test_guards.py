@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import curvature.check as check_module
 import curvature.lean as lean_module
 from curvature import (
     EmpiricalFisherOperator,
@@ -24,6 +25,7 @@ from curvature import (
 )
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
 from curvature.lean_trust import LeanTrust
+from curvature.linearize import Linearization
 from curvature.third_order import curvature_gradient
 from tests.cases import BY_NAME
 from tests.checks import assert_close
@@ -377,3 +379,19 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
     nn.init.zeros_(model.weight)
     with pytest.raises(NonFiniteError, match="gradient of 'weight' is not finite on batch 0"):
         Objective(model, None, real(3, 2), forward=lambda m, x: m(x).square().sum().sqrt()).gradient()
+
+
+@pytest.mark.parametrize("place", ["_relative", "_difference", "_symmetric"])
+def test_the_self_check_does_not_pass_on_nan(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Objective(network(nn.Tanh(), outputs=3), nn.CrossEntropyLoss(), DATA)
+    assert objective.check().passed
+    nan = float("nan")
+    if place == "_relative":
+        monkeypatch.setattr(check_module, place, lambda *_: nan)
+    elif place == "_difference":
+        wrong = check_module._Difference(slope_error=nan, curve_error=nan, drowned=False)
+        monkeypatch.setattr(check_module, place, lambda *_: wrong)
+    else:
+        monkeypatch.setattr(Linearization, "hvp", lambda _, X: torch.full_like(X, nan))
+    with pytest.raises(CheckFailedError):
+        objective.check()
