@@ -29,6 +29,7 @@ __all__ = ["Evaluations", "Kind", "Linearised", "ResidualJacobian"]
 
 Kind = Literal["hessian", "ggn", "residuals"]
 Mean = Callable[[Tensor], Tensor]
+Share = Callable[[Tensor | None, Any], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,7 @@ class Evaluations:
         rule: of that loss.
         sign: -1 to climb.
         mean: over ranks.
+        share: (outputs, targets) -> the factor of this rank in such a mean.
         recorder: runs the closures.
     """
 
@@ -173,11 +175,13 @@ class Evaluations:
         rule: LossRule | None,
         sign: float = 1.0,
         mean: Mean | None = None,
+        share: Share | None = None,
         recorder: ClosureRecorder | None = None,
     ) -> None:
         self._recorder = ClosureRecorder() if recorder is None else recorder
         self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
         self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
+        self.share_of_rank = share
         self.mean: Mean = mean if mean is not None else (lambda t: t)
         self.start = flat.get()
         self.num_evaluations = self.num_gradients = 0
@@ -207,14 +211,16 @@ class Evaluations:
         refuse_sparse(grads, "this optimizer")
         if not separate:
             self.unused = [g is None for g in grads]
-        gradient = self.mean(self.sign * self.flat.flatten(grads))
-        loss = float(self.mean(self.sign * value.detach().reshape(1)))
+        mean = self._mean_of(outputs, targets)
+        gradient = mean(self.sign * self.flat.flatten(grads))
+        loss = float(mean(self.sign * value.detach().reshape(1)))
         self._refuse_non_finite(loss, gradient)
         if not with_matrix:
             return Linearised(loss=loss, gradient=gradient, matrix=None)
         if separate:
             assert self.curvature_closure is not None
             value, outputs, targets = self._called(self.curvature_closure, moves=False)
+            mean = self._mean_of(outputs, targets)
         matrix: CountedMatrix
         if self.kind == "ggn":
             if outputs is None or self.rule is None:
@@ -222,19 +228,19 @@ class Evaluations:
                     'curvature="ggn" needs the split between model and loss: give loss= to the optimizer and a closure '
                     'that returns (outputs, targets), or use curvature="hessian".'
                 )
-            matrix = _GaussNewton(self.flat, outputs, targets, self.rule, self.mean)
+            matrix = _GaussNewton(self.flat, outputs, targets, self.rule, mean)
         else:
             if separate:
                 grads = gradients(value, self.flat.params, create_graph=True, retain_graph=True)
-            matrix = _Hessian(self.flat, grads, self.sign, self.mean)
+            matrix = _Hessian(self.flat, grads, self.sign, mean)
         return Linearised(loss=loss, gradient=gradient, matrix=matrix)
 
     def value(self, x: Tensor) -> float:
         """Return the loss at x, infinity if it is not a number; the parameters are where they were afterwards."""
         self.num_evaluations += 1
         with self._moved_to(x):
-            value = self._called(self.closure)[0]
-        found = float(self.mean(self.sign * value.detach().reshape(1)))
+            value, outputs, targets = self._called(self.closure)
+        found = float(self._mean_of(outputs, targets)(self.sign * value.detach().reshape(1)))
         return found if math.isfinite(found) else math.inf
 
     def residuals(self, x: Tensor) -> Tensor:
@@ -250,10 +256,20 @@ class Evaluations:
         self.num_evaluations += 1
         self.num_gradients += 1
         with self._moved_to(x):
-            value = self._called(self.closure)[0]
+            value, outputs, targets = self._called(self.closure)
             grads = gradients(value, self.flat.params, create_graph=False, retain_graph=False)
-        found = float(self.mean(self.sign * value.detach().reshape(1)))
-        return found if math.isfinite(found) else math.inf, self.mean(self.sign * self.flat.flatten(grads))
+        mean = self._mean_of(outputs, targets)
+        found = float(mean(self.sign * value.detach().reshape(1)))
+        return found if math.isfinite(found) else math.inf, mean(self.sign * self.flat.flatten(grads))
+
+    def _mean_of(self, outputs: Tensor | None, targets: Any) -> Mean:
+        """Return the mean over ranks that each count by their share of the joined batch."""
+        if self.share_of_rank is None:
+            return self.mean
+        share = self.share_of_rank(outputs, targets)
+        if share == 0:  # nothing counts here: a mean over no terms is 0/0
+            return lambda t: self.mean(torch.zeros_like(t))
+        return lambda t: self.mean(share * t)
 
     @contextlib.contextmanager
     def _moved_to(self, x: Tensor) -> Iterator[None]:

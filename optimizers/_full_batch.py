@@ -24,7 +24,7 @@ from optimizers._evaluations import Evaluations, Kind, Linearised
 from optimizers._flat import FlatParams
 from optimizers._gradients import all_zero
 from optimizers._probes import counter_generator
-from optimizers._ranks import average_over_ranks
+from optimizers._ranks import average_over_ranks, share_of_rank
 from optimizers._resumable import ResumableOptimizer
 from optimizers.step_report import StepReport
 
@@ -159,6 +159,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             rule=self._rule,
             sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
             mean=None if self.process_group is None else self._mean_over_ranks,
+            share=None if self.process_group is None else self._share_of_rank,
             recorder=self._recorder,
         )
         start = evaluations.start
@@ -217,6 +218,10 @@ class FullBatchOptimizer(ResumableOptimizer):
     def _mean_over_ranks(self, t: Tensor) -> Tensor:
         assert self.process_group is not None
         return average_over_ranks([t], self.process_group)[0]
+
+    def _share_of_rank(self, outputs: Tensor | None, targets: Any) -> float:
+        assert self.process_group is not None
+        return share_of_rank(self._rule, outputs, targets, self.process_group)
 
     # -- shared by methods --------------------------------------------------------------------------------------------
 

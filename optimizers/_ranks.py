@@ -1,19 +1,24 @@
 """Means over data-parallel ranks: gradients and curvature of the joined batch, with one collective a dtype.
 
-Ranks hold equal shares of a batch, as `DistributedDataParallel` takes it. A parameter that only some ranks used counts
+Where closures return (outputs, targets) ranks count by their loss terms; elsewhere they count alike, as
+`DistributedDataParallel` takes it. A parameter that only some ranks used counts
 zero on the others; one that no rank used stays without gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["average_gradients", "average_over_ranks"]
+from curvature.losses import LossRule
+
+__all__ = ["average_gradients", "average_over_ranks", "share_of_rank"]
 
 
 def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -28,6 +33,30 @@ def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> l
         for i, mean in zip(here, _unflatten_dense_tensors(flat.to(kind[0]), [tensors[i] for i in here]), strict=True):
             means[i] = mean
     return means
+
+
+def share_of_rank(rule: LossRule | None, outputs: Tensor | None, targets: Any, group: dist.ProcessGroup) -> float:
+    """Return the factor under which a mean over the ranks is that of the joined batch: of losses that sum, their sum.
+
+    1 where the closure returned the loss itself, so that nobody knows how much a rank counts.
+    """
+    if rule is None or outputs is None:
+        terms = math.nan
+    elif rule.reduction == "sum":
+        return float(group.size())
+    else:
+        terms = float(rule.num_terms(outputs, targets))
+    total = torch.tensor(terms, dtype=torch.float64, device=_device(group, outputs))
+    dist.all_reduce(total, group=group)
+    share = terms * group.size() / float(total) if float(total) != 0 else 1.0
+    return share if math.isfinite(share) else 1.0
+
+
+def _device(group: dist.ProcessGroup, outputs: Tensor | None) -> torch.device:
+    if outputs is not None:
+        return outputs.device
+    on_host = "gloo" in str(dist.get_backend(group)) or not torch.cuda.is_available()
+    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
 
 def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:

@@ -25,7 +25,7 @@ from curvature.repeated_evaluation import RunningBuffers
 from optimizers._closures import loss_of, own_gradients
 from optimizers._differentiation import curvature_session, gradients, leaves
 from optimizers._gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
-from optimizers._ranks import average_gradients, average_over_ranks
+from optimizers._ranks import average_gradients, average_over_ranks, share_of_rank
 from optimizers._resumable import COUNTERS, ResumableOptimizer
 from optimizers.curvature_source import WIDE, BatchGraph, CurvatureSource
 
@@ -87,7 +87,8 @@ class CurvatureOptimizer(ResumableOptimizer):
         defaults: settings of the method, kept in every group.
         curvature: where curvature comes from.
         loss: `loss(outputs, targets)`, for closures that return both.
-        process_group: ranks that hold equal shares of each batch.
+        process_group: ranks that hold parts of each batch; they count by their loss terms where closures return
+            (outputs, targets), and alike where they return the loss.
         check_finite: raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a
             GPU only steps with curvature look, as looking waits for the device; under a scaler the scaler does it.
 
@@ -99,6 +100,8 @@ class CurvatureOptimizer(ResumableOptimizer):
 
     _sums: list[list[Tensor]] | None
     _num_measured: int
+    _counted: tuple[Tensor | None, Any]
+    _num_counted: int
     _synchronized: bool
     _step_supports_amp_scaling = True  # the scaler then says how it scaled, instead of unscaling behind our back
 
@@ -231,7 +234,8 @@ class CurvatureOptimizer(ResumableOptimizer):
             loss, outputs, targets = self._evaluated(closure, moves_buffers=part != "curvature")
             scaled = loss if weight == 1.0 else loss * weight
             scaled = scaled if scaler is None else scaler.scale(scaled)
-        if self.check_finite and scaler is None and (measured or not loss.is_cuda) and not math.isfinite(loss.item()):
+        looks = self.check_finite and scaler is None and self.process_group is None and (measured or not loss.is_cuda)
+        if looks and not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss is {loss.item()}: parameters are left as they are. Look at the batch, lower lr, or pass "
                 "check_finite=False."
@@ -243,6 +247,10 @@ class CurvatureOptimizer(ResumableOptimizer):
         if measured:
             scale = None if scaler is None else scaler.scale(loss.new_ones(()))
             self._measure(params, grads, outputs, targets, weight, scale)
+        if self.process_group is not None:
+            alone = weight == 1.0 and not self._num_counted and outputs is not None
+            self._counted = (outputs.detach(), targets) if alone and outputs is not None else (None, None)
+            self._num_counted += 1
         if part != "curvature":
             add_to_grad(params, grads)
         if scaler is not None and self._sums is not None:
@@ -384,6 +392,12 @@ class CurvatureOptimizer(ResumableOptimizer):
     def _synchronize(self) -> None:
         if self.process_group is None or self._synchronized:
             return
+        outputs, targets = self._counted
+        share = share_of_rank(self._rule, outputs, targets, self.process_group)
+        for t in (p.grad for p in self._trained() if share != 1 and p.grad is not None):
+            t.copy_(t * share if share else torch.zeros_like(t))  # a mean over no terms is 0/0
+        if self._sums is not None and share != 1:
+            self._sums = [[t * share if share else torch.zeros_like(t) for t in tensors] for tensors in self._sums]
         average_gradients(self._trained(), self.process_group)
         if self._sums is not None:
             lengths = [len(tensors) for tensors in self._sums]
@@ -395,6 +409,8 @@ class CurvatureOptimizer(ResumableOptimizer):
         """Drop what was accumulated for the coming step beside `.grad`."""
         self._sums = None
         self._num_measured = 0
+        self._counted = (None, None)
+        self._num_counted = 0
         self._synchronized = False
 
     # -- updates ------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class CubicNewton(FullBatchOptimizer):
         max_iterations: of the subproblem.
         max_trials: values of sigma that one step tries.
         loss: `loss(outputs, targets)`.
-        process_group: ranks that hold equal shares of each batch.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
         maximize, seed: as in `FullBatchOptimizer`.
 
     Raises:

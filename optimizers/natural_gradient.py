@@ -52,7 +52,8 @@ class NaturalGradient(FullBatchOptimizer):
         jacobian: as for `LevenbergMarquardt`.
         rtol: of conjugate gradients.
         max_iterations: of conjugate gradients.
-        process_group: ranks that hold equal shares of each batch; not for residuals.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs;
+            not for residuals.
         seed: as in `FullBatchOptimizer`; the method draws no random numbers.
 
     Raises:

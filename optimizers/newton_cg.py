@@ -65,7 +65,7 @@ class NewtonCG(FullBatchOptimizer):
         keep: growth of the spacing of kept iterates; None keeps the last only.
         line_search: from `optimizers.line_search`; None takes t = lr, as long as the loss falls.
         loss: `loss(outputs, targets)`.
-        process_group: ranks that hold equal shares of each batch.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
         maximize, seed: as in `FullBatchOptimizer`.
 
     Raises:

@@ -43,7 +43,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
         damping_rule: maps (lambda, ratio) to the next lambda.
         max_trials: values of lambda that one step tries.
         loss: `loss(outputs, targets)`, where closures return both.
-        process_group: ranks that hold equal shares of each batch.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
         maximize, seed: as in `FullBatchOptimizer`; the method draws no random numbers.
 
     Raises:

@@ -19,7 +19,7 @@ from optimizers._closures import loss_of, own_gradients
 from optimizers._corrections import bias_corrections, scalar_lr, step_sizes
 from optimizers._differentiation import gradients
 from optimizers._gradients import refuse_sparse
-from optimizers._ranks import average_over_ranks
+from optimizers._ranks import average_over_ranks, share_of_rank
 from optimizers._shell import Closure, CurvatureOptimizer, Part
 from optimizers._validate import check_at_least, check_betas, check_choice
 from optimizers.curvature_source import CurvatureSource, curvature_source
@@ -159,13 +159,14 @@ class SASSHA(CurvatureOptimizer):
         with torch.enable_grad():
             with own_gradients(params):
                 returned = repeated.call(closure, moves=part != "curvature")
-            loss = loss_of(returned, self.loss)[0]
+            loss, outputs, targets = loss_of(returned, self.loss)
             scaled = loss if scaler is None else scaler.scale(loss)
         found = gradients(scaled, params, create_graph=False, retain_graph=False)
         refuse_sparse(found, type(self).__name__)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
         if self.process_group is not None:
-            grads = average_over_ranks(grads, self.process_group)
+            share = share_of_rank(self._rule, outputs, targets, self.process_group)
+            grads = average_over_ranks([g * share if share else torch.zeros_like(g) for g in grads], self.process_group)
         settings = self.param_groups[0]
         norms = [n.to(loss.device, torch.promote_types(n.dtype, torch.float32)) for n in torch._foreach_norm(grads)]
         length = settings["rho"] / (torch.stack(norms).norm() + 1e-12) * (-1 if settings["maximize"] else 1)

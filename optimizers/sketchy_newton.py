@@ -44,7 +44,7 @@ class SketchyNewton(FullBatchOptimizer):
         momentum: of the average of gradients; 0 for none.
         refresh_every: steps between refreshes.
         loss: `loss(outputs, targets)`.
-        process_group: ranks that hold equal shares of each batch.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
         maximize, seed: as in `FullBatchOptimizer`.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import CheckFailedError
-from optimizers import AdaHessian
+from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sophia, TrustRegionNewton
 
 STEPS = 6
 FORMS = ("closure", "closure through ddp", "accumulate", "micro-batches", "ddp gradients", "closure, one rank unused")
@@ -119,12 +119,39 @@ def sampled(group: Any) -> tuple[Tensor, Tensor]:
     return values[1].sqrt(), values[0].sqrt()
 
 
+UNEQUAL: dict[str, Any] = {
+    "NaturalGradient": lambda p, **k: NaturalGradient(p, damping=0.1, rtol=1e-12, max_iterations=60, **k),
+    "NewtonCG": lambda p, **k: NewtonCG(p, curvature="ggn", stop=None, rtol=1e-12, keep=None, **k),
+    "TrustRegionNewton": lambda p, **k: TrustRegionNewton(p, rtol=1e-12, **k),
+    "AdaHessian": lambda p, **k: AdaHessian(p, lr=0.05, **k),
+    "ESGD": lambda p, **k: ESGD(p, update_every=1, **k),
+    "SASSHA": lambda p, **k: SASSHA(p, update_every=1, **k),
+}
+
+
+def unequal(name: str, rank: int, ranks: int, group: Any, reduction: str) -> Tensor:
+    """Take steps where rank 0 holds 9 examples, two of them ignored, and rank 1 holds 3; or one process all."""
+    model = Model().net
+    x, y = data()
+    y[:2] = -100
+    rows = slice(12) if ranks == 1 else (slice(9), slice(9, 12))[rank]
+    optimizer = UNEQUAL[name](model.parameters(), loss=nn.CrossEntropyLoss(reduction=reduction), process_group=group)
+    for _ in range(3):
+        optimizer.step(lambda: (model(x[rows]), y[rows]))
+    return flat(model)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         group = dist.group.WORLD
         results: dict[str, Any] = {form: run(form, rank, 2, group) for form in FORMS}
+        results |= {
+            f"{name}, {reduction}": unequal(name, rank, 2, group, reduction)
+            for name in UNEQUAL
+            for reduction in ("mean", "sum")
+        }
         results["misuse"] = ddp_misuse(group)
         results["sampled"] = sampled(group)
         torch.save(results, Path(folder) / f"{rank}.pt")
@@ -145,6 +172,46 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: list[dict[str, Any]], form: 
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     alone = run("closure, one rank unused" if form == FORMS[-1] else "closure", 0, 1, None)
     torch.testing.assert_close(a, alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_ranks_with_unequal_parts_take_the_steps_of_one(
+    two_ranks: list[dict[str, Any]], name: str, reduction: str
+) -> None:
+    a, b = (results[f"{name}, {reduction}"] for results in two_ranks)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(a, unequal(name, 0, 1, None, reduction), rtol=1e-7, atol=1e-9)
+
+
+def test_micro_batches_of_all_ranks_draw_apart() -> None:
+    """Targets drawn for the same data on every rank and in every micro-batch differ."""
+
+    class Rank:
+        group_name = "some"
+
+        def __init__(self, place: int) -> None:
+            self.place = place
+
+        def size(self) -> int:
+            return 3
+
+        def rank(self) -> int:
+            return self.place
+
+    model = Model().net
+    x, y = data()
+    draws = set()
+    for rank in range(3):
+        optimizer = Sophia(model.parameters(), loss=F.cross_entropy, process_group=Rank(rank))  # type: ignore[arg-type]
+        before = torch.zeros((), dtype=torch.float64)
+        for _ in range(3):
+            optimizer.accumulate(lambda: (model(x), y), synchronize=False)
+            assert optimizer._sums is not None
+            total = torch.stack([t.sum() for t in optimizer._sums[0]]).sum()
+            draws.add(round(float(total - before), 12))
+            before = total
+    assert len(draws) == 9
 
 
 def test_errors_say_what_to_call(two_ranks: list[dict[str, Any]]) -> None:
