@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -47,7 +47,12 @@ class LossRule(ABC):
             raise InputError(f"the loss must return one number: reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.loss = loss
         self.reduction = reduction
-        self.settings = settings
+        self._settings = settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Class weights, ignored index and so on; a module's are read when they are used, since they may be changed."""
+        return self._settings | {name: value for name, value in _attributes(self.loss).items() if name != "reduction"}
 
     @abstractmethod
     def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
@@ -81,21 +86,32 @@ class LossRule(ABC):
 
 
 class SquaredError(LossRule):
-    """sum_i (z_i - y_i)^2, or its mean over all entries: H = 2 I, or 2 I / numel."""
+    """sum_i w_i (z_i - y_i)^2, or that over sum_i w_i: H = 2 diag(w), or 2 diag(w) / sum_i w_i; w = 1 unless given."""
 
     def num_terms(self, outputs: Tensor | None, targets: Tensor) -> float:
+        if self.settings.get("weight") is not None:
+            return super().num_terms(outputs, targets)
         return float(
             targets.numel() if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape).numel()
         )
 
     def term_weights(self, outputs: Tensor | None, targets: Tensor) -> Tensor:
         shape = targets.shape if outputs is None else torch.broadcast_shapes(outputs.shape, targets.shape)
-        return torch.ones(shape, device=targets.device)
+        weight = self.settings.get("weight")
+        return torch.ones(shape, device=targets.device) if weight is None else weight.to(targets.device).expand(shape)
 
     def output_hessian(self, outputs: Tensor, targets: Tensor) -> OutputMap:
-        repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
-        factor = 2.0 * repeats * self._scale(outputs, targets)
-        return lambda u: factor * u
+        diagonal = self.entry_curvatures(outputs, targets)
+        return lambda u: diagonal * u
+
+    def entry_curvatures(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the diagonal of H, in a shape that broadcasts over the outputs; outputs may meet several targets."""
+        if self.settings.get("weight") is None:
+            repeats = torch.broadcast_shapes(outputs.shape, targets.shape).numel() / outputs.numel()
+            wide = torch.promote_types(outputs.dtype, torch.float32)
+            return torch.tensor(2.0 * repeats * self._scale(outputs, targets), dtype=wide)
+        weights = self.term_weights(outputs, targets).to(torch.promote_types(outputs.dtype, torch.float32))
+        return 2.0 * self._scale(outputs, targets) * weights.sum_to_size(outputs.shape)
 
     def sampled_fisher(
         self, outputs: Tensor, targets: Tensor, num_samples: int, generator: torch.Generator
@@ -105,7 +121,7 @@ class SquaredError(LossRule):
         squares = torch.zeros_like(z)
         for _ in range(repeats * num_samples):  # y = z + e / sqrt(2) with e standard normal, so that s = -sqrt(2) e
             squares += torch.empty_like(z).normal_(generator=generator).square()
-        diagonal = (2.0 * self._scale(outputs, targets) / num_samples) * squares
+        diagonal = self.entry_curvatures(z, targets) * squares / (repeats * num_samples)
         return lambda u: diagonal * u.to(diagonal.dtype)
 
 
@@ -223,7 +239,7 @@ class AnyLoss(LossRule):
             )
         if targets.ndim == 0:
             return torch.ones((), device=targets.device)
-        if isinstance(self.loss, nn.NLLLoss):
+        if isinstance(self.loss, (nn.NLLLoss, nn.CrossEntropyLoss)) and not targets.is_floating_point():
             return _class_index_weights(targets, self.settings)
         if self.reduction != "batchmean" and isinstance(self.loss, nn.modules.loss._Loss):
             return torch.ones(targets.shape, device=targets.device)  # torch's other means divide by the entries
@@ -253,16 +269,20 @@ class AnyLoss(LossRule):
         )
 
 
-_MODULES: dict[type, type[LossRule]] = {
+_MODULES: dict[type[nn.Module], type[LossRule]] = {
     nn.CrossEntropyLoss: CrossEntropy,
     nn.MSELoss: SquaredError,
     nn.BCEWithLogitsLoss: BinaryCrossEntropyWithLogits,
 }
-_FUNCTIONS: dict[Any, type[LossRule]] = {
-    F.cross_entropy: CrossEntropy,
-    F.mse_loss: SquaredError,
-    F.binary_cross_entropy_with_logits: BinaryCrossEntropyWithLogits,
+_FUNCTIONS: dict[Any, tuple[type[LossRule], frozenset[str]]] = {
+    F.cross_entropy: (CrossEntropy, frozenset({"weight", "ignore_index", "label_smoothing", "reduction"})),
+    F.mse_loss: (SquaredError, frozenset({"weight", "reduction"})),
+    F.binary_cross_entropy_with_logits: (
+        BinaryCrossEntropyWithLogits,
+        frozenset({"weight", "pos_weight", "reduction"}),
+    ),
 }
+"""Functions, their rules, and the settings that the rules honour."""
 _SETTINGS = ("weight", "pos_weight", "ignore_index", "label_smoothing", "reduction")
 
 
@@ -277,13 +297,33 @@ def loss_rule(loss: Callable[..., Tensor]) -> LossRule:
     function, keywords = loss, {}
     if isinstance(loss, functools.partial) and not loss.args:
         function, keywords = loss.func, loss.keywords
-    if function in _FUNCTIONS and set(keywords) <= set(_SETTINGS):
-        return _FUNCTIONS[function](loss, **keywords)
-    if type(loss) in _MODULES:  # a subclass may compute something else
-        settings = {name: getattr(loss, name) for name in _SETTINGS if hasattr(loss, name)}
-        return _MODULES[type(loss)](loss, **settings)
-    extra = {name: getattr(loss, name) for name in ("weight", "ignore_index") if isinstance(loss, nn.NLLLoss)}
-    return AnyLoss(loss, keywords.get("reduction") or _stated_reduction(loss, function), **extra)
+    known = _FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    if known is not None and set(keywords) <= known[1]:
+        return known[0](loss, **keywords)
+    for module, rule in _MODULES.items():
+        if isinstance(loss, module) and _computes_as(loss, module):
+            return rule(loss, str(loss.reduction))
+    return AnyLoss(loss, keywords.get("reduction") or _stated_reduction(loss, function))
+
+
+def _computes_as(loss: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether a loss computes what torch's class does: a subclass, an instance or a hook may change it."""
+    own = vars(loss)
+    hooks = (loss._forward_hooks, loss._forward_pre_hooks, loss._backward_hooks, loss._backward_pre_hooks)
+    return (
+        type(loss).forward is known.forward
+        and type(loss).__call__ is nn.Module.__call__
+        and "forward" not in own
+        and own.get("_compiled_call_impl") is None
+        and not any(hooks)
+    )
+
+
+def _attributes(loss: Any) -> dict[str, Any]:
+    """Return the settings of one of torch's losses, or of a loss derived from them."""
+    if not isinstance(loss, nn.modules.loss._Loss):
+        return {}
+    return {name: getattr(loss, name) for name in _SETTINGS if hasattr(loss, name)}
 
 
 def _stated_reduction(loss: Callable[..., Tensor], function: Callable[..., Tensor]) -> str:

@@ -73,8 +73,7 @@ def _curvature_of_terms(rule: LossRule, z: Tensor, targets: Any) -> Tensor:
         dim = 1 if z.ndim > 1 else 0
         return (rule._site_weights(z, targets, dim) * scale).unsqueeze(dim)
     if isinstance(rule, SquaredError):
-        repeats = torch.broadcast_shapes(z.shape, targets.shape).numel() / z.numel()
-        return z.new_tensor(2.0 * repeats * scale)
+        return rule.entry_curvatures(z, targets).to(z.device)
     y = targets.to(z.dtype)
     factor = torch.full_like(z, scale)
     if (pos_weight := rule.settings.get("pos_weight")) is not None:

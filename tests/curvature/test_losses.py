@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from curvature.losses import loss_rule
 from tests.checks import assert_close
 
 G = torch.Generator().manual_seed(0)
+MSE: Any = F.mse_loss  # whose type stubs lack weight=
 WEIGHTS = torch.tensor([0.5, 2.0, 1.5, 0.1], dtype=torch.float64)
 
 
@@ -31,6 +33,8 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor, Tensor]] = {
     "mse": (nn.MSELoss(), real(6, 4), real(6, 4)),
     "mse sum": (nn.MSELoss(reduction="sum"), real(6, 4), real(6, 4)),
     "mse function": (F.mse_loss, real(6), real(6)),
+    "mse weights": (functools.partial(MSE, weight=real(6, 4).abs()), real(6, 4), real(6, 4)),
+    "mse weights sum": (functools.partial(MSE, weight=real(6).abs(), reduction="sum"), real(6), real(6)),
     "ce": (nn.CrossEntropyLoss(), real(6, 4), CLASSES),
     "ce function": (F.cross_entropy, real(6, 4), CLASSES),
     "ce sum": (nn.CrossEntropyLoss(reduction="sum"), real(6, 4), CLASSES),
@@ -189,6 +193,68 @@ def test_narrow_outputs(name: str, dtype: torch.dtype) -> None:
 def test_bad_loss(loss: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         loss_rule(loss)
+
+
+class Plain(nn.CrossEntropyLoss):
+    """A subclass that computes what torch's class does."""
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        entropy = F.cross_entropy(input, target, reduction="none", ignore_index=self.ignore_index)
+        return ((1 - (-entropy).exp()).square() * entropy)[target != self.ignore_index].mean()
+
+
+def _patched() -> nn.Module:
+    loss = nn.MSELoss()
+    vars(loss)["forward"] = lambda z, y: 3 * F.mse_loss(z, y)
+    return loss
+
+
+def _hooked() -> nn.Module:
+    loss = nn.BCEWithLogitsLoss()
+    loss.register_forward_hook(lambda *call: 3 * call[-1])
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "closed_form", "terms"),
+    [
+        (Plain(weight=WEIGHTS, label_smoothing=0.1), PADDED, True, 2 * 0.5 + 2.0 + 0.1),
+        (Focal(), PADDED, False, 4.0),
+        (Focal(ignore_index=3), CLASSES, False, 4.0),
+        (Focal(), torch.full((6,), -100), False, 0.0),
+        (_patched(), real(6, 4), False, 24.0),
+        (_hooked(), BITS, False, 24.0),
+        (functools.partial(MSE, weight=2 * BITS), real(6, 4), True, 2 * float(BITS.sum())),
+        (functools.partial(F.mse_loss, size_average=True), real(6, 4), False, 6.0),
+        (functools.partial(F.cross_entropy, reduce=True), CLASSES, False, 6.0),
+    ],
+)
+def test_rules_serve_what_they_are_exact_for(
+    loss: Callable[..., Tensor], targets: Tensor, closed_form: bool, terms: float
+) -> None:
+    rule = loss_rule(loss)
+    assert rule.closed_form == closed_form
+    outputs = real(6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arguments that torch deprecates
+        assert rule.num_terms(outputs, targets) == pytest.approx(terms)
+        if terms:
+            expected = torch.func.jacrev(torch.func.grad(loss))(outputs, targets).reshape(24, 24)
+            assert_close(
+                rule.output_hessian(outputs, targets)(outputs).reshape(-1), expected @ outputs.reshape(-1), 1e-12
+            )
+
+
+def test_settings_are_read_when_they_are_used() -> None:
+    loss = nn.CrossEntropyLoss()
+    rule = loss_rule(loss)
+    loss.weight, loss.label_smoothing, loss.ignore_index = WEIGHTS, 0.3, 2
+    outputs = real(6, 4)
+    fresh = loss_rule(nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.3, ignore_index=2))
+    assert rule.num_terms(outputs, CLASSES) == fresh.num_terms(outputs, CLASSES)
+    assert_close(rule.output_hessian(outputs, CLASSES)(outputs), fresh.output_hessian(outputs, CLASSES)(outputs))
 
 
 def test_targets_of_unknown_kind_need_a_weight() -> None:
