@@ -1,7 +1,7 @@
 """The self-check: is this objective one well-defined, twice differentiable function, and are its products right?
 
 Run once before anything expensive. It costs two gradients of the data and, on the first batch, two Hessian products
-and a few gradients. Each finding names its cause and the remedy.
+and a few gradients, some of them of 16 examples only. Each finding names its cause and the remedy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.autocast import full_precision
+from curvature.coupling import describe_cuts, refuse_other_batches
 from curvature.distributed import together
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
@@ -58,7 +59,7 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
 
     Raises:
         CheckFailedError: with the cause (which module, which function) and the remedy.
-        DataError: if the data differ from pass to pass.
+        DataError: if the data differ from pass to pass, or batches do not count by what the loss divides by.
     """
     with _explained():
         found = _first_that_counts(objective)
@@ -73,6 +74,7 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
         messages += _differences(lin, objective, batch, eps)
         if objective.closed_form_loss:
             messages.append(_output_hessian(lin, objective, tolerance))
+    messages.append(describe_cuts(objective, batch))
     return CheckReport(True, tuple(messages))
 
 
@@ -103,7 +105,7 @@ def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
     def parts() -> Iterator[tuple[float, Tensor]]:
         for index, _, batch in objective._data:
             lin = Linearization(objective._evaluator, objective.space, move_batch(batch, objective.device), index)
-            objective._refuse_moving_draws(lin)
+            refuse_other_batches(objective, lin)
             yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
 
     mean = objective._mean(parts())

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from curvature.errors import DataError
-from curvature.evaluation import map_tensors, tensors_in
 from curvature.fingerprints import Fingerprint, fingerprint
+from curvature.parts import num_examples, take, ways_to_cut
 from curvature.random_states import RandomStates, unnoticed
 
 __all__ = ["DataSource"]
 
+_MOST_SAMPLED = 16  # examples of a batch that are kept to test whether it may be cut
 _SEEN = Fingerprint((0, 0, 0), 0)  # of what lies in memory
 
 
@@ -41,7 +42,10 @@ class DataSource:
         self.in_memory = isinstance(self._data, list)
         self.num_batches: int | None = None
         self.shuffles = False
+        self.regroups = False
+        self.sample: Any = None
         self._order: list[int] = []
+        self._groups: set[tuple[int, ...]] = set()
         self._totals: tuple[int, ...] | None = None
         self._num_passes = 0
         self._stream: list[RandomStates] = []
@@ -56,7 +60,7 @@ class DataSource:
         totals: tuple[int, ...] = (0, 0, 0)
         for batch in self._pieces():
             mark = _SEEN if self.in_memory else fingerprint(batch)
-            self._note_order(index, mark.order)
+            self._note_order(index, mark)
             totals = tuple((a + b) % 2**64 for a, b in zip(totals, mark.examples, strict=True))
             yield index, mark.examples[0], batch
             index += 1
@@ -94,14 +98,21 @@ class DataSource:
             if self._micro_batch is None:
                 yield batch
             else:
+                if self.sample is None or num_examples(self.sample) < 2:
+                    count, most = next((n for n, _ in ways_to_cut(batch)), 0), _MOST_SAMPLED
+                    self.sample = (
+                        take(batch, [i * count // most for i in range(most)], count) if count > most else batch
+                    )
                 yield from _split(batch, self._micro_batch)
 
-    def _note_order(self, index: int, order: int) -> None:
-        """Compare with the order seen so far, of passes that were completed or not."""
+    def _note_order(self, index: int, mark: Fingerprint) -> None:
+        """Compare with the batches seen so far, of passes that were completed or not."""
         if index < len(self._order):
-            self.shuffles = self.shuffles or order != self._order[index]
+            self.shuffles = self.shuffles or mark.order != self._order[index]
+            self.regroups = self.regroups or (self._totals is not None and mark.examples not in self._groups)
         else:
-            self._order.append(order)
+            self._order.append(mark.order)
+            self._groups.add(mark.examples)
 
 
 def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
@@ -127,15 +138,10 @@ def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
 
 def _split(batch: Any, size: int) -> Iterator[Any]:
     """Cut a batch along the first dimension of its tensors; tensors of another length are handed to every piece."""
-    leading = [t.shape[0] for t in tensors_in(batch) if t.ndim > 0]
-    if not leading:
+    count = next((n for n, _ in ways_to_cut(batch) if n), 0)
+    if count == 0:
         raise DataError(
             "micro_batch= cuts batches along the first dimension of their tensors, and this batch has none."
         )
-    length = leading[0]
-    for start in range(0, length, size):
-
-        def piece(t: Tensor, start: int = start) -> Tensor:
-            return t[start : start + size] if t.ndim > 0 and t.shape[0] == length else t
-
-        yield map_tensors(batch, piece)
+    for start in range(0, count, size):
+        yield take(batch, range(start, min(start + size, count)), count)

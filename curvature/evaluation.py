@@ -25,6 +25,7 @@ from curvature.autocast import as_around
 from curvature.batch_objects import attributes_of
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.lean import LeanLayers
+from curvature.loss_weights import WeightsOfBatches
 from curvature.losses import LossRule
 from curvature.precision import tf32_in_use, tf32_off
 from curvature.process_state import one_at_a_time
@@ -63,6 +64,7 @@ class Evaluator:
         allow_tf32: whether float32 may be rounded to TF32 where PyTorch's settings say so.
         forward_differentiates: whether an evaluation was seen to hold derivatives (a PINN, a gradient penalty); None
             before the first.
+        batch_weights: tests whether a loss of one's own divides by what its batches are counted by; None does not.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Evaluator:
     seed: int
     allow_tf32: bool = False
     forward_differentiates: bool | None = None
+    batch_weights: WeightsOfBatches | None = field(default_factory=WeightsOfBatches)
 
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
@@ -150,6 +153,8 @@ class Evaluator:
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
+        if self.rule is not None and self.weight is None and self.batch_weights is not None:
+            self.batch_weights.see(self.rule, outputs, targets, index)
         return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers)
 
     def _loss(self, batch: Any) -> tuple[Any, Any, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvature.coupling import Cuts, refuse_other_batches, refuse_pieces
 from curvature.data import DataSource
 from curvature.distributed import RankAgreement, built_together, sum_of_parts
 from curvature.errors import DataError, InputError
@@ -125,6 +126,7 @@ class Objective:
         self._total_weight: float | None = None
         self._used: set[int] | None = None
         self._trust = LeanTrust()
+        self._cuts = Cuts()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: no graphs, which are built again."""
@@ -248,14 +250,14 @@ class Objective:
     def cut(self, micro_batch: int) -> Objective:
         """Return the same function with its batches cut into pieces of at most so many examples.
 
-        It is the same where the loss of a batch is a mean over its examples; what couples them changes.
+        It is the same where the loss of a batch is a mean over its examples; the first use refuses what couples them.
         """
         pieces = Objective(self.model, params=self.space.tensors, **{**self._settings, "micro_batch": micro_batch})
         return pieces._sharing_with(self)
 
     def _sharing_with(self, other: Objective) -> Objective:
-        """Return self, with the trust in lean layers and the memory for graphs that the other objective has."""
-        self._trust = other._trust
+        """Return self, with what the other knows of lean layers and of cut batches, and its memory for graphs."""
+        self._trust, self._cuts = other._trust, other._cuts
         self._kept = KeptGraphs(other._kept.keep, other._kept.budget)
         return self
 
@@ -270,6 +272,7 @@ class Objective:
     def batches(self) -> Iterator[Any]:
         """Yield the batches on the objective's device."""
         for _, _, batch in self._data:
+            refuse_pieces(self)
             yield move_batch(batch, self.device)
 
     def linearizations(self) -> Iterator[Linearization]:
@@ -305,7 +308,7 @@ class Objective:
         meter = self._kept.meter(index)
         own = move_batch(batch, self.device)
         lin = Linearization(self._evaluator, self.space, own, index, trust=self._trust, meter=meter)
-        self._refuse_moving_draws(lin)
+        refuse_other_batches(self, lin)
         if meter is not None:
             is_copy = own is not batch or not self._data.in_memory
             self._kept.add(mark, own, lin, meter, sum(t.nbytes for t in tensors_in(own)) if is_copy else 0)
@@ -314,25 +317,6 @@ class Objective:
     def release(self) -> None:
         """Drop the kept graphs and the memory they hold; the next product builds them again."""
         self._kept.clear()
-
-    def _refuse_moving_draws(self, lin: Linearization) -> None:
-        """Batch statistics and masks belong to a batch: under a shuffling loader they change from pass to pass."""
-        coupled = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.model.modules())
-        if self._data.shuffles and (lin.drew_random_numbers or coupled):
-            why = (
-                "batch normalisation in train mode couples the examples of a batch"
-                if coupled
-                else "dropout masks are fixed by batch"
-            )
-            raise DataError(
-                f"the loader shuffles and {why}: every pass would be another function. Pass a loader with "
-                "shuffle=False, "
-                "list(loader), or call model.eval()."
-            )
-        if coupled and self._micro_batch is not None:
-            raise DataError(
-                "micro_batch= would change batch normalisation in train mode; call model.eval() or drop micro_batch=."
-            )
 
     def _note_used(self, lin: Linearization) -> None:
         used = lin.used_parameters()

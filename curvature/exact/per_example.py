@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvature.autocast import full_precision
 from curvature.cost import check_fits
+from curvature.coupling import refuse_coupling
 from curvature.errors import InputError, NonFiniteError
 from curvature.exact.backpack_access import open_session
 from curvature.exact.diagonal_work import FAILURES
@@ -132,6 +133,7 @@ class _Work:
         if lin.weight == 0:
             self._keep(torch.zeros(len(outputs), n, dtype=dtype, device=device), None, outputs.new_zeros(len(outputs)))
             return torch.zeros(2 * n, dtype=dtype, device=device)
+        refuse_coupling(self.objective, lin._batch, lin.index)
         try:
             leaf = outputs.clone().requires_grad_()
             with torch.inference_mode(False), torch.enable_grad():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.coupling import refuse_coupling
 from curvature.linearize import Linearization
 from curvature.objective import Objective
 from curvature.operators._objective_operator import MetricOperator, check_split
@@ -34,8 +35,8 @@ class EmpiricalFisherOperator(MetricOperator):
     (`GradientCovarianceOperator`), and its trace is the mean of |g_i|^2.
 
     No gradient of a single example is formed: with d_i the part of the gradient of the batch's loss in the outputs that
-    belongs to example i, a batch's matrix is J' diag_i(d_i d_i' / p_i) J. Examples that are coupled by the model (batch
-    normalisation in train mode) have gradients all the same, through all outputs.
+    belongs to example i, a batch's matrix is J' diag_i(d_i d_i' / p_i) J. Examples that the model or the loss couples
+    (batch normalisation in train mode, contrastive losses) have no gradient of their own.
 
     Cost of one product: that of `GGNOperator`, 4/3 gradients at best with the graph kept.
 
@@ -46,7 +47,8 @@ class EmpiricalFisherOperator(MetricOperator):
 
     Raises:
         InputError: if the objective has no split between model and loss; with the first product, if the loss couples
-            examples by its second derivative or its terms cannot be told apart.
+            targets by its second derivative or its terms cannot be told apart.
+        DataError: with the first product, if examples are coupled, which cutting a batch in two shows.
 
     Reference: Kunstner, Hennig and Balles (2019), Limitations of the empirical Fisher approximation; Thomas et al.
     (2020), On the interplay between noise and curvature.
@@ -79,6 +81,7 @@ class EmpiricalFisherOperator(MetricOperator):
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         part = super()._of_batch(lin, X, block)
+        refuse_coupling(self.objective, lin._batch, lin.index)
         return part if self._sums is None else self._sums[0] * part
 
     @property

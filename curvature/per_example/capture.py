@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from curvature.per_example.forms import Factors, Form, Scattered
 from curvature.per_example.layout import Build, Examples, Layout
+from curvature.per_example.row_order import rows_stay
 from curvature.per_example.rules import RULES, Claim
+from curvature.steady_draws import inside
 
 __all__ = ["Capture", "Use"]
 
@@ -94,7 +96,8 @@ class Capture(TorchFunctionMode):
 
     Attributes:
         uses: in the order of the calls.
-        coupled: why the examples of a batch are no separate functions, if a call made it plain.
+        moves_rows: whether a function was called that may move examples to other rows, by what the data are (sorting,
+            indexing with tensors, anything unknown).
 
     Args:
         parameters: the tensors to look for.
@@ -103,7 +106,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.uses: list[Use] = []
-        self.coupled: str | None = None
+        self.moves_rows = False
         self._places = {id(p): _Place(p, i) for i, p in enumerate(parameters)}
 
     @property
@@ -115,8 +118,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            self._note_coupling(args, kwargs)
+        self.moves_rows = self.moves_rows or not (func in RULES or rows_stay(func, args, self._places))
         rule = RULES.get(func)
         operands = args[0] if args and func in _JOINS else (*args, *kwargs.values())
         placed = [self._places.get(id(t)) for t in operands if isinstance(t, Tensor)]
@@ -135,7 +137,7 @@ class Capture(TorchFunctionMode):
             return self._follow_view(func, placed[0], args, kwargs)
         if isinstance(func, python_types.FunctionType) and func.__module__ == F.__name__:
             with self:
-                return _inside(func)(*args, **kwargs)
+                return inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build) -> None:
@@ -175,11 +177,6 @@ class Capture(TorchFunctionMode):
             )
         return out
 
-    def _note_coupling(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        running_mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
-        if running_mean is None or (args[5] if len(args) > 5 else kwargs.get("training", False)):
-            self.coupled = "batch normalisation uses the statistics of the batch, which couple its examples"
-
 
 def _computed(out: Tensor) -> Tensor:
     """Return what `out`, a matrix product, is a view of.
@@ -197,13 +194,3 @@ def _claims(rule: Callable[..., list[Claim]], args: Sequence[Any], kwargs: Mappi
         return rule(*args, **kwargs)
     except TypeError:  # a form of the call that the rule does not know, such as out=
         return []
-
-
-def _inside(func: python_types.FunctionType) -> Callable[..., Any]:
-    """Return a function of torch.nn.functional without its dispatch to modes, so that its own calls can be seen."""
-    never = dict.fromkeys(
-        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
-    )
-    plain = python_types.FunctionType(func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__)
-    plain.__kwdefaults__ = func.__kwdefaults__
-    return plain

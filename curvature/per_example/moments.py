@@ -60,7 +60,7 @@ def gradient_norms(
         memory_budget: bytes for gradients that are held. Default: half of what is free.
 
     Raises:
-        DataError: if examples are coupled (batch normalisation in train mode) or do not lie along the first dimension;
+        DataError: if examples are coupled (found by cutting a batch in two) or do not lie along the first dimension;
             if all weights are zero; if dropout draws a mask for the whole batch where examples have to be taken one by
             one.
         CheckFailedError: if the examples' gradients do not add up to the batch's.

@@ -3,7 +3,8 @@
 With l_b the loss of batch b and h_i the part of its gradient that example i contributes, sum_i h_i = grad l_b. The
 parts come from the layers' inputs and the gradients in their outputs, all of one forward and one backward pass. They
 are not taken on trust: for every parameter of every batch, a random projection of their sum is compared with that of
-autograd's gradient, and uses of parameters whose rows mix examples are found on two examples before.
+autograd's gradient; uses of parameters whose rows mix examples are found on two examples before; and that each row
+belongs to its example is proved on all of them, by scaling every example's part of the loss by a number of its own.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from curvature.backward import no_autocast, pull_back
+from curvature.coupling import refuse_coupling
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.evaluation import Evaluation
 from curvature.losses import AnyLoss
 from curvature.objective import Objective
-from curvature.per_example.capture import Capture, Use
+from curvature.per_example.capture import Capture
 from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne
 from curvature.per_example.forms import Direct, Form, Probe, merge
 from curvature.per_example.layout import Layout
+from curvature.per_example.proof import Run, with_proof
 
 __all__ = ["Group", "Part", "Walk"]
 
 _COARSEST = 0.05  # relative difference that a check lets pass in the narrowest dtypes
+_PROVED: WeakKeyDictionary[Objective, set[Any]] = WeakKeyDictionary()
 _LAYOUTS: WeakKeyDictionary[Objective, dict[Any, tuple[Any, tuple[Layout | None, ...]]]] = WeakKeyDictionary()
 
 
@@ -121,13 +125,13 @@ class Walk:
         with session(self._evaluator, buffers), capture:
             evaluation = self._evaluator.evaluate(batch, index)
         terms = self._terms(evaluation, N, index)
-        if capture.coupled is not None and N > 1:
-            raise DataError(f"{capture.coupled}: no example has a gradient of its own. Call model.eval() first.")
+        if N > 1:
+            refuse_coupling(self._objective, batch, index)
         if evaluation.loss.requires_grad and not evaluation.outputs.requires_grad:  # type: ignore[union-attr]
             raise CheckFailedError(
                 "the loss depends on the chosen parameters but the model's outputs do not: no example has a part in it."
             )
-        run = _Run(batch, index, N, evaluation, capture.uses, self._layouts_in(batch, index, N, capture))
+        run = Run(batch, index, N, evaluation, capture.uses, self._layouts_in(batch, index, N, capture))
         per_sequence = self._per == "sequence"
         start = self.num_examples
         width = 1 if per_sequence else terms.shape[1]
@@ -148,6 +152,10 @@ class Walk:
             with session(self._evaluator, buffers), no_autocast(self._objective.device):
                 vectors, deltas, gradients = self._pull_back(run, None if per_sequence else (c, width))
             self.num_backwards += 1
+            if c == columns[0]:
+                with session(self._evaluator, buffers), no_autocast(self._objective.device):
+                    proved = _PROVED.setdefault(self._objective, set())
+                    run = with_proof(run, capture, vectors, deltas, self._generator, proved)
             with torch.no_grad():
                 self._check_weightless(vectors, counts[:, c], index)
                 parts, flat = self._parts(run, vectors, deltas, gradients)
@@ -161,7 +169,7 @@ class Walk:
             self._check_columns(batch, index, torch.stack(sums).sum(0))
 
     def _pull_back(
-        self, run: _Run, column: tuple[int, int] | None
+        self, run: Run, column: tuple[int, int] | None
     ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Return the gradient in the outputs, in the outputs of the uses, and in the parameters."""
         evaluation, edges = run.evaluation, [use.edge for use in run.uses]
@@ -182,7 +190,7 @@ class Walk:
     # -- parameters ---------------------------------------------------------------------------------------------------
 
     def _parts(
-        self, run: _Run, vectors: Tensor, deltas: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+        self, run: Run, vectors: Tensor, deltas: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
     ) -> tuple[tuple[Part, ...], Tensor]:
         flat = self._flat(gradients, run.index)
         pieces = flat.split(self._objective.space.numels)
@@ -213,7 +221,7 @@ class Walk:
             parts.append(self._one_by_one(run, left, vectors, pieces))
         return tuple(parts), flat
 
-    def _by_rules(self, i: int, run: _Run, deltas: Sequence[Tensor | None]) -> tuple[Form | None, str]:
+    def _by_rules(self, i: int, run: Run, deltas: Sequence[Tensor | None]) -> tuple[Form | None, str]:
         """Return the per-example gradients of parameter i from its uses, or why they cannot be had."""
         forms: list[Form] = []
         mine = [k for k, use in enumerate(run.uses) if use.parameter == i and deltas[k] is not None]
@@ -240,7 +248,7 @@ class Walk:
         value, size = form.project(self._probes[i])
         return (value - self._probes[i].of(gradient)).abs() <= min(1e3 * eps, _COARSEST) * size
 
-    def _one_by_one(self, run: _Run, left: dict[int, str], vectors: Tensor, pieces: Sequence[Tensor]) -> Part:
+    def _one_by_one(self, run: Run, left: dict[int, str], vectors: Tensor, pieces: Sequence[Tensor]) -> Part:
         names = [self._objective.space.names[i] for i in left]
         reason = "; ".join(sorted({r for r in left.values() if r}))
         if self._route == "rules":
@@ -353,16 +361,6 @@ class Walk:
         places = start + step * torch.arange(len(weights), device=weights.device)
         zero = torch.zeros(self._objective.num_params, dtype=self._objective.dtype, device=self._objective.device)
         return Group(places, weights, torch.zeros_like(weights).to(zero.dtype), 0.0, zero, ())
-
-
-@dataclass(frozen=True)
-class _Run:
-    batch: Any
-    index: int
-    num_examples: int
-    evaluation: Evaluation
-    uses: list[Use]
-    layouts: tuple[Layout | None, ...]
 
 
 def _validate(objective: Objective, per: str, route: str) -> None:

@@ -33,7 +33,7 @@ def test_passes_on_every_case(case: Case) -> None:
     with assert_untouched(model):
         report = Objective(model, case.loss, case.ragged()).check()
     assert report.passed
-    assert len(report.messages) == 5
+    assert len(report.messages) == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -58,7 +58,7 @@ def moments(p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("per", PER)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "BatchNorm train"], ids=str)
 def test_empirical_fisher_and_covariance_agree_with_loops_over_examples(
     case: Case, per: Per, generator: torch.Generator
 ) -> None:

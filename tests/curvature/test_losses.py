@@ -200,8 +200,9 @@ class Plain(nn.CrossEntropyLoss):
 
 
 class Focal(nn.CrossEntropyLoss):
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        entropy = F.cross_entropy(input, target, reduction="none", ignore_index=self.ignore_index)
+    def forward(self, *given: Tensor) -> Tensor:
+        outputs, target = given
+        entropy = F.cross_entropy(outputs, target, reduction="none", ignore_index=self.ignore_index)
         return ((1 - (-entropy).exp()).square() * entropy)[target != self.ignore_index].mean()
 
 
