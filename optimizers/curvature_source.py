@@ -205,8 +205,9 @@ class EmpiricalFisher(_OutputSquares):
     """The mean of the squared gradients of the examples, for the targets they have: any loss of rows of the outputs.
 
     Gradients of examples are not formed: random signs s_n make E (sum_n s_n g_n)^2 = sum_n g_n^2, one backward pass.
-    With a loss that is a mean over N rows of outputs the estimate is of sum_n g_n^2 / N, with a sum of sum_n g_n^2. It
-    is no curvature: it vanishes where every example is fitted, and agrees with the Fisher information only where the
+    With a loss that is a mean the estimate is of sum_n p_n g_n^2, p_n the share of row n of the outputs in what the
+    mean divides by: 1 / N, less with ignored targets, other with class weights. With a sum it is sum_n g_n^2. It is no
+    curvature: it vanishes where every example is fitted, and agrees with the Fisher information only where the
     model's predictions match the targets' distribution.
 
     Reference: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher approximation for natural
@@ -220,7 +221,19 @@ class EmpiricalFisher(_OutputSquares):
         rows = 1 if v.ndim == 0 or (v.ndim == 1 and isinstance(rule, CrossEntropy)) else v.shape[0]
         bits = torch.randint(2, (rows,), generator=generator, device=v.device)
         signs = (2 * bits - 1).to(v.dtype).view(rows, *[1] * (v.ndim - 1)) if v.ndim else v.new_ones(())
-        return v * signs * (1.0 if rule.reduction == "sum" else rows**0.5)
+        return (
+            v * signs * (1.0 if rule.reduction == "sum" else _inverse_roots_of_shares(rule, outputs, targets, v, rows))
+        )
+
+
+def _inverse_roots_of_shares(rule: LossRule, outputs: Tensor, targets: Any, v: Tensor, rows: int) -> Tensor | float:
+    """Return p_n^(-1/2), 0 for rows that do not count, to multiply the rows of v; alike where shares are not known."""
+    weights = rule.term_weights(outputs, targets) if isinstance(targets, Tensor) else None
+    if weights is None or weights.ndim == 0 or len(weights) != rows or v.ndim == 0:
+        return rows**0.5
+    shares = weights.reshape(rows, -1).sum(1, dtype=torch.float64)
+    roots = torch.where(shares > 0, (shares.sum() / shares.where(shares > 0, 1.0)).sqrt(), 0.0)
+    return roots.to(v).view(rows, *[1] * (v.ndim - 1))
 
 
 _SOURCES: dict[str, type[CurvatureSource]] = {

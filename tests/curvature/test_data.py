@@ -67,6 +67,11 @@ class Graphs:
     def to_data_list(self) -> list[Graphs]:
         return [Graphs(*part) for part in self._parts] if len(self.y) > 1 else [self]
 
+    @classmethod
+    def from_data_list(cls, graphs: list[Graphs]) -> Graphs:
+        places, x, y = zip(*(part for graph in graphs for part in graph._parts), strict=True)
+        return cls([i for place in places for i in place], torch.cat(x), torch.cat(y))
+
 
 def stacked(batch: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in batch]), torch.stack([y for _, y in batch])

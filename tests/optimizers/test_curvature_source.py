@@ -240,6 +240,19 @@ def test_empirical_fisher_of_one_example_is_its_squared_gradient() -> None:
     torch.testing.assert_close(unbatched, drawn, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("targets", "weight"), [([-100, 2, -100, -100], None), ([1, 2, 0, 1], [0.0, 0.0, 3.0])], ids=["ignored", "weights"]
+)
+def test_empirical_fisher_of_rows_that_do_not_count(targets: list[int], weight: list[float] | None) -> None:
+    """One row counts: the estimate is its squared gradient, without error."""
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    loss = nn.CrossEntropyLoss(weight=None if weight is None else torch.tensor(weight, dtype=torch.float64))
+    y = torch.tensor(targets)
+    drawn = EmpiricalFisher(1)._draw(loss_rule(loss), z.detach(), y, torch.Generator().manual_seed(0))
+    (exact,) = torch.autograd.grad(F.cross_entropy(z[1:2], y[1:2]), z)
+    torch.testing.assert_close(drawn.square(), exact.square())
+
+
 def test_empirical_fisher_over_micro_batches() -> None:
     problem = mlp()
     optimizer = Recorder(problem.params, curvature="empirical-fisher")
