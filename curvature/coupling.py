@@ -23,7 +23,6 @@ from torch import Tensor
 from curvature.backward import no_autocast, pull_back, walk
 from curvature.errors import CurvatureError, DataError
 from curvature.evaluation import Evaluation, Evaluator, move_batch
-from curvature.lean import LeanLayers
 from curvature.loss_weights import fit_of_loss
 from curvature.parts import take, ways_to_cut
 from curvature.steady_draws import SteadyDraws
@@ -355,7 +354,7 @@ def _evaluated(evaluator: Evaluator, pieces: Sequence[Any], index: int, noise: C
 
 
 def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], Any] | None) -> _Part:
-    with evaluator.session(evaluator.copy_buffers(), LeanLayers(corrections_only=True)):
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         with contextlib.nullcontext() if noise is None else noise():
             evaluation = evaluator.evaluate(piece, index)
         loss = evaluation.loss
