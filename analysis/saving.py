@@ -19,6 +19,7 @@ from torch import Tensor
 from analysis.reservation import Place, reserve
 from analysis.results import to_plain
 from analysis.run_folder import ARRAYS, CONFIG, FORMAT, RESULTS
+from analysis.seal import sealed
 from analysis.signals import uninterrupted
 from curvature.errors import WriteError
 
@@ -145,7 +146,7 @@ def _list_files(draft: Path) -> None:
     """Write into the configuration which files belong to the run."""
     config = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
     config["files"] = sorted(file.name for file in draft.iterdir() if not file.name.startswith("."))
-    _write_json(draft / CONFIG, config)
+    _write_json(draft / CONFIG, sealed(config, draft))
 
 
 def _rescued(run: Record, place: Place, finish: Callable[[Path], object] | None, error: OSError) -> WriteError:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import platform
 import types
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
@@ -33,6 +33,7 @@ from analysis.reservation import check_destination, free_folder, reserve, reserv
 from analysis.results import CostEstimate, Inspection, to_plain
 from analysis.run_folder import ARRAYS, CONFIG, FORMAT, RESULTS, locate
 from analysis.saving import add_report, save_run, stored
+from analysis.seal import broken_seal
 from curvature.errors import InputError
 
 __all__ = [
@@ -158,12 +159,22 @@ def kind_of(folder: Path | str) -> str:
         InputError: if the folder holds no complete run.
     """
     folder = Path(folder)
-    if not all(locate(folder, name).is_file() for name in (CONFIG, RESULTS)):
-        raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
-    try:
+    with _damage_told(folder):
+        if not all(locate(folder, name).is_file() for name in (CONFIG, RESULTS)):
+            raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
         return str(json.loads(locate(folder, CONFIG).read_text(encoding="utf-8")).get("kind", "inspection"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
+
+
+@contextlib.contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """Say in a sentence what damaged files lead to, which is any exception."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {said}); repeat it.") from error
 
 
 def load_record(folder: Path | str, cls: type[R]) -> R:
@@ -178,16 +189,18 @@ def load_record(folder: Path | str, cls: type[R]) -> R:
     """
     folder = Path(folder)
     kind = kind_of(folder)
-    try:
+    run = None
+    with _damage_told(folder):
         config = json.loads(locate(folder, CONFIG).read_text(encoding="utf-8"))
-        results = json.loads(locate(folder, RESULTS).read_text(encoding="utf-8"))
-        with np.load(locate(folder, ARRAYS), allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
         written = int(config["format"])
-        fits = written == FORMAT and kind == cls.kind
-        run = _rebuild(cls, {**config, cls.result: results}, arrays, "") if fits else None
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"the run in {folder} is damaged ({type(error).__name__}: {error}); repeat it.") from error
+        if written == FORMAT and kind == cls.kind:
+            if changed := broken_seal(config, lambda name: locate(folder, name)):
+                raise InputError(f"the run in {folder} is damaged: {changed} is not as it was written; repeat it.")
+            results = json.loads(locate(folder, RESULTS).read_text(encoding="utf-8"))
+            content = io.BytesIO(locate(folder, ARRAYS).read_bytes())
+            with np.load(content, allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            run = _rebuild(cls, {**config, cls.result: results}, arrays, "")
     if run is None and kind != cls.kind:
         raise InputError(f"{folder} holds the run of another kind ({kind}), not one of {cls.kind}; give one of those.")
     if run is None:
