@@ -33,6 +33,17 @@ def examples_of(name: str) -> tuple[Tensor, Tensor]:
     return example_gradients(model, case.ragged(), case.criterion, params, "sequence")
 
 
+def layer_ratios(name: str, ratios: Tensor) -> tuple[list[str], list[Tensor]]:
+    """Return the modules that own parameters, and the mean of finite ratios over the entries of each."""
+    layers: dict[str, list[Tensor]] = {}
+    places = iter(ratios.split([p.numel() for p in BY_NAME[name].model().parameters() if p.requires_grad]))
+    for parameter, tensor in BY_NAME[name].model().named_parameters():
+        if tensor.requires_grad:
+            layers.setdefault(parameter.rpartition(".")[0] or "(root)", []).append(next(places))
+    whole = [torch.cat(parts) for parts in layers.values()]
+    return list(layers), [part[part.isfinite()].mean() for part in whole]
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -67,6 +78,8 @@ def test_moments_are_those_of_gradients_taken_one_at_a_time(name: str) -> None:
     assert noise.squared_norm.value == pytest.approx(signal, rel=1e-8)
     assert noise.noise_scale.value == pytest.approx(trace / signal, rel=1e-8)
     assert float(noise.layer_traces.sum()) == pytest.approx(trace, rel=1e-9)
+    ratios = dict(zip(*layer_ratios(name, g.square() / S.diagonal()), strict=True))
+    torch.testing.assert_close(noise.layer_gsnr.double(), torch.stack([ratios[n] for n in noise.layers]))
     assert float(noise.layer_squared_norms.sum()) == pytest.approx(signal, rel=1e-8)
     noisy = S.diagonal() > 1e-12
     snr = float((g.square() / S.diagonal())[noisy].mean())
