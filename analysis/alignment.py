@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.alignment_results import GradientAlignment, SubspaceOverlap, VectorAlignment
 from curvature.api import top_eigenpairs
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -23,6 +24,7 @@ __all__ = ["gradient_alignment", "overlap_over_time", "subspace_overlap"]
 
 
 @full_precision
+@checked
 def gradient_alignment(
     objective: Objective,
     k: int = 10,
@@ -85,6 +87,7 @@ def gradient_alignment(
 
 
 @full_precision
+@checked
 def subspace_overlap(U: Tensor, V: Tensor) -> SubspaceOverlap:
     """Return how much the spans of U (n, k) and V (n, k') have in common, beside what chance gives.
 
@@ -107,6 +110,7 @@ def subspace_overlap(U: Tensor, V: Tensor) -> SubspaceOverlap:
 
 
 @full_precision
+@checked
 def overlap_over_time(bases: Sequence[Tensor]) -> Tensor:
     """Return the overlap of every pair of subspaces, (T, T): symmetric, 1 on the diagonal where all have one size.
 

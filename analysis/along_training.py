@@ -17,6 +17,7 @@ from analysis.implicit_regularization import implicit_regularization
 from analysis.noise_results import GradientNoise
 from analysis.regularization_results import ImplicitRegularization
 from analysis.training_record import TrainingReading, TrainingRecord
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.per_example import gradient_moments
@@ -58,6 +59,7 @@ class TrainingMonitor:
         (0, 1, 2)
     """
 
+    @checked
     def __init__(
         self,
         objective: Objective,

@@ -20,6 +20,7 @@ from torch import Tensor
 from analysis.implicit_regularization import penalty_gradients
 from analysis.regularization_results import BackwardError
 from analysis.smoothness import smoothness_note
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective import Objective
@@ -34,6 +35,7 @@ Field = Callable[[Tensor], Tensor]
 
 
 @full_precision
+@checked
 def backward_error(
     objective: Objective,
     *,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from analysis.alignment import subspace_overlap
 from analysis.alignment_results import ClassStructure, SubspaceOverlap
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.exact import exact_diagonal
@@ -29,6 +30,7 @@ __all__ = ["class_structure"]
 
 
 @full_precision
+@checked
 def class_structure(objective: Objective, *, top: Tensor | None = None) -> ClassStructure:
     """Split the Gauss-Newton matrix of a classifier into class, cross-class, own-class and within-class terms.
 

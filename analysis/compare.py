@@ -25,6 +25,7 @@ from analysis.results import Inspection, Measured
 from analysis.sharpness_results import SharpnessTable
 from analysis.studies.implicit import ImplicitStudy
 from analysis.studies.noise import NoiseStudy
+from curvature.arguments import checked
 from curvature.errors import InputError
 
 __all__ = ["compare", "quantities"]
@@ -35,6 +36,7 @@ _CURVATURE = "loss / parameter²"
 _SQUARE = "(loss / parameter)²"
 
 
+@checked
 def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool | None = None) -> Comparison:
     """Compare what was measured of several models: results of one kind, e.g. several `Inspection`.
 
@@ -126,6 +128,7 @@ def _verdict(p_solver: float, on_these_data: bool, real: bool, equal: bool) -> V
 
 
 @singledispatch
+@checked
 def quantities(result: Any) -> Quantities:
     """Return the numbers of a result that are worth comparing: name -> (value with its errors, unit).
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from analysis.conditioning_results import Condition, Conditioning, ConditioningComparison
 from analysis.results import Measured
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg import diagonal
@@ -36,6 +37,7 @@ _HALF = 0.5  # of an eigenvalue: a node that stands for less is no part of the r
 
 
 @full_precision
+@checked
 def conditioning(
     objective: Objective,
     *,
@@ -136,6 +138,7 @@ def conditioning(
     )
 
 
+@checked
 def compare_conditioning(
     first: Objective, second: Objective, *, generator: torch.Generator, **settings: Any
 ) -> ConditioningComparison:

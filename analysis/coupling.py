@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.results import LayerCoupling
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.probes import rademacher
@@ -23,6 +24,7 @@ __all__ = ["layer_coupling"]
 
 
 @full_precision
+@checked
 def layer_coupling(
     objective: Objective,
     *,

@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
 from analysis.results import Measured
 from analysis.symmetries import rescaling_symmetries
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
@@ -30,6 +31,7 @@ __all__ = ["critical_points", "gradient_p_value"]
 _EXTREMAL = 1.5365  # beyond this ratio one degree of freedom has the heaviest tail of all quadratic forms
 
 
+@checked
 def gradient_p_value(ratio: float) -> float:
     """Return a bound on the probability of |g|^2 / E|g|^2 >= ratio for a normal g of mean zero and any covariance.
 
@@ -40,6 +42,7 @@ def gradient_p_value(ratio: float) -> float:
 
 
 @full_precision
+@checked
 def critical_points(
     objective: Objective,
     *,

@@ -8,6 +8,7 @@ import torch
 
 from analysis.plan import DIAGONAL_MATVECS
 from analysis.results import LayerDiagonals
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.diagonal_summary import summarise_diagonal
 from curvature.errors import InputError
@@ -25,6 +26,7 @@ _MOST_COLUMNS = (
 
 
 @full_precision
+@checked
 def layer_diagonals(
     objective: Objective,
     *,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from analysis.landscape_results import Direction
 from curvature.api import top_eigenpairs
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -36,6 +37,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @full_precision
+@checked
 def random_direction(
     objective: Objective,
     *,
@@ -91,6 +93,7 @@ def random_direction(
 
 
 @full_precision
+@checked
 def eigenvector_directions(
     objective: Objective,
     k: int = 2,
@@ -115,6 +118,7 @@ def eigenvector_directions(
     return tuple(found), pairs.num_matvecs
 
 
+@checked
 def gradient_direction(objective: Objective) -> Direction:
     """Return the gradient, of unit length: steps above 0 go uphill.
 
@@ -129,6 +133,7 @@ def gradient_direction(objective: Objective) -> Direction:
 
 
 @full_precision
+@checked
 def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoint", unit: bool = False) -> Direction:
     """Return the way from the objective's point to other parameters (n,): they are at step 1, or at |d| with `unit`.
 
@@ -144,6 +149,7 @@ def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoin
     return _direction(name, "checkpoint", "unit" if unit else "difference", d / d.norm() if unit else d)
 
 
+@checked
 def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Direction:
     """Return a vector (n,) of one's own as a direction, as it is.
 
@@ -157,6 +163,7 @@ def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Dire
 
 
 @full_precision
+@checked
 def trajectory_directions(
     objective: Objective, checkpoints: Sequence[Tensor]
 ) -> tuple[tuple[Direction, Direction], Tensor, Tensor, tuple[float, float]]:

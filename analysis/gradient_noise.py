@@ -17,6 +17,7 @@ from torch import Tensor
 
 from analysis.noise_results import GradientNoise, NoiseScale
 from analysis.results import Measured
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
@@ -28,6 +29,7 @@ __all__ = ["gradient_noise", "inner_products", "is_one_batch", "noise_scale_from
 
 
 @full_precision
+@checked
 def gradient_noise(
     objective: Objective, *, confidence: float = 0.95, moments: GradientMoments | None = None
 ) -> GradientNoise:
@@ -124,18 +126,21 @@ def gradient_noise(
     )
 
 
+@checked
 def is_one_batch(objective: Objective) -> bool:
     """Return whether all data are known to be one batch, whose mean gradient is at hand while it is looked at."""
     return objective.num_batches == 1
 
 
 @full_precision
+@checked
 def inner_products(objective: Objective, norms: GradientNorms) -> Tensor:
     """Return g_i'g for every example (N,), float64: those that came with the norms, or by `projections`."""
     return projections(objective, norms.mean)[1] if norms.along_mean is None else norms.along_mean.double()
 
 
 @full_precision
+@checked
 def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
     """Return the loss, and g_i'v for every example (N,), float64, g_i as `GradientNorms` defines it; v is (n,).
 
@@ -172,6 +177,7 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
     return (losses, along * terms) if objective.sums else (losses / weights, along)
 
 
+@checked
 def noise_scale_from_two_sizes(
     small: Sequence[float] | Tensor,
     big: Sequence[float] | Tensor,

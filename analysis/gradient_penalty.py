@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError, NonFiniteError
 from curvature.guards import refuse_undifferentiable
 from curvature.random_states import RandomStates
@@ -83,6 +84,7 @@ class GradientPenalty:
         tensor([6.])
     """
 
+    @checked
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

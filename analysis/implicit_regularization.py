@@ -23,6 +23,7 @@ from analysis.regularization_results import (
     expected_batch_variance,
     momentum_factors,
 )
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import DataError, InputError
 from curvature.objective import Objective
@@ -35,6 +36,7 @@ __all__ = ["adam_correction", "implicit_regularization", "penalty_gradients"]
 
 
 @full_precision
+@checked
 def implicit_regularization(
     objective: Objective,
     *,
@@ -132,6 +134,7 @@ def implicit_regularization(
 
 
 @full_precision
+@checked
 def penalty_gradients(objective: Objective, *, weight_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (n,) of |g|^2 and of (1/m) sum_k |g_k - g|^2 over the objective's batches, and g, (n,).
 
@@ -154,6 +157,7 @@ def penalty_gradients(objective: Objective, *, weight_decay: float = 0.0) -> tup
 
 
 @full_precision
+@checked
 def adam_correction(
     objective: Objective, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> Tensor:

@@ -21,6 +21,7 @@ from analysis.low_rank import low_rank_error
 from analysis.meter import Meter, Progress
 from analysis.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -32,6 +33,7 @@ __all__ = ["inspect_model"]
 
 
 @full_precision
+@checked
 def inspect_model(
     objective: Objective,
     *,

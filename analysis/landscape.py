@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.landscape_results import Direction, LossPlane, LossSlice, Trajectory
 from analysis.layout import fast_layout
 from analysis.point_log import PointLog, fingerprint
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -28,6 +29,7 @@ Tick = Callable[[bool], object]
 
 
 @full_precision
+@checked
 def loss_along(
     objective: Objective,
     direction: Direction,
@@ -80,6 +82,7 @@ def loss_along(
 
 
 @full_precision
+@checked
 def loss_on_plane(
     objective: Objective,
     first: Direction,
@@ -145,6 +148,7 @@ def loss_on_plane(
 
 
 @full_precision
+@checked
 def evaluate_points(
     objective: Objective,
     points: Iterable[tuple[Tensor, Mapping[str, Tensor] | None]],

@@ -13,6 +13,7 @@ import torch
 from analysis.directions import Scaling
 from analysis.landscape_store import LandscapeEstimate
 from analysis.paths import Place
+from curvature.arguments import checked_fields
 from curvature.cost import timed
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -25,6 +26,7 @@ Directions = Literal["auto", "random", "eigenvectors", "gradient", "pca", "path"
 _EIGEN_MATVECS = 14  # that two eigenvectors of a trained network take, about
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class LandscapePlan:
     """Where to look, and how closely.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from analysis.noise_results import CurvatureNoise
 from analysis.results import Measured
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg import cg, rademacher
@@ -21,6 +22,7 @@ __all__ = ["curvature_noise", "tail_index"]
 
 
 @full_precision
+@checked
 def curvature_noise(
     objective: Objective,
     *,
@@ -96,6 +98,7 @@ def curvature_noise(
     )
 
 
+@checked
 def tail_index(samples: Tensor, *, block: int | None = None) -> float:
     """Estimate the tail index alpha of symmetric alpha-stable samples: 2 for normal ones, below 2 for heavy tails.
 

@@ -21,6 +21,7 @@ from analysis.landscape import Tick, evaluate_points
 from analysis.landscape_results import LossPath
 from analysis.point_log import PointLog, fingerprint
 from analysis.tasks.checkpoint import read_checkpoint
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckpointError, InputError
 from curvature.objective import Objective
@@ -46,11 +47,13 @@ class Place:
     """File name, digest and key of the checkpoint it was read from."""
 
 
+@checked
 def present_place(objective: Objective, *, name: str = "the model") -> Place:
     """Return the point where the objective is."""
     return Place(name=name, vector=objective.space.current(), buffers=_buffers(dict(objective.model.named_buffers())))
 
 
+@checked
 def read_place(objective: Objective, path: Path, *, key: str | None = None) -> Place:
     """Return the point that a checkpoint holds, `key` says where if at several places; the model is left as it is.
 
@@ -69,6 +72,7 @@ def read_place(objective: Objective, path: Path, *, key: str | None = None) -> P
 
 
 @full_precision
+@checked
 def loss_along_path(
     objective: Objective,
     start: Place,
@@ -121,6 +125,7 @@ def loss_along_path(
 
 
 @full_precision
+@checked
 def bend_towards(
     objective: Objective,
     start: Place,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from analysis.results import CostEstimate
+from curvature.arguments import checked_fields
 from curvature.cost import current_memory, peak_memory, timed
 from curvature.errors import InputError
 from curvature.exact import backpack_refusal
@@ -33,6 +34,7 @@ DIAGONAL_MATVECS = 24
 """Products that an estimate of the diagonal takes, where it cannot be had exactly."""
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class InspectionPlan:
     """How many eigenpairs, probes and steps an inspection takes, for the whole Hessian and for each layer.

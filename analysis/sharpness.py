@@ -15,6 +15,7 @@ import torch
 from analysis.layout import fast_layout
 from analysis.sharpness_catalogue import MEASURES, SharpnessSettings
 from analysis.sharpness_results import SharpnessRow, SharpnessTable
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import synchronize
 from curvature.errors import InputError
@@ -28,6 +29,7 @@ SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 
 
 @full_precision
+@checked
 def sharpness(
     objective: Objective,
     measures: Sequence[str] | None = None,
@@ -104,6 +106,7 @@ def sharpness(
     return SharpnessTable(rows=tuple(rows), loss=loss, num_params=objective.num_params)
 
 
+@checked
 def measures_for(objective: Objective, measures: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the names asked for, checked, or all that this objective allows.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from analysis.directions import _filter_dims
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective import Objective
@@ -47,6 +48,7 @@ class Ascent:
     """Gradients over the data."""
 
 
+@checked
 def perturbation_scale(objective: Objective, kind: ScaleKind) -> Tensor:
     """Return c, (n,): how far each parameter moves for a unit of u.
 
@@ -82,6 +84,7 @@ def perturbation_scale(objective: Objective, kind: ScaleKind) -> Tensor:
 
 
 @full_precision
+@checked
 def worst_case(
     objective: Objective,
     *,

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import check_fits, timed
 from curvature.distributed import agree_on
@@ -32,6 +33,7 @@ _DENSE = 1000  # tensors up to this size are decomposed
 
 
 @full_precision
+@checked
 def top_eigenpairs(
     A: MatrixLike | Objective,
     k: int,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.coupling import describe_cuts, refuse_other_batches
 from curvature.distributed import together
@@ -49,6 +50,7 @@ class CheckReport:
 
 @together
 @full_precision
+@checked
 def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
     """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
 

@@ -235,7 +235,7 @@ class Counting(LinearOperator):
 def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
     """Return A as a tensor (m, n); a tensor is returned as it is. Cost: n products, in blocks."""
     if isinstance(A, Tensor):
-        return A
+        return A if A.layout == torch.strided else A.to_dense()
     n = A.shape[1]
     identity = torch.eye(n, dtype=A.dtype, device=A.device)
     return torch.cat([A @ block for block in identity.split(columns_at_a_time, dim=1)], dim=1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from curvature.arguments import checked
 from curvature.coupling import Cuts, refuse_other_batches, refuse_pieces
 from curvature.data import DataSource
 from curvature.distributed import RankAgreement, built_together, sum_of_parts
@@ -70,6 +71,7 @@ class Objective:
     _ranks: RankAgreement | None
 
     @built_together
+    @checked
     def __init__(
         self,
         model: nn.Module,

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from curvature.arguments import checked
 from curvature.errors import InputError, ParameterSelectionError
 
 __all__ = ["Block", "ParameterSpace", "Selection"]
@@ -75,12 +76,15 @@ class ParameterSpace:
         InputError: if a tensor is no real floating-point leaf, or they lie on several devices.
     """
 
+    @checked
     def __init__(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None) -> None:
         if not tensors:
             raise ParameterSelectionError(
                 "no parameters: the model has none that require a gradient; pass params= to choose some."
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"parameter {name!r} must be a tensor, got {type(tensor).__name__}.")
             if not tensor.is_leaf or not tensor.is_floating_point():
                 kind = "a non-leaf tensor" if not tensor.is_leaf else f"of dtype {tensor.dtype}"
                 raise InputError(
@@ -182,6 +186,7 @@ class ParameterSpace:
         parts = flat.split(self.numels)
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
+    @checked
     def to_flat(self, named: Mapping[str, Tensor]) -> Tensor:
         """Return the vector (n,), of this space's dtype, made of tensors by name: all of the space's, in its shapes."""
         if set(named) != set(self.tensors):
@@ -221,14 +226,14 @@ def _selected_names(
 ) -> list[str]:
     if isinstance(selection, (str, nn.Module)):
         selection = [selection]
-    if callable(selection):
+    if callable(selection) and not isinstance(selection, type):
         chosen = [name for name, tensor in named.items() if selection(name, tensor)]
         if not chosen:
             raise ParameterSelectionError(f"the predicate selects none of the {len(named)} parameters.")
         return chosen
-    if not isinstance(selection, Iterable) or not selection:
+    if not isinstance(selection, Iterable) or hasattr(selection, "ndim") or not selection:
         raise ParameterSelectionError(
-            f"params must be globs, modules, a predicate or a dict of tensors, got {selection!r}."
+            f"params must be globs, modules, a predicate or a dict of tensors, got {type(selection).__name__}."
         )
     chosen = []
     for item in selection:

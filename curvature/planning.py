@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from curvature.arguments import checked, checked_fields
 from curvature.cost import check_fits, current_memory, peak_memory, timed
 from curvature.errors import InputError
 from curvature.linalg._validate import check_confidence, check_square, working_dtype
@@ -33,6 +34,7 @@ SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class SpectrumPlan:
     """What a spectrum is to hold and how well.
@@ -124,6 +126,8 @@ class SpectrumPlan:
         Raises:
             InputError: with what is needed, what is free and what would fit.
         """
+        if not sizes:
+            raise InputError("blocks must hold one or more, got none; leave them out for all layers.")
         device = A.device if basis_device is None else torch.device(basis_device)
         needed = self.num_bytes(A, sizes)
         remedy = "plan fewer num_steps or num_probes"
@@ -150,6 +154,7 @@ class PlannedCost:
     """Largest memory of the process (on CUDA: of torch on the device), bytes."""
 
 
+@checked
 def plan(
     A: MatrixLike | Objective,
     quantities: Collection[Quantity] = ("top", "bottom", "trace", "density"),

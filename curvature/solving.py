@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg.cg import cg
@@ -44,6 +45,7 @@ _SEMI_DEFINITE = (
 
 
 @full_precision
+@checked
 def solve(
     A: Objective | MatrixLike,
     rhs: Tensor | Mapping[str, Tensor],

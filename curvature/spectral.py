@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import synchronize
 from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run, advance
@@ -35,6 +36,7 @@ __all__ = ["layer_spectra", "spectrum"]
 
 
 @full_precision
+@checked
 def spectrum(
     A: MatrixLike,
     plan: SpectrumPlan | None = None,
@@ -73,6 +75,7 @@ def spectrum(
 
 
 @full_precision
+@checked
 def layer_spectra(
     A: ObjectiveOperator,
     plan: SpectrumPlan | None = None,

@@ -15,6 +15,7 @@ from analysis.figures_conditioning import plot_conditioning, plot_effective_dime
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
+from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective import Objective
 
@@ -23,6 +24,7 @@ __all__ = ["CONDITIONING", "ConditioningPlan", "ConditioningRun"]
 _ACCURACY = 0.01  # of the steps that are spoken of: to a hundredth of the distance
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class ConditioningPlan:
     """What to measure.

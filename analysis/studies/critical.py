@@ -15,12 +15,14 @@ from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
+from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective import Objective
 
 __all__ = ["CRITICAL", "CriticalPlan", "CriticalRun"]
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class CriticalPlan:
     """What to judge by.

@@ -17,6 +17,7 @@ from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.api import top_eigenpairs
+from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective import Objective
 
@@ -25,6 +26,7 @@ __all__ = ["IMPLICIT", "ImplicitPlan", "ImplicitRun", "ImplicitStudy"]
 _SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class ImplicitPlan:
     """How the model was, or would be, trained.

@@ -17,6 +17,7 @@ from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
+from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective import Objective
 
@@ -25,6 +26,7 @@ __all__ = ["NOISE", "NoisePlan", "NoiseRun", "NoiseStudy"]
 _MOST = 0.9  # of the full gradient's progress: from where on a larger batch gives little
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class NoisePlan:
     """What to measure of the noise.

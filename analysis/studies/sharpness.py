@@ -17,6 +17,7 @@ from analysis.sharpness_results import SharpnessRow, SharpnessTable
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
+from curvature.arguments import checked_fields
 from curvature.objective import Objective
 
 __all__ = ["SHARPNESS", "SharpnessPlan", "SharpnessRun"]
@@ -34,6 +35,7 @@ _CARDS = {
 """Measures that the report opens with, where they were asked for."""
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class SharpnessPlan:
     """What to measure."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
@@ -60,6 +61,7 @@ class ExactDiagonal(_Record):
 
 
 @full_precision
+@checked
 def exact_diagonal(
     objective: Objective,
     kind: DiagonalKind = "ggn",
@@ -138,6 +140,7 @@ def exact_diagonal(
     )
 
 
+@checked
 def backpack_refusal(objective: Objective, kind: DiagonalKind = "ggn") -> str | None:
     """Return why BackPACK is not to be used for the diagonal of an objective, as far as its model tells; None if it is.
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
@@ -117,6 +118,7 @@ class KroneckerFactors(_Record):
 
 
 @full_precision
+@checked
 def kronecker_factors(
     objective: Objective,
     kind: KroneckerKind = "kflr",

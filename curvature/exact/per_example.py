@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import check_fits
 from curvature.coupling import refuse_coupling
@@ -56,6 +57,7 @@ class BackpackPerExample(_Record):
 
 
 @full_precision
+@checked
 def backpack_per_example(
     objective: Objective,
     quantities: Sequence[str] = QUANTITIES,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ __all__ = [
     "check_start",
     "check_tolerances",
     "non_finite_message",
+    "numbers",
     "rounding_level",
     "working_dtype",
 ]
@@ -81,6 +84,16 @@ def check_confidence(confidence: float | None) -> None:
     """Refuse a confidence that is no probability."""
     if confidence is not None and not 0 < confidence < 1:
         raise InputError(f"confidence must lie between 0 and 1, or be None, got {confidence}.")
+
+
+def numbers(name: str, values: float | Sequence[float] | Tensor) -> Tensor:
+    """Return numbers as a tensor in double precision; refuse none, and what is NaN."""
+    if isinstance(values, Tensor) and values.is_complex():
+        raise InputError(f"{name} must be real, got {values.dtype}.")
+    found = torch.as_tensor(values, dtype=torch.float64)
+    if not found.numel() or bool(found.isnan().any()):
+        raise InputError(f"{name} must be one or more numbers, got {'none' if not found.numel() else 'NaN'}.")
+    return found
 
 
 def check_start(A: MatrixLike, v0: Tensor | None, width: int, generator: torch.Generator) -> Tensor:

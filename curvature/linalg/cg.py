@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
@@ -29,6 +30,7 @@ __all__ = ["cg"]
 
 
 @full_precision
+@checked
 def cg(
     A: MatrixLike,
     B: Tensor,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._deflation import Known
@@ -28,6 +29,7 @@ DIAGONAL_METHODS = ("auto", "hutchinson", "xdiag")
 
 
 @full_precision
+@checked
 def diagonal(
     A: MatrixLike,
     *,
@@ -160,6 +162,7 @@ def _norm(x: Tensor) -> float:
 
 
 @full_precision
+@checked
 def hutchinson_diagonal(
     A: MatrixLike,
     *,

@@ -15,15 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
+from curvature.linalg._validate import numbers
 from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr
 
 __all__ = ["cdf", "count", "quantile", "wasserstein"]
 
 
+@checked
 def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> BoundedEstimate:
     """Estimate F(t), the share of eigenvalues at most t, for every t, of the shape of `points`."""
-    t = torch.as_tensor(points, dtype=torch.float64)
+    t = numbers("points", points)
     step, left, right = (x.reshape(-1, *t.shape) for x in _steps(density, t.reshape(-1), closed=True))
     value, stderr = mean_and_stderr(step)
     return BoundedEstimate(
@@ -31,6 +34,7 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
     )
 
 
+@checked
 def count(density: SpectralDensity, low: float, high: float = torch.inf) -> BoundedEstimate:
     """Estimate how many of the n eigenvalues lie in [low, high]. Known ones, deflated, are counted exactly.
 
@@ -52,6 +56,7 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     return BoundedEstimate(value=n * value, stderr=n * stderr, lower=n * lower, upper=n * upper)
 
 
+@checked
 def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor) -> Estimate:
     """Estimate the smallest t with F(t) >= q for every level q, of the shape of `levels`.
 
@@ -60,7 +65,7 @@ def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor)
     Raises:
         InputError: for levels outside [0, 1].
     """
-    q = torch.as_tensor(levels, dtype=torch.float64)
+    q = numbers("levels", levels)
     if not bool(((q >= 0) & (q <= 1)).all()):
         raise InputError(f"levels must be in [0, 1], got {q.tolist()}.")
     value = _inverse(density, q)
@@ -68,6 +73,7 @@ def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor)
     return Estimate(value=value, stderr=(_inverse(density, q + stderr) - _inverse(density, q - stderr)) / 2)
 
 
+@checked
 def wasserstein(first: SpectralDensity | Tensor, second: SpectralDensity | Tensor) -> Tensor:
     """Return the Wasserstein-1 distance between two densities, integral |F_1 - F_2| dt, (), in the units of A.
 

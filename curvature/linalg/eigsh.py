@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.linalg.thick_restart import ThickRestartLanczos, Which
 from curvature.linop import MatrixLike
@@ -16,6 +17,7 @@ __all__ = ["eigsh"]
 
 
 @full_precision
+@checked
 def eigsh(
     A: MatrixLike,
     k: int,

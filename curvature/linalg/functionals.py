@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
+from curvature.linalg._validate import numbers
 from curvature.results import Estimate, SpectralDensity, mean_and_stderr
 
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
 
 @full_precision
+@checked
 def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:
     """Estimate tr f(A) = sum_i f(lambda_i).
 
@@ -32,7 +35,12 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
     Raises:
         InputError: if f is not finite on the nodes.
     """
-    values = f(density.nodes).where(density.weights > 0, 0)
+    values = f(density.nodes)
+    if not isinstance(values, Tensor) or values.shape != density.nodes.shape:
+        raise InputError(
+            f"f must act on each entry of a tensor, and returned a {type(values).__name__} of another shape."
+        )
+    values = values.where(density.weights > 0, 0)
     if not bool(torch.isfinite(values).all()):
         worst = density.nodes[~torch.isfinite(values)]
         raise InputError(
@@ -44,6 +52,7 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
 
 
 @full_precision
+@checked
 def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     """Estimate (1/n) tr A^p for every order p, (len(orders),).
 
@@ -62,6 +71,7 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
 
 
 @full_precision
+@checked
 def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
     """Estimate log det(A + damping I) = sum_i log(lambda_i + damping). The rule errs upwards.
 
@@ -73,6 +83,7 @@ def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
 
 
 @full_precision
+@checked
 def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> Estimate:
     """Estimate d(z) = tr A (A + z I)^-1 = sum_i lambda_i / (lambda_i + z) for every z of a grid, of the grid's shape.
 
@@ -82,7 +93,7 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
     Raises:
         InputError: unless A + z I is positive definite for the smallest z, as far as the nodes show.
     """
-    z = torch.as_tensor(damping, dtype=torch.float64)
+    z = numbers("damping", damping)
     _check_damping(density, float(z.min()))
     nodes = density.nodes.where(density.weights > 0, 0)  # unused places hold no part
     ratio = nodes[..., None] / (nodes[..., None] + z.reshape(-1)).where(density.weights[..., None] > 0, 1)

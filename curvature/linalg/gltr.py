@@ -20,6 +20,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, Chain
@@ -40,6 +41,7 @@ _MISSED = 0.01  # ... but with this probability
 
 
 @full_precision
+@checked
 def gltr(
     A: MatrixLike,
     g: Tensor,
@@ -92,6 +94,7 @@ def gltr(
 
 
 @full_precision
+@checked
 def cubic_subproblem(
     A: MatrixLike,
     g: Tensor,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
@@ -23,6 +24,7 @@ __all__ = ["hutchpp"]
 
 
 @full_precision
+@checked
 def hutchpp(
     A: MatrixLike,
     *,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_square, working_dtype
@@ -44,6 +45,7 @@ class Krylov:
 
 
 @full_precision
+@checked
 def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
     """Run up to `num_steps` Lanczos steps from v0; fewer if the Krylov space is exhausted before.
 
@@ -96,10 +98,13 @@ class KrylovRuns:
 
 
 @full_precision
+@checked
 def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
     """Run Lanczos from every column of X, (n, p); arguments and errors as for `lanczos`. Memory: p m vectors."""
     n = check_square(A)
     check_count("num_steps", num_steps, 1, n)
+    if X.ndim != 2 or X.shape[0] != n or X.is_complex():
+        raise InputError(f"X must be real, of shape ({n}, p), got {X.dtype} of shape {tuple(X.shape)}.")
     dtype = working_dtype(A)
     norms = torch.linalg.vector_norm(X.to(dtype), dim=0)
     if not bool((norms.isfinite() & (norms > 0)).all()):
@@ -143,6 +148,7 @@ def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
 
 
 @full_precision
+@checked
 def ritz(krylov: Krylov | KrylovRuns) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of T, ascending (m,), and its eigenvectors as columns (m, m), in float64 on the CPU.
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, grow_chain
@@ -42,6 +43,7 @@ _CHAIN = 20  # products that a chain may take in any case; beyond, no more than 
 
 
 @full_precision
+@checked
 def lobpcg(
     A: MatrixLike,
     k: int,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
@@ -27,6 +28,7 @@ __all__ = ["lsmr"]
 
 
 @full_precision
+@checked
 def lsmr(
     J: MatrixLike,
     B: Tensor,

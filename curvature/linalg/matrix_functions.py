@@ -23,6 +23,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._lanczos_process import LanczosProcess
@@ -61,6 +62,7 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # w(t), by which the resolv
 
 
 @full_precision
+@checked
 def matrix_function(
     A: MatrixLike,
     V: Tensor,

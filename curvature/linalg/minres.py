@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
-from curvature.linalg._validate import non_finite_message, rounding_level
+from curvature.linalg._validate import check_square, non_finite_message, rounding_level
 from curvature.linop import MatrixLike
 from curvature.results import Status
 from curvature.solve_results import SolveResult
@@ -32,6 +33,7 @@ __all__ = ["minres"]
 
 
 @full_precision
+@checked
 def minres(
     A: MatrixLike,
     B: Tensor,
@@ -83,6 +85,7 @@ def minres(
         >>> result.x.round(decimals=3).abs(), result.status.name
         (tensor([1.0000, 0.5000, 0.0000]), 'LEAST_SQUARES')
     """
+    check_square(A)
     if null_rtol is None:
         null_rtol = torch.finfo(torch.promote_types(A.dtype, torch.float32)).eps ** (2 / 3)
         null_rtol = max(null_rtol, rounding_level(A))

@@ -25,6 +25,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_plan import most_accurate, residual_curve
@@ -47,6 +48,7 @@ _LARGEST_LOG = 700.0  # exp of more overflows
 
 
 @full_precision
+@checked
 def frobenius_norm(
     A: MatrixLike,
     *,
@@ -113,6 +115,7 @@ def frobenius_norm(
 
 
 @full_precision
+@checked
 def spectral_norm(
     A: MatrixLike,
     *,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
@@ -35,6 +36,7 @@ _NEGATIVE = 10.0  # shifts by which a Rayleigh quotient may be negative before t
 
 
 @full_precision
+@checked
 def nystrom(
     A: MatrixLike,
     rank: int,

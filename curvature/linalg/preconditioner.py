@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import LinearOperator
 
@@ -31,6 +32,7 @@ class DiagonalPreconditioner(LinearOperator):
         tensor([0.5000, 0.2500])
     """
 
+    @checked
     def __init__(self, diagonal: Tensor, *, damping: float = 0.0, power: float = 1.0) -> None:
         if diagonal.ndim != 1 or len(diagonal) == 0 or not diagonal.dtype.is_floating_point:
             raise InputError(

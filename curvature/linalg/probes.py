@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
+from curvature.cost import check_fits
 from curvature.errors import InputError
+from curvature.linalg._validate import check_count
 
 __all__ = ["DISTRIBUTIONS", "draw", "normal", "rademacher", "sphere"]
 
 
+@checked
 def rademacher(
     n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
@@ -24,17 +28,21 @@ def rademacher(
         dtype: of the result.
         device: of the result; that of the generator by default.
     """
+    _check_room(n, k, dtype, device or generator.device)
     bits = torch.randint(0, 2, (k, n), generator=generator, device=device or generator.device)
     return (2 * bits - 1).to(dtype).T
 
 
+@checked
 def normal(
     n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
     """Return k columns of independent standard normal entries, (n, k). Var(z'Az) = 2 |A|_F^2 for symmetric A."""
+    _check_room(n, k, dtype, device or generator.device)
     return torch.randn(k, n, generator=generator, dtype=dtype, device=device or generator.device).T
 
 
+@checked
 def sphere(
     n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
@@ -66,3 +74,12 @@ def draw(
     if distribution not in DISTRIBUTIONS:
         raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
     return DISTRIBUTIONS[distribution](n, k, generator=generator, dtype=dtype, device=device)
+
+
+def _check_room(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    check_count("n", n, 0)
+    check_count("k", k, 0)
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be floating-point, got {dtype}.")
+    if n * k * dtype.itemsize > 2**28:
+        check_fits(n * k * dtype.itemsize, torch.device(device), f"{k} probes of length {n}", "take fewer")

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import (
@@ -39,6 +40,7 @@ __all__ = ["randomized_eigh"]
 
 
 @full_precision
+@checked
 def randomized_eigh(
     A: MatrixLike,
     rank: int,

@@ -18,7 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
+from curvature.cost import check_fits
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_generator, check_square, working_dtype
 from curvature.linalg.lanczos import lanczos_runs, ritz
@@ -32,6 +34,7 @@ _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
 
 @full_precision
+@checked
 def spectral_density(
     A: MatrixLike,
     *,
@@ -121,6 +124,7 @@ def smoothed(
     span = max(high - low, 1e-3 * max(abs(low), abs(high)), torch.finfo(torch.float32).tiny)
     sigma = span / 100 if sigma is None else sigma
     if grid is None:
+        check_fits(8 * num_points * len(nodes), nodes.device, f"a grid of {num_points} points", "take fewer num_points")
         grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, num_points, dtype=torch.float64)
     samples = torch.stack([_mixture(grid, x, w, sigma) for x, w in zip(nodes, weights, strict=True)])
     density, stderr = mean_and_stderr(samples)

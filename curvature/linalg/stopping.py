@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from curvature.arguments import checked_fields
 from curvature.errors import InputError
 
 __all__ = ["RelativeProgress"]
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class RelativeProgress:
     """Stop once the last w steps improved the model by less than w rtol of all, w = max(min_steps, share i).

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._krylov_space import KrylovSpace
@@ -67,6 +68,7 @@ class ThickRestartLanczos:
         True
     """
 
+    @checked
     def __init__(
         self,
         A: MatrixLike,

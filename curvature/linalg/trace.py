@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
@@ -30,6 +31,7 @@ _FEWEST = 8  # probes before a standard error is believed
 
 
 @full_precision
+@checked
 def trace(
     A: MatrixLike,
     *,
@@ -134,6 +136,7 @@ def _best(pool: ProbePool) -> Samples:
 
 
 @full_precision
+@checked
 def hutchinson_trace(
     A: MatrixLike,
     *,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_preconditioner, powers_of_two, preconditioned, right_hand_sides
@@ -31,6 +32,7 @@ _HUGE = 1e150
 
 
 @full_precision
+@checked
 def trust_region(
     A: MatrixLike,
     g: Tensor,

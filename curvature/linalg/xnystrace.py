@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._probe_pool import ProbePool
@@ -30,6 +31,7 @@ _SHIFTS = 6  # by what powers of ten the shift may grow until the factorisation 
 
 
 @full_precision
+@checked
 def xnystrace(
     A: MatrixLike,
     *,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool
@@ -20,6 +21,7 @@ __all__ = ["xtrace"]
 
 
 @full_precision
+@checked
 def xtrace(
     A: MatrixLike,
     *,

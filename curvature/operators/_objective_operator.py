@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.arguments import checked
 from curvature.cost import timed
 from curvature.errors import InputError, ParameterSelectionError
 from curvature.linearize import Linearization
@@ -26,6 +27,7 @@ class ObjectiveOperator(LinearOperator):
 
     _product: ClassVar[Literal["hvp", "ggnvp"]]
 
+    @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         n = objective.num_params if block is None else block.num_params
         super().__init__((n, n), objective.dtype, objective.device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import LinearOperator
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -48,6 +49,7 @@ class BlockDiagonalOperator(LinearOperator):
                 [0., 8.]])
     """
 
+    @checked
     def __init__(self, A: ObjectiveOperator, blocks: Sequence[Block] | None = None) -> None:
         if not isinstance(A, ObjectiveOperator):
             raise InputError(

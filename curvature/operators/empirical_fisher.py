@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.coupling import refuse_coupling
 from curvature.linearize import Linearization
 from curvature.objective import Objective
@@ -65,6 +66,7 @@ class EmpiricalFisherOperator(MetricOperator):
                 [0., 8.]])
     """
 
+    @checked
     def __init__(self, objective: Objective, *, per: Per = "sequence", block: Block | None = None) -> None:
         check_split(objective, "the empirical Fisher matrix")
         super().__init__(objective, LossGradients(per), block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from curvature.arguments import checked
 from curvature.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator, check_likelihood
 from curvature.parameters import Block
@@ -53,6 +54,7 @@ class FisherOperator(ObjectiveOperator):
 
     _product = "ggnvp"
 
+    @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         check_likelihood(objective, "the Fisher matrix")
         super().__init__(objective, block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -31,6 +32,7 @@ class GGNOperator(ObjectiveOperator):
 
     _product = "ggnvp"
 
+    @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         if not objective.has_split:
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linearize import Linearization
 from curvature.objective import Objective
@@ -55,6 +56,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
                 [-2.,  4.]])
     """
 
+    @checked
     def __init__(
         self, objective: Objective, *, per: Per = "sequence", unbiased: bool = False, block: Block | None = None
     ) -> None:

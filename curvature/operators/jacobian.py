@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.arguments import checked
 from curvature.errors import DataError, InputError
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
@@ -55,6 +56,7 @@ class JacobianOperator(LinearOperator):
         tensor([ 9., 12.])
     """
 
+    @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         check_split(objective, "the Jacobian of the outputs")
         if objective.process_group is not None:

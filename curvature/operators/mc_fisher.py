@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.distributed import agree_on
 from curvature.errors import DataError, InputError
 from curvature.linearize import Linearization
@@ -59,6 +60,7 @@ class MCFisherOperator(MetricOperator):
                 [0., 1.]])
     """
 
+    @checked
     def __init__(
         self, objective: Objective, *, num_samples: int = 1, generator: torch.Generator, block: Block | None = None
     ) -> None:

@@ -7,6 +7,7 @@ import copy
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.arguments import checked
 from curvature.linop import LinearOperator
 from curvature.objective import Objective
 from curvature.operators.jacobian import JacobianOperator
@@ -46,6 +47,7 @@ class NTKOperator(LinearOperator):
                 [ 3., 25.]])
     """
 
+    @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
         self.jacobian = JacobianOperator(objective, block)
         M = self.jacobian.shape[0]

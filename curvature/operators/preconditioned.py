@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator, block_within
@@ -47,12 +48,15 @@ class PreconditionedOperator(LinearOperator):
                 [1., 1.]])
     """
 
+    @checked
     def __init__(self, A: MatrixLike, preconditioner: Tensor) -> None:
-        n = A.shape[0]
-        if A.shape[1] != n:
+        n = A.shape[0] if len(A.shape) else 0
+        if len(A.shape) != 2 or A.shape[1] != n:
             raise InputError(f"PreconditionedOperator needs a square matrix, got shape {tuple(A.shape)}.")
         if preconditioner.shape != (n,):
             raise InputError(f"preconditioner must have shape ({n},), got {tuple(preconditioner.shape)}.")
+        if preconditioner.is_complex():
+            raise InputError(f"preconditioner must be real, got {preconditioner.dtype}.")
         if preconditioner.device != A.device:
             raise InputError(f"preconditioner lies on {preconditioner.device} but A on {A.device}; move it there.")
         positive = (preconditioner > 0) & preconditioner.isfinite()
@@ -129,6 +133,7 @@ class PreconditionedOperator(LinearOperator):
 # -- what optimizers divide by ----------------------------------------------------------------------------------------
 
 
+@checked
 def optimizer_preconditioner(
     optimizer: Any,
     space: ParameterSpace,

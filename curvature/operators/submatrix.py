@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.parameters import Block
@@ -25,7 +26,10 @@ class SubmatrixOperator(LinearOperator):
         InputError: if a block reaches beyond the operator.
     """
 
+    @checked
     def __init__(self, A: MatrixLike, rows: Block, cols: Block) -> None:
+        if len(A.shape) != 2:
+            raise InputError(f"A must have two dimensions, got shape {tuple(A.shape)}.")
         for what, block, size in (("rows", rows, A.shape[0]), ("cols", cols, A.shape[1])):
             if block.slices[-1].stop > size:
                 raise InputError(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.distributed import together
 from curvature.errors import DataError, InputError
@@ -34,6 +35,7 @@ CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are s
 
 @together
 @full_precision
+@checked
 def gradient_norms(
     objective: Objective,
     *,
@@ -70,6 +72,7 @@ def gradient_norms(
 
 
 @full_precision
+@checked
 def gradient_dots(
     objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
 ) -> GradientNorms:
@@ -86,6 +89,7 @@ def gradient_dots(
 
 @together
 @full_precision
+@checked
 def gradient_moments(
     objective: Objective,
     *,
@@ -134,6 +138,7 @@ def gradient_moments(
 
 
 @full_precision
+@checked
 def per_example_gradients(
     objective: Objective,
     *,

@@ -100,9 +100,7 @@ def test_parameters_buffers_and_random_numbers_are_those_of_one_pass(mode: Mode)
     model, data = problem(torch.float64, nn.BatchNorm1d(4), nn.Dropout(0.5))
     other, _ = problem(torch.float64, nn.BatchNorm1d(4), nn.Dropout(0.5))
     before = [p.detach().clone() for p in model.parameters()]
-    penalty = GradientPenalty(
-        torch.optim.SGD(model.parameters(), lr=0.1), strength=0.5, kind="variance", mode=mode
-    )
+    penalty = GradientPenalty(torch.optim.SGD(model.parameters(), lr=0.1), strength=0.5, kind="variance", mode=mode)
     torch.manual_seed(3)
     penalty.gradients(closures_of(model, data))
     state = torch.get_rng_state()

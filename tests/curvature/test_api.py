@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_price_by_the_product_buys_blocks_and_one_by_the_column_does_not(
     overhead: float, column: float, k: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     A = Priced(with_spectrum(spectra(400)["slow exponential"]), overhead, column)
-    monkeypatch.setitem(top_eigenpairs.__globals__, "timed", A.timed)
+    monkeypatch.setitem(inspect.unwrap(top_eigenpairs).__globals__, "timed", A.timed)
     counted = Counting(A)
     pairs = top_eigenpairs(counted, k, generator=generator())
     assert chosen in pairs.method

@@ -226,15 +226,15 @@ def test_infinite_gradient_is_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": lambda x: x}, "torch.nn.Module, got function"),
+        ({"model": lambda x: x}, "model must be a Module, got a function"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "'mean' or 'sum', got 'none'"),
         ({"loss": functools.partial(F.mse_loss, reduction="none")}, "got 'none'"),
-        ({"loss": "cross_entropy"}, "got str"),
+        ({"loss": "cross_entropy"}, "loss must be callable or None, got 'cross_entropy'"),
         ({"loss": None}, "loss=None needs a forward"),
         ({"keep_graphs": "yes"}, "True, False or 'auto', got 'yes'"),
         ({"memory_budget": -1}, ">= 0, got -1"),
         ({"micro_batch": 0}, "at least 1, got 0"),
-        ({"device": "meta"}, "lie on cpu; call model.to"),
+        ({"device": "meta"}, "device must be a device that there is here"),
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
