@@ -276,7 +276,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, function: str, method: str, wrapper
     )
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 6])
+@pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize(
     ("function", "method"),
     [("_Activation", "forward"), ("_Activation", "backward"), ("_ActivationBackward", "backward")],
@@ -287,12 +287,14 @@ def test_lean_layers_that_raise_are_not_used(
     patched(monkeypatch, function, method, breaking(after))
     case = BY_NAME["MLP GELU"]
     model = case.model()
-    dense = dense_hessian(lambda: total_loss(model, [case.data()], case.criterion), params_of(model))
+    params = params_of(model)
+    g = flat_gradient(total_loss(model, [case.data()], case.criterion), params, create_graph=True)
+    v = real(len(g), seed=1)
+    Hv = flat_gradient(g @ v, params)
     objective = Objective(model, case.loss, case.ragged())
-    g = flat_gradient(total_loss(model, [case.data()], case.criterion), params_of(model))
     for _ in range(2):
-        assert_close(objective.gradient(), g)
-        assert_close(HessianOperator(objective).to_dense(), dense)
+        assert_close(objective.gradient(), g.detach())
+        assert_close(HessianOperator(objective) @ v, Hv)
     assert any("raised AttributeError" in note for note in objective.notes)
 
 
