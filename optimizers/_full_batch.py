@@ -24,7 +24,7 @@ from optimizers._evaluations import Evaluations, Kind, Linearised
 from optimizers._flat import FlatParams
 from optimizers._gradients import all_zero
 from optimizers._probes import counter_generator
-from optimizers._ranks import average_over_ranks, share_of_rank
+from optimizers._ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers._resumable import ResumableOptimizer
 from optimizers.step_report import StepReport
 
@@ -129,6 +129,7 @@ class FullBatchOptimizer(ResumableOptimizer):
         return self._step(closure, curvature_closure, 0.0)
 
     @full_precision
+    @on_all_ranks
     def _step(
         self,
         closure: Callable[[], Any] | None,
@@ -162,6 +163,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             share=None if self.process_group is None else self._share_of_rank,
             recorder=self._recorder,
         )
+        compare_ranks(self, f"a step of {type(self).__name__}", point=True)
         start = evaluations.start
         move: Move | None = None
         try:
@@ -217,10 +219,12 @@ class FullBatchOptimizer(ResumableOptimizer):
 
     def _mean_over_ranks(self, t: Tensor) -> Tensor:
         assert self.process_group is not None
+        compare_ranks(self, "a mean", total=t)
         return average_over_ranks([t], self.process_group)[0]
 
     def _share_of_rank(self, outputs: Tensor | None, targets: Any) -> float:
         assert self.process_group is not None
+        compare_ranks(self, "shares of a batch")
         return share_of_rank(self._rule, outputs, targets, self.process_group)
 
     # -- shared by methods --------------------------------------------------------------------------------------------

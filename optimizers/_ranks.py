@@ -7,18 +7,59 @@ zero on the others; one that no rank used stays without gradient.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from curvature.distributed import RankAgreement, content, failing_together, text_digest
 from curvature.losses import LossRule
 
-__all__ = ["average_gradients", "average_over_ranks", "share_of_rank"]
+__all__ = ["average_gradients", "average_over_ranks", "compare_ranks", "on_all_ranks", "share_of_rank"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def compare_ranks(optimizer: Any, call: str, *, point: bool = False, total: Tensor | None = None) -> None:
+    """Refuse to go on where a rank failed or is at another call; with `point` where parameters or settings differ.
+
+    Raises:
+        RankError: on all ranks.
+    """
+    ranks = _agreement(optimizer)
+    if ranks is None:
+        return
+    settings, digests = None, None
+    if point:
+        groups = optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        digests = {f"parameter {i} of shape {tuple(p.shape)}": content([p]) for i, p in enumerate(params)}
+        plain = (bool, int, float, str, tuple, type(None))
+        settings = text_digest([sorted((k, v) for k, v in g.items() if isinstance(v, plain)) for g in groups])
+    ranks.agree(call, settings=settings, point=digests, total=total)
+
+
+def on_all_ranks(method: _Method) -> _Method:
+    """Make a method of an optimizer that raises on one rank raise on all of them."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **settings: Any) -> Any:
+        if self.process_group is None:
+            return method(self, *args, **settings)
+        with failing_together(_agreement(self)):
+            return method(self, *args, **settings)
+
+    return cast("_Method", wrapped)
+
+
+def _agreement(optimizer: Any) -> RankAgreement | None:
+    group = optimizer.process_group
+    return None if group is None else RankAgreement(group, optimizer.param_groups[0]["params"][0].device)
 
 
 def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:

@@ -25,7 +25,7 @@ from curvature.repeated_evaluation import RunningBuffers
 from optimizers._closures import loss_of, own_gradients
 from optimizers._differentiation import curvature_session, gradients, leaves
 from optimizers._gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
-from optimizers._ranks import average_gradients, average_over_ranks, share_of_rank
+from optimizers._ranks import average_gradients, average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers._resumable import COUNTERS, ResumableOptimizer
 from optimizers.curvature_source import WIDE, BatchGraph, CurvatureSource
 
@@ -147,6 +147,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         """Whether the coming step measures curvature."""
         return any(_is_due(group) for group in self.param_groups)
 
+    @on_all_ranks
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -196,6 +197,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             self.accumulate(curvature_closure, part="curvature", synchronize=False)
         return loss
 
+    @on_all_ranks
     @_disable_dynamo  # differentiation is not compiled; the update of a compiled step is
     @torch.no_grad()
     def accumulate(
@@ -392,6 +394,7 @@ class CurvatureOptimizer(ResumableOptimizer):
     def _synchronize(self) -> None:
         if self.process_group is None or self._synchronized:
             return
+        compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
         outputs, targets = self._counted
         share = share_of_rank(self._rule, outputs, targets, self.process_group)
         for t in (p.grad for p in self._trained() if share != 1 and p.grad is not None):

@@ -19,7 +19,7 @@ from optimizers._closures import loss_of, own_gradients
 from optimizers._corrections import bias_corrections, scalar_lr, step_sizes
 from optimizers._differentiation import gradients
 from optimizers._gradients import refuse_sparse
-from optimizers._ranks import average_over_ranks, share_of_rank
+from optimizers._ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers._shell import Closure, CurvatureOptimizer, Part
 from optimizers._validate import check_at_least, check_betas, check_choice
 from optimizers.curvature_source import CurvatureSource, curvature_source
@@ -120,6 +120,7 @@ class SASSHA(CurvatureOptimizer):
             params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
         )
 
+    @on_all_ranks
     @torch.no_grad()
     def accumulate(
         self,
@@ -165,6 +166,7 @@ class SASSHA(CurvatureOptimizer):
         refuse_sparse(found, type(self).__name__)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
         if self.process_group is not None:
+            compare_ranks(self, "gradients at the start of SASSHA's step")
             share = share_of_rank(self._rule, outputs, targets, self.process_group)
             grads = average_over_ranks([g * share if share else torch.zeros_like(g) for g in grads], self.process_group)
         settings = self.param_groups[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from curvature.errors import CheckFailedError
+from curvature.errors import CheckFailedError, RankError
 from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sophia, TrustRegionNewton
 
 STEPS = 6
@@ -129,6 +130,9 @@ UNEQUAL: dict[str, Any] = {
 }
 
 
+DIFFERENT = {"weights": r"parameter 0 of shape \(4, 3\)", "seed": "differ in what they gave", "failure": "on purpose"}
+
+
 def unequal(name: str, rank: int, ranks: int, group: Any, reduction: str) -> Tensor:
     """Take steps where rank 0 holds 9 examples, two of them ignored, and rank 1 holds 3; or one process all."""
     model = Model().net
@@ -139,6 +143,28 @@ def unequal(name: str, rank: int, ranks: int, group: Any, reduction: str) -> Ten
     for _ in range(3):
         optimizer.step(lambda: (model(x[rows]), y[rows]))
     return flat(model)
+
+
+def refused(name: str, what: str, rank: int, group: Any) -> str:
+    """Return what a step says where rank 1 differs in weights, in its seed, or fails."""
+    model = Model().net
+    x, y = data()
+    if rank == 1 and what == "weights":
+        with torch.no_grad():
+            next(model.parameters())[:2].neg_()
+    more = {"seed": rank} if what == "seed" else {}
+    optimizer = UNEQUAL[name](model.parameters(), loss=F.cross_entropy, process_group=group, **more)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        if rank == 1 and what == "failure":
+            raise ZeroDivisionError("on purpose")
+        return model(x), y
+
+    try:
+        optimizer.step(closure)
+    except (RankError, ZeroDivisionError) as error:
+        return str(error)
+    return "taken"
 
 
 def work(rank: int, folder: str) -> None:
@@ -152,6 +178,7 @@ def work(rank: int, folder: str) -> None:
             for name in UNEQUAL
             for reduction in ("mean", "sum")
         }
+        results |= {f"{n}, {what}": refused(n, what, rank, group) for n in UNEQUAL for what in DIFFERENT}
         results["misuse"] = ddp_misuse(group)
         results["sampled"] = sampled(group)
         torch.save(results, Path(folder) / f"{rank}.pt")
@@ -182,6 +209,13 @@ def test_ranks_with_unequal_parts_take_the_steps_of_one(
     a, b = (results[f"{name}, {reduction}"] for results in two_ranks)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     torch.testing.assert_close(a, unequal(name, 0, 1, None, reduction), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_ranks_that_differ_or_fail_raise_on_all(two_ranks: list[dict[str, Any]], name: str, what: str) -> None:
+    for results in two_ranks:
+        assert re.search(DIFFERENT[what], results[f"{name}, {what}"])
 
 
 def test_micro_batches_of_all_ranks_draw_apart() -> None:
