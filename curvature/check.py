@@ -50,6 +50,8 @@ class CheckReport:
 
 @together
 @full_precision
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 @checked
 def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
     """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.

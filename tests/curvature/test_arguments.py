@@ -77,3 +77,9 @@ def test_python_says_what_is_missing() -> None:
     assert function(1, 2, 3, name="a") == (1, (2, 3), "a")
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
         function()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_check_works_where_gradients_are_off(mode: Any) -> None:
+    with mode():
+        assert OBJECTIVE.check().messages == OBJECTIVE.check().messages
