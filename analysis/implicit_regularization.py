@@ -12,6 +12,7 @@ with C_k the loss of batch k and C their mean (Smith, Dherin, Barrett and De 202
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def implicit_regularization(
     directions: bool = False,
     top: EigenPairs | None = None,
     norms: GradientNorms | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> ImplicitRegularization:
     """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
 
@@ -63,6 +65,7 @@ def implicit_regularization(
         directions: also return the gradients of both penalties.
         top: eigenpairs of the Hessian of the loss; adds angles and the change of the largest eigenvalue.
         norms: `gradient_norms` or `gradient_moments` of this very point, if taken before; spares their pass.
+        progress: told how many batches were differentiated twice so far, for `directions`.
 
     Raises:
         InputError: for arguments out of range, or several ranks.
@@ -103,10 +106,10 @@ def implicit_regularization(
     full = batch = None
     if directions or top is not None:
         pieces = objective if batch_size is None else objective.cut(batch_size)
-        of_full, of_batch, _ = penalty_gradients(pieces, weight_decay=weight_decay)
+        of_full, of_batch, _ = penalty_gradients(pieces, weight_decay=weight_decay, progress=progress)
         scale = 1.0
         if batch_size is not None:  # an estimate: one partition's, scaled to the batch size that was asked for
-            m = sum(1 for _ in pieces.linearizations())
+            m = pieces.num_batches or 1
             realised = expected_batch_variance(1.0, examples, examples / m)
             scale = expected_batch_variance(1.0, examples, B) / realised if realised > 0 else 0.0
         slope = None if top is None else curvature_gradient(objective, top.eigenvectors[:, 0].to(g))
@@ -135,7 +138,9 @@ def implicit_regularization(
 
 @full_precision
 @checked
-def penalty_gradients(objective: Objective, *, weight_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def penalty_gradients(
+    objective: Objective, *, weight_decay: float = 0.0, progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (n,) of |g|^2 and of (1/m) sum_k |g_k - g|^2 over the objective's batches, and g, (n,).
 
     2 H g and (2/m) sum_k H_k g_k - 2 H g, batches counted alike: two Hessian products a batch and a gradient, each on
@@ -152,6 +157,8 @@ def penalty_gradients(objective: Objective, *, weight_decay: float = 0.0) -> tup
         Hg += products[0]
         own += products[1]
         count += 1
+        if progress is not None:
+            progress(count)
     # sum_k H_k g_k / m - H g = sum_k H_k (g_k - g) / m, decay and all: its terms lambda (g_k - g) add up to zero
     return 2 * (Hg / count + weight_decay * whole), 2 * own / count, whole
 

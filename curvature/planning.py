@@ -1,4 +1,4 @@
-"""What a spectrum will cost, before it is paid: products from what is asked for, seconds from timed products.
+"""What a spectrum will cost, before it is paid: products from what is asked for, seconds from a timed gradient.
 
 One set of probes serves all quantities, so their prices do not add up: the plan is as large as the dearest of them.
 """
@@ -19,6 +19,8 @@ from curvature.linalg._validate import check_confidence, check_square, working_d
 from curvature.linop import MatrixLike
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
+from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.product_cost import predicted_product
 
 __all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "block_penalty", "plan"]
 
@@ -138,7 +140,7 @@ class SpectrumPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCost:
-    """What a plan will spend on one matrix, predicted from a timed product."""
+    """What a plan will spend on one matrix, predicted from a timed gradient or, for plain matrices, product."""
 
     plan: SpectrumPlan
     """To be passed to `curvature.spectrum`."""
@@ -166,7 +168,10 @@ def plan(
     num_steps: int = 30,
     moment_order: int = 2,
 ) -> PlannedCost:
-    """Say what the quantities will cost together, and how. Cost: two block products, the first of which builds graphs.
+    """Say what the quantities will cost together, and how.
+
+    Cost: two gradients and the graph of one batch, no product (`curvature.product_cost`); for a matrix that is not an
+    objective's, two block products.
 
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
     as the spectra of trained networks take, which the truth may exceed.
@@ -209,9 +214,12 @@ def plan(
         num_steps=steps,
     )
     width = min(num_probes, n)
-    X = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device)
-    _ = A @ X
-    _, seconds = timed(lambda: A @ X, A.device)
+    if isinstance(A, ObjectiveOperator):
+        seconds, graphs = predicted_product(A, width)
+    else:
+        X, graphs = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device), 0
+        _ = A @ X
+        _, seconds = timed(lambda: A @ X, A.device)
     spent = made.num_matvecs(n) + made.num_search(n)
     return PlannedCost(
         plan=made,
@@ -219,7 +227,7 @@ def plan(
         num_matvecs=spent,
         seconds_per_matvec=seconds / width,
         seconds=spent * seconds / width,
-        peak_bytes=max(peak_memory(A.device), current_memory(A.device) + made.num_bytes(A, [n])),
+        peak_bytes=max(peak_memory(A.device), current_memory(A.device) + graphs + made.num_bytes(A, [n])),
     )
 
 

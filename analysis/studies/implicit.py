@@ -14,45 +14,15 @@ from analysis.implicit_regularization import implicit_regularization
 from analysis.regularization_results import ImplicitRegularization, PenaltyDirection
 from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
+from analysis.studies.implicit_plan import ImplicitPlan, num_pieces, num_products, price
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.api import top_eigenpairs
-from curvature.arguments import checked_fields
-from curvature.errors import InputError
 from curvature.objective import Objective
 
 __all__ = ["IMPLICIT", "ImplicitPlan", "ImplicitRun", "ImplicitStudy"]
 
 _SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
-
-
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class ImplicitPlan:
-    """How the model was, or would be, trained.
-
-    Raises:
-        InputError: for values out of range.
-    """
-
-    lr: float
-    """Learning rate."""
-    batch_size: int | None = None
-    """In examples; None takes the batches of the task as they are."""
-    momentum: float = 0.0
-    """Heavy-ball momentum."""
-    weight_decay: float = 0.0
-    """Of `torch.optim.SGD`."""
-    directions: bool = True
-    """Whether to look where the penalties push, too."""
-    k: int = 3
-    """Against how many of the sharpest directions."""
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise InputError(f"the learning rate must be positive and finite, got {self.lr}.")
-        if self.k < 1:
-            raise InputError(f"at least one of the sharpest directions must be looked at, got {self.k}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +48,18 @@ class ImplicitRun(StudyRun):
     """The results."""
 
 
-def _price(objective: Objective, plan: ImplicitPlan) -> float:
-    del objective
-    return 3.5 + (2.0 * (12 + 8 * plan.k) + 12.0 if plan.directions else 0.0)
-
-
 def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generator, progress: Progress) -> ImplicitStudy:
-    top, stages = None, 1 + plan.directions
+    top, products = None, num_products(plan.k) * plan.directions
+    total = products + num_pieces(objective, plan.batch_size)
     if plan.directions:
-        progress("sharpest directions", 0, stages)
-        top = top_eigenpairs(objective, min(plan.k, objective.num_params), generator=generator)
-    progress("penalties", stages - 1, stages)
+        progress("sharpest directions", 0, total)
+        top = top_eigenpairs(
+            objective,
+            min(plan.k, objective.num_params),
+            generator=generator,
+            callback=lambda spent, _: progress("sharpest directions", min(spent, products), total),
+        )
+    progress("penalties", products, total)
     found = implicit_regularization(
         objective,
         lr=plan.lr,
@@ -97,6 +68,7 @@ def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generato
         weight_decay=plan.weight_decay,
         directions=plan.directions,
         top=top,
+        progress=lambda done: progress("penalties", products + done, total),
     )
     largest = found.layers[int(found.layer_batch_variances.argmax())]
     values = () if top is None else tuple(top.eigenvalues.tolist())
@@ -403,4 +375,4 @@ def _notes(study: ImplicitStudy) -> tuple[str, ...]:
     return tuple(notes)
 
 
-IMPLICIT = Study(record=ImplicitRun, price=_price, measure=_measure, account=_account)
+IMPLICIT = Study(record=ImplicitRun, price=price, measure=_measure, account=_account)

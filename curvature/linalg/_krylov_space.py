@@ -294,9 +294,9 @@ class KrylovSpace:
                 return found
         basis, floor = self.rows[: self.num_known + count], floor_of(W, least)
         H = basis @ W.T
-        N, R = gram_schmidt(W - H.T @ basis, floor)
+        N, R = gram_schmidt(torch.addmm(W, H.T, basis, alpha=-1), floor)
         again = basis @ N.T
-        N, R_again = gram_schmidt(N - again.T @ basis, floor.new_tensor(dependent_share(W)))
+        N, R_again = gram_schmidt(N.addmm_(again.T, basis, alpha=-1), floor.new_tensor(dependent_share(W)))
         return N, R_again @ R, H + again @ R
 
     def _orthonormalise_one(
@@ -306,14 +306,14 @@ class KrylovSpace:
         basis = self.rows[:count]
         H = W.new_zeros(count, 1)
         H[recent:] = basis[recent:] @ W.T
-        W = W - H[recent:].T @ basis[recent:]
+        W = torch.addmm(W, H[recent:].T, basis[recent:], alpha=-1)
         before = float(torch.linalg.vector_norm(W))
         again = basis @ W.T
-        W = W - again.T @ basis
+        W.addmm_(again.T, basis, alpha=-1)
         norm = torch.linalg.vector_norm(W)
         if not float(norm) > max(0.5 * before, 10 * float(floor)):  # NaN, too
             return None
-        return W / norm, norm.reshape(1, 1), H + again
+        return W.div_(norm), norm.reshape(1, 1), H + again
 
 
 def floor_of(W: Tensor, least: float) -> Tensor:

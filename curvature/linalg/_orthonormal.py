@@ -17,7 +17,9 @@ def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
     tiny = torch.finfo(X.dtype).tiny
     N = (X / torch.linalg.vector_norm(X, dim=0).clamp_min(tiny)).T
     for floor in (eps, eps):
-        N, _ = gram_schmidt(N - (N @ basis) @ basis.T, N.new_tensor(floor))
+        if basis.shape[1] > 0:
+            N.addmm_(N @ basis, basis.T, alpha=-1)
+        N, _ = gram_schmidt(N, N.new_tensor(floor))
     return N[torch.linalg.vector_norm(N, dim=1) > 0].T
 
 
@@ -26,7 +28,7 @@ def gram_schmidt(W: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
     A row of which no more than the floor is left is zero in N and R.
     """
-    N, R = torch.zeros_like(W), W.new_zeros(len(W), len(W))
+    N, R = torch.empty_like(W), W.new_zeros(len(W), len(W))
     for j, w in enumerate(W):
         for _ in range(2 if j else 0):
             h = N[:j] @ w
@@ -35,5 +37,5 @@ def gram_schmidt(W: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(w)
         kept = ~(norm <= floor)  # NaN is kept, to be found
         R[j, j] = torch.where(kept, norm, 0)
-        N[j] = torch.where(kept, w / norm, 0)
+        torch.div(w, torch.where(kept, norm, torch.inf), out=N[j])
     return N, R

@@ -122,9 +122,10 @@ class RoundedSpace(KrylovSpace):
 
     def vectors(self, S: Tensor) -> Tensor:
         weights = self._weights(S).T.to(self.rows.device, self.dtype)
-        return torch.cat(
-            [(weights @ self._wide(part)).to(self.A.device) for part in self.V.split(self.columns, 1)], 1
-        ).T
+        rows = weights.new_empty(len(weights), self.n, device=self.A.device)
+        for part, row in zip(self.V.split(self.columns, 1), rows.split(self.columns, 1), strict=True):
+            row.copy_(weights @ self._wide(part))
+        return rows.T
 
     def newest(self) -> tuple[float, float]:
         place = self.num_known + self.count - 1
@@ -177,7 +178,7 @@ class RoundedSpace(KrylovSpace):
         """Return X without what U and the rows span, given its inner products with them."""
         m = len(inner)
         H = torch.cholesky_solve(inner.double().cpu(), torch.linalg.cholesky(self.G[:m, :m])).to(X)
-        X = X - H[: self.num_known].T @ self.U
+        X = torch.addmm(X, H[: self.num_known].T, self.U, alpha=-1) if self.num_known else X.clone()
         H = H[self.num_known :]
         for part, x in zip(self.rows[: len(H)].split(self.columns, dim=1), X.split(self.columns, dim=1), strict=True):
             x -= H.T @ self._wide(part)

@@ -305,12 +305,12 @@ class ThickRestartLanczos:
     def _result(self, look: _Look, limit: int) -> EigenPairs:
         space = self.space
         values, S = look.values.flip(0), look.coefficients.flip(1)
-        U = space.vectors(S)
+        U = space.vectors(S)  # what follows holds one product for each beside them, and no more
         norms = torch.hypot(look.residuals.flip(0), space.coupling(S)).clamp_min(space.rounding())
         tolerance, inexact = self._tolerance(values), space.num_known > 0
         done, num_checks, confirmed = self._all_done(look), 0, self.confidence is None
         if isinstance(space, RoundedSpace):
-            values, U, R = self._refined(U)
+            values, R = self._refine(U)
             norms, num_checks, confirmed = torch.linalg.vector_norm(R, dim=0).double().cpu(), len(values), True
             tolerance = self._asked(values, rounding_level(self.A) * space.norm)
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
@@ -365,23 +365,27 @@ class ThickRestartLanczos:
                 return inferred, 1, True
             if left < 1 + k:
                 return inferred, 1, False
-        R = self._product(U) - U * values.to(U)
+        R = self._product(U).addcmul_(U, values.to(U), value=-1)
         return torch.linalg.vector_norm(R, dim=0).double().cpu(), k + int(not self.certify), True
 
-    def _refined(self, U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, vectors and residuals of the span of U, columns of a rounded basis, by products with it."""
+    def _refine(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn U, columns of a rounded basis, into Ritz vectors by products with it; return values and residuals."""
         assert isinstance(self.space, RoundedSpace)
-        U = orthonormalise(U, self.space.U.T.to(U))
+        U.copy_(orthonormalise(U, self.space.U.T.to(U)))
         AU = self._product(U)
         H = (U.T @ AU).double().cpu()
         values, Y = torch.linalg.eigh((H + H.T) / 2)
         values, Y = values.flip(0), Y.flip(1).to(U)
-        U = U @ Y
-        return values, U, AU @ Y - U * values.to(U)
+        for part in (*U.split(self.space.columns), *AU.split(self.space.columns)):
+            part.copy_(part @ Y)
+        return values, AU.addcmul_(U, values.to(U), value=-1)
 
     def _product(self, U: Tensor) -> Tensor:
-        """Return A U for the vectors of the result."""
-        return check_finite(self.A @ U.to(self.A.dtype), self.space.num_matvecs + U.shape[1]).to(U)
+        """Return A U for the vectors of the result, in memory of its own, by products no wider than those of a step."""
+        AU = torch.empty_like(U.T).T
+        for X, AX in zip(U.split(self.block_size, dim=1), AU.split(self.block_size, dim=1), strict=True):
+            AX.copy_(check_finite(self.A @ X.to(self.A.dtype), self.space.num_matvecs + U.shape[1]))
+        return AU
 
 
 class _Look(NamedTuple):

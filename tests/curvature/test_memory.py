@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective, kept_graphs
+from curvature import GGNOperator, HessianOperator, Objective, kept_graphs, plan
+from curvature.linearize import Linearization
 from curvature.memory import HeldMemory, _group_rooms, available_memory
+from curvature.product_cost import predicted_product
 from tests.checks import BATCHING_TOLERANCE, assert_close
 
 CPU = torch.device("cpu")
@@ -228,3 +230,26 @@ def test_limits_of_the_process_are_seen(name: str) -> None:
     finally:
         resource.setrlimit(limit, before)
     assert none == 0
+
+
+# -- what is predicted ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_plan_makes_no_product(
+    operator: type[HessianOperator | GGNOperator], keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows what the graphs will hold: as much as they do once the products are made."""
+    of = objective(keep_graphs=keep)
+    A = operator(of)
+    with monkeypatch.context() as patch:
+        for product in ("hvp", "ggnvp", "metric_product"):
+            patch.setattr(Linearization, product, None)
+        planned = plan(A, ["trace"])
+        seconds, coming = predicted_product(A, 1)
+    assert planned.seconds > 0
+    assert seconds > 0
+    before = of.held_bytes
+    _ = A @ _v(of)
+    assert (of.held_bytes - before) / coming == pytest.approx(1 if keep else 0, abs=0.2)

@@ -1,0 +1,41 @@
+"""The price of `curvature implicit` knows how many batches there are, and its bar ends where it said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from analysis.studies import implicit_plan
+from analysis.studies.implicit import IMPLICIT
+from analysis.studies.implicit_plan import ImplicitPlan, num_pieces, price
+from curvature import Objective
+from curvature.linearize import Linearization
+
+
+def _objective() -> Objective:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 3, generator=g), torch.randn(24, 2, generator=g)
+    return Objective(nn.Linear(3, 2), nn.MSELoss(), [(x[:14], y[:14]), (x[14:], y[14:])])
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(None, 2), (1, 24), (4, 4 + 3), (14, 2)])
+def test_the_price_is_that_of_every_piece(size: int | None, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = _objective()
+    objective.loss()
+    assert num_pieces(objective, size) == pieces
+    monkeypatch.setattr(implicit_plan, "timed", lambda work, _: (work(), 1.0))  # as if all took the same time
+    plan = ImplicitPlan(lr=0.1, batch_size=size, k=1)
+    sampled = min(pieces, 4)
+    of_penalties = 6.0 if size is None else pieces / sampled
+    assert price(objective, plan) == pytest.approx(3.5 + 2 * 20 + 6 + of_penalties)
+    seen: list[tuple[int, int]] = []
+    counted: list[int] = []
+    hvp = Linearization.hvp
+    monkeypatch.setattr(Linearization, "hvp", lambda lin, X, block=None: counted.append(len(X)) or hvp(lin, X, block))
+    IMPLICIT.measure(
+        objective, plan, torch.Generator().manual_seed(0), lambda _, done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (20 + pieces, 20 + pieces)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert counted.count(2) == pieces  # the two products of every piece
