@@ -12,7 +12,7 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -104,7 +104,7 @@ class Linearization(Recording):
         chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
         with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack([self._curve(gradient, chosen, params, x) for x in X.unbind()])
+            rows = _stack((self._curve(gradient, chosen, params, x) for x in X.unbind()), len(X))
         if not all_finite(rows):
             self._refuse(rows, X, chosen, lambda: [self._curve(gradient, chosen, params, x) for x in X.unbind()])
         return rows
@@ -115,7 +115,7 @@ class Linearization(Recording):
         g, v = differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
         if not g:
             return torch.zeros_like(x)
-        return self._flatten(_pull_back(g, params, v), chosen)
+        return self._flatten(list(_pull_back(g, params, v)), chosen)
 
     def curvature_gradient(self, v: Tensor) -> Tensor:
         """Return the gradient of v'H v in the parameters, (n,), v held fixed.
@@ -161,7 +161,7 @@ class Linearization(Recording):
             return torch.zeros_like(x) if Jx is None else self._pull(M(Jx).to(dtype), block)
 
         with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack([product(x) for x in X.unbind()])
+            rows = _stack((product(x) for x in X.unbind()), len(X))
         if not all_finite(rows):
             self._refuse(rows, X, self._positions(block), lambda: [product(x) for x in X.unbind()])
         return rows
@@ -179,7 +179,7 @@ class Linearization(Recording):
         with self._backward_session(), no_autocast(self._space.device):
             rows = [self._push(x, block) for x in X.unbind()]
         zero = X.new_zeros(self.num_outputs)
-        products = _stack([zero if row is None else row.reshape(-1).to(X.dtype) for row in rows])
+        products = _stack((zero if row is None else row.reshape(-1).to(X.dtype) for row in rows), len(X))
         if not all_finite(products):
             self._refuse(products, X, (), lambda: [self._push(x, block) for x in X.unbind()])
         return products
@@ -195,7 +195,7 @@ class Linearization(Recording):
             return self._pull(u.reshape(outputs.shape).to(outputs.dtype), block)
 
         with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack([product(u) for u in U.unbind()])
+            rows = _stack((product(u) for u in U.unbind()), len(U))
         if not all_finite(rows):
             self._refuse(rows, U, self._positions(block), lambda: [product(u) for u in U.unbind()])
         return rows
@@ -213,7 +213,7 @@ class Linearization(Recording):
         params = [self._params[i] for i in chosen]
         if not outputs.requires_grad:
             return self._flatten([None] * len(params), chosen)
-        return self._flatten(_pull_back([outputs], params, [u]), chosen)
+        return self._flatten(list(_pull_back([outputs], params, [u])), chosen)
 
     @invisibly
     def prepare(self, product: Literal["hvp", "ggnvp"] | OutputMetric) -> None:
@@ -317,5 +317,14 @@ class Linearization(Recording):
         return outputs
 
 
-def _stack(rows: list[Tensor]) -> Tensor:
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)  # one row is not copied
+def _stack(rows: Iterable[Tensor], count: int) -> Tensor:
+    """Return the rows as one tensor; a single one is not copied, and of more no two are held beside it."""
+    stacked: Tensor | None = None
+    for i, row in enumerate(rows):
+        if count == 1:
+            return row[None]
+        stacked = row.new_empty(count, *row.shape) if stacked is None else stacked
+        stacked[i] = row
+        del row
+    assert stacked is not None
+    return stacked

@@ -29,6 +29,8 @@ P = ParamSpec("P")
 R = TypeVar("R", bound="Recording")
 T = TypeVar("T")
 
+_LARGE = 1 << 20  # entries of a vector from which memory counts more than calls
+
 
 def invisibly(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
     """Let a method that fails with lean layers run again without them: what it raises then is the model's own."""
@@ -153,8 +155,11 @@ class Recording:
         return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
     def _flatten(self, parts: Sequence[Tensor | None], chosen: Sequence[int] | None = None) -> Tensor:
+        """Return the parts as one vector; a list of them, if they are large, is emptied on the way."""
         params = self._params if chosen is None else [self._params[i] for i in chosen]
         dtype = self._space.dtype
+        if isinstance(parts, list) and sum(p.numel() for p in params) >= _LARGE:
+            return _gathered(parts, params, dtype)
         flat = [
             torch.zeros(p.numel(), dtype=dtype, device=p.device) if part is None else part.reshape(-1).to(dtype)
             for part, p in zip(parts, params, strict=True)
@@ -190,3 +195,15 @@ class Recording:
             + ", although loss and vector are: the loss is not twice differentiable there (a norm or sqrt at 0?) or "
             "overflows; shift the argument or use a wider dtype."
         )
+
+
+def _gathered(parts: list[Tensor | None], params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the parts as one vector, each of them freed as soon as it is copied: never two vectors at once."""
+    flat = torch.empty(sum(p.numel() for p in params), dtype=dtype, device=params[0].device)
+    for i, place in enumerate(flat.split([p.numel() for p in params])):
+        part, parts[i] = parts[i], None
+        if part is None:
+            place.zero_()
+        else:
+            place.copy_(part.reshape(-1))
+    return flat

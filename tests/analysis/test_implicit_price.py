@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analysis.studies import implicit_plan
 from analysis.studies.implicit import IMPLICIT
 from analysis.studies.implicit_plan import ImplicitPlan, num_pieces, price
 from curvature import Objective
 from curvature.linearize import Linearization
+from curvature.parameters import Block
 
 
 def _objective() -> Objective:
@@ -32,7 +33,12 @@ def test_the_price_is_that_of_every_piece(size: int | None, pieces: int, monkeyp
     seen: list[tuple[int, int]] = []
     counted: list[int] = []
     hvp = Linearization.hvp
-    monkeypatch.setattr(Linearization, "hvp", lambda lin, X, block=None: counted.append(len(X)) or hvp(lin, X, block))
+
+    def watched(lin: Linearization, X: Tensor, block: Block | None = None) -> Tensor:
+        counted.append(len(X))
+        return hvp(lin, X, block)
+
+    monkeypatch.setattr(Linearization, "hvp", watched)
     IMPLICIT.measure(
         objective, plan, torch.Generator().manual_seed(0), lambda _, done, total: seen.append((done, total))
     )
