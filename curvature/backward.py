@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from curvature.errors import CheckFailedError
+
 __all__ = ["differentiable", "no_autocast", "pull_back", "walk"]
+
+
+_REFUSAL = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
 
 
 def pull_back(
@@ -28,15 +34,26 @@ def pull_back(
     """
     if vectors is None:
         vectors = [torch.ones_like(f) for f in functions]
-    return _engine_run_backward(
-        tuple(functions),
-        tuple(vectors),
-        True,
-        create_graph,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    try:
+        return _engine_run_backward(
+            tuple(functions),
+            tuple(vectors),
+            True,
+            create_graph,
+            tuple(inputs),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
+    except RuntimeError as error:
+        found = _REFUSAL.search(str(error))
+        if found is None:
+            raise
+        name = found[1].removeprefix("aten::").strip("_").removesuffix("_backward")
+        raise CheckFailedError(
+            f"torch has no second derivative of {name}, which Hessian, Gauss-Newton and Fisher products all need: "
+            "write that operation of the model or loss in others that torch differentiates twice; gradients and "
+            "per-example gradients work as it is."
+        ) from error
 
 
 def differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from curvature.array_inputs import with_tensors
 from curvature.errors import DataError
 from curvature.fingerprints import Fingerprint, fingerprint
 from curvature.parts import num_examples, take, ways_to_cut
@@ -95,6 +97,7 @@ class DataSource:
 
     def _pieces(self) -> Iterator[Any]:
         for batch in self._data if self.in_memory else unnoticed(self._data, self._stream):
+            batch = with_tensors(batch)
             if self._micro_batch is None:
                 yield batch
             else:
@@ -116,10 +119,10 @@ class DataSource:
 
 
 def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
-    if isinstance(data, (Tensor, tuple, Mapping)):
+    if isinstance(data, (Tensor, np.ndarray, tuple, Mapping)):
         return [data]
     if isinstance(data, list):
-        if paired and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
+        if paired and len(data) == 2 and all(isinstance(item, (Tensor, np.ndarray)) for item in data):
             return [data]
         if not data and not may_be_empty:
             raise DataError("data is an empty list; pass one (inputs, targets) pair, a list of them, or a loader.")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.advice import advice_on_inputs, advice_on_loss, advice_on_outputs, first_line
 from curvature.autocast import as_around
 from curvature.batch_objects import attributes_of
 from curvature.errors import DataError, InputError, NonFiniteError
@@ -86,11 +87,11 @@ class Evaluator:
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what changes when the point, a buffer or a mode of the model changes."""
-        state: list[Any] = [part for t in self.parameters for part in (t.data_ptr(), t._version)]
+        state: list[Any] = [part for t in self.parameters for part in _place_and_version(t)]
         for module in self._modules:
             state.append(module.training)
             for tensors in (module._parameters, module._buffers):
-                state += [part for t in tensors.values() if t is not None for part in (t.data_ptr(), t._version)]
+                state += [part for t in tensors.values() if t is not None for part in _place_and_version(t)]
         return tuple(state)
 
     def corrected_layers(self) -> LeanLayers:
@@ -146,10 +147,7 @@ class Evaluator:
             outputs, targets, loss = self._loss(batch)
             drew_random_numbers = drew()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(
-                f"the loss of a batch must be a tensor with one entry, got {got}; reduce it by a mean or a sum."
-            )
+            raise InputError(f"the loss of a batch must be a tensor with one entry, got {advice_on_loss(loss)}")
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
@@ -169,7 +167,12 @@ class Evaluator:
                     f"a batch must be a pair (inputs, targets), got {_describe(batch)}; pass forward= to say how such "
                     "a batch is fed."
                 ) from None
-            outputs = self.model(inputs)
+            try:
+                outputs = self.model(inputs)
+            except (RuntimeError, TypeError) as error:
+                if (advice := advice_on_inputs(inputs, self.parameters, error)) is None:
+                    raise
+                raise InputError(f"{advice} (the model says: {first_line(error)})") from error
         else:
             returned = self.forward(self.model, batch)
             if not isinstance(returned, (tuple, list)) or len(returned) != 2:
@@ -178,7 +181,12 @@ class Evaluator:
                     "a forward that returns the loss itself goes with loss=None."
                 )
             outputs, targets = returned
-        return outputs, targets, self.rule.loss(outputs, targets)
+        try:
+            return outputs, targets, self.rule.loss(outputs, targets)
+        except (TypeError, AttributeError) as error:
+            if (advice := advice_on_outputs(outputs, targets, self.forward is None)) is None:
+                raise
+            raise InputError(f"{advice} (the loss says: {first_line(error)})") from error
 
     def _weight(self, batch: Any, outputs: Any, targets: Any) -> float:
         if self.weight is not None:
@@ -207,6 +215,11 @@ class Evaluator:
         return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
 
 
+def _place_and_version(t: Tensor) -> tuple[int, int]:
+    place = t.data_ptr() if t.layout is torch.strided else id(t)
+    return place, 0 if t.is_inference() else t._version
+
+
 class BufferCopies:
     """Copies of a model's buffers that stand in for them during a session and belong to one graph."""
 
@@ -216,7 +229,7 @@ class BufferCopies:
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                    copy = copies.setdefault(id(buffer), _ordinary(buffer.detach()))
                     self._places.append((module._buffers, name, copy))
 
     @contextlib.contextmanager
@@ -333,13 +346,19 @@ def map_tensors(
 
 def move_batch(batch: Any, device: torch.device) -> Any:
     """Return the batch on `device`; objects with a method `to` are asked to move themselves."""
-    if all(t.device == device for t in tensors_in(batch)):
+    if all(t.device == device and not t.is_inference() for t in tensors_in(batch)):
         return batch
     return map_tensors(
         batch,
-        lambda t: t.to(device, non_blocking=True),
+        lambda t: (_ordinary(t) if t.is_inference() else t).to(device, non_blocking=True),
         lambda part: part.to(device) if callable(getattr(part, "to", None)) else None,
     )
+
+
+def _ordinary(t: Tensor) -> Tensor:
+    """Return a copy that autograd can save, also of a tensor that was made under inference_mode."""
+    with torch.inference_mode(False):
+        return t.clone()
 
 
 def _leading_size(batch: Any) -> int:

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvature.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.errors import CheckFailedError
 from curvature.guards import refuse_undifferentiable
+from curvature.substitutes import SUBSTITUTES
 
 __all__ = ["LeanLayers", "MustRecordAnewError"]
 
@@ -83,6 +84,8 @@ class LeanLayers(TorchFunctionMode):
             self._prepare_for_differentiation(args[0])
         elif func is torch._weight_norm:
             return weight_norm(*args, **kwargs)
+        elif func in SUBSTITUTES:
+            return SUBSTITUTES[func](*args, **kwargs)
         elif func in NORMALISATIONS and torch.is_grad_enabled():
             if self._third_order or differentiated_by_transform():
                 result = NORMALISATIONS[func](func, *args, **kwargs)

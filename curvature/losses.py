@@ -257,7 +257,7 @@ class AnyLoss(LossRule):
             return torch.zeros_like
 
         def product(u: Tensor) -> Tensor:
-            (Hu,) = torch.autograd.grad(g, z, u.to(g.dtype), retain_graph=True, allow_unused=True)
+            (Hu,) = pull_back([g], [z], [u.to(g.dtype)])
             return torch.zeros_like(u) if Hu is None else Hu
 
         return product

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HeldMemory", "available_memory"]
+__all__ = ["HeldMemory", "available_memory", "tensor_bytes"]
 
 PROC = Path("/proc/self")
 
@@ -84,6 +84,17 @@ def _parts(value: Any) -> Iterator[Tensor]:
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(t: Tensor) -> int:
+    """Return the bytes of a tensor's entries, and of the indices of a sparse one."""
+    if t.layout is torch.strided:
+        return t.nbytes
+    if t.layout is torch.sparse_coo:
+        return t._indices().nbytes + t._values().nbytes
+    by_row = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+    indices = (t.crow_indices(), t.col_indices()) if by_row else (t.ccol_indices(), t.row_indices())
+    return t.values().nbytes + sum(index.nbytes for index in indices)
 
 
 def available_memory(device: torch.device) -> int:

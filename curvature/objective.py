@@ -24,6 +24,7 @@ from curvature.kept_graphs import GraphBudget, KeptGraphs
 from curvature.lean_trust import LeanTrust
 from curvature.linearize import Linearization
 from curvature.losses import loss_rule
+from curvature.memory import tensor_bytes
 from curvature.objective_arguments import check_arguments
 from curvature.parameters import ParameterSpace, Selection
 from curvature.process_state import one_at_a_time
@@ -313,7 +314,7 @@ class Objective:
         refuse_other_batches(self, lin)
         if meter is not None:
             is_copy = own is not batch or not self._data.in_memory
-            self._kept.add(mark, own, lin, meter, sum(t.nbytes for t in tensors_in(own)) if is_copy else 0)
+            self._kept.add(mark, own, lin, meter, sum(map(tensor_bytes, tensors_in(own))) if is_copy else 0)
         return lin
 
     def release(self) -> None:

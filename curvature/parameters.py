@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from curvature.arguments import checked
 from curvature.errors import InputError, ParameterSelectionError
@@ -85,6 +86,16 @@ class ParameterSpace:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise InputError(f"parameter {name!r} must be a tensor, got {type(tensor).__name__}.")
+            if is_lazy(tensor):
+                raise InputError(
+                    f"parameter {name!r} has no shape yet: run the model once on a batch, so that its lazy layers are "
+                    "made."
+                )
+            if tensor.is_inference():
+                raise InputError(
+                    f"parameter {name!r} was made under torch.inference_mode, which autograd cannot differentiate: "
+                    "build or load the model outside of it."
+                )
             if not tensor.is_leaf or not tensor.is_floating_point():
                 kind = "a non-leaf tensor" if not tensor.is_leaf else f"of dtype {tensor.dtype}"
                 raise InputError(
@@ -142,7 +153,8 @@ class ParameterSpace:
         owners: dict[str, list[str]] = {}
         for name in self.tensors:
             owners.setdefault(_owner(name), []).append(name)
-        return tuple(self._block(owner, names) for owner, names in owners.items())
+        blocks = (self._block(owner, names) for owner, names in owners.items())
+        return tuple(block for block in blocks if block.num_params > 0)  # some hold empty tensors only
 
     def block(self, selection: Selection, model: nn.Module | None = None) -> Block:
         """Return the block of the parameters that `selection` picks out of this space.

@@ -158,6 +158,8 @@ def by_products(objective: Objective, lin: Linearization, product: Literal["hvp"
     space = objective.space
     parts = []
     for name, size in zip(space.names, space.numels, strict=True):
+        if size == 0:
+            continue
         block = space.block({name: space.tensors[name]})
         width = max(1, min(size, budget // (4 * size * torch.finfo(space.dtype).bits // 8)))
         for start in range(0, size, width):

@@ -160,8 +160,10 @@ def test_threads(shared: str, keep_graphs: bool) -> None:
 
     with quick_switches():
         threads = [threading.Thread(target=work, args=(others[shared](),)) for _ in range(3)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
     assert len(found) == 36
     for product in found:
         assert isinstance(product, Tensor), product
