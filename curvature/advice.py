@@ -61,11 +61,11 @@ def advice_on_outputs(outputs: Any, targets: Any, default_forward: bool) -> str 
 def advice_on_loss(loss: Any) -> str:
     """Return what a loss is that is no tensor with one entry, and what to write."""
     if isinstance(loss, Tensor):
-        return f"one of shape {tuple(loss.shape)}; reduce it by a mean or a sum."
+        return f"{tuple(loss.shape)}; reduce it by a mean or a sum."
     if isinstance(loss, Mapping):
-        return f"a {type(loss).__name__} of {', '.join(map(repr, loss))}; return their sum, sum(losses.values())."
+        return f"{type(loss).__name__} of {', '.join(map(repr, loss))}; return their sum, sum(losses.values())."
     if isinstance(loss, (list, tuple)):
-        return f"a {type(loss).__name__} of {len(loss)}; return their sum, sum(losses), or the entry that is the loss."
+        return f"{type(loss).__name__} of {len(loss)}; return their sum, sum(losses), or the entry that is the loss."
     if isinstance(getattr(loss, "loss", None), Tensor):
-        return f"a {type(loss).__name__}; return its entry .loss."
-    return f"a {type(loss).__name__}."
+        return f"{type(loss).__name__}; return its entry .loss."
+    return f"{type(loss).__name__}; return a tensor."
