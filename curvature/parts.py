@@ -43,7 +43,12 @@ def take(batch: Any, rows: Sequence[int], count: int) -> Any:
 
 def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
     if isinstance(value, Tensor):
-        return value[_index(rows, value)] if value.ndim > 0 and len(value) == count else value
+        if value.ndim == 0 or len(value) != count:
+            return value
+        if value.layout is not torch.strided:
+            index = torch.tensor(rows, device=value.device)
+            return value.to_sparse_coo().index_select(0, index).to_sparse(layout=value.layout)
+        return value[_index(rows, value)]
     if isinstance(value, Mapping):
         mapped = {key: _taken(part, rows, count) for key, part in value.items()}
         return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]
