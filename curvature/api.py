@@ -19,6 +19,7 @@ from curvature.linalg._validate import check_count, check_generator, check_squar
 from curvature.linalg.thick_restart import Which
 from curvature.linop import LinearOperator, MatrixLike, to_dense
 from curvature.objective import Objective
+from curvature.one_matrix import one_matrix
 from curvature.operators import HessianOperator
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.planning import block_penalty
@@ -33,6 +34,7 @@ _DENSE = 1000  # tensors up to this size are decomposed
 
 
 @full_precision
+@one_matrix
 @checked
 def top_eigenpairs(
     A: MatrixLike | Objective,

@@ -19,6 +19,7 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.coupling import describe_cuts, refuse_other_batches
 from curvature.distributed import together
+from curvature.dependence import Dependence
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
 from curvature.guards import custom_functions
@@ -28,7 +29,7 @@ from curvature.losses import AnyLoss
 if TYPE_CHECKING:
     from curvature.objective import Objective
 
-__all__ = ["CheckReport", "check_objective"]
+__all__ = ["CheckReport", "check_objective", "moving_module"]
 
 _KINKS = (  # stems of autograd nodes of functions with jumps in their first derivative
     *("Abs", "AdaptiveMax", "Amax", "Amin", "Clamp", "Floor", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh"),
@@ -100,23 +101,27 @@ def _repeats(objective: Objective, tolerance: float) -> str:
     change = max(changes)
     if not all(c <= tolerance for c in changes):  # nor NaN
         raise CheckFailedError(
-            f"two evaluations at the same parameters differ by {change:.1e} relative: {_moving_module(objective)}"
+            f"two evaluations at the same parameters differ by {change:.1e} relative: {moving_module(objective)}"
         )
     return f"Loss and gradient repeat to {change:.1e}."
 
 
 def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
+    dependence = Dependence(objective._dependence.whole)
+
     def parts() -> Iterator[tuple[float, Tensor]]:
         for index, _, batch in objective._data:
             lin = Linearization(objective._evaluator, objective.space, move_batch(batch, objective.device), index)
             refuse_other_batches(objective, lin)
+            dependence.note(lin)
             yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
+        dependence.require(objective._evaluator)
 
     mean = objective._mean(parts())
     return mean[0], mean[1:]
 
 
-def _moving_module(objective: Objective) -> str:
+def moving_module(objective: Objective) -> str:
     """Name the first module whose output differs between two runs although its inputs do not."""
     batch = next(iter(objective.batches()))
     first, second = _trace(objective, batch), _trace(objective, batch)

@@ -82,6 +82,11 @@ class DataSource:
                 "work on one fixed draw."
             )
 
+    def reset(self) -> None:
+        """Forget what passes have shown: the data were changed."""
+        self.num_batches, self.shuffles = None, False
+        self._order, self._totals, self._num_passes = [], None, 0
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": []}  # of this process's generators
 

@@ -255,8 +255,8 @@ class RankAgreement:
         return sum_over_ranks(total, weight, self.group)
 
     def _digests(self, objective: Objective) -> dict[str, int]:
-        mark = objective._evaluator.fingerprint()
-        if self._point is None or self._point[0] != mark:
+        mark = objective._freshness.current()
+        if self._point is None or self._point[0] is not mark:
             self._point = (mark, _point_digests(objective))
         return self._point[1]
 

@@ -85,15 +85,6 @@ class Evaluator:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Return what changes when the point, a buffer or a mode of the model changes."""
-        state: list[Any] = [part for t in self.parameters for part in _place_and_version(t)]
-        for module in self._modules:
-            state.append(module.training)
-            for tensors in (module._parameters, module._buffers):
-                state += [part for t in tensors.values() if t is not None for part in _place_and_version(t)]
-        return tuple(state)
-
     def corrected_layers(self) -> LeanLayers:
         """Return layers as autograd has them, right to the order that this model needs, to enter a session with."""
         return LeanLayers(corrections_only=True, third_order=self.forward_differentiates is not False)
@@ -213,35 +204,6 @@ class Evaluator:
         if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
             return "parameters and data are finite but the model's outputs are not: they overflow; use a wider dtype."
         return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
-
-
-def _place_and_version(t: Tensor) -> tuple[int, int]:
-    place = t.data_ptr() if t.layout is torch.strided else id(t)
-    return place, 0 if t.is_inference() else t._version
-
-
-class BufferCopies:
-    """Copies of a model's buffers that stand in for them during a session and belong to one graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        copies: dict[int, Tensor] = {}
-        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    copy = copies.setdefault(id(buffer), _ordinary(buffer.detach()))
-                    self._places.append((module._buffers, name, copy))
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        originals = [(store, name, store[name]) for store, name, _ in self._places]
-        try:
-            for store, name, copy in self._places:
-                store[name] = copy
-            yield
-        finally:
-            for store, name, original in originals:
-                store[name] = original
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from curvature.linalg._krylov_space import KrylovSpace
 from curvature.linalg._validate import check_finite
 from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 
@@ -193,6 +194,7 @@ class GroupSums:
             self._sum = None
 
 
+@one_matrix
 def advance(
     A: MatrixLike,
     runs: Sequence[Run],

@@ -69,11 +69,16 @@ class LeanLayers(TorchFunctionMode):
         super().__init__()
         self.num_replaced = 0
         self.saw_hooks = self.must_record_anew = self.forward_differentiates = False
+        self._corrections_only = corrections_only
         self._third_order = third_order
         self._left_normalisations = False
         self._rules = {} if corrections_only or third_order else _RULES
         self._replaced: list[Any] = []
         self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
+
+    def alike(self) -> LeanLayers:
+        """Return layers that record as these do, with nothing recorded."""
+        return LeanLayers(corrections_only=self._corrections_only, third_order=self._third_order)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from curvature.arguments import checked
 from curvature.coupling import Cuts, refuse_other_batches, refuse_pieces
 from curvature.data import DataSource
+from curvature.dependence import Dependence
 from curvature.distributed import RankAgreement, built_together, sum_of_parts
 from curvature.errors import DataError, InputError
 from curvature.evaluation import Evaluator, Forward, move_batch, tensors_in
+from curvature.freshness import Freshness
 from curvature.kept_graphs import GraphBudget, KeptGraphs
 from curvature.lean_trust import LeanTrust
 from curvature.linearize import Linearization
@@ -91,12 +93,10 @@ class Objective:
         allow_tf32: bool = False,
     ) -> None:
         check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
-        model = getattr(
-            model, "_orig_mod", model
-        )  # torch.compile's wrapper has no second derivative; the module inside has
+        model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
         self.model = model
-        self.space = ParameterSpace.from_model(model, params)
-        self.device = self.space.device
+        self._space = ParameterSpace.from_model(model, params)
+        self.device = self._space.device
         if device is not None and torch.empty(0, device=device).device != self.device:
             raise InputError(
                 f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first."
@@ -104,54 +104,51 @@ class Objective:
         self.process_group = process_group
         self._rule = None if loss is None else loss_rule(loss)
         self._evaluator = Evaluator(
-            model, self._rule, forward, weight, list(self.space.tensors.values()), seed, allow_tf32
+            model, self._rule, forward, weight, list(self._space.tensors.values()), seed, allow_tf32
         )
         self._data = DataSource(
             data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
         )
-        self._settings = {
-            "loss": loss,
-            "data": data,
-            "forward": forward,
-            "weight": weight,
-            "process_group": process_group,
-        }
-        self._settings |= {
-            "keep_graphs": keep_graphs,
-            "memory_budget": memory_budget,
-            "micro_batch": micro_batch,
-            "seed": seed,
-            "allow_tf32": allow_tf32,
-        }
+        self._settings = {"loss": loss, "data": data, "forward": forward, "weight": weight}
+        self._settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
+        self._settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
         self._micro_batch = micro_batch
         self._kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
-        self._point: tuple[Any, ...] | None = None
         self._total_weight: float | None = None
-        self._used: set[int] | None = None
+        self._dependence = Dependence()
         self._trust = LeanTrust()
         self._cuts = Cuts()
+        self._freshness = Freshness(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: no graphs, which are built again."""
         if self.process_group is not None:
             raise InputError("an objective with process_group= cannot be copied or pickled; build it on each rank.")
-        return {**{key: value for key, value in self.__dict__.items() if key != "_kept"}, "_point": None}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_freshness")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         budget = GraphBudget(self._settings["memory_budget"], self.device)
         self._kept = KeptGraphs(self._settings["keep_graphs"], budget)
+        self._freshness = Freshness(self)
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
     @property
+    def space(self) -> ParameterSpace:
+        """The chosen parameters: the tensors under their names in the model as it is now."""
+        if self._space.follow(self.model):
+            self._evaluator.parameters = list(self._space.tensors.values())
+        return self._space
+
+    @property
     def num_params(self) -> int:
-        return self.space.num_params
+        return self._space.num_params
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of vectors and results: float32 or wider, whatever the model's dtype."""
-        return self.space.dtype
+        return self._space.dtype
 
     @property
     def num_batches(self) -> int | None:
@@ -210,8 +207,9 @@ class Objective:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
         notes = []
-        if self._used is not None and len(self._used) < len(self.space.names):
-            unused = [name for i, name in enumerate(self.space.names) if i not in self._used]
+        used = self._dependence.used
+        if used is not None and len(used) < len(self._space.names):
+            unused = [name for i, name in enumerate(self._space.names) if i not in used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
         if self.num_batches is not None and len(self._kept) > 0:
             of = (
@@ -232,7 +230,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        return self.reduce(lambda lin: lin.loss.to(self.dtype))
+        return self._mean(self._parts(self._linearised(), lambda lin: lin.loss.to(self.dtype)))
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, (n,). Cost: one gradient."""
@@ -247,8 +245,9 @@ class Objective:
         """Return the objective as a function of some of the parameters only, over the same data."""
         names = self.space.block(selection, self.model).parameters
         chosen = {name: self.space.tensors[name] for name in names}
-        restricted = Objective(self.model, params=chosen, **self._settings)
-        return restricted._sharing_with(self)
+        restricted = Objective(self.model, params=chosen, **self._settings)._sharing_with(self)
+        restricted._dependence = Dependence.of_some(self)
+        return restricted
 
     def cut(self, micro_batch: int) -> Objective:
         """Return the same function with its batches cut into pieces of at most so many examples.
@@ -281,25 +280,30 @@ class Objective:
     def linearizations(self) -> Iterator[Linearization]:
         """Yield the linearised loss of every batch, from kept graphs where there are any.
 
-        A kept graph belongs to the parameters, buffers and modes it was built with; when any of them has changed, all
-        graphs are dropped and the operators are those of the present point.
+        A kept graph belongs to the point it was built at; when anything that the function is made of has changed, all
+        graphs are dropped and the operators are those of the present point (`curvature.freshness`).
+
+        Raises:
+            CheckFailedError: if no batch depends on the parameters, or forward is found not to repeat.
         """
-        with one_at_a_time:
-            point = self._evaluator.fingerprint()
-            if point != self._point:
-                self.release()
-                self._point = point
+        yield from self._linearised()
+        self._dependence.require(self._evaluator)
+
+    def _linearised(self) -> Iterator[Linearization]:
+        self._freshness.enter()
         self._kept.begin_walk()
+        built = False
         for index, mark, batch in self._walk():
             lin = self._kept.find(index, mark)
             if lin is None:
-                lin = self._linearization(index, mark, batch)
+                lin, built = self._linearization(index, mark, batch), True
             yield lin
-            self._note_used(lin)
+            self._dependence.note(lin)
             del lin  # before the next graph is built
+        if built:
+            self._freshness.leave()
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
-        """Yield place, mark and batch; the data are not read where all graphs are kept."""
         if not self.keeps_all_graphs:
             yield from self._data
             return
@@ -307,11 +311,10 @@ class Objective:
         yield from self._kept.batches()
 
     def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
-        """Return the linearised loss of a batch, which is kept if it is its turn."""
-        meter = self._kept.meter(index)
-        own = move_batch(batch, self.device)
+        meter, own = self._kept.meter(index), move_batch(batch, self.device)
         lin = Linearization(self._evaluator, self.space, own, index, trust=self._trust, meter=meter)
         refuse_other_batches(self, lin)
+        self._freshness.built(lin, mark)
         if meter is not None:
             is_copy = own is not batch or not self._data.in_memory
             self._kept.add(mark, own, lin, meter, sum(map(tensor_bytes, tensors_in(own))) if is_copy else 0)
@@ -321,10 +324,6 @@ class Objective:
         """Drop the kept graphs and the memory they hold; the next product builds them again."""
         self._kept.clear()
 
-    def _note_used(self, lin: Linearization) -> None:
-        used = lin.used_parameters()
-        if used is not None:
-            self._used = (self._used or set()) | {i for i, is_used in enumerate(used) if is_used}
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
@@ -342,18 +341,22 @@ class Objective:
             observe: told the place, weight and tensor of each of this rank's batches that count.
             vectors: what is multiplied by; compared over ranks.
         """
+        return self._mean(self._parts(self.linearizations(), products, observe), vectors)
 
-        def parts() -> Iterator[tuple[float, Tensor]]:
-            for lin in self.linearizations():
-                part = products(lin)
-                weight = lin.weight
-                if observe is not None and weight != 0:
-                    observe(lin.index, weight, part)
-                del lin  # before the next graph is built
-                yield weight, part
-                del part
-
-        return self._mean(parts(), vectors)
+    @staticmethod
+    def _parts(
+        walk: Iterator[Linearization],
+        products: Callable[[Linearization], Tensor],
+        observe: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Iterator[tuple[float, Tensor]]:
+        for lin in walk:
+            part = products(lin)
+            weight = lin.weight
+            if observe is not None and weight != 0:
+                observe(lin.index, weight, part)
+            del lin  # before the next graph is built
+            yield weight, part
+            del part
 
     def _mean(self, parts: Iterator[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""

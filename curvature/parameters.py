@@ -8,6 +8,7 @@ several names (tied weights) is one entry, under its first name. Blocks collect 
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -118,6 +119,8 @@ class ParameterSpace:
             self._starts.append(start)
             start += tensor.numel()
         self.num_params = start
+        self._shapes = self.shapes
+        self._places: list[_Place] = []
 
     @classmethod
     def from_model(cls, model: nn.Module, selection: Selection | None = None) -> ParameterSpace:
@@ -127,11 +130,73 @@ class ParameterSpace:
         every_name = model.named_parameters(remove_duplicate=False)
         aliases = {alias: first_name[id(t)] for alias, t in every_name if first_name[id(t)] != alias}
         if selection is None:
-            return cls({name: t for name, t in named.items() if t.requires_grad}, aliases)
-        if isinstance(selection, Mapping):
-            return cls(_distinct(selection), aliases)
-        names = set(_selected_names(selection, named, aliases, model))
-        return cls({name: t for name, t in named.items() if name in names}, aliases)
+            space = cls({name: t for name, t in named.items() if t.requires_grad}, aliases)
+        elif isinstance(selection, Mapping):
+            space = cls(_distinct(selection), aliases)
+        else:
+            names = set(_selected_names(selection, named, aliases, model))
+            space = cls({name: t for name, t in named.items() if name in names}, aliases)
+        for name, tensor in space.tensors.items():
+            if (inside := first_name.get(id(tensor))) is not None:  # else it is none of the model's: the loss holds it
+                twins = [alias for alias, first in aliases.items() if first == inside]
+                space._places += [_Place(name, *_split(each)) for each in (inside, *twins)]
+        return space
+
+    # -- the present point --------------------------------------------------------------------------------------------
+
+    def follow(self, model: nn.Module) -> bool:
+        """Take the tensors that stand in the model under the chosen names now; say whether any is another one.
+
+        Raises:
+            ParameterSelectionError: if a name is gone, or names that shared a tensor share it no longer.
+        """
+        found: dict[str, Tensor] = {}
+        moved = False
+        for place in self._places:
+            tensor = place.tensor(model)
+            if tensor is None:
+                known = [name for name, _ in model.named_parameters()]
+                raise ParameterSelectionError(
+                    f"the chosen parameter {_near(place.path, known)} is no longer in the model, which was changed; "
+                    "build a new Objective."
+                )
+            if found.setdefault(place.name, tensor) is not tensor:
+                raise ParameterSelectionError(
+                    f"{place.path!r} is no longer the same tensor as {place.name!r} (tied weights that were replaced?);"
+                    " build a new Objective, or tie them again."
+                )
+            moved = moved or tensor is not self.tensors[place.name]
+        if moved:
+            if len({id(t) for t in found.values()}) < len(found):
+                raise ParameterSelectionError("chosen parameters were tied to each other; build a new Objective.")
+            for name, tensor in found.items():
+                self.tensors[name] = tensor
+            self.verify()
+        return moved
+
+    def verify(self) -> None:
+        """Check that the tensors still have the shapes and the place that vectors were made for.
+
+        Raises:
+            InputError: with what to do.
+        """
+        for name, tensor, shape in zip(self.tensors, self.tensors.values(), self._shapes, strict=True):
+            if tensor.shape != shape:
+                raise InputError(
+                    f"parameter {name!r} had shape {tuple(shape)} and has {tuple(tensor.shape)} now: vectors no longer "
+                    "fit; build a new Objective."
+                )
+            if tensor.device != self.device:
+                raise InputError(
+                    f"parameter {name!r} lay on {self.device} and lies on {tensor.device} now; build a new Objective "
+                    "after moving the model."
+                )
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in self.tensors.values()), torch.float32)
+        if dtype != self.dtype:
+            raise InputError(
+                f"the parameters were converted: vectors would be of {dtype}, not of {self.dtype}; build a new "
+                "Objective after converting the model."
+            )
 
     # -- what is in it ------------------------------------------------------------------------------------------------
 
@@ -217,6 +282,31 @@ class ParameterSpace:
 
     def __repr__(self) -> str:
         return f"ParameterSpace({self.num_params} parameters in {len(self.tensors)} tensors, {self.device})"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a space stands in the model."""
+
+    name: str
+    """Its name in the space."""
+    modules: tuple[str, ...]
+    key: str
+
+    @property
+    def path(self) -> str:
+        return ".".join((*self.modules, self.key))
+
+    def tensor(self, model: nn.Module) -> Tensor | None:
+        module: nn.Module | None = model
+        for name in self.modules:
+            module = None if module is None else module._modules.get(name)
+        return None if module is None else module._parameters.get(self.key)
+
+
+def _split(name: str) -> tuple[tuple[str, ...], str]:
+    *modules, key = name.split(".")
+    return tuple(modules), key
 
 
 def _owner(name: str) -> str:

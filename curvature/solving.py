@@ -15,6 +15,7 @@ from curvature.linalg.cg import cg
 from curvature.linalg.minres import minres
 from curvature.linop import MatrixLike
 from curvature.objective import Objective
+from curvature.one_matrix import one_matrix
 from curvature.operators import (
     EmpiricalFisherOperator,
     FisherOperator,
@@ -45,6 +46,7 @@ _SEMI_DEFINITE = (
 
 
 @full_precision
+@one_matrix
 @checked
 def solve(
     A: Objective | MatrixLike,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from curvature.autocast import full_precision
+from curvature.dependence import Dependence
 from curvature.errors import InputError
 from curvature.linearize import Linearization
 from curvature.objective import Objective
@@ -48,6 +49,10 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
     def parts() -> Iterator[tuple[float, Tensor]]:
         for index, batch in enumerate(objective.batches()):
             lin = Linearization(objective._evaluator, objective.space, batch, index, third_order=True)
+            dependence.note(lin)
             yield lin.weight, lin.curvature_gradient(v)
+        dependence.require(objective._evaluator)
+
+    dependence = Dependence(objective._dependence.whole)
 
     return objective._mean(parts())

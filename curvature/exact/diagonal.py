@@ -22,6 +22,7 @@ from curvature.cost import timed
 from curvature.errors import InputError, NonFiniteError
 from curvature.exact.diagonal_work import DiagonalKind, DiagonalWork, Route
 from curvature.objective import Objective
+from curvature.one_matrix import one_matrix
 from curvature.results import _Record
 
 __all__ = ["ExactDiagonal", "backpack_refusal", "exact_diagonal"]
@@ -61,6 +62,7 @@ class ExactDiagonal(_Record):
 
 
 @full_precision
+@one_matrix
 @checked
 def exact_diagonal(
     objective: Objective,

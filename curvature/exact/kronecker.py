@@ -27,6 +27,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.exact.kronecker_preconditioner import KroneckerPreconditioner
 from curvature.exact.kronecker_work import KroneckerKind, KroneckerWork, LayerUse
 from curvature.objective import Objective
+from curvature.one_matrix import one_matrix
 from curvature.results import _Record
 
 __all__ = ["KroneckerFactors", "LayerFactors", "kronecker_factors"]
@@ -118,6 +119,7 @@ class KroneckerFactors(_Record):
 
 
 @full_precision
+@one_matrix
 @checked
 def kronecker_factors(
     objective: Objective,

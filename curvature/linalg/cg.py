@@ -23,6 +23,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
 from curvature.linalg._validate import non_finite_message
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import KeptIterate, SolveResult
 
@@ -30,6 +31,7 @@ __all__ = ["cg"]
 
 
 @full_precision
+@one_matrix
 @checked
 def cg(
     A: MatrixLike,

@@ -21,6 +21,7 @@ from curvature.linalg._validate import check_count, check_finite, check_generato
 from curvature.linalg.probes import rademacher
 from curvature.linalg.xdiag import diagonal_samples, stderr_of_mean
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import DiagonalEstimate, EigenPairs, Status
 
 __all__ = ["DIAGONAL_METHODS", "diagonal", "hutchinson_diagonal"]
@@ -29,6 +30,7 @@ DIAGONAL_METHODS = ("auto", "hutchinson", "xdiag")
 
 
 @full_precision
+@one_matrix
 @checked
 def diagonal(
     A: MatrixLike,
@@ -162,6 +164,7 @@ def _norm(x: Tensor) -> float:
 
 
 @full_precision
+@one_matrix
 @checked
 def hutchinson_diagonal(
     A: MatrixLike,

@@ -11,12 +11,14 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.linalg.thick_restart import ThickRestartLanczos, Which
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs
 
 __all__ = ["eigsh"]
 
 
 @full_precision
+@one_matrix
 @checked
 def eigsh(
     A: MatrixLike,

@@ -30,6 +30,7 @@ from curvature.linalg._systems import check_preconditioner, powers_of_two
 from curvature.linalg._validate import check_generator, check_square, check_tolerances
 from curvature.linalg.trust_region import check_gradient, check_positive
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import SubproblemResult
 
@@ -41,6 +42,7 @@ _MISSED = 0.01  # ... but with this probability
 
 
 @full_precision
+@one_matrix
 @checked
 def gltr(
     A: MatrixLike,

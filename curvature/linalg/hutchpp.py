@@ -18,12 +18,14 @@ from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, open_pool, spend, summary
 from curvature.linalg._validate import check_count
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, TraceEstimate
 
 __all__ = ["hutchpp"]
 
 
 @full_precision
+@one_matrix
 @checked
 def hutchpp(
     A: MatrixLike,

@@ -20,6 +20,7 @@ from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count, check_finite, check_square, working_dtype
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 
 __all__ = ["Krylov", "KrylovRuns", "lanczos", "lanczos_runs", "ritz"]
 
@@ -45,6 +46,7 @@ class Krylov:
 
 
 @full_precision
+@one_matrix
 @checked
 def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
     """Run up to `num_steps` Lanczos steps from v0; fewer if the Krylov space is exhausted before.
@@ -98,6 +100,7 @@ class KrylovRuns:
 
 
 @full_precision
+@one_matrix
 @checked
 def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
     """Run Lanczos from every column of X, (n, p); arguments and errors as for `lanczos`. Memory: p m vectors."""

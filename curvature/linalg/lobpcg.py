@@ -35,6 +35,7 @@ from curvature.linalg._validate import (
     working_dtype,
 )
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, Status
 
 __all__ = ["lobpcg"]
@@ -43,6 +44,7 @@ _CHAIN = 20  # products that a chain may take in any case; beyond, no more than 
 
 
 @full_precision
+@one_matrix
 @checked
 def lobpcg(
     A: MatrixLike,

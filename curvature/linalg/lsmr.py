@@ -21,6 +21,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
 from curvature.linalg._validate import check_tolerances, non_finite_message, rounding_level, working_dtype
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import SolveResult
 
@@ -28,6 +29,7 @@ __all__ = ["lsmr"]
 
 
 @full_precision
+@one_matrix
 @checked
 def lsmr(
     J: MatrixLike,

@@ -30,6 +30,7 @@ from curvature.linalg._lanczos_process import LanczosProcess
 from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
 from curvature.linalg._validate import check_square, check_tolerances, rounding_level
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import MatrixFunctionResult
 
@@ -62,6 +63,7 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # w(t), by which the resolv
 
 
 @full_precision
+@one_matrix
 @checked
 def matrix_function(
     A: MatrixLike,

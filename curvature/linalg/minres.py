@@ -26,6 +26,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
 from curvature.linalg._validate import check_square, non_finite_message, rounding_level
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import SolveResult
 
@@ -33,6 +34,7 @@ __all__ = ["minres"]
 
 
 @full_precision
+@one_matrix
 @checked
 def minres(
     A: MatrixLike,

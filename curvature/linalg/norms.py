@@ -40,6 +40,7 @@ from curvature.linalg._validate import (
     working_dtype,
 )
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import NormBounds, NormEstimate, Status
 
 __all__ = ["frobenius_norm", "spectral_norm"]
@@ -48,6 +49,7 @@ _LARGEST_LOG = 700.0  # exp of more overflows
 
 
 @full_precision
+@one_matrix
 @checked
 def frobenius_norm(
     A: MatrixLike,
@@ -115,6 +117,7 @@ def frobenius_norm(
 
 
 @full_precision
+@one_matrix
 @checked
 def spectral_norm(
     A: MatrixLike,

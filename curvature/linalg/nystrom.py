@@ -27,6 +27,7 @@ from curvature.linalg._validate import check_count, check_finite, check_generato
 from curvature.linalg.low_rank import LowRank, error_norms, spectral_bound
 from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 
 __all__ = ["nystrom"]
@@ -36,6 +37,7 @@ _NEGATIVE = 10.0  # shifts by which a Rayleigh quotient may be negative before t
 
 
 @full_precision
+@one_matrix
 @checked
 def nystrom(
     A: MatrixLike,

@@ -34,12 +34,14 @@ from curvature.linalg._validate import (
 from curvature.linalg.low_rank import LowRank, error_norms
 from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 
 __all__ = ["randomized_eigh"]
 
 
 @full_precision
+@one_matrix
 @checked
 def randomized_eigh(
     A: MatrixLike,

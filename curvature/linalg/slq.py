@@ -26,6 +26,7 @@ from curvature.linalg._validate import check_count, check_generator, check_squar
 from curvature.linalg.lanczos import lanczos_runs, ritz
 from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike, Projected
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, SpectralDensity, mean_and_stderr
 
 __all__ = ["smoothed", "spectral_density"]
@@ -34,6 +35,7 @@ _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
 
 @full_precision
+@one_matrix
 @checked
 def spectral_density(
     A: MatrixLike,

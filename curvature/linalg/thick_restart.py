@@ -38,6 +38,7 @@ from curvature.linalg._validate import (
     working_dtype,
 )
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, Status
 
 __all__ = ["ThickRestartLanczos", "Which"]
@@ -127,6 +128,7 @@ class ThickRestartLanczos:
         self._least = torch.inf  # largest residual in units of its goal, where rounding of the basis is near, ...
         self._fell = 0  # ... and the products spent when it last fell
 
+    @one_matrix
     def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
 

@@ -21,6 +21,7 @@ from curvature.linalg.probes import draw
 from curvature.linalg.xnystrace import nystrom_samples, xnystrace
 from curvature.linalg.xtrace import xtrace
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, Status, TraceEstimate, mean_and_stderr
 
 __all__ = ["TRACE_METHODS", "hutchinson_trace", "trace"]
@@ -31,6 +32,7 @@ _FEWEST = 8  # probes before a standard error is believed
 
 
 @full_precision
+@one_matrix
 @checked
 def trace(
     A: MatrixLike,
@@ -136,6 +138,7 @@ def _best(pool: ProbePool) -> Samples:
 
 
 @full_precision
+@one_matrix
 @checked
 def hutchinson_trace(
     A: MatrixLike,

@@ -23,6 +23,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import check_preconditioner, powers_of_two, preconditioned, right_hand_sides
 from curvature.linalg._validate import check_square, check_tolerances, non_finite_message, working_dtype
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import Status
 from curvature.solve_results import SubproblemResult
 
@@ -32,6 +33,7 @@ _HUGE = 1e150
 
 
 @full_precision
+@one_matrix
 @checked
 def trust_region(
     A: MatrixLike,

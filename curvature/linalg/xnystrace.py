@@ -23,6 +23,7 @@ from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool
 from curvature.linalg._validate import rounding_level
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, TraceEstimate
 
 __all__ = ["nystrom_samples", "xnystrace"]
@@ -31,6 +32,7 @@ _SHIFTS = 6  # by what powers of ten the shift may grow until the factorisation 
 
 
 @full_precision
+@one_matrix
 @checked
 def xnystrace(
     A: MatrixLike,

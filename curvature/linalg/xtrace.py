@@ -15,12 +15,14 @@ from curvature.autocast import full_precision
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool
 from curvature.linop import MatrixLike
+from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, TraceEstimate
 
 __all__ = ["xtrace"]
 
 
 @full_precision
+@one_matrix
 @checked
 def xtrace(
     A: MatrixLike,

@@ -72,6 +72,7 @@ class EmpiricalFisherOperator(MetricOperator):
         super().__init__(objective, LossGradients(per), block)
         self.per = per
         self._sums: tuple[float, float] | None = None
+        self._point: object = None
 
     def products(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         self._before_walk()
@@ -93,8 +94,17 @@ class EmpiricalFisherOperator(MetricOperator):
 
     def _before_walk(self) -> None:
         """Count what a product needs to know of all batches."""
+        self._note_point()
         if self._adds_up and self._sums is None:
             self._sums = self._count()
+
+    def _note_point(self) -> bool:
+        """Forget what was counted at another point; say whether it is another."""
+        point = self.objective._freshness.point()
+        if point is self._point:
+            return False
+        self._sums, self._point = None, point
+        return True
 
     def _count(self) -> tuple[float, float]:
         """Return W, and sum_i p_i^2; a mean has divided by W already, it is 1. Costs a pass over the data."""

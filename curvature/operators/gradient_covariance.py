@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -63,12 +61,11 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
         super().__init__(objective, per=per, block=block)
         self.unbiased = unbiased
         self._gradient: Tensor | None = None
-        self._point: tuple[Any, ...] | None = None
 
     def _before_walk(self) -> None:
-        point = self.objective._evaluator.fingerprint()
-        if self._gradient is None or self._point != point:
-            self._gradient, self._point = self.objective.gradient(), point
+        if self._note_point() or self._gradient is None:
+            self._gradient = None
+            self._gradient = self.objective.gradient()
         if self._sums is None and (self._adds_up or self.unbiased):
             sums = self._count()
             if self.unbiased and 1 - sums[1] <= 100 * torch.finfo(torch.float64).eps:

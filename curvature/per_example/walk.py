@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from curvature.backward import no_autocast, pull_back
 from curvature.coupling import refuse_coupling
+from curvature.dependence import Dependence
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.evaluation import Evaluation
 from curvature.losses import AnyLoss
@@ -92,9 +93,9 @@ class Walk:
         self._chunk_bytes, self._hold_bytes = chunk_bytes, hold_bytes
         self._generator = torch.Generator().manual_seed(0)
         self._probes: dict[int, Probe] = {}
-        self.num_examples = 0
-        self.num_backwards = 0
+        self.num_examples = self.num_backwards = 0
         self.num_batches = 0
+        self._dependence = Dependence(objective._dependence.whole)
         self.num_groups = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
 
@@ -105,6 +106,7 @@ class Walk:
             for group in self._batch(batch, index):
                 self.num_groups += 1
                 yield group
+        self._dependence.require(self._evaluator)
 
     def count_terms(self) -> float:
         """Return the sum of all weights, over ranks too. Cost: a forward pass."""
@@ -124,6 +126,7 @@ class Walk:
         capture, buffers = Capture(self._params), self._evaluator.copy_buffers()
         with session(self._evaluator, buffers), capture:
             evaluation = self._evaluator.evaluate(batch, index)
+        self._dependence.note_loss(evaluation.loss, evaluation.weight, self._params)
         terms = self._terms(evaluation, N, index)
         if N > 1:
             refuse_coupling(self._objective, batch, index)
@@ -205,9 +208,8 @@ class Walk:
                 continue
             form, reason = self._by_rules(i, run, deltas) if self._route in ("auto", "rules") else (None, "")
             if form is not None:
-                eps = _coarsest_eps(
-                    self._params[i], *(d for u, d in zip(run.uses, deltas, strict=True) if u.parameter == i)
-                )
+                own = (d for u, d in zip(run.uses, deltas, strict=True) if u.parameter == i)
+                eps = _coarsest_eps(self._params[i], *own)
                 known.append((i, form, self._agreement(i, form, pieces[i], eps)))
             else:
                 left[i] = reason
@@ -316,7 +318,7 @@ class Walk:
         if N == 1 or self._route in ("vmap", "loop"):
             return (None,) * len(structure)
         known = _LAYOUTS.setdefault(self._objective, {})
-        key = (structure, tuple(module.training for module in self._evaluator.model.modules()))
+        key = (structure, tuple((id(m), type(m), m.training) for m in self._evaluator.model.modules()))
         if key not in known:
             known[key] = layouts_of_uses(self._evaluator, batch, index, N)
         seen, layouts = known[key]
