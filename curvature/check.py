@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.coupling import describe_cuts, refuse_other_batches
-from curvature.distributed import together
 from curvature.dependence import Dependence
+from curvature.distributed import together
 from curvature.errors import CheckFailedError
 from curvature.evaluation import move_batch, tensors_in
 from curvature.guards import custom_functions

@@ -158,6 +158,10 @@ class Cuts:
     def __init__(self) -> None:
         self._found: dict[tuple[bool, ...], Verdict] = {}
 
+    def forget(self) -> None:
+        """Cut anew at the next use: model, loss or data have changed."""
+        self._found.clear()
+
     def verdict(
         self, evaluator: Evaluator, batch: Any, index: int, *, of_examples: bool = False, any_way: bool = False
     ) -> Verdict:

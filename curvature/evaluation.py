@@ -83,6 +83,12 @@ class Evaluator:
         self._modules = list(self.model.modules())
         self._keeps_float32 = not self.allow_tf32 and _on_cuda(self.parameters[0])
 
+    def forget(self) -> None:
+        """Drop what evaluations have shown: model, loss or data have changed."""
+        self.forward_differentiates = None
+        self.batch_weights = None if self.batch_weights is None else WeightsOfBatches()
+        self.__post_init__()
+
     # -- state --------------------------------------------------------------------------------------------------------
 
     def corrected_layers(self) -> LeanLayers:
@@ -204,6 +210,30 @@ class Evaluator:
         if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
             return "parameters and data are finite but the model's outputs are not: they overflow; use a wider dtype."
         return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
+
+
+class BufferCopies:
+    """Copies of a model's buffers that stand in for them during a session and belong to one graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        copies: dict[int, Tensor] = {}
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    copy = copies.setdefault(id(buffer), _ordinary(buffer.detach()))
+                    self._places.append((module._buffers, name, copy))
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        originals = [(store, name, store[name]) for store, name, _ in self._places]
+        try:
+            for store, name, copy in self._places:
+                store[name] = copy
+            yield
+        finally:
+            for store, name, original in originals:
+                store[name] = original
 
 
 @contextlib.contextmanager

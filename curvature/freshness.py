@@ -251,10 +251,9 @@ class Freshness:
         objective = self._objective
         in_run = mixed or in_use(self)
         objective.release()
-        if structure:  # what was proved of these modules is to be proved again
-            objective._trust.differences.clear()
-            objective._evaluator.graphs_seen.clear()
-            objective._evaluator.__post_init__()
+        if structure or "the data" in what:  # what was proved of these modules and batches is to be proved again
+            for proof in (objective._trust, objective._cuts, objective._evaluator):
+                proof.forget()
         if "the data" in what:
             objective._data.reset()
         objective._dependence, objective._total_weight = Dependence(objective._dependence.whole), None

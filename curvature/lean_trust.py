@@ -55,6 +55,11 @@ class LeanTrust:
         else:
             self.revoked = True
 
+    def forget(self) -> None:
+        """Compare anew before the next product: the model has changed."""
+        self.differences.clear()
+        self._seen.clear()
+
     def revoke(self, reason: str) -> None:
         """Use them no more."""
         self.revoked, self.reason = True, reason

@@ -29,7 +29,6 @@ from curvature.losses import loss_rule
 from curvature.memory import tensor_bytes
 from curvature.objective_arguments import check_arguments
 from curvature.parameters import ParameterSpace, Selection
-from curvature.process_state import one_at_a_time
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
