@@ -207,7 +207,7 @@ class Objective:
         """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
         notes = []
         used = self._dependence.used
-        if used is not None and len(used) < len(self._space.names):
+        if used and len(used) < len(self._space.names):
             unused = [name for i, name in enumerate(self._space.names) if i not in used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
         if self.num_batches is not None and len(self._kept) > 0:
