@@ -5,7 +5,7 @@ that fail differently, so that what escapes one is seen by the other:
 
 - the sum of all words modulo 2^64: exact, sees a change of any one word by a single bit, NaN included; blind to
   permutations and to changes that cancel;
-- an inner product with fixed weights: sees permutations and sign flips; blind below rounding, and in rows that hold
+- inner products with fixed weights: see permutations and sign flips; blind below rounding, and in pieces that hold
   entries that are not finite.
 """
 
@@ -22,9 +22,9 @@ from curvature.backward import no_autocast
 
 __all__ = ["digest", "version"]
 
-_WIDTH = 4096  # entries a row; an entry's weight is that of its place in the row, times that of its row
-_SMALL = 2**16  # entries; tensors up to this size are joined, which saves calls
+_LENGTH = 2**13  # weights; they stay in cache
 _PIECE = 2**22  # entries that are widened at a time
+_SMALL = 2**12  # entries; tensors up to this size are joined, which saves calls
 _STRIPES = 64
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,12 +46,14 @@ def digest(tensors: Iterable[Tensor], *, most: int | None = None) -> tuple[int, 
                 if most is not None:  # all in one dtype, which saves calls
                     flat = (_striped(flat, most) if flat.numel() > most else flat).to(torch.float64)
                 groups.setdefault((flat.device, flat.dtype), ([], []))[flat.numel() > _SMALL].append(flat)
-    numbers: dict[torch.device, list[Tensor]] = {}
+    found: list[int] = []
     for (device, _), (small, large) in groups.items():
         with no_autocast(device):
-            for run in [torch.cat(small) if len(small) > 1 else small[0], *large] if small else large:
-                numbers.setdefault(device, []).extend((_sum_of_words(run), _inner_product(run)))
-    return tuple(n for each in numbers.values() for n in torch.stack(each).tolist())
+            runs = [torch.cat(small) if len(small) > 1 else small[0], *large] if small else large
+            found += torch.stack([total for run in runs for total in _sums_of_words(run)]).tolist()
+            products = torch.stack([product for run in runs for product in _inner_products(run)])
+            found += products.view(_WORDS[products.element_size()]).tolist()  # bits, so that NaN equals itself
+    return tuple(found)
 
 
 def version(tensor: Tensor) -> int:
@@ -94,38 +96,36 @@ def _striped(flat: Tensor, most: int) -> Tensor:
     return flat.as_strided((_STRIPES, length), (gap, 1), flat.storage_offset()).flatten()
 
 
-def _sum_of_words(flat: Tensor) -> Tensor:
+def _sums_of_words(flat: Tensor) -> Iterator[Tensor]:
+    """Yield sums whose total is that of all words; wide words are summed fastest."""
     size = flat.element_size()
     words = flat.view(_WORDS[size]) if size in _WORDS else torch.view_as_real(flat).view(torch.int64)
-    aligned = flat.storage_offset() * size % 8 == 0
-    cut = flat.numel() * size // 8 * (8 // size) if aligned and size < 8 else 0
-    total = words[cut:].sum(dtype=torch.int64)
-    return total if cut == 0 else total + words[:cut].view(torch.int64).sum()
+    if size < 8:
+        cut = flat.numel() * size // 8 * (8 // size) if flat.storage_offset() * size % 8 == 0 else 0
+        if cut:
+            yield words[:cut].view(torch.int64).sum()
+        words = words[cut:]
+    if words.numel():
+        yield words.sum(dtype=torch.int64)
 
 
-def _inner_product(flat: Tensor) -> Tensor:
-    """Return the bits of the inner product as an integer, so that NaN equals itself."""
-    if flat.dtype in (torch.float32, torch.float64):
-        total = _of_rows(flat)
-    else:
-        wide = torch.float32 if flat.is_floating_point() else torch.float64
-        pieces = torch.stack([_of_rows(piece.to(wide)) for piece in flat.split(_PIECE)])
-        total = torch.dot(pieces, _weights(flat.device, torch.float64, len(pieces)))
-    return total.view(torch.int64)
+def _inner_products(flat: Tensor) -> Iterator[Tensor]:
+    """Yield inner products with fixed weights; an entry's weight is that of its place in a row, times its row's."""
+    wide = flat.dtype in (torch.float32, torch.float64)
+    for piece in (flat,) if wide else flat.split(_PIECE):
+        values = piece if wide else piece.to(torch.float64)
+        weights = _weights(values.device, values.dtype)
+        num_rows = values.numel() // _LENGTH
+        if num_rows:
+            rows = torch.mv(values[: num_rows * _LENGTH].view(num_rows, _LENGTH), weights)
+            for part in (rows,) if num_rows <= _LENGTH else rows.split(_LENGTH):
+                yield torch.dot(part, weights[: len(part)])
+        if values.numel() % _LENGTH:
+            yield torch.dot(values[num_rows * _LENGTH :], weights[: values.numel() % _LENGTH])
 
 
-def _of_rows(flat: Tensor) -> Tensor:
-    weights = _weights(flat.device, flat.dtype, _WIDTH)
-    num_rows, rest = divmod(flat.numel(), _WIDTH)
-    rows = torch.empty(num_rows + 1, dtype=flat.dtype, device=flat.device)
-    torch.mv(flat[: num_rows * _WIDTH].view(num_rows, _WIDTH), weights, out=rows[:num_rows])
-    torch.dot(flat[num_rows * _WIDTH :], weights[:rest], out=rows[num_rows])
-    rows = torch.nan_to_num(rows.double(), nan=0.0, posinf=1.0, neginf=-1.0)
-    return torch.dot(rows, _weights(flat.device, torch.float64, num_rows + 1))
-
-
-@lru_cache(maxsize=256)
-def _weights(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+@lru_cache(maxsize=8)
+def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(20)
     with torch.inference_mode(False):
-        return (0.5 + torch.rand(count, generator=generator, dtype=torch.float64)).to(device, dtype)
+        return (0.5 + torch.rand(_LENGTH, generator=generator, dtype=torch.float64)).to(device, dtype)

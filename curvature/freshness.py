@@ -8,6 +8,7 @@ now and then a batch is evaluated once more, and always before an answer made of
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Hashable
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Freshness"]
 
-_DATA_ENTRIES = 2**15  # of batches in memory that are looked at, in stripes; writes that autograd counts are all seen
-_SHARE = 0.02  # of the time between them, what evaluating a batch once more may take
+_DATA_ENTRIES = 2**12  # of batches in memory that are looked at, in stripes; writes that autograd counts are all seen
+_SHARE = 0.02  # of the time between them, what evaluating a batch once more may take ...
+_LOOKS = 0.03  # ... and looks within one run, which looks again before its answer is returned
 _MOVED = "something that cannot be seen from outside (a loss, forward or model whose results changed)"
 
 
@@ -83,6 +85,7 @@ class Freshness:
         self._witness: _Witness | None = None
         self._checked, self._cost = time.perf_counter(), 0.0
         self._turn = 0
+        self._looked, self._look_cost, self._versions = -math.inf, 0.0, ()
 
     # -- at the ends of a walk over the data --------------------------------------------------------------------------
 
@@ -92,12 +95,18 @@ class Freshness:
         Raises:
             CheckFailedError: if the point moved although a run of products with one matrix goes on.
         """
+        recent = time.perf_counter() - self._looked < self._look_cost / _LOOKS
+        if recent and in_use(self) and self._versions == self._present_versions():
+            return
         with one_at_a_time:
             self._enter()
         note_use(self)
 
     def _enter(self) -> None:
+        start = time.perf_counter()
         now = self.look()
+        self._looked = time.perf_counter()
+        self._look_cost, self._versions = self._looked - start, self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
         if what:
             self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
@@ -106,6 +115,9 @@ class Freshness:
         if self._point is None:
             self._objective._space.verify()
             self._point = now
+
+    def _present_versions(self) -> tuple[int, ...]:
+        return tuple(version(t) for t in self._objective._space.tensors.values())
 
     def built(self, lin: Linearization, mark: int) -> None:
         """Compare a batch that was evaluated anew with what it gave before at this point."""

@@ -299,3 +299,27 @@ def test_digests_take_tensors_of_all_kinds(t: Tensor) -> None:
     assert digest([t]) == digest([t.clone()])
     if t.numel() and t.layout == torch.strided:
         assert digest([t]) != digest([t.clone().logical_not() if t.dtype == torch.bool else t.clone() + 1])
+
+
+@pytest.mark.parametrize("write", ["add_", "data", "numpy"])
+def test_a_change_within_a_run_is_an_error_however_soon_it_comes(write: str) -> None:
+    """Looks within a run are rarer than products; the run looks once more before it answers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    weight = model[0].weight
+
+    def move(done: int, _: str) -> None:
+        if done == 5:
+            with torch.no_grad():
+                if write == "add_":
+                    weight.add_(0.1)
+                elif write == "data":
+                    weight.data.mul_(1.1)
+                else:
+                    weight.detach().numpy()[0] += 0.1
+
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(CheckFailedError, match="changed while products with one matrix went on"):
+        top_eigenpairs(objective, 3, solver="lanczos", generator=generator, callback=move)
