@@ -301,7 +301,9 @@ class _Place:
         module: nn.Module | None = model
         for name in self.modules:
             module = None if module is None else module._modules.get(name)
-        return None if module is None else module._parameters.get(self.key)
+        if module is None or self.key not in module._parameters:  # those of a traced module have no get()
+            return None
+        return module._parameters[self.key]
 
 
 def _split(name: str) -> tuple[tuple[str, ...], str]:

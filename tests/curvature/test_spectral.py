@@ -382,5 +382,5 @@ def test_micro_batches_are_the_same_function_unless_examples_are_coupled() -> No
     coupled = Objective(
         nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).double(), nn.CrossEntropyLoss(), next(iter(at.batches()))
     )
-    with pytest.raises(DataError, match="micro_batch= would change batch normalisation"):
+    with pytest.raises(DataError, match="micro_batch= would change the loss: the model couples the examples"):
         coupled.cut(7).loss()
