@@ -226,7 +226,7 @@ def test_bad_blocks_are_refused() -> None:
     model = case.model()
     H = HessianOperator(Objective(model, case.loss, case.data()))
     blocks = H.objective.space.blocks
-    with pytest.raises(InputError, match="those of an operator of an objective, got Scaled"):
+    with pytest.raises(InputError, match="A must be an ObjectiveOperator, got a Scaled"):
         BlockDiagonalOperator(2 * H)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="A is a diagonal block itself, '0'"):
         BlockDiagonalOperator(H.restrict(blocks[0]))

@@ -124,6 +124,9 @@ def test_unknown_losses_are_refused() -> None:
 def test_nothing_is_drawn_from_outputs_that_are_not_finite() -> None:
     problem = mlp()
     optimizer = AdaHessian(problem.params, curvature="fisher", loss=F.cross_entropy)
+    with pytest.raises(NonFiniteError, match="the loss is nan: parameters are left as they are"):
+        optimizer.step(lambda: (problem.model(problem.x) * torch.inf, problem.y))
+    optimizer = AdaHessian(problem.params, curvature="fisher", loss=F.cross_entropy, check_finite=False)
     with pytest.raises(NonFiniteError, match="the run has diverged"):
         optimizer.step(lambda: (problem.model(problem.x) * torch.inf, problem.y))
 
