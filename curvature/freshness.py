@@ -85,7 +85,8 @@ class Freshness:
         self._witness: _Witness | None = None
         self._checked, self._cost = time.perf_counter(), 0.0
         self._turn = 0
-        self._looked, self._look_cost, self._versions = -math.inf, 0.0, ()
+        self._looked, self._look_cost = -math.inf, 0.0
+        self._versions: tuple[int, ...] = ()
 
     # -- at the ends of a walk over the data --------------------------------------------------------------------------
 
