@@ -1,8 +1,9 @@
 """What a product with an objective's matrix will take, without making one.
 
-Seconds are those of a gradient, which is timed, times what products take in gradients (README, "Speed"): on a kept
-graph a Hessian product 1.75 and a Gauss-Newton product 1.25, medians of networks of three kinds; a graph that is built
-anew costs 2 more, once for all columns. Bytes are those of the graph of the first batch, which is built and watched.
+Seconds are those of a gradient, which is timed, times what products take in gradients. On a kept graph that is 1.3 to
+2.4 for the Hessian and 1.1 to 1.5 for the Gauss-Newton matrix (`benchmarks/bench_products.py`), here 1.75 and 1.25; a
+graph that is built anew costs 2 more, once for all columns. Bytes are those of the graph of the first batch, which is
+built and watched.
 """
 
 from __future__ import annotations
