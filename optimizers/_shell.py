@@ -392,19 +392,22 @@ class CurvatureOptimizer(ResumableOptimizer):
                 g.div_(scale.to(g.device))
 
     def _synchronize(self) -> None:
-        if self.process_group is None or self._synchronized:
-            return
+        if self.process_group is not None and not self._synchronized:
+            self._join(self.process_group)
+
+    @torch.compiler.disable
+    def _join(self, group: ProcessGroup) -> None:
         compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
         outputs, targets = self._counted
-        share = share_of_rank(self._rule, outputs, targets, self.process_group)
+        share = share_of_rank(self._rule, outputs, targets, group)
         for t in (p.grad for p in self._trained() if share != 1 and p.grad is not None):
             t.copy_(t * share if share else torch.zeros_like(t))  # a mean over no terms is 0/0
         if self._sums is not None and share != 1:
             self._sums = [[t * share if share else torch.zeros_like(t) for t in tensors] for tensors in self._sums]
-        average_gradients(self._trained(), self.process_group)
+        average_gradients(self._trained(), group)
         if self._sums is not None:
             lengths = [len(tensors) for tensors in self._sums]
-            means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], self.process_group))
+            means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], group))
             self._sums = [[next(means) for _ in range(length)] for length in lengths]
         self._synchronized = True
 

@@ -399,7 +399,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         None,
         next(iter(objective.batches())),
         forward=lambda m, b: m(b[0]).square().mean(),
-        weight=lambda _: 1.0,
+        weight=lambda b: float(len(b[0])),
     )
     with pytest.raises(InputError, match="loss="):
         logit_normalised(scalar)

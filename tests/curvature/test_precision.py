@@ -186,7 +186,8 @@ def test_settings_are_put_back_after_an_error() -> None:
     model, objective = watched(fails=True)
     with pytest.raises(ZeroDivisionError):
         objective.gradient()
-    assert model.seen == [False]
+    assert model.seen  # once with lean layers, and once without, which are not to blame
+    assert not any(model.seen)
     assert settings() == before
 
 

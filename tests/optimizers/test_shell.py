@@ -426,9 +426,6 @@ def misuse(kind: str) -> None:
         optimizer.accumulate(problem.closure, part="all")  # type: ignore[arg-type]
     elif kind == "complex":
         AdaHessian([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
-    elif kind == "sparse":
-        table = nn.Embedding(5, 2, sparse=True)
-        AdaHessian(table.parameters()).step(lambda: table(torch.tensor([1, 3])).square().sum())
     elif kind == "not finite":
         w = torch.zeros(2, requires_grad=True)
         AdaHessian([w]).step(lambda: (w**1.5).sum())
@@ -449,13 +446,23 @@ def misuse(kind: str) -> None:
         ("gradients without outputs", CheckFailedError, "closure that returns"),
         ("part", InputError, '"both", "gradient" or "curvature"'),
         ("complex", InputError, "view_as_real"),
-        ("sparse", InputError, "sparse=False"),
         ("not finite", NonFiniteError, r"shape \(2,\)"),
     ],
 )
 def test_misuse_is_named(kind: str, error: type[CurvatureError], message: str) -> None:
     with pytest.raises(error, match=message):
         misuse(kind)
+
+
+def test_sparse_gradients_of_embeddings_are_taken_as_dense_ones() -> None:
+    moved = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 2, sparse=sparse)
+        optimizer = AdaHessian(table.parameters(), lr=0.1)
+        optimizer.step(lambda table=table: table(torch.tensor([1, 3])).pow(4).sum())  # type: ignore[misc]
+        moved.append(table.weight.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=0)
 
 
 def test_after_a_refusal_gradients_hold_no_graph_and_the_step_can_be_taken() -> None:
