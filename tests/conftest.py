@@ -17,3 +17,8 @@ def generator() -> torch.Generator:
 def _seed() -> None:
     """Models are drawn from torch's own generator: the same ones in every run and every order of the tests."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
