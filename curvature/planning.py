@@ -61,7 +61,7 @@ class SpectrumPlan:
     """Largest pairs that are taken exactly, as far as they converge, whether asked for or not: less variance."""
     confidence: float | None = 0.99
     """Probability with which no eigenvalue beyond the pairs may be missed, as in `curvature.linalg.eigsh`; None to do
-    without the products that show it."""
+    without the products that show it. Pairs that are continued beyond the plan are not looked at: UNCERTIFIED."""
     num_groups: int = 16
     """Groups of batches for the error over the data, at most; 0 for none."""
     least_groups: int = 4

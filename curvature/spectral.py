@@ -21,7 +21,7 @@ from curvature.autocast import full_precision
 from curvature.cost import synchronize
 from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run, advance
 from curvature.linalg import eigsh
-from curvature.linalg._completeness import look_outside
+from curvature.linalg._completeness import judge, look_outside
 from curvature.linalg._validate import check_generator, check_square
 from curvature.linalg.quadrature import Quadrature, quadrature
 from curvature.linalg.slq import smoothed
@@ -333,7 +333,9 @@ class _Analysis:
             callback=callback,
         )
         self.extra_matvecs += found.num_matvecs
-        return found
+        if lost or self.plan.confidence is None:
+            return found
+        return judge(found, 1.0, 1 - self.plan.confidence)  # nobody looked for what the continued run missed
 
     def _exact_pairs(self, run: AllEntries) -> tuple[EigenPairs, EigenPairs]:
         """Return the pairs of a matrix known entry by entry; residuals show how far products are from symmetric."""
