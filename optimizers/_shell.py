@@ -323,6 +323,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             seed=self.param_groups[0]["seed"],
             step=max(g["num_steps"] for g in self.param_groups),
             place=self._num_measured * ranks + rank,
+            first=any(_is_due(g) and g["num_refreshes"] == 0 for g in self.param_groups),
         )
         sums = self.curvature.measure(batch)
         if scale is not None and self.curvature.second_order:

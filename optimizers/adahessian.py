@@ -68,7 +68,8 @@ class AdaHessian(CurvatureOptimizer):
             rarely.
         curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" (or "fisher"), "empirical-fisher" or a
             `CurvatureSource`.
-        num_probes: products or samples averaged for each D.
+        num_probes: products or samples averaged for each D. One probe may cancel in an entry, whose first steps are
+            then up to lr m / eps long: more probes, or a warm-up of lr, prevent that.
         update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.
 

@@ -33,9 +33,13 @@ class ESGD(CurvatureOptimizer):
         theta <- theta - lr g / (sqrt(D / n) + damping) - lr weight_decay theta
 
     All refreshes count alike, as in the paper, so that the scale settles; the paper draws z from a normal distribution,
-    here they are random signs, whose squares have the same expectation and less variance.
+    here they are random signs, whose squares have the same expectation and less variance. The first refresh averages at
+    least 10 probes: one alone may cancel, (H z)_i = 0, and divide up to `update_every` steps by the damping.
 
-    Cost: a Hessian product more than a gradient on steps with curvature. Memory: one sum.
+    With exact row norms the rows of sqrt(D / n)^-1 H have length 1 and its eigenvalues are at most sqrt(number of
+    parameters): lr below 2 over that root never diverges on a quadratic; sparse and clustered Hessians allow far more.
+
+    Cost: a Hessian product more than a gradient on steps with curvature, 10 on the first. Memory: one sum.
 
     How to take steps, micro-batches, clipping, data parallelism, scalers: see `optimizers._shell.CurvatureOptimizer`.
 
@@ -44,7 +48,7 @@ class ESGD(CurvatureOptimizer):
         lr: learning rate.
         damping: added to the row norms.
         weight_decay: decoupled, times lr.
-        num_probes: products averaged for each refresh.
+        num_probes: products averaged for each refresh after the first.
         update_first, update_every, process_group, check_finite, foreach, maximize, capturable, seed: as in
             `CurvatureOptimizer`.
         loss: for closures that return (outputs, targets); optional here.
@@ -63,7 +67,7 @@ class ESGD(CurvatureOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 0.03,
         damping: float = 1e-4,
         weight_decay: float = 0.0,
         *,

@@ -17,8 +17,8 @@ from tests.optimizers.problems import Problem, mlp, train
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def signs(problem: Problem, step: int) -> Tensor:
-    return torch.cat([q.reshape(-1) for q in random_signs(problem.params, 0, step, 0)])
+def signs(problem: Problem, step: int, sample: int = 0) -> Tensor:
+    return torch.cat([q.reshape(-1) for q in random_signs(problem.params, 0, step, sample)])
 
 
 def set_flat(problem: Problem, theta: Tensor) -> None:
@@ -92,11 +92,21 @@ def test_esgd(foreach: bool | None, capturable: bool) -> None:
     for t in range(5):
         g, H = twin.dense()
         if t % 2 == 0:
-            D, n = D + (H @ signs(twin, t)) ** 2, n + 1
+            probes = 10 if t == 0 else 1
+            D, n = D + sum((H @ signs(twin, t, s)) ** 2 for s in range(probes)) / probes, n + 1
         theta = twin.flat()
         set_flat(twin, theta - 0.05 * g / ((D / n).sqrt() + 1e-2) - 0.05 * 0.1 * theta)
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if capturable else EXACT  # counters on the device are float32
     torch.testing.assert_close(problem.flat(), twin.flat(), **tolerance)
+
+
+def test_esgd_does_not_divide_by_a_row_that_cancelled() -> None:
+    """With one probe for the first 20 steps, 12 of these 30 seeds end higher than they began."""
+    for seed in range(30):
+        torch.manual_seed(seed)
+        w, b, x = torch.nn.Parameter(torch.randn(10, 5)), torch.nn.Parameter(torch.randn(10)), torch.randn(5)
+        losses = train(ESGD([w, b], lr=0.1), lambda w=w, b=b, x=x: (w.mv(x) + b).pow(2).sum(), 15)
+        assert losses[-1] < losses[0]
 
 
 def test_esgd_solves_a_diagonal_quadratic_at_one_rate() -> None:
