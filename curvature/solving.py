@@ -65,9 +65,10 @@ def solve(
     """Solve (A + damping I) x = b to residuals of max(rtol |b|, atol), by the method that suits A.
 
     Conjugate gradients for matrices that are positive semi-definite (Gauss-Newton matrices of squared error and
-    cross-entropies, Fisher matrices, gradient covariances); MINRES for Hessians and negative damping. A matrix that is
-    not known is taken by conjugate gradients too. Where these meet a direction of no positive curvature, MINRES starts
-    over, for all right-hand sides, and the products of both count.
+    cross-entropies, Fisher matrices, gradient covariances) with damping; MINRES without, as they may be singular, for
+    Hessians and for negative damping. A matrix that is not known is taken by conjugate gradients too. Where these meet
+    a direction of no positive curvature, or end with a larger residual than they began with, MINRES starts over, for
+    all right-hand sides, and the products of both count.
 
     With H the Hessian or Gauss-Newton matrix, g_test the gradient of a loss on test data and g_i that of a training
     example, -g_test' (H + damping I)^-1 g_i / n is the influence of example i (Koh and Liang, 2017): one solution for
@@ -122,11 +123,12 @@ def solve(
     chosen, why = _choose(A, damping, method)
     result = cg(A, rhs, **settings) if chosen == "cg" else minres(A, rhs, **settings)
     name = "conjugate gradients" if chosen == "cg" else "MINRES"
-    if chosen == "cg" and method == "auto" and Status.NEGATIVE_CURVATURE in result.statuses:
-        spent, kind = result.num_matvecs, _kind(result)
+    failure = _failure(result) if chosen == "cg" and method == "auto" else None
+    if failure is not None:
+        spent = result.num_matvecs
         result = minres(A, rhs, **settings)
         result = replace(result, num_matvecs=result.num_matvecs + spent)
-        name, why = "MINRES", f"conjugate gradients met a direction of {kind} curvature"
+        name, why = "MINRES", f"conjugate gradients {failure}"
     return replace(result, method=f"{name}: {why}", named=None if space is None else space.to_dict(result.x))
 
 
@@ -137,6 +139,8 @@ def _choose(A: MatrixLike, damping: float, method: SolveMethod) -> tuple[str, st
         return "minres", "the damping is negative"
     if isinstance(A, HessianOperator):
         return "minres", "a Hessian may be indefinite"
+    if isinstance(A, _SEMI_DEFINITE) and damping == 0:
+        return "minres", "without damping the matrix may be singular"
     if isinstance(A, _SEMI_DEFINITE):
         if isinstance(A, GGNOperator) and not A.objective.closed_form_loss:
             return "cg", "a Gauss-Newton matrix is positive semi-definite if the loss is convex in the outputs"
@@ -144,10 +148,15 @@ def _choose(A: MatrixLike, damping: float, method: SolveMethod) -> tuple[str, st
     return "cg", "no direction of negative curvature was met"
 
 
-def _kind(result: SolveResult) -> str:
-    """Say whether the curvature that ended conjugate gradients is more than rounding."""
-    assert result.curvature is not None
-    return "negative" if float(result.curvature.nan_to_num(nan=0.0).min()) < 0 else "zero"
+def _failure(result: SolveResult) -> str | None:
+    """Say what conjugate gradients met that MINRES does better, and whether curvature is below zero beyond rounding."""
+    if Status.NEGATIVE_CURVATURE in result.statuses:
+        assert result.curvature is not None
+        kind = "negative" if float(result.curvature.nan_to_num(nan=0.0).min()) < 0 else "zero"
+        return f"met a direction of {kind} curvature"
+    if bool((~result.converged & (result.residual_norms > result.residual_history[..., 0])).any()):
+        return "left a larger residual than they began with"
+    return None
 
 
 def _space(A: MatrixLike) -> ParameterSpace:

@@ -52,7 +52,9 @@ def cg(
 
     A singular matrix is no obstacle if b is in its range; the solution is then the shortest one (without preconditioner
     and x0). If b is not, or A + damping I is indefinite, a direction d with d'(A + damping I) d <= 0, beyond what
-    rounding can tell from zero, ends the column: status NEGATIVE_CURVATURE, x as before, d in `direction`.
+    rounding can tell from zero, ends the column: status NEGATIVE_CURVATURE, x as before, d in `direction`. What falls
+    at every step is the model x'(A + damping I) x / 2 - b'x, not the residual, which may end larger than it began where
+    b is not in the range: `minres` keeps it down, and `solve` goes over to that.
 
     Steps needed: about sqrt(kappa) log(2 / rtol) / 2 for a condition number kappa, fewer for clustered eigenvalues.
     Cost: a product a step and open column, one a column to recompute residuals, one a column for x0. Memory: 6 blocks
