@@ -25,9 +25,7 @@ class Interval:
     """Whether the result says that its interval may not hold: by a status, or in a note."""
 
     @classmethod
-    def around(
-        cls, value: Tensor, half_width: Tensor | float, *, products: int = 0, warned: bool = False
-    ) -> Interval:
+    def around(cls, value: Tensor, half_width: Tensor | float, *, products: int = 0, warned: bool = False) -> Interval:
         """Return value +- half_width."""
         value = value.double()
         return cls(value, value - half_width, value + half_width, products, warned)
