@@ -96,7 +96,7 @@ def plot_penalties(result: ImplicitRegularization, *, ax: Axes | None = None, co
 def plot_penalty_by_batch_size(
     result: ImplicitRegularization, *, ax: Axes | None = None, colors: Colors | None = None
 ) -> Axes:
-    """Plot loss and both penalties against the batch size, all known from one pass.
+    """Plot loss and both penalties against the size of whole batches, all known from one pass.
 
     Args:
         result: from `implicit_regularization` with a `batch_size`.
@@ -107,9 +107,8 @@ def plot_penalty_by_batch_size(
     if not np.isfinite(result.num_examples):
         ax.text(0.5, 0.5, "measured without batch_size=", transform=ax.transAxes, horizontalalignment="center")
         return ax
-    sizes = np.unique(np.geomspace(1, max(1.0, result.num_examples), 60).round())
-    sizes = sizes[sizes <= result.num_examples]
-    noise = np.array([result.batch_penalty_at(size) for size in sizes])
+    sizes = np.unique(np.geomspace(1, max(1.0, result.num_examples), 60).round().astype(int))
+    noise = np.array([result.batch_penalty_at(int(size), drop_last=True) for size in sizes])
     ax.axhline(result.loss, color=colors.quiet, linewidth=1.2, label="loss")
     ax.axhline(result.full_penalty, color=colors.negative, linewidth=1.4, linestyle="--", label="of the full gradient")
     ax.plot(sizes, np.where(noise > 0, noise, np.nan), color=colors.positive, linewidth=1.6, label="of the noise")

@@ -21,8 +21,10 @@ from analysis.gradient_noise import inner_products, is_one_batch
 from analysis.regularization_results import (
     ImplicitRegularization,
     PenaltyDirection,
+    batch_sizes,
     expected_batch_variance,
     momentum_factors,
+    penalty_factors,
 )
 from curvature.arguments import checked
 from curvature.autocast import full_precision
@@ -33,7 +35,7 @@ from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results import EigenPairs
 from curvature.third_order import curvature_gradient
 
-__all__ = ["adam_correction", "implicit_regularization", "penalty_gradients"]
+__all__ = ["adam_correction", "example_trace_gradient", "implicit_regularization", "penalty_gradients"]
 
 
 @full_precision
@@ -43,6 +45,7 @@ def implicit_regularization(
     *,
     lr: float,
     batch_size: int | None = None,
+    drop_last: bool = False,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     directions: bool = False,
@@ -52,14 +55,17 @@ def implicit_regularization(
 ) -> ImplicitRegularization:
     """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
 
-    Cost: a gradient (without `batch_size`) or a pass over single examples (with it); for `directions` two Hessian
-    products a batch; with `top` a third derivative along the first eigenvector, about 6 gradients.
+    Cost: a gradient (without `batch_size`) or a pass over single examples (with it). For `directions` two Hessian
+    products a batch, or with `batch_size` one an example: they are those of the expectation, not of one partition. With
+    `top` a third derivative along the first eigenvector, about 6 gradients.
 
     Args:
         objective: its batches are the C_k, each counted alike whatever its size, as SGD does.
         lr: learning rate, positive.
-        batch_size: B; then the variance is the expectation over all partitions of the N examples into batches of B, and
-            directions are those of the batches at hand cut to B, scaled to it. None takes the batches as they are.
+        batch_size: B; then the penalties are the expectation over all partitions of the N examples into batches of B,
+            the last one short if B does not divide N. Exact where all examples count alike in their batch; with class
+            weights, ignored targets and the like to first order, as the notes say. None takes the batches as they are.
+        drop_last: with `batch_size`, leave out of an epoch what fills no batch, as a `DataLoader` does if told to.
         momentum: heavy-ball beta in [0, 1) as `torch.optim.SGD` has it; see `momentum_factors`.
         weight_decay: lambda >= 0 of `torch.optim.SGD`.
         directions: also return the gradients of both penalties.
@@ -83,44 +89,47 @@ def implicit_regularization(
         >>> found.full_penalty, found.batch_penalty, found.modified_loss
         (2.0, 0.5, 7.5)
     """
-    _validate(objective, lr, batch_size, momentum, weight_decay)
+    _validate(objective, lr, batch_size, drop_last, momentum, weight_decay)
     space = objective.space
+    notes: tuple[str, ...] = ()
     if batch_size is None:
         loss, g, variances, sizes = _of_batches(objective)
         num_batches, B = float(len(sizes)), sum(sizes) / len(sizes)
-        examples, gamma, stderr = math.nan, math.nan, math.nan
+        examples, gamma, share, stderr = math.nan, math.nan, 1.0, math.nan
+        P, V = momentum_factors(lr, momentum, num_batches)
     else:
         if norms is None:
             norms = gradient_norms(objective, along_mean=is_one_batch(objective))
-        examples = 1 / norms.sum_squared_shares
-        if batch_size > norms.num_examples:
-            raise InputError(f"batch_size must be at most the {norms.num_examples} examples, got {batch_size}.")
-        B, num_batches = float(batch_size), examples / batch_size
-        loss, g, gamma = norms.loss, norms.mean, float(norms.trace.double())
-        share = expected_batch_variance(1.0, examples, B)
-        variances = norms.layer_traces.double() * share
-        stderr = share * _trace_stderr(objective, norms)
+        N = norms.num_examples
+        num_batches = float(sum(count for count, _ in batch_sizes(N, batch_size, drop_last=drop_last)))
+        B, examples, loss, g = float(batch_size), float(N), norms.loss, norms.mean
+        gamma, stderr, alike = _example_trace(objective, norms)
+        if not alike:
+            notes = ("Examples count unequally in their batch: the expectation over partitions is to first order.",)
+        P, V = penalty_factors(lr, momentum, N, batch_size, drop_last=drop_last)
+        share = expected_batch_variance(1.0, N, batch_size, drop_last=drop_last)
+        total = float(norms.trace)
+        variances = norms.layer_traces.double() * (share * gamma / total if total > 0 else 0.0)
+        stderr *= share
     theta = torch.cat([t.detach().reshape(-1) for t in space.tensors.values()]).to(g)
     whole = g + weight_decay * theta
-    P, V = momentum_factors(lr, momentum, num_batches)
     full = batch = None
     if directions or top is not None:
-        pieces = objective if batch_size is None else objective.cut(batch_size)
-        of_full, of_batch, _ = penalty_gradients(pieces, weight_decay=weight_decay, progress=progress)
-        scale = 1.0
-        if batch_size is not None:  # an estimate: one partition's, scaled to the batch size that was asked for
-            m = pieces.num_batches or 1
-            realised = expected_batch_variance(1.0, examples, examples / m)
-            scale = expected_batch_variance(1.0, examples, B) / realised if realised > 0 else 0.0
+        if batch_size is None:
+            of_full, of_batch, _ = penalty_gradients(objective, weight_decay=weight_decay, progress=progress)
+        else:
+            of_full = 2 * (HessianOperator(objective) @ whole + weight_decay * whole)
+            of_batch = share * example_trace_gradient(objective, g, progress=progress)
         slope = None if top is None else curvature_gradient(objective, top.eigenvectors[:, 0].to(g))
         full = _direction(P * of_full, whole, top, slope)
-        batch = _direction(V * scale * of_batch, whole, top, slope)
+        batch = _direction(V * of_batch, whole, top, slope)
     return ImplicitRegularization(
         loss=loss + weight_decay / 2 * float(theta.double().square().sum()),
         lr=lr,
         momentum=momentum,
         batch_size=B,
         num_batches=num_batches,
+        drop_last=drop_last,
         squared_norm=float(whole.double().square().sum()),
         batch_variance=float(variances.sum()),
         batch_variance_stderr=stderr,
@@ -133,6 +142,7 @@ def implicit_regularization(
         num_examples=examples,
         full=full,
         batch=batch,
+        notes=notes,
     )
 
 
@@ -161,6 +171,28 @@ def penalty_gradients(
             progress(count)
     # sum_k H_k g_k / m - H g = sum_k H_k (g_k - g) / m, decay and all: its terms lambda (g_k - g) add up to zero
     return 2 * (Hg / count + weight_decay * whole), 2 * own / count, whole
+
+
+@full_precision
+@checked
+def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+    """Return the gradient (n,) of Gamma = (1/N) sum_i (w_i / w)^2 |g_i - g|^2, g the objective's gradient.
+
+    (2/N) sum_i (w_i / w)^2 (H_i - H)(g_i - g): a gradient and a Hessian product an example, each on its own graph.
+    """
+    count, total = 0, 0.0
+    own, rest = torch.zeros_like(g, dtype=torch.float64), torch.zeros_like(g, dtype=torch.float64)
+    for lin in objective.cut(1).linearizations():
+        count += 1
+        if lin.weight != 0:
+            total += lin.weight
+            apart = lin.gradient() - g
+            own += lin.weight**2 * lin.hvp(apart[None])[0].double()
+            rest += lin.weight**2 * apart.double()
+        if progress is not None:
+            progress(count)
+    rest = rest.to(g)  # zero but for rounding where all examples count alike
+    return (2 * count / total**2 * (own - (HessianOperator(objective) @ rest).double())).to(g)
 
 
 @full_precision
@@ -229,16 +261,18 @@ def _of_batches(objective: Objective) -> tuple[float, Tensor, Tensor, list[float
     return losses / len(sizes), mean.to(objective.dtype), spread / len(sizes), sizes
 
 
-def _trace_stderr(objective: Objective, norms: GradientNorms) -> float:
-    """Return the error of Gamma over data of the same size, from the spread of |g_i - g|^2; NaN without norms."""
+def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, float, bool]:
+    """Return Gamma, its error over data of the same size, and whether all examples count alike in their batch."""
     if norms.squared_norms is None:
-        return math.nan
-    p, g = norms.weights / norms.weights.sum(), norms.mean
-    along = inner_products(objective, norms)
-    deviations = norms.squared_norms.double() - 2 * along + float(g.double().square().sum())
-    rest = 1 - float(p.square().sum())
-    centred = deviations - float(p @ deviations)
-    return math.sqrt(float(p.square() @ centred.square()) / rest) if rest > 1e-12 else math.nan
+        raise InputError("norms hold no norms of single examples' gradients; take them with norms=True.")
+    N, g = norms.num_examples, norms.mean
+    weights = N * norms.weights / norms.weights.sum()
+    alike = bool((weights - 1).abs().max() <= 1e-9)
+    apart = norms.squared_norms.double() - 2 * inner_products(objective, norms) + float(g.double().square().sum())
+    values = weights.square() * apart.clamp_min(0)
+    gamma = float(norms.trace.double() if alike else values.mean())
+    influences = values - 2 * gamma * weights  # of the mean of w^2 |g_i - g|^2 over the squared mean of w
+    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, alike
 
 
 def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tensor | None) -> PenaltyDirection:
@@ -255,11 +289,13 @@ def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tenso
     )
 
 
-def _validate(objective: Objective, lr: float, batch_size: int | None, momentum: float, weight_decay: float) -> None:
+def _validate(
+    objective: Objective, lr: float, batch_size: int | None, drop_last: bool, momentum: float, weight_decay: float
+) -> None:
     if not lr > 0 or not math.isfinite(lr):
         raise InputError(f"lr must be positive and finite, got {lr}.")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+    if drop_last and batch_size is None:
+        raise InputError("drop_last= goes with batch_size=; without it the batches are taken as they are.")
     if not 0 <= momentum < 1:
         raise InputError(f"momentum must lie in [0, 1), got {momentum}.")
     if not weight_decay >= 0:

@@ -14,8 +14,10 @@ __all__ = [
     "BackwardError",
     "ImplicitRegularization",
     "PenaltyDirection",
+    "batch_sizes",
     "expected_batch_variance",
     "momentum_factors",
+    "penalty_factors",
 ]
 
 
@@ -53,16 +55,19 @@ class ImplicitRegularization(_Record):
     """B in examples; the mean where batches differ."""
     num_batches: float
     """m of an epoch."""
+    drop_last: bool = False
+    """Whether examples that fill no batch are left out of an epoch; otherwise the last batch is short."""
     squared_norm: float
     """|g|^2, weight decay included; (loss / parameter)^2."""
     batch_variance: float
-    """(1/m) sum_k |g_k - g|^2, of the batches at hand or expected over all partitions; (loss / parameter)^2."""
+    """(1/m) sum_k |g_k - g|^2, of the batches at hand or expected over all partitions (`expected_batch_variance`);
+    (loss / parameter)^2."""
     batch_variance_stderr: float
     """One standard error over data of the same size; NaN where it is not known."""
     full_factor: float
     """P, lr / 4 for plain SGD; parameter^2 / loss."""
     batch_factor: float
-    """V, lr / 4 for plain SGD; parameter^2 / loss."""
+    """V, lr / 4 for plain SGD; parameter^2 / loss. With momentum, `penalty_factors` has the share of a short batch."""
     layers: tuple[str, ...]
     """Names of the L modules that own parameters."""
     layer_squared_norms: Tensor
@@ -70,13 +75,16 @@ class ImplicitRegularization(_Record):
     layer_batch_variances: Tensor
     """(L,), the layers' parts of `batch_variance`."""
     example_trace: float
-    """Gamma = (1/N) sum_i |g_i - g|^2; NaN where only batches were looked at."""
+    """Gamma = (1/N) sum_i (w_i / w)^2 |g_i - g|^2, w_i what example i counts in its batch and w its mean: all ones but
+    for class weights, ignored targets and the like. NaN where only batches were looked at."""
     num_examples: float
     """N; NaN where only batches were looked at."""
     full: PenaltyDirection | None
     """Gradient of `full_penalty`; None if not asked for."""
     batch: PenaltyDirection | None
     """Gradient of `batch_penalty`; None if not asked for."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know."""
 
     @property
     def full_penalty(self) -> float:
@@ -103,12 +111,16 @@ class ImplicitRegularization(_Record):
         """(L,), the layers' parts of `batch_penalty`."""
         return self.batch_factor * self.layer_batch_variances
 
-    def batch_penalty_at(self, batch_size: float) -> float:
-        """Return lr / 4 (N - B) / (N - 1) Gamma / B for plain SGD at another batch size B; NaN without Gamma."""
+    def batch_penalty_at(self, batch_size: int, *, drop_last: bool | None = None) -> float:
+        """Return the expected `batch_penalty` at another batch size; NaN without Gamma.
+
+        With `drop_last`, by default that of the record, it falls with the batch size; a short last batch raises it.
+        """
         if math.isnan(self.example_trace):
             return math.nan
-        factor = momentum_factors(self.lr, self.momentum, self.num_examples / batch_size)[1]
-        return factor * expected_batch_variance(self.example_trace, self.num_examples, batch_size)
+        N, dropped = int(self.num_examples), self.drop_last if drop_last is None else drop_last
+        factor = penalty_factors(self.lr, self.momentum, N, batch_size, drop_last=dropped)[1]
+        return factor * expected_batch_variance(self.example_trace, N, batch_size, drop_last=dropped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +165,54 @@ class BackwardError(_Record):
         return float(self.lrs[run][0]) if bool(run.any()) else None
 
 
-def expected_batch_variance(example_trace: float, num_examples: float, batch_size: float) -> float:
-    """Return the mean over all partitions of (1/m) sum_k |g_k - g|^2: (N - B) / (N - 1) Gamma / B; 0 for B = N = 1.
+def batch_sizes(num_examples: int, batch_size: int, *, drop_last: bool = False) -> list[tuple[int, int]]:
+    """Return the batches of an epoch as (how many, size): N // B whole ones, and one of the rest unless dropped.
 
     Raises:
-        InputError: unless 0 < B <= N.
+        InputError: unless 1 <= B <= N are whole numbers.
     """
-    if not 0 < batch_size <= num_examples * (1 + 1e-9):
-        raise InputError(f"batch_size must lie in (0, {num_examples:g}], the number of examples, got {batch_size}.")
-    if num_examples <= 1:
+    if not (batch_size == int(batch_size) and 1 <= batch_size <= num_examples):
+        raise InputError(f"batch_size must be a whole number from 1 to {num_examples} (examples), got {batch_size}.")
+    whole, rest = divmod(num_examples, int(batch_size))
+    return [(whole, int(batch_size)), *([(1, rest)] if rest and not drop_last else [])]
+
+
+def expected_batch_variance(
+    example_trace: float, num_examples: int, batch_size: int, *, drop_last: bool = False
+) -> float:
+    """Return the mean over all partitions of (1/m) sum_k |g_k - g|^2, g the gradient of all N examples.
+
+    A batch of b examples has E |g_k - g|^2 = (N - b) / (N - 1) Gamma / b, that of drawing without replacement. All m
+    batches count alike, as SGD steps: m - 1 of size B and a short one of what is left, or with `drop_last` all of B.
+    By the law of the modified loss for each partition, lr / 4 times this is what shuffling adds to it on average.
+
+    Raises:
+        InputError: unless 1 <= B <= N are whole numbers.
+    """
+    sizes = batch_sizes(num_examples, batch_size, drop_last=drop_last)
+    if num_examples == 1:
         return 0.0
-    return max(0.0, num_examples - batch_size) / (num_examples - 1) * example_trace / batch_size
+    total = sum(count * (num_examples - size) / size for count, size in sizes)
+    return total / sum(count for count, _ in sizes) / (num_examples - 1) * example_trace
+
+
+def penalty_factors(
+    lr: float, momentum: float, num_examples: int, batch_size: int, *, drop_last: bool = False
+) -> tuple[float, float]:
+    """Return the factors P of |g|^2 and V of `expected_batch_variance` in the modified loss, averaged over partitions.
+
+    Those of `momentum_factors` belong to the mean gradient h of a partition's batches, P |h|^2 + V (1/m) sum_k
+    |g_k - h|^2, and h differs from g where a batch is short or dropped: E |h - g|^2 = (N sum_i a_i^2 - 1) / (N - 1)
+    Gamma, a_i the weight of example i in h. That part of the variance counts with P.
+    """
+    sizes, N = batch_sizes(num_examples, batch_size, drop_last=drop_last), num_examples
+    m = sum(count for count, _ in sizes)
+    P, V = momentum_factors(lr, momentum, m)
+    whole = expected_batch_variance(1.0, N, batch_size, drop_last=drop_last)
+    if whole == 0:
+        return P, V
+    apart = (N * sum(count / size for count, size in sizes) / m**2 - 1) / (N - 1)
+    return P, V + (P - V) * apart / whole
 
 
 def momentum_factors(lr: float, momentum: float, num_batches: float) -> tuple[float, float]:

@@ -171,6 +171,9 @@ def implicit(
     batch_size: Annotated[
         int | None, typer.Option(help="In examples. Default: the batches of the task as they are.")
     ] = None,
+    drop_last: Annotated[
+        bool, typer.Option("--drop-last", help="An epoch leaves out the examples that fill no batch.")
+    ] = False,
     momentum: Annotated[float, typer.Option(help="Heavy-ball momentum of SGD.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of SGD.")] = 0.0,
     k: Annotated[int, typer.Option("--k", help="How many of the sharpest directions to look against.")] = 3,
@@ -195,6 +198,7 @@ def implicit(
         plan = ImplicitPlan(
             lr=lr,
             batch_size=batch_size,
+            drop_last=drop_last,
             momentum=momentum,
             weight_decay=weight_decay,
             directions=not no_directions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -64,6 +65,7 @@ def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generato
         objective,
         lr=plan.lr,
         batch_size=plan.batch_size,
+        drop_last=plan.drop_last,
         momentum=plan.momentum,
         weight_decay=plan.weight_decay,
         directions=plan.directions,
@@ -175,11 +177,25 @@ def _added(found: ImplicitRegularization) -> str:
     batch = wording.count(found.batch_size)
     text = (
         f"At a learning rate of {found.lr:g} and batches of {batch} the gradient-variance penalty is {variance} of the "
-        f"loss, and the penalty on the full gradient {full}."
+        f"loss, and the penalty on the full gradient {full}.{_epoch(found)}"
     )
     if found.loss > 0 and found.batch_penalty > found.loss:
         text += " It outweighs the loss itself: the noise decides where SGD goes from here."
     return text
+
+
+def _epoch(found: ImplicitRegularization) -> str:
+    """Return what an epoch does with the examples that fill no batch."""
+    if not math.isfinite(found.num_examples):
+        return ""
+    N, B = int(found.num_examples), int(found.batch_size)
+    if N % B == 0:
+        return ""
+    whole, rest = N // B, wording.count(N % B)
+    if found.drop_last:
+        return f" An epoch has {wording.count(whole)} batches and leaves out {rest} examples."
+    of = "1 example" if N % B == 1 else f"{rest} examples"
+    return f" An epoch has {wording.count(whole)} such batches and a last one of {of}, whose step counts as much."
 
 
 def _payers(found: ImplicitRegularization) -> str:
@@ -190,30 +206,24 @@ def _payers(found: ImplicitRegularization) -> str:
 
 
 def _elsewhere(found: ImplicitRegularization) -> str:
-    half, double = found.batch_size / 2, 2 * found.batch_size
+    B, N = int(found.batch_size), int(found.num_examples)
     parts = [
-        f"{_relative(found.batch_penalty_at(B), found.loss)} at {wording.count(B)}"
-        for B in (half, double)
-        if 1 <= B <= found.num_examples
+        f"{_relative(found.batch_penalty_at(size), found.loss)} at {wording.count(size)}"
+        for size in (B // 2, 2 * B)
+        if 1 <= size <= N
     ]
     text = f"The variance penalty would be {' and '.join(parts)}. " if parts else ""
-    beyond = _below(found, 0.01)
-    if beyond is None:
+    least = bisect.bisect_left(range(1, N), True, key=lambda size: _whole(found, size) <= 0.01 * found.loss) + 1
+    if least == 1:
         return text + "It is below 1 % of the loss at every batch size."
-    if beyond >= found.num_examples:
+    if least == N:
         return text + "It is above 1 % of the loss at every batch size short of all examples."
-    return text + f"Beyond a batch of {wording.count(math.ceil(beyond))} it is below 1 % of the loss."
+    return text + f"From a batch of {wording.count(least)} on, whole batches keep it below 1 % of the loss."
 
 
-def _below(found: ImplicitRegularization, share: float) -> float | None:
-    """Return the batch size from which on the penalty is below a share of the loss; None if it is at B = 1."""
-    if found.batch_penalty_at(1.0) <= share * found.loss:
-        return None
-    low, high = 1.0, found.num_examples
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if found.batch_penalty_at(middle) > share * found.loss else (low, middle)
-    return high
+def _whole(found: ImplicitRegularization, size: int) -> float:
+    """Return the penalty of an epoch without a short batch."""
+    return found.batch_penalty_at(size, drop_last=True)
 
 
 def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
@@ -291,8 +301,9 @@ def _batch_sizes(found: ImplicitRegularization) -> Chapter:
             Picture(
                 name="penalty-by-batch-size",
                 label="Loss, full-gradient penalty and variance penalty against the batch size.",
-                caption="The variance penalty at every batch size, from the same pass: it falls as 1 / B and vanishes "
-                "where the batch is all examples, which are drawn without replacement.",
+                caption="The variance penalty of whole batches against their size, from the same pass: it falls as "
+                "1 / B and vanishes where the batch is all examples, which are drawn without replacement. A short last "
+                "batch adds to it (dot).",
                 draw=lambda ax, colors: plot_penalty_by_batch_size(found, ax=ax, colors=colors),
             ),
         ),
@@ -336,8 +347,9 @@ _TERMS = (
     ),
     (
         "Variance penalty",
-        "The last term. At batch size B it is expected to be lr/4 (N − B)/(N − 1) Γ/B, Γ the variance of single "
-        "examples' gradients: the factor is that of drawing without replacement.",
+        "The last term. A batch of B of N examples contributes (N − B)/(N − 1) Γ/B on average over shuffles, Γ the "
+        "variance of single examples' gradients: the factor is that of drawing without replacement. A short last batch "
+        "has a larger part and counts as much.",
     ),
     (
         "Change of the largest eigenvalue",
@@ -359,12 +371,14 @@ def _method(found: ImplicitRegularization) -> str:
             "Gradients of the batches as they are gave both penalties; without --batch-size other sizes are not known."
         )
     if found.batch is not None:
-        text += " Gradients of the penalties are Hessian products of each batch with its own gradient, 2 H g."
+        each = "example" if math.isfinite(found.num_examples) else "batch"
+        text += f" Gradients of the penalties are Hessian products of each {each} with its own gradient, 2 H g."
     return text
 
 
 def _notes(study: ImplicitStudy) -> tuple[str, ...]:
-    found, notes = study.regularization, []
+    found = study.regularization
+    notes = list(found.notes)
     if found.momentum:
         notes.append(
             "Momentum: factors of Ghosh et al. (2023) for the full gradient; for the noise the argument of Smith et "

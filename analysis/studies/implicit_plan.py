@@ -1,4 +1,4 @@
-"""What `curvature implicit` is asked for and what it costs: small batches cost more than their share of the data."""
+"""What `curvature implicit` is asked for and what it costs: single examples cost more than their share of the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.implicit_regularization import penalty_gradients
+from analysis.implicit_regularization import example_trace_gradient
 from curvature.arguments import checked_fields
 from curvature.cost import timed
 from curvature.errors import InputError
@@ -32,6 +32,8 @@ class ImplicitPlan:
     """Learning rate."""
     batch_size: int | None = None
     """In examples; None takes the batches of the task as they are."""
+    drop_last: bool = False
+    """Whether examples that fill no batch are left out of an epoch, rather than a short batch."""
     momentum: float = 0.0
     """Heavy-ball momentum."""
     weight_decay: float = 0.0
@@ -61,10 +63,10 @@ def num_products(k: int) -> int:
 
 
 def num_pieces(objective: Objective, batch_size: int | None) -> int:
-    """Return how many batches have their gradients' penalties differentiated."""
+    """Return how many batches, or with a batch size examples, have their gradients' penalties differentiated."""
     if batch_size is None:
         return objective.num_batches or 1
-    return sum(-(-_length(batch) // batch_size) for batch in objective.batches())
+    return sum(_length(batch) for batch in objective.batches())
 
 
 def _length(batch: Any) -> int:
@@ -72,13 +74,14 @@ def _length(batch: Any) -> int:
 
 
 def _of_penalties(objective: Objective, batch_size: int | None) -> float:
-    """Return what the gradients of the penalties cost, in gradients, from a few of the batches."""
+    """Return what the gradients of the penalties cost, in gradients, from a few of the examples."""
     if batch_size is None:
         return 6.0
-    sample = list(itertools.islice(objective.cut(batch_size).batches(), _SAMPLE))
+    sample = list(itertools.islice(objective.cut(1).batches(), _SAMPLE))
     some = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "data": sample})
-    penalty_gradients(some)  # the first is slower
+    g = some.gradient()
+    example_trace_gradient(some, g)  # the first is slower
     some.release()
-    _, seconds = timed(lambda: penalty_gradients(some), objective.device)
+    _, seconds = timed(lambda: example_trace_gradient(some, g), objective.device)
     _, one = timed(objective.loss_and_gradient, objective.device)
-    return num_pieces(objective, batch_size) / len(sample) * seconds / one
+    return 4.0 + num_pieces(objective, batch_size) / len(sample) * seconds / one

@@ -160,12 +160,12 @@ def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
     assert found.batch.cosines_with_top is not None
     assert len(run.implicit.eigenvalues) == len(found.batch.cosines_with_top) == 2
     share = 100 * found.batch_penalty / found.loss
-    check_report(folder / "here", f"is {float(f'{share:.3g}'):g}", "Which way does it push?", "Beyond a batch of")
+    check_report(folder / "here", f"is {float(f'{share:.3g}'):g}", "Which way does it push?", "From a batch of")
     assert "At a learning rate of 0.1 and batches of 6 the gradient-variance penalty is" in " ".join(
         done.stdout.split()
     )
-    sizes = [int(s) for s in re.findall(r"Beyond a batch of (\d+)", " ".join(done.stdout.split()))]
-    below, above = (found.batch_penalty_at(B) / found.loss for B in (sizes[0], sizes[0] - 1))
+    sizes = [int(s) for s in re.findall(r"From a batch of (\d+) on", " ".join(done.stdout.split()))]
+    below, above = (found.batch_penalty_at(B, drop_last=True) / found.loss for B in (sizes[0], sizes[0] - 1))
     assert below <= 0.01 < above
 
 
