@@ -323,7 +323,6 @@ class Objective:
         """Drop the kept graphs and the memory they hold; the next product builds them again."""
         self._kept.clear()
 
-
     # -- reductions ---------------------------------------------------------------------------------------------------
 
     def reduce(

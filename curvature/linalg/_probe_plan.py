@@ -35,17 +35,14 @@ def residual_curve(products: Tensor) -> Tensor:
     return curve.cummin(0).values
 
 
-def most_accurate(curve: Tensor, budget: int, *, price: int, fewest: int) -> int:
-    """Return the s that makes v(s) / (budget - price s) least, among those that leave `fewest` samples at least.
-
-    The price of s, in samples, is 1, or 2 where the probes of the basis give none themselves.
-    """
+def most_accurate(curve: Tensor, budget: int, *, fewest: int) -> int:
+    """Return the s that makes v(s) / (budget - s) least, among those that leave `fewest` samples at least."""
     s = torch.arange(len(curve), dtype=curve.dtype)
-    samples = budget - price * s
+    samples = budget - s
     return int(torch.where(samples >= fewest, curve / samples, torch.inf).argmin())
 
 
-def cheapest(curve: Tensor, variance: float, at: int, target: float, *, price: int, fewest: int) -> tuple[int, float]:
+def cheapest(curve: Tensor, variance: float, at: int, target: float, *, fewest: int) -> tuple[int, float]:
     """Return the s, `at` or more, and the number of samples with which a standard error costs least.
 
     Args:
@@ -53,7 +50,6 @@ def cheapest(curve: Tensor, variance: float, at: int, target: float, *, price: i
         variance: of a sample with a basis from `at` probes, as it was observed; it sets the curve's scale.
         at: the present s.
         target: standard error to reach.
-        price: of s, as for `most_accurate`.
         fewest: samples to take in any case.
     """
     known = float(curve[at])
@@ -61,7 +57,7 @@ def cheapest(curve: Tensor, variance: float, at: int, target: float, *, price: i
         return at, float(fewest)
     s = torch.arange(at, len(curve), dtype=curve.dtype)
     samples = (variance / known * curve[at:] / target**2).clamp_min(fewest)
-    best = int((samples + price * s).argmin())
+    best = int((samples + s).argmin())
     return at + best, float(samples[best])
 
 

@@ -107,6 +107,10 @@ class ProbePool:
         self._extend(_new_directions(self.products[:, self.num_sketched : upto], self.basis))
         self.num_sketched = upto
 
+    def drop_unsketched(self) -> None:
+        """Forget the probes whose products are not in the basis: a choice made by looking at them biases them."""
+        self.probes, self.products = self.probes[:, : self.num_sketched], self.products[:, : self.num_sketched]
+
     def complete(self) -> None:
         """Extend the basis to all of the space, so that everything about A is known: n - r products."""
         if self.rank == 0:

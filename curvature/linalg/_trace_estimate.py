@@ -17,7 +17,17 @@ from curvature.linalg._validate import check_count
 from curvature.linop import MatrixLike
 from curvature.results import EigenPairs, Status, TraceEstimate
 
-__all__ = ["FEWEST", "Goal", "Samples", "enlarge", "open_pool", "spend", "summary", "worth_completing"]
+__all__ = [
+    "FEWEST",
+    "Goal",
+    "Samples",
+    "enlarge",
+    "open_pool",
+    "sketch_by_pilot",
+    "spend",
+    "summary",
+    "worth_completing",
+]
 
 FEWEST = 8  # samples before a standard error is believed
 _DOUBT = 2  # by how much a forecast from few samples may be too high
@@ -142,9 +152,30 @@ def enlarge(
         size *= 2
 
 
-def spend(
-    pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples], *, price: int
-) -> TraceEstimate:
+def sketch_by_pilot(pool: ProbePool, budget: int, choose: Callable[[Tensor], int], *, fewest: int) -> None:
+    """Draw probes for a basis until more of them would not pay, and forget those that it does not need.
+
+    Probes drawn later have no part in the basis or its size, so that samples from them are independent and unbiased.
+
+    Args:
+        pool: empty.
+        budget: most products to spend, those with the later probes included.
+        choose: the size of the basis, from the pilot's `residual_curve`.
+        fewest: products to leave for the later probes.
+    """
+    pool.add_probes(max(min(FEWEST, budget // 3), 1))
+    while True:
+        k = pool.num_probes
+        best = choose(residual_curve(pool.products))
+        more = min(max(k // 2, 1), (budget - fewest) // 2 - k)
+        if best < k or more <= 0:
+            break
+        pool.add_probes(more)
+    pool.sketch(best)
+    pool.drop_unsketched()
+
+
+def spend(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples]) -> TraceEstimate:
     """Run an estimator that may use k probes and a basis from any s of them, and choose k and s as it learns.
 
     Args:
@@ -152,10 +183,9 @@ def spend(
         known: what is added to its trace.
         goal: when to stop.
         sample: the estimates of a pool.
-        price: of one more in s, in samples: 1, or 2 if the probes of the basis give no samples.
     """
     if goal.rtol is None:
-        return _spend_budget(pool, known, goal, sample, price=price)
+        return _spend_budget(pool, known, goal, sample)
     if pool.n <= min(FEWEST, goal.budget):
         pool.complete()
         return summary(pool, Samples(pool.probes.new_zeros(0), 0.0, "exact"), known, goal)
@@ -168,9 +198,9 @@ def spend(
         curve = residual_curve(pool.products)
         k, s = pool.num_probes, pool.num_sketched
         variance = float(estimate.stderr) ** 2 * len(estimate.samples)
-        best, samples = cheapest(curve, variance, s, goal.target(estimate), price=price, fewest=FEWEST)
-        more = math.ceil(min(samples, goal.budget)) + (price - 1) * best - k
-        best = min(best, s + left, k if price == 1 else k - FEWEST // 2)
+        best, samples = cheapest(curve, variance, s, goal.target(estimate), fewest=FEWEST)
+        more = math.ceil(min(samples, goal.budget)) - k
+        best = min(best, s + left, k)
         ahead = max(more, 0) + max(best - s, 0)
         if worth_completing(pool, ahead, goal):
             pool.complete()
@@ -180,9 +210,7 @@ def spend(
             pool.add_probes(min(max(more, 1), max(k // 2, 1), left))
 
 
-def _spend_budget(
-    pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples], *, price: int
-) -> TraceEstimate:
+def _spend_budget(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples]) -> TraceEstimate:
     """Draw probes until what is left of the budget is best spent on the basis; only then multiply that."""
     budget = goal.budget
     if _worth_completing(pool, budget, goal):
@@ -191,7 +219,7 @@ def _spend_budget(
     pool.add_probes(min(FEWEST, budget // 2 + 1))
     while True:
         curve = residual_curve(pool.products)
-        best = most_accurate(curve, budget, price=price, fewest=min(FEWEST, budget // 2))
+        best = most_accurate(curve, budget, fewest=min(FEWEST, budget // 2))
         missing = budget - best - pool.num_probes
         if missing <= 0 and _nystrom_wins(pool, sample(pool), curve, best, budget):
             missing = budget - pool.num_probes

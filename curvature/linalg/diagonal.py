@@ -105,7 +105,7 @@ def _spend_budget(pool: ProbePool, budget: int, method: str) -> None:
         return
     pool.add_probes(budget // 2 if method == "xdiag" else min(FEWEST, budget // 2 + 1))
     while method == "auto":
-        best = most_accurate(residual_curve(pool.products), budget, price=1, fewest=min(FEWEST, budget // 2))
+        best = most_accurate(residual_curve(pool.products), budget, fewest=min(FEWEST, budget // 2))
         missing = budget - best - pool.num_probes
         if missing <= 0:
             break
@@ -127,7 +127,7 @@ def _reach(pool: ProbePool, known: Known, goal: Goal, method: str, keep_samples:
         error = _norm(estimate.stderr)
         target = goal.rtol * max(_norm(estimate.values), error / 2)
         curve = residual_curve(pool.products)
-        best, samples = cheapest(curve, error**2 * k, s, target, price=1, fewest=FEWEST)
+        best, samples = cheapest(curve, error**2 * k, s, target, fewest=FEWEST)
         ahead = max(min(samples, goal.budget) - k, 0) + best - s
         if worth_completing(pool, int(ahead), goal):
             pool.complete()

@@ -7,19 +7,31 @@ sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
+from curvature.linalg._deflation import Known
+from curvature.linalg._probe_plan import cheapest, most_accurate
 from curvature.linalg._probe_pool import ProbePool
-from curvature.linalg._trace_estimate import Goal, Samples, open_pool, spend, summary
+from curvature.linalg._trace_estimate import (
+    FEWEST,
+    Goal,
+    Samples,
+    open_pool,
+    sketch_by_pilot,
+    summary,
+    worth_completing,
+)
 from curvature.linalg._validate import check_count
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
-from curvature.results import EigenPairs, TraceEstimate
+from curvature.results import EigenPairs, Status, TraceEstimate
 
 __all__ = ["hutchpp"]
 
@@ -47,9 +59,9 @@ def hutchpp(
     is the estimator of choice where the error bar must hold by theorem. XTrace has the smaller error, since there the
     probes that made Q count as well.
 
-    How many probes go into Q is found from the products known so far: how much of a product is left outside the range
-    of s others tells the variance with a basis of s, for every s. Products are never repeated as it grows. A given
-    `sketch_size` keeps the choice free of the samples altogether.
+    s is chosen from a pilot, whose probes are those of Q: how much of a product is left outside the range of s others
+    tells the variance with a basis of s, for every s. Probes of the pilot that Q does not need are dropped. So neither
+    Q nor s depends on the probes of the mean, and a budget's estimate is unbiased.
 
     Cost: 2 products for each of s, one for each other probe; n products where the budget allows as many, and then the
     trace is exact. Memory: 2 vectors a probe, 2 more for each of s.
@@ -85,14 +97,52 @@ def hutchpp(
         block_size=block_size,
         callback=callback,
     )
-    if sketch_size is None or (num_matvecs is not None and num_matvecs >= pool.n):
-        return spend(pool, known, goal, _sample, price=2)
-    if num_matvecs is None:
+    if sketch_size is not None and num_matvecs is None:
         raise InputError("sketch_size goes with num_matvecs (a budget); with rtol it is chosen on the way.")
-    check_count("sketch_size", sketch_size, 0, num_matvecs // 2 - 1)
-    pool.add_probes(num_matvecs - sketch_size)
-    pool.sketch(sketch_size)
-    return summary(pool, _sample(pool), known, goal)
+    if pool.n <= goal.budget and (rtol is None or pool.n <= FEWEST):
+        pool.complete()
+        return summary(pool, _sample(pool), known, goal)
+    if sketch_size is None:
+        sketch_by_pilot(pool, goal.budget, lambda curve: _best_size(pool, known, goal, curve), fewest=_fewest(goal))
+    else:
+        check_count("sketch_size", sketch_size, 0, goal.budget // 2 - 1)
+        pool.add_probes(sketch_size)
+        pool.sketch(sketch_size)
+    return _sampled(pool, known, goal)
+
+
+def _best_size(pool: ProbePool, known: Known, goal: Goal, curve: Tensor) -> int:
+    """Return the size of the basis that suits the goal, by what a pilot shows; or make all of A known, and return 0."""
+    k = pool.num_probes
+    if goal.rtol is None:
+        return most_accurate(curve, goal.budget - k, fewest=_fewest(goal))
+    plain = Samples((pool.probes * pool.products).sum(dim=0), 0.0, "hutchinson")
+    target = goal.target(summary(pool, plain, known, goal))
+    best, samples = cheapest(curve, float(plain.values.var()) if k > 1 else 0.0, 0, target, fewest=FEWEST)
+    if worth_completing(pool, int(min(samples, goal.budget)) + best, goal):
+        pool.complete()
+        return 0
+    return best
+
+
+def _fewest(goal: Goal) -> int:
+    return max(min(FEWEST, goal.budget // 3), 2)
+
+
+def _sampled(pool: ProbePool, known: Known, goal: Goal) -> TraceEstimate:
+    """Draw probes that the basis does not depend on: all that the budget allows, or until they are accurate."""
+    more = goal.budget if goal.rtol is None else FEWEST
+    while True:
+        if pool.rank < pool.n:
+            pool.add_probes(min(more, goal.budget - pool.num_matvecs))
+        estimate = summary(pool, _sample(pool), known, goal)
+        left = goal.budget - pool.num_matvecs
+        if goal.rtol is None or estimate.status is Status.CONVERGED or left <= 0:
+            return estimate
+        k = len(estimate.samples)
+        more = max(math.ceil(k * min((float(estimate.stderr) / goal.target(estimate)) ** 2 - 1, 0.5)), 1)
+        if worth_completing(pool, math.ceil(k * (float(estimate.stderr) / goal.target(estimate)) ** 2) - k, goal):
+            pool.complete()
 
 
 def _sample(pool: ProbePool) -> Samples:

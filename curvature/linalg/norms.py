@@ -28,9 +28,9 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
-from curvature.linalg._probe_plan import most_accurate, residual_curve
+from curvature.linalg._probe_plan import most_accurate
 from curvature.linalg._probe_pool import ProbePool
-from curvature.linalg._trace_estimate import FEWEST
+from curvature.linalg._trace_estimate import FEWEST, sketch_by_pilot
 from curvature.linalg._validate import (
     check_count,
     check_finite,
@@ -63,9 +63,9 @@ def frobenius_norm(
     """Estimate |A|_F = (sum_ij A_ij^2)^(1/2) with its standard error.
 
     Variance of |A z|^2 for signs: 2 (|A'A|_F^2 - sum_i (A'A)_ii^2), fourth powers of the eigenvalues: a few outliers
-    rule it. A basis from s of the products takes them out, at 2 products each; s is chosen by what the products show to
-    lie outside the range of others. The standard error of the root is that of the square over 2 |A|_F, the first order
-    in it. |A|_F of a Hessian is what the error of Hutchinson's trace is made of.
+    rule it. A basis from s of the products takes them out, at 2 products each; s is chosen by what the products of a
+    pilot show to lie outside the range of others, and samples come from other probes. The standard error of the root is
+    that of the square over 2 |A|_F, the first order in it. |A|_F of a Hessian rules the error of Hutchinson's trace.
 
     Where few eigenvalues rule the samples are skewed, as squares of few normal numbers, and the standard error is too
     small by up to 25 % with 16 to 50 of them; on flat and moderate spectra it is right.
@@ -97,16 +97,18 @@ def frobenius_norm(
         pool.complete()
         value = torch.linalg.matrix_norm(pool.images)
         return NormEstimate(value=value, stderr=torch.zeros_like(value), num_matvecs=pool.num_matvecs)
-    pool.add_probes(min(FEWEST, num_matvecs // 2 + 1))
-    while True:
-        fewest = min(2 * FEWEST, num_matvecs // 2)  # squares of residuals are skewed
-        chosen = most_accurate(residual_curve(pool.products), num_matvecs, price=2, fewest=fewest)
-        s = chosen if sketch_size is None else sketch_size
-        missing = num_matvecs - s - pool.num_probes
-        if missing <= 0:
-            break
-        pool.add_probes(missing if sketch_size is not None else min(missing, max(pool.num_probes // 2, 1)))
-    pool.sketch(num_matvecs - pool.num_matvecs)
+    if sketch_size is None:
+        fewest = max(min(2 * FEWEST, num_matvecs // 3), 2)  # squares of residuals are skewed
+        sketch_by_pilot(
+            pool,
+            num_matvecs,
+            lambda curve: most_accurate(curve, num_matvecs - pool.num_probes, fewest=fewest),
+            fewest=fewest,
+        )
+    else:
+        pool.add_probes(sketch_size)
+        pool.sketch(sketch_size)
+    pool.add_probes(num_matvecs - pool.num_matvecs)
     s = pool.num_sketched
     rest = pool.products[:, s:] - pool.images @ (pool.basis.T @ pool.probes[:, s:])
     squares = rest.square().sum(dim=0) + pool.images.square().sum()

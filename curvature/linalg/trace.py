@@ -117,7 +117,7 @@ def trace(
     )
     if method == "hutchinson":
         return enlarge(pool, known, goal, _mixed, price=1)
-    return spend(pool, known, goal, _best if psd else _mixed, price=1)
+    return spend(pool, known, goal, _best if psd else _mixed)
 
 
 _FUNCTIONS: dict[str, Callable[..., TraceEstimate]] = {"hutch++": hutchpp, "xtrace": xtrace, "xnystrace": xnystrace}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+import scipy
 import torch
 from torch import Tensor
 
@@ -304,9 +305,29 @@ def test_intervals_cover_when_an_accuracy_ends_the_run() -> None:
     assert sum(bool((e.value - A.trace()).abs() <= e.half_width + 1e-9) for e in estimates) >= 88
 
 
-def test_half_widths_are_students() -> None:
-    estimate = hutchinson_trace(with_spectrum(spectra(20)["flat"]), num_probes=5, generator=generator())
-    torch.testing.assert_close(estimate.half_width, 2.7764451 * estimate.stderr)  # t with 4 degrees, 97.5 %
+def test_half_widths_are_students_and_wider_where_samples_are_skewed() -> None:
+    A = with_spectrum(spectra(20)["rank one"])
+    estimate = hutchinson_trace(A, num_probes=5, generator=generator())
+    t, skewness = scipy.stats.t.ppf(0.975, 4), abs(scipy.stats.skew(estimate.samples.numpy()))
+    expected = float(estimate.stderr) * (t + skewness * (1 + 2 * t**2) / (3 * 5**0.5))
+    assert float(estimate.half_width) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("num_matvecs", "least"), [(12, 0.92), (40, 0.93)])
+def test_intervals_cover_where_samples_are_squares_of_one_normal_number(num_matvecs: int, least: float) -> None:
+    A = with_spectrum(spectra(100)["rank one"])
+    found = [trace(A, method="hutchinson", num_matvecs=num_matvecs, generator=generator(s)) for s in range(600)]
+    assert sum(bool((e.value - A.trace()).abs() <= e.half_width) for e in found) >= least * len(found)
+
+
+@pytest.mark.parametrize("num_matvecs", [12, 30])
+def test_a_sketch_of_chosen_size_leaves_no_bias(num_matvecs: int) -> None:
+    A = with_spectrum(0.8 ** torch.arange(100, dtype=F64))
+    estimates = [hutchpp(A, num_matvecs=num_matvecs, generator=generator(seed), block_size=12) for seed in range(400)]
+    errors = torch.stack([e.value for e in estimates]) - A.trace()
+    assert errors.mean().abs() < 3 * errors.std() / 20
+    covered = sum(bool((e.value - A.trace()).abs() <= e.half_width) for e in estimates)
+    assert covered >= 0.93 * 400
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
