@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,18 +151,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             raise InputError(f"{type(self).__name__} evaluates the loss several times a step: call step(closure).")
         if curvature_closure is not None and self.kind == "residuals":
             raise InputError("residuals and their Jacobian come from one closure; leave curvature_closure out.")
-        evaluations = Evaluations(
-            flat,
-            closure,
-            curvature_closure,
-            kind=self.kind,
-            loss=self.loss,
-            rule=self._rule,
-            sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
-            mean=None if self.process_group is None else self._mean_over_ranks,
-            share=None if self.process_group is None else self._share_of_rank,
-            recorder=self._recorder,
-        )
+        evaluations = self._evaluations(flat, closure, curvature_closure, self.kind)
         compare_ranks(self, f"a step of {type(self).__name__}", point=True)
         start = evaluations.start
         move: Move | None = None
@@ -180,6 +169,10 @@ class FullBatchOptimizer(ResumableOptimizer):
                     move = self._move(evaluations, here, start)
             if move.step is not None:
                 flat.set(start + move.step, keep=evaluations.unused if self.process_group is None else None)
+                if torch.equal(flat.get(), start):
+                    move = replace(
+                        move, step=None, loss=here.loss, message="the step is below rounding of the parameters"
+                    )
         finally:
             evaluations.finish(keep=move is not None and (moves_buffers or move.step is not None))
         moved = move.step is not None
@@ -216,6 +209,26 @@ class FullBatchOptimizer(ResumableOptimizer):
         if not params:
             raise InputError("no parameter requires a gradient.")
         return FlatParams(params)
+
+    def _evaluations(
+        self,
+        flat: FlatParams,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        kind: Kind,
+    ) -> Evaluations:
+        return Evaluations(
+            flat,
+            closure,
+            curvature_closure,
+            kind=kind,
+            loss=self.loss,
+            rule=self._rule,
+            sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
+            mean=None if self.process_group is None else self._mean_over_ranks,
+            share=None if self.process_group is None else self._share_of_rank,
+            recorder=self._recorder,
+        )
 
     def _mean_over_ranks(self, t: Tensor) -> Tensor:
         assert self.process_group is not None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from curvature.errors import InputError
+from curvature.errors import CurvatureError, InputError
 from optimizers._full_batch import FullBatchOptimizer
+from optimizers._saddles import Look, look_for_saddle
 from optimizers.cubic_newton import CubicNewton
 from optimizers.levenberg_marquardt import LevenbergMarquardt
 from optimizers.newton_cg import NewtonCG
@@ -41,6 +43,10 @@ METHODS: dict[str, tuple[Callable[..., FullBatchOptimizer], dict[str, Any]]] = {
 """Name -> optimizer and its settings; those that need no look at the loss are left out."""
 
 
+_PATIENCE = 10  # steps
+_LEAST_LOOK = 32  # products
+
+
 @dataclass(frozen=True, kw_only=True)
 class MinimizeResult:
     """What `scipy.optimize.minimize` returns, with tensors for arrays."""
@@ -60,11 +66,29 @@ class MinimizeResult:
     nhev: int
     """Products with Hessian, Gauss-Newton matrix, Jacobian or its transpose."""
     status: int
-    """0: converged, 1: budget spent, 2: the loss cannot be lowered further."""
+    """0: converged, 1: budget spent, 2: the loss cannot be lowered further beyond rounding."""
     message: str
     """Which rule ended the run."""
     success: bool
-    """Whether the run converged."""
+    """Whether the run converged, and not to a strict saddle as far as the look at its end has seen."""
+    curvature: float = math.nan
+    """The smallest u'H u of unit vectors u that this look met, H the Hessian of the loss at x; NaN without a look."""
+
+
+class _Progress:
+    """Whether steps still lower the loss, or change its gradient where rounding hides the loss."""
+
+    def __init__(self) -> None:
+        self.loss, self.low, self.high, self.since = math.inf, math.inf, 0.0, 0
+
+    def stalled(self, step: StepReport) -> bool:
+        """Whether the loss, and the gradient as long as it does not double, have had no lower value for too long."""
+        g = step.gradient_max
+        falls = step.loss_after < self.loss
+        self.since = 0 if falls or g < self.low or g > 2 * self.high else self.since + 1
+        self.loss, self.low = min(self.loss, step.loss_after), min(self.low, g)
+        self.high = g if falls else max(self.high, g)
+        return self.since >= _PATIENCE
 
 
 def minimize(
@@ -84,7 +108,12 @@ def minimize(
     """Minimise objective(x) from x0, or a closure objective() in parameters that it uses.
 
     Ends when the largest entry of the gradient is at most `gtol`; when a step lowers the loss by at most ftol |loss|,
-    or is no longer than xtol (xtol + |x|); when a budget is spent; or when no step lowers the loss.
+    or is no longer than xtol (xtol + |x|); when a budget is spent; or when no step lowers the loss beyond rounding.
+
+    A gradient vanishes at saddles too. So a run that has converged looks for negative curvature of the loss, by Lanczos
+    from a random vector, with up to a quarter of the gradients spent so far, 32 at least. Where it finds some, it moves
+    along it and goes on; else `message` tells the lowest curvature met, and whether the look was complete: a curvature
+    lower by 1e-3 |H| is then missed with a probability of 1 % at most. Saddles of higher order are not seen.
 
     Args:
         objective: returns the loss, or residuals for "levenberg-marquardt".
@@ -122,35 +151,49 @@ def minimize(
     make, settings = METHODS[method]
     optimizer = make(list(params), **{**settings, **(options or {})})
     nfev = njev = nhev = nit = 0
+    ended: tuple[int, str] | None = None
+    look: Look | None = None
+    progress = _Progress()
     while True:
-        over_budget = nit >= max_steps or (max_gradients is not None and njev + nhev >= max_gradients)
+        if nit >= max_steps or (max_gradients is not None and njev + nhev >= max_gradients):
+            ended = ended or (1, "the budget of steps or gradients is spent")
         # a tolerance of infinity measures the gradient at the end, and takes no step
-        optimizer._step(closure, None, torch.inf if over_budget else gtol, moves_buffers=False)
+        optimizer._step(closure, None, gtol if ended is None else torch.inf, moves_buffers=False)
         step = optimizer.last_step
         assert step is not None
         nfev, njev, nhev = nfev + step.num_evaluations, njev + step.num_gradients, nhev + step.num_products
-        if not step.accepted and (step.gradient_max <= gtol or (step.stationary and not over_budget)):
-            status, message = 0, f"the largest entry of the gradient is {step.gradient_max:.2g}, at most gtol"
+        if not step.accepted and (step.gradient_max <= gtol or (step.stationary and ended is None)):
+            ended = 0, f"the largest entry of the gradient is {step.gradient_max:.2g}, at most gtol"
+        elif not step.accepted and ended is None:
+            ended = 2, step.message
+        if step.accepted:
+            nit += 1
+            if callback is not None and callback(step):
+                max_steps = nit
+            size = sum(float(p.detach().square().sum()) for p in params) ** 0.5
+            if (ftol > 0 and 0 <= step.loss_before - step.loss_after <= ftol * abs(step.loss_before)) or (
+                xtol > 0 and step.step_norm <= xtol * (xtol + size)
+            ):
+                ended = 0, "the loss or the parameters no longer change, by ftol or xtol"
+            elif progress.stalled(step):
+                ended = 2, f"neither the loss nor its gradient has fallen in {_PATIENCE} steps: they are rounding"
+            continue
+        assert ended is not None
+        spent = njev + nhev
+        most = max(_LEAST_LOOK, spent // 4)
+        most = most if max_gradients is None else min(most, max_gradients - spent - 1)
+        if ended[0] != 0 or most < 1:
             break
-        if over_budget:
-            status, message = 1, "the budget of steps or gradients is spent"
+        try:
+            look = look_for_saddle(optimizer, closure, most)
+        except (CurvatureError, RuntimeError) as error:
+            ended = 0, f"{ended[1]}; the curvature there is not known: {error}"
             break
-        if not step.accepted:
-            status, message = 2, step.message
+        nfev, njev, nhev = nfev + look.num_evaluations, njev + look.num_gradients, nhev + look.num_products
+        if not look.left:
+            ended = look.verdict(ended[1])
             break
-        nit += 1
-        if callback is not None and callback(step):
-            max_steps = nit
-        size = sum(float(p.detach().square().sum()) for p in params) ** 0.5
-        if (ftol > 0 and 0 <= step.loss_before - step.loss_after <= ftol * abs(step.loss_before)) or (
-            xtol > 0 and step.step_norm <= xtol * (xtol + size)
-        ):
-            optimizer._step(closure, None, torch.inf, moves_buffers=False)
-            step = optimizer.last_step
-            assert step is not None
-            nfev, njev = nfev + step.num_evaluations, njev + step.num_gradients
-            status, message = 0, "the loss or the parameters no longer change, by ftol or xtol"
-            break
+        nit, ended, look = nit + 1, None, None
     flat = optimizer._flat()
     g = flat.flatten([p.grad for p in flat.params])
     return MinimizeResult(
@@ -161,9 +204,10 @@ def minimize(
         nfev=nfev,
         njev=njev,
         nhev=nhev,
-        status=status,
-        message=message,
-        success=status == 0,
+        status=ended[0],
+        message=ended[1],
+        success=ended[0] == 0,
+        curvature=math.nan if look is None else look.curvature,
     )
 
 

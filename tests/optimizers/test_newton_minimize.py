@@ -126,6 +126,67 @@ def test_a_minimum_to_rounding_is_told() -> None:
     torch.testing.assert_close(result.x, torch.full((2,), 0.3, dtype=torch.float64), rtol=1e-7, atol=1e-8)
 
 
+def saddle(x: Tensor) -> Tensor:
+    return (x[1:] ** 2).sum() - x[0] ** 2 + x[0] ** 4
+
+
+def saddle_residuals(x: Tensor) -> Tensor:
+    """Half the sum of their squares is the saddle's loss plus 1/4."""
+    return 2**0.5 * torch.cat([x[1:], x[:1] ** 2 - 0.5])
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strict_saddle_is_no_success(method: str, start: float) -> None:
+    """The gradient has no part along the first axis: without a look the run ends at x = 0 with the loss 0."""
+    objective = saddle_residuals if method == "levenberg-marquardt" else saddle
+    x0 = torch.full((40,), start, dtype=torch.float64)
+    x0[0] = 0.0
+    result = minimize(objective, x0, method=method)
+    assert result.success, result
+    assert abs(result.x[0].item()) == pytest.approx(0.5**0.5, abs=1e-6)
+    assert result.curvature == pytest.approx(2.0)
+
+
+def test_a_look_that_was_too_short_says_so() -> None:
+    curvatures = torch.linspace(1e-4, 1, 2000, dtype=torch.float64)
+    result = minimize(lambda x: (curvatures * x**2).sum(), torch.zeros(2000, dtype=torch.float64))
+    assert result.success
+    assert result.nhev == 32
+    assert "too few to exclude a lower one" in result.message
+    without = minimize(lambda x: (x**2).sum(), torch.ones(3), max_gradients=4)
+    assert without.success
+    assert np.isnan(without.curvature)
+
+
+def test_a_saddle_that_rounding_hides_is_no_success() -> None:
+    """The minimum lies 2.5e-9 below the saddle, of 1e10."""
+    result = minimize(
+        lambda x: 1e10 + 1e-7 * (x[0] ** 2 - x[1] ** 2 + 10 * x[1] ** 4), torch.zeros(2, dtype=torch.float64)
+    )
+    assert (result.status, result.success) == (2, False)
+    assert result.curvature == pytest.approx(-2e-7)
+
+
+@pytest.mark.parametrize("method", GENERAL)
+@pytest.mark.parametrize("objective", ["rosenbrock", "logistic"])
+def test_steps_that_stand_still_end_the_run(method: str, objective: str) -> None:
+    """In float32 newton-cg spent 979 of 1000 steps where the loss was rounding, and ended by its budget."""
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 5), (torch.rand(100) < 0.5).float()
+
+    def loss(w: Tensor) -> Tensor:
+        if objective == "rosenbrock":
+            return (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum()
+        return nn.functional.binary_cross_entropy_with_logits(x @ w, y)
+
+    start = torch.tensor([1.3, 0.7, 0.8, 1.9, 1.2])
+    result = minimize(loss, start, method=method, gtol=1e-12)
+    assert result.status == 2 or float(result.jac.abs().max()) == 0
+    assert result.nit <= 60
+    assert float(result.jac.abs().max()) < 1e-4
+
+
 def test_bad_arguments() -> None:
     x0 = torch.zeros(2)
     with pytest.raises(InputError, match="method must be one of"):
