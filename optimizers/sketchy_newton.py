@@ -18,6 +18,7 @@ from optimizers._evaluations import Evaluations, Linearised
 from optimizers._full_batch import FullBatchOptimizer, Move
 from optimizers._newton_preconditioners import largest_pairs, sketch_is_due
 from optimizers._validate import check_at_least, check_choice
+from optimizers.line_search import Armijo, Line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,10 +31,12 @@ class SketchyNewton(FullBatchOptimizer):
 
     A, the Hessian or the Gauss-Newton matrix of the batch at hand (or of `curvature_closure`), is sketched anew every
     `refresh_every` steps. eta = 1 / (2 lambda_1), with lambda_1 the largest eigenvalue of the preconditioned matrix, by
-    power iteration at each refresh: steps neither blow up nor need a learning rate. The loss is not evaluated again: a
-    step costs a gradient, with batches that change from step to step.
+    power iteration at each refresh, takes the place of a learning rate. Between refreshes the curvature may grow, and
+    the step is shortened until the loss of its own batch falls by enough (`Armijo`); where m points uphill for that
+    batch, its gradient takes the place of m.
 
-    Cost of a refresh: rank + 5 + 10 products. Memory: the sketch, rank vectors.
+    Cost of a step: a gradient and a loss for each length tried; of a refresh rank + 5 + 10 products. Memory: the
+    sketch, rank vectors.
 
     Args:
         params: parameters or groups of them.
@@ -100,7 +103,7 @@ class SketchyNewton(FullBatchOptimizer):
     def _matrix_is_needed(self) -> bool:
         return sketch_is_due(self, self._flat())
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:  # noqa: ARG002
+    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
         group, flat = self.param_groups[0], evaluations.flat
         values, U = largest_pairs(self, flat, here.matrix, self._generator(flat, 14))
         rho = float(group["rho"])
@@ -114,11 +117,20 @@ class SketchyNewton(FullBatchOptimizer):
             before = self._recall(flat, "momentum")
             m = m if before is None else group["momentum"] * before + (1 - group["momentum"]) * m
             self._remember(flat, momentum=m)
-        d = -self._rates(flat) * float(self.state[flat.params[0]]["sketch_rate"]) * _power(values, U, rho, -1.0, m)
-        if not bool(d.isfinite().all()):
-            return Move(step=None, loss=math.nan, solver="sketch", message="the step is not finite; raise rho")
-        ended = "sketch refreshed" if here.matrix is not None else "sketch kept"
-        return Move(step=d, loss=math.nan, solver=ended, message="taken without a look at the loss")
+        factor = -self._rates(flat) * float(self.state[flat.params[0]]["sketch_rate"])
+        d = factor * _power(values, U, rho, -1.0, m)
+        if m is not here.gradient and not float(here.gradient @ d) < 0:
+            d = factor * _power(values, U, rho, -1.0, here.gradient)
+        line = Line(
+            value=lambda t: evaluations.value(start + t * d),
+            start=here.loss,
+            slope=float(here.gradient @ d),
+            noise=4 * torch.finfo(flat.dtype).eps * abs(here.loss),
+        )
+        searched = Armijo()(line, 1.0)
+        solver = "sketch refreshed" if here.matrix is not None else "sketch kept"
+        step = searched.step * d if searched.success else None
+        return Move(step=step, loss=searched.value, solver=solver, message=searched.message)
 
 
 def _preconditioned_norm(A: Any, values: Tensor, U: Tensor, rho: float, generator: torch.Generator) -> float:

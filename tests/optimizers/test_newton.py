@@ -174,6 +174,20 @@ def test_sketchy_step() -> None:
     assert 1.0 / largest <= rate <= 1.1 / largest  # ten power iterations see the norm from below
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sketchy_steps_are_shortened_where_the_curvature_grew(momentum: float) -> None:
+    """With the rate of its first sketch it goes from 848 to infinity in four steps."""
+    w = nn.Parameter(torch.tensor([1.3, 0.7, 0.8, 1.9, 1.2]))
+    optimizer = SketchyNewton([w], momentum=momentum)
+    losses = []
+    for _ in range(40):
+        optimizer.step(lambda: (100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2).sum())
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.loss_after <= (1 + 1e-6) * optimizer.last_step.loss_before
+        losses.append(optimizer.last_step.loss_after)
+    assert losses[-1] < 100
+
+
 # -- problems ---------------------------------------------------------------------------------------------------------
 
 
