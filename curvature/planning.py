@@ -119,7 +119,7 @@ class SpectrumPlan:
                 held += 3 * 8 * n * n
             else:
                 basis = self.num_matvecs(n) + self.num_probes
-                held += n * itemsize * (basis + self.k + self.num_bottom + 6 * self.num_probes)
+                held += n * itemsize * (basis + self.k + self.num_bottom + 6 * self.num_probes + self.num_search(n))
         return held
 
     def check_memory(self, A: MatrixLike, sizes: Sequence[int], basis_device: torch.device | str | None) -> None:

@@ -227,13 +227,17 @@ class KrylovSpace:
         old = self.num_directions
         self._reserve(self.first + self.count + old + width)
         X = torch.randn(width, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-        N, R, H = self._orthonormalise(X.to(self.rows.device), self.count + old)
+        N, R, H = self._orthonormalise(X.to(self.rows.device), self.count + old, recent=0)
+        del X
         R, new = R.double().cpu(), _used(R.cpu())
         parts = torch.cat([H.double().cpu()[self.num_known + self.count :], R[new]])
         Q, _ = torch.linalg.qr(parts, mode="complete")
         Q = Q[:, : old + len(new)]
-        P = torch.cat([self._wide(self.P), N[new]])
-        self._set_directions(Q.T.to(P) @ P, list(range(len(P))))
+        self._set_directions(N, new, after=old)
+        for part, added in zip(self.P.split(_COLUMNS, dim=1), N.split(_COLUMNS, dim=1), strict=True):  # in place
+            P = torch.cat([self._wide(part[:old]), added[new]])
+            part.copy_(self._stored(Q.T.to(P) @ P))
+        self._measure(self.count)
         self.C = Q.T @ torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
         self._injected = True
 
@@ -266,6 +270,9 @@ class KrylovSpace:
         rows = self.rows.new_empty(num_rows + (_MORE if num_rows * self.n <= _SMALL else 0), self.n)
         rows[:used] = self.rows[:used]
         self.rows = rows
+
+    def _measure(self, old: int) -> None:
+        """Note that rows changed, those of V and P from `old` on."""
 
     def _stored(self, X: Tensor) -> Tensor:
         """Return rows as the buffer holds them."""

@@ -16,19 +16,23 @@ def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
     eps = 10 * torch.finfo(X.dtype).eps
     tiny = torch.finfo(X.dtype).tiny
     N = (X / torch.linalg.vector_norm(X, dim=0).clamp_min(tiny)).T
+    del X
     for floor in (eps, eps):
         if basis.shape[1] > 0:
             N.addmm_(N @ basis, basis.T, alpha=-1)
         N, _ = gram_schmidt(N, N.new_tensor(floor))
-    return N[torch.linalg.vector_norm(N, dim=1) > 0].T
+    used = torch.linalg.vector_norm(N, dim=1) > 0
+    return N.T if bool(used.all()) else N[used].T
 
 
 def gram_schmidt(W: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return N and upper triangular R with W = R'N, rows of N orthonormal, without waiting for the device.
 
+    N takes the place of W.
+
     A row of which no more than the floor is left is zero in N and R.
     """
-    N, R = torch.empty_like(W), W.new_zeros(len(W), len(W))
+    N, R = W, W.new_zeros(len(W), len(W))
     for j, w in enumerate(W):
         for _ in range(2 if j else 0):
             h = N[:j] @ w

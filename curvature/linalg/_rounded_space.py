@@ -12,6 +12,7 @@ from the directions: the solver multiplies the pairs it returns once more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg._krylov_space import KrylovSpace, dependent_share, floor_of
-from curvature.linalg._orthonormal import gram_schmidt
+from curvature.linalg._orthonormal import gram_schmidt, orthonormalise
 from curvature.linalg._validate import working_dtype
 from curvature.linop import MatrixLike
 
@@ -131,6 +132,19 @@ class RoundedSpace(KrylovSpace):
         place = self.num_known + self.count - 1
         squared, (alpha, beta) = float(self.G[place, place]), super().newest()
         return alpha / squared, beta / squared**0.5
+
+    def refined(self, S: Tensor, multiply: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values, descending, vectors and residuals of V S, multiplied anew, `width` columns at a time."""
+        U = orthonormalise(self.vectors(S), self.U.T.to(self.A.device))
+        AU = torch.empty_like(U.T).T
+        for X, AX in zip(U.split(width, dim=1), AU.split(width, dim=1), strict=True):
+            AX.copy_(multiply(X))
+        H = (U.T @ AU).double().cpu()
+        values, Y = torch.linalg.eigh((H + H.T) / 2)
+        values, Y = values.flip(0), Y.flip(1).to(U)
+        for part in (*U.split(self.columns), *AU.split(self.columns)):  # in place
+            part.copy_(part @ Y)
+        return values, U, AU.addcmul_(U, values.to(U), value=-1)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "G": self.G, "action": self.action, "dropped": self.dropped}

@@ -23,7 +23,6 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linalg._completeness import Bound, Chain
 from curvature.linalg._krylov_space import KrylovSpace
-from curvature.linalg._orthonormal import orthonormalise
 from curvature.linalg._ritz_selection import Which, check_problem, known_directions, num_kept, wanted
 from curvature.linalg._rounded_space import RoundedSpace, check_basis_dtype
 from curvature.linalg._validate import (
@@ -46,7 +45,7 @@ __all__ = ["ThickRestartLanczos", "Which"]
 _STATE = ("least", "fell", "spent", "num_chains", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule
-_SPARE = 4  # vectors beyond the basis that a chain may take however large they are, ...
+_SPARE = 0  # vectors beyond the basis that a chain may take however large they are, ...
 _SPARE_BYTES = 1 << 28  # ... and the bytes that the basis may grow to for it
 _AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
@@ -307,18 +306,19 @@ class ThickRestartLanczos:
     def _result(self, look: _Look, limit: int) -> EigenPairs:
         space = self.space
         values, S = look.values.flip(0), look.coefficients.flip(1)
-        U = space.vectors(S)  # what follows holds one product for each beside them, and no more
         norms = torch.hypot(look.residuals.flip(0), space.coupling(S)).clamp_min(space.rounding())
         tolerance, inexact = self._tolerance(values), space.num_known > 0
         done, num_checks, confirmed = self._all_done(look), 0, self.confidence is None
         if isinstance(space, RoundedSpace):
-            values, R = self._refine(U)
+            values, U, R = space.refined(S, self._product, self.block_size)
             norms, num_checks, confirmed = torch.linalg.vector_norm(R, dim=0).double().cpu(), len(values), True
             tolerance = self._asked(values, rounding_level(self.A) * space.norm)
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
             inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
-        elif self.certify or (done and self.confidence is not None):
-            norms, num_checks, confirmed = self._computed(values, U, S, norms, tolerance, limit)
+        else:
+            if self.certify or (done and self.confidence is not None):
+                norms, num_checks, confirmed = self._computed(values, S, norms, tolerance, limit)
+            U = space.vectors(S)  # last, so that no product has to find room beside them
         converged = norms <= tolerance
         certified = done and self._certified(look) and confirmed
         if not done and not self._stagnated(look):
@@ -350,44 +350,36 @@ class ThickRestartLanczos:
         return min(1.0, self._spent + self._chain.miss_probability())
 
     def _computed(
-        self, values: Tensor, U: Tensor, S: Tensor, inferred: Tensor, tolerance: Tensor, limit: int
+        self, values: Tensor, S: Tensor, inferred: Tensor, tolerance: Tensor, limit: int
     ) -> tuple[Tensor, int, bool]:
         """Return residual norms, how many products were spent on them, and whether these confirm them.
 
-        With z random signs, A U z by a product and by the recurrence differ by what the recurrence is wrong. Where that
-        is not small beside the tolerance every pair is multiplied.
+        With z random signs, A V S z by a product and by the recurrence differ by what the recurrence is wrong. Where
+        that is not small beside the tolerance every pair is multiplied.
         """
-        k, left = len(values), limit - self.space.num_matvecs
+        space, k = self.space, len(values)
+        left = limit - space.num_matvecs
         if not self.certify:
             if left < 1:
                 return inferred, 0, False
             z = torch.randint(0, 2, (k, 1), generator=torch.Generator().manual_seed(k), dtype=torch.float64) * 2 - 1
-            gap = float(torch.linalg.vector_norm(self._product(U @ z.to(U)) - self.space.image(S @ z)))
-            if gap <= max(_AGREE * float(tolerance.min()), self.space.rounding() * k**0.5):
+            image = self._product(space.vectors(S @ z))
+            gap = float(torch.linalg.vector_norm(image.sub_(space.image(S @ z))))
+            if gap <= max(_AGREE * float(tolerance.min()), space.rounding() * k**0.5):
                 return inferred, 1, True
             if left < 1 + k:
                 return inferred, 1, False
-        R = self._product(U).addcmul_(U, values.to(U), value=-1)
-        return torch.linalg.vector_norm(R, dim=0).double().cpu(), k + int(not self.certify), True
-
-    def _refine(self, U: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn U, columns of a rounded basis, into Ritz vectors by products with it; return values and residuals."""
-        assert isinstance(self.space, RoundedSpace)
-        U.copy_(orthonormalise(U, self.space.U.T.to(U)))
-        AU = self._product(U)
-        H = (U.T @ AU).double().cpu()
-        values, Y = torch.linalg.eigh((H + H.T) / 2)
-        values, Y = values.flip(0), Y.flip(1).to(U)
-        for part in (*U.split(self.space.columns), *AU.split(self.space.columns)):
-            part.copy_(part @ Y)
-        return values, AU.addcmul_(U, values.to(U), value=-1)
+        norms = []
+        for columns, theta in zip(S.split(self.block_size, dim=1), values.split(self.block_size), strict=True):
+            U = space.vectors(columns)
+            R = self._product(U).addcmul_(U, theta.to(U), value=-1)
+            norms.append(torch.linalg.vector_norm(R, dim=0).double().cpu())
+        return torch.cat(norms), k + int(not self.certify), True
 
     def _product(self, U: Tensor) -> Tensor:
-        """Return A U for the vectors of the result, in memory of its own, by products no wider than those of a step."""
-        AU = torch.empty_like(U.T).T
-        for X, AX in zip(U.split(self.block_size, dim=1), AU.split(self.block_size, dim=1), strict=True):
-            AX.copy_(check_finite(self.A @ X.to(self.A.dtype), self.space.num_matvecs + U.shape[1]))
-        return AU
+        """Return A U, in memory of its own."""
+        AU = check_finite(self.A @ U.to(self.A.dtype), self.space.num_matvecs + U.shape[1]).to(U)
+        return AU.clone() if AU.data_ptr() == U.data_ptr() else AU
 
 
 class _Look(NamedTuple):
