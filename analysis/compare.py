@@ -214,7 +214,7 @@ def _(result: ImplicitStudy) -> Quantities:
 
 @quantities.register
 def _(result: Conditioning) -> Quantities:
-    found = {}
+    found: Quantities = {}
     for condition in (result.whole, *result.preconditioned):
         of = "" if condition is result.whole else f"{condition.name}: "
         found[f"{of}condition number"] = (condition.condition, "")

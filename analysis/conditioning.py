@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from analysis.conditioning_results import Condition, Conditioning, ConditioningComparison
-from analysis.results import Measured
+from analysis.results import Bounded, Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
@@ -28,12 +28,12 @@ from curvature.objective import Objective
 from curvature.operators import GGNOperator, HessianOperator, PreconditionedOperator
 from curvature.planning import SpectrumPlan
 from curvature.spectral import layer_spectra, spectrum
+from curvature.spectrum_counts import count_between, smallest_beyond
 from curvature.spectrum_results import Spectrum
 
 __all__ = ["compare_conditioning", "conditioning"]
 
 _POINTS = 25  # of the effective dimension
-_HALF = 0.5  # of an eigenvalue: a node that stands for less is no part of the range
 
 
 @full_precision
@@ -54,10 +54,11 @@ def conditioning(
 ) -> Conditioning:
     """Measure condition numbers and ranks of a loss, of its layers, and with preconditioners.
 
-    Each number carries the error of the quadrature that stands for the spectrum (and of the probes). The smallest
-    eigenvalue of the range is the lowest pair of a positive definite matrix; elsewhere it is the innermost node that
-    stands for half an eigenvalue at least, to within the gap to the next node, which may be all of it: then the
-    condition number is an order of magnitude, and ranks say more. A matrix with few columns is built in full: exact.
+    Each number carries the error of the quadrature that stands for the spectrum (and of the probes). Condition number,
+    smallest eigenvalue and numerical rank stand between bounds, which are close where the matrix is built in full, as
+    one with few columns is, where the lowest pair is positive, and where the spectrum has a gap that num_steps resolve.
+    Elsewhere nothing says that no eigenvalue lies just beyond the floor: then the condition number is known from below
+    only, 1 / floor being the most that it can be, and the bounds on the rank are far apart.
 
     - "jacobi": P = |diag A|, entries below `floor` times the largest raised to it; estimated with `diagonal_matvecs`
       products, exact if the matrix has no more columns.
@@ -176,56 +177,37 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
 
     if largest == 0:
         nothing = Measured(value=math.nan, stderr=math.nan)
-        zero = Measured(value=0.0, stderr=0.0)
-        values = {"smallest": zero, "condition": nothing, "rank": zero, "effective_rank": nothing}
-        values["stable_rank"] = nothing
+        bounds = {"smallest": Bounded.between(0, 0), "condition": Bounded.between(math.nan, math.nan)}
+        bounds["rank"] = Bounded.between(0, 0)
+        effective = stable_rank = nothing
     else:
-        least, log_rank = _smallest(found, cut, largest), _measured(found, entropy)
+        least, most = smallest_beyond(found, cut)
+        most = min(most, largest)
+        near = count_between(found, -cut, cut).interval()
+        ratios = max((largest - residual) / most, 1), (largest + residual) / min(least, most)
+        bounds = {
+            "smallest": Bounded.between(least, most),
+            "condition": Bounded.between(*ratios, value=math.sqrt(ratios[0] * ratios[1])),
+            "rank": Bounded.between(n - near[1], n - near[0]),
+        }
+        log_rank = _measured(found, entropy)
         squares = _measured(found, lambda x, w: n * (w * x.square()).sum(dim=1))
         rank = math.exp(log_rank.value)
-        ratio, stable = largest / least.value, squares.value / largest**2
-        values = {
-            "smallest": least,
-            "condition": Measured(
-                value=ratio, stderr=ratio * math.hypot(residual / largest, least.stderr / least.value)
-            ),
-            "rank": _measured(found, lambda x, w: n * (w * (x.abs() > cut)).sum(dim=1)),
-            "effective_rank": Measured(value=rank, stderr=rank * log_rank.stderr),
-            "stable_rank": Measured(
-                value=stable, stderr=math.hypot(squares.stderr / largest**2, 2 * stable * residual / largest)
-            ),
-        }
+        effective = Measured(value=rank, stderr=rank * log_rank.stderr)
+        stable = squares.value / largest**2
+        stable_rank = Measured(
+            value=stable, stderr=math.hypot(squares.stderr / largest**2, 2 * stable * residual / largest)
+        )
     return Condition(
         name=name,
         num_params=n,
         largest=Measured(value=largest, stderr=residual),
+        **bounds,
+        effective_rank=effective,
+        stable_rank=stable_rank,
         exact=found.exact,
         num_matvecs=found.num_matvecs,
-        **values,
     )
-
-
-def _smallest(found: Spectrum, cut: float, largest: float) -> Measured:
-    """Return the smallest |eigenvalue| beyond `cut`: the lowest pair where all are, the innermost node elsewhere.
-
-    Between that node and the next one inwards the quadrature resolves nothing, and this is its error.
-    """
-    lowest, residual = float(found.bottom.eigenvalues[-1]), float(found.bottom.residual_norms[-1])
-    if lowest - residual > cut:
-        return Measured(value=lowest, stderr=residual)
-
-    def innermost(nodes: Tensor, weights: Tensor) -> Tensor:
-        inside = (nodes.abs() > cut) & (found.density.dimension * weights.mean(dim=0) >= _HALF)
-        value = nodes.abs()[inside].amin() if bool(inside.any()) else nodes.new_tensor(largest)
-        return value.expand(len(weights))
-
-    least = _measured(found, innermost)
-    if found.exact:
-        return least
-    size = found.rule.nodes.abs()
-    further = size[size < least.value * (1 - 1e-9)]
-    gap = least.value - max(float(further.max()) if len(further) else 0.0, cut)
-    return Measured(value=least.value, stderr=math.hypot(least.stderr, gap))
 
 
 def _measured(found: Spectrum, samples: Callable[[Tensor, Tensor], Tensor]) -> Measured:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.results import Measured, to_plain
+from analysis.results import Bounded, Measured, to_plain
 
 __all__ = ["Condition", "Conditioning", "ConditioningComparison"]
 
@@ -23,11 +23,12 @@ class Condition:
     """Size of the matrix."""
     largest: Measured
     """Largest |eigenvalue|; loss / parameter^2, of preconditioned matrices in the units P leaves."""
-    smallest: Measured
+    smallest: Bounded
     """Smallest |eigenvalue| in the numerical range; the same units."""
-    condition: Measured
-    """Largest over smallest |eigenvalue| in the numerical range: at least 1, and at most 1 over its floor."""
-    rank: Measured
+    condition: Bounded
+    """Largest over smallest |eigenvalue| in the numerical range: at least 1, and at most 1 over its floor. Where that
+    is its upper bound, it is known from below only. The value is the geometric mean of the bounds."""
+    rank: Bounded
     """Number of eigenvalues in the numerical range."""
     effective_rank: Measured
     """exp of the entropy of |lambda_i| / sum |lambda| (Roy and Vetterli 2007): n if all are equal, 1 for rank one."""
@@ -81,9 +82,9 @@ class Conditioning:
     """What a reader should know."""
 
     @property
-    def gains(self) -> dict[str, float]:
-        """By preconditioner, the condition number without it over that with it: above 1 it helps."""
-        return {c.name: self.whole.condition.value / c.condition.value for c in self.preconditioned}
+    def gains(self) -> dict[str, Bounded]:
+        """By preconditioner, the condition number without it over that with it: where all of it is above 1 it helps."""
+        return {c.name: self.whole.condition.over(c.condition) for c in self.preconditioned}
 
     @property
     def layer_spread(self) -> float:
@@ -105,17 +106,22 @@ class ConditioningComparison:
     second: Conditioning
 
     @property
-    def ratios(self) -> dict[str, float]:
+    def ratios(self) -> dict[str, Bounded]:
         """Second over first: condition number, largest eigenvalue, effective and stable rank, spread over layers."""
-        pairs = {
-            "condition": (self.second.whole.condition.value, self.first.whole.condition.value),
-            "largest": (self.second.whole.largest.value, self.first.whole.largest.value),
-            "effective_rank": (self.second.whole.effective_rank.value, self.first.whole.effective_rank.value),
-            "stable_rank": (self.second.whole.stable_rank.value, self.first.whole.stable_rank.value),
-            "layer_spread": (self.second.layer_spread, self.first.layer_spread),
-        }
-        return {name: a / b if b else math.nan for name, (a, b) in pairs.items()}
+        names = ("condition", "largest", "effective_rank", "stable_rank")
+        pairs = {name: (getattr(self.second.whole, name), getattr(self.first.whole, name)) for name in names}
+        found = {name: _bounded(a).over(_bounded(b)) for name, (a, b) in pairs.items()}
+        spread = self.second.layer_spread / self.first.layer_spread if self.first.layer_spread else math.nan
+        return {**found, "layer_spread": Bounded.between(spread, spread)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return both and their ratios as plain Python values."""
         return {"first": self.first.to_dict(), "second": self.second.to_dict(), "ratios": to_plain(self.ratios)}
+
+
+def _bounded(measured: Measured) -> Bounded:
+    """Return a number between two standard errors on either side."""
+    if isinstance(measured, Bounded):
+        return measured
+    reach = 2 * measured.stderr
+    return Bounded.between(measured.value - reach, measured.value + reach)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
-from analysis.results import Measured
+from analysis.results import Bounded, Measured
 from analysis.symmetries import rescaling_symmetries
 from curvature.arguments import checked
 from curvature.autocast import full_precision
@@ -24,7 +24,7 @@ from curvature.per_example import gradient_norms
 from curvature.planning import SpectrumPlan
 from curvature.shift import loss_at
 from curvature.spectral import spectrum
-from curvature.spectrum_results import Spectrum
+from curvature.spectrum_counts import count_between
 
 __all__ = ["critical_points", "gradient_p_value"]
 
@@ -120,9 +120,9 @@ def critical_points(
         bend = max(abs(lowest.value), abs(largest.value))
         floor = max(floor, 10 * torch.finfo(objective.dtype).eps * bend * float(objective.space.current().norm()))
     at_least = int((low < -tolerance).sum())
-    index = _count(found, lambda x: (x < -tolerance).double(), at_least)
-    if found.exact:
-        at_least = round(index.value)
+    least, most = (len(gradient) - end for end in reversed(count_between(found, low=-tolerance).interval()))
+    at_least = round(least) if found.exact else at_least
+    index = Bounded.between(max(least, at_least), max(most, at_least))
     kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact)
     direction = found.bottom.eigenvectors[:, -1].to(gradient)
     direction = -direction if float(gradient @ direction) > 0 else direction
@@ -141,7 +141,7 @@ def critical_points(
         tolerance=tolerance,
         index_at_least=at_least,
         index=index,
-        nullity=_count(found, lambda x: (x.abs() <= tolerance).double(), 0),
+        nullity=Bounded.between(*count_between(found, -tolerance, tolerance).interval()),
         exact=found.exact,
         direction=direction,
         escape=_escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points),
@@ -171,12 +171,6 @@ def _noise(objective: Objective, given: float | None, notes: list[str]) -> tuple
         notes.append("One example says nothing of the gradient's noise.")
         return None, floor
     return variance**0.5, floor
-
-
-def _count(found: Spectrum, inside: object, at_least: int) -> Measured:
-    estimate = found.spectral_sum(inside)  # type: ignore[arg-type]
-    stderr = math.hypot(float(estimate.stderr), float(estimate.rule))
-    return Measured(value=max(float(estimate.value), float(at_least)), stderr=stderr)
 
 
 def _judge(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from analysis.results import Measured, to_plain
+from analysis.results import Bounded, Measured, to_plain
 
 __all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 
@@ -85,10 +85,10 @@ class CriticalPoint:
     index_at_least: int
     """That many eigenvalues are negative, below -tolerance: as many orthonormal directions with such Ritz values
     exist, and H has no fewer negative eigenvalues than any compression of it (Courant-Fischer)."""
-    index: Measured
-    """Number of eigenvalues below -tolerance, from the density; no smaller than `index_at_least`."""
-    nullity: Measured
-    """Number of eigenvalues within the tolerance, from the density."""
+    index: Bounded
+    """Number of eigenvalues below -tolerance: 95 % bounds from the density, no smaller than `index_at_least`."""
+    nullity: Bounded
+    """Number of eigenvalues within the tolerance: 95 % bounds from the density."""
     exact: bool
     """Whether H was built entry by entry, so that both counts are certain."""
     direction: Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.drawing import Colors, decade_ticks, legend_above, new_axes, to_numpy
-from analysis.wording import number
+from analysis.wording import between
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +39,11 @@ def plot_conditioning(result: Conditioning, *, ax: Axes | None = None, colors: C
     place, names = 0, []
     for label, shape, color, rows in groups:
         for i, row in enumerate(rows):
-            value, stderr = row.condition.value, row.condition.stderr
+            value = row.condition.value
             if math.isfinite(value):
-                if stderr > 0:
-                    ax.plot([max(value - stderr, 1.0), value + stderr], [place, place], color=color, linewidth=1.4)
+                ax.plot([row.condition.lower, row.condition.upper], [place, place], color=color, linewidth=1.4)
                 ax.plot(value, place, shape, color=color, markersize=5, label=None if i else label)
-            ax.text(1.02, place, number(value, 3), transform=ax.get_yaxis_transform(), va="center")
+            ax.text(1.02, place, between(row.condition), transform=ax.get_yaxis_transform(), va="center")
             names.append("loss" if label == "whole" else row.name)
             place += 1
     ax.axvline(1 / result.floor, color=colors.quiet, linewidth=0.9, linestyle=(0, (3, 2)), label="limit of the range")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.drawing import Colors, legend_above, new_axes, to_numpy
-from analysis.wording import number, quantity
+from analysis.wording import between, quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def plot_escape(point: CriticalPoint, *, ax: Axes | None = None, colors: Colors 
     ax.plot([0], [point.loss], "D", color=colors.outlier, markersize=6, label=f"{point.kind}")
     span = float(np.nanmax(losses) - np.nanmin(losses)) or max(abs(point.loss), 1e-12)
     ax.set_ylim(float(np.nanmin(losses)) - 0.15 * span, float(np.nanmax(losses)) + 0.15 * span)
-    text = f"u'Hu = {quantity(point.lowest, 3)}\nnegative: {number(point.index.value, 3)}"
+    text = f"u'Hu = {quantity(point.lowest, 3)}\nnegative: {between(point.index)}"
     below = point.escape.curvature < 0  # where the loss leaves room
     ax.text(0.5, 0.04 if below else 0.96, text, transform=ax.transAxes, ha="center", va="bottom" if below else "top")
     ax.set(xlabel="step along the eigenvector of the smallest eigenvalue", ylabel="loss")

@@ -18,6 +18,7 @@ from curvature.diagonal_summary import DiagonalRow
 from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
 
 __all__ = [
+    "Bounded",
     "Cost",
     "CostEstimate",
     "DataErrors",
@@ -42,6 +43,29 @@ class Measured:
     """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
     data: float = math.nan
     """One standard error over other data of the same size, by the jackknife; NaN where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounded(Measured):
+    """A number that is known between bounds: `value` +- 2 `stderr` reaches to the further of them."""
+
+    lower: float
+    """It is no smaller, ..."""
+    upper: float
+    """... and no larger than this, with 95 % confidence where probes have a part in it."""
+
+    @classmethod
+    def between(cls, lower: float, upper: float, value: float | None = None) -> Bounded:
+        """Return what lies between these bounds, in their middle by default."""
+        value = (lower + upper) / 2 if value is None else value
+        return cls(value=value, stderr=max(upper - value, value - lower) / 2, lower=lower, upper=upper)
+
+    def over(self, other: Bounded) -> Bounded:
+        """Return the ratio of this to another, both positive."""
+        if not other.lower > 0:
+            return Bounded.between(math.nan, math.nan)
+        lower, upper = self.lower / other.upper, self.upper / other.lower
+        return Bounded.between(lower, upper, min(max(self.value / other.value, lower), upper))
 
 
 @dataclass(frozen=True, kw_only=True)

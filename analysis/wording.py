@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.results import Inspection, LayerCurvature, Measured
+from analysis.results import Bounded, Inspection, LayerCurvature, Measured
 
 __all__ = [
     "Finding",
     "about",
+    "between",
     "carriers",
     "count",
     "duration",
@@ -55,6 +56,8 @@ def number(value: float, digits: int = 4) -> str:
 
 def quantity(measured: Measured, digits: int = 4) -> str:
     """Return "value ± uncertainty", the uncertainty to two digits and the value to the same place."""
+    if isinstance(measured, Bounded):
+        return between(measured)
     value, stderr = measured.value, measured.stderr
     if not (math.isfinite(value) and math.isfinite(stderr)) or abs(stderr) <= _NEGLIGIBLE * abs(value):
         return number(value, digits)
@@ -67,8 +70,19 @@ def quantity(measured: Measured, digits: int = 4) -> str:
     return f"({_fixed(value / scale, decimals)} ± {_fixed(stderr / scale, decimals)}) {TIMES} {power_of_ten(exponent)}"
 
 
+def between(bounded: Bounded) -> str:
+    """Return "lower to upper", to two digits; the number itself where its bounds agree."""
+    low, high = bounded.lower, bounded.upper
+    if not (math.isfinite(low) and math.isfinite(high)) or high - low <= _NEGLIGIBLE * abs(bounded.value):
+        return number(bounded.value)
+    ends = (about(low), about(high)) if about(low) != about(high) else (number(low), number(high))
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
 def value_and_error(measured: Measured, *, percent: bool = False) -> tuple[str, str]:
     """Return the value and its uncertainty apart, each readable on its own, for where they stand on two lines."""
+    if isinstance(measured, Bounded):
+        return between(measured), ""
     scale, unit = (100.0, f"{THIN}%") if percent else (1.0, "")
     value, stderr = scale * measured.value, scale * measured.stderr
     if not math.isfinite(value):

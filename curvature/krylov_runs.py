@@ -76,7 +76,8 @@ class BlockKrylov:
         )
         self.space.start(self.probes.T)
         self._start = self.space.P.T.clone()
-        self._X: Tensor | None = None
+        self.invariant = False
+        """Whether the space holds all that the probes can see: later directions are random ones."""
 
     @property
     def num_matvecs(self) -> int:
@@ -89,6 +90,7 @@ class BlockKrylov:
     def propose(self) -> Tensor:
         space = self.space
         width = min(self.num_probes, space.dimension - space.count)
+        self.invariant = self.invariant or width == 0 or (self._steps > 0 and space.exhausted())
         if self._steps == self.num_steps or width == 0:
             return self.probes[:, :0]
         return space.propose(width).to(self._A.device, self._A.dtype)
@@ -98,6 +100,11 @@ class BlockKrylov:
             self.first_products = AX @ (self._start.to(AX).T @ self.probes)
         self._steps += 1
         self.space.absorb(AX)
+
+    @property
+    def rule_steps(self) -> int | None:
+        """Block steps of the probes' quadrature; None if it is exact."""
+        return None if self.invariant else self._steps
 
     def project(self, AX: Tensor) -> Tensor:
         rows = self.space.rows[: self.space.count + AX.shape[1]]

@@ -22,7 +22,7 @@ from curvature.cost import synchronize
 from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run, advance
 from curvature.linalg import eigsh
 from curvature.linalg._completeness import judge, look_outside
-from curvature.linalg._validate import check_generator, check_square
+from curvature.linalg._validate import check_generator, check_square, rounding_level
 from curvature.linalg.quadrature import Quadrature, quadrature
 from curvature.linalg.slq import smoothed
 from curvature.linop import MatrixLike
@@ -196,17 +196,22 @@ class _Analysis:
         coarse: tuple[Quadrature, ...] = ()
         if isinstance(self.run, AllEntries):
             top, bottom = self._exact_pairs(self.run)
-            rule = quadrature(self.T, self.T.new_zeros(self.n, 1), n=self.n, num_low=0, num_high=self.n)
+            rule = quadrature(self.T, self.T.new_zeros(self.n, 1), n=self.n, num_steps=None, num_low=0, num_high=self.n)
             low, high, B = 0, self.n, self.T.new_zeros(self.n, 1)
         else:
             assert isinstance(self.run, BlockKrylov)
             top, bottom, low, high = self._pairs(self.run, generator, progress)
             B = self.run.start()
-            rule = quadrature(self.T, B, n=self.n, num_low=low, num_high=high)
+            rule = quadrature(self.T, B, n=self.n, num_steps=self.run.rule_steps, num_low=low, num_high=high)
             coarse = tuple(self._coarse(B, low, high, rule, share) for share in COARSE_SHARES)
         spent = self.run.num_matvecs + self.extra_matvecs
         template = smoothed(
-            rule.nodes.expand(len(rule.weights), -1), rule.weights, n=self.n, known=rule.known, num_matvecs=spent
+            rule.nodes.expand(len(rule.weights), -1),
+            rule.weights,
+            n=self.n,
+            num_steps=rule.num_steps,
+            known=rule.known,
+            num_matvecs=spent,
         )
         return Spectrum(
             top=top,
@@ -215,7 +220,8 @@ class _Analysis:
             rule=rule,
             coarse=coarse,
             exact=exact,
-            spread=self._spread(B, low, high),
+            rounding=self._rounding(rule),
+            spread=self._spread(B, low, high, rule),
             layer_trace_samples=self._layer_traces(top),
             num_matvecs=spent,
             seconds=seconds,
@@ -357,12 +363,18 @@ class _Analysis:
 
         return pairs(slice(0, self.k)), pairs(slice(self.n - self.num_bottom, self.n))
 
+    def _rounding(self, rule: Quadrature) -> float:
+        return rounding_level(self.A) * float(rule.nodes.abs().max())
+
     def _coarse(self, B: Tensor, low: int, high: int, rule: Quadrature, share: float) -> Quadrature:
         """Return the rule of the first steps, with the same pairs known."""
         m = max(int(share * len(self.T)), min(len(self.T), low + high + B.shape[1]))
-        return quadrature(self.T[:m, :m], B[:m], n=self.n, num_low=low, num_high=high, known=rule.known)
+        steps = max(m // B.shape[1], 1)
+        return quadrature(
+            self.T[:m, :m], B[:m], n=self.n, num_steps=steps, num_low=low, num_high=high, known=rule.known
+        )
 
-    def _spread(self, B: Tensor, low: int, high: int) -> DataSpread | None:
+    def _spread(self, B: Tensor, low: int, high: int, rule: Quadrature) -> DataSpread | None:
         if self.groups is None:
             return None
         weights = self.groups.weights
@@ -374,7 +386,7 @@ class _Analysis:
             theta = torch.linalg.eigvalsh(T)
             top.append(theta[len(theta) - self.k :].flip(0))
             bottom.append(theta[: self.num_bottom].flip(0))
-            rules.append(quadrature(T, B, n=self.n, num_low=low, num_high=high))
+            rules.append(quadrature(T, B, n=self.n, num_steps=rule.num_steps, num_low=low, num_high=high))
         return DataSpread(
             shares=weights / total,
             top=torch.stack(top),

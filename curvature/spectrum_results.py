@@ -92,6 +92,8 @@ class Spectrum:
     """The same from the first half and from the first two thirds of the steps."""
     exact: bool
     """Whether A was computed entry by entry, which leaves rounding as the only error."""
+    rounding: float
+    """How far rounding may have moved an eigenvalue; units of A."""
     spread: DataSpread | None
     """What the data's own chance makes of it; None if they came in too few batches, see `notes`."""
     layer_trace_samples: Tensor | None
@@ -194,6 +196,7 @@ def _smoothed(rule: Quadrature, like: SpectralDensity) -> SpectralDensity:
         rule.nodes.expand(len(rule.weights), -1),
         rule.weights,
         n=like.dimension,
+        num_steps=rule.num_steps,
         known=rule.known,
         num_matvecs=like.num_matvecs,
         sigma=like.sigma,

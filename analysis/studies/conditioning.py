@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from analysis import wording
 from analysis.conditioning import conditioning
 from analysis.conditioning_results import Condition, Conditioning
 from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
+from analysis.results import Bounded, Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
@@ -96,8 +98,9 @@ def _account(run: ConditioningRun) -> Account:
         "The matrix was small enough to be built in full."
         if found.whole.exact
         else (
-            "Spectra are Gauss quadratures from block Lanczos; their errors join probes and quadrature. The smallest "
-            "eigenvalue in range is a node, known to within the gap to the next one."
+            "Spectra are Gauss quadratures from block Lanczos; their errors join probes and quadrature. Condition "
+            "numbers and numerical ranks stand between 95 % bounds; where the spectrum reaches down to the floor "
+            "without a gap, a condition number is known from below only."
         )
     )
     return Account(
@@ -115,10 +118,14 @@ def _account(run: ConditioningRun) -> Account:
 def _cards(found: Conditioning) -> tuple[Card, ...]:
     whole = found.whole
     cards = [
-        Card.of("Condition number", whole.condition, "largest over smallest |eigenvalue| in the numerical range"),
-        Card.of("Effective rank", whole.effective_rank, "exp of the spectrum's entropy; n if all are equal"),
-        Card.of("Stable rank", whole.stable_rank, "sum of squares over the largest square"),
-        Card.of("Numerical rank", whole.rank, f"eigenvalues above {found.floor:g} of the largest"),
+        Card(
+            label="Condition number",
+            value=_kappa(whole.condition, found),
+            hint="largest over smallest |eigenvalue| in the numerical range",
+        ),
+        _card("Effective rank", whole.effective_rank, found, "exp of the spectrum's entropy; n if all are equal"),
+        _card("Stable rank", whole.stable_rank, found, "sum of squares over the largest square"),
+        _card("Numerical rank", whole.rank, found, f"eigenvalues above {found.floor:g} of the largest"),
         Card(
             label="Largest stable step", value=wording.number(found.max_stable_lr), hint="2/λ, plain gradient descent"
         ),
@@ -128,24 +135,41 @@ def _cards(found: Conditioning) -> tuple[Card, ...]:
         cards.append(Card(label="Spread over layers", value=wording.number(found.layer_spread, 3), hint=hint))
     for name, gain in list(found.gains.items())[:2]:
         hint = "condition number without this preconditioner over that with it"
-        cards.append(Card(label=f"Gain of {name}", value=f"{wording.TIMES} {wording.number(gain, 3)}", hint=hint))
+        cards.append(Card(label=f"Gain of {name}", value=f"{wording.TIMES} {wording.between(gain)}", hint=hint))
     return tuple(cards)
+
+
+def _card(label: str, measured: Measured, found: Conditioning, hint: str) -> Card:
+    """Return the card of a number, "exact" only if every eigenvalue was computed."""
+    value, error = wording.value_and_error(measured)
+    if found.whole.exact and measured.stderr == 0:
+        error = "exact"
+    elif error == "exact":
+        error = ""
+    return Card(label=label, value=value, error=error, hint=hint)
+
+
+def _kappa(condition: Bounded, found: Conditioning, of: Callable[[float], float] = float) -> str:
+    """Return a condition number or a function of it, as a bound where nothing but the floor bounds it from above."""
+    low, high = condition.lower, condition.upper
+    if high * found.floor > 0.999 and low < 0.9 * high:
+        return f"at least {wording.about(of(low))}"
+    return wording.between(Bounded.between(of(low), of(high)))
 
 
 def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
     whole = found.whole
     if whole.largest.value == 0:
         return (Finding("How ill-conditioned is it?", f"The {matrix} is zero: there is no curvature."),)
-    vague = " (an order of magnitude only)" if whole.condition.stderr > whole.condition.value / 2 else ""
     text = (
-        f"The {matrix} curves {wording.about(whole.condition.value)} times more along its sharpest direction than "
-        f"along the flattest in range{vague}. {wording.number(whole.effective_rank.value, 3)} of "
+        f"The {matrix} curves {_kappa(whole.condition, found)} times more along its sharpest direction than "
+        f"along the flattest in range. {wording.number(whole.effective_rank.value, 3)} of "
         f"{wording.count(whole.num_params)} directions carry it, by effective rank."
     )
-    steps = wording.about(whole.steps(_ACCURACY))
-    fewer = wording.about(whole.steps_with_momentum(_ACCURACY))
+    steps = _steps(whole, found)
+    fewer = _kappa(whole.condition, found, lambda kappa: kappa**0.5 * math.log(1 / _ACCURACY) / 2)
     slow = (
-        f"On a quadratic with these curvatures, about {steps} steps of gradient descent to a hundredth of the "
+        f"On a quadratic with these curvatures, {steps} steps of gradient descent to a hundredth of the "
         f"distance, or {fewer} with the best momentum; at a rate below {wording.number(found.max_stable_lr, 3)}."
     )
     answers = [Finding("How ill-conditioned is it?", text), Finding("What does that cost gradient descent?", slow)]
@@ -156,7 +180,7 @@ def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
         worst = max(found.layers, key=lambda layer: _finite(layer.condition.value))
         sharpest = max(found.layers, key=lambda layer: layer.largest.value)
         text = (
-            f"{worst.name} is the worst conditioned by itself ({wording.about(worst.condition.value)}), "
+            f"{worst.name} is the worst conditioned by itself ({_kappa(worst.condition, found)}), "
             f"{sharpest.name} the sharpest ({wording.number(sharpest.largest.value, 3)}). The layers' top eigenvalues "
             f"are a factor of {wording.number(found.layer_spread, 3)} apart: so far are the steps that suit them."
         )
@@ -164,18 +188,25 @@ def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
     return tuple(answers)
 
 
-def _gain(name: str, gain: float) -> str:
-    if not math.isfinite(gain):
+def _gain(name: str, gain: Bounded) -> str:
+    if not math.isfinite(gain.value):
         return f"{name}: not known"
-    if gain > 1.1:
-        return f"{name} divides the condition number by {wording.number(gain, 3)}"
-    if gain < 0.9:
-        return f"{name} makes it worse, {wording.number(1 / gain, 3)} times"
-    return f"{name} leaves it about as it is"
+    if gain.lower > 1.1:
+        return f"{name} divides the condition number by {wording.between(gain)}"
+    if gain.upper < 0.9:
+        return f"{name} makes it worse, {wording.between(Bounded.between(1 / gain.upper, 1 / gain.lower))} times"
+    if gain.lower >= 0.9 and gain.upper <= 1.1:
+        return f"{name} leaves it about as it is"
+    return f"{name}: not known, it divides the condition number by {wording.between(gain)}"
 
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
+
+
+def _steps(condition: Condition, found: Conditioning) -> str:
+    """Return the steps of gradient descent to a hundredth of the distance."""
+    return _kappa(condition.condition, found, lambda kappa: kappa * math.log(1 / _ACCURACY))
 
 
 def _conditions(found: Conditioning) -> Chapter:
@@ -198,21 +229,21 @@ def _conditions(found: Conditioning) -> Chapter:
             Sheet(
                 caption="The same in numbers. Steps are those of gradient descent to a hundredth of the distance.",
                 columns=("matrix", "largest", "smallest", "condition", "effective rank", "stable rank", "steps"),
-                rows=tuple(_cells(name, condition) for name, condition in rows),
+                rows=tuple(_cells(name, condition, found) for name, condition in rows),
             ),
         ),
     )
 
 
-def _cells(name: str, c: Condition) -> tuple[str, ...]:
+def _cells(name: str, c: Condition, found: Conditioning) -> tuple[str, ...]:
     return (
         name,
         wording.quantity(c.largest),
-        wording.number(c.smallest.value, 3),
-        wording.about(c.condition.value),
+        wording.between(c.smallest),
+        _kappa(c.condition, found),
         wording.quantity(c.effective_rank, 3),
         wording.quantity(c.stable_rank, 3),
-        wording.about(c.steps(_ACCURACY)),
+        _steps(c, found),
     )
 
 

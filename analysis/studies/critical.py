@@ -11,7 +11,7 @@ from analysis import wording
 from analysis.critical_points import critical_points
 from analysis.critical_results import CriticalPoint
 from analysis.figures_critical_points import plot_escape
-from analysis.results import Measured
+from analysis.results import Bounded
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
@@ -134,10 +134,10 @@ def _p(value: float) -> str:
     return "< 10⁻⁶" if value < 1e-6 else f"≤ {wording.number(value, 2)}"
 
 
-def _count(label: str, measured: Measured, found: CriticalPoint, hint: str) -> Card:
-    """Return a number of eigenvalues; that the quadrature sees none or agrees with itself does not make it exact."""
-    card = Card.of(label, measured, hint)
-    return card if found.exact or measured.stderr > 0 else Card(label=label, value=card.value, hint=hint)
+def _count(label: str, measured: Bounded, found: CriticalPoint, hint: str) -> Card:
+    """Return a number of eigenvalues; that its bounds agree does not make it exact."""
+    exact = "exact" if found.exact and measured.stderr == 0 else ""
+    return Card(label=label, value=wording.between(measured), error=exact, hint=hint)
 
 
 _VERDICTS = {
@@ -168,7 +168,7 @@ def _findings(found: CriticalPoint, num_params: int) -> tuple[Finding, ...]:
     else:
         text = "It rises along the direction of least curvature, both ways."
     answers.append(Finding("Is there a way down?", text))
-    flat = f"{wording.number(found.nullity.value, 3)} of {wording.count(num_params)} eigenvalues count as zero."
+    flat = f"{wording.between(found.nullity)} of {wording.count(num_params)} eigenvalues count as zero."
     held = [s.name for s in found.symmetries if s.holds]
     if held:
         flat += f" Some are so whatever the data: {'; '.join(held)}."

@@ -1,8 +1,8 @@
 """The cumulative distribution of eigenvalues from stochastic Lanczos quadrature, and the distance between two.
 
 Counts err by chance, which falls with the probes, and by the quadrature rule, which falls with the steps. The second is
-bounded for every probe by the Chebyshev-Markov-Stieltjes inequalities: with nodes theta_1 < ... < theta_m of weights w,
-sum_{i<k} w_i <= F(theta_k -) and F(theta_k) <= sum_{i<=k} w_i for the measure F that the probe sees.
+bounded for every probe by the Chebyshev-Markov-Stieltjes inequalities, from the rule that has a node at the point; see
+`curvature.linalg._mass_bounds`.
 
 Reference: Golub and Meurant (2010), Matrices, Moments and Quadrature with Applications; Chen, Trogdon and Ubaru (2021),
 Analysis of stochastic Lanczos quadrature for spectrum approximation.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.errors import InputError
+from curvature.linalg._mass_bounds import mass_below
 from curvature.linalg._validate import numbers
 from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr
 
@@ -27,10 +28,10 @@ __all__ = ["cdf", "count", "quantile", "wasserstein"]
 def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> BoundedEstimate:
     """Estimate F(t), the share of eigenvalues at most t, for every t, of the shape of `points`."""
     t = numbers("points", points)
-    step, left, right = (x.reshape(-1, *t.shape) for x in _steps(density, t.reshape(-1), closed=True))
-    value, stderr = mean_and_stderr(step)
+    value, stderr = mean_and_stderr(_share(density, t.reshape(-1), closed=True).reshape(-1, *t.shape))
+    lower, upper = (x.mean(dim=0).reshape(t.shape) for x in _bounds(density, t.reshape(-1)))
     return BoundedEstimate(
-        value=value, stderr=stderr, lower=(step - left).mean(dim=0), upper=(step + right).mean(dim=0)
+        value=value, stderr=stderr, lower=torch.minimum(lower, value), upper=torch.maximum(upper, value)
     )
 
 
@@ -47,12 +48,12 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     if not low <= high:
         raise InputError(f"low must not exceed high, got low={low} and high={high}.")
     t = torch.tensor([low, high], dtype=torch.float64)
-    below, below_left, below_right = (x[:, 0] for x in _steps(density, t[:1], closed=False))
-    upto, upto_left, upto_right = (x[:, 0] for x in _steps(density, t[1:], closed=True))
+    below, upto = _share(density, t[:1], closed=False), _share(density, t[1:], closed=True)
     n = density.dimension
-    value, stderr = mean_and_stderr(upto - below)
-    lower = (upto - upto_left - below - below_right).clamp_min(0).mean()
-    upper = (upto + upto_right - below + below_left).clamp_max(1).mean()
+    value, stderr = mean_and_stderr((upto - below)[:, 0])
+    least, most = _bounds(density, t)
+    lower = torch.minimum((least[:, 1] - most[:, 0]).clamp_min(0).mean(), value)
+    upper = torch.maximum((most[:, 1] - least[:, 0]).clamp_max(1).mean(), value)
     return BoundedEstimate(value=n * value, stderr=n * stderr, lower=n * lower, upper=n * upper)
 
 
@@ -69,7 +70,7 @@ def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor)
     if not bool(((q >= 0) & (q <= 1)).all()):
         raise InputError(f"levels must be in [0, 1], got {q.tolist()}.")
     value = _inverse(density, q)
-    stderr = cdf(density, value).stderr
+    stderr = mean_and_stderr(_share(density, value.reshape(-1), closed=True))[1].reshape(value.shape)
     return Estimate(value=value, stderr=(_inverse(density, q + stderr) - _inverse(density, q - stderr)) / 2)
 
 
@@ -107,19 +108,19 @@ def _inverse(density: SpectralDensity, levels: Tensor) -> Tensor:
     return nodes[places.clamp_max(len(nodes) - 1)]
 
 
-def _steps(density: SpectralDensity, points: Tensor, *, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F at the points for every probe, (num_probes, num_points), and what the rule may have put wrongly.
+def _share(density: SpectralDensity, points: Tensor, *, closed: bool) -> Tensor:
+    """Return F at the points for every probe, (num_probes, num_points): of points up to t, t included if `closed`."""
+    nodes = density.nodes[..., None]
+    return (density.weights[..., None] * (nodes <= points if closed else nodes < points)).sum(dim=1)
 
-    With the last node not beyond a point and the first one beyond it, F may be less by the weight of the former and
-    more by that of the latter. F is that of points up to t, t itself included if `closed`.
-    """
+
+def _bounds(density: SpectralDensity, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least of F just below the points, and the most of F at them, of the shape of `_share`."""
     nodes, weights = density.nodes, density.weights
     known = (nodes[..., None] == density.deflated).any(dim=-1) & (weights == 1.0 / density.dimension)
-    reached = nodes[..., None] <= points if closed else nodes[..., None] < points  # (probes, nodes, points)
-    step = (weights[..., None] * reached).sum(dim=1)
-    loose = (weights > 0) & ~known
-    left = nodes[..., None].where(reached & loose[..., None], -torch.inf).max(dim=1)
-    right = nodes[..., None].where(~reached & loose[..., None], torch.inf).min(dim=1)
-    below = weights.gather(1, left.indices).where(left.values.isfinite() & points.isfinite(), 0)
-    above = weights.gather(1, right.indices).where(right.values.isfinite() & points.isfinite(), 0)
-    return step, below, above
+    ends = []
+    for x, w, of in zip(nodes, weights, known, strict=True):
+        least, most = mass_below(x, w.where(~of, 0), points, num_steps=density.num_steps)
+        ends.append((least + (w * of) @ (x[:, None] < points).to(w), most + (w * of) @ (x[:, None] <= points).to(w)))
+    lower, upper = (torch.stack(sides) for sides in zip(*ends, strict=True))
+    return lower, upper

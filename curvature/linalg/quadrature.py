@@ -31,15 +31,32 @@ class Quadrature:
     """(p, m); each row sums to 1."""
     known: Tensor
     """(q,), ascending: the nodes that are eigenvalues, of weight 1/n each."""
+    num_steps: int | None
+    """s: each probe's rule is exact to degree 2 s - 1. None if the nodes are all the points of its measure."""
+
+    @property
+    def is_known(self) -> Tensor:
+        """(m,), bool: which nodes are eigenvalues."""
+        return (self.nodes[:, None] == self.known).any(dim=1)
 
 
-def quadrature(T: Tensor, B: Tensor, *, n: int, num_low: int, num_high: int, known: Tensor | None = None) -> Quadrature:
+def quadrature(
+    T: Tensor,
+    B: Tensor,
+    *,
+    n: int,
+    num_steps: int | None,
+    num_low: int,
+    num_high: int,
+    known: Tensor | None = None,
+) -> Quadrature:
     """Return the rule of every start vector.
 
     Args:
         T: V A V', (m, m), float64.
         B: V Z, (m, p).
         n: size of A.
+        num_steps: block steps that made V; None if V is invariant under A.
         num_low: how many of the smallest Ritz pairs count as eigenpairs.
         num_high: how many of the largest do.
         known: (num_low + num_high,) eigenvalues to put in their place, ascending. Default: the Ritz values.
@@ -56,4 +73,6 @@ def quadrature(T: Tensor, B: Tensor, *, n: int, num_low: int, num_high: int, kno
     weights = torch.where(bulk > 0, raw * ((n - num_known) / n) / bulk.clamp_min(torch.finfo(raw.dtype).tiny), 0)
     weights = weights.masked_fill(is_known, 1 / n)
     theta, order = theta.sort()
-    return Quadrature(nodes=theta, weights=weights[:, order].expand(p, m), known=theta[is_known[order]])
+    return Quadrature(
+        nodes=theta, weights=weights[:, order].expand(p, m), known=theta[is_known[order]], num_steps=num_steps
+    )

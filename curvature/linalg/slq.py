@@ -103,7 +103,16 @@ def spectral_density(
     nodes = nodes.where(weights > 0, 0)
     order = nodes.where(weights > 0, torch.inf).argsort(dim=1)  # unused places last
     nodes, weights = nodes.gather(1, order), weights.gather(1, order)
-    return smoothed(nodes, weights, n=n, known=values, num_matvecs=spent, num_points=num_points, sigma=sigma)
+    return smoothed(
+        nodes,
+        weights,
+        n=n,
+        num_steps=steps if steps < bulk else None,
+        known=values,
+        num_matvecs=spent,
+        num_points=num_points,
+        sigma=sigma,
+    )
 
 
 def smoothed(
@@ -111,6 +120,7 @@ def smoothed(
     weights: Tensor,
     *,
     n: int,
+    num_steps: int | None,
     known: Tensor,
     num_matvecs: int,
     num_points: int = 1024,
@@ -138,6 +148,7 @@ def smoothed(
         weights=weights,
         sigma=sigma,
         dimension=n,
+        num_steps=num_steps,
         num_matvecs=num_matvecs,
         deflated=known,
     )

@@ -76,8 +76,7 @@ def test_index_of_a_large_form_is_bounded_and_estimated() -> None:
     assert not point.exact
     assert point.kind == "saddle"
     assert point.index_at_least == 6
-    assert abs(point.index.value - 40) < 4 * point.index.stderr
-    assert point.index.stderr < 10
+    assert 6 <= point.index.lower <= 40 <= point.index.upper <= 90
 
 
 def test_deep_linear_network_at_zero_is_a_saddle_of_known_index() -> None:

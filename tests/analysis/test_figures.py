@@ -38,6 +38,7 @@ def exact_density(eigenvalues: list[float], sigma: float = 0.1) -> SpectralDensi
         sigma=sigma,
         dimension=n,
         num_matvecs=n,
+        num_steps=None,
     )
 
 

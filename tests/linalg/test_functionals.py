@@ -101,7 +101,8 @@ def test_the_bounds_of_every_single_probe_hold(name: str, deflate: int) -> None:
         density = spectral_density(
             A, num_probes=1, num_steps=6, generator=generator(), probes=z, deflate=known, sigma=1.0
         )
-        measure = (vectors.T @ z)[:, 0].square() * outside
+        seen = z if known is None else z - known.eigenvectors @ (known.eigenvectors.T @ z)
+        measure = (vectors.T @ seen)[:, 0].square()
         measure = measure / measure.sum() * (1 - deflate / 60) + (~outside).double() / 60
         exact = (measure * (values <= points[:, None])).sum(dim=1)
         share = cdf(density, points)
@@ -152,6 +153,8 @@ def test_errors_of_counts_and_quantiles_are_the_truth_and_intervals_cover() -> N
     for seed in range(NUM_SEEDS):
         number = count(estimated(A, seed), 2.0, 9.0)  # as many steps as eigenvalues: chance alone
         scores.append((number.value - exact) / number.stderr)
+        if seed % 2:
+            continue
         density = estimated(A, seed, num_steps=12)
         number = count(density, 2.0, 9.0)
         low, high = number.lower - 2 * number.stderr, number.upper + 2 * number.stderr
@@ -162,8 +165,8 @@ def test_errors_of_counts_and_quantiles_are_the_truth_and_intervals_cover() -> N
     z = torch.stack(scores)
     assert abs(z.mean()) * NUM_SEEDS**0.5 < 4
     assert 0.9 < z.std() < 1.1
-    assert counted >= 0.95 * NUM_SEEDS
-    assert placed >= 0.93 * NUM_SEEDS  # 95.4 % less what the rule of 12 steps errs
+    assert counted >= 0.95 * NUM_SEEDS / 2
+    assert placed >= 0.93 * NUM_SEEDS / 2  # 95.4 % less what the rule of 12 steps errs
     assert torch.stack(widths).mean() < 12  # of 16: the bounds say something
 
 
