@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from curvature.dependence import Dependence
 from curvature.digest import digest, version
@@ -44,6 +45,8 @@ class Look:
     """What was seen."""
 
     state: PythonState
+    loader: PythonState
+    """What makes the batches, where these are not in memory."""
     contents: tuple[int, ...]
     data: tuple[Hashable, ...]
     held: tuple[Any, ...]
@@ -143,7 +146,7 @@ class Freshness:
             return
         with one_at_a_time:
             after = self.look()
-        self._volatile |= after.state.changes(self._point.state)
+        self._volatile |= after.state.changes(self._point.state) | after.loader.changes(self._point.loader)
         if self._changes(self._point, after):  # a forward pass that writes to parameters
             self._point = after
             self._objective.release()
@@ -180,10 +183,14 @@ class Freshness:
         objective = self._objective
         evaluator, data = objective._evaluator, objective._data
         loss = None if objective._rule is None else objective._rule.loss
-        called = [loss, evaluator.forward, evaluator.weight]
-        if not data.in_memory:
-            called.append(getattr(data._data, "dataset", None))
+        called = {"loss": loss, "forward": evaluator.forward, "weight": evaluator.weight}
+        made_by: dict[str, Any] = {}
+        if isinstance(data._data, DataLoader):
+            made_by = {"dataset": data._data.dataset, "collate_fn": data._data.collate_fn}
+        elif not data.in_memory:
+            made_by = {"loader": data._data}
         state = PythonState(objective.model, called, self._volatile)
+        loader = PythonState(None, made_by, self._volatile)
         met = {id(t) for t in state.parameters}
         others = [t for t in objective.space.tensors.values() if id(t) not in met]
         contents = digest([*state.parameters, *others, *state.buffers])
@@ -196,7 +203,8 @@ class Freshness:
             facts += tuple((id(b), *((id(t), version(t), t.shape) for t in leaves)) for b, leaves in batches)
             facts += digest(tensors, most=most)
             held += (*(batch for batch, _ in batches), *tensors)
-        return Look(state, contents, facts, held)
+        facts += digest([*loader.parameters, *loader.buffers])
+        return Look(state, loader, contents, facts, held)
 
     def _changes(self, before: Look, after: Look) -> list[str]:
         """Say what differs, in words."""
@@ -204,7 +212,8 @@ class Freshness:
         found = [*names[:3], "..."] if len(names) > 3 else names
         if before.contents != after.contents:
             found = ["values of parameters or buffers", *found]
-        return [*found, "the data"] if before.data != after.data else found
+        moved = before.data != after.data or after.loader.changes(before.loader) - self._volatile
+        return [*found, "the data"] if moved else found
 
     # -- evaluating once more -----------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class PythonState:
 
     Args:
         model: whose modules are walked, parameters and buffers left out but for their identity.
-        others: what the objective calls: loss, forward, weight.
+        others: what else there is, such as loss and forward, by name.
         volatile: entries to pass over, which evaluating the model changes by itself.
 
     Attributes:
@@ -49,7 +49,7 @@ class PythonState:
         parameters, buffers: of the modules met, in order; their contents are not looked at.
     """
 
-    def __init__(self, model: nn.Module, others: Iterable[Any], volatile: set[Key]) -> None:
+    def __init__(self, model: nn.Module | None, others: Mapping[str, Any], volatile: set[Key]) -> None:
         self.entries: dict[Key, Hashable] = {}
         self.buffers: list[Tensor] = []
         self.parameters: list[Tensor] = []
@@ -58,9 +58,10 @@ class PythonState:
         self._seen: set[int] = set()
         self._modules: set[int] = set()
         self._registered: set[int] = set()
-        self._walk(model, copied=True)
-        for place, other in enumerate(others):
-            self._note(0, place, other, 0)
+        if model is not None:
+            self._walk(model, copied=True)
+        for name, other in others.items():
+            self._note(0, name, other, 0)
 
     def changes(self, other: PythonState) -> set[Key]:
         """Return the entries that differ from those of another look, volatile ones left out."""
@@ -190,7 +191,8 @@ class PythonState:
         owner = id(value)
         fields = getattr(value, "__dict__", None)
         if isinstance(fields, dict) and len(fields) <= 2 * _MOST:
-            self._container(owner, list(fields.items()), len(fields), depth)
+            for name, part in list(fields.items()):  # without their number: one that comes later moves no other
+                self._note(owner, name, part, depth)
         for base in type(value).__mro__:
             slots = vars(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, solve, top_eigenpairs
 from curvature.digest import digest
@@ -149,6 +150,51 @@ def test_data_in_memory_are_followed() -> None:
     assert objective.num_batches == 3
     data[2][0].numpy()[...] = 0.5
     assert_close(H @ v, HessianOperator(Objective(model, nn.CrossEntropyLoss(), list(data))) @ v, 1e-12)
+
+
+class Counting:
+    """A loader of one's own that keeps a count, made on first use."""
+
+    def __init__(self) -> None:
+        self.scale, self.x = 1.0, X.clone()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes = getattr(self, "passes", 0) + 1
+        for i in range(2):
+            self.place = i
+            yield self.scale * self.x, Y
+
+
+class Examples(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.scale * X[i], Y[i]
+
+
+def doubled(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return 2 * torch.stack([x for x, _ in examples]), torch.stack([y for _, y in examples])
+
+
+@pytest.mark.parametrize("change", ["own attribute", "own tensor", "dataset", "collate_fn"])
+def test_loaders_are_followed(change: str) -> None:
+    model, own, loader = net(), Counting(), DataLoader(Examples(), batch_size=6)
+    data: Any = own if "own" in change else loader
+    A = HessianOperator(Objective(model, nn.CrossEntropyLoss(), data))
+    v = torch.ones(A.shape[0], dtype=torch.float64)
+    for _ in range(2):
+        A @ v
+    {
+        "own attribute": lambda: setattr(own, "scale", 2.0),
+        "own tensor": lambda: own.x.data.mul_(2),
+        "dataset": lambda: setattr(loader.dataset, "scale", 2.0),
+        "collate_fn": lambda: setattr(loader, "collate_fn", doubled),
+    }[change]()
+    assert_close(A @ v, HessianOperator(Objective(model, nn.CrossEntropyLoss(), (2 * X, Y))) @ v, 1e-12)
 
 
 def test_selections_are_names() -> None:
