@@ -14,7 +14,7 @@ from analysis.directions import Scaling
 from analysis.landscape_store import LandscapeEstimate
 from analysis.paths import Place
 from curvature.arguments import checked_fields
-from curvature.cost import timed
+from curvature.cost import median_seconds
 from curvature.errors import InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
@@ -89,17 +89,17 @@ def resolved(plan: LandscapePlan, to: Path | None, trajectory: Sequence[Path]) -
 def estimate_landscape(
     objective: Objective, plan: LandscapePlan, end: Place | None, num_checkpoints: int
 ) -> LandscapeEstimate:
-    """Predict looks, products and seconds. Cost: two looks and two products, the first of which builds the graphs.
+    """Predict looks, products and seconds. Cost: a few looks and products, the first of which builds the graphs.
 
     Raises:
         NonFiniteError: if the gradient is not finite, so that there is nothing to plan.
     """
     here, device = objective.space.current(), objective.device
     loss_at(objective, here)
-    _, of_loss = timed(lambda: loss_at(objective, here), device)
+    of_loss = median_seconds(lambda: loss_at(objective, here), device)
     H, v = HessianOperator(objective), torch.ones_like(here)
     _ = H @ v
-    _, of_product = timed(lambda: H @ v, device)
+    of_product = median_seconds(lambda: H @ v, device)
     curved = end is not None and plan.curve > 0
     num_losses = 2 * plan.points + plan.points**2 * plan.plane + num_checkpoints
     num_losses += 0 if end is None else plan.points * (2 if curved else 1)

@@ -8,7 +8,7 @@ import torch
 
 from analysis.results import CostEstimate
 from curvature.arguments import checked_fields
-from curvature.cost import current_memory, peak_memory, timed
+from curvature.cost import current_memory, median_seconds, peak_memory, timed
 from curvature.errors import InputError
 from curvature.exact import backpack_refusal
 from curvature.objective import Objective
@@ -119,7 +119,7 @@ class InspectionPlan:
 
 
 def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
-    """Predict products, seconds and memory of an inspection. Cost: four products, the first of which builds the graphs.
+    """Predict products, seconds and memory of an inspection. Cost: a few products; the first builds the graphs.
 
     Raises:
         NonFiniteError: if the loss or gradient is not finite, so that there is nothing to plan.
@@ -129,7 +129,7 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     n, device = objective.num_params, objective.device
     v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
     _ = H @ v
-    _, seconds = timed(lambda: H @ v, device)
+    seconds = median_seconds(lambda: H @ v, device)
     whole, of_layers = plan.total_matvecs(objective)
     blocks = plan.layer_blocks(objective)
     total = whole * seconds

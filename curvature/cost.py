@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import torch
 from curvature.errors import InputError
 from curvature.memory import available_memory
 
-__all__ = ["check_fits", "current_memory", "gibibytes", "peak_memory", "synchronize", "timed"]
+__all__ = ["check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "synchronize", "timed"]
 
 T = TypeVar("T")
+_RUNS, _LONG = 5, 0.5  # s
 
 
 def synchronize(device: torch.device) -> None:
@@ -31,6 +33,14 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     result = work()
     synchronize(device)
     return result, time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median of the seconds that work takes, of five runs, or fewer where they take long."""
+    taken: list[float] = []
+    while len(taken) < _RUNS and (not taken or sum(taken) < _LONG):
+        taken.append(timed(work, device)[1])
+    return statistics.median(taken)
 
 
 def peak_memory(device: torch.device) -> int:

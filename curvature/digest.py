@@ -12,7 +12,8 @@ that fail differently, so that what escapes one is seen by the other:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from curvature.backward import no_autocast
 
-__all__ = ["digest", "version"]
+__all__ = ["Digest", "digest", "version"]
 
 _LENGTH = 2**13  # weights; they stay in cache
 _PIECE = 2**22  # entries that are widened at a time
@@ -38,22 +39,112 @@ def digest(tensors: Iterable[Tensor], *, most: int | None = None) -> tuple[int, 
         tensors: of any dtype, layout and device.
         most: how many entries of a tensor are looked at, in evenly spread stripes. Default: all.
     """
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    return _numbers(_groups(tensors, most))
+
+
+class Digest:
+    """`digest` of what is mostly the same tensors: how they are read is worked out once for each place in memory."""
+
+    def __init__(self) -> None:
+        self._places: list[Hashable] = []
+        self._known: list[_Group] = []
+
+    @torch.no_grad()
+    def __call__(self, tensors: Sequence[Tensor], most: int | None = None) -> tuple[int, ...]:
+        """Return the numbers."""
+        if not all(type(t) in _PLAIN and _is_plain(t) and t.is_contiguous() for t in tensors):
+            return _numbers(_groups(tensors, most))
+        places: list[Hashable] = [(t.data_ptr(), t.shape, t.dtype, t.device, most) for t in tensors]
+        if places != self._places:  # the views made below keep alive what lies at these places
+            self._places, self._known = places, _groups(tensors, most)
+        return _numbers(self._known)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Flat tensors of one device and dtype: small ones, to be joined, and how larger ones are read."""
+
+    device: torch.device
+    small: list[Tensor]
+    large: list[_Run]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The views through which one flat tensor is read."""
+
+    words: list[Tensor]
+    rows: list[tuple[Tensor, list[Tensor]]]
+    """Pieces in rows of `_LENGTH` entries, and the weights of the rows, a few thousand at a time."""
+    rest: list[tuple[Tensor, Tensor]]
+    """What fills no row, and its weights."""
+
+    @classmethod
+    def of(cls, flat: Tensor) -> _Run:
+        run = cls(list(_words(flat)), [], [])
+        wide = flat.dtype in (torch.float32, torch.float64)
+        weights = _weights(flat.device, flat.dtype if wide else torch.float64)
+        for piece in (flat,) if wide else flat.split(_PIECE):
+            num_rows, rest = divmod(piece.numel(), _LENGTH)
+            if num_rows:
+                of_rows = [weights[: min(_LENGTH, num_rows - i)] for i in range(0, num_rows, _LENGTH)]
+                run.rows.append((piece[: num_rows * _LENGTH].view(num_rows, _LENGTH), of_rows))
+            if rest:
+                run.rest.append((piece[num_rows * _LENGTH :], weights[:rest]))
+        return run
+
+    def sums(self) -> Iterator[Tensor]:
+        """Yield sums whose total is that of all words."""
+        return (words.sum(dtype=torch.int64) for words in self.words)
+
+    def inner_products(self) -> Iterator[Tensor]:
+        """Yield inner products with fixed weights; an entry's weight is that of its place in a row, times its row's."""
+        for rows, weights in self.rows:
+            wide = _weights(rows.device, rows.dtype if rows.dtype == torch.float32 else torch.float64)
+            products = torch.mv(rows.to(wide.dtype), wide)
+            for part, of_rows in zip(products.split(_LENGTH), weights, strict=True):
+                yield torch.dot(part, of_rows)
+        for rest, of_rest in self.rest:
+            yield torch.dot(rest.to(of_rest.dtype), of_rest)
+
+
+def _groups(tensors: Iterable[Tensor], most: int | None) -> list[_Group]:
+    """Return the tensors by device and dtype; with `most`, stripes of them, all to be widened to one dtype."""
+    groups: dict[tuple[torch.device, torch.dtype | None], _Group] = {}
     for tensor in tensors:
         for part in (tensor.detach(),) if type(tensor) in _PLAIN and _is_plain(tensor) else _dense(tensor.detach()):
             if part.numel() and part.device.type != "meta":
                 flat = part.flatten()
-                if most is not None:  # all in one dtype, which saves calls
-                    flat = (_striped(flat, most) if flat.numel() > most else flat).to(torch.float64)
-                groups.setdefault((flat.device, flat.dtype), ([], []))[flat.numel() > _SMALL].append(flat)
+                group = groups.setdefault(
+                    (flat.device, flat.dtype if most is None else None), _Group(flat.device, [], [])
+                )
+                if most is not None:
+                    group.small.append(_striped(flat, most) if flat.numel() > most else flat)
+                elif flat.numel() <= _SMALL:
+                    group.small.append(flat)
+                else:
+                    group.large.append(_Run.of(flat))
+    return list(groups.values())
+
+
+def _numbers(groups: Iterable[_Group]) -> tuple[int, ...]:
     found: list[int] = []
-    for (device, _), (small, large) in groups.items():
-        with no_autocast(device):
-            runs = [torch.cat(small) if len(small) > 1 else small[0], *large] if small else large
-            found += torch.stack([total for run in runs for total in _sums_of_words(run)]).tolist()
-            products = torch.stack([product for run in runs for product in _inner_products(run)])
+    for group in groups:
+        with no_autocast(group.device):
+            runs = group.large
+            if group.small:
+                runs = [_Run.of(_joined(group.small)), *runs]
+            found += torch.stack([total for run in runs for total in run.sums()]).tolist()
+            products = torch.stack([product for run in runs for product in run.inner_products()])
             found += products.view(_WORDS[products.element_size()]).tolist()  # bits, so that NaN equals itself
     return tuple(found)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the entries of all parts; in float64 where there are stripes or several dtypes."""
+    if any(part.ndim > 1 for part in parts) or len({part.dtype for part in parts}) > 1:
+        parts = [part.flatten().to(torch.float64) for part in parts]
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def version(tensor: Tensor) -> int:
@@ -91,37 +182,23 @@ def _dense(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _striped(flat: Tensor, most: int) -> Tensor:
+    """Return a view of evenly spread stripes, (_STRIPES, length)."""
     length = max(1, most // _STRIPES)
     gap = (flat.numel() - length) // (_STRIPES - 1)
-    return flat.as_strided((_STRIPES, length), (gap, 1), flat.storage_offset()).flatten()
+    return flat.as_strided((_STRIPES, length), (gap, 1), flat.storage_offset())
 
 
-def _sums_of_words(flat: Tensor) -> Iterator[Tensor]:
-    """Yield sums whose total is that of all words; wide words are summed fastest."""
+def _words(flat: Tensor) -> Iterator[Tensor]:
+    """Yield views of all words as integers; wide words are summed fastest."""
     size = flat.element_size()
     words = flat.view(_WORDS[size]) if size in _WORDS else torch.view_as_real(flat).view(torch.int64)
     if size < 8:
         cut = flat.numel() * size // 8 * (8 // size) if flat.storage_offset() * size % 8 == 0 else 0
         if cut:
-            yield words[:cut].view(torch.int64).sum()
+            yield words[:cut].view(torch.int64)
         words = words[cut:]
     if words.numel():
-        yield words.sum(dtype=torch.int64)
-
-
-def _inner_products(flat: Tensor) -> Iterator[Tensor]:
-    """Yield inner products with fixed weights; an entry's weight is that of its place in a row, times its row's."""
-    wide = flat.dtype in (torch.float32, torch.float64)
-    for piece in (flat,) if wide else flat.split(_PIECE):
-        values = piece if wide else piece.to(torch.float64)
-        weights = _weights(values.device, values.dtype)
-        num_rows = values.numel() // _LENGTH
-        if num_rows:
-            rows = torch.mv(values[: num_rows * _LENGTH].view(num_rows, _LENGTH), weights)
-            for part in (rows,) if num_rows <= _LENGTH else rows.split(_LENGTH):
-                yield torch.dot(part, weights[: len(part)])
-        if values.numel() % _LENGTH:
-            yield torch.dot(values[num_rows * _LENGTH :], weights[: values.numel() % _LENGTH])
+        yield words
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from curvature.dependence import Dependence
-from curvature.digest import digest, version
+from curvature.digest import Digest, digest, version
 from curvature.errors import CheckFailedError
 from curvature.evaluation import tensors_in
 from curvature.lean import LeanLayers
@@ -72,6 +72,7 @@ class Freshness:
     """
 
     def __init__(self, objective: Objective) -> None:
+        self._contents, self._data_contents = Digest(), Digest()
         self._ref = weakref.ref(objective)  # no cycle, so that graphs are freed with the objective
         self._forget()
 
@@ -193,7 +194,7 @@ class Freshness:
         loader = PythonState(None, made_by, self._volatile)
         met = {id(t) for t in state.parameters}
         others = [t for t in objective.space.tensors.values() if id(t) not in met]
-        contents = digest([*state.parameters, *others, *state.buffers])
+        contents = self._contents([*state.parameters, *others, *state.buffers])
         facts: tuple[Hashable, ...] = tuple((id(t), version(t), t.shape) for t in others)
         held: tuple[Any, ...] = tuple(others)
         if data.in_memory:
@@ -201,7 +202,7 @@ class Freshness:
             tensors = [t for _, leaves in batches for t in leaves]
             most = max(64, _DATA_ENTRIES // max(1, len(tensors)))
             facts += tuple((id(b), *((id(t), version(t), t.shape) for t in leaves)) for b, leaves in batches)
-            facts += digest(tensors, most=most)
+            facts += self._data_contents(tensors, most)
             held += (*(batch for batch, _ in batches), *tensors)
         facts += digest([*loader.parameters, *loader.buffers])
         return Look(state, loader, contents, facts, held)

@@ -170,8 +170,8 @@ def plan(
 ) -> PlannedCost:
     """Say what the quantities will cost together, and how.
 
-    Cost: two gradients and the graph of one batch, no product (`curvature.product_cost`); for a matrix that is not an
-    objective's, two block products.
+    Cost: two to six gradients and the graph of one batch, no product (`curvature.product_cost`); for a matrix that is
+    not an objective's, two block products.
 
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
     as the spectra of trained networks take, which the truth may exceed.

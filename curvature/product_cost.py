@@ -8,7 +8,7 @@ built and watched.
 
 from __future__ import annotations
 
-from curvature.cost import timed
+from curvature.cost import median_seconds
 from curvature.evaluation import move_batch
 from curvature.linearize import LOSS_HESSIAN, Linearization
 from curvature.memory import HeldMemory
@@ -24,11 +24,11 @@ _BACKWARD = 2 / 3  # of a gradient: all that is left of it where the graph of th
 def predicted_product(A: ObjectiveOperator, width: int) -> tuple[float, int]:
     """Return the seconds of a product with `width` columns and the bytes that its graphs will hold beyond the present.
 
-    Cost: two gradients over the data, and the graph of one batch.
+    Cost: two to six gradients over the data, and the graph of one batch.
     """
     objective, product = A.objective, getattr(A, "_product", "ggnvp")
     objective.loss_and_gradient()  # loads, warms up, counts the batches
-    _, seconds = timed(objective.loss_and_gradient, objective.device)
+    seconds = median_seconds(objective.loss_and_gradient, objective.device)
     gradient = seconds / _BACKWARD if objective.keeps_all_graphs else seconds
     of_batch, num_batches = _graph_bytes(A, product), objective.num_batches or 1
     wanted = of_batch * num_batches if objective.may_keep_graphs else 0

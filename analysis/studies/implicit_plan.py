@@ -9,7 +9,7 @@ from typing import Any
 
 from analysis.implicit_regularization import example_trace_gradient
 from curvature.arguments import checked_fields
-from curvature.cost import timed
+from curvature.cost import median_seconds
 from curvature.errors import InputError
 from curvature.evaluation import tensors_in
 from curvature.objective import Objective
@@ -82,6 +82,6 @@ def _of_penalties(objective: Objective, batch_size: int | None) -> float:
     g = some.gradient()
     example_trace_gradient(some, g)  # the first is slower
     some.release()
-    _, seconds = timed(lambda: example_trace_gradient(some, g), objective.device)
-    _, one = timed(objective.loss_and_gradient, objective.device)
+    seconds = median_seconds(lambda: example_trace_gradient(some, g), objective.device)
+    one = median_seconds(objective.loss_and_gradient, objective.device)
     return 4.0 + num_pieces(objective, batch_size) / len(sample) * seconds / one

@@ -15,7 +15,7 @@ import torch
 from analysis.preparation import Listener, Request, load, prepare
 from analysis.store import Record
 from analysis.studies.account import Account
-from curvature.cost import timed
+from curvature.cost import median_seconds, timed
 from curvature.objective import Objective
 
 __all__ = ["Study", "StudyCost", "StudyListener", "StudyRun", "run_study"]
@@ -113,4 +113,4 @@ def run_study(study: Study[P, R], request: Request, plan: P, *, listener: StudyL
 def _seconds_per_gradient(objective: Objective) -> float:
     """Return the wall clock of one gradient over all data; the first, which also loads and warms up, does not count."""
     objective.loss_and_gradient()
-    return timed(objective.loss_and_gradient, objective.device)[1]
+    return median_seconds(objective.loss_and_gradient, objective.device)

@@ -282,7 +282,7 @@ def test_results_as_json_and_nothing_else(folder: Path) -> None:
         (["noise", "toy.py:task", "--batch-size", "0"], "batch size must be at least 1"),
         (["noise", "toy.py:task", "--no-curvature", "--damping", "1"], "needs curvature"),
         (["implicit", "toy.py:task", "--lr", "0"], "learning rate must be positive"),
-        (["implicit", "toy.py:task", "--lr", "1", "--batch-size", "61"], "at most the 60 examples"),
+        (["implicit", "toy.py:task", "--lr", "1", "--batch-size", "61"], "from 1 to 60 (examples)"),
         (["sharpness", "toy.py:task", "--measure", "flatness"], "distinct names out of"),
         (["sharpness", "toy.py:task", "--rho", "-1"], "rho must be positive"),
         (["conditioning", "toy.py:task", "--matrix", "jacobian"], "'hessian' or 'ggn'"),

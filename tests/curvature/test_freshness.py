@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, solve, top_eigenpairs
-from curvature.digest import digest
+from curvature.digest import Digest, digest
 from curvature.errors import CheckFailedError, CurvatureError, InputError, ParameterSelectionError
 from curvature.exact import exact_diagonal
 from curvature.linalg import trace
@@ -325,6 +325,28 @@ def test_digests_see_what_sums_and_parities_miss() -> None:
     found = [digest([t]) for t in (x, nan, swapped, signs, late, x.double(), x[:-1])]
     assert len(set(found)) == len(found)
     assert digest([nan]) == digest([nan.clone()])
+
+
+@pytest.mark.parametrize("most", [None, 640])
+def test_what_is_known_of_places_makes_no_difference(most: int | None) -> None:
+    def replaced(p: Tensor) -> None:
+        p.data = p.data.clone()
+        p.data[0] += 1e-6
+
+    def turned(p: Tensor) -> None:
+        p.data = p.data.view(100, 200).T.contiguous().view(200, 100)
+
+    def widened(p: Tensor) -> None:
+        p.data = p.data.double()
+
+    parameters = [nn.Parameter(torch.randn(200, 100)), nn.Parameter(torch.randn(7))]
+    known = Digest()
+    seen = {known(parameters, most)}
+    for change in (replaced, turned, lambda p: p.data.neg_(), lambda p: p.data.numpy().sort(axis=0), widened):
+        change(parameters[0])
+        seen.add(known(parameters, most))
+        assert known(parameters, most) == digest(parameters, most=most)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(
