@@ -12,7 +12,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from scipy.stats import norm
+from scipy.special import stdtr
 from torch import Tensor
 
 from analysis.comparison_results import Compared, Comparison, Verdict
@@ -27,6 +27,7 @@ from analysis.studies.implicit import ImplicitStudy
 from analysis.studies.noise import NoiseStudy
 from curvature.arguments import checked
 from curvature.errors import InputError
+from curvature.intervals import combined_error
 
 __all__ = ["compare", "quantities"]
 
@@ -34,13 +35,16 @@ Quantities = dict[str, tuple[Measured, str]]
 
 _CURVATURE = "loss / parameter²"
 _SQUARE = "(loss / parameter)²"
+_ROUNDING = 1e-6  # relative, of numbers from products in float32
 
 
 @checked
 def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool | None = None) -> Comparison:
     """Compare what was measured of several models: results of one kind, e.g. several `Inspection`.
 
-    A difference d of two numbers with standard errors s1 and s2 has the p-value 2 (1 - Phi(|d| / (s1^2 + s2^2)^(1/2))).
+    A difference d of two numbers has the p-value of |d| / s under Student's distribution, s the root of the sum of
+    squared errors, with Welch's degrees of freedom (`combined_error`): few probes know their own error badly. Positive
+    numbers are compared by their square roots, since the error of a mean of squares grows with the mean.
     Verdicts of each kind hold together at the family-wise level by Holm's procedure: with probability 1 - level none
     that says "real" is a false alarm, and likewise none that says "on these data". Errors over data of two models that
     were measured on the same data are positively correlated as a rule, and are added as if they were not: "real" is
@@ -55,7 +59,10 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
         InputError: for fewer than two results, results of several types, one that has no numbers to compare, or a level
             outside (0, 1).
 
-    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    Bounds on errors are taken off the difference: residuals, and rounding, a millionth of the numbers. Numbers without
+    any other error differ or do not, and take no share of the level.
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure; Welch (1947).
     """
     if len(results) < 2:
         raise InputError(f"a comparison needs at least two results, got {len(results)}.")
@@ -96,19 +103,32 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
 
 def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
     """Return the p-value of a difference; NaN where an error is not known (for `data`: over data)."""
-    errors = [a.stderr, b.stderr, *([a.data, b.data] if data else [])]
-    spread, difference = math.sqrt(sum(e**2 for e in errors)), abs(a.value - b.value)
+    bound = sum(m.stderr for m in (a, b) if m.bounded) + _ROUNDING * max(abs(a.value), abs(b.value))
+    difference = max(abs(a.value - b.value) - bound, 0.0)
+    if a.value > 0 and b.value > 0:
+        roots = math.sqrt(a.value), math.sqrt(b.value)
+        difference /= sum(roots)
+        errors = [(s / (2 * root), dof) for root, m in zip(roots, (a, b), strict=True) for s, dof in _errors(m, data)]
+    else:
+        errors = [*_errors(a, data), *_errors(b, data)]
+    spread, dof = combined_error(errors)
     if math.isnan(spread) or math.isnan(difference):
         return math.nan
     if spread == 0:
         return 1.0 if difference == 0 else 0.0
-    return float(2 * norm.sf(difference / spread))
+    return min(float(2 * stdtr(min(dof, 1e15), -difference / spread)), math.nextafter(1.0, 0.0))  # 1 is certain
+
+
+def _errors(measured: Measured, data: bool) -> list[tuple[float, float]]:
+    """Return the standard errors of a number with their degrees of freedom."""
+    own = [] if measured.bounded else [(measured.stderr, measured.dof)]
+    return [*own, (measured.data, measured.data_dof)] if data else own
 
 
 def _holm(p_values: Sequence[tuple[float, ...]], level: float) -> list[list[bool]]:
     """Return which differences are significant together: the smallest p at level / m, the next at level / (m - 1)..."""
-    places = [(p, i, j) for i, row in enumerate(p_values) for j, p in enumerate(row) if not math.isnan(p)]
-    significant = [[False] * len(row) for row in p_values]
+    places = [(p, i, j) for i, row in enumerate(p_values) for j, p in enumerate(row) if 0 < p < 1]
+    significant = [[p == 0 for p in row] for row in p_values]  # 0 and 1: no chance is in them
     for rank, (p, i, j) in enumerate(sorted(places)):
         if p > level / (len(places) - rank):
             break
@@ -156,7 +176,7 @@ def _(result: Inspection) -> Quantities:
     }
     for layer in result.layers:
         found[f"{layer.name}: largest eigenvalue"] = (
-            Measured(value=layer.top, stderr=layer.top_residual),
+            Measured(value=layer.top, stderr=layer.top_residual, bounded=True),
             _CURVATURE,
         )
         found[f"{layer.name}: trace"] = (layer.trace, _CURVATURE)
@@ -167,9 +187,7 @@ def _(result: Inspection) -> Quantities:
 def _(result: SharpnessTable) -> Quantities:
     rows = {}
     for row in result.rows:
-        measured = Measured(value=row.value, stderr=row.stderr)
-        of_pieces = row.name.endswith("m_sharpness")  # its error is that over pieces of the data
-        rows[row.label] = (_over_data(measured) if of_pieces else measured, "" if row.unit == "1" else row.unit)
+        rows[row.label] = (row.measured, "" if row.unit == "1" else row.unit)
     return {"loss": (_exact(result.loss), "loss"), **rows}
 
 
@@ -253,7 +271,7 @@ def _unknown(value: float) -> Measured:
 
 def _over_data(measured: Measured) -> Measured:
     """Return a number whose only error is that over other data: on these very data it is exact."""
-    return Measured(value=measured.value, stderr=0.0, data=measured.stderr)
+    return Measured(value=measured.value, stderr=0.0, data=measured.stderr, data_dof=measured.dof)
 
 
 def _overlaps(results: Sequence[Any]) -> Tensor | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from analysis.results import Bounded, Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
+from curvature.intervals import combined_error
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective import Objective
@@ -193,15 +195,15 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
         log_rank = _measured(found, entropy)
         squares = _measured(found, lambda x, w: n * (w * x.square()).sum(dim=1))
         rank = math.exp(log_rank.value)
-        effective = Measured(value=rank, stderr=rank * log_rank.stderr)
+        effective = replace(log_rank, value=rank, stderr=rank * log_rank.stderr)
         stable = squares.value / largest**2
-        stable_rank = Measured(
-            value=stable, stderr=math.hypot(squares.stderr / largest**2, 2 * stable * residual / largest)
-        )
+        of_largest = (2 * stable * residual / largest, math.inf)
+        stderr, dof = combined_error([(squares.stderr / largest**2, squares.dof), of_largest])
+        stable_rank = replace(squares, value=stable, stderr=stderr, dof=dof)
     return Condition(
         name=name,
         num_params=n,
-        largest=Measured(value=largest, stderr=residual),
+        largest=Measured(value=largest, stderr=residual, bounded=True),
         **bounds,
         effective_rank=effective,
         stable_rank=stable_rank,
@@ -211,8 +213,7 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
 
 
 def _measured(found: Spectrum, samples: Callable[[Tensor, Tensor], Tensor]) -> Measured:
-    estimate = found.estimate(samples)
-    return Measured(value=float(estimate.value), stderr=math.hypot(float(estimate.stderr), float(estimate.rule)))
+    return Measured.of(found.estimate(samples))
 
 
 def _shares(nodes: Tensor, damping: Tensor) -> Tensor:

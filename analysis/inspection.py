@@ -11,6 +11,7 @@ density.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from analysis.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, In
 from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
+from curvature.intervals import combined_error
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
 from curvature.spectral import layer_spectra, spectrum
-from curvature.spectrum_results import Samples, Spectrum, SpectrumEstimate
+from curvature.spectrum_results import Samples, Spectrum
 
 __all__ = ["inspect_model"]
 
@@ -138,7 +140,7 @@ def _layer(block: Block, found: Spectrum, gradient: Tensor) -> LayerCurvature:
         top_data=math.nan if data is None else float(data[0]),
         bottom=float(found.bottom.eigenvalues[-1]),
         bottom_residual=float(found.bottom.residual_norms[-1]),
-        trace=_measured(found.spectral_sum(lambda x: x)),
+        trace=Measured.of(replace(found.spectral_sum(lambda x: x), rule=torch.zeros(()))),  # exact for powers
         effective_condition=_effective_condition(found),
         negative_share=_negative_share(found),
         converged=bool(found.top.converged[0]) and bool(found.bottom.converged.all()),
@@ -155,7 +157,7 @@ def _data_errors(found: Spectrum) -> DataErrors | None:
         num_groups=len(found.spread.shares),
         top=top,
         bottom=bottom,
-        trace=_measured(found.spectral_sum(lambda x: x)).data,
+        trace=Measured.of(found.spectral_sum(lambda x: x)).data,
         density=density,
         shares=found.spread.shares,
         nodes=torch.stack([rule.nodes for rule in found.spread.rules]),
@@ -166,20 +168,12 @@ def _data_errors(found: Spectrum) -> DataErrors | None:
 # -- numbers that follow from a spectrum ------------------------------------------------------------------------------
 
 
-def _measured(estimate: SpectrumEstimate) -> Measured:
-    return Measured(
-        value=float(estimate.value),
-        stderr=math.hypot(float(estimate.stderr), float(estimate.rule)),
-        data=math.nan if estimate.data is None else float(estimate.data),
-    )
-
-
 def _absolute(nodes: Tensor, weights: Tensor) -> Tensor:
     return (weights * nodes.abs()).sum(dim=1)
 
 
 def _mean_absolute(found: Spectrum) -> Measured:
-    return _measured(found.estimate(_absolute))
+    return Measured.of(found.estimate(_absolute))
 
 
 def _effective_condition(found: Spectrum) -> Measured:
@@ -193,8 +187,8 @@ def _effective_condition(found: Spectrum) -> Measured:
         means = [_absolute(rule.nodes, rule.weights).mean() for rule in found.spread.rules]
         without = [t / m for t, m in zip(found.spread.top[:, 0], means, strict=True)]
         data = float(found.spread.stderr(torch.tensor(value), without))
-    stderr = math.hypot(residual / mean.value, value * mean.stderr / mean.value)
-    return Measured(value=value, stderr=stderr, data=data)
+    stderr, dof = combined_error([(residual / mean.value, math.inf), (value * mean.stderr / mean.value, mean.dof)])
+    return replace(mean, value=value, stderr=stderr, data=data, dof=dof, skewness=-mean.skewness)
 
 
 def _negative_share(found: Spectrum) -> Measured:
@@ -206,11 +200,12 @@ def _negative_share(found: Spectrum) -> Measured:
     mean = _mean_absolute(found)
     if mean.value == 0:
         return Measured(value=math.nan, stderr=math.nan)
-    share = _measured(found.estimate(_ratio(lambda nodes, weights: (weights * (-nodes).clamp_min(0)).sum(dim=1))))
+    share = Measured.of(found.estimate(_ratio(lambda nodes, weights: (weights * (-nodes).clamp_min(0)).sum(dim=1))))
     if found.exact:
         return share
     lowest = max(0.0, -float(found.bottom.eigenvalues[-1])) / (found.density.dimension * mean.value)
-    return Measured(value=share.value, stderr=math.hypot(share.stderr, lowest), data=share.data)
+    stderr, dof = combined_error([(share.stderr, share.dof), (lowest, math.inf)])
+    return replace(share, stderr=stderr, dof=dof)
 
 
 def _ratio(part: Samples) -> Samples:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -15,7 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from curvature.diagonal_summary import DiagonalRow
+from curvature.intervals import mean_interval, skewness
 from curvature.results import EigenPairs, SpectralDensity, TraceEstimate
+from curvature.spectrum_results import SpectrumEstimate
 
 __all__ = [
     "Bounded",
@@ -43,6 +45,34 @@ class Measured:
     """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
     data: float = math.nan
     """One standard error over other data of the same size, by the jackknife; NaN where it is not known."""
+    bounded: bool = False
+    """Whether `stderr` is a bound on the error, as the residual of an eigenvalue is, instead of a standard error."""
+    dof: float = math.inf
+    """Degrees of freedom of `stderr`: samples less one; infinite where it is known."""
+    data_dof: float = math.inf
+    """Degrees of freedom of `data`."""
+    skewness: float = 0.0
+    """Of the samples that `stderr` is the spread of; dimensionless."""
+
+    @classmethod
+    def of(cls, estimate: SpectrumEstimate) -> Measured:
+        """Return a single number that followed from a spectrum."""
+        stderr, dof = estimate.error
+        data = math.nan if estimate.data is None else float(estimate.data)
+        return cls(
+            value=float(estimate.value),
+            stderr=stderr,
+            data=data,
+            dof=dof,
+            data_dof=estimate.data_dof,
+            skewness=estimate.skewness,
+        )
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval of `stderr`, that of these very data: `mean_interval`, or the bound where it is one."""
+        if self.bounded:
+            return self.value - self.stderr, self.value + self.stderr
+        return mean_interval(self.value, self.stderr, dof=self.dof, skewness=self.skewness, confidence=confidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,21 +336,32 @@ class Inspection:
     def sharpness(self) -> Measured:
         """The largest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.top[0])
-        return Measured(value=float(self.top.eigenvalues[0]), stderr=float(self.top.residual_norms[0]), data=data)
+        value, residual = float(self.top.eigenvalues[0]), float(self.top.residual_norms[0])
+        return Measured(value=value, stderr=residual, bounded=True, data=data, data_dof=self._data_dof)
 
     @property
     def lowest(self) -> Measured:
         """The smallest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.bottom[-1])
-        return Measured(
-            value=float(self.bottom.eigenvalues[-1]), stderr=float(self.bottom.residual_norms[-1]), data=data
-        )
+        value, residual = float(self.bottom.eigenvalues[-1]), float(self.bottom.residual_norms[-1])
+        return Measured(value=value, stderr=residual, bounded=True, data=data, data_dof=self._data_dof)
 
     @property
     def total_curvature(self) -> Measured:
         """The trace of H with the spread over the probes; loss / parameter^2."""
         data = math.nan if self.data is None else self.data.trace
-        return Measured(value=float(self.trace.value), stderr=float(self.trace.stderr), data=data)
+        return Measured(
+            value=float(self.trace.value),
+            stderr=float(self.trace.stderr),
+            data=data,
+            dof=self.trace.dof,
+            data_dof=self._data_dof,
+            skewness=skewness(self.trace.samples) if float(self.trace.stderr) > 0 else 0.0,
+        )
+
+    @property
+    def _data_dof(self) -> float:
+        return math.inf if self.data is None else self.data.num_groups - 1.0
 
     @property
     def max_stable_lr(self) -> Measured:
@@ -329,7 +370,7 @@ class Inspection:
         if top.value <= 0:
             return Measured(value=math.inf, stderr=0.0)
         slope = 2 / top.value**2
-        return Measured(value=2 / top.value, stderr=slope * top.stderr, data=slope * top.data)
+        return replace(top, value=2 / top.value, stderr=slope * top.stderr, data=slope * top.data)
 
     def extreme_eigenvalues(self) -> list[tuple[int, float, float, bool]]:
         """Return (rank, eigenvalue, residual, converged) of the pairs at both ends, by rank from 1; none twice."""

@@ -89,6 +89,8 @@ def sharpness(
                     name=name,
                     value=found.value,
                     stderr=found.stderr,
+                    dof=found.dof,
+                    skewness=found.skewness,
                     kind="exact" if found.stderr == 0 else spec.kind,
                     unit=spec.unit,
                     formula=spec.formula,

@@ -25,6 +25,7 @@ from analysis.sharpness_measures import (
 from analysis.sharpness_results import Kind
 from curvature.api import top_eigenpairs
 from curvature.errors import InputError
+from curvature.intervals import skewness
 from curvature.linalg import frobenius_norm, trace
 from curvature.objective import Objective
 from curvature.operators import GGNOperator, HessianOperator
@@ -96,13 +97,15 @@ def _top(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: 
 def _trace(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
     found = trace(A, num_matvecs=s.num_matvecs, generator=g)
-    stderr = 0.0 if found.method == "exact" else float(found.stderr)
-    return Found(value=float(found.value), stderr=stderr, num_matvecs=found.num_matvecs)
+    stderr, lopsided = float(found.stderr), 0.0 if found.method == "exact" else skewness(found.samples)
+    return Found(
+        value=float(found.value), stderr=stderr, dof=found.dof, skewness=lopsided, num_matvecs=found.num_matvecs
+    )
 
 
 def _frobenius(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
     found = frobenius_norm(HessianOperator(objective), num_matvecs=s.num_matvecs, generator=g)
-    return Found(value=float(found.value), stderr=float(found.stderr), num_matvecs=found.num_matvecs)
+    return Found(value=float(found.value), stderr=float(found.stderr), dof=found.dof, num_matvecs=found.num_matvecs)
 
 
 def _one_step(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:  # noqa: ARG001
@@ -164,7 +167,7 @@ def _in_pieces(objective: Objective, s: SharpnessSettings, g: torch.Generator, s
         stderr = float(((rises - value).square() * p / (1 - p) / len(parts)).sum().sqrt())
     rho = s.rho if scale == "raw" else s.adaptive_rho
     details = {"rho": rho, "m": float(s.piece), "pieces": float(len(parts))}
-    return Found(value=value, stderr=stderr, num_gradients=1, num_losses=1, details=details)
+    return Found(value=value, stderr=stderr, dof=len(parts) - 1.0, num_gradients=1, num_losses=1, details=details)
 
 
 def _tolerance(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
@@ -190,9 +193,16 @@ def _volume(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> F
     plan = SpectrumPlan(k=0, num_bottom=0, num_groups=0, num_probes=3, num_steps=24)
     found = spectrum(GGNOperator(objective), plan, generator=g)
     log = found.spectral_sum(lambda x: 0.5 * torch.log1p(x.clamp_min(0) / s.damping))
-    stderr = math.hypot(float(log.stderr), float(log.rule))
+    stderr, dof = log.error
     details = {"damping": s.damping}
-    return Found(value=float(log.value), stderr=stderr, num_matvecs=found.num_matvecs, details=details)
+    return Found(
+        value=float(log.value),
+        stderr=stderr,
+        dof=dof,
+        skewness=log.skewness,
+        num_matvecs=found.num_matvecs,
+        details=details,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

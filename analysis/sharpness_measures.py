@@ -19,6 +19,7 @@ from torch import Tensor
 
 from analysis.directions import _filter_dims
 from curvature.errors import InputError
+from curvature.intervals import combined_error, skewness
 from curvature.linalg import trace
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective import Objective
@@ -52,6 +53,8 @@ class Found:
 
     value: float
     stderr: float
+    dof: float = math.inf
+    skewness: float = 0.0
     num_matvecs: int = 0
     num_gradients: int = 0
     num_losses: int = 0
@@ -94,8 +97,16 @@ def average_rise(objective: Objective, c: Tensor, *, rho: float, num_probes: int
     """
     z = torch.randn(len(c), num_probes, generator=generator, dtype=c.dtype, device=c.device)
     base = loss_at(objective, objective.space.current()).value
-    value, stderr = mean_and_stderr(_pair_rises(objective, c, rho / len(c) ** 0.5, z, base))
-    return Found(value=float(value), stderr=float(stderr), num_losses=2 * num_probes + 1, details={"rho": rho})
+    rises = _pair_rises(objective, c, rho / len(c) ** 0.5, z, base)
+    value, stderr = mean_and_stderr(rises)
+    return Found(
+        value=float(value),
+        stderr=float(stderr),
+        dof=num_probes - 1.0,
+        skewness=skewness(rises),
+        num_losses=2 * num_probes + 1,
+        details={"rho": rho},
+    )
 
 
 def tolerated_noise(
@@ -141,6 +152,8 @@ def tolerated_noise(
     return Found(
         value=sigma**-2,
         stderr=2 * error / sigma**3,
+        dof=num_probes - 1.0,
+        skewness=skewness(samples) if known else 0.0,
         num_losses=spent,
         details={"sigma": sigma, "sigma_stderr": error, "rise": rise},
     )
@@ -255,14 +268,15 @@ def relative_flatness(objective: Objective, *, num_matvecs: int, generator: torc
     layers = [name for name, tensor in objective.space.tensors.items() if tensor.ndim >= 2]
     if not layers:
         raise InputError("relative flatness is that of weight matrices, but all chosen parameters are vectors.")
-    terms, variance, spent = {}, 0.0, 0
+    terms, errors, spent = {}, [], 0
     for name in layers:
         A = _RelativeFlatness(objective, name, dims.get(name, 0))
         found = trace(A, num_matvecs=num_matvecs, generator=generator)
         terms[name] = float(found.value)
-        variance += 0.0 if found.method == "exact" else float(found.stderr) ** 2
+        errors.append((float(found.stderr), found.dof))
         spent += found.num_matvecs
-    return Found(value=sum(terms.values()), stderr=variance**0.5, num_matvecs=spent, details=terms)
+    stderr, dof = combined_error(errors)
+    return Found(value=sum(terms.values()), stderr=stderr, dof=dof, num_matvecs=spent, details=terms)
 
 
 def fisher_rao(objective: Objective) -> Found:

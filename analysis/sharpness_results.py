@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from analysis.results import to_plain
+from analysis.results import Measured, to_plain
 from curvature.errors import InputError
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
@@ -36,6 +36,10 @@ class SharpnessRow:
     stderr: float
     """In `unit`: one standard error over probes (of m-sharpness: over the pieces of the data), the residual of an
     eigenvalue, 0 where the value is exact up to rounding; NaN where it is a lower bound."""
+    dof: float = math.inf
+    """Degrees of freedom of `stderr`: probes or pieces less one."""
+    skewness: float = 0.0
+    """Of the samples that `stderr` is the spread of; dimensionless."""
     kind: Kind
     """What `stderr` is an error of: a lower bound is the best that an ascent found."""
     unit: str
@@ -57,6 +61,18 @@ class SharpnessRow:
     """Wall-clock time, s."""
     details: dict[str, float] = field(default_factory=dict)
     """Settings and by-products by name, e.g. the radius rho, or the terms of each layer."""
+
+    @property
+    def measured(self) -> Measured:
+        """The value with its error; of m-sharpness, exact on these data, with its error over other data."""
+        if self.name.endswith("m_sharpness"):
+            return Measured(value=self.value, stderr=0.0, data=self.stderr, data_dof=self.dof)
+        bounded = self.kind == "residual"
+        return Measured(value=self.value, stderr=self.stderr, bounded=bounded, dof=self.dof, skewness=self.skewness)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval that covers the value with this probability; see `Measured.interval`."""
+        return self.measured.interval(confidence)
 
     @property
     def label(self) -> str:

@@ -19,7 +19,7 @@ import json
 import platform
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -222,6 +222,8 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
         if array is not None and kind in (float, float | None):  # infinities, once kept there
             values[field.name] = array.item()
             continue
+        if array is None and field.name not in data and field.default is not MISSING:
+            continue  # a run of an earlier version
         values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
     return cls(**values)
 

@@ -160,6 +160,8 @@ class Estimate(_Record):
     """Any shape."""
     stderr: Tensor
     """Of the same shape: standard error of `value` over the probes."""
+    dof: float = math.inf
+    """Degrees of freedom of `stderr`: probes less one; infinite where nothing is left to chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +216,11 @@ class TraceEstimate(_Record):
     """Which estimator gave the value: "hutchinson", "hutch++", "xtrace", "xnystrace", "mixed" or "exact"."""
     confidence: float = 0.95
     """Level of `half_width`."""
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom of `stderr`; infinite where all of A was computed."""
+        return math.inf if self.method == "exact" else len(self.samples) - 1.0
 
     @property
     def half_width(self) -> Tensor:
@@ -313,8 +320,8 @@ def interval_factor(samples: Tensor, confidence: float) -> float:
     return t + skewness * (1 + 2 * t**2) / (3 * k**0.5)
 
 
-def student_quantile(degrees_of_freedom: int, confidence: float) -> float:
-    """Return the t with P(|T| <= t) = confidence; infinite without a degree of freedom."""
-    if degrees_of_freedom < 1:
+def student_quantile(degrees_of_freedom: float, confidence: float) -> float:
+    """Return the t with P(|T| <= t) = confidence; infinite without a degree of freedom, normal for infinitely many."""
+    if not degrees_of_freedom > 0:
         return torch.inf
-    return float(stdtrit(degrees_of_freedom, (1 + confidence) / 2))
+    return float(stdtrit(min(degrees_of_freedom, 1e15), (1 + confidence) / 2))

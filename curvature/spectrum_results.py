@@ -8,12 +8,14 @@ Reference: Golub and Meurant (2010), Matrices, Moments and Quadrature with Appli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from curvature.intervals import combined_error, mean_interval, skewness
 from curvature.jackknife import jackknife_stderr
 from curvature.linalg.quadrature import Quadrature
 from curvature.linalg.slq import smoothed
@@ -40,6 +42,28 @@ class SpectrumEstimate:
     of what they change, which is right for errors that fall as steps^-2, as that of |t| does."""
     data: Tensor | None
     """Standard error over data of the same size; None if the data came in too few batches."""
+    dof: float = math.inf
+    """Degrees of freedom of `stderr`: probes less one; infinite where nothing is left to chance."""
+    data_dof: float = math.inf
+    """Degrees of freedom of `data`: groups of the data less one."""
+    skewness: float = 0.0
+    """Of the samples of single probes, of a number that is one; dimensionless."""
+
+    @property
+    def error(self) -> tuple[float, float]:
+        """Root of the squares of `stderr` and `rule` of a single number, and its degrees of freedom."""
+        return combined_error([(float(self.stderr), self.dof), (float(self.rule), math.inf)])
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval that covers a single number with this probability: `mean_interval`, beyond it the rule.
+
+        The error of the quadrature has no known distribution and is added to both ends.
+        """
+        rule = float(self.rule)
+        low, high = mean_interval(
+            float(self.value), float(self.stderr), dof=self.dof, skewness=self.skewness, confidence=confidence
+        )
+        return low - rule, high + rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +144,20 @@ class Spectrum:
             data = self.spread.stderr_of_mean(of_probes, [samples(r.nodes, r.weights) for r in self.spread.rules])
         if self.exact:
             stderr = torch.zeros_like(value)
-        return SpectrumEstimate(value=value, stderr=stderr, rule=rule, data=data)
+        return SpectrumEstimate(
+            value=value,
+            stderr=stderr,
+            rule=rule,
+            data=data,
+            dof=self.dof,
+            data_dof=math.inf if self.spread is None else len(self.spread.shares) - 1.0,
+            skewness=skewness(of_probes) if of_probes.ndim == 1 and not self.exact else 0.0,
+        )
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom of standard errors over the probes; infinite where all entries were computed."""
+        return math.inf if self.exact else len(self.rule.weights) - 1.0
 
     def spectral_sum(self, f: Callable[[Tensor], Tensor]) -> SpectrumEstimate:
         """Return tr f(A) = sum_i f(lambda_i); f acts entrywise. With f(x) = x the trace, x^2 the squared norm."""
@@ -144,7 +181,7 @@ class Spectrum:
         norm = square.value.sqrt()
         factor = 0.5 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         data = None if square.data is None else factor * square.data
-        return SpectrumEstimate(value=norm, stderr=factor * square.stderr, rule=factor * square.rule, data=data)
+        return replace(square, value=norm, stderr=factor * square.stderr, rule=factor * square.rule, data=data)
 
     def top_data_stderr(self) -> Tensor | None:
         """Return how far each of the largest eigenvalues would move with other data of the same size, (k,)."""
@@ -170,7 +207,7 @@ class Spectrum:
         if self.layer_trace_samples is None:
             return None
         value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
-        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None)
+        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None, dof=self.dof)
 
     def rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
         """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead.

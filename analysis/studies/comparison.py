@@ -109,8 +109,9 @@ def account_of_comparison(run: ComparisonRun) -> Account:
         chapters=tuple(chapters),
         terms=_TERMS,
         method=(
-            f"Differences to {found.names[0]}, divided by the root of the sum of squared errors of both. Verdicts hold "
-            f"together at a level of {wording.number(100 * found.level, 2)}{wording.THIN}% (Holm's procedure over "
+            f"Differences to {found.names[0]}, divided by the root of the sum of squared errors, under Student's "
+            "distribution with Welch's degrees of freedom. Verdicts hold together at a level of "
+            f"{wording.number(100 * found.level, 2)}{wording.THIN}% (Holm's procedure over "
             f"{len(found.rows) * (len(found.names) - 1)} differences)."
         ),
         notes=(*found.notes, *_note_on_data(found)),

@@ -30,9 +30,8 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
     t = numbers("points", points)
     value, stderr = mean_and_stderr(_share(density, t.reshape(-1), closed=True).reshape(-1, *t.shape))
     lower, upper = (x.mean(dim=0).reshape(t.shape) for x in _bounds(density, t.reshape(-1)))
-    return BoundedEstimate(
-        value=value, stderr=stderr, lower=torch.minimum(lower, value), upper=torch.maximum(upper, value)
-    )
+    ends = {"lower": torch.minimum(lower, value), "upper": torch.maximum(upper, value)}
+    return BoundedEstimate(value=value, stderr=stderr, dof=len(density.weights) - 1.0, **ends)
 
 
 @checked
@@ -54,7 +53,8 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     least, most = _bounds(density, t)
     lower = torch.minimum((least[:, 1] - most[:, 0]).clamp_min(0).mean(), value)
     upper = torch.maximum((most[:, 1] - least[:, 0]).clamp_max(1).mean(), value)
-    return BoundedEstimate(value=n * value, stderr=n * stderr, lower=n * lower, upper=n * upper)
+    dof = len(density.weights) - 1.0
+    return BoundedEstimate(value=n * value, stderr=n * stderr, dof=dof, lower=n * lower, upper=n * upper)
 
 
 @checked
@@ -71,7 +71,8 @@ def quantile(density: SpectralDensity, levels: float | Sequence[float] | Tensor)
         raise InputError(f"levels must be in [0, 1], got {q.tolist()}.")
     value = _inverse(density, q)
     stderr = mean_and_stderr(_share(density, value.reshape(-1), closed=True))[1].reshape(value.shape)
-    return Estimate(value=value, stderr=(_inverse(density, q + stderr) - _inverse(density, q - stderr)) / 2)
+    spread = (_inverse(density, q + stderr) - _inverse(density, q - stderr)) / 2
+    return Estimate(value=value, stderr=spread, dof=len(density.weights) - 1.0)
 
 
 @checked

@@ -48,7 +48,7 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
             f"{_smallest(density):.4g} to {float(density.nodes.max()):.4g}."
         )
     mean, stderr = mean_and_stderr((density.weights * values).sum(dim=1))
-    return Estimate(value=density.dimension * mean, stderr=density.dimension * stderr)
+    return Estimate(value=density.dimension * mean, stderr=density.dimension * stderr, dof=len(density.weights) - 1.0)
 
 
 @full_precision
@@ -67,7 +67,7 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     powers = torch.tensor(orders, dtype=torch.float64)
     samples = (density.weights[..., None] * density.nodes[..., None] ** powers).sum(dim=1)
     mean, stderr = mean_and_stderr(samples)
-    return Estimate(value=mean, stderr=stderr)
+    return Estimate(value=mean, stderr=stderr, dof=len(density.weights) - 1.0)
 
 
 @full_precision
@@ -99,7 +99,8 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
     ratio = nodes[..., None] / (nodes[..., None] + z.reshape(-1)).where(density.weights[..., None] > 0, 1)
     mean, stderr = mean_and_stderr((density.weights[..., None] * ratio).sum(dim=1))
     n = density.dimension
-    return Estimate(value=(n * mean).reshape(z.shape), stderr=(n * stderr).reshape(z.shape))
+    dof = len(density.weights) - 1.0
+    return Estimate(value=(n * mean).reshape(z.shape), stderr=(n * stderr).reshape(z.shape), dof=dof)
 
 
 def _smallest(density: SpectralDensity) -> float:

@@ -115,7 +115,7 @@ def frobenius_norm(
     value = squares.mean().sqrt()
     error = squares.std() / len(squares) ** 0.5
     stderr = torch.where(value > 0, error / (2 * value).clamp_min(torch.finfo(value.dtype).tiny), 0)
-    return NormEstimate(value=value, stderr=stderr, num_matvecs=pool.num_matvecs)
+    return NormEstimate(value=value, stderr=stderr, dof=len(squares) - 1.0, num_matvecs=pool.num_matvecs)
 
 
 @full_precision
