@@ -219,7 +219,10 @@ def _(result: ImplicitRegularization) -> Quantities:
     stderr = result.batch_factor * result.batch_variance_stderr
     return {
         "loss": (_exact(result.loss), "loss"),
-        "variance penalty": (Measured(value=result.batch_penalty, stderr=0.0, data=stderr), "loss"),
+        "variance penalty": (
+            Measured(value=result.batch_penalty, stderr=0.0, data=stderr, data_dof=result.num_examples - 1),
+            "loss",
+        ),
         "full-gradient penalty": (_exact(result.full_penalty), "loss"),
         "modified loss": (_exact(result.modified_loss), "loss"),
     }

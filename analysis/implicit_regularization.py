@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from analysis.gradient_noise import inner_products, is_one_batch
+from analysis.gradient_noise import HEAVY_TAILS, inner_products, is_one_batch
 from analysis.regularization_results import (
     ImplicitRegularization,
     PenaltyDirection,
@@ -29,6 +29,7 @@ from analysis.regularization_results import (
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import DataError, InputError
+from curvature.intervals import LIGHT_TAILS, tail_exponent
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
@@ -103,9 +104,7 @@ def implicit_regularization(
         N = norms.num_examples
         num_batches = float(sum(count for count, _ in batch_sizes(N, batch_size, drop_last=drop_last)))
         B, examples, loss, g = float(batch_size), float(N), norms.loss, norms.mean
-        gamma, stderr, alike = _example_trace(objective, norms)
-        if not alike:
-            notes = ("Examples count unequally in their batch: the expectation over partitions is to first order.",)
+        gamma, stderr, notes = _example_trace(objective, norms)
         P, V = penalty_factors(lr, momentum, N, batch_size, drop_last=drop_last)
         share = expected_batch_variance(1.0, N, batch_size, drop_last=drop_last)
         total = float(norms.trace)
@@ -261,8 +260,8 @@ def _of_batches(objective: Objective) -> tuple[float, Tensor, Tensor, list[float
     return losses / len(sizes), mean.to(objective.dtype), spread / len(sizes), sizes
 
 
-def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, float, bool]:
-    """Return Gamma, its error over data of the same size, and whether all examples count alike in their batch."""
+def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, float, tuple[str, ...]]:
+    """Return Gamma, its error over data of the same size, and what stands against either."""
     if norms.squared_norms is None:
         raise InputError("norms hold no norms of single examples' gradients; take them with norms=True.")
     N, g = norms.num_examples, norms.mean
@@ -272,7 +271,12 @@ def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, f
     values = weights.square() * apart.clamp_min(0)
     gamma = float(norms.trace.double() if alike else values.mean())
     influences = values - 2 * gamma * weights  # of the mean of w^2 |g_i - g|^2 over the squared mean of w
-    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, alike
+    notes, tail = [], tail_exponent(values)
+    if not alike:
+        notes.append("Examples count unequally in their batch: the expectation over partitions is to first order.")
+    if tail < LIGHT_TAILS:
+        notes.append(HEAVY_TAILS.format(tail))
+    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, tuple(notes)
 
 
 def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tensor | None) -> PenaltyDirection:

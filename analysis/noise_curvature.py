@@ -7,16 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from analysis.noise_results import CurvatureNoise
+from analysis.gradient_noise import projections
+from analysis.noise_results import CurvatureNoise, NoiseScale
 from analysis.results import Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
+from curvature.intervals import ratio_interval, skewness
 from curvature.linalg import cg, rademacher
 from curvature.objective import Objective
 from curvature.operators import GGNOperator, GradientCovarianceOperator, HessianOperator
-from curvature.per_example import gradient_norms
-from curvature.results import mean_and_stderr
+from curvature.per_example import GradientNorms, gradient_norms
+from curvature.results import mean_and_stderr, student_quantile
 
 __all__ = ["curvature_noise", "tail_index"]
 
@@ -27,6 +29,7 @@ def curvature_noise(
     objective: Objective,
     *,
     num_probes: int = 16,
+    confidence: float = 0.95,
     damping: float | None = None,
     rtol: float = 1e-4,
     generator: torch.Generator,
@@ -35,17 +38,25 @@ def curvature_noise(
 
     With Rademacher probes z: z'H Sigma z, z'Hz, z'Sigma z, |Hz|^2 and |Sigma z|^2 are unbiased for tr(H Sigma), the
     traces and the squared Frobenius norms; z'(G + damping I)^-1 Sigma z for the Takeuchi criterion, solved by CG.
-    Cost: `num_probes` products with H and as many with Sigma, one more with H; with `damping` also the steps of CG.
+
+    The variance of g'H g over data is 4 g'H S H g / N + 2 tr (H S)^2 / N^2, the first from the examples' g_i'H g and
+    scaled with the G'H G that a ratio stands for, the second from pairs of probes. Fieller's interval of the noise
+    scale adds the error of tr(H S) over the probes.
+
+    Cost: `num_probes` products with H and as many with Sigma, one more with H, two passes over single examples; with
+    `damping` also the steps of CG.
 
     Args:
         objective: with `loss=`.
         num_probes: at least 2. As many as parameters, or more: every unit vector once, and all is exact.
+        confidence: of the interval of the noise scale.
         damping: asks for the Takeuchi criterion with this much on G's diagonal, positive.
         rtol: relative residual of its solves.
         generator: source of the probes, on the objective's device.
 
     Raises:
-        InputError: for fewer than 2 probes, a damping that is not positive, or a generator elsewhere.
+        InputError: for fewer than 2 probes, a damping that is not positive, a confidence outside (0, 1), or a
+            generator elsewhere.
         NonFiniteError: if a product is not finite.
 
     Reference: McCandlish et al. (2018), section 2; Zhu, Wu, Yu, Wu and Ma (2019), The anisotropic noise in stochastic
@@ -53,6 +64,8 @@ def curvature_noise(
     """
     if num_probes < 2:
         raise InputError(f"num_probes must be at least 2, to know their spread, got {num_probes}.")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence}.")
     if damping is not None and not damping > 0:
         raise InputError(f"damping must be positive, or None to leave out the Takeuchi criterion, got {damping}.")
     if generator.device.type != objective.device.type:
@@ -71,6 +84,7 @@ def curvature_noise(
     HZ, SZ, Hg = H @ Z, S @ Z, H @ g
     if not bool(torch.isfinite(HZ).all() & torch.isfinite(SZ).all() & torch.isfinite(Hg).all()):
         raise NonFiniteError("a product with H or Sigma is not finite; check the model for overflow.")
+    norms = gradient_norms(objective)
     pairs = [(HZ, SZ), (Z, HZ), (Z, SZ), (HZ, HZ), (SZ, SZ)]
     samples = torch.stack([(a.double() * b.double()).sum(0) for a, b in pairs])
     spent, takeuchi = 2 * Z.shape[1] + 1, None
@@ -78,11 +92,10 @@ def curvature_noise(
         solved = cg(GGNOperator(objective), SZ, damping=damping, rtol=rtol)
         solved.raise_if_failed()
         spent += solved.num_matvecs
-        concentration = gradient_norms(objective).sum_squared_shares
-        values = concentration * (Z.double() * solved.x.double()).sum(0)
+        values = norms.sum_squared_shares * (Z.double() * solved.x.double()).sum(0)
         takeuchi = _measured(values[None], exact)[0]
     together, of_h, of_sigma, h_square, s_square = _measured(samples, exact)
-    norms = math.sqrt(h_square.value * s_square.value)
+    lengths = math.sqrt(h_square.value * s_square.value)
     traces = of_h.value * of_sigma.value
     return CurvatureNoise(
         trace_h_sigma=together,
@@ -90,12 +103,42 @@ def curvature_noise(
         mean_squared_norm=float(g.double().square().sum()),
         trace_h=of_h,
         trace_sigma=of_sigma,
-        cosine=together.value / norms if norms > 0 else math.nan,
+        noise_scale=_noise_scale(objective, norms, together, g, Hg, (HZ.T @ SZ).double(), exact, confidence),
+        cosine=together.value / lengths if lengths > 0 else math.nan,
         anisotropy=n * together.value / traces if traces != 0 else math.nan,
         takeuchi=takeuchi,
         damping=damping or 0.0,
         num_matvecs=spent,
     )
+
+
+def _noise_scale(
+    objective: Objective,
+    norms: GradientNorms,
+    together: Measured,
+    g: Tensor,
+    Hg: Tensor,
+    products: Tensor,
+    exact: bool,
+    confidence: float,
+) -> NoiseScale:
+    """Return tr(H S) / G'H G; `products` are z_i'H Sigma z_j over probes, (k, k)."""
+    share2, factor = norms.sum_squared_shares, norms.unbiased_factor
+    noise, along = factor * together.value, float(g.double() @ Hg.double())
+    bend = along - share2 * noise
+    if not (0 < noise < math.inf):
+        return NoiseScale(value=math.nan, lower=0.0, upper=math.inf, confidence=confidence)
+    k = len(products)
+    crossed = products * products.T
+    square = float(crossed.sum() / k**2) if exact else float((crossed.sum() - crossed.trace()) / (k * (k - 1)))
+    p = norms.weights / norms.weights.sum()
+    spread = factor * float(p @ (projections(objective, Hg)[1] - along).square())  # g'H S H g
+    floor = 2 * (share2 * factor) ** 2 * max(square, 0.0)
+    slope = noise * 4 * share2 * spread / along if along > 0 else 0.0
+    quantile = student_quantile(min(together.dof, 1 / share2 - 1), confidence)
+    variances = ((factor * together.stderr) ** 2, slope, max(floor, 1e-24 * along**2))
+    lower, upper = ratio_interval(noise, bend, variances, quantile)
+    return NoiseScale(value=noise / bend if bend else math.inf, lower=lower, upper=upper, confidence=confidence)
 
 
 @checked
@@ -139,4 +182,9 @@ def tail_index(samples: Tensor, *, block: int | None = None) -> float:
 
 def _measured(samples: Tensor, exact: bool) -> list[Measured]:
     mean, stderr = mean_and_stderr(samples, dim=1)
-    return [Measured(value=m, stderr=0.0 if exact else s) for m, s in zip(mean.tolist(), stderr.tolist(), strict=True)]
+    if exact:
+        return [Measured(value=value, stderr=0.0) for value in mean.tolist()]
+    return [
+        Measured(value=value, stderr=error, dof=len(row) - 1.0, skewness=skewness(row))
+        for value, error, row in zip(mean.tolist(), stderr.tolist(), samples, strict=True)
+    ]

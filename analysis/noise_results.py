@@ -16,14 +16,14 @@ __all__ = ["CurvatureNoise", "GradientNoise", "NoiseScale"]
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseScale(_Record):
-    """Tr S / |G|^2, the batch size at which noise and signal are equal, with its interval (Fieller)."""
+    """A ratio of noise to signal, the batch size at which both are equal, with its interval (Fieller)."""
 
     value: float
     """The ratio of unbiased estimates, in examples; negative where the noise drowns the mean gradient."""
     lower: float
     """Lower end of the confidence interval, in examples."""
     upper: float
-    """Upper end, in examples; infinite where |G|^2 cannot be told from zero."""
+    """Upper end, in examples; infinite where the signal cannot be told from zero."""
     confidence: float
     """Confidence level of the interval; 0 to 1."""
 
@@ -52,6 +52,11 @@ class GradientNoise(_Record):
     """|G|^2 without bias, |g|^2 - tr S / N, which may be negative; with one standard error."""
     noise_scale: NoiseScale
     """B_simple = tr S / |G|^2 (McCandlish et al. 2018)."""
+    tail: float = math.inf
+    """Hill's exponent of the largest |g_i - g|^2: at most about 2 where they have no variance that a sample could tell
+    of, and intervals are too short."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know."""
     parallel_variance: float
     """Variance of g_i'g, with the factor N / (N - 1); (loss / parameter)^4."""
     orthogonal_variance: float
@@ -146,6 +151,10 @@ class CurvatureNoise(_Record):
     """Tr H; loss / parameter^2."""
     trace_sigma: Measured
     """Tr Sigma; (loss / parameter)^2."""
+    noise_scale: NoiseScale
+    """B_noise = tr(H S) / G'H G, the critical batch size (McCandlish et al. 2018, eq. 2.8), both without bias: G'H G as
+    g'H g - tr(H S) / N. Its interval has the error of tr(H S) over probes and that of G'H G over data; H is taken as
+    that of these data. NaN where tr(H S) is not positive."""
     cosine: float
     """Tr(H Sigma) / (|H|_F |Sigma|_F): 1 where noise is proportional to curvature, 0 where they do not meet."""
     anisotropy: float
@@ -158,14 +167,6 @@ class CurvatureNoise(_Record):
     """What was added to G's diagonal; loss / parameter^2."""
     num_matvecs: int
     """Products with H, Sigma and G together."""
-
-    @property
-    def noise_scale(self) -> float:
-        """B_noise = tr(H Sigma) / g'H g, in examples: the critical batch size (McCandlish et al. 2018, eq. 2.8).
-
-        Negative where one of the two curvatures is.
-        """
-        return _ratio(self.trace_h_sigma.value, self.curvature_along_gradient)
 
     def best_lr(self, batch_size: float) -> float:
         """Return e_max / (1 + B_noise / B), e_max = |g|^2 / g'H g: the step of most expected progress (eq. 2.6).

@@ -190,7 +190,7 @@ def _box(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Foun
 
 
 def _volume(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
-    plan = SpectrumPlan(k=0, num_bottom=0, num_groups=0, num_probes=3, num_steps=24)
+    plan = SpectrumPlan(k=0, num_bottom=0, num_groups=0, num_probes=6, num_steps=12)
     found = spectrum(GGNOperator(objective), plan, generator=g)
     log = found.spectral_sum(lambda x: 0.5 * torch.log1p(x.clamp_min(0) / s.damping))
     stderr, dof = log.error

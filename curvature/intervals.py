@@ -11,7 +11,9 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.results import student_quantile
 
-__all__ = ["combined_error", "mean_interval", "skewness"]
+__all__ = ["combined_error", "mean_interval", "ratio_interval", "skewness", "tail_exponent"]
+
+LIGHT_TAILS = 2.5  # of the tail exponent: below, the variance of so few samples may say nothing
 
 
 def mean_interval(
@@ -62,6 +64,41 @@ def skewness(samples: Tensor) -> float:
     if k < 3 or not 0 < square < math.inf:
         return 0.0
     return float(apart.pow(3).mean()) / square**1.5 * (k * (k - 1)) ** 0.5 / (k - 2)
+
+
+def ratio_interval(a: float, b: float, variances: tuple[float, float, float], quantile: float) -> tuple[float, float]:
+    """Return the R >= 0 with (a - R b)^2 <= q^2 (va + c R + vb R^2), as an interval; a >= 0.
+
+    With va and vb the variances of a and b, and c = -2 Cov(a, b), it is Fieller's interval of the ratio of their means;
+    a variance of b that is known as a function of the mean that R and a give it enters through c, too.
+
+    Reference: Fieller (1954), Some problems in interval estimation.
+    """
+    va, c, vb = (quantile**2 * v for v in variances)
+    A, half, C = b * b - vb, a * b + c / 2, a * a - va
+    root = math.sqrt(max(0.0, half * half - A * C))
+    if A > 0 and b > 0:
+        return max(0.0, (half - root) / A), max(0.0, (half + root) / A)
+    if C <= 0:
+        return 0.0, math.inf
+    if A > 0:  # b is estimated as negative beyond its error, as happens by chance
+        return a / math.sqrt(vb) if vb > 0 else math.inf, math.inf
+    return C / (half + root) if half + root > 0 else math.inf, math.inf
+
+
+def tail_exponent(samples: Tensor) -> float:
+    """Return Hill's estimate of alpha in P(X > x) ~ x^-alpha of positive samples (k,), from the k^(1/2) largest.
+
+    Up to alpha = 2 there is no variance, and standard errors of means are too small; infinite for equal samples.
+
+    Reference: Hill (1975), A simple general approach to inference about the tail of a distribution.
+    """
+    largest = samples.double().sort(descending=True).values[: max(5, round(len(samples) ** 0.5)) + 1]
+    largest = largest[largest > 0]
+    if len(largest) < 2:
+        return math.inf
+    mean = float((largest[:-1] / largest[-1]).log().mean())
+    return 1 / mean if mean > 0 else math.inf
 
 
 def combined_error(errors: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from analysis import wording
 from analysis.figures_noise import plot_batch_sizes, plot_layer_noise
 from analysis.gradient_noise import gradient_noise
 from analysis.noise_curvature import curvature_noise
-from analysis.noise_results import CurvatureNoise, GradientNoise
+from analysis.noise_results import CurvatureNoise, GradientNoise, NoiseScale
 from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
@@ -84,7 +84,7 @@ class NoiseRun(StudyRun):
 
 def _price(objective: Objective, plan: NoisePlan) -> float:
     del objective
-    return 3.0 + (3.2 * plan.num_probes if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
+    return 3.0 + (3.2 * plan.num_probes + 4.0 if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
 
 
 def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, progress: Progress) -> NoiseStudy:
@@ -94,7 +94,13 @@ def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, 
     along = None
     if plan.curvature:
         progress("noise against curvature", 1, stages)
-        along = curvature_noise(objective, num_probes=plan.num_probes, damping=plan.damping, generator=generator)
+        along = curvature_noise(
+            objective,
+            num_probes=plan.num_probes,
+            confidence=plan.confidence,
+            damping=plan.damping,
+            generator=generator,
+        )
     return NoiseStudy(noise=noise, curvature=along, batch_size=plan.batch_size, lr=plan.lr)
 
 
@@ -115,32 +121,23 @@ def _account(run: NoiseRun) -> Account:
             "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, "
             "from one product of the Jacobian. All batch sizes follow from the same sums."
         ),
+        notes=noise.notes,
     )
 
 
 def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     noise, number = study.noise, wording.number
-    scale = noise.noise_scale
-    percent = f"{100 * scale.confidence:g}{wording.THIN}%"
+    hint = "batch size at which noise and signal are equal, tr S / |G|²"
     cards = [
-        Card(
-            label="Noise scale",
-            value=number(scale.value, 3) if scale.value >= 0 else f"> {number(max(scale.lower, 0.0), 3)}",
-            error=f"{number(max(scale.lower, 0.0), 3)} to {number(scale.upper, 3)} ({percent})",
-            hint="batch size at which noise and signal are equal, tr S / |G|²",
-        ),
+        _scale_card("Noise scale", noise.noise_scale, hint),
         Card.of("Noise of one example", noise.trace, "tr S, variance of its gradient"),
         Card.of("Signal", noise.squared_norm, "|G|², squared mean gradient, without bias"),
         Card(label="Loss", value=number(noise.loss), hint=f"mean over {wording.count(noise.num_examples)} examples"),
     ]
     if study.curvature is not None:
         c = study.curvature
-        value, error = "undefined", ""
-        if 0 < c.noise_scale < math.inf:
-            value = number(c.noise_scale, 3)
-            error = f"± {number(abs(c.trace_h_sigma.stderr / c.curvature_along_gradient), 2)}"
-        hint = "tr(HS) / g'Hg: the noise scale that counts curvature, too"
-        cards.append(Card(label="Critical batch size", value=value, error=error, hint=hint))
+        hint = "tr(HS) / G'HG: the noise scale that counts curvature, too"
+        cards.append(_scale_card("Critical batch size", c.noise_scale, hint))
         hint = "the curvature noise meets, over what isotropic noise of its size would"
         cards.append(Card(label="Noise meets curvature", value=number(c.anisotropy, 3), hint=hint))
     hint = "inner-product and orthogonality test, θ = 0.9"
@@ -153,6 +150,22 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     if study.curvature is not None and study.curvature.takeuchi is not None:
         cards.append(Card.of("Takeuchi criterion", study.curvature.takeuchi, "expected gap of test and training loss"))
     return tuple(cards)
+
+
+def _scale_card(label: str, scale: NoiseScale, hint: str) -> Card:
+    """Return a batch size; a bound alone where the signal cannot be told from zero."""
+    percent, low = f"{100 * scale.confidence:g}{wording.THIN}%", wording.about(max(scale.lower, 0.0))
+    if math.isnan(scale.value):
+        return Card(label=label, value="undefined", hint=f"{hint}; the noise is not positive")
+    if not math.isfinite(scale.upper):
+        error = f"no upper bound ({percent}): the signal cannot be told from zero"
+        return Card(label=label, value=f"> {low}", error=error, hint=hint)
+    return Card(
+        label=label,
+        value=wording.about(scale.value),
+        error=f"{low} to {wording.about(scale.upper)} ({percent})",
+        hint=hint,
+    )
 
 
 def _findings(study: NoiseStudy) -> tuple[Finding, ...]:
@@ -218,8 +231,12 @@ def _against(c: CurvatureNoise) -> str:
         f"and the noise meets {wording.number(c.anisotropy, 3)} times the curvature that isotropic noise of its size "
         "would."
     )
-    if 0 < c.noise_scale < math.inf:
-        text += f" Counting curvature, noise and signal are equal at a batch of {_batch(c.noise_scale)}."
+    scale = c.noise_scale
+    if math.isfinite(scale.upper) and scale.value > 0:
+        between = f"between {_batch(scale.lower)} and {_batch(scale.upper)}"
+        text += f" Counting curvature, noise and signal are equal at a batch of {_batch(scale.value)} ({between})."
+    elif scale.lower > 1:
+        text += f" Counting curvature, noise and signal are equal at a batch of at least {_batch(scale.lower)}."
     return text
 
 
@@ -344,8 +361,8 @@ def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
     ]
     if study.curvature is not None:
         meaning = (
-            "tr(HS) / g'Hg: as the noise scale, every direction weighed by its curvature, and with the gradient of "
-            "these very data for the signal."
+            "tr(HS) / G'HG: as the noise scale, every direction weighed by its curvature. Fieller's interval has the "
+            "error of the signal over data and that of the noise over probes; H is taken as that of these data."
         )
         terms.insert(1, ("Critical batch size", meaning))
     return tuple(terms)

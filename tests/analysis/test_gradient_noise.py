@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ def test_intervals_cover_the_population() -> None:
     z = torch.tensor(scores)
     assert bool((z.mean(0).abs() < 0.35).all())  # the errors are skewed, estimates low with low errors
     assert bool(((z.std(0) > 0.85) & (z.std(0) < 1.3)).all())
-    assert 0.91 < covered / seeds < 0.98
+    assert 0.93 < covered / seeds < 0.99
 
 
 def test_intervals_are_unbounded_where_there_is_no_signal() -> None:
@@ -210,6 +211,49 @@ def test_intervals_are_unbounded_where_there_is_no_signal() -> None:
         e = torch.randn(100, 1, generator=generator(1000 + seed), dtype=torch.float64)
         open_ended += gradient_noise(linear(x, e)).noise_scale.upper == math.inf
     assert open_ended >= 26
+
+
+@pytest.mark.parametrize(("count", "signal"), [(64, 64.0), (256, 1.0)])
+def test_one_dominant_direction_is_covered_with_and_without_signal(count: int, signal: float) -> None:
+    """Noise of one standard deviation of 6 beside nineteen of 1; the signal |G|^2 is tr S / 8 or hardly any."""
+    d, seeds, hits = 20, 80, 0
+    root = torch.ones(d, dtype=torch.float64)
+    root[0] = 6.0
+    trace, mean = float(root.square().sum()), torch.full((d,), (signal / 8 * 55 / 64 / d) ** 0.5, dtype=torch.float64)
+    truth = trace / float(mean.square().sum())
+    for seed in range(seeds):
+        rows = mean + root * torch.randn(count, d, generator=generator(seed), dtype=torch.float64)
+        model = nn.Linear(1, d, bias=False).double()
+        nn.init.zeros_(model.weight)
+        objective = Objective(model, nn.MSELoss(), (torch.ones(count, 1).double(), rows))
+        scale = gradient_noise(objective).noise_scale
+        hits += scale.lower <= truth <= scale.upper
+    assert hits / seeds > 0.93
+
+
+def test_heavy_tails_are_told() -> None:
+    """Student's t with 3 degrees of freedom, one for all entries of an example; and normal gradients beside it."""
+    told = []
+    for heavy in (True, False):
+        for seed in range(10):
+            g = np.random.default_rng(seed)
+            rows = g.standard_normal((256, 8)) / (np.sqrt(g.chisquare(3, (256, 1)) / 3) if heavy else 1.0)
+            model = nn.Linear(1, 8, bias=False).double()
+            objective = Objective(model, nn.MSELoss(), (torch.ones(256, 1).double(), torch.tensor(rows)))
+            noise = gradient_noise(objective)
+            told.append(bool(noise.notes))
+            assert not noise.notes or "Heavy tails" in noise.notes[0]
+    assert sum(told[:10]) >= 9
+    assert sum(told[10:]) == 0
+
+
+def test_the_critical_batch_size_has_no_upper_bound_where_the_signal_is_noise() -> None:
+    x = torch.randn(200, 4, generator=generator(), dtype=torch.float64)
+    e = torch.randn(200, 1, generator=generator(1), dtype=torch.float64)
+    w = 0.3 * torch.ones(4, 1, dtype=torch.float64)
+    found = [curvature_noise(linear(x, y), num_probes=4, generator=generator()).noise_scale for y in (e, e + x @ w)]
+    assert found[0].upper == math.inf
+    assert 0 < found[1].lower < found[1].value < found[1].upper < math.inf
 
 
 def test_two_sizes_give_the_moments_back() -> None:
@@ -286,7 +330,9 @@ def test_alignment_is_exact_with_every_unit_vector() -> None:
     found = curvature_noise(objective_of("MLP tanh"), num_probes=len(g), damping=0.1, rtol=1e-10, generator=generator())
     n, product = len(g), float((H @ S).trace())
     assert found.trace_h_sigma.value == pytest.approx(product, rel=1e-8)
-    assert found.noise_scale == pytest.approx(product / float(g @ H @ g), rel=1e-8)
+    N = 7
+    noise, bend = product * N / (N - 1), float(g @ H @ g) - product / (N - 1)
+    assert found.noise_scale.value == pytest.approx(noise / bend, rel=1e-8)
     assert found.cosine == pytest.approx(product / float(H.norm() * S.norm()), rel=1e-8)
     assert found.anisotropy == pytest.approx(n * product / float(H.trace() * S.trace()), rel=1e-8)
     solved = torch.linalg.solve(G + 0.1 * torch.eye(n, dtype=G.dtype), S)
@@ -299,13 +345,11 @@ def test_alignment_is_exact_with_every_unit_vector() -> None:
 
 def test_error_bars_of_the_alignment() -> None:
     H, _, S, _ = dense("MLP tanh")
-    objective, scores = objective_of("MLP tanh"), []
-    for seed in range(100):
-        found = curvature_noise(objective, num_probes=20, generator=generator(seed))
-        scores.append((found.trace_h_sigma.value - float((H @ S).trace())) / found.trace_h_sigma.stderr)
-    z = torch.tensor(scores)
-    assert abs(float(z.mean())) < 0.4
-    assert 0.8 < float(z.std()) < 1.4
+    objective, truth, hits = objective_of("MLP tanh"), float((H @ S).trace()), 0
+    for seed in range(60):
+        low, high = curvature_noise(objective, num_probes=20, generator=generator(seed)).trace_h_sigma.interval()
+        hits += low <= truth <= high
+    assert hits >= 53  # 57 are expected
 
 
 def test_curvature_noise_refuses_bad_arguments() -> None:

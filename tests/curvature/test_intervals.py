@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from curvature.errors import InputError
-from curvature.intervals import combined_error, mean_interval, skewness
+from curvature.intervals import combined_error, mean_interval, ratio_interval, skewness, tail_exponent
 
 
 def test_without_skewness_it_is_students_interval() -> None:
@@ -79,3 +79,22 @@ def test_combined_errors_have_welchs_degrees_of_freedom() -> None:
     assert math.isnan(combined_error([(math.nan, 3.0), (1.0, 3.0)])[0])
     assert combined_error([(math.inf, 0.0), (1.0, 3.0)])[0] == math.inf
     assert combined_error([(1e-200, 3.0), (1e-200, 3.0)]) == pytest.approx((2**0.5 * 1e-200, 8.0))
+
+
+@pytest.mark.parametrize("b", [3.0, 0.3, 0.0, -0.3, -0.01])
+@pytest.mark.parametrize("variances", [(0.04, 0.1, 0.05), (4.0, -0.3, 0.05), (0.0, 0.0, 0.01)])
+def test_a_ratio_interval_is_where_its_inequality_holds(b: float, variances: tuple[float, float, float]) -> None:
+    R, (va, c, vb) = np.tan(np.linspace(0, np.pi / 2, 100_001)[:-1]), variances
+    inside = R[(2 - R * b) ** 2 <= 4 * (va + c * R + vb * R**2)]
+    low, high = ratio_interval(2.0, b, variances, 2.0)
+    if len(inside):
+        assert (low, min(high, R[-1])) == pytest.approx((inside[0], inside[-1]), rel=1e-3, abs=1e-3)
+    else:
+        assert low > 0
+        assert high == math.inf
+
+
+def test_tail_exponents_are_those_of_powers() -> None:
+    x = torch.tensor(np.random.default_rng(0).pareto(1.5, 10_000) + 1)
+    assert tail_exponent(x) == pytest.approx(1.5, rel=0.25)
+    assert tail_exponent(torch.ones(9)) == tail_exponent(torch.zeros(9)) == math.inf
