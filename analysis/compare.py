@@ -103,7 +103,7 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
 
 def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
     """Return the p-value of a difference; NaN where an error is not known (for `data`: over data)."""
-    bound = sum(m.stderr for m in (a, b) if m.bounded) + _ROUNDING * max(abs(a.value), abs(b.value))
+    bound = sum(m.stderr for m in (a, b) if m.residual) + _ROUNDING * max(abs(a.value), abs(b.value))
     difference = max(abs(a.value - b.value) - bound, 0.0)
     if a.value > 0 and b.value > 0:
         roots = math.sqrt(a.value), math.sqrt(b.value)
@@ -121,7 +121,7 @@ def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
 
 def _errors(measured: Measured, data: bool) -> list[tuple[float, float]]:
     """Return the standard errors of a number with their degrees of freedom."""
-    own = [] if measured.bounded else [(measured.stderr, measured.dof)]
+    own = [] if measured.residual else [(measured.stderr, measured.dof)]
     return [*own, (measured.data, measured.data_dof)] if data else own
 
 
@@ -176,7 +176,7 @@ def _(result: Inspection) -> Quantities:
     }
     for layer in result.layers:
         found[f"{layer.name}: largest eigenvalue"] = (
-            Measured(value=layer.top, stderr=layer.top_residual, bounded=True),
+            Measured(value=layer.top, stderr=layer.top_residual, residual=True),
             _CURVATURE,
         )
         found[f"{layer.name}: trace"] = (layer.trace, _CURVATURE)

@@ -203,7 +203,7 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
     return Condition(
         name=name,
         num_params=n,
-        largest=Measured(value=largest, stderr=residual, bounded=True),
+        largest=Measured(value=largest, stderr=residual, residual=True),
         **bounds,
         effective_rank=effective,
         stable_rank=stable_rank,

@@ -120,8 +120,5 @@ class ConditioningComparison:
 
 
 def _bounded(measured: Measured) -> Bounded:
-    """Return a number between two standard errors on either side."""
-    if isinstance(measured, Bounded):
-        return measured
-    reach = 2 * measured.stderr
-    return Bounded.between(measured.value - reach, measured.value + reach)
+    """Return a number between the ends of its 95 % interval."""
+    return measured if isinstance(measured, Bounded) else Bounded.between(*measured.interval(), measured.value)

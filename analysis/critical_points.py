@@ -8,8 +8,6 @@ quadratic forms, for the bound on the probability of a gradient so large.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -115,8 +113,8 @@ def critical_points(
     found = spectrum(HessianOperator(objective), plan, generator=generator)
     notes += found.notes
     low, high = found.bottom.eigenvalues, found.top.eigenvalues
-    lowest = Measured(value=float(low[-1]), stderr=float(found.bottom.residual_norms[-1]), bounded=True)
-    largest = Measured(value=float(high[0]), stderr=float(found.top.residual_norms[0]), bounded=True)
+    lowest = Measured(value=float(low[-1]), stderr=float(found.bottom.residual_norms[-1]), residual=True)
+    largest = Measured(value=float(high[0]), stderr=float(found.top.residual_norms[0]), residual=True)
     tolerance = flatness * max(abs(lowest.value), abs(largest.value))
     if gradient_tolerance is None:  # what rounding of theta makes of the gradient, where single ones vanish, too
         bend = max(abs(lowest.value), abs(largest.value))

@@ -45,8 +45,8 @@ class Measured:
     """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
     data: float = math.nan
     """One standard error over other data of the same size, by the jackknife; NaN where it is not known."""
-    bounded: bool = False
-    """Whether `stderr` is a bound on the error, as the residual of an eigenvalue is, instead of a standard error."""
+    residual: bool = False
+    """Whether `stderr` is the residual of an eigenvalue, a bound on the error instead of a standard error."""
     dof: float = math.inf
     """Degrees of freedom of `stderr`: samples less one; infinite where it is known."""
     data_dof: float = math.inf
@@ -70,7 +70,7 @@ class Measured:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of `stderr`, that of these very data: `mean_interval`, or the bound where it is one."""
-        if self.bounded:
+        if self.residual:
             return self.value - self.stderr, self.value + self.stderr
         return mean_interval(self.value, self.stderr, dof=self.dof, skewness=self.skewness, confidence=confidence)
 
@@ -83,6 +83,11 @@ class Bounded(Measured):
     """It is no smaller, ..."""
     upper: float
     """... and no larger than this, with 95 % confidence where probes have a part in it."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the bounds, whatever the confidence."""
+        del confidence
+        return self.lower, self.upper
 
     @classmethod
     def between(cls, lower: float, upper: float, value: float | None = None) -> Bounded:
@@ -337,14 +342,14 @@ class Inspection:
         """The largest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.top[0])
         value, residual = float(self.top.eigenvalues[0]), float(self.top.residual_norms[0])
-        return Measured(value=value, stderr=residual, bounded=True, data=data, data_dof=self._data_dof)
+        return Measured(value=value, stderr=residual, residual=True, data=data, data_dof=self._data_dof)
 
     @property
     def lowest(self) -> Measured:
         """The smallest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.bottom[-1])
         value, residual = float(self.bottom.eigenvalues[-1]), float(self.bottom.residual_norms[-1])
-        return Measured(value=value, stderr=residual, bounded=True, data=data, data_dof=self._data_dof)
+        return Measured(value=value, stderr=residual, residual=True, data=data, data_dof=self._data_dof)
 
     @property
     def total_curvature(self) -> Measured:

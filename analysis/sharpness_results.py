@@ -67,8 +67,8 @@ class SharpnessRow:
         """The value with its error; of m-sharpness, exact on these data, with its error over other data."""
         if self.name.endswith("m_sharpness"):
             return Measured(value=self.value, stderr=0.0, data=self.stderr, data_dof=self.dof)
-        bounded = self.kind == "residual"
-        return Measured(value=self.value, stderr=self.stderr, bounded=bounded, dof=self.dof, skewness=self.skewness)
+        residual = self.kind == "residual"
+        return Measured(value=self.value, stderr=self.stderr, residual=residual, dof=self.dof, skewness=self.skewness)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval that covers the value with this probability; see `Measured.interval`."""

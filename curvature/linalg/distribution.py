@@ -38,7 +38,8 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
 def count(density: SpectralDensity, low: float, high: float = torch.inf) -> BoundedEstimate:
     """Estimate how many of the n eigenvalues lie in [low, high]. Known ones, deflated, are counted exactly.
 
-    A confidence interval that allows for both kinds of error reaches from lower - 2 stderr to upper + 2 stderr. Around
+    A confidence interval that allows for both kinds of error reaches from lower - t stderr to upper + t stderr, t
+    of Student's distribution with `dof`. Around
     zero, [-tolerance, tolerance], this is the dimension of the null space.
 
     Raises:

@@ -67,7 +67,7 @@ def test_p_values_are_those_of_welchs_test() -> None:
 
 def test_bounds_are_taken_off_the_difference() -> None:
     def bound(value: float, error: float, data: float = NAN) -> Measured:
-        return Measured(value=value, stderr=error, bounded=True, data=data)
+        return Measured(value=value, stderr=error, residual=True, data=data)
 
     found = compare(
         {
