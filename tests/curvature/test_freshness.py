@@ -346,7 +346,7 @@ def test_what_is_known_of_places_makes_no_difference(most: int | None) -> None:
         change(parameters[0])
         seen.add(known(parameters, most))
         assert known(parameters, most) == digest(parameters, most=most)
-    assert len(seen) == 6
+    assert len(seen) == (6 if most is None else 5)  # stripes are widened in any case
 
 
 @pytest.mark.parametrize(
