@@ -19,15 +19,23 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import coverage_spectra as spectra
 from benchmarks.coverage import Case, measure
-from benchmarks.coverage_spectra import trace_cases
 from benchmarks.harness import git
 from benchmarks.processes import BARS, write_rows
 
 __all__ = ["CASES", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {"trace": trace_cases}
+CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
+    "trace": spectra.trace_cases,
+    "diagonal": spectra.diagonal_cases,
+    "spectral sum": spectra.sum_cases,
+    "density": spectra.density_cases,
+    "rank": spectra.rank_cases,
+    "nullity": spectra.nullity_cases,
+    "condition number": spectra.condition_cases,
+}
 """By quantity."""
 Row = dict[str, Any]
 

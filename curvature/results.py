@@ -255,6 +255,12 @@ class DiagonalEstimate(_Record):
     """Which estimator gave the values: "hutchinson", "xdiag", "mixed" or "exact"."""
     samples: Tensor | None = None
     """(n, num_probes), one estimate a probe, where they were kept; `values` is their mean."""
+    dof: float = math.inf
+    """Degrees of freedom of the standard errors: probes less one; infinite where nothing is left to chance."""
+
+    def half_width(self, confidence: float = 0.95) -> Tensor:
+        """Return h (n,), units of A: each entry lies within +- h of its value with this probability, by Student's t."""
+        return self.stderr * student_quantile(self.dof, confidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +291,18 @@ class SpectralDensity(_Record):
     """s: the rule of each probe is exact to degree 2 s - 1. None if its nodes are all that the probe sees."""
     deflated: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
+    rule: Tensor | None = None
+    """(num_points,), error of the quadrature in `density`, judged by half and two thirds of the steps: large where
+    features are narrower than the spectrum over `num_steps`. None where it was not judged."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return bands that cover the smoothed density at each point with this probability, (num_points,) each.
+
+        By Student's t over the probes, with the error of the quadrature added on both sides.
+        """
+        reach = self.stderr * student_quantile(len(self.weights) - 1, confidence)
+        reach = reach if self.rule is None else reach + self.rule
+        return self.density - reach, self.density + reach
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Estimate (1/n) tr f(A) and its standard error over the probes; `f` acts entrywise on eigenvalues."""

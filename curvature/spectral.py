@@ -24,13 +24,13 @@ from curvature.linalg import eigsh
 from curvature.linalg._completeness import judge, look_outside
 from curvature.linalg._validate import check_generator, check_square, rounding_level
 from curvature.linalg.quadrature import Quadrature, quadrature
-from curvature.linalg.slq import smoothed
+from curvature.linalg.slq import COARSE_SHARES, smoothed
 from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.planning import PATIENCE, SMALL, SpectrumPlan
 from curvature.results import EigenPairs, Status
-from curvature.spectrum_results import COARSE_SHARES, DataSpread, Spectrum
+from curvature.spectrum_results import DataSpread, Spectrum
 
 __all__ = ["layer_spectra", "spectrum"]
 

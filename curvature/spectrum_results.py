@@ -18,12 +18,10 @@ from torch import Tensor
 from curvature.intervals import combined_error, mean_interval, skewness
 from curvature.jackknife import jackknife_stderr
 from curvature.linalg.quadrature import Quadrature
-from curvature.linalg.slq import smoothed
+from curvature.linalg.slq import COARSE_SHARES, smoothed
 from curvature.results import EigenPairs, SpectralDensity, Status, TraceEstimate, mean_and_stderr
 
-__all__ = ["COARSE_SHARES", "DataSpread", "Spectrum", "SpectrumEstimate"]
-
-COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
+__all__ = ["DataSpread", "Spectrum", "SpectrumEstimate"]
 
 Samples = Callable[[Tensor, Tensor], Tensor]
 """From nodes (m,) and weights (p, m) of a quadrature to one value a probe, (p, ...)."""

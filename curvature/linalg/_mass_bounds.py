@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["mass_below", "next_nodes"]
+__all__ = ["mass_below", "next_nodes", "shortened"]
 
 _BREAKDOWN = 1e-13  # of the largest |node|: a coupling below it ends the process, and the measure has no more points
 _FAR = 1e8  # largest |nodes|: where the prescribed node meets another one, one node goes to infinity
@@ -60,6 +60,15 @@ def next_nodes(nodes: Tensor, weights: Tensor, point: float, *, num_steps: int |
     above = theta[(theta > point + reach) & (v > _DUST * w.sum())]
     first = float(above.min()) if len(above) else torch.inf
     return first if exact else point, first
+
+
+def shortened(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the Gauss rule of fewer nodes, from the first moments of a rule of one probe."""
+    used = weights.numpy() > 0
+    x, w = nodes.numpy()[used], weights.numpy()[used]
+    alpha, beta = _jacobi(x, w, num_steps)
+    theta, S = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
+    return torch.from_numpy(theta), torch.from_numpy(w.sum() * S[0] ** 2)
 
 
 def _rules(nodes: Array, weights: Array, points: Array, num_steps: int | None) -> tuple[Array, Array, Array, bool]:

@@ -5,6 +5,7 @@ Reference: Bekas, Kokiopoulou and Saad (2007), An estimator for the diagonal of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -156,6 +157,7 @@ def _summary(pool: ProbePool, known: Known, goal: Goal, keep_samples: bool) -> D
         status=Status.CONVERGED if reached else missed,
         method=method,
         samples=D if keep_samples else None,
+        dof=math.inf if method == "exact" else pool.num_probes - 1.0,
     )
 
 
@@ -225,4 +227,4 @@ def hutchinson_diagonal(
         if callback is not None:
             callback(spent, f"{spent} of {num_probes} probes")
     stderr = (squares / (num_probes - 1) / num_probes).sqrt()
-    return DiagonalEstimate(values=mean, stderr=stderr, num_matvecs=num_probes)
+    return DiagonalEstimate(values=mean, stderr=stderr, num_matvecs=num_probes, dof=num_probes - 1.0)

@@ -14,6 +14,7 @@ Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochasti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.cost import check_fits
 from curvature.errors import InputError
+from curvature.linalg._mass_bounds import shortened
 from curvature.linalg._validate import check_count, check_generator, check_square, working_dtype
 from curvature.linalg.lanczos import lanczos_runs, ritz
 from curvature.linalg.probes import normal
@@ -29,7 +31,9 @@ from curvature.linop import MatrixLike, Projected
 from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, SpectralDensity, mean_and_stderr
 
-__all__ = ["smoothed", "spectral_density"]
+__all__ = ["COARSE_SHARES", "rule_error", "smoothed", "spectral_density"]
+
+COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
 
 _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
@@ -103,7 +107,7 @@ def spectral_density(
     nodes = nodes.where(weights > 0, 0)
     order = nodes.where(weights > 0, torch.inf).argsort(dim=1)  # unused places last
     nodes, weights = nodes.gather(1, order), weights.gather(1, order)
-    return smoothed(
+    found = smoothed(
         nodes,
         weights,
         n=n,
@@ -113,6 +117,8 @@ def spectral_density(
         num_points=num_points,
         sigma=sigma,
     )
+    rule = rule_error(found, found.density, lambda x, w: _mixture(found.grid, x, w, found.sigma))
+    return replace(found, rule=rule)
 
 
 def smoothed(
@@ -152,6 +158,30 @@ def smoothed(
         num_matvecs=num_matvecs,
         deflated=known,
     )
+
+
+def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the error of the quadrature in a mean over the probes, from what fewer steps give instead.
+
+    It is the larger of the two that errors of order steps^-2 would have to have; zero where the rules are exact.
+
+    Args:
+        density: whose rules.
+        value: the mean that all steps give.
+        sample: its value for one probe, from nodes and weights.
+    """
+    if density.num_steps is None:
+        return torch.zeros_like(value)
+    error = torch.zeros_like(value)
+    known = (density.nodes[..., None] == density.deflated).any(dim=-1) & (density.weights == 1 / density.dimension)
+    for share in COARSE_SHARES:
+        steps = max(int(share * density.num_steps), 1)
+        coarse = []
+        for x, w, of in zip(density.nodes, density.weights, known, strict=True):
+            nodes, weights = shortened(x, w.where(~of, 0), steps)
+            coarse.append(sample(torch.cat([nodes, x[of]]), torch.cat([weights, w[of]])))
+        error = torch.maximum(error, (torch.stack(coarse).mean(dim=0) - value).abs() / (share**-2 - 1))
+    return error
 
 
 def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:
