@@ -94,7 +94,7 @@ def conditioning(
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
         >>> objective = Objective(model, nn.MSELoss(), (x, torch.zeros(2, 1)))  # H = diag(1, 100)
         >>> found = conditioning(objective, generator=torch.Generator().manual_seed(0))
-        >>> round(found.whole.condition.value, 3), round(found.gains["jacobi"], 3), round(found.max_stable_lr, 4)
+        >>> round(found.whole.condition.value, 3), round(found.gains["jacobi"].value, 3), round(found.max_stable_lr, 4)
         (100.0, 100.0, 0.02)
     """
     if matrix not in ("hessian", "ggn"):
@@ -185,7 +185,7 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
     else:
         least, most = smallest_beyond(found, cut)
         most = min(most, largest)
-        near = count_between(found, -cut, cut).interval()
+        near = [float(end) for end in count_between(found, -cut, cut).interval()]
         ratios = max((largest - residual) / most, 1), (largest + residual) / min(least, most)
         bounds = {
             "smallest": Bounded.between(least, most),

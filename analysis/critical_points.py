@@ -120,7 +120,8 @@ def critical_points(
         bend = max(abs(lowest.value), abs(largest.value))
         floor = max(floor, 10 * torch.finfo(objective.dtype).eps * bend * float(objective.space.current().norm()))
     at_least = int((low < -tolerance).sum())
-    least, most = (len(gradient) - end for end in reversed(count_between(found, low=-tolerance).interval()))
+    others = count_between(found, low=-tolerance).interval()
+    least, most = (len(gradient) - float(end) for end in reversed(others))
     at_least = round(least) if found.exact else at_least
     index = Bounded.between(max(least, at_least), max(most, at_least))
     kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact)
@@ -141,7 +142,7 @@ def critical_points(
         tolerance=tolerance,
         index_at_least=at_least,
         index=index,
-        nullity=Bounded.between(*count_between(found, -tolerance, tolerance).interval()),
+        nullity=Bounded.between(*map(float, count_between(found, -tolerance, tolerance).interval())),
         exact=found.exact,
         direction=direction,
         escape=_escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points),

@@ -15,7 +15,7 @@ from analysis.results import Bounded
 from benchmarks.coverage import Case, Interval
 from curvature import SpectrumPlan, spectrum
 from curvature.linalg import count, diagonal, spectral_density, spectral_sum, trace
-from curvature.results import SpectralDensity, student_quantile
+from curvature.results import SpectralDensity
 from curvature.spectrum_results import Spectrum
 
 __all__ = [
@@ -154,14 +154,13 @@ def sum_cases(dtype: torch.dtype) -> Iterator[Case]:
             def whole(seed: int, name: str = name, f: Callable[[Tensor], Tensor] = f) -> Interval:
                 found = _spectrum(name, dtype, seed)
                 estimate = found.spectral_sum(f)
-                reach = estimate.stderr * student_quantile(PROBES - 1, 0.95) + estimate.rule
-                return Interval.around(estimate.value, reach, products=found.num_matvecs)
+                low, high = torch.tensor(estimate.interval(), dtype=torch.float64)
+                return Interval(estimate.value, low, high, found.num_matvecs)
 
             def single(seed: int, name: str = name, f: Callable[[Tensor], Tensor] = f) -> Interval:
                 density = _density(name, dtype, seed)
                 estimate = spectral_sum(density, f)
-                reach = estimate.stderr * student_quantile(len(density.weights) - 1, 0.95)
-                return Interval.around(estimate.value, reach, products=density.num_matvecs)
+                return Interval(estimate.value, *estimate.interval(), density.num_matvecs)
 
             yield Case(f"spectrum, {label}", name, exact, whole, 100 * _rounding(A))
             yield Case(f"spectral_density, {label}", name, exact, single, 100 * _rounding(A))
@@ -220,8 +219,7 @@ def nullity_cases(dtype: torch.dtype) -> Iterator[Case]:
             def run(seed: int, name: str = name, cut: float = cut) -> Interval:
                 density = _density(name, dtype, seed)
                 found = count(density, -cut, cut)
-                reach = found.stderr * student_quantile(len(density.weights) - 1, 0.95)
-                return Interval(found.value, found.lower - reach, found.upper + reach, density.num_matvecs)
+                return Interval(found.value, *found.interval(), density.num_matvecs)
 
             exact = (values.abs() <= cut).sum().double()
             yield Case(f"tolerance {cut:g}", name, exact, run, 1e-6)

@@ -15,9 +15,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from curvature.linalg._mass_bounds import mass_below, next_nodes
-from curvature.results import BoundedEstimate, Status, mean_and_stderr, student_quantile
+from curvature.results import BoundedEstimate, Status, mean_and_stderr
 from curvature.spectrum_results import Spectrum
 
 __all__ = ["CountEstimate", "count_between", "smallest_beyond"]
@@ -31,15 +32,11 @@ class CountEstimate(BoundedEstimate):
     """Certainly no fewer, ..."""
     at_most: int
     """... and no more."""
-    num_samples: int
-    """Probes that `value` is a mean over."""
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return where the count is, but for this confidence: the bounds, widened by the chance of the probes."""
-        reach = 0.0
-        if bool(self.stderr > 0):
-            reach = float(self.stderr) * student_quantile(self.num_samples - 1, confidence)
-        return max(float(self.lower) - reach, self.at_least), min(float(self.upper) + reach, self.at_most)
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the bounds, widened by the chance of the probes, but not beyond what is certain."""
+        low, high = super().interval(confidence)
+        return low.clamp_min(self.at_least), high.clamp_max(self.at_most)
 
 
 def count_between(found: Spectrum, low: float = -math.inf, high: float = math.inf) -> CountEstimate:
@@ -87,7 +84,7 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
         upper=tensor[3],
         at_least=at_least,
         at_most=at_most,
-        num_samples=len(rule.weights),
+        dof=found.dof,
     )
 
 

@@ -19,7 +19,7 @@ from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import numbers
 from curvature.linalg.slq import rule_error
-from curvature.results import Estimate, SpectralDensity, mean_and_stderr
+from curvature.results import Estimate, SpectralDensity, mean_and_stderr, sample_skewness
 
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
@@ -103,7 +103,12 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
         return density.dimension * (weights[used] @ (nodes[used, None] / (nodes[used, None] + flat)))
 
     found = _estimate(density, samples)
-    return replace(found, value=found.value.reshape(z.shape), stderr=found.stderr.reshape(z.shape))
+    return replace(
+        found,
+        value=found.value.reshape(z.shape),
+        stderr=found.stderr.reshape(z.shape),
+        skewness=torch.as_tensor(found.skewness).reshape(z.shape),
+    )
 
 
 def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
@@ -114,7 +119,7 @@ def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tenso
     of_probes = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
     value, stderr = mean_and_stderr(of_probes)
     stderr = torch.hypot(stderr, rule_error(density, value, sample))
-    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0)
+    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=sample_skewness(of_probes))
 
 
 def _smallest(density: SpectralDensity) -> float:
