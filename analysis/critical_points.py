@@ -8,8 +8,10 @@ quadratic forms, for the bound on the probability of a gradient so large.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+from scipy.special import fdtrc
 from torch import Tensor
 
 from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
@@ -20,25 +22,49 @@ from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
-from curvature.per_example import gradient_norms
+from curvature.per_example import GradientNorms, gradient_dots, gradient_norms
 from curvature.planning import SpectrumPlan
 from curvature.shift import loss_at
 from curvature.spectral import spectrum
 from curvature.spectrum_counts import count_between
 
-__all__ = ["critical_points", "gradient_p_value"]
+__all__ = ["NoiseLaw", "critical_points", "gradient_p_value", "noise_law"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLaw:
+    """What is known of the covariance C of a mean gradient, from inner products of the examples' gradients."""
+
+    second: float
+    """Tr C^2 / (tr C)^2; its inverse is the effective number of directions of the noise."""
+    third: float
+    """Tr C^3 / (tr C)^3."""
+    count: float
+    """Degrees of freedom of the examples, their number less one."""
+
 
 _EXTREMAL = 1.5365  # beyond this ratio one degree of freedom has the heaviest tail of all quadratic forms
 
 
 @checked
-def gradient_p_value(ratio: float) -> float:
-    """Return a bound on the probability of |g|^2 / E|g|^2 >= ratio for a normal g of mean zero and any covariance.
+def gradient_p_value(ratio: float, law: NoiseLaw | None = None) -> float:
+    """Return the probability of |g|^2 / E|g|^2 >= ratio for a normal g of mean zero and covariance C.
 
-    Of all forms sum_i w_i z_i^2 with z_i standard normal and weights w_i >= 0 that add up to 1, a single square has the
-    heaviest tail beyond 1.5365: P <= erfc((ratio / 2)^(1/2)) there. Below, the bound is 1.
+    With c_k = tr C^k / (tr C)^k the shifted chi-squared of nu = c2^3 / c3^2 degrees of freedom that has the first three
+    moments of |g|^2, and Fisher's F in its place for the error of tr C (Satterthwaite: (N - 1) / c2 degrees of
+    freedom). It is exact where C has one eigenvalue, however often.
+
+    Without a law a bound for any C: of all forms sum_i w_i z_i^2 with z_i standard normal and weights w_i >= 0 that add
+    up to 1, a single square has the heaviest tail beyond 1.5365: P <= erfc((ratio / 2)^(1/2)) there, and 1 below.
+
+    Reference: Satterthwaite (1946); Buckley and Eagleson (1988), An approximation to the distribution of quadratic
+    forms in normal random variables.
     """
-    return math.erfc((ratio / 2) ** 0.5) if ratio > _EXTREMAL else 1.0
+    if law is None:
+        return math.erfc((ratio / 2) ** 0.5) if ratio > _EXTREMAL else 1.0
+    nu = law.second**3 / law.third**2
+    scaled = 1 + (ratio - 1) * law.third / law.second**2  # a chi-squared over its degrees of freedom
+    return float(fdtrc(nu, law.count / law.second, scaled)) if scaled > 0 else 1.0
 
 
 @full_precision
@@ -61,16 +87,20 @@ def critical_points(
 
     - "not critical": the gradient is larger than its noise explains (p < significance) and than `gradient_tolerance`.
     - "plateau": no eigenvalue is beyond the tolerance of zero.
-    - "saddle": eigenvalues below -tolerance are certain, and others above it. "maximum": none above.
-    - "minimum": none was found below, allowing for residuals. Unless H was built in full, an eigenvalue that few
-      directions share may be missed: the bound on the index is certain, its being zero is not.
+    - "saddle": eigenvalues below -tolerance are certain, and others above it; or none is, but the loss falls along a
+      direction whose curvature counts as zero. "maximum": none above.
+    - "minimum": all eigenvalues found are beyond the tolerance, allowing for residuals. Unless H was built in full, one
+      that few directions share may be missed: the bound on the index is certain, its being zero is not.
+    - "minimum to second order", "maximum to second order": the same where some eigenvalues count as zero. Terms of
+      higher order decide along their directions, and the loss was looked at along one of them only.
     - "undecided": the smallest eigenvalue found is within its residual of the tolerance.
 
     Over data of finite size a gradient within its noise says that the point may be critical for all data of interest;
     for these very data it is critical only where |g| itself is about zero.
 
-    Cost: per-example gradient norms, a spectrum (num_probes x num_steps products), `num_points` losses, and with
-    `symmetries` about 6 losses and 2 products for each layer.
+    Cost: inner products of all examples' gradients, where these fit into memory (their norms elsewhere, and p-values
+    are then bounds that hold for any covariance, with little power), a spectrum (num_probes x num_steps products),
+    `num_points` losses, and with `symmetries` about 6 losses and 2 products for each layer.
 
     Args:
         objective: the loss at its point.
@@ -105,8 +135,10 @@ def critical_points(
     notes: list[str] = []
     loss, gradient = objective.loss_and_gradient()
     norm = float(gradient.norm())
-    noise, floor = _noise(objective, gradient_tolerance, notes)
-    p_value = None if noise is None else gradient_p_value((norm / noise) ** 2 if noise > 0 else math.inf * bool(norm))
+    noise, floor, law = _noise(objective, gradient_tolerance, notes)
+    p_value = None
+    if noise is not None:
+        p_value = gradient_p_value((norm / noise) ** 2, law) if noise > 0 else float(norm == 0)
     plan = SpectrumPlan(
         k=1, num_bottom=min(num_bottom, objective.num_params), num_probes=num_probes, num_steps=num_steps, num_groups=0
     )
@@ -124,9 +156,11 @@ def critical_points(
     least, most = (len(gradient) - float(end) for end in reversed(others))
     at_least = round(least) if found.exact else at_least
     index = Bounded.between(max(least, at_least), max(most, at_least))
-    kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact)
     direction = found.bottom.eigenvectors[:, -1].to(gradient)
     direction = -direction if float(gradient @ direction) > 0 else direction
+    escape = _escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points)
+    falls = escape.falls(tolerance, torch.finfo(objective.dtype).eps)
+    kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact, falls)
     trials, flat = rescaling_symmetries(objective) if symmetries else ((), None)
     if flat is not None and flat.shape[1] > 1 and int(torch.linalg.matrix_rank(flat)) < flat.shape[1]:
         notes.append("Some of the symmetries that hold are combinations of others.")
@@ -136,6 +170,7 @@ def critical_points(
         loss=float(loss),
         gradient_norm=norm,
         gradient_noise=noise,
+        noise_dimension=None if law is None else 1 / law.second,
         p_value=p_value,
         lowest=lowest,
         largest=largest,
@@ -145,17 +180,21 @@ def critical_points(
         nullity=Bounded.between(*map(float, count_between(found, -tolerance, tolerance).interval())),
         exact=found.exact,
         direction=direction,
-        escape=_escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points),
+        escape=escape,
         symmetries=trials,
         num_matvecs=found.num_matvecs + len(trials),
         notes=tuple(notes),
     )
 
 
-def _noise(objective: Objective, given: float | None, notes: list[str]) -> tuple[float | None, float]:
-    """Return the noise of |g| and the |g| that counts as zero."""
+def _noise(objective: Objective, given: float | None, notes: list[str]) -> tuple[float | None, float, NoiseLaw | None]:
+    """Return the noise of |g|, the |g| that counts as zero, and what inner products say of the noise."""
     try:
-        norms = gradient_norms(objective)
+        try:
+            norms = gradient_dots(objective)
+        except InputError as error:
+            norms = gradient_norms(objective)
+            notes.append(f"The gradient's p-value is a bound that holds for any noise, of little power: {error}")
     except (CheckFailedError, DataError, InputError) as error:
         if given is None:
             raise InputError(
@@ -163,15 +202,39 @@ def _noise(objective: Objective, given: float | None, notes: list[str]) -> tuple
                 "pass gradient_tolerance=."
             ) from error
         notes.append(f"The gradient's noise is not known: {error}")
-        return None, given
+        return None, given, None
     second = float(norms.trace + norms.mean_squared_norm)
     rounding = 10 * torch.finfo(objective.dtype).eps ** 0.5 * second**0.5
     floor = rounding if given is None else given
     variance = norms.sum_squared_shares * float(norms.unbiased_trace)
     if math.isnan(variance):
         notes.append("One example says nothing of the gradient's noise.")
-        return None, floor
-    return variance**0.5, floor
+        return None, floor, None
+    return variance**0.5, floor, noise_law(norms)
+
+
+@checked
+def noise_law(norms: GradientNorms) -> NoiseLaw | None:
+    """Return the moments of the noise without bias: sums over pairs and triples of different examples.
+
+    They are kept within what moments of a covariance can be; None without inner products, noise, or three examples.
+    """
+    p = norms.weights / norms.weights.sum()
+    N = int((p > 0).sum())
+    if norms.dots is None or N < 3:
+        return None
+    K = norms.dots.double()
+    along = K @ p
+    K = (K - along[:, None] - along + p @ along) * p[:, None] * p
+    total = float(K.trace())
+    if not total > 0:
+        return None
+    apart = (K - torch.diag(K.diagonal())) / (total * N / (N - 1))
+    square = apart @ apart
+    least = 1 / min(len(norms.mean), N - 1)
+    second = min(max(float(square.trace()) * N / (N - 1), least), 1.0)
+    third = float((square * apart).sum()) * N**2 / ((N - 1) * (N - 2))
+    return NoiseLaw(second=second, third=min(max(third, second**2), second**1.5), count=N - 1.0)
 
 
 def _judge(
@@ -184,20 +247,32 @@ def _judge(
     tolerance: float,
     at_least: int,
     exact: bool,
+    falls: bool,
 ) -> tuple[PointKind, str]:
     if norm > floor and (p_value is None or p_value < significance):
-        unlikely = "is larger than the tolerance" if p_value is None else f"exceeds its noise (p <= {p_value:.1g})"
+        unlikely = "is larger than the tolerance" if p_value is None else f"exceeds its noise (p = {p_value:.1g})"
         return "not critical", f"the gradient {unlikely}"
+    line = "the loss falls along the direction of least curvature, which counts as zero"
     if largest.value == lowest.value == 0:
-        return "plateau", "all eigenvalues found are zero"
+        return "plateau", f"all eigenvalues found are zero; {line if falls else 'terms of higher order decide'}"
     if at_least > 0:
         if largest.value <= tolerance:
-            return "maximum", "no eigenvalue found is positive"
+            strict = largest.value + largest.stderr < -tolerance
+            said = "no eigenvalue found is positive" + ("" if strict else ", but some count as zero")
+            return ("maximum" if strict else "maximum to second order"), said
         return "saddle", f"{'' if exact else 'at least '}{at_least} eigenvalues are certainly negative"
     if lowest.value - lowest.stderr < -tolerance:
         return "undecided", "the residual of the smallest eigenvalue reaches below zero; spend more num_steps"
-    sure = "H was built in full" if exact else "none was found, though one may have been missed"
-    return "minimum", f"no eigenvalue is negative beyond the tolerance: {sure}"
+    if lowest.value - lowest.stderr > tolerance:
+        sure = "H was built in full" if exact else "though one may have been missed"
+        return "minimum", f"all eigenvalues found are positive beyond the tolerance: {sure}"
+    if falls:
+        return "saddle", f"no eigenvalue is negative beyond the tolerance, but {line}"
+    sure = "" if exact else ", though one may have been missed"
+    return (
+        "minimum to second order",
+        f"no eigenvalue is negative beyond the tolerance{sure}; some count as zero, where terms of higher order decide",
+    )
 
 
 def _escape(

@@ -12,7 +12,16 @@ from analysis.results import Bounded, Measured, to_plain
 
 __all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 
-PointKind = Literal["not critical", "minimum", "saddle", "maximum", "plateau", "undecided"]
+PointKind = Literal[
+    "not critical",
+    "minimum",
+    "minimum to second order",
+    "saddle",
+    "maximum",
+    "maximum to second order",
+    "plateau",
+    "undecided",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +48,22 @@ class EscapeLine:
         """How far the loss falls below its value at the point, at most; units of the loss, 0 where it rises."""
         base = self.losses[self.steps == 0]
         return float((base - self.losses).nan_to_num(nan=-torch.inf).max())
+
+    def falls(self, tolerance: float, eps: float) -> bool:
+        """Return whether the loss falls from the point on, either way, by more than slope and tolerance explain.
+
+        Args:
+            tolerance: of the curvature; loss / parameter^2.
+            eps: relative rounding of the losses.
+        """
+        here = int((self.steps == 0).nonzero()[0])
+        change = self.losses - self.losses[here] - self.slope * self.steps
+        allowed = tolerance * self.steps.square() / 2 + 10 * eps * self.losses.abs().nan_to_num(posinf=0.0).max()
+        for way in (change[here:], change[: here + 1].flip(0)):
+            downhill = int((way.diff() < 0).long().cumprod(0).sum())
+            if bool((way[: downhill + 1] < -allowed[here : here + downhill + 1]).any()):  # the same on both sides
+                return True
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +99,10 @@ class CriticalPoint:
     gradient_noise: float | None
     """(E |g - E g|^2)^(1/2) from the spread of per-example gradients: what |g| would be with these many examples if the
     gradient of all data of interest were zero; loss / parameter. None where examples cannot be taken one by one."""
+    noise_dimension: float | None = None
+    """Effective number of directions of that noise, (tr C)^2 / tr C^2; None where inner products were not to be had."""
     p_value: float | None
-    """At most this likely is so large a |g| if that gradient is zero (large N); None like the noise."""
+    """How likely so large a |g| is if that gradient is zero (large N), see `gradient_p_value`; None like the noise."""
     lowest: Measured
     """Smallest eigenvalue found, and the residual it is certified with; loss / parameter^2."""
     largest: Measured

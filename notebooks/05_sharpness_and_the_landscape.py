@@ -169,7 +169,7 @@ for name, o, tolerance in (
 for ax, (name, point) in zip(axes(9.5, 3.4, 2), points.items(), strict=True):
     plot_escape(point, ax=ax)
     ax.text(0.98, 0.94, name, transform=ax.transAxes, ha="right", va="top", fontweight="bold")
-assert points["with decay"].kind == "minimum"
+assert points["with decay"].kind.startswith("minimum")
 assert points["plain"].lowest.value < -3 * points["plain"].lowest.stderr
 assert points["plain"].kind == "saddle"
 

@@ -111,6 +111,8 @@ def _account(run: CriticalRun) -> Account:
 
 def _cards(found: CriticalPoint) -> tuple[Card, ...]:
     noise = "" if found.gradient_noise is None else f"noise {wording.number(found.gradient_noise, 3)}"
+    if found.noise_dimension is not None:
+        noise += f" in about {wording.about(found.noise_dimension)} directions"
     p = "" if found.p_value is None else f"p {_p(found.p_value)} if it were zero"
     return (
         Card(label="Verdict", value=found.kind, hint=found.why),
@@ -131,7 +133,7 @@ def _cards(found: CriticalPoint) -> tuple[Card, ...]:
 
 
 def _p(value: float) -> str:
-    return "< 10⁻⁶" if value < 1e-6 else f"≤ {wording.number(value, 2)}"
+    return "< 10⁻⁶" if value < 1e-6 else wording.number(value, 2)
 
 
 def _count(label: str, measured: Bounded, found: CriticalPoint, hint: str) -> Card:
@@ -143,8 +145,10 @@ def _count(label: str, measured: Bounded, found: CriticalPoint, hint: str) -> Ca
 _VERDICTS = {
     "not critical": "None of them: the gradient is not zero",
     "minimum": "A minimum, as far as was seen",
+    "minimum to second order": "A minimum to second order only",
     "saddle": "A saddle",
     "maximum": "A maximum",
+    "maximum to second order": "A maximum to second order only",
     "plateau": "A plateau",
     "undecided": "That cannot be said yet",
 }
@@ -159,21 +163,29 @@ def _findings(found: CriticalPoint, num_params: int) -> tuple[Finding, ...]:
             f"zero gradient (p {_p(found.p_value)})."
         )
         answers.append(Finding("Is the gradient zero, for all one can tell?", text))
-    line = found.escape
-    if line.curvature < -found.tolerance or line.drop > 0:
-        text = (
-            f"Along the direction of least curvature ({wording.number(line.curvature, 3)}) the loss falls by up to "
-            f"{wording.number(line.drop, 3)} within steps of {wording.number(float(line.steps.abs().max()), 2)}."
-        )
-    else:
-        text = "It rises along the direction of least curvature, both ways."
-    answers.append(Finding("Is there a way down?", text))
+    answers.append(Finding("Is there a way down?", _way_down(found)))
     flat = f"{wording.between(found.nullity)} of {wording.count(num_params)} eigenvalues count as zero."
     held = [s.name for s in found.symmetries if s.holds]
     if held:
         flat += f" Some are so whatever the data: {'; '.join(held)}."
     answers.append(Finding("How flat is it?", flat))
     return tuple(answers)
+
+
+def _way_down(found: CriticalPoint) -> str:
+    line = found.escape
+    curvature, reach = wording.number(line.curvature, 3), wording.number(float(line.steps.abs().max()), 2)
+    along, drop = f"along the direction of least curvature ({curvature})", wording.number(line.drop, 3)
+    if line.drop == 0 and line.curvature < -found.tolerance:
+        return f"The curvature is negative {along}, but no step tried, of up to {reach}, lowers the loss."
+    if line.drop == 0:
+        return f"The loss rises {along}, both ways."
+    text = f"The loss falls by up to {drop} {along}, within steps of {reach}"
+    if found.kind == "minimum":
+        return f"{text}: by what is left of its gradient, or beyond a rise. The point itself curves upwards."
+    if found.kind == "minimum to second order":
+        return f"{text}: no more than its slope and the tolerance explain near the point."
+    return f"{text}."
 
 
 def _escape(found: CriticalPoint) -> Chapter:
@@ -216,7 +228,8 @@ _TERMS = (
         "Verdict",
         "Critical is a point whose gradient is no larger than its noise explains. A saddle has negative eigenvalues "
         "that are certain and positive ones; a plateau none beyond the tolerance; a minimum none that were found "
-        "below it.",
+        "below it. To second order only: some eigenvalues count as zero, and terms of higher order decide along their "
+        "directions.",
     ),
     ("Index", "Number of eigenvalues below minus the tolerance."),
     ("Nullity", "Number of eigenvalues within the tolerance of zero."),

@@ -7,13 +7,15 @@ import math
 
 import pytest
 import torch
+from scipy.stats import f as f_law
 from torch import Tensor, nn
 
-from analysis.critical_points import critical_points, gradient_p_value
+from analysis.critical_points import critical_points, gradient_p_value, noise_law
 from analysis.figures_critical_points import plot_escape
 from analysis.symmetries import rescaling_symmetries, try_rescaling
 from curvature import HessianOperator, Objective
 from curvature.errors import InputError
+from curvature.per_example import GradientNorms
 from tests.cases import BY_NAME
 from tests.checks import assert_close, assert_untouched
 
@@ -51,9 +53,11 @@ def judge(objective: Objective, **settings):
     ("eigenvalues", "kind", "index", "nullity"),
     [
         ([3.0, 2.0, 1.0], "minimum", 0, 0),
-        ([3.0, 0.0, 0.0, 1.0], "minimum", 0, 2),
+        ([3.0, 0.0, 0.0, 1.0], "minimum to second order", 0, 2),
+        ([3.0, 1.0, 2**-9], "minimum to second order", 0, 1),
         ([3.0, -2.0, 0.0, 1.0, -1.0], "saddle", 2, 1),
-        ([-3.0, -2.0, 0.0], "maximum", 2, 1),
+        ([-3.0, -2.0, 0.0], "maximum to second order", 2, 1),
+        ([-3.0, -2.0, -1.0], "maximum", 3, 0),
         ([0.0, 0.0], "plateau", 0, 2),
         ([4.0], "minimum", 0, 0),
         ([2.0] * 4, "minimum", 0, 0),
@@ -109,7 +113,8 @@ def test_noise_is_the_standard_error_of_the_gradient() -> None:
     gradients = -2 * y.flatten()
     assert point.gradient_noise == pytest.approx(float(gradients.std() / 50**0.5), rel=1e-10)
     ratio = float(gradients.mean().square() / gradients.var() * 50)
-    assert point.p_value == pytest.approx(gradient_p_value(ratio), rel=1e-9)
+    assert point.p_value == pytest.approx(float(f_law.sf(ratio, 1, 49)), rel=1e-9)  # Student's t-test, squared
+    assert point.noise_dimension == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [0.25] * 4, [0.9] + [0.01] * 10])
@@ -130,13 +135,88 @@ def test_a_gradient_beyond_its_noise_is_no_critical_point() -> None:
     objective = Objective(model, nn.MSELoss(), (x, x.sum(1, keepdim=True) + 5))
     point = critical_points(objective, symmetries=False, generator=generator())
     assert point.kind == "not critical"
-    assert "p <=" in point.why
+    assert "p = " in point.why
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(60, 1)], 1), x.sum(1) + 5).solution
     with torch.no_grad():
         model.weight.copy_(solution[None, :3])
         model.bias.copy_(solution[3:])
     fitted = critical_points(objective, symmetries=False, generator=generator())  # no noise either: rounding decides
     assert fitted.kind == "minimum"
+
+
+def regression(rows: Tensor) -> Objective:
+    """Return an objective whose examples have the gradients -2 rows / d at zero."""
+    model = nn.Linear(1, rows.shape[1], bias=False).double()
+    nn.init.zeros_(model.weight)
+    return Objective(model, nn.MSELoss(), (torch.ones(len(rows), 1).double(), rows))
+
+
+@pytest.mark.parametrize("spread", [[1.0] * 20, [5.0] + [1.0] * 19, [2.0, 2.0, 0.1]])
+def test_false_alarms_keep_their_rate_and_small_gradients_are_seen(spread: list[float]) -> None:
+    """40 examples: of null gradients 1 % have p < .01; of ones of 4 times the noise in the bulk most have."""
+    draws, root = generator(3), torch.tensor(spread).double()
+    levels = torch.zeros(400, 2).double()
+    for i in range(400):
+        rows = root * torch.randn(40, len(root), generator=draws).double()
+        for j, shift in enumerate((0.0, 1.0)):
+            moved = rows + shift * 4 * (root.square().sum() / 40 / len(root)).sqrt()
+            centred = moved - moved.mean(0)
+            dots = GradientNorms(
+                mean=moved.mean(0),
+                loss=0.0,
+                weights=torch.ones(40).double(),
+                squared_norms=None,
+                layers=(),
+                layer_squared_norms=None,
+                layer_mean_squared_norms=moved.mean(0).square().sum()[None],
+                layer_traces=centred.square().sum()[None] / 40,
+                sum_squared_shares=1 / 40,
+                routes={},
+                dots=moved @ moved.T,
+                num_examples=40,
+                num_backwards=1.0,
+                seconds=0.0,
+            )
+            ratio = float(moved.mean(0).square().sum() * 40 / (centred.square().sum() / 39))
+            levels[i, j] = gradient_p_value(ratio, noise_law(dots))
+    null, seen = levels.T
+    assert 0.025 < float((null < 0.05).double().mean()) < 0.08
+    assert float((null < 0.01).double().mean()) < 0.03
+    assert float((seen < 0.01).double().mean()) > 0.9
+
+
+def test_p_values_come_from_inner_products() -> None:
+    rows = torch.randn(30, 6, generator=generator()).double() + 0.4
+    point = critical_points(regression(rows), symmetries=False, generator=generator())
+    S = torch.cov(rows.T)
+    ratio = float(rows.mean(0).square().sum() * 30 / S.trace())
+    assert (point.gradient_norm / point.gradient_noise) ** 2 == pytest.approx(ratio, rel=1e-9)
+    assert point.noise_dimension == pytest.approx(float(S.trace() ** 2 / (S @ S).trace()), rel=0.3)
+    assert point.p_value < 1e-3 < gradient_p_value(ratio)
+    assert point.kind == "not critical"
+
+
+@pytest.mark.parametrize(
+    ("higher", "kind", "falls"),
+    [
+        (lambda p: p[0] ** 4, "minimum to second order", False),
+        (lambda p: -(p[0] ** 4), "saddle", True),
+        (lambda p: p[0] ** 3, "saddle", True),
+        (lambda p: 0 * p[0], "minimum to second order", False),
+        (lambda p: -1e-4 * p[0] ** 2, "minimum to second order", False),  # within the tolerance
+    ],
+)
+def test_terms_of_higher_order_decide_where_curvature_is_zero(higher, kind: str, falls: bool) -> None:
+    data = [(torch.zeros(3).double(), torch.zeros(1))]
+
+    def forward(model: nn.Module, batch) -> Tensor:
+        p = model(batch[0])
+        return 1 + p[1] ** 2 + p[2] ** 2 + higher(p)
+
+    point = judge(Objective(Point(3), None, data, forward=forward, weight=lambda _: 1.0))
+    assert point.kind == kind, point.why
+    assert point.escape.falls(point.tolerance, 1e-16) == falls
+    assert ("the loss falls" in point.why) == falls
 
 
 def test_without_examples_a_tolerance_is_needed() -> None:
