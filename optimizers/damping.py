@@ -50,6 +50,8 @@ class DampingRule:
     """Ratio below which damping rises."""
     high: float = 0.75
     """Ratio above which damping falls."""
+    highest: float = math.inf
+    """Ratio above which it stays after all: the loss fell by so much more than promised that the model is no guide."""
     increase: float = 3 / 2
     """Factor upward."""
     decrease: float = 2 / 3
@@ -60,15 +62,15 @@ class DampingRule:
     """Largest damping."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.low < self.high and self.increase > 1 and 0 < self.decrease <= 1):
+        if not (0 <= self.low < self.high < self.highest and self.increase > 1 and 0 < self.decrease <= 1):
             raise InputError(
-                "DampingRule needs 0 <= low < high, increase > 1 and 0 < decrease <= 1, got "
-                f"{self.low}, {self.high}, {self.increase} and {self.decrease}."
+                "DampingRule needs 0 <= low < high < highest, increase > 1 and 0 < decrease <= 1, got "
+                f"{self.low}, {self.high}, {self.highest}, {self.increase} and {self.decrease}."
             )
 
     def __call__(self, damping: float, ratio: float) -> float:
         """Return the damping of the next step."""
-        if ratio > self.high:
+        if self.high < ratio <= self.highest:
             return max(damping * self.decrease, self.minimum)
         return damping if ratio >= self.low else min(damping * self.increase, self.maximum)
 

@@ -60,6 +60,8 @@ class LevenbergMarquardt(FullBatchOptimizer):
         params: parameters or groups of them.
         damping: lambda at first, relative to D^2.
         damping_rule: maps (lambda, ratio) to the next lambda.
+        rescale_below: lambda below which D is of the present columns; for curve fitting, where columns change by many
+            orders of magnitude, 1e-4, as `minimize` has it. Networks are fitted more accurately without.
         method: see above.
         acceleration: largest 2 |D a| / |D d| with which a is added; 0 for plain steps.
         jacobian: J at present values as a matrix, in the order of the parameters (see `PointwiseResiduals`); default:
@@ -85,6 +87,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
 
     _kept = (*FullBatchOptimizer._kept, "damping_rule", "jacobian")
     _adapted = ("damping",)
+    _late_settings = FullBatchOptimizer._late_settings | {"rescale_below": 0.0}
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         *,
         damping: float = 1e-2,
         damping_rule: Callable[[float, float], float] = DampingRule(increase=4.0, decrease=0.2, minimum=1e-20),  # noqa: B008
+        rescale_below: float = 0.0,
         method: Literal["auto", "dense", "lsmr"] = "auto",
         acceleration: float = 0.75,
         jacobian: Jacobian | None = None,
@@ -109,6 +113,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         self.damping_rule, self.jacobian = damping_rule, jacobian
         defaults = {
             "damping": damping,
+            "rescale_below": rescale_below,
             "method": method,
             "acceleration": acceleration,
             "rtol": rtol,
@@ -122,6 +127,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         check_choice("method", group["method"], ("auto", "dense", "lsmr"))
         check_at_least("max_trials", group["max_trials"], 1)
         check_at_least("acceleration", group["acceleration"], 0)
+        check_at_least("rescale_below", group["rescale_below"], 0)
         if not group["damping"] > 0 or not math.isfinite(group["damping"]):
             raise InputError(f"damping must be positive and finite, got {group['damping']}.")
         if not group["rtol"] > 0:
@@ -166,7 +172,8 @@ class LevenbergMarquardt(FullBatchOptimizer):
         system: _Dense | _Iterative
         if self.jacobian is not None or group["method"] == "dense" or (group["method"] == "auto" and small):
             dense = self._dense(J)
-            scale = column_norms(dense, self._recall(flat, "column_scale"))
+            stale = group["damping"] < group["rescale_below"]
+            scale = column_norms(dense, None if stale else self._recall(flat, "column_scale"))
             self._remember(flat, column_scale=scale)
             system = _Dense(dense, r, here.gradient, scale)
         else:

@@ -20,6 +20,7 @@ from curvature.errors import CurvatureError, InputError
 from optimizers._full_batch import FullBatchOptimizer
 from optimizers._saddles import Look, look_for_saddle
 from optimizers.cubic_newton import CubicNewton
+from optimizers.damping import DampingRule
 from optimizers.levenberg_marquardt import LevenbergMarquardt
 from optimizers.newton_cg import NewtonCG
 from optimizers.saddle_free import SaddleFreeNewton
@@ -38,7 +39,13 @@ METHODS: dict[str, tuple[Callable[..., FullBatchOptimizer], dict[str, Any]]] = {
     "gltr": (TrustRegionNewton, {"subproblem": "gltr"}),
     "cubic": (CubicNewton, {}),
     "saddle-free": (SaddleFreeNewton, {}),
-    "levenberg-marquardt": (LevenbergMarquardt, {}),
+    "levenberg-marquardt": (
+        LevenbergMarquardt,
+        {
+            "damping_rule": DampingRule(highest=1.5, increase=4.0, decrease=0.2, minimum=1e-20),
+            "rescale_below": 1e-4,
+        },
+    ),
 }
 """Name -> optimizer and its settings; those that need no look at the loss are left out."""
 

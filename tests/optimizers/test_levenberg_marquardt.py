@@ -298,3 +298,12 @@ def test_bad_closures() -> None:
         optimizer.covariance(lambda: torch.stack([b.sum(), 2 * b.sum() - 1, b.sum() + 1]))
     with pytest.raises(InputError, match="shape"):
         LevenbergMarquardt([b], jacobian=lambda _: torch.ones(2, 3)).step(lambda: b)
+
+
+@pytest.mark.parametrize(("rescale_below", "scale"), [(0.0, 8.0), (1e-4, 8.0), (1.0, 3.0)])
+def test_columns_are_scaled_anew_where_lambda_is_small(rescale_below: float, scale: float) -> None:
+    w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = LevenbergMarquardt([w], damping=1e-2, rescale_below=rescale_below)
+    for slope in (8.0, 3.0):
+        optimizer.step(lambda slope=slope: slope * w - 1)
+    assert optimizer.state[w]["column_scale"].item() == scale

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvature.errors import InputError
 from optimizers.minimize import METHODS, minimize, to_scipy
 from tests.optimizers.mgh import PROBLEMS
+from tests.optimizers.published import PUBLISHED
 
 GENERAL = [name for name in METHODS if name not in ("levenberg-marquardt", "hessian-free")]
 
@@ -41,6 +42,34 @@ def test_published_minima_by_levenberg_marquardt(name: str) -> None:
     x0 = torch.tensor(problem.start, dtype=torch.float64)
     result = minimize(problem.residuals, x0, method="levenberg-marquardt", max_steps=600, ftol=1e-14)
     assert near_a_minimum(2 * result.fun, problem.minima), result
+
+
+FEW = ["JENSMP", "BROWNAL", "CLIFF", "SCHMVETT", "HATFLDD", "S308"]
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("method", ["newton-cg", "trust-region", "gltr", "levenberg-marquardt"])
+def test_no_success_is_false(name: str, method: str) -> None:
+    """With a small budget and a sufficient one: what is called a success is a known minimum."""
+    problem = PUBLISHED[name]
+    objective = problem.residuals if method == "levenberg-marquardt" else problem.value
+    if objective is None:
+        return
+    x0 = torch.tensor(problem.start, dtype=torch.float64)
+    for budget in (5, 2000):
+        result = minimize(objective, x0, method=method, max_gradients=budget)
+        found = float(problem.value(result.x))
+        reached = any(abs(found - m) <= 1e-6 * abs(m) + 1e-10 for m in problem.minima)
+        assert reached or (budget == 5 and not result.success), result
+
+
+def test_a_circle_is_not_fitted_by_a_line() -> None:
+    """Damping that fell although the loss had fallen by twice what the model promised led to infinity."""
+    problem = PUBLISHED["LSC1LS"]
+    assert problem.residuals is not None
+    x0 = torch.tensor(problem.start, dtype=torch.float64)
+    result = minimize(problem.residuals, x0, method="levenberg-marquardt", ftol=1e-14)
+    assert 2 * result.fun == pytest.approx(problem.minima[0], rel=1e-8)
 
 
 @pytest.mark.parametrize("method", GENERAL)
