@@ -16,12 +16,14 @@ from weakref import WeakSet, ref
 import torch
 
 from curvature.linearize import Linearization
-from curvature.memory import HeldMemory, available_memory
+from curvature.memory import HeldMemory, available_memory, return_unused
 
 __all__ = ["BUDGET_SHARE", "GraphBudget", "KeptGraphs"]
 
 BUDGET_SHARE = 0.5  # of the free memory, for kept graphs
 _PATIENCE = 1.0  # s: how long what was found free is believed while graphs fit
+_LARGE = 1 << 26  # bytes of kept graphs from which it is worth to give unused memory back ...
+_TIDY_SHARE = 0.1  # ... and the share of the time that this may take
 
 
 class GraphBudget:
@@ -35,6 +37,9 @@ class GraphBudget:
     def __init__(self, num_bytes: int | None, device: torch.device) -> None:
         self._fixed, self._device = num_bytes, device
         self._found, self._looked = 0, -torch.inf
+        self._tidied, self._tidying = -torch.inf, 0.0
+        self.grown = False
+        """Whether graphs have grown since unused memory was given back."""
         self._stores: WeakSet[KeptGraphs] = WeakSet()
 
     def admit(self, store: KeptGraphs) -> None:
@@ -64,6 +69,17 @@ class GraphBudget:
         for store in sorted(self._stores, key=lambda store: store.last_used):
             while len(store) > 0 and self.held_bytes > allowed:
                 store.drop_last()
+
+    def tidy(self) -> None:
+        """Give back to the system what building the graphs left unused; heaps grow to half as much again."""
+        if not self.grown or self._device.type != "cpu" or self.held_bytes < _LARGE:
+            return
+        start = time.monotonic()
+        if start - self._tidied >= self._tidying / _TIDY_SHARE:
+            return_unused()
+            self.grown = False
+            self._tidied = time.monotonic()
+            self._tidying = self._tidied - start
 
 
 @dataclass
@@ -155,6 +171,7 @@ class KeptGraphs:
         entry = next((entry for entry in self._entries if entry.meter is meter), None)
         if entry is not None:
             entry.measure()
+            self.budget.grown = True
             if self.keep == "auto":
                 self.budget.enforce()
 

@@ -301,6 +301,7 @@ class Objective:
             del lin  # before the next graph is built
         if built:
             self._freshness.leave()
+        self._kept.budget.tidy()
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
         if not self.keeps_all_graphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_the_default_budget_follows_the_free_memory(monkeypatch: pytest.MonkeyPa
     free = 0  # what is held may be half of what it takes
     assert_close(HessianOperator(of) @ v, expected, BATCHING_TOLERANCE)
     assert len(of._kept) < NUM_BATCHES
+
+
+GROWTH = """
+import psutil, torch
+from torch import nn
+from curvature import HessianOperator, Objective
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10))
+data = [(torch.randn(1024, 64), torch.randint(0, 10, (1024,))) for _ in range(12)]
+objective, process = Objective(net, nn.CrossEntropyLoss(), data), psutil.Process()
+before, v = process.memory_info().rss, torch.randn(objective.num_params)
+objective.loss()
+HessianOperator(objective) @ v
+print((process.memory_info().rss - before) / objective.held_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries give back what is freed as they see fit")
+def test_what_building_graphs_left_unused_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) < 1.3
 
 
 def test_views_of_what_was_there_hold_nothing() -> None:
