@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,16 @@ from analysis import wording
 from analysis.figures_sharpness import plot_sharpness
 from analysis.results import Measured
 from analysis.sharpness import SharpnessSettings, measures_for, sharpness
+from analysis.sharpness_catalogue import MEASURES
 from analysis.sharpness_results import SharpnessRow, SharpnessTable
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding
 from curvature.arguments import checked_fields
+from curvature.cost import median_seconds
 from curvature.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.shift import gradient_at, loss_at
 
 __all__ = ["SHARPNESS", "SharpnessPlan", "SharpnessRun"]
 
@@ -33,6 +38,7 @@ _CARDS = {
     "relative_flatness": "layer by layer, of weights and curvature",
 }
 """Measures that the report opens with, where they were asked for."""
+_SAMPLE = 4  # pieces that are timed
 
 
 @checked_fields
@@ -83,24 +89,52 @@ class SharpnessRun(StudyRun):
 
 
 def _price(objective: Objective, plan: SharpnessPlan) -> float:
-    settings = plan.settings()
-    return sum(_gradients(name, settings) for name in measures_for(objective, plan.measures))
+    """Return the price in gradients at the point itself, from timed looks: those at other points build all anew."""
+    settings, device, here = plan.settings(), objective.device, objective.space.current()
+    names = measures_for(objective, plan.measures)
+    one = median_seconds(objective.loss_and_gradient, device)
+    H, v = HessianOperator(objective), torch.ones_like(here)
+    _ = H @ v
+    seconds = {
+        "products": median_seconds(lambda: H @ v, device),
+        "gradients": median_seconds(lambda: gradient_at(objective, here), device),
+        "losses": median_seconds(lambda: loss_at(objective, here), device),
+    }
+    total = sum(count * seconds[unit] for name in names for unit, count in _spent(name, objective, settings).items())
+    in_pieces = sum("m_sharpness" in name for name in names)
+    return (total + (in_pieces * _seconds_in_pieces(objective, settings) if in_pieces else 0.0)) / one
 
 
-def _gradients(name: str, s: SharpnessSettings) -> float:
-    """Return what a measure costs in gradients, about: a product is two, a loss a third."""
+def _spent(name: str, objective: Objective, s: SharpnessSettings) -> dict[str, float]:
+    """Return about how many products, gradients and losses away from the point a measure takes."""
     if "top_eigenvalue" in name:
-        return 24.0
+        return {"products": 16.0}
     if "trace" in name or "frobenius" in name:
-        return 2.0 * s.num_matvecs
+        return {"products": s.num_matvecs}
     if "worst" in name:
-        return 0.6 * s.num_steps * s.num_restarts
+        return {"gradients": 0.8 * s.num_steps * s.num_restarts}
     if "average" in name:
-        return (2 * s.num_probes + 1) / 3
+        return {"losses": 2 * s.num_probes + 1}
     if "pac_bayes" in name:
-        return 4 * (2 * s.num_probes + 1) / 3
-    other = {"relative_flatness": 8.0 * s.num_matvecs, "log_volume": 100.0, "keskar": 3.0 * s.box_iterations}
-    return other.get(name, 3.0)
+        return {"losses": 8 * s.num_probes + 1}
+    layers = sum(t.ndim >= 2 for t in objective.space.tensors.values())
+    other: dict[str, dict[str, float]] = {
+        "relative_flatness": {"products": layers * s.num_matvecs},
+        "log_volume": {"products": 72.0},
+        "keskar": {"gradients": 2.4 * s.box_iterations},
+        "fisher_rao": {"products": 1.0},
+    }
+    return other.get(name, {} if "m_sharpness" in name else {"gradients": 1.0, "losses": 1.0})
+
+
+def _seconds_in_pieces(objective: Objective, s: SharpnessSettings) -> float:
+    """Return what a measure over all pieces of the data takes, from a few of them."""
+    cut = objective.cut(s.piece)
+    sample = list(itertools.islice(cut.batches(), _SAMPLE))
+    some = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "data": sample})
+    generator = torch.Generator(objective.device).manual_seed(0)
+    seconds = median_seconds(lambda: MEASURES["m_sharpness"].compute(some, s, generator), objective.device)
+    return seconds / len(sample) * sum(1 for _ in cut.batches())
 
 
 def _measure(
