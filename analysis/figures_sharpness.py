@@ -27,9 +27,9 @@ def plot_sharpness(
 ) -> Axes:
     """Plot every measure on a logarithmic axis, or, with a reference, its ratio to the same measure there.
 
-    Circles stay as they are when a ReLU network is rescaled, squares do not. Lower bounds carry an arrow, others a bar
-    of one standard error where it is wider than the mark. Values have units of their own and are written beside, where
-    the figure is wide enough; what is not positive has no place on the axis.
+    Circles stay as they are when a ReLU network is rescaled by layers, squares do not. Lower bounds carry an arrow,
+    others a bar of one standard error where it is wider than the mark. Values have units of their own and are written
+    beside, where the figure is wide enough; what is not positive has no place on the axis.
 
     Args:
         table: from `sharpness`.
@@ -52,7 +52,7 @@ def plot_sharpness(
         if not (value > 0 and math.isfinite(value)):
             continue
         color = colors.outlier if row.rescaling_invariant else colors.negative
-        label = "unmoved by rescaling" if row.rescaling_invariant else "moved by rescaling"
+        label = "unmoved by rescaling layers" if row.rescaling_invariant else "moved by rescaling layers"
         if stderr > 0:
             low = max(value - stderr, value / 100)
             ax.plot([low, value + stderr], [place, place], color=color, linewidth=1.4)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -205,6 +206,10 @@ def _volume(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> F
     )
 
 
+Invariance = Literal["layers", "units"]
+"""Of what the scales do not matter: of whole layers, or of every single unit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """How to compute a measure, and what a row says of it."""
@@ -212,7 +217,7 @@ class Measure:
     compute: Callable[[Objective, SharpnessSettings, torch.Generator], Found]
     formula: str
     source: str
-    invariant: bool
+    invariant: Invariance | None
     unit: str = "loss"
     kind: Kind = "estimate"  # where it is not exact
     needs_split: bool = False
@@ -223,10 +228,29 @@ _CURVATURE = "loss / parameter^2"
 _ANDRIUSHCHENKO = "Andriushchenko et al. (2023), arXiv 2302.07011"
 _SAM = "Foret et al. (2021), arXiv 2010.01412"
 _ASAM = "Kwon et al. (2021), arXiv 2102.11600"
-_JIANG = "Jiang et al. (2020), arXiv 1912.02178"
-_TSUZUKU = "Tsuzuku, Sato and Sugiyama (2020), arXiv 1901.04653"
+_JIANG = "Jiang et al. (2020), arXiv 1912.02178, who bound the rise of the error rate by 0.1"
+_DINH = "Dinh et al. (2017), arXiv 1703.04933, who show how rescaling moves it"
+_NEYSHABUR = "Neyshabur et al. (2017), arXiv 1706.08947"
 _IN_BALL = "max L(theta + c u) - L(theta), {ball}, c = {scale}"
 _BALLS = {"l2": "|u|_2 <= rho", "linf": "|u_i| <= rho / n^(1/2)"}
+_WORST_SOURCES: dict[ScaleKind, str] = {
+    "raw": _SAM,
+    "elementwise": _ASAM,
+    "filter": f"{_ASAM}, for convolutions, with the 2-norm of the filter",
+    "layer": f"after {_ASAM}",
+}
+_AVERAGE_SOURCES: dict[ScaleKind, str] = {
+    "raw": _NEYSHABUR,
+    "elementwise": _ANDRIUSHCHENKO,
+    "filter": f"after {_ANDRIUSHCHENKO}",
+    "layer": f"after {_ANDRIUSHCHENKO}",
+}
+_INVARIANT: dict[ScaleKind, Invariance | None] = {
+    "raw": None,
+    "elementwise": "units",
+    "filter": "layers",
+    "layer": "layers",
+}
 _SCALES = {"raw": "1", "elementwise": "|theta|", "filter": "rms of the filter", "layer": "rms of the tensor"}
 
 
@@ -234,8 +258,8 @@ def _worst_spec(scale: ScaleKind, ball: Ball) -> Measure:
     return Measure(
         compute=partial(_worst, scale=scale, ball=ball),
         formula=_IN_BALL.format(ball=_BALLS[ball], scale=_SCALES[scale]),
-        source={"raw": _SAM, "filter": _ASAM}.get(scale, _ANDRIUSHCHENKO),
-        invariant=scale != "raw",
+        source=_WORST_SOURCES[scale],
+        invariant=_INVARIANT[scale],
         kind="lower bound",
     )
 
@@ -244,8 +268,8 @@ def _average_spec(scale: ScaleKind) -> Measure:
     return Measure(
         compute=partial(_average, scale=scale),
         formula=f"E L(theta + c u) - L(theta), u normal with E|u|^2 = rho^2, c = {_SCALES[scale]}",
-        source=_JIANG if scale == "raw" else _ANDRIUSHCHENKO,
-        invariant=scale != "raw",
+        source=_AVERAGE_SOURCES[scale],
+        invariant=_INVARIANT[scale],
     )
 
 
@@ -254,37 +278,37 @@ MEASURES: dict[str, Measure] = {
         compute=_top,
         formula="lambda_max(H)",
         source="Cohen et al. (2021), arXiv 2103.00065",
-        invariant=False,
+        invariant=None,
         unit=_CURVATURE,
         kind="residual",
     ),
-    "trace": Measure(compute=_trace, formula="tr H", source=_JIANG, invariant=False, unit=_CURVATURE),
+    "trace": Measure(compute=_trace, formula="tr H", source=_DINH, invariant=None, unit=_CURVATURE),
     "frobenius_norm": Measure(
         compute=_frobenius,
         formula="(sum_ij H_ij^2)^(1/2)",
         source="Wu, Zhu and E (2017), arXiv 1706.10239",
-        invariant=False,
+        invariant=None,
         unit=_CURVATURE,
     ),
     "adaptive_top_eigenvalue": Measure(
         compute=partial(_top, scale="elementwise"),
         formula="lambda_max(C H C), C = diag |theta|: worst case for rho -> 0 is rho^2 / 2 times this at a minimum",
-        source=_ASAM,
-        invariant=True,
+        source=_ANDRIUSHCHENKO,
+        invariant="units",
         kind="residual",
     ),
     "adaptive_trace": Measure(
         compute=partial(_trace, scale="elementwise"),
         formula="sum_i theta_i^2 H_ii: the average for rho -> 0 is rho^2 / 2 n times this",
-        source=_TSUZUKU,
-        invariant=True,
+        source=_ANDRIUSHCHENKO,
+        invariant="units",
     ),
-    "sam": Measure(compute=_one_step, formula="L(theta + rho g / |g|) - L(theta)", source=_SAM, invariant=False),
+    "sam": Measure(compute=_one_step, formula="L(theta + rho g / |g|) - L(theta)", source=_SAM, invariant=None),
     "asam": Measure(
         compute=partial(_one_step, scale="elementwise"),
         formula="L(theta + rho C h / |h|) - L(theta), C = diag |theta|, h = C g",
         source=_ASAM,
-        invariant=True,
+        invariant="units",
     ),
     "worst_l2": _worst_spec("raw", "l2"),
     "worst_linf": _worst_spec("raw", "linf"),
@@ -300,7 +324,7 @@ MEASURES: dict[str, Measure] = {
         compute=partial(_normalised, of=_worst, scale="elementwise", ball="linf"),
         formula=_IN_BALL.format(ball=_BALLS["linf"], scale="|theta|") + ", each logit vector centred and normalised",
         source=_ANDRIUSHCHENKO,
-        invariant=True,
+        invariant="units",
         kind="lower bound",
         needs_split=True,
     ),
@@ -308,53 +332,53 @@ MEASURES: dict[str, Measure] = {
         compute=partial(_normalised, of=_average, scale="elementwise"),
         formula="E L(theta + c u) - L(theta), c = |theta|, each logit vector centred and normalised",
         source=_ANDRIUSHCHENKO,
-        invariant=True,
+        invariant="units",
         needs_split=True,
     ),
     "m_sharpness": Measure(
         compute=_in_pieces,
         formula="mean over pieces of m examples of L_p(theta + rho g_p / |g_p|) - L_p(theta)",
         source=_SAM,
-        invariant=False,
+        invariant=None,
     ),
     "adaptive_m_sharpness": Measure(
         compute=partial(_in_pieces, scale="elementwise"),
         formula="the same with C h_p / |h_p|, C = diag |theta|, h_p = C g_p",
-        source=_ASAM,
-        invariant=True,
+        source=_ANDRIUSHCHENKO,
+        invariant="units",
     ),
     "pac_bayes": Measure(
         compute=_tolerance,
         formula="1 / sigma^2 with E L(theta + sigma z) - L(theta) = rise, z normal",
         source=_JIANG,
-        invariant=False,
+        invariant=None,
         unit="1 / parameter^2",
     ),
     "adaptive_pac_bayes": Measure(
         compute=partial(_tolerance, scale="elementwise"),
         formula="1 / sigma^2 with E L(theta + sigma |theta| z) - L(theta) = rise, z normal",
-        source=_JIANG,
-        invariant=True,
+        source=f"after {_JIANG} and add a constant to |theta|",
+        invariant="units",
         unit="1",
     ),
     "relative_flatness": Measure(
         compute=_flatness,
         formula="sum over layers of sum_{s,s'} <w_s, w_s'> tr H_{s,s'}, w_s the weights into unit s",
         source="Petzka et al. (2021), arXiv 2001.00939, who take one layer",
-        invariant=True,
+        invariant="layers",
     ),
     "fisher_rao": Measure(
         compute=_fisher_rao,
         formula="theta' F theta, F the Fisher matrix of the model's own distribution",
         source="Liang, Poggio, Rakhlin and Stokes (2019), arXiv 1711.01530",
-        invariant=True,
+        invariant="units",
         needs_likelihood=True,
     ),
     "keskar": Measure(
         compute=_box,
         formula="100 (max L - L(theta)) / (1 + L(theta)), |y_i| <= epsilon (|theta_i| + 1)",
         source="Keskar et al. (2017), arXiv 1609.04836",
-        invariant=False,
+        invariant=None,
         unit="percent",
         kind="lower bound",
     ),
@@ -362,7 +386,7 @@ MEASURES: dict[str, Measure] = {
         compute=_volume,
         formula="log det(I + G / damping) / 2, the log of prior over posterior volume; G Gauss-Newton",
         source="MacKay (1992), A practical Bayesian framework for backpropagation networks",
-        invariant=False,
+        invariant=None,
         unit="1",
         needs_split=True,
     ),

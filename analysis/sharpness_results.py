@@ -49,8 +49,11 @@ class SharpnessRow:
     source: str
     """Who defined it."""
     rescaling_invariant: bool
-    """Whether it stays as it is when a ReLU network is written otherwise: the weights and bias of one layer times a,
-    the weights of the next divided by a."""
+    """Whether it stays as it is when a ReLU network is written otherwise: the weights and bias of one whole layer times
+    a, the weights of the next divided by a."""
+    unit_invariant: bool = False
+    """Whether it also stays when each unit has an a of its own: its incoming weights and bias times a, its outgoing
+    weights divided by a. Norms of layers and filters, and relative flatness, do not."""
     num_matvecs: int = 0
     """Products with a curvature matrix that were spent."""
     num_gradients: int = 0

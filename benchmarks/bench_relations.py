@@ -119,20 +119,23 @@ def identity(seed: int, count: int = 120) -> Iterator[Row]:
 
 
 def rescaling(seed: int) -> Iterator[Row]:
-    """All measures of a ReLU network written in two ways, layers times 5 and over 5: Dinh et al. (2017)."""
+    """All measures of a ReLU network written anew: layers times 5 and over 5 (Dinh et al. 2017), units by 1/5 to 5."""
     images, labels = networks.digits(200)
     model = networks.relu(seed)
     networks.train(model, (images.double(), labels), steps=300, rate=0.1, batch=20, seed=seed)
     tables = []
     settings = SharpnessSettings(num_probes=4, num_steps=6, num_matvecs=1000, piece=50)
-    for factor in (1.0, 5.0):
+    for factor in (1.0, 5.0, 5.0 ** torch.linspace(-1, 1, 8, dtype=torch.float64)):
         other = networks.relu(seed)
         other.load_state_dict(model.state_dict())
         networks.rescale(other, factor)
         objective = _objective(other, (images.double(), labels))
         tables.append(sharpness(objective, settings=settings, generator=generator(seed)))
-    for name, ratio in tables[1].ratios(tables[0]).items():
-        yield {"measure": name, "ratio": ratio, "said_invariant": tables[0][name].rescaling_invariant}
+    for table, scales in zip(tables[1:], ("layers", "units"), strict=True):
+        for name, ratio in table.ratios(tables[0]).items():
+            row = tables[0][name]
+            said = row.rescaling_invariant if scales == "layers" else row.unit_invariant
+            yield {"scales": scales, "measure": name, "ratio": ratio, "said_invariant": said}
 
 
 def directions(seed: int) -> Iterator[Row]:

@@ -39,10 +39,11 @@ def relu(seed: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def rescale(model: nn.Sequential, factor: float) -> None:
-    """Multiply the first layer by a factor that the weights of the second are divided by: the same function."""
-    for p in model[1].parameters():
-        p.mul_(factor)
+def rescale(model: nn.Sequential, factor: float | Tensor) -> None:
+    """Multiply the first layer, or each of its units, by what the weights of the second are divided by: no change."""
+    weight, bias = model[1].parameters()
+    weight.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
+    bias.mul_(factor)
     next(model[3].parameters()).div_(factor)
 
 

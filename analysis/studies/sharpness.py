@@ -162,8 +162,8 @@ def _account(run: SharpnessRun) -> Account:
         cards=tuple(_card(table[name], hint) for name, hint in _CARDS.items() if _has(table, name)),
         findings=_findings(table),
         chapters=(
-            *_chapters("Measures that rescaling leaves alone", table, invariant=True),
-            *_chapters("Measures that rescaling moves", table, invariant=False),
+            *_chapters("Measures that rescaling of layers leaves alone", table, invariant=True),
+            *_chapters("Measures that rescaling of layers moves", table, invariant=False),
             _definitions(table),
         ),
         terms=_TERMS,
@@ -254,8 +254,8 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Ch
         sheets=(
             Sheet(
                 caption="Values with one standard error (of an eigenvalue: its residual); worst cases are lower "
-                "bounds. Cost in passes over the data.",
-                columns=("measure", "value", "unit", "products", "gradients", "losses", "time"),
+                "bounds. Scales that do not matter: of whole layers, or of every unit. Cost in passes over the data.",
+                columns=("measure", "value", "unit", "scales", "products", "gradients", "losses", "time"),
                 rows=tuple(_cells(row) for row in rows),
             ),
         ),
@@ -272,7 +272,8 @@ def _cells(row: SharpnessRow) -> tuple[str, ...]:
     spent = (row.num_matvecs, row.num_gradients, row.num_losses)
     costs = (wording.count(n) if n else "" for n in spent)
     unit = "" if row.unit == "1" else _unit(row)
-    return (row.label, value, unit, *costs, wording.duration(row.seconds))
+    free = "units" if row.unit_invariant else "layers" if row.rescaling_invariant else ""
+    return (row.label, value, unit, free, *costs, wording.duration(row.seconds))
 
 
 def _definitions(table: SharpnessTable) -> Chapter:
@@ -291,8 +292,9 @@ _TERMS = (
     (
         "Rescaling",
         "Multiplying the weights and biases of one layer of a ReLU network by a and dividing the next one's weights "
-        "by a changes no output, but most measures of sharpness at will (Dinh et al. 2017). Adaptive ones measure "
-        "relative changes and stay as they are.",
+        "by a changes no output, but most measures of sharpness at will (Dinh et al. 2017). Measures relative to "
+        "layers, filters or parameters stay as they are. Every single unit may have an a of its own, too: then only "
+        "those relative to single parameters stay, with “units” in their column.",
     ),
     (
         "Worst case",

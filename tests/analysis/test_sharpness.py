@@ -37,12 +37,12 @@ def quadratic(n: int = 5, offset: float = 0.0) -> tuple[Objective, Tensor]:
     return Objective(model, nn.MSELoss(), (X, X @ w.T)), 2 * X.T @ X / 9
 
 
-def network(factor: float = 1.0) -> Objective:
-    """Return a ReLU network whose first layer is multiplied by a factor that its second is divided by."""
+def network(factor: float | Tensor = 1.0) -> Objective:
+    """Return a ReLU network whose first layer, or units, are multiplied by factors that the second is divided by."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)).double()
     with torch.no_grad():
-        model[0].weight.mul_(factor)
+        model[0].weight.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
         model[0].bias.mul_(factor)
         model[2].weight.div_(factor)
     g = generator(5)
@@ -55,18 +55,21 @@ def network(factor: float = 1.0) -> Objective:
 
 @pytest.fixture(scope="module")
 def tables():
-    return [sharpness(network(factor), settings=QUICK, generator=generator()) for factor in (1.0, 5.0)]
+    """Of the network, rescaled by layers, and by units, each with an a of its own."""
+    factors = (1.0, 5.0, torch.logspace(-1, 1, 6, dtype=torch.float64))
+    return [sharpness(network(factor), settings=QUICK, generator=generator()) for factor in factors]
 
 
 @pytest.mark.parametrize("name", SHARPNESS_MEASURES)
 def test_rescaling_moves_what_it_is_said_to_move(tables, name: str) -> None:
-    before, after = (table[name] for table in tables)
+    before, by_layer, by_unit = (table[name] for table in tables)
     assert math.isfinite(before.value)
-    ratio = after.value / before.value
-    if before.rescaling_invariant:
-        assert ratio == pytest.approx(1, abs=1e-6)
-    else:
-        assert abs(ratio - 1) > 0.01
+    for after, stays in ((by_layer, before.rescaling_invariant), (by_unit, before.unit_invariant)):
+        ratio = after.value / before.value
+        if stays:
+            assert ratio == pytest.approx(1, abs=1e-6)
+        else:
+            assert abs(ratio - 1) > 0.01
 
 
 def plain_loss(theta: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -408,7 +411,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_figures_and_records(tables) -> None:
-    before, after = tables
+    before, after, _ = tables
     json.dumps(before.to_dict(), allow_nan=False)
     ax = plot_sharpness(before)
     assert len(ax.get_yticks()) == len(SHARPNESS_MEASURES)

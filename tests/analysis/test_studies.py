@@ -200,7 +200,8 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
     reference = sharpness(objective(), names, settings=plan.settings(), generator=generator())
     assert [row.name for row in run.sharpness.rows] == [row.name for row in reference.rows]
     assert [row.value for row in run.sharpness.rows] == pytest.approx([row.value for row in reference.rows], rel=1e-4)
-    check_report(folder / "here", "1 of 5 measures are worst cases", "Measures that rescaling moves", "Definitions")
+    told = ("1 of 5 measures are worst cases", "Measures that rescaling of layers moves", "Definitions")
+    check_report(folder / "here", *told)
     for text in ("m-sharpness", "worst ℓ₂", "adaptive PAC-Bayes", "≥"):
         assert text in done.stdout
 
