@@ -30,7 +30,7 @@ __all__ = [
     "trace_cases",
 ]
 
-SIZE = 200
+SIZE = 100
 
 
 def _spectra() -> dict[str, np.ndarray]:
@@ -44,13 +44,13 @@ def _spectra() -> dict[str, np.ndarray]:
         "indefinite, outliers": np.concatenate([[30, 12, -8, 5], 0.3 * r.standard_normal(n - 4)]),
         "rank one + noise": np.where(i < 1, 7.0, 0) + 0.01 * r.standard_normal(n),
         "near identity": 1 + 1e-3 * r.standard_normal(n),
-        "network": np.concatenate([100 * 0.7 ** i[:10], r.exponential(0.5, 90), -0.02 * r.exponential(size=n - 100)]),
+        "network": np.concatenate([100 * 0.7 ** i[:10], r.exponential(0.5, 45), -0.02 * r.exponential(size=n - 55)]),
         "tiny": np.array([3.0, 1.0, 0.5, 0.2, -0.1, 0.05]),
     }
 
 
 SPECTRA = _spectra()
-"""Eigenvalues by name; 200 each but for the last."""
+"""Eigenvalues by name; 100 each but for the last."""
 
 
 def make_matrix(name: str, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ def _rounding(A: Tensor) -> float:
 
 def trace_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Yield `trace` by all methods with budgets and accuracies."""
-    settings: tuple[dict[str, Any], ...] = ({"num_matvecs": 12}, {"num_matvecs": 40}, {"rtol": 0.05}, {"rtol": 0.01})
+    settings: tuple[dict[str, Any], ...] = ({"num_matvecs": 12}, {"num_matvecs": 40}, {"rtol": 0.05})
     for name, eigenvalues in SPECTRA.items():
         A = make_matrix(name, dtype)
         for method in ("auto", "hutchinson", "hutch++", "xtrace", "xnystrace"):
@@ -90,11 +90,11 @@ def _trace_case(A: Tensor, name: str, method: str, how: dict[str, Any]) -> Case:
 
 def diagonal_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Yield `diagonal` by all methods; the share is that of all entries."""
-    settings: tuple[dict[str, Any], ...] = ({"num_matvecs": 12}, {"num_matvecs": 40}, {"rtol": 0.1})
+    settings: tuple[dict[str, Any], ...] = ({"num_matvecs": 12}, {"num_matvecs": 40}, {"rtol": 0.2})
     for name in SPECTRA:
         A = make_matrix(name, dtype)
         for method in ("auto", "hutchinson", "xdiag"):
-            for how in settings if len(A) == SIZE else ({"num_matvecs": 4},):
+            for how in settings[: 2 if method == "hutchinson" else 3] if len(A) == SIZE else ({"num_matvecs": 4},):
                 yield _diagonal_case(A, name, method, how)
 
 
@@ -109,10 +109,9 @@ def _diagonal_case(A: Tensor, name: str, method: str, how: dict[str, Any]) -> Ca
 
 # -- from quadratures -------------------------------------------------------------------------------------------------
 
-PROBES, STEPS = 4, 20
+PROBES, STEPS = 4, 12
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squares": torch.square,
-    "|x|": torch.abs,
     "x / (x + top / 100)": lambda x: x.abs() / (x.abs() + 0.01),
 }
 """Of the eigenvalues over the largest |eigenvalue|."""

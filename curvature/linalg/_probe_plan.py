@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cheapest", "most_accurate", "residual_curve"]
+__all__ = ["cheapest", "most_accurate", "residual_curve", "with_left_out"]
 
 _HELD_OUT = 0.75  # beyond this share of the probes too few are held out for their mean to be trusted
 
@@ -33,6 +33,13 @@ def residual_curve(products: Tensor) -> Tensor:
     if R.shape[0] == k:
         curve[last:] = torch.logspace(0, 1, k - last + 1, base=_ratio(curve[last], _mean_distance(R))) * curve[last]
     return curve.cummin(0).values
+
+
+def with_left_out(curve: Tensor, num_probes: int) -> Tensor:
+    """Return the mean variance of the samples of so many probes, s of which see a basis without their own product."""
+    s = torch.arange(len(curve), dtype=curve.dtype)
+    before = torch.cat([curve[:1], curve[:-1]])
+    return curve + (s / num_probes).clamp_max(1) * (before - curve)
 
 
 def most_accurate(curve: Tensor, budget: int, *, fewest: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg._deflation import Known, deflated
-from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve
+from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._validate import check_count
 from curvature.linop import MatrixLike
@@ -198,7 +198,7 @@ def spend(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool
         curve = residual_curve(pool.products)
         k, s = pool.num_probes, pool.num_sketched
         variance = float(estimate.stderr) ** 2 * len(estimate.samples)
-        best, samples = cheapest(curve, variance, s, goal.target(estimate), fewest=FEWEST)
+        best, samples = cheapest(with_left_out(curve, k), variance, s, goal.target(estimate), fewest=FEWEST)
         more = math.ceil(min(samples, goal.budget)) - k
         best = min(best, s + left, k)
         ahead = max(more, 0) + max(best - s, 0)
@@ -219,7 +219,7 @@ def _spend_budget(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[P
     pool.add_probes(min(FEWEST, budget // 2 + 1))
     while True:
         curve = residual_curve(pool.products)
-        best = most_accurate(curve, budget, fewest=min(FEWEST, budget // 2))
+        best = most_accurate(with_left_out(curve, pool.num_probes), budget, fewest=min(FEWEST, budget // 2))
         missing = budget - best - pool.num_probes
         if missing <= 0 and _nystrom_wins(pool, sample(pool), curve, best, budget):
             missing = budget - pool.num_probes

@@ -15,7 +15,7 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._deflation import Known
-from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve
+from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import FEWEST, Goal, open_pool, worth_completing
 from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
@@ -106,7 +106,9 @@ def _spend_budget(pool: ProbePool, budget: int, method: str) -> None:
         return
     pool.add_probes(budget // 2 if method == "xdiag" else min(FEWEST, budget // 2 + 1))
     while method == "auto":
-        best = most_accurate(residual_curve(pool.products), budget, fewest=min(FEWEST, budget // 2))
+        best = most_accurate(
+            with_left_out(residual_curve(pool.products), pool.num_probes), budget, fewest=min(FEWEST, budget // 2)
+        )
         missing = budget - best - pool.num_probes
         if missing <= 0:
             break
@@ -127,7 +129,7 @@ def _reach(pool: ProbePool, known: Known, goal: Goal, method: str, keep_samples:
             return estimate
         error = _norm(estimate.stderr)
         target = goal.rtol * max(_norm(estimate.values), error / 2)
-        curve = residual_curve(pool.products)
+        curve = with_left_out(residual_curve(pool.products), k)
         best, samples = cheapest(curve, error**2 * k, s, target, fewest=FEWEST)
         ahead = max(min(samples, goal.budget) - k, 0) + best - s
         if worth_completing(pool, int(ahead), goal):

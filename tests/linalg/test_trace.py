@@ -330,6 +330,18 @@ def test_a_sketch_of_chosen_size_leaves_no_bias(num_matvecs: int) -> None:
     assert covered >= 0.93 * 400
 
 
+def test_one_outlier_is_not_left_to_the_one_probe_that_saw_it() -> None:
+    """With a basis from one probe, that probe's own estimate has no basis, and all of the outlier's variance."""
+    values = 0.01 * torch.randn(100, generator=generator(5), dtype=F64)
+    values[0] = 7.0
+    A = with_spectrum(values)
+    found = [trace(A, num_matvecs=12, generator=generator(seed), block_size=12) for seed in range(150)]
+    errors = torch.stack([e.value for e in found]) - A.trace()
+    assert errors.square().mean().sqrt() < 0.25
+    assert errors.mean().abs() < 3.5 * errors.std() / 150**0.5
+    assert sum(bool(error.abs() <= e.half_width) for error, e in zip(errors, found, strict=True)) >= 0.93 * 150
+
+
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
