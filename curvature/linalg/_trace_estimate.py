@@ -31,6 +31,7 @@ __all__ = [
 
 FEWEST = 8  # samples before a standard error is believed
 _DOUBT = 2  # by how much a forecast from few samples may be too high
+_SELECTION = 1.5  # found on the spectra of `benchmarks.bench_coverage`: 91 % covered without it, 93 % with it
 _EXPLORE = 4  # a share of n products is spent before all n are: a basis may yet turn out to hold most of A
 
 
@@ -121,7 +122,7 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
         values, method = exact.repeat(max(len(values), 2)), "exact"
     estimate = TraceEstimate(
         value=values.mean(),
-        stderr=torch.zeros_like(values[0]) if method == "exact" else samples.stderr,
+        stderr=torch.zeros_like(values[0]) if method == "exact" else samples.stderr * _selected(goal, len(values)),
         num_matvecs=pool.num_matvecs,
         samples=values,
         status=Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS,
@@ -129,6 +130,11 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
         confidence=goal.confidence,
     )
     return replace(estimate, status=Status.CONVERGED) if goal.met(estimate) else estimate
+
+
+def _selected(goal: Goal, k: int) -> float:
+    """Return by how much a standard error of k samples is too small for having ended the run by being small."""
+    return 1.0 if goal.rtol is None else 1 + _SELECTION / k
 
 
 def enlarge(

@@ -61,8 +61,10 @@ def trace(
 
     The run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol |value|,
     with 8 samples at least. For a trace near zero with terms of both signs no estimator reaches a relative accuracy;
-    the status says so. Stopping at an accuracy favours samples that happen to lie close together: of nominal 95 %
-    intervals 86 to 97 % covered on the spectra of tests/matrices.py.
+    the status says so. Stopping at an accuracy favours samples that happen to lie close together, for which the
+    standard error allows. Of nominal 95 % intervals 92 to 99 % cover, with the exceptions named in docs/benchmarks.md.
+    "auto" may be off by up to a quarter of its standard error in one direction, since what the probes show decides how
+    they are used; "hutch++" with a budget is unbiased by construction.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these.
 
