@@ -52,6 +52,8 @@ class Row:
     gradients_quartiles: tuple[float, float] | None = None
     gradient_seconds: float | None = None
     """Median of the gradient of the same batch."""
+    look_share: float | None = None
+    """Of this toolkit's products: the part that the look at the present point takes."""
     first_seconds: float | None = None
     """Making the operator and its first product with all columns."""
     extra_mebibytes: float | None = None
@@ -106,6 +108,8 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
         result = product(X)
     extra = peak_mebibytes() - peak
     gradients, products = _time(lambda: gradient(problem), lambda: product(X), clock, seconds)
+    look = getattr(product, "look", None)
+    looks = None if look is None else _time(lambda: product(X), look, clock, min(seconds, 1.0))
     per_column = products / method.columns
     ratios = per_column / gradients
     return Row(
@@ -115,6 +119,7 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
         gradients=float(ratios.median()),
         gradients_quartiles=_quartiles(ratios),
         gradient_seconds=float(gradients.median()),
+        look_share=None if looks is None else float((looks[1] / looks[0]).median()),
         first_seconds=first,
         extra_mebibytes=extra,
         error=_error(problem_name, operator, X, result),

@@ -50,9 +50,20 @@ def _ours(keep_graphs: bool) -> Callable[[Problem, Operator], Product]:
         data = (problem.inputs, problem.targets)
         objective = curvature.Objective(problem.model, problem.loss, data, keep_graphs=keep_graphs)
         A = {"hessian": curvature.HessianOperator, "ggn": curvature.GGNOperator}[operator](objective)
-        return lambda X: A @ X
+        return _Ours(A)
 
     return make
+
+
+class _Ours:
+    """A product, and the look at the present point that it begins with."""
+
+    def __init__(self, A: Any) -> None:
+        self.A, self.look = A, A.objective._freshness.look
+
+    def __call__(self, X: Tensor) -> Tensor:
+        product: Tensor = self.A @ X
+        return product
 
 
 # -- plain autograd ---------------------------------------------------------------------------------------------------

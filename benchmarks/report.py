@@ -90,9 +90,22 @@ def _conditions(rows: Sequence[Row]) -> str:
     return (
         "In gradients of the same batch, median over rounds in which gradient and product alternate; in brackets the "
         "peak memory above that of one gradient; blocks are per column. Every product is compared with double backward "
-        f"in float64: all agree to {worst:.0e}, except where the table says wrong. "
+        f"in float64: all agree to {worst:.0e}, except where the table says wrong. {_looks(measured)}"
         f"{conditions(measured)}"
     )
+
+
+def _looks(rows: Sequence[Row]) -> str:
+    """Say what part of a Hessian product on kept graphs the look at the present point takes."""
+    shares = {
+        row["problem"]: row["look_share"]
+        for row in rows
+        if row.get("look_share") is not None and (row["operator"], row["method"]) == ("hessian", "kept")
+    }
+    if not shares:
+        return ""
+    said = ", ".join(f"{100 * share:.2g} % ({problem})" for problem, share in shares.items())
+    return f"Of a Hessian product on kept graphs the look at the present point takes {said}. "
 
 
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
