@@ -14,7 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from curvature.errors import CheckFailedError
 
-__all__ = ["differentiable", "no_autocast", "pull_back", "walk"]
+__all__ = ["differentiable", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
 
 
 _REFUSAL = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
@@ -45,6 +45,7 @@ def pull_back(
             accumulate_grad=False,
         )
     except RuntimeError as error:
+        refuse_checkpointing(error)
         found = _REFUSAL.search(str(error))
         if found is None:
             raise
@@ -53,6 +54,19 @@ def pull_back(
             f"torch has no second derivative of {name}, which Hessian, Gauss-Newton and Fisher products all need: "
             "write that operation of the model or loss in others that torch differentiates twice; gradients and "
             "per-example gradients work as it is."
+        ) from error
+
+
+def refuse_checkpointing(error: Exception) -> None:
+    """Say what stands behind an error of activation checkpointing; do nothing about another one.
+
+    Raises:
+        CheckFailedError: with what to do.
+    """
+    if type(error).__name__ == "CheckpointError":
+        raise CheckFailedError(
+            "activation checkpointing ran a part of the model once more, and it recorded other tensors than before (a "
+            "forward pass that differentiates itself?): switch checkpointing off for this model."
         ) from error
 
 

@@ -30,6 +30,7 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from curvature.backward import refuse_checkpointing
 from curvature.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.errors import CheckFailedError
 from curvature.guards import refuse_undifferentiable
@@ -85,8 +86,14 @@ class LeanLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.saw_hooks = self.saw_hooks or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if func in _DIFFERENTIATIONS and kwargs.get("create_graph"):
-            self._prepare_for_differentiation(args[0])
+        if func in _DIFFERENTIATIONS:
+            if kwargs.get("create_graph"):
+                self._prepare_for_differentiation(args[0])
+            try:
+                return func(*args, **kwargs)  # parts that checkpointing runs again inside are out of reach
+            except RuntimeError as error:
+                refuse_checkpointing(error)
+                raise
         elif func is torch._weight_norm:
             return weight_norm(*args, **kwargs)
         elif func in SUBSTITUTES:

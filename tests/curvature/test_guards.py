@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import curvature.check as check_module
 import curvature.lean as lean_module
@@ -397,3 +398,23 @@ def test_the_self_check_does_not_pass_on_nan(place: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(Linearization, "hvp", lambda _, X: torch.full_like(X, nan))
     with pytest.raises(CheckFailedError):
         objective.check()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        u = checkpoint(self.net, x, use_reentrant=False)
+        return u + torch.autograd.grad(u.sum(), x, create_graph=True)[0].sum(dim=1, keepdim=True)
+
+
+def test_checkpointed_parts_that_are_differentiated_inside_are_refused_in_a_sentence() -> None:
+    torch.manual_seed(0)
+    batch = (torch.randn(6, 3).double(), torch.randn(6, 1).double())
+    objective = Objective(Checkpointed(), nn.MSELoss(), batch)
+    for _ in range(2):
+        with pytest.raises(CheckFailedError, match="switch checkpointing off"):
+            HessianOperator(objective) @ torch.ones(objective.num_params, dtype=torch.float64)
