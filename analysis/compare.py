@@ -238,6 +238,11 @@ def _(result: Conditioning) -> Quantities:
     found: Quantities = {}
     for condition in (result.whole, *result.preconditioned):
         of = "" if condition is result.whole else f"{condition.name}: "
+        if condition.estimated:
+            values = (condition.condition, condition.effective_rank, condition.stable_rank)
+            for name, measured in zip(("condition number", "effective rank", "stable rank"), values, strict=True):
+                found[f"{of}{name}"] = (_unknown(measured.value), "")
+            continue
         found[f"{of}condition number"] = (condition.condition, "")
         found[f"{of}effective rank"] = (condition.effective_rank, "")
         found[f"{of}stable rank"] = (condition.stable_rank, "")

@@ -107,20 +107,29 @@ def conditioning(
     whole = _condition(found, "none", floor)
     notes = list(found.notes)
     changed: dict[str, MatrixLike] = {}
+    diagonal_noise = 0.0
     if whole.largest.value > 0:
         if jacobi:
             estimate = diagonal(A, num_matvecs=diagonal_matvecs, generator=generator)
             changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.values.abs(), floor).to(A.dtype))
             if estimate.method != "exact":
-                noise = float(estimate.stderr.norm() / estimate.values.norm())
-                notes.append(f"The diagonal of the Jacobi preconditioner is estimated; relative noise {noise:.2g}.")
+                diagonal_noise = float(estimate.stderr.norm() / estimate.values.norm())
+                notes.append(
+                    f"The diagonal of the Jacobi preconditioner is estimated; relative noise {diagonal_noise:.2g}."
+                )
         if block_diagonal:
             changed["block diagonal"] = _WithBlocks(A, _inverse_roots(A, floor))
     elif jacobi or block_diagonal:
         notes.append("The matrix is zero, so that it has no preconditioner.")
     for name, optimizer in (optimizers or {}).items():
         changed[name] = PreconditionedOperator.from_optimizer(A, optimizer, missing="identity")
-    preconditioned = [_condition(spectrum(P, plan, generator=generator), name, floor) for name, P in changed.items()]
+    preconditioned = [
+        replace(
+            _condition(spectrum(P, plan, generator=generator), name, floor),
+            estimated=name == "jacobi" and diagonal_noise > 0,
+        )
+        for name, P in changed.items()
+    ]
     blocks = layer_spectra(A, plan, generator=generator) if layers else {}
     top = float(found.top.eigenvalues[0])
     damping = max(whole.largest.value, torch.finfo(torch.float32).tiny) * torch.logspace(
@@ -204,7 +213,9 @@ def _condition(found: Spectrum, name: str, floor: float) -> Condition:
         name=name,
         num_params=n,
         largest=Measured(value=largest, stderr=residual, residual=True),
-        **bounds,
+        smallest=bounds["smallest"],
+        condition=bounds["condition"],
+        rank=bounds["rank"],
         effective_rank=effective,
         stable_rank=stable_rank,
         exact=found.exact,

@@ -38,6 +38,8 @@ class Condition:
     """Whether the matrix was built entry by entry, which leaves rounding as the only error."""
     num_matvecs: int
     """Products with it."""
+    estimated: bool = False
+    """Whether the preconditioner is an estimate itself: errors are those of this one, other seeds give another."""
 
     def steps(self, accuracy: float) -> float:
         """Return kappa log(1 / accuracy): steps of gradient descent with rate 1 / lambda_max that certainly suffice.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.intervals import mean_interval
 from curvature.results import _Record
 
 __all__ = [
@@ -64,6 +65,8 @@ class ImplicitRegularization(_Record):
     (loss / parameter)^2."""
     batch_variance_stderr: float
     """One standard error over data of the same size; NaN where it is not known."""
+    batch_variance_skewness: float = 0.0
+    """Of the examples' parts of `batch_variance`; dimensionless."""
     full_factor: float
     """P, lr / 4 for plain SGD; parameter^2 / loss."""
     batch_factor: float
@@ -95,6 +98,19 @@ class ImplicitRegularization(_Record):
     def batch_penalty(self) -> float:
         """V (1/m) sum_k |g_k - g|^2, what the noise of batches adds; loss."""
         return self.batch_factor * self.batch_variance
+
+    def batch_penalty_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval of `batch_penalty` over data of the same size, `mean_interval`; NaN if not known.
+
+        Nominal 95 % cover 92 to 96 % for light tails; `notes` tell of heavy ones.
+        """
+        return mean_interval(
+            self.batch_penalty,
+            self.batch_factor * self.batch_variance_stderr,
+            dof=self.num_examples - 1,
+            skewness=self.batch_variance_skewness,
+            confidence=confidence,
+        )
 
     @property
     def modified_loss(self) -> float:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import coverage_spectra as spectra
+from benchmarks import coverage_statistics as statistics
 from benchmarks.coverage import Case, measure
 from benchmarks.harness import git
 from benchmarks.processes import BARS, write_rows
@@ -35,6 +36,12 @@ CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
     "rank": spectra.rank_cases,
     "nullity": spectra.nullity_cases,
     "condition number": spectra.condition_cases,
+    "log-volume": statistics.log_volume_cases,
+    "PAC-Bayes": statistics.pac_bayes_cases,
+    "noise scale": statistics.noise_scale_cases,
+    "tr S": statistics.trace_of_noise_cases,
+    "penalty": statistics.penalty_cases,
+    "jackknife": statistics.jackknife_cases,
 }
 """By quantity."""
 Row = dict[str, Any]

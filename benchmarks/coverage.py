@@ -30,6 +30,12 @@ class Interval:
         value = value.double()
         return cls(value, value - half_width, value + half_width, products, warned)
 
+    @classmethod
+    def between(cls, value: float, ends: tuple[float, float], *, products: int = 0, warned: bool = False) -> Interval:
+        """Return a number between two ends."""
+        low, high = (torch.tensor(end, dtype=torch.float64) for end in ends)
+        return cls(torch.tensor(value, dtype=torch.float64), low, high, products, warned)
+
 
 @dataclass(frozen=True)
 class Case:

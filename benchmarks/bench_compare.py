@@ -1,0 +1,153 @@
+"""How often `compare` calls equal models different, and how often it sees that they differ.
+
+    python -m benchmarks.bench_compare [--kinds KIND ...] [--runs 78] [--out FILE]     rows to results/compare.json
+
+Null pairs are all pairs of runs of one network: with other seeds on the same data ("on these data" or "real" is a false
+alarm of the solver's errors), or on other data of the same size ("real" is one of all errors). 78 runs give 3003 pairs.
+Power is the share of numbers that have an error which are told apart when all weights of the second network are 10 %
+larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from analysis.compare import compare
+from analysis.conditioning import conditioning
+from analysis.critical_points import critical_points
+from analysis.gradient_noise import gradient_noise
+from analysis.implicit_regularization import implicit_regularization
+from analysis.inspection import inspect_model
+from analysis.noise_curvature import curvature_noise
+from analysis.sharpness import sharpness
+from analysis.studies.noise import NoiseStudy
+from benchmarks.coverage_statistics import small_network
+from benchmarks.harness import git
+from benchmarks.processes import write_rows
+from curvature import Objective
+
+__all__ = ["KINDS", "main", "measure"]
+
+RESULTS = Path(__file__).parent / "results" / "compare.json"
+MEASURES = ("trace", "frobenius_norm", "average", "adaptive_average", "pac_bayes", "adaptive_pac_bayes", "log_volume")
+LEVEL = 0.05
+Result = Any
+"""Of any analysis that `compare` takes."""
+
+
+def _data(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 120 fresh examples of the three classes that `small_network` tells apart."""
+    _, x, y = small_network("tanh", torch.float64)
+    centres, g = torch.stack([x[y == c].mean(0) for c in range(3)]), torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (120,), generator=g)
+    return centres[labels] + 1.2 * torch.randn(120, 10, generator=g).double(), labels
+
+
+def _objective(scale: float, data: int | None) -> Objective:
+    model, x, y = small_network("tanh", torch.float64)
+    moved = nn.Sequential(nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    moved.load_state_dict({name: scale * value for name, value in model.state_dict().items()})
+    if data is not None:
+        x, y = _data(data)
+    return Objective(moved, nn.CrossEntropyLoss(), list(zip(x.split(8), y.split(8), strict=True)))
+
+
+def _noise(objective: Objective, generator: torch.Generator) -> Result:
+    found = curvature_noise(objective, num_probes=16, generator=generator)
+    return NoiseStudy(noise=gradient_noise(objective), curvature=found, batch_size=None, lr=None)
+
+
+def _implicit(objective: Objective, generator: torch.Generator) -> Result:
+    del generator  # nothing is left to chance on given data
+    return implicit_regularization(objective, lr=0.1, batch_size=16)
+
+
+KINDS: dict[str, tuple[Callable[[Objective, torch.Generator], Result], tuple[bool, ...]]] = {
+    "inspection": (lambda o, g: inspect_model(o, layers=False, num_probes=6, num_steps=6, generator=g), (False, True)),
+    "sharpness": (lambda o, g: sharpness(o, MEASURES, generator=g), (False,)),
+    "conditioning": (lambda o, g: conditioning(o, layers=False, num_probes=6, num_steps=6, generator=g), (False,)),
+    "critical": (
+        lambda o, g: critical_points(o, num_probes=6, num_steps=6, symmetries=False, generator=g),
+        (False,),
+    ),
+    "noise": (_noise, (False, True)),
+    "implicit": (_implicit, (True,)),
+}
+"""By kind of run: how to measure, and whether other data are drawn for each run."""
+
+
+def measure(kind: str, other_data: bool, runs: int) -> dict[str, Any]:
+    """Return the row of a kind."""
+    work, start = KINDS[kind][0], time.process_time()
+    found = []
+    for scale in (1.0, 1.1):
+        results = []
+        for run in range(runs if scale == 1 else max(2, runs // 10)):
+            place = run if scale == 1 else run + 10**6
+            objective = _objective(scale, place if other_data else None)
+            results.append(work(objective, torch.Generator().manual_seed(place)))
+        found.append(results)
+    alarms = ("real",) if other_data else ("real", "on these data")
+
+    def told(a: Result, b: Result) -> list[bool]:
+        return [row.verdicts[0] in alarms for row in compare({"a": a, "b": b}, level=LEVEL).rows]
+
+    null = [told(a, b) for a, b in itertools.combinations(found[0], 2)]
+    pairs = [compare({"a": a, "b": b}, level=LEVEL).rows for a in found[0] for b in found[1]]
+    p_values = "p_data" if other_data else "p_solver"
+    apart = [row.verdicts[0] in alarms for rows in pairs for row in rows if 0 < getattr(row, p_values)[0] < 1]
+    return {
+        "kind": kind,
+        "differs": "data" if other_data else "seed",
+        "runs": runs,
+        "pairs": len(null),
+        "numbers": len(null[0]),
+        "family_wise": sum(map(any, null)) / len(null),
+        "stderr": _stderr(null, runs),
+        "power": sum(apart) / max(1, len(apart)),
+        "seconds": time.process_time() - start,
+        "git": git(),
+    }
+
+
+def _stderr(null: list[list[bool]], runs: int) -> float:
+    """Return the standard error of the rate over runs, each in `runs` - 1 pairs: a jackknife that leaves one out."""
+    pairs, any_alarm = list(itertools.combinations(range(runs), 2)), [any(row) for row in null]
+    rates = []
+    for left in range(runs):
+        kept = [alarm for pair, alarm in zip(pairs, any_alarm, strict=True) if left not in pair]
+        rates.append(sum(kept) / len(kept) if kept else math.nan)
+    mean = sum(rates) / runs
+    return math.sqrt((runs - 1) / runs * sum((rate - mean) ** 2 for rate in rates))
+
+
+def main() -> None:
+    """Measure what the command line selects and write the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compare", description=__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--runs", type=int, default=78)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else []
+    for kind in a.kinds:
+        for other_data in KINDS[kind][1]:
+            row = measure(kind, other_data, a.runs)
+            rows = [r for r in rows if (r["kind"], r["differs"]) != (row["kind"], row["differs"])] + [row]
+            write_rows(a.out, rows)
+            false, other = 100 * row["family_wise"], row["differs"]
+            print(f"{kind}, other {other}: {false:.1f} % false alarms, power {row['power']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
