@@ -14,6 +14,7 @@ from curvature.linalg._deflation import Known, deflated
 from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._validate import check_count
+from curvature.linalg.probes import one_direction
 from curvature.linop import MatrixLike
 from curvature.results import EigenPairs, Status, TraceEstimate
 
@@ -120,9 +121,13 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
     if pool.rank == pool.n:
         exact = (pool.basis * pool.images).sum() + known.trace
         values, method = exact.repeat(max(len(values), 2)), "exact"
+    stderr = torch.zeros_like(values[0])
+    if method != "exact":
+        alike = one_direction(pool.probes[:, pool.num_probes - len(values) :])
+        stderr = torch.full_like(stderr, torch.inf) if alike else samples.stderr * _selected(goal, len(values))
     estimate = TraceEstimate(
         value=values.mean(),
-        stderr=torch.zeros_like(values[0]) if method == "exact" else samples.stderr * _selected(goal, len(values)),
+        stderr=stderr,
         num_matvecs=pool.num_matvecs,
         samples=values,
         status=Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS,

@@ -19,7 +19,7 @@ from curvature.linalg._probe_plan import cheapest, most_accurate, residual_curve
 from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import FEWEST, Goal, open_pool, worth_completing
 from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
-from curvature.linalg.probes import rademacher
+from curvature.linalg.probes import one_direction, rademacher
 from curvature.linalg.xdiag import diagonal_samples, stderr_of_mean
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
@@ -148,6 +148,7 @@ def _summary(pool: ProbePool, known: Known, goal: Goal, keep_samples: bool) -> D
         D, covariance = diagonal_samples(pool)
         D = D + torch.as_tensor(known.diagonal, dtype=D.dtype, device=D.device).reshape(-1, 1)
         values, stderr = D.mean(dim=1), stderr_of_mean(D, covariance)
+        stderr = torch.full_like(stderr, math.inf) if one_direction(pool.probes) else stderr
         method = {0: "hutchinson", pool.num_probes: "xdiag"}.get(pool.num_sketched, "mixed")
     enough = method == "exact" or pool.num_probes >= min(FEWEST, goal.budget // 2)
     reached = enough and goal.rtol is not None and _norm(stderr) <= goal.rtol * _norm(values)
@@ -212,7 +213,7 @@ def hutchinson_diagonal(
     check_count("num_probes", num_probes, 2)
     dtype = working_dtype(A)
     mean, squares = (torch.zeros(n, dtype=dtype, device=A.device) for _ in range(2))
-    spent = 0
+    spent, first, alike = 0, None, True
     while spent < num_probes:
         width = min(block_size, num_probes - spent)
         if probes is not None:
@@ -220,6 +221,8 @@ def hutchinson_diagonal(
         else:
             assert generator is not None
             Z = rademacher(n, width, generator=generator, dtype=A.dtype, device=A.device)
+        first = Z[:, :1] if first is None else first
+        alike = alike and one_direction(torch.cat([first, Z], dim=1))
         samples = Z.to(dtype) * check_finite(A @ Z, spent + width).to(dtype)
         for sample in samples.T:  # Welford's recurrence: no cancellation
             spent += 1
@@ -229,4 +232,5 @@ def hutchinson_diagonal(
         if callback is not None:
             callback(spent, f"{spent} of {num_probes} probes")
     stderr = (squares / (num_probes - 1) / num_probes).sqrt()
+    stderr = torch.full_like(stderr, math.inf) if alike and n > 1 else stderr
     return DiagonalEstimate(values=mean, stderr=stderr, num_matvecs=num_probes, dof=num_probes - 1.0)

@@ -10,7 +10,7 @@ from curvature.cost import check_fits
 from curvature.errors import InputError
 from curvature.linalg._validate import check_count
 
-__all__ = ["DISTRIBUTIONS", "draw", "normal", "rademacher", "sphere"]
+__all__ = ["DISTRIBUTIONS", "draw", "normal", "one_direction", "rademacher", "sphere"]
 
 
 @checked
@@ -74,6 +74,15 @@ def draw(
     if distribution not in DISTRIBUTIONS:
         raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
     return DISTRIBUTIONS[distribution](n, k, generator=generator, dtype=dtype, device=device)
+
+
+def one_direction(Z: Tensor) -> bool:
+    """Return whether all columns, two at least, are one vector up to sign: then their samples agree and tell no spread.
+
+    Of k sign vectors of length n that happens with probability 2^((1 - n) (k - 1)).
+    """
+    squares = (Z.T @ Z[:, :1]).square().flatten()
+    return Z.shape[1] > 1 and bool((squares >= (1 - 1e-6) * Z.square().sum(dim=0) * squares[0].sqrt()).all())
 
 
 def _check_room(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> None:

@@ -17,7 +17,7 @@ from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import Goal, Samples, enlarge, open_pool, spend
 from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
 from curvature.linalg.hutchpp import hutchpp
-from curvature.linalg.probes import draw
+from curvature.linalg.probes import draw, one_direction
 from curvature.linalg.xnystrace import nystrom_samples, xnystrace
 from curvature.linalg.xtrace import xtrace
 from curvature.linop import MatrixLike
@@ -192,6 +192,7 @@ def hutchinson_trace(
     check_count("max_probes" if num_probes is None else "num_probes", budget, 2)
     samples: list[Tensor] = []
     spent, status = 0, Status.BUDGET if rtol is None else Status.MAX_PROBES
+    first, alike = None, True
     while spent < budget:
         width = min(block_size, budget - spent)
         if probes is not None:
@@ -201,9 +202,12 @@ def hutchinson_trace(
             Z = draw(distribution, n, width, generator=generator, dtype=A.dtype, device=A.device)
         AZ = check_finite(A @ Z, spent + width)
         spent += width
+        first = Z[:, :1] if first is None else first
+        alike = alike and one_direction(torch.cat([first, Z], dim=1))
         dtype = working_dtype(A)
         samples.append((Z.to(dtype) * AZ.to(dtype)).sum(dim=0))
         value, stderr = mean_and_stderr(torch.cat(samples))
+        stderr = torch.full_like(stderr, torch.inf) if alike and n > 1 else stderr
         if callback is not None:
             callback(spent, f"{float(value):.4g} +- {float(stderr):.1g}")
         if rtol is not None and spent >= min(_FEWEST, budget) and bool(stderr <= rtol * value.abs()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
-from curvature.linalg import eigsh, hutchinson_trace
+from curvature.linalg import eigsh, hutchinson_diagonal, hutchinson_trace
 from curvature.linalg.hutchpp import hutchpp
 from curvature.linalg.trace import trace
 from curvature.linalg.xnystrace import xnystrace
@@ -328,6 +328,20 @@ def test_a_sketch_of_chosen_size_leaves_no_bias(num_matvecs: int) -> None:
     assert errors.mean().abs() < 3 * errors.std() / 20
     covered = sum(bool((e.value - A.trace()).abs() <= e.half_width) for e in estimates)
     assert covered >= 0.93 * 400
+
+
+def test_probes_that_coincide_tell_no_error() -> None:
+    """Two sign vectors of length 3 are one up to sign in a quarter of all cases, and then their samples agree."""
+    A = torch.tensor([[1.0, 0.5, -0.2], [0.5, 2.0, 0.3], [-0.2, 0.3, 0.7]], dtype=F64)
+    for seed in range(40):
+        estimate = hutchinson_trace(A, num_probes=2, generator=generator(seed))
+        assert estimate.stderr > 0
+        entries = hutchinson_diagonal(A, probes=torch.ones(3, 2, dtype=F64))
+        assert bool((entries.stderr == torch.inf).all())
+    B = with_spectrum(torch.tensor([3.0, 1.0, 0.5, 0.2, -0.1, 0.05], dtype=F64))
+    for seed in range(150):
+        estimate = hutchpp(B, num_matvecs=4, generator=generator(seed))
+        assert (estimate.value - B.trace()).abs() <= 1e-9 or estimate.stderr > 0
 
 
 def test_one_outlier_is_not_left_to_the_one_probe_that_saw_it() -> None:
