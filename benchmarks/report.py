@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.coverage_report import coverage_table
 from benchmarks.eigen_report import eigen_table
 from benchmarks.estimator_report import estimator_table
 from benchmarks.markdown import conditions, insert, marked, markers
@@ -113,6 +114,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "products": (table, ("products",)),
     "eigen": (eigen_table, ("eigen",)),
     "estimators": (estimator_table, ("estimators",)),
+    "coverage": (coverage_table, ("coverage",)),
 }
 """How a table is made, and of which files of rows."""
 
