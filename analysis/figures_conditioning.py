@@ -41,7 +41,8 @@ def plot_conditioning(result: Conditioning, *, ax: Axes | None = None, colors: C
         for i, row in enumerate(rows):
             value = row.condition.value
             if math.isfinite(value):
-                ax.plot([row.condition.lower, row.condition.upper], [place, place], color=color, linewidth=1.4)
+                if math.isfinite(row.condition.lower):
+                    ax.plot([row.condition.lower, row.condition.upper], [place, place], color=color, linewidth=1.4)
                 ax.plot(value, place, shape, color=color, markersize=5, label=None if i else label)
             ax.text(1.02, place, between(row.condition), transform=ax.get_yaxis_transform(), va="center")
             names.append("loss" if label == "whole" else row.name)

@@ -79,9 +79,9 @@ class Measured:
 class Bounded(Measured):
     """A number that is known between bounds: `value` +- 2 `stderr` reaches to the further of them."""
 
-    lower: float
+    lower: float = -math.inf
     """It is no smaller, ..."""
-    upper: float
+    upper: float = math.inf
     """... and no larger than this, with 95 % confidence where probes have a part in it."""
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:

@@ -300,8 +300,9 @@ class SpectralDensity(_Record):
     """n."""
     num_matvecs: int
     """Products with A that were spent."""
-    num_steps: int | None
-    """s: the rule of each probe is exact to degree 2 s - 1. None if its nodes are all that the probe sees."""
+    num_steps: int | None = 1
+    """s: the rule of each probe is exact to degree 2 s - 1. None if its nodes are all that the probe sees. The
+    default, the least, is that of runs of an earlier version: counts of them are hardly bounded."""
     deflated: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
     rule: Tensor | None = None

@@ -19,7 +19,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linalg._mass_bounds import mass_below
 from curvature.linalg._validate import numbers
-from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr
+from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr, sample_skewness
 
 __all__ = ["cdf", "count", "quantile", "wasserstein"]
 
@@ -28,18 +28,19 @@ __all__ = ["cdf", "count", "quantile", "wasserstein"]
 def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> BoundedEstimate:
     """Estimate F(t), the share of eigenvalues at most t, for every t, of the shape of `points`."""
     t = numbers("points", points)
-    value, stderr = mean_and_stderr(_share(density, t.reshape(-1), closed=True).reshape(-1, *t.shape))
+    of_probes = _share(density, t.reshape(-1), closed=True).reshape(-1, *t.shape)
+    value, stderr = mean_and_stderr(of_probes)
     lower, upper = (x.mean(dim=0).reshape(t.shape) for x in _bounds(density, t.reshape(-1)))
     ends = {"lower": torch.minimum(lower, value), "upper": torch.maximum(upper, value)}
-    return BoundedEstimate(value=value, stderr=stderr, dof=len(density.weights) - 1.0, **ends)
+    dof, skewness = len(of_probes) - 1.0, sample_skewness(of_probes)
+    return BoundedEstimate(value=value, stderr=stderr, dof=dof, skewness=skewness, **ends)
 
 
 @checked
 def count(density: SpectralDensity, low: float, high: float = torch.inf) -> BoundedEstimate:
     """Estimate how many of the n eigenvalues lie in [low, high]. Known ones, deflated, are counted exactly.
 
-    A confidence interval that allows for both kinds of error reaches from lower - t stderr to upper + t stderr, t
-    of Student's distribution with `dof`. Around
+    `interval` allows for both kinds of error; with few probes of a matrix with one outlier 95 % of it are about 90. Around
     zero, [-tolerance, tolerance], this is the dimension of the null space.
 
     Raises:
@@ -54,8 +55,14 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     least, most = _bounds(density, t)
     lower = torch.minimum((least[:, 1] - most[:, 0]).clamp_min(0).mean(), value)
     upper = torch.maximum((most[:, 1] - least[:, 0]).clamp_max(1).mean(), value)
-    dof = len(density.weights) - 1.0
-    return BoundedEstimate(value=n * value, stderr=n * stderr, dof=dof, lower=n * lower, upper=n * upper)
+    return BoundedEstimate(
+        value=n * value,
+        stderr=n * stderr,
+        dof=len(density.weights) - 1.0,
+        skewness=sample_skewness((upto - below)[:, 0]),
+        lower=n * lower,
+        upper=n * upper,
+    )
 
 
 @checked
