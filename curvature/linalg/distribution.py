@@ -40,8 +40,8 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
 def count(density: SpectralDensity, low: float, high: float = torch.inf) -> BoundedEstimate:
     """Estimate how many of the n eigenvalues lie in [low, high]. Known ones, deflated, are counted exactly.
 
-    `interval` allows for both kinds of error; with few probes of a matrix with one outlier 95 % of it are about 90. Around
-    zero, [-tolerance, tolerance], this is the dimension of the null space.
+    `interval` allows for both kinds of error; from 8 probes of a matrix with one outlier, not deflated, it covers 90 %.
+    Around zero, [-tolerance, tolerance], this is the dimension of the null space.
 
     Raises:
         InputError: unless low <= high.
