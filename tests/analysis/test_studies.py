@@ -236,7 +236,8 @@ def test_a_minimum_is_called_one() -> None:
     run = run_study(CRITICAL, Request(task="toy.py:minimum", check=False), CriticalPlan())
     answers = {finding.question: finding.answer for finding in CRITICAL.account(run).findings}
     assert answers["Is this a minimum?"].startswith("A minimum")
-    assert answers["Is there a way down?"] == "It rises along the direction of least curvature, both ways."
+    assert answers["Is there a way down?"].startswith("The loss rises")
+    assert answers["Is there a way down?"].endswith("both ways.")
 
 
 @pytest.mark.parametrize("task", ["same", "solved", "flat"])

@@ -57,10 +57,11 @@ def reference(
         if due:
             refreshes += 1
             samples = []
-            for s in range(probes):
+            count = max(probes, 10) if row_norm and refreshes == 1 else probes  # the first is not divided by chance
+            for s in range(count):
                 z = torch.cat([q.reshape(-1) for q in random_signs(problem.params, seed, t - 1, s)])
                 samples.append((H @ z) if row_norm else z * (H @ z))
-            D = sum(h**2 for h in samples) / probes if row_norm else sum(samples) / probes
+            D = sum(h**2 for h in samples) / count if row_norm else sum(samples) / count
             D = problem.split(D.sqrt() if row_norm else D)
             if magnitudes_averaged:
                 D = [d.abs() for d in D]
