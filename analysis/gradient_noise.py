@@ -20,11 +20,11 @@ from analysis.results import Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
-from curvature.intervals import LIGHT_TAILS, ratio_interval, skewness, tail_exponent
+from curvature.intervals import LIGHT_TAILS, ratio_interval, skewness, student_quantile, tail_exponent
 from curvature.objective import Objective
 from curvature.output_metrics import example_shares
 from curvature.per_example import GradientMoments, GradientNorms, gradient_moments
-from curvature.results import mean_and_stderr, student_quantile
+from curvature.results import mean_and_stderr
 
 __all__ = ["gradient_noise", "inner_products", "is_one_batch", "noise_scale_from_two_sizes", "projections"]
 
@@ -119,7 +119,7 @@ def gradient_noise(
         effective_examples=1 / share2,
         loss=moments.loss,
         mean_squared_norm=square,
-        trace=Measured(value=trace, stderr=va**0.5, dof=dof, skewness=skewness(of_trace)),
+        trace=Measured(value=trace, stderr=va**0.5, dof=dof, skewness=float(skewness(of_trace))),
         squared_norm=Measured(value=signal, stderr=max(linear - floor, floor) ** 0.5, dof=dof),
         noise_scale=NoiseScale(
             value=trace / signal if signal != 0 else math.inf, lower=lower, upper=upper, confidence=confidence

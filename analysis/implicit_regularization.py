@@ -277,7 +277,7 @@ def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, f
         notes.append("Examples count unequally in their batch: the expectation over partitions is to first order.")
     if tail < LIGHT_TAILS:
         notes.append(HEAVY_TAILS.format(tail))
-    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, skewness(influences), tuple(notes)
+    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, float(skewness(influences)), tuple(notes)
 
 
 def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tensor | None) -> PenaltyDirection:

@@ -13,12 +13,12 @@ from analysis.results import Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
-from curvature.intervals import ratio_interval, skewness
+from curvature.intervals import ratio_interval, skewness, student_quantile
 from curvature.linalg import cg, rademacher
 from curvature.objective import Objective
 from curvature.operators import GGNOperator, GradientCovarianceOperator, HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
-from curvature.results import mean_and_stderr, student_quantile
+from curvature.results import mean_and_stderr
 
 __all__ = ["curvature_noise", "tail_index"]
 
@@ -185,6 +185,6 @@ def _measured(samples: Tensor, exact: bool) -> list[Measured]:
     if exact:
         return [Measured(value=value, stderr=0.0) for value in mean.tolist()]
     return [
-        Measured(value=value, stderr=error, dof=len(row) - 1.0, skewness=skewness(row))
+        Measured(value=value, stderr=error, dof=len(row) - 1.0, skewness=float(skewness(row)))
         for value, error, row in zip(mean.tolist(), stderr.tolist(), samples, strict=True)
     ]

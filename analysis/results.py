@@ -361,7 +361,7 @@ class Inspection:
             data=data,
             dof=self.trace.dof,
             data_dof=self._data_dof,
-            skewness=skewness(self.trace.samples) if float(self.trace.stderr) > 0 else 0.0,
+            skewness=float(skewness(self.trace.samples)) if float(self.trace.stderr) > 0 else 0.0,
         )
 
     @property

@@ -98,7 +98,7 @@ def _top(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: 
 def _trace(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
     found = trace(A, num_matvecs=s.num_matvecs, generator=g)
-    stderr, lopsided = float(found.stderr), 0.0 if found.method == "exact" else skewness(found.samples)
+    stderr, lopsided = float(found.stderr), 0.0 if found.method == "exact" else float(skewness(found.samples))
     return Found(
         value=float(found.value), stderr=stderr, dof=found.dof, skewness=lopsided, num_matvecs=found.num_matvecs
     )

@@ -103,7 +103,7 @@ def average_rise(objective: Objective, c: Tensor, *, rho: float, num_probes: int
         value=float(value),
         stderr=float(stderr),
         dof=num_probes - 1.0,
-        skewness=skewness(rises),
+        skewness=float(skewness(rises)),
         num_losses=2 * num_probes + 1,
         details={"rho": rho},
     )
@@ -153,7 +153,7 @@ def tolerated_noise(
         value=sigma**-2,
         stderr=2 * error / sigma**3,
         dof=num_probes - 1.0,
-        skewness=skewness(samples) if known else 0.0,
+        skewness=float(skewness(samples)) if known else 0.0,
         num_losses=spent,
         details={"sigma": sigma, "sigma_stderr": error, "rise": rise},
     )

@@ -46,7 +46,7 @@ from analysis.saving import write_text
 from analysis.tasks.digits import BUNDLED, load_digits
 from benchmarks.harness import git
 from benchmarks.processes import BARS
-from curvature.results import student_quantile
+from curvature.intervals import student_quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.intervals import skewness
 from curvature.linalg._mass_bounds import mass_below, next_nodes
-from curvature.results import BoundedEstimate, Status, mean_and_stderr, sample_skewness
+from curvature.results import BoundedEstimate, Status, mean_and_stderr
 from curvature.spectrum_results import Spectrum
 
 __all__ = ["CountEstimate", "count_between", "smallest_beyond"]
@@ -55,7 +56,7 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
     if found.exact:
         count = float(((nodes >= low) & (nodes <= high)).sum())
         lower, upper, value, stderr = float(inner), float(outer), count, 0.0
-        at_least, at_most, skewness = inner, outer, 0.0
+        at_least, at_most, lopsided = inner, outer, 0.0
     else:
         whole = low == -math.inf or high == math.inf  # of a half-line a compression tells the least
         at_least, at_most = inner if whole else 0, n - below - beyond
@@ -73,7 +74,7 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
             ]
         )
         bounds, spread = mean_and_stderr(n * torch.stack(parts))
-        skewness = float(sample_skewness(torch.stack(parts)).abs().max())
+        lopsided = float(skewness(torch.stack(parts)).abs().max())
         lower, upper = (bounds + sure).tolist()
         mean = float((n * rule.weights * ((nodes >= low) & (nodes <= high))).sum(dim=1).mean())
         value, stderr = mean, float(spread.max()) if len(parts) > 1 else math.inf
@@ -86,7 +87,7 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
         at_least=at_least,
         at_most=at_most,
         dof=found.dof,
-        skewness=skewness,
+        skewness=lopsided,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvature.intervals import combined_error, mean_interval, skewness
 from curvature.jackknife import jackknife_stderr
 from curvature.linalg.quadrature import Quadrature
-from curvature.linalg.slq import COARSE_SHARES, smoothed
+from curvature.linalg.slq import extrapolated, smoothed
 from curvature.results import EigenPairs, SpectralDensity, Status, TraceEstimate, mean_and_stderr
 
 __all__ = ["DataSpread", "Spectrum", "SpectrumEstimate"]
@@ -149,7 +149,7 @@ class Spectrum:
             data=data,
             dof=self.dof,
             data_dof=math.inf if self.spread is None else len(self.spread.shares) - 1.0,
-            skewness=skewness(of_probes) if of_probes.ndim == 1 and not self.exact else 0.0,
+            skewness=float(skewness(of_probes)) if of_probes.ndim == 1 and not self.exact else 0.0,
         )
 
     @property
@@ -208,16 +208,8 @@ class Spectrum:
         return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None, dof=self.dof)
 
     def rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
-        """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead.
-
-        It is the larger of the two that errors of order steps^-2 would have to have.
-        """
-        if self.exact:
-            return torch.zeros_like(value)
-        changes = [
-            (other - value).abs() / (share**-2 - 1) for other, share in zip(from_fewer, COARSE_SHARES, strict=True)
-        ]
-        return torch.stack(changes).amax(dim=0)
+        """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead."""
+        return torch.zeros_like(value) if self.exact else extrapolated(value, from_fewer)
 
     def _pairs_data_stderr(self, pairs: EigenPairs, without: Tensor | None) -> Tensor | None:
         if self.spread is None or without is None:

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from curvature.errors import CurvatureError, InputError
+from curvature.errors import CurvatureError, InputError, RankError
 from optimizers._full_batch import FullBatchOptimizer
 from optimizers._saddles import Look, look_for_saddle
 from optimizers.cubic_newton import CubicNewton
@@ -193,7 +193,9 @@ def minimize(
             break
         try:
             look = look_for_saddle(optimizer, closure, most)
-        except (CurvatureError, RuntimeError) as error:
+        except (torch.OutOfMemoryError, RankError):
+            raise
+        except (CurvatureError, RuntimeError) as error:  # a loss without second derivatives
             ended = 0, f"{ended[1]}; the curvature there is not known: {error}"
             break
         nfev, njev, nhev = nfev + look.num_evaluations, njev + look.num_gradients, nhev + look.num_products

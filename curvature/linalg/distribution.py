@@ -17,9 +17,10 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.errors import InputError
+from curvature.intervals import skewness
 from curvature.linalg._mass_bounds import mass_below
 from curvature.linalg._validate import numbers
-from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr, sample_skewness
+from curvature.results import BoundedEstimate, Estimate, SpectralDensity, mean_and_stderr
 
 __all__ = ["cdf", "count", "quantile", "wasserstein"]
 
@@ -32,8 +33,8 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
     value, stderr = mean_and_stderr(of_probes)
     lower, upper = (x.mean(dim=0).reshape(t.shape) for x in _bounds(density, t.reshape(-1)))
     ends = {"lower": torch.minimum(lower, value), "upper": torch.maximum(upper, value)}
-    dof, skewness = len(of_probes) - 1.0, sample_skewness(of_probes)
-    return BoundedEstimate(value=value, stderr=stderr, dof=dof, skewness=skewness, **ends)
+    dof = len(of_probes) - 1.0
+    return BoundedEstimate(value=value, stderr=stderr, dof=dof, skewness=skewness(of_probes), **ends)
 
 
 @checked
@@ -59,7 +60,7 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
         value=n * value,
         stderr=n * stderr,
         dof=len(density.weights) - 1.0,
-        skewness=sample_skewness((upto - below)[:, 0]),
+        skewness=skewness((upto - below)[:, 0]),
         lower=n * lower,
         upper=n * upper,
     )
@@ -125,10 +126,8 @@ def _share(density: SpectralDensity, points: Tensor, *, closed: bool) -> Tensor:
 
 def _bounds(density: SpectralDensity, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least of F just below the points, and the most of F at them, of the shape of `_share`."""
-    nodes, weights = density.nodes, density.weights
-    known = (nodes[..., None] == density.deflated).any(dim=-1) & (weights == 1.0 / density.dimension)
     ends = []
-    for x, w, of in zip(nodes, weights, known, strict=True):
+    for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
         least, most = mass_below(x, w.where(~of, 0), points, num_steps=density.num_steps)
         ends.append((least + (w * of) @ (x[:, None] < points).to(w), most + (w * of) @ (x[:, None] <= points).to(w)))
     lower, upper = (torch.stack(sides) for sides in zip(*ends, strict=True))

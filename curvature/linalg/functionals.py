@@ -17,9 +17,10 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
+from curvature.intervals import skewness
 from curvature.linalg._validate import numbers
 from curvature.linalg.slq import rule_error
-from curvature.results import Estimate, SpectralDensity, mean_and_stderr, sample_skewness
+from curvature.results import Estimate, SpectralDensity, mean_and_stderr
 
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
@@ -119,7 +120,7 @@ def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tenso
     of_probes = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
     value, stderr = mean_and_stderr(of_probes)
     stderr = torch.hypot(stderr, rule_error(density, value, sample))
-    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=sample_skewness(of_probes))
+    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=skewness(of_probes))
 
 
 def _smallest(density: SpectralDensity) -> float:

@@ -13,7 +13,7 @@ Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochasti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,7 @@ from curvature.linop import MatrixLike, Projected
 from curvature.one_matrix import one_matrix
 from curvature.results import EigenPairs, SpectralDensity, mean_and_stderr
 
-__all__ = ["COARSE_SHARES", "rule_error", "smoothed", "spectral_density"]
+__all__ = ["COARSE_SHARES", "extrapolated", "rule_error", "smoothed", "spectral_density"]
 
 COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
 
@@ -161,9 +161,7 @@ def smoothed(
 
 
 def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the error of the quadrature in a mean over the probes, from what fewer steps give instead.
-
-    It is the larger of the two that errors of order steps^-2 would have to have; zero where the rules are exact.
+    """Return the error of the quadrature in a mean over the probes, `extrapolated`; zero where the rules are exact.
 
     Args:
         density: whose rules.
@@ -172,16 +170,24 @@ def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor
     """
     if density.num_steps is None:
         return torch.zeros_like(value)
-    error = torch.zeros_like(value)
-    known = (density.nodes[..., None] == density.deflated).any(dim=-1) & (density.weights == 1 / density.dimension)
+    from_fewer = []
     for share in COARSE_SHARES:
         steps = max(int(share * density.num_steps), 1)
         coarse = []
-        for x, w, of in zip(density.nodes, density.weights, known, strict=True):
+        for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
             nodes, weights = shortened(x, w.where(~of, 0), steps)
             coarse.append(sample(torch.cat([nodes, x[of]]), torch.cat([weights, w[of]])))
-        error = torch.maximum(error, (torch.stack(coarse).mean(dim=0) - value).abs() / (share**-2 - 1))
-    return error
+        from_fewer.append(torch.stack(coarse).mean(dim=0))
+    return extrapolated(value, from_fewer)
+
+
+def extrapolated(value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
+    """Return the error of a value from what each of `COARSE_SHARES` of the steps gives instead.
+
+    It is the larger of the two that errors of order steps^-2 would have to have.
+    """
+    changes = [(other - value).abs() / (share**-2 - 1) for other, share in zip(from_fewer, COARSE_SHARES, strict=True)]
+    return torch.stack(changes).amax(dim=0)
 
 
 def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:

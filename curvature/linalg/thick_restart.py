@@ -45,8 +45,7 @@ __all__ = ["ThickRestartLanczos", "Which"]
 _STATE = ("least", "fell", "spent", "num_chains", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule
-_SPARE = 0  # vectors beyond the basis that a chain may take however large they are, ...
-_SPARE_BYTES = 1 << 28  # ... and the bytes that the basis may grow to for it
+_SPARE_BYTES = 1 << 28  # that the basis may grow to for a chain
 _AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
 
@@ -106,7 +105,7 @@ class ThickRestartLanczos:
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
         measures: dict[str, Any] = {
-            "size": self.size + _SPARE,
+            "size": self.size,
             "num_directions": start_size,
             "known": known,
             "generator": generator,
@@ -119,7 +118,7 @@ class ThickRestartLanczos:
         )
         self.space.start(start.T)
         row = n * torch.empty(0, dtype=basis_dtype).element_size()
-        self._room = max(self.size + start_size + _SPARE, min(n, _SPARE_BYTES // row))
+        self._room = max(self.size + start_size, min(n, _SPARE_BYTES // row))
         self._chain: Chain | None = None
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
         self._spent = 0.0  # of the failure probability, in chains that found something
