@@ -19,9 +19,10 @@ from analysis.comparison_results import Compared, Comparison, Verdict
 from analysis.conditioning_results import Conditioning
 from analysis.critical_results import CriticalPoint
 from analysis.landscape_results import Landscape
+from analysis.measured import Measured
 from analysis.noise_results import GradientNoise
 from analysis.regularization_results import ImplicitRegularization
-from analysis.results import Inspection, Measured
+from analysis.results import Inspection
 from analysis.sharpness_results import SharpnessTable
 from analysis.studies.implicit import ImplicitStudy
 from analysis.studies.noise import NoiseStudy

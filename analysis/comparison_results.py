@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from analysis.results import Measured, to_plain
+from analysis.measured import Measured
+from analysis.results import to_plain
 from curvature.errors import InputError
 
 __all__ = ["Compared", "Comparison", "Verdict"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.conditioning_results import Condition, Conditioning, ConditioningComparison
-from analysis.results import Bounded, Measured
+from analysis.measured import Bounded, Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.results import Bounded, Measured, to_plain
+from analysis.measured import Bounded, Measured
+from analysis.results import to_plain
 
 __all__ = ["Condition", "Conditioning", "ConditioningComparison"]
 

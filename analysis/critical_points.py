@@ -15,7 +15,7 @@ from scipy.special import fdtrc
 from torch import Tensor
 
 from analysis.critical_results import CriticalPoint, EscapeLine, PointKind
-from analysis.results import Bounded, Measured
+from analysis.measured import Bounded, Measured
 from analysis.symmetries import rescaling_symmetries
 from curvature.arguments import checked
 from curvature.autocast import full_precision

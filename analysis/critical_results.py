@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from analysis.results import Bounded, Measured, to_plain
+from analysis.measured import Bounded, Measured
+from analysis.results import to_plain
 
 __all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.comparison_results import Compared, Comparison
 from analysis.drawing import Colors, decade_ticks, legend_above, new_axes
-from analysis.results import Measured
+from analysis.measured import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

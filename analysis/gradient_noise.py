@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from analysis.measured import Measured
 from analysis.noise_results import GradientNoise, NoiseScale
-from analysis.results import Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError

@@ -19,9 +19,10 @@ from torch import Tensor
 from analysis.coupling import layer_coupling
 from analysis.diagonal import layer_diagonals
 from analysis.low_rank import low_rank_error
+from analysis.measured import Measured
 from analysis.meter import Meter, Progress
 from analysis.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
-from analysis.results import DataErrors, Inspection, LayerCurvature, Measured
+from analysis.results import DataErrors, Inspection, LayerCurvature
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.intervals import combined_error

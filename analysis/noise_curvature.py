@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from analysis.gradient_noise import projections
+from analysis.measured import Measured
 from analysis.noise_results import CurvatureNoise, NoiseScale
-from analysis.results import Measured
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError

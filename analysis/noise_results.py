@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from analysis.results import Measured
+from analysis.measured import Measured
 from curvature.errors import InputError
 from curvature.results import _Record
 

@@ -9,8 +9,9 @@ from analysis import wording
 from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
 from analysis.figures_layers import plot_layer_coupling, plot_layer_diagonals
 from analysis.figures_low_rank import plot_low_rank_error
+from analysis.measured import Measured
 from analysis.page import COLORS, NARROW, WIDE, svg, templates, two_sizes
-from analysis.results import Inspection, LayerCoupling, LayerCurvature, LayerDiagonals, Measured
+from analysis.results import Inspection, LayerCoupling, LayerCurvature, LayerDiagonals
 from analysis.saving import write_text
 from analysis.store import Run, load_run
 

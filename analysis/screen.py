@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis import wording
-from analysis.results import CostEstimate, Inspection, Measured
+from analysis.measured import Measured
+from analysis.results import CostEstimate, Inspection
 from analysis.tasks import Task
 from analysis.terminal import Output
 from analysis.workflow import InspectionListener

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from analysis.results import Measured, to_plain
+from analysis.measured import Measured
+from analysis.results import to_plain
 from curvature.errors import InputError
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]

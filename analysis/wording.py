@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.results import Bounded, Inspection, LayerCurvature, Measured
+from analysis.measured import Bounded, Measured
+from analysis.results import Inspection, LayerCurvature
 
 __all__ = [
     "Finding",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.conditioning import _condition
-from analysis.results import Bounded
+from analysis.measured import Bounded
 from benchmarks.coverage import Case, Interval
 from curvature import SpectrumPlan, spectrum
 from curvature.linalg import count, diagonal, spectral_density, spectral_sum, trace

@@ -140,6 +140,16 @@ def wanted(A: Tensor, k: int, which: str) -> Tensor:
     return torch.cat([exact[: k - k // 2], exact[len(exact) - k // 2 :]])
 
 
+def missed(A: Tensor, pairs: EigenPairs, which: str, rtol: float) -> bool:
+    """Whether an eigenvalue is not among the pairs although it lies beyond the last by more than the tolerance."""
+    exact, found = wanted(A, len(pairs.eigenvalues), which), pairs.eigenvalues.double()
+    if which == "LM":
+        exact, found = exact.abs().sort().values, found.abs().sort().values
+    norm = float(torch.linalg.matrix_norm(A.double(), 2))
+    floor = max(10 * torch.finfo(A.dtype).eps, 1e4 * torch.finfo(F64).eps) * norm
+    return bool(((found - exact).abs() > 2 * (rtol * exact.abs()).clamp_min(floor)).any())
+
+
 def true_residuals(A: Tensor, pairs: EigenPairs) -> Tensor:
     """|A u - lambda u| in float64."""
     U = pairs.eigenvectors.double()

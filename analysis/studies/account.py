@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from analysis.drawing import Colors
-from analysis.results import Measured
+from analysis.measured import Measured
 from analysis.wording import Finding, value_and_error
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from analysis import wording
 from analysis.compare import compare
 from analysis.comparison_results import Compared, Comparison
 from analysis.figures_compare import plot_comparison
-from analysis.results import Measured
+from analysis.measured import Measured
 from analysis.store import Record, now, versions
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import StudyRun

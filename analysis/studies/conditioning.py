@@ -13,7 +13,7 @@ from analysis import wording
 from analysis.conditioning import conditioning
 from analysis.conditioning_results import Condition, Conditioning
 from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
-from analysis.results import Bounded, Measured
+from analysis.measured import Bounded, Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding

@@ -11,7 +11,7 @@ from analysis import wording
 from analysis.critical_points import critical_points
 from analysis.critical_results import CriticalPoint
 from analysis.figures_critical_points import plot_escape
-from analysis.results import Bounded
+from analysis.measured import Bounded
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding

@@ -12,8 +12,8 @@ import torch
 from analysis import wording
 from analysis.figures_regularization import plot_penalties, plot_penalty_by_batch_size
 from analysis.implicit_regularization import implicit_regularization
+from analysis.measured import Measured
 from analysis.regularization_results import ImplicitRegularization, PenaltyDirection
-from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.implicit_plan import ImplicitPlan, num_pieces, num_products, price
 from analysis.studies.study import Progress, Study, StudyRun

@@ -11,9 +11,9 @@ import torch
 from analysis import wording
 from analysis.figures_noise import plot_batch_sizes, plot_layer_noise
 from analysis.gradient_noise import gradient_noise
+from analysis.measured import Measured
 from analysis.noise_curvature import curvature_noise
 from analysis.noise_results import CurvatureNoise, GradientNoise, NoiseScale
-from analysis.results import Measured
 from analysis.studies.account import Account, Card, Chapter, Picture, Sheet
 from analysis.studies.study import Progress, Study, StudyRun
 from analysis.wording import Finding

@@ -12,7 +12,7 @@ import torch
 
 from analysis import wording
 from analysis.figures_sharpness import plot_sharpness
-from analysis.results import Measured
+from analysis.measured import Measured
 from analysis.sharpness import SharpnessSettings, measures_for, sharpness
 from analysis.sharpness_catalogue import MEASURES
 from analysis.sharpness_results import SharpnessRow, SharpnessTable

@@ -20,7 +20,8 @@ from typer.testing import CliRunner, Result
 from analysis.cli import app
 from analysis.compare import compare, quantities
 from analysis.figures_compare import plot_comparison
-from analysis.results import Inspection, Measured
+from analysis.measured import Measured
+from analysis.results import Inspection
 from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
 from analysis.store import Run
 from analysis.studies.comparison import ComparisonRun

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from analysis.drawing import Colors
 from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
-from analysis.results import Inspection, Measured
+from analysis.measured import Measured
+from analysis.results import Inspection
 from analysis.store import Run
 from curvature.results import EigenPairs, SpectralDensity, Status
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from analysis import wording
+from analysis.measured import Measured
 from analysis.report import build_report
-from analysis.results import Inspection, Measured
+from analysis.results import Inspection
 from analysis.store import Run, save_run
 from curvature.results import EigenPairs
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.results import Measured
+from analysis.measured import Measured
 from analysis.store import Run, add_report, check_destination, file_sha256, free_folder, load_run, save_run, versions
 from curvature.errors import InputError, WriteError
 

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import curvature.check as check_module
-import curvature.lean as lean_module
 from curvature import (
     EmpiricalFisherOperator,
     FisherOperator,
@@ -22,6 +21,7 @@ from curvature import (
     HessianOperator,
     JacobianOperator,
     Objective,
+    lean_functions,
     top_eigenpairs,
 )
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
@@ -271,16 +271,16 @@ def breaking(after: int) -> Callable[..., Any]:
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, function: str, method: str, wrapper: Callable[..., Any]) -> None:
-    right = getattr(getattr(lean_module, function), method)
+    right = getattr(getattr(lean_functions, function), method)
     monkeypatch.setattr(
-        getattr(lean_module, function), method, staticmethod(lambda ctx, *args: wrapper(right, ctx, *args))
+        getattr(lean_functions, function), method, staticmethod(lambda ctx, *args: wrapper(right, ctx, *args))
     )
 
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize(
     ("function", "method"),
-    [("_Activation", "forward"), ("_Activation", "backward"), ("_ActivationBackward", "backward")],
+    [("Activation", "forward"), ("Activation", "backward"), ("ActivationBackward", "backward")],
 )
 def test_lean_layers_that_raise_are_not_used(
     function: str, method: str, after: int, monkeypatch: pytest.MonkeyPatch
@@ -307,7 +307,7 @@ def test_lean_layers_wrong_on_one_batch_only(factor: float, monkeypatch: pytest.
         scale = factor if len(args[0]) == 1 else 1.0
         return tuple(scale * part if isinstance(part, Tensor) else part for part in right(ctx, *args))
 
-    patched(monkeypatch, "_ActivationBackward", "backward", wrong)
+    patched(monkeypatch, "ActivationBackward", "backward", wrong)
     case = BY_NAME["MLP GELU"]
     model = case.model()
     dense = dense_hessian(lambda: total_loss(model, [case.data()], case.criterion), params_of(model))

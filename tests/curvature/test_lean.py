@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import curvature.lean as lean_module
-from curvature import GGNOperator, HessianOperator, Objective
+from curvature import GGNOperator, HessianOperator, Objective, lean_functions
 from curvature.lean import LeanLayers
 from tests.cases import BY_NAME
 from tests.checks import assert_close
@@ -150,7 +149,7 @@ def test_batch_norm_is_not_folded_into_what_was_changed_in_place(change: Callabl
 
 def sabotaged(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the second derivative of a lean function wrong by one part in a hundred."""
-    function = getattr(lean_module, rule)
+    function = getattr(lean_functions, rule)
     right = function.backward
 
     def wrong(ctx: Any, *grads: Any) -> Any:
@@ -160,10 +159,10 @@ def sabotaged(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SABOTAGE = [
-    ("_ActivationBackward", "MLP GELU"),
-    ("_NormaliseBackward", "LayerNorm"),
-    ("_ConvolutionBackward", "GroupNorm"),
-    ("_Activation", "MLP SiLU"),
+    ("ActivationBackward", "MLP GELU"),
+    ("NormaliseBackward", "LayerNorm"),
+    ("ConvolutionBackward", "GroupNorm"),
+    ("Activation", "MLP SiLU"),
 ]
 
 
@@ -201,7 +200,7 @@ def test_right_rules_are_used_and_noted() -> None:
 
 
 def test_trust_is_shared_with_restrictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    sabotaged("_NormaliseBackward", monkeypatch)
+    sabotaged("NormaliseBackward", monkeypatch)
     case = BY_NAME["LayerNorm"]
     objective = Objective(case.model(), case.loss, case.ragged())
     HessianOperator(objective).to_dense()

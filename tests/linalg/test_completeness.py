@@ -6,26 +6,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg import ThickRestartLanczos, eigsh, lobpcg
 from curvature.linalg._completeness import Bound, Chain
-from curvature.results import EigenPairs, Status
-from tests.matrices import F64, generator, hard_matrices, true_residuals, wanted, with_spectrum
+from curvature.results import Status
+from tests.matrices import F64, generator, hard_matrices, missed, true_residuals, wanted, with_spectrum
 
 N = 48
 HARD = hard_matrices(N)
-
-
-def missed(A: Tensor, pairs: EigenPairs, which: str, rtol: float) -> bool:
-    """Whether an eigenvalue is not among the pairs although it lies beyond the last by more than the tolerance."""
-    exact, found = wanted(A, len(pairs.eigenvalues), which), pairs.eigenvalues.double()
-    if which == "LM":
-        exact, found = exact.abs().sort().values, found.abs().sort().values
-    norm = float(torch.linalg.matrix_norm(A.double(), 2))
-    floor = max(10 * torch.finfo(A.dtype).eps, 1e4 * torch.finfo(F64).eps) * norm
-    return bool(((found - exact).abs() > 2 * (rtol * exact.abs()).clamp_min(floor)).any())
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
