@@ -44,6 +44,13 @@ class Measured:
             skewness=estimate.skewness,
         )
 
+    def __format__(self, spec: str) -> str:
+        """Return "value ± stderr", both in the format asked for; the value alone where it is exact or has no error."""
+        if not spec:
+            return str(self)
+        value = format(self.value, spec)
+        return value if self.stderr == 0 or math.isnan(self.stderr) else f"{value} ± {format(self.stderr, spec)}"
+
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of `stderr`, that of these very data: `mean_interval`, or the bound where it is one."""
         if self.residual:
