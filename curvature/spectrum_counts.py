@@ -25,6 +25,9 @@ from curvature.spectrum_results import Spectrum
 __all__ = ["CountEstimate", "count_between", "smallest_beyond"]
 
 
+_ROUNDING = 1e-6  # of a count, that sums of weights may be off by
+
+
 @dataclass(frozen=True, kw_only=True)
 class CountEstimate(BoundedEstimate):
     """How many eigenvalues lie in an interval."""
@@ -35,9 +38,11 @@ class CountEstimate(BoundedEstimate):
     """... and no more."""
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return the bounds, widened by the chance of the probes, but not beyond what is certain."""
+        """Return the whole numbers within the bounds, widened by the chance of the probes, but by nothing certain."""
         low, high = super().interval(confidence)
-        return low.clamp_min(self.at_least), high.clamp_max(self.at_most)
+        low, high = low.clamp_min(self.at_least), high.clamp_max(self.at_most)
+        first, last = (low - _ROUNDING * (1 + low.abs())).ceil(), (high + _ROUNDING * (1 + high.abs())).floor()
+        return (first, last) if first <= last else (low, high)
 
 
 def count_between(found: Spectrum, low: float = -math.inf, high: float = math.inf) -> CountEstimate:

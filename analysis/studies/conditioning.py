@@ -199,7 +199,7 @@ def _gain(name: str, gain: Bounded) -> str:
         return f"{name} makes it worse, {wording.between(Bounded.between(1 / gain.upper, 1 / gain.lower))} times"
     if gain.lower >= 0.9 and gain.upper <= 1.1:
         return f"{name} leaves it about as it is"
-    return f"{name}: not known, it divides the condition number by {wording.between(gain)}"
+    return f"{name} may or may not help: it divides the condition number by {wording.between(gain)}"
 
 
 def _finite(value: float) -> float:

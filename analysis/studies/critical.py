@@ -234,7 +234,7 @@ _TERMS = (
     ("Index", "Number of eigenvalues below minus the tolerance."),
     ("Nullity", "Number of eigenvalues within the tolerance of zero."),
     ("Noise", "What the length of the gradient would be on so many examples if the gradient of all data were zero."),
-    ("± (uncertainty)", "Of an eigenvalue its residual, of a count one standard error over probes and quadrature."),
+    ("± (uncertainty)", "Of an eigenvalue its residual. Counts stand between 95 % bounds on probes and quadrature."),
 )
 
 
