@@ -20,6 +20,7 @@ from curvature import (
     GradientCovarianceOperator,
     MCFisherOperator,
     Objective,
+    lean_functions,
 )
 from curvature.errors import DataError, InputError
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -438,11 +439,9 @@ def test_empirical_fisher_of_any_loss_that_is_a_sum_over_examples(
 
 
 def test_lean_layers_are_checked_although_the_loss_has_no_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    from curvature import lean
-
-    right = lean._ActivationBackward.backward
+    right = lean_functions.ActivationBackward.backward
     monkeypatch.setattr(
-        lean._ActivationBackward,
+        lean_functions.ActivationBackward,
         "backward",
         staticmethod(lambda ctx, u: tuple(1.01 * g if isinstance(g, Tensor) else g for g in right(ctx, u))),
     )
