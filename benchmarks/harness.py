@@ -73,7 +73,9 @@ class Row:
     git: str = "unknown"
 
 
-def measure(problem_name: str, operator: Operator, method_name: str, *, seconds: float, threads: int) -> Row:
+def measure(
+    problem_name: str, operator: Operator, method_name: str, *, seconds: float, threads: int = 1, device: str = "cpu"
+) -> Row:
     """Return the row of one method on one problem, with `failure` set if it cannot be had.
 
     Args:
@@ -83,21 +85,26 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
         seconds: how long to repeat, at most `MAX_ROUNDS` and at least `MIN_ROUNDS` times.
         threads: of torch. With one, the clock is the CPU time of the process, which other work on the machine does not
             reach; with more, it is the wall clock.
+        device: where to compute. On a GPU the clock is the wall clock once its queue is empty, and the peak is that of
+            torch's allocator.
     """
     torch.set_num_threads(threads)
-    clock, clock_name = (time.process_time, "process CPU time") if threads == 1 else (time.perf_counter, "wall clock")
-    method, problem = METHODS[method_name], make_problem(problem_name)
+    clock, clock_name = _clock(device, threads)
+    method, problem = METHODS[method_name], make_problem(problem_name, device=device)
     row = {"problem": problem_name, "num_params": problem.num_params, "operator": operator, "method": method_name}
     row |= {"label": method.label, "columns": method.columns, "threads": threads, "clock": clock_name, "git": git()}
+    row |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
     try:
         method.load()
     except ImportError as error:
         return Row(**row, failure=one_line(error))  # type: ignore[arg-type]
     X = _vectors(problem, method.columns)
 
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP):
         gradient(problem)
-    peak = peak_mebibytes()
+    peak = peak_mebibytes(device)
     start = clock()
     made = _make(method, problem, operator, X)
     first = clock() - start
@@ -106,7 +113,7 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
     product, result, attention = made
     for _ in range(WARM_UP if method.columns == 1 else 1):
         result = product(X)
-    extra = peak_mebibytes() - peak
+    extra = peak_mebibytes(device) - peak
     gradients, products = _time(lambda: gradient(problem), lambda: product(X), clock, seconds)
     look = getattr(product, "look", None)
     looks = None if look is None else _time(lambda: product(X), look, clock, min(seconds, 1.0))
@@ -122,15 +129,25 @@ def measure(problem_name: str, operator: Operator, method_name: str, *, seconds:
         look_share=None if looks is None else float((looks[1] / looks[0]).median()),
         first_seconds=first,
         extra_mebibytes=extra,
-        error=_error(problem_name, operator, X, result),
+        error=_error(problem_name, operator, X, result, device),
         rounds=len(gradients),
         attention=attention,
     )
 
 
+def _clock(device: str, threads: int) -> tuple[Callable[[], float], str]:
+    def when_done() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if device == "cuda":
+        return when_done, "wall clock"
+    return (time.process_time, "process CPU time") if threads == 1 else (time.perf_counter, "wall clock")
+
+
 def _vectors(problem: Problem, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    X = torch.randn(problem.num_params, columns, generator=generator)
+    X = torch.randn(problem.num_params, columns, generator=generator).to(problem.inputs.device)
     return X[:, 0].contiguous() if columns == 1 else X
 
 
@@ -190,16 +207,16 @@ def _time(
     return torch.tensor(gradients, dtype=torch.float64), torch.tensor(products, dtype=torch.float64)
 
 
-def _error(problem_name: str, operator: Operator, X: Tensor, result: Tensor) -> float:
-    product = _reference(problem_name, operator)
+def _error(problem_name: str, operator: Operator, X: Tensor, result: Tensor, device: str) -> float:
+    product = _reference(problem_name, operator, device)
     columns, found = (t.detach().double().reshape(len(X), -1)[:, :CHECKED_COLUMNS] for t in (X, result))
     expected = torch.stack([product(x) for x in columns.T], dim=1)
     return float((found - expected).norm() / expected.norm())
 
 
-def _reference(problem_name: str, operator: Operator) -> Product:
+def _reference(problem_name: str, operator: Operator, device: str) -> Product:
     with math_attention():
-        return by_hand(make_problem(problem_name, dtype=torch.float64), operator)
+        return by_hand(make_problem(problem_name, dtype=torch.float64, device=device), operator)
 
 
 def _quartiles(x: Tensor) -> tuple[float, float]:
@@ -207,8 +224,10 @@ def _quartiles(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def peak_mebibytes() -> float:
-    """Return the largest resident set of this process so far."""
+def peak_mebibytes(device: str = "cpu") -> float:
+    """Return the largest resident set of this process so far; on a GPU, the most that torch has had allocated."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 

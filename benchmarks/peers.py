@@ -158,7 +158,8 @@ def _load_pyhessian() -> Any:
 def _pyhessian(problem: Problem, operator: Operator) -> Product:
     assert operator == "hessian"
     library = _load_pyhessian()
-    A = library.hessian(problem.model, problem.loss, data=(problem.inputs, problem.targets), cuda=False)
+    data = (problem.inputs, problem.targets)
+    A = library.hessian(problem.model, problem.loss, data=data, cuda=problem.inputs.is_cuda)
     sizes = [p.numel() for p in A.params]
 
     def product(v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The networks that are measured: a multilayer perceptron, a convolutional network, a character-level GPT.
+"""The networks that are measured: a multilayer perceptron, a convolutional network, a GPT; small ones, and for GPUs.
 
 Each comes with one batch of synthetic data, seeded: what a product costs does not depend on what the numbers are.
 Models return (terms, classes), targets are (terms,), so that the cross-entropy of every library applies as it is.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PROBLEMS", "Problem", "make_gpt", "make_problem"]
+__all__ = ["GPU_PROBLEMS", "PROBLEMS", "Problem", "make_gpt", "make_problem"]
 
 
 @dataclass(frozen=True)
@@ -44,29 +44,28 @@ def make_problem(name: str, *, dtype: torch.dtype = torch.float32, device: str =
     """Return the named problem, the same on every call up to rounding to `dtype`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, inputs, targets = PROBLEMS[name]()
+        model, inputs, targets = {**PROBLEMS, **GPU_PROBLEMS}[name]()
     model.eval()
     inputs = inputs.to(device=device, dtype=dtype if inputs.is_floating_point() else None)
     return Problem(name, model.to(device=device, dtype=dtype), nn.CrossEntropyLoss(), inputs, targets.to(device))
 
 
-def _mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    model = nn.Sequential(nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10))
-    return model, torch.randn(256, 784), torch.randint(10, (256,))
+def _mlp(width: int = 256, batch: int = 256) -> tuple[nn.Module, Tensor, Tensor]:
+    hidden = [nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    return nn.Sequential(*hidden, nn.Linear(width, 10)), torch.randn(batch, 784), torch.randint(10, (batch,))
 
 
-def _cnn() -> tuple[nn.Module, Tensor, Tensor]:
+def _cnn(width: int = 16, batch: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    model = nn.Sequential(
-        *block(3, 16, 1), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
-    )
-    images = torch.randn(64, 3, 32, 32)
+    blocks = [*block(3, width, 1), *block(width, 2 * width, 2), *block(2 * width, 4 * width, 2)]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+    images = torch.randn(batch, 3, 32, 32)
     with torch.no_grad():
         model(images)  # in train mode: running statistics that are not 0 and 1
-    return model, images, torch.randint(10, (64,))
+    return model, images, torch.randint(10, (batch,))
 
 
 class _Attention(nn.Module):
@@ -119,10 +118,18 @@ def make_gpt(*, vocabulary: int, context: int, width: int, num_heads: int, num_l
     return _GPT(vocabulary=vocabulary, context=context, width=width, num_heads=num_heads, num_layers=num_layers)
 
 
-def _gpt() -> tuple[nn.Module, Tensor, Tensor]:
-    model = _GPT(vocabulary=65, context=64, width=96, num_heads=4, num_layers=4)
-    text = torch.randint(65, (16, 65))
+def _gpt(
+    vocabulary: int = 65, context: int = 64, width: int = 96, num_heads: int = 4, num_layers: int = 4, batch: int = 16
+) -> tuple[nn.Module, Tensor, Tensor]:
+    model = _GPT(vocabulary=vocabulary, context=context, width=width, num_heads=num_heads, num_layers=num_layers)
+    text = torch.randint(vocabulary, (batch, context + 1))
     return model, text[:, :-1].contiguous(), text[:, 1:].flatten()
 
 
 PROBLEMS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"mlp": _mlp, "cnn": _cnn, "gpt": _gpt}
+GPU_PROBLEMS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
+    "mlp-20m": lambda: _mlp(width=4096, batch=4096),
+    "cnn-1m": lambda: _cnn(width=128, batch=512),
+    "gpt-98m": lambda: _gpt(vocabulary=8192, context=256, width=768, num_heads=12, num_layers=12, batch=8),
+}
+"""Large enough that a GPU computes for most of the time."""

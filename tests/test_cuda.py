@@ -1,0 +1,579 @@
+"""What only a GPU can show: the numbers are those of the CPU, nothing is left behind, memory stays in its bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from analysis.cli import app
+from curvature import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GGNOperator,
+    GradientCovarianceOperator,
+    HessianOperator,
+    JacobianOperator,
+    MCFisherOperator,
+    NTKOperator,
+    Objective,
+    layer_spectra,
+    plan,
+    solve,
+    spectrum,
+    top_eigenpairs,
+)
+from curvature.errors import CurvatureError
+from curvature.exact import exact_diagonal, kronecker_factors
+from curvature.linalg import (
+    cg,
+    cubic_subproblem,
+    diagonal,
+    eigsh,
+    frobenius_norm,
+    gltr,
+    lobpcg,
+    lsmr,
+    matrix_function,
+    minres,
+    nystrom,
+    randomized_eigh,
+    spectral_density,
+    spectral_norm,
+    trace,
+    trust_region,
+)
+from curvature.per_example import gradient_moments, per_example_gradients
+from curvature.third_order import curvature_gradient
+from optimizers import (
+    ESGD,
+    SASSHA,
+    AdaHessian,
+    CubicNewton,
+    LevenbergMarquardt,
+    NaturalGradient,
+    NewtonCG,
+    SaddleFreeNewton,
+    SketchyNewton,
+    Sophia,
+    TrustRegionNewton,
+)
+from tests.cases import BY_NAME, CASES, Case
+from tests.checks import assert_close
+from tests.optimizers.problems import Problem, mlp, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+REPEATABLE = [case for case in CASES if "dropout" not in case.name]  # other devices draw other masks
+SAME_SUM = 1e-9  # float64, other kernels
+
+
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
+
+
+def there(case: Case, **settings: Any) -> Objective:
+    """Return the objective with its model on the GPU and its batches on the CPU, as loaders have them."""
+    return Objective(case.model().cuda(), case.loss.cuda(), case.ragged(), **settings)
+
+
+def here(case: Case, **settings: Any) -> Objective:
+    return Objective(case.model(), copy.deepcopy(case.loss).cpu(), case.ragged(), **settings)
+
+
+def outcome(f: Callable[[], Tensor]) -> Tensor | type[Exception]:
+    """Return the value, or the kind of the refusal."""
+    try:
+        return f()
+    except CurvatureError as error:
+        return type(error)
+
+
+def assert_same_outcome(on_gpu: Callable[[], Tensor], on_cpu: Callable[[], Tensor], rtol: float = SAME_SUM) -> None:
+    actual, expected = outcome(on_gpu), outcome(on_cpu)
+    if isinstance(actual, Tensor) and isinstance(expected, Tensor):
+        assert actual.is_cuda
+        assert_close(actual.cpu(), expected, rtol)
+    else:
+        assert actual == expected
+
+
+@contextlib.contextmanager
+def nothing_changes() -> Iterator[None]:
+    """Check that the GPU's random state and torch's settings for it are as before."""
+
+    def state() -> tuple[Any, ...]:
+        cuda = torch.backends.cuda
+        flags = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+        numbers = (cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.enabled)
+        return (torch.cuda.get_rng_state().tolist(), flags, numbers, torch.cuda.current_device())
+
+    before = state()
+    yield
+    assert state() == before
+
+
+# -- matrices of a model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("case", REPEATABLE, ids=str)
+def test_products_are_those_of_the_cpu(case: Case, operator: type[HessianOperator]) -> None:
+    n = sum(p.numel() for p in case.model().parameters() if p.requires_grad)
+    X = torch.randn(n, 3, dtype=torch.float64)
+    with nothing_changes():
+        assert_same_outcome(lambda: operator(there(case)) @ X.cuda(), lambda: operator(here(case)) @ X)
+        assert_same_outcome(lambda: operator(there(case)) @ X[:, 0].cuda(), lambda: operator(here(case)) @ X[:, 0])
+
+
+@pytest.mark.parametrize("operator", [FisherOperator, GradientCovarianceOperator, JacobianOperator, NTKOperator])
+@pytest.mark.parametrize("name", ["MLP ReLU", "MLP sigmoid, binary", "attention by hand", "BatchNorm eval"])
+def test_further_matrices_are_those_of_the_cpu(name: str, operator: type[HessianOperator]) -> None:
+    case = BY_NAME[name]
+    assert_same_outcome(lambda: operator(there(case)).to_dense(), lambda: operator(here(case)).to_dense())
+
+
+def test_a_sampled_fisher_has_the_fisher_as_its_mean() -> None:
+    case = BY_NAME["MLP ReLU"]
+    fisher = FisherOperator(here(case)).to_dense()
+    sampled = MCFisherOperator(there(case), num_samples=4000, generator=generator()).to_dense().cpu()
+    assert_close(sampled, fisher, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["MLP tanh", "BatchNorm train", "LSTM", "attention fused"])
+def test_a_product_equals_the_derivative_of_the_gradient(name: str) -> None:
+    there(BY_NAME[name]).check()
+
+
+@pytest.mark.parametrize("case", REPEATABLE, ids=str)
+def test_single_gradients_are_those_of_the_cpu(case: Case) -> None:
+    def second_moment(objective: Objective) -> Tensor:
+        return gradient_moments(objective).second_moment
+
+    def rows(objective: Objective) -> Tensor:
+        return torch.cat([rows for _, rows in per_example_gradients(objective)])
+
+    assert_same_outcome(lambda: second_moment(there(case)), lambda: second_moment(here(case)))
+    assert_same_outcome(lambda: rows(there(case)), lambda: rows(here(case)))
+
+
+@pytest.mark.parametrize("name", ["MLP tanh", "LayerNorm", "BatchNorm train", "attention fused"])
+def test_the_gradient_of_curvature_is_that_of_the_cpu(name: str) -> None:
+    case = BY_NAME[name]
+    v = torch.randn(sum(p.numel() for p in case.model().parameters()), dtype=torch.float64)
+    assert_same_outcome(
+        lambda: curvature_gradient(there(case), v.cuda()), lambda: curvature_gradient(here(case), v), rtol=1e-8
+    )
+
+
+@pytest.mark.parametrize("route", ["backpack", "func"])
+@pytest.mark.parametrize("name", ["MLP sigmoid, binary", "MLP ReLU", "GroupNorm"])
+def test_diagonals_and_kronecker_factors_are_those_of_the_cpu(name: str, route: Any) -> None:
+    case = BY_NAME[name]
+    for kind in ("ggn", "hessian"):
+        assert_same_outcome(
+            lambda kind=kind: exact_diagonal(there(case), kind, route=route).values,
+            lambda kind=kind: exact_diagonal(here(case), kind, route=route).values,
+        )
+
+    def factors(objective: Objective) -> Tensor:
+        found = kronecker_factors(objective, route=route)
+        return torch.cat([f.flatten() for layer in found.layers.values() for f in (layer.A, layer.B)])
+
+    assert_same_outcome(lambda: factors(there(case)), lambda: factors(here(case)))
+
+
+# -- what is kept follows the model -----------------------------------------------------------------------------------
+
+
+def _fused_step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def _through_data(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    del x, y
+    for p in model.parameters():
+        p.data.mul_(1.5)
+
+
+def _signs(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    del x, y
+    weight = next(model.parameters()).data
+    weight[0, :2] = -weight[0, :2]
+
+
+def _permutation(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    del x, y
+    weight = next(model.parameters()).data
+    weight.copy_(weight.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("change", [_fused_step, _through_data, _signs, _permutation])
+def test_changed_weights_are_seen(change: Callable[[nn.Module, Tensor, Tensor], None], dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to("cuda", dtype)
+    x, y = torch.randn(20, 6, device="cuda", dtype=dtype), torch.randint(3, (20,), device="cuda")
+    H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (x, y)))
+    v = torch.randn(H.shape[0], device="cuda", dtype=H.dtype)
+    stale = H @ v
+    change(model, x, y)
+    fresh = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (x, y))) @ v
+    assert not torch.equal(fresh, stale)
+    assert torch.equal(H @ v, fresh)
+
+
+def test_dropout_masks_are_those_of_the_gpu_and_the_same_each_time() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)).double().cuda().train()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(9, 6).double(), torch.randint(3, (9,))), seed=3)
+    with nothing_changes():
+        first = HessianOperator(objective).to_dense()
+        torch.cuda.manual_seed(77)
+    torch.cuda.manual_seed(78)
+    assert_close(HessianOperator(objective).to_dense(), first, 1e-12)
+    assert_close(first, first.T, 1e-12)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _wide(rows: int = 4096) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    model = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 10))
+    x, y = torch.randn(4 * rows, 64), torch.randint(10, (4 * rows,))
+    return model.cuda(), list(zip(x.cuda().split(rows), y.cuda().split(rows), strict=True))
+
+
+def _peak(f: Callable[[], Any]) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    return torch.cuda.max_memory_allocated() - start
+
+
+def test_kept_graphs_stay_within_the_budget_and_are_given_back() -> None:
+    model, batches = _wide()
+    n = sum(p.numel() for p in model.parameters())
+    v = torch.randn(n, device="cuda")
+    before = torch.cuda.memory_allocated()
+
+    def products(budget: int) -> Callable[[], None]:
+        def run() -> None:
+            H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batches, memory_budget=budget))
+            for _ in range(4):
+                H @ v
+
+        return run
+
+    one = _peak(products(1))
+    for budget in (100 << 20, 300 << 20):
+        assert _peak(products(budget)) <= budget + one
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+def test_the_plan_is_near_the_measured_peak() -> None:
+    model, batches = _wide(1024)
+    objective = Objective(model, nn.CrossEntropyLoss(), batches)
+    planned = plan(objective, ["top", "trace"], k=3)
+    peak = _peak(lambda: spectrum(HessianOperator(objective), planned.plan, generator=generator()))
+    weights = sum(4 * p.numel() for p in model.parameters())
+    assert planned.peak_bytes is not None
+    assert 0.5 * peak <= planned.peak_bytes <= 2 * peak + 2 * weights
+
+
+# -- numerics on plain matrices ---------------------------------------------------------------------------------------
+
+N = 60
+
+
+def _matrix() -> tuple[Tensor, Tensor]:
+    """Return a symmetric matrix on the GPU with known eigenvalues, ascending."""
+    Q = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64)).Q
+    values = torch.cat([-torch.logspace(-3, -1, 10), torch.logspace(-4, 1, N - 10)]).double().sort().values
+    return (Q @ values.diag() @ Q.T).cuda(), values.cuda()
+
+
+@pytest.mark.parametrize("solver", [eigsh, lobpcg])
+def test_eigenpairs(solver: Callable[..., Any]) -> None:
+    A, values = _matrix()
+    found = solver(A, 4, rtol=1e-6, generator=generator())
+    assert_close(found.eigenvalues, values.flip(0)[:4], 1e-5)
+    assert found.eigenvectors.is_cuda
+
+
+@pytest.mark.parametrize("basis_dtype", [torch.float32, torch.bfloat16])
+def test_eigenpairs_with_the_basis_on_the_cpu(basis_dtype: torch.dtype) -> None:
+    A, values = _matrix()
+    found = eigsh(A, 4, generator=generator(), basis_device="cpu", basis_dtype=basis_dtype, num_basis=30)
+    assert_close(found.eigenvalues, values.flip(0)[:4], 1e-3)
+    assert found.eigenvectors.is_cuda
+
+
+@pytest.mark.parametrize("method", ["auto", "hutchinson", "hutch++", "xtrace"])
+def test_traces(method: str) -> None:
+    A, values = _matrix()
+    found = trace(A, method=method, num_matvecs=40, generator=generator())
+    assert abs(float(found.value - values.sum())) <= 5 * float(found.stderr) + 1e-9
+
+
+def test_estimates() -> None:
+    A, values = _matrix()
+    found = diagonal(A, num_matvecs=200, generator=generator())
+    assert float(((found.values - A.diagonal()) / found.stderr.clamp_min(1e-12)).abs().mean()) < 2
+    density = spectral_density(A, num_probes=8, num_steps=N, generator=generator())
+    assert abs(float(density.grid.mean())) < 100
+    norm = frobenius_norm(A, num_matvecs=40, generator=generator())
+    assert abs(float(norm.value - A.norm())) <= 5 * float(norm.stderr) + 1e-6
+    bounds = spectral_norm(A, generator=generator())
+    assert float(bounds.lower) <= float(values.abs().max()) * (1 + 1e-9)
+    B = A @ A
+    for low_rank in (nystrom(B, 20, generator=generator()), randomized_eigh(B, 20, generator=generator())):
+        assert_close(low_rank.eigenvalues[:3], (values**2).sort(descending=True).values[:3], 1e-3)
+
+
+def test_linear_systems_and_functions() -> None:
+    A, _ = _matrix()
+    B, b = A @ A + torch.eye(N, device="cuda", dtype=torch.float64), torch.randn(N, 2, device="cuda").double()
+    x = torch.linalg.solve(B, b)
+    for solver in (cg, minres, lsmr):
+        assert_close(solver(B, b, rtol=1e-10).x, x, 1e-6)
+    w, Q = torch.linalg.eigh(B)
+    assert_close(matrix_function(B, b, torch.sqrt, rtol=1e-9).values, (Q * w.sqrt()) @ Q.T @ b, 1e-7)
+
+
+def test_subproblems_are_those_of_the_cpu() -> None:
+    A, _ = _matrix()
+    g = torch.randn(N, dtype=torch.float64)
+    for solver, setting in ((gltr, 0.5), (trust_region, 0.5), (cubic_subproblem, 2.0)):
+        on_gpu, on_cpu = solver(A, g.cuda(), setting, rtol=1e-9), solver(A.cpu(), g, setting, rtol=1e-9)
+        assert_close(on_gpu.step.cpu(), on_cpu.step, 1e-6)
+
+
+# -- answers about a model --------------------------------------------------------------------------------------------
+
+
+def test_spectra_of_a_model() -> None:
+    case = BY_NAME["MLP GELU"]
+    objective = there(case)
+    H = HessianOperator(objective)
+    w = torch.linalg.eigvalsh(HessianOperator(here(case)).to_dense())
+    top = top_eigenpairs(objective, 3, rtol=1e-6, generator=generator())
+    assert_close(top.eigenvalues.cpu(), w.flip(0)[:3], 1e-5)
+    planned = plan(objective, ["top", "bottom", "trace", "density"], k=3)
+    found = spectrum(H, planned.plan, generator=generator())
+    assert abs(float(found.trace().value) - float(w.sum())) <= 5 * float(found.trace().stderr) + 1e-8
+    for name, layer in layer_spectra(GGNOperator(objective), generator=generator()).items():
+        block = torch.linalg.eigvalsh(GGNOperator(here(case)).restrict(f"{name}.*").to_dense())
+        assert abs(float(layer.top.eigenvalues[0]) - float(block[-1])) <= 1e-2 * float(block[-1])
+
+
+def test_solving_with_a_model() -> None:
+    case = BY_NAME["MLP GELU"]
+    G = GGNOperator(here(case)).to_dense()
+    b = torch.randn(len(G), dtype=torch.float64)
+    found = solve(there(case), b.cuda(), damping=0.1, rtol=1e-10)
+    assert_close(found.x.cpu(), torch.linalg.solve(G + 0.1 * torch.eye(len(G), dtype=torch.float64), b), 1e-7)
+
+
+def test_half_precision_and_autocast() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)).cuda()
+    batch = (torch.randn(128, 32, device="cuda"), torch.randint(10, (128,), device="cuda"))
+    v = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
+    exact = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(batch[0]).float(), batch[1]
+
+    mixed = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch, forward=forward)) @ v
+    assert (mixed - exact).norm() <= 0.05 * exact.norm()
+    half = HessianOperator(Objective(model.bfloat16(), nn.CrossEntropyLoss(), (batch[0].bfloat16(), batch[1])))
+    assert ((half @ v) - exact).norm() <= 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_attention_of_the_gpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.head = nn.Linear(64, 192), nn.Linear(64, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (z.unflatten(-1, (2, 32)).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+            return self.head(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2).mean(1))
+
+    model = Attention().cuda()
+    x, y = torch.randn(8, 16, 64, device="cuda"), torch.randint(5, (8,), device="cuda")
+    v = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
+    exact = HessianOperator(Objective(copy.deepcopy(model).double(), nn.CrossEntropyLoss(), (x.double(), y)))
+    expected = (exact @ v.double()).float()
+    with nothing_changes():
+        H = HessianOperator(Objective(model.to(dtype), nn.CrossEntropyLoss(), (x.to(dtype), y)))
+        found = H @ v
+    assert (found - expected).norm() <= (1e-4 if dtype == torch.float32 else 0.1) * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_are_compiled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)).cuda()
+    batch = (torch.randn(128, 32, device="cuda"), torch.randint(10, (128,), device="cuda"))
+    v = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
+    expected = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v
+    found = outcome(lambda: HessianOperator(Objective(torch.compile(model), nn.CrossEntropyLoss(), batch)) @ v)
+    assert isinstance(found, Tensor)
+    assert_close(found, expected, 1e-4)
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+LOSS = {"loss": F.cross_entropy}  # whoever has it gets a closure that returns (outputs, targets)
+DETERMINISTIC: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (NewtonCG, {}),
+    (NewtonCG, {"curvature": "ggn", **LOSS}),
+    (TrustRegionNewton, {}),
+    (TrustRegionNewton, {"subproblem": "gltr"}),
+    (CubicNewton, {}),
+    (NaturalGradient, {"lr": 0.3, **LOSS}),
+]
+SAMPLING: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (AdaHessian, {"lr": 0.05}),
+    (ESGD, {"lr": 0.03}),
+    (SASSHA, {"lr": 0.05}),
+    (Sophia, {"lr": 0.03, **LOSS}),
+    (SaddleFreeNewton, {}),
+    (SketchyNewton, {}),
+]
+
+
+def _on_gpu(problem: Problem) -> Problem:
+    problem.model.cuda()
+    problem.x, problem.y = problem.x.cuda(), problem.y.cuda()
+    return problem
+
+
+def _losses(
+    kind: Callable[..., torch.optim.Optimizer], settings: dict[str, Any], problem: Problem, n: int
+) -> list[float]:
+    optimizer = kind(problem.params, **settings)
+    return train(optimizer, problem.pair if "loss" in settings else problem.closure, n)
+
+
+@pytest.mark.parametrize(("kind", "settings"), DETERMINISTIC)
+def test_steps_are_those_of_the_cpu(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> None:
+    on_cpu, on_gpu = _losses(kind, settings, mlp(), 6), _losses(kind, settings, _on_gpu(mlp()), 6)
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "settings"), SAMPLING)
+def test_sampling_optimizers_descend(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> None:
+    problem = _on_gpu(mlp())
+    with nothing_changes():
+        losses = _losses(kind, settings, problem, 40)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_least_squares() -> None:
+    x = torch.linspace(0, 1, 30, dtype=torch.float64, device="cuda")
+    theta = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64, device="cuda"))
+    target = 2.5 * torch.exp(-1.5 * x)
+    optimizer = LevenbergMarquardt([theta])
+    for _ in range(20):
+        optimizer.step(lambda: theta[0] * torch.exp(-theta[1] * x) - target)
+    assert theta.detach().cpu().tolist() == pytest.approx([2.5, 1.5], rel=1e-6)
+
+
+def test_state_moves_between_devices() -> None:
+    source, target = _on_gpu(mlp()), mlp()
+    first = AdaHessian(source.params, lr=0.05)
+    for _ in range(3):
+        first.step(source.closure)
+    target.model.load_state_dict({k: v.cpu() for k, v in source.model.state_dict().items()})
+    second = AdaHessian(target.params, lr=0.05)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert all(not t.is_cuda or t.ndim == 0 for s in second.state.values() for t in s.values() if isinstance(t, Tensor))
+    assert float(second.step(target.closure)) < float("inf")
+
+
+def test_gradient_scalers() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).cuda()
+    x, y = torch.randn(64, 8, device="cuda"), torch.randint(3, (64,), device="cuda")
+    optimizer, scaler = AdaHessian(model.parameters(), lr=0.05), torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        if optimizer.curvature_due:
+            optimizer.accumulate(lambda: F.cross_entropy(model(x), y), part="curvature")
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_steps_without_curvature_go_into_a_graph_of_the_gpu() -> None:
+    problem, twin = _on_gpu(mlp()), _on_gpu(mlp())
+    ours, theirs = (AdaHessian(p.params, lr=0.05, update_every=1000, capturable=True) for p in (problem, twin))
+    for p, o in ((problem, ours), (twin, theirs)):
+        o.step(p.closure)
+        o.zero_grad(set_to_none=False)
+
+    def step() -> None:
+        problem.closure().backward()
+        ours.step()
+        ours.zero_grad(set_to_none=False)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(4):
+        graph.replay()
+    for _ in range(3 + 4):
+        twin.closure().backward()
+        theirs.step()
+        theirs.zero_grad(set_to_none=False)
+    torch.testing.assert_close(problem.flat(), twin.flat(), rtol=1e-9, atol=1e-11)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    ["inspect", "digits-mlp", "--k", "3"],
+    ["sharpness", "digits-mlp"],
+    ["conditioning", "digits-mlp"],
+    ["critical", "digits-mlp"],
+    ["noise", "digits-mlp", "--batch-size", "32", "--lr", "0.1"],
+    ["implicit", "digits-mlp", "--batch-size", "32", "--lr", "0.1"],
+    ["landscape", "digits-mlp", "--directions", "random"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
+def test_commands(command: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*command, "--device", "cuda", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "report.html").exists()
