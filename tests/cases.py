@@ -117,7 +117,7 @@ class CausalAttention(nn.Module):
         if self.fused:
             mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
         else:
-            future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+            future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
             scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, float("-inf"))
             mixed = scores.softmax(-1) @ v
         return self.head(mixed).movedim(-1, 1)

@@ -71,7 +71,10 @@ from tests.cases import BY_NAME, CASES, Case
 from tests.checks import assert_close
 from tests.optimizers.problems import Problem, mlp, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # torch's, at the first product of a thread
+]
 
 REPEATABLE = [case for case in CASES if "dropout" not in case.name]  # other devices draw other masks
 SAME_SUM = 1e-9  # float64, other kernels
@@ -90,21 +93,25 @@ def here(case: Case, **settings: Any) -> Objective:
     return Objective(case.model(), copy.deepcopy(case.loss).cpu(), case.ragged(), **settings)
 
 
-def outcome(f: Callable[[], Tensor]) -> Tensor | type[Exception]:
-    """Return the value, or the kind of the refusal."""
+def outcome(f: Callable[[Objective], Tensor], objective: Objective) -> Tensor | CurvatureError:
+    """Return the value, or the refusal."""
     try:
-        return f()
+        return f(objective)
     except CurvatureError as error:
-        return type(error)
+        return error
 
 
-def assert_same_outcome(on_gpu: Callable[[], Tensor], on_cpu: Callable[[], Tensor], rtol: float = SAME_SUM) -> None:
-    actual, expected = outcome(on_gpu), outcome(on_cpu)
+def assert_same_outcome(case: Case, f: Callable[[Objective], Tensor], rtol: float = SAME_SUM) -> None:
+    """Compare values, or the kinds of refusals, of the objective on the GPU and on the CPU."""
+    on_gpu, on_cpu = there(case), here(case)
+    with nothing_changes():
+        actual = outcome(f, on_gpu)
+    expected = outcome(f, on_cpu)
     if isinstance(actual, Tensor) and isinstance(expected, Tensor):
         assert actual.is_cuda
         assert_close(actual.cpu(), expected, rtol)
     else:
-        assert actual == expected
+        assert type(actual) is type(expected), f"{actual} there, {expected} here"
 
 
 @contextlib.contextmanager
@@ -130,16 +137,14 @@ def nothing_changes() -> Iterator[None]:
 def test_products_are_those_of_the_cpu(case: Case, operator: type[HessianOperator]) -> None:
     n = sum(p.numel() for p in case.model().parameters() if p.requires_grad)
     X = torch.randn(n, 3, dtype=torch.float64)
-    with nothing_changes():
-        assert_same_outcome(lambda: operator(there(case)) @ X.cuda(), lambda: operator(here(case)) @ X)
-        assert_same_outcome(lambda: operator(there(case)) @ X[:, 0].cuda(), lambda: operator(here(case)) @ X[:, 0])
+    for V in (X, X[:, 0]):
+        assert_same_outcome(case, lambda o, V=V: operator(o) @ V.to(o.device))
 
 
 @pytest.mark.parametrize("operator", [FisherOperator, GradientCovarianceOperator, JacobianOperator, NTKOperator])
 @pytest.mark.parametrize("name", ["MLP ReLU", "MLP sigmoid, binary", "attention by hand", "BatchNorm eval"])
 def test_further_matrices_are_those_of_the_cpu(name: str, operator: type[HessianOperator]) -> None:
-    case = BY_NAME[name]
-    assert_same_outcome(lambda: operator(there(case)).to_dense(), lambda: operator(here(case)).to_dense())
+    assert_same_outcome(BY_NAME[name], lambda o: operator(o).to_dense())
 
 
 def test_a_sampled_fisher_has_the_fisher_as_its_mean() -> None:
@@ -162,17 +167,15 @@ def test_single_gradients_are_those_of_the_cpu(case: Case) -> None:
     def rows(objective: Objective) -> Tensor:
         return torch.cat([rows for _, rows in per_example_gradients(objective)])
 
-    assert_same_outcome(lambda: second_moment(there(case)), lambda: second_moment(here(case)))
-    assert_same_outcome(lambda: rows(there(case)), lambda: rows(here(case)))
+    assert_same_outcome(case, second_moment)
+    assert_same_outcome(case, rows)
 
 
 @pytest.mark.parametrize("name", ["MLP tanh", "LayerNorm", "BatchNorm train", "attention fused"])
 def test_the_gradient_of_curvature_is_that_of_the_cpu(name: str) -> None:
     case = BY_NAME[name]
     v = torch.randn(sum(p.numel() for p in case.model().parameters()), dtype=torch.float64)
-    assert_same_outcome(
-        lambda: curvature_gradient(there(case), v.cuda()), lambda: curvature_gradient(here(case), v), rtol=1e-8
-    )
+    assert_same_outcome(case, lambda o: curvature_gradient(o, v.to(o.device)), rtol=1e-8)
 
 
 @pytest.mark.parametrize("route", ["backpack", "func"])
@@ -180,16 +183,13 @@ def test_the_gradient_of_curvature_is_that_of_the_cpu(name: str) -> None:
 def test_diagonals_and_kronecker_factors_are_those_of_the_cpu(name: str, route: Any) -> None:
     case = BY_NAME[name]
     for kind in ("ggn", "hessian"):
-        assert_same_outcome(
-            lambda kind=kind: exact_diagonal(there(case), kind, route=route).values,
-            lambda kind=kind: exact_diagonal(here(case), kind, route=route).values,
-        )
+        assert_same_outcome(case, lambda o, kind=kind: exact_diagonal(o, kind, route=route).values)
 
     def factors(objective: Objective) -> Tensor:
         found = kronecker_factors(objective, route=route)
         return torch.cat([f.flatten() for layer in found.layers.values() for f in (layer.A, layer.B)])
 
-    assert_same_outcome(lambda: factors(there(case)), lambda: factors(here(case)))
+    assert_same_outcome(case, factors)
 
 
 # -- what is kept follows the model -----------------------------------------------------------------------------------
@@ -239,7 +239,6 @@ def test_dropout_masks_are_those_of_the_gpu_and_the_same_each_time() -> None:
     objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(9, 6).double(), torch.randint(3, (9,))), seed=3)
     with nothing_changes():
         first = HessianOperator(objective).to_dense()
-        torch.cuda.manual_seed(77)
     torch.cuda.manual_seed(78)
     assert_close(HessianOperator(objective).to_dense(), first, 1e-12)
     assert_close(first, first.T, 1e-12)
@@ -306,11 +305,12 @@ def _matrix() -> tuple[Tensor, Tensor]:
     return (Q @ values.diag() @ Q.T).cuda(), values.cuda()
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("solver", [eigsh, lobpcg])
-def test_eigenpairs(solver: Callable[..., Any]) -> None:
+def test_eigenpairs(solver: Callable[..., Any], k: int) -> None:
     A, values = _matrix()
-    found = solver(A, 4, rtol=1e-6, generator=generator())
-    assert_close(found.eigenvalues, values.flip(0)[:4], 1e-5)
+    found = solver(A, k, rtol=1e-6, generator=generator())
+    assert_close(found.eigenvalues, values.flip(0)[:k], 1e-5)
     assert found.eigenvectors.is_cuda
 
 
@@ -436,8 +436,7 @@ def test_models_that_are_compiled() -> None:
     batch = (torch.randn(128, 32, device="cuda"), torch.randint(10, (128,), device="cuda"))
     v = torch.randn(sum(p.numel() for p in model.parameters()), device="cuda")
     expected = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v
-    found = outcome(lambda: HessianOperator(Objective(torch.compile(model), nn.CrossEntropyLoss(), batch)) @ v)
-    assert isinstance(found, Tensor)
+    found = HessianOperator(Objective(torch.compile(model), nn.CrossEntropyLoss(), batch)) @ v
     assert_close(found, expected, 1e-4)
 
 
@@ -478,7 +477,7 @@ def _losses(
 @pytest.mark.parametrize(("kind", "settings"), DETERMINISTIC)
 def test_steps_are_those_of_the_cpu(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> None:
     on_cpu, on_gpu = _losses(kind, settings, mlp(), 6), _losses(kind, settings, _on_gpu(mlp()), 6)
-    assert on_gpu == pytest.approx(on_cpu, rel=1e-6)
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-4 if kind is NaturalGradient else 1e-6)  # its inner solve: 1e-5
 
 
 @pytest.mark.parametrize(("kind", "settings"), SAMPLING)

@@ -19,7 +19,7 @@ def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
     del X
     for floor in (eps, eps):
         if basis.shape[1] > 0:
-            N.addmm_(N @ basis, basis.T, alpha=-1)
+            N -= (N @ basis) @ basis.T  # `addmm_` into a transposed matrix fails in cuBLAS for some shapes
         N, _ = gram_schmidt(N, N.new_tensor(floor))
     used = torch.linalg.vector_norm(N, dim=1) > 0
     return N.T if bool(used.all()) else N[used].T
