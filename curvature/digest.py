@@ -12,7 +12,7 @@ that fail differently, so that what escapes one is seen by the other:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,17 +21,16 @@ from torch import Tensor
 
 from curvature.backward import no_autocast
 
-__all__ = ["Digest", "digest", "version"]
+__all__ = ["WORDS", "digest", "groups", "is_view", "numbers", "striped", "version"]
 
 _LENGTH = 2**13  # weights; they stay in cache
 _PIECE = 2**22  # entries that are widened at a time
 _SMALL = 2**12  # entries; tensors up to this size are joined, which saves calls
 _STRIPES = 64
 _PLAIN = (Tensor, torch.nn.Parameter)
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
 def digest(tensors: Iterable[Tensor], *, most: int | None = None) -> tuple[int, ...]:
     """Return numbers that are equal for equal contents and differ where contents, their dtype or order differ.
 
@@ -39,29 +38,11 @@ def digest(tensors: Iterable[Tensor], *, most: int | None = None) -> tuple[int, 
         tensors: of any dtype, layout and device.
         most: how many entries of a tensor are looked at, in evenly spread stripes. Default: all.
     """
-    return _numbers(_groups(tensors, most))
-
-
-class Digest:
-    """`digest` of what is mostly the same tensors: how they are read is worked out once for each place in memory."""
-
-    def __init__(self) -> None:
-        self._places: list[Hashable] = []
-        self._known: list[_Group] = []
-
-    @torch.no_grad()
-    def __call__(self, tensors: Sequence[Tensor], most: int | None = None) -> tuple[int, ...]:
-        """Return the numbers."""
-        if not all(type(t) in _PLAIN and _is_plain(t) and t.is_contiguous() for t in tensors):
-            return _numbers(_groups(tensors, most))
-        places: list[Hashable] = [(t.data_ptr(), t.shape, t.dtype, t.device, most) for t in tensors]
-        if places != self._places:  # the views made below keep alive what lies at these places
-            self._places, self._known = places, _groups(tensors, most)
-        return _numbers(self._known)
+    return numbers(groups(tensors, most))
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Flat tensors of one device and dtype: small ones, to be joined, and how larger ones are read."""
 
     device: torch.device
@@ -108,35 +89,40 @@ class _Run:
             yield torch.dot(rest.to(of_rest.dtype), of_rest)
 
 
-def _groups(tensors: Iterable[Tensor], most: int | None) -> list[_Group]:
-    """Return the tensors by device and dtype; with `most`, stripes of them, all to be widened to one dtype."""
-    groups: dict[tuple[torch.device, torch.dtype | None], _Group] = {}
+def groups(tensors: Iterable[Tensor], most: int | None) -> list[Group]:
+    """Return how tensors are read, by device and dtype; with `most`, stripes of them, all to be widened to one dtype.
+
+    What is returned serves as long as the tensors lie where they do, if `is_view` says so of each.
+    """
+    found: dict[tuple[torch.device, torch.dtype | None], Group] = {}
     for tensor in tensors:
-        for part in (tensor.detach(),) if type(tensor) in _PLAIN and _is_plain(tensor) else _dense(tensor.detach()):
+        for part in (tensor.detach(),) if is_view(tensor) else _dense(tensor.detach()):
             if part.numel() and part.device.type != "meta":
                 flat = part.flatten()
-                group = groups.setdefault(
-                    (flat.device, flat.dtype if most is None else None), _Group(flat.device, [], [])
+                group = found.setdefault(
+                    (flat.device, flat.dtype if most is None else None), Group(flat.device, [], [])
                 )
                 if most is not None:
-                    group.small.append(_striped(flat, most) if flat.numel() > most else flat)
+                    group.small.append(striped(flat, most) if flat.numel() > most else flat)
                 elif flat.numel() <= _SMALL:
                     group.small.append(flat)
                 else:
                     group.large.append(_Run.of(flat))
-    return list(groups.values())
+    return list(found.values())
 
 
-def _numbers(groups: Iterable[_Group]) -> tuple[int, ...]:
+@torch.no_grad()
+def numbers(read: Iterable[Group]) -> tuple[int, ...]:
+    """Return the digest of what is read."""
     found: list[int] = []
-    for group in groups:
+    for group in read:
         with no_autocast(group.device):
             runs = group.large
             if group.small:
                 runs = [_Run.of(_joined(group.small)), *runs]
             found += torch.stack([total for run in runs for total in run.sums()]).tolist()
             products = torch.stack([product for run in runs for product in run.inner_products()])
-            found += products.view(_WORDS[products.element_size()]).tolist()  # bits, so that NaN equals itself
+            found += products.view(WORDS[products.element_size()]).tolist()  # bits, so that NaN equals itself
     return tuple(found)
 
 
@@ -152,11 +138,13 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_view(tensor: Tensor) -> bool:
+    """Say whether the entries are what lies in memory, in that order: a flat view of them holds all there is."""
     return (
-        tensor.layout == torch.strided
-        and tensor.dtype in (torch.float32, torch.float64)
-        and not (tensor.is_neg() or tensor.is_nested)
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_complex() or tensor.is_quantized or tensor.is_neg())
+        and tensor.is_contiguous()
     )
 
 
@@ -181,7 +169,7 @@ def _dense(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.resolve_neg()
 
 
-def _striped(flat: Tensor, most: int) -> Tensor:
+def striped(flat: Tensor, most: int) -> Tensor:
     """Return a view of evenly spread stripes, (_STRIPES, length)."""
     length = max(1, most // _STRIPES)
     gap = (flat.numel() - length) // (_STRIPES - 1)
@@ -191,7 +179,7 @@ def _striped(flat: Tensor, most: int) -> Tensor:
 def _words(flat: Tensor) -> Iterator[Tensor]:
     """Yield views of all words as integers; wide words are summed fastest."""
     size = flat.element_size()
-    words = flat.view(_WORDS[size]) if size in _WORDS else torch.view_as_real(flat).view(torch.int64)
+    words = flat.view(WORDS[size]) if size in WORDS else torch.view_as_real(flat).view(torch.int64)
     if size < 8:
         cut = flat.numel() * size // 8 * (8 // size) if flat.storage_offset() * size % 8 == 0 else 0
         if cut:

@@ -9,9 +9,9 @@ now and then a batch is evaluated once more, and always before an answer made of
 from __future__ import annotations
 
 import math
+import operator
 import time
 import weakref
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from curvature.contents import Contents
 from curvature.dependence import Dependence
-from curvature.digest import Digest, digest, version
+from curvature.digest import version
 from curvature.errors import CheckFailedError
 from curvature.evaluation import tensors_in
 from curvature.lean import LeanLayers
@@ -47,10 +48,18 @@ class Look:
     state: PythonState
     loader: PythonState
     """What makes the batches, where these are not in memory."""
-    contents: tuple[int, ...]
-    data: tuple[Hashable, ...]
-    held: tuple[Any, ...]
-    """Keeps alive what is known by its id."""
+    contents: Contents
+    others: list[tuple[int, int]]
+    """Ids and versions of parameters that no module holds; `contents` keeps them alive."""
+    data: Contents
+    sources: list[Any]
+    """Batches in memory and their tensors, or what makes batches; known by their ids, and kept alive for it."""
+
+    def stands(self, sources: list[Any]) -> bool:
+        """Say whether another look would see the same; False where only that look can tell."""
+        same = len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources))
+        parts = (self.state.stands, self.loader.stands, self.contents.stand, self.data.stand)
+        return same and all(stands() for stands in parts)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ class Freshness:
     """
 
     def __init__(self, objective: Objective) -> None:
-        self._contents, self._data_contents = Digest(), Digest()
+        self._latest: Look | None = None
+        self._volatile: set[Key] = set()
         self._ref = weakref.ref(objective)  # no cycle, so that graphs are freed with the objective
         self._forget()
 
@@ -84,7 +94,7 @@ class Freshness:
 
     def _forget(self) -> None:
         self._point: Look | None = None
-        self._volatile: set[Key] = set()
+        self._volatile.clear()
         self._losses: dict[int, tuple[int, Tensor]] = {}
         self._witness: _Witness | None = None
         self._checked, self._cost = time.perf_counter(), 0.0
@@ -182,39 +192,48 @@ class Freshness:
     def look(self) -> Look:
         """Take in what there is to be seen. Cost: little more than one read of the parameters."""
         objective = self._objective
-        evaluator, data = objective._evaluator, objective._data
+        data = objective._data
+        batches: list[Any] = []
+        leaves: list[Tensor] = []
+        made_by: dict[str, Any] = {}
+        if data.in_memory:
+            batches = list(data._data)
+            leaves = [t for batch in batches for t in tensors_in(batch)]
+        elif isinstance(data._data, DataLoader):
+            made_by = {"dataset": data._data.dataset, "collate_fn": data._data.collate_fn}
+        else:
+            made_by = {"loader": data._data}
+        sources = [*batches, *leaves, *made_by.values()]
+        if self._latest is not None and self._latest.stands(sources):
+            return self._latest
+        evaluator = objective._evaluator
         loss = None if objective._rule is None else objective._rule.loss
         called = {"loss": loss, "forward": evaluator.forward, "weight": evaluator.weight}
-        made_by: dict[str, Any] = {}
-        if isinstance(data._data, DataLoader):
-            made_by = {"dataset": data._data.dataset, "collate_fn": data._data.collate_fn}
-        elif not data.in_memory:
-            made_by = {"loader": data._data}
         state = PythonState(objective.model, called, self._volatile)
         loader = PythonState(None, made_by, self._volatile)
         met = {id(t) for t in state.parameters}
         others = [t for t in objective.space.tensors.values() if id(t) not in met]
-        contents = self._contents([*state.parameters, *others, *state.buffers])
-        facts: tuple[Hashable, ...] = tuple((id(t), version(t), t.shape) for t in others)
-        held: tuple[Any, ...] = tuple(others)
+        contents = Contents([*state.parameters, *others, *state.buffers])
         if data.in_memory:
-            batches = [(batch, tensors_in(batch)) for batch in data._data]
-            tensors = [t for _, leaves in batches for t in leaves]
-            most = max(64, _DATA_ENTRIES // max(1, len(tensors)))
-            facts += tuple((id(b), *((id(t), version(t), t.shape) for t in leaves)) for b, leaves in batches)
-            facts += self._data_contents(tensors, most)
-            held += (*(batch for batch, _ in batches), *tensors)
-        facts += digest([*loader.parameters, *loader.buffers])
-        return Look(state, loader, contents, facts, held)
+            of_data = Contents(leaves, max(64, _DATA_ENTRIES // max(1, len(leaves))))
+        else:
+            of_data = Contents([*loader.parameters, *loader.buffers])
+        self._latest = Look(state, loader, contents, [(id(t), version(t)) for t in others], of_data, sources)
+        return self._latest
 
     def _changes(self, before: Look, after: Look) -> list[str]:
         """Say what differs, in words."""
+        if before is after:
+            return []
         names = sorted({repr(str(name)) for _, name in after.state.changes(before.state) - self._volatile})
         found = [*names[:3], "..."] if len(names) > 3 else names
-        if before.contents != after.contents:
+        if before.contents.found != after.contents.found or before.others != after.others:
             found = ["values of parameters or buffers", *found]
-        moved = before.data != after.data or after.loader.changes(before.loader) - self._volatile
-        return [*found, "the data"] if moved else found
+        same = before.data.found == after.data.found and before.data.places == after.data.places
+        same = same and [*map(id, before.sources)] == [*map(id, after.sources)]
+        if not same or after.loader.changes(before.loader) - self._volatile:
+            found.append("the data")
+        return found
 
     # -- evaluating once more -----------------------------------------------------------------------------------------
 

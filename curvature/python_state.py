@@ -4,6 +4,8 @@
 attributes of modules and of other objects, containers, arguments of `functools.partial`, cells of closures, and globals
 that functions name. What it does not follow is known by identity: modules of Python, classes and functions of torch and
 of the standard library, and what lies deeper than a few steps.
+
+Where every thing read is still the very same object, nothing has changed: `stands` says so without another walk.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import math
+import operator
 import types
 from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvature.contents import Contents
 from curvature.digest import digest, version
 
 __all__ = ["PythonState"]
@@ -31,6 +37,7 @@ _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffer
 _DEPTH = 6
 _MOST = 256  # entries of a container, and twice those of an object; larger ones are known by identity and length
 _ENTRIES = 2**20  # of a tensor that is neither parameter nor buffer; of larger ones stripes are looked at
+_COPIED = 2**16  # bytes of such a tensor that are kept; of more a digest is
 _FOREIGN = ("torch.", "numpy.", "builtins", "functools", "typing", "collections")  # their functions are not followed
 _OPAQUE = frozenset({"_thread", "asyncio", "concurrent", "io", "_io", "logging", "multiprocessing", "random", "socket"})
 _OPAQUE |= {"threading", "weakref", "curvature", "optimizers", "analysis"}  # whose objects change in the course of work
@@ -58,10 +65,42 @@ class PythonState:
         self._seen: set[int] = set()
         self._modules: set[int] = set()
         self._registered: set[int] = set()
+        self._watched = True  # until something turns up whose changes would leave all objects the same
+        self._sources: list[Iterable[Any]] = []
+        self._attributes: list[tuple[Any, str]] = []
+        self._globals: list[tuple[dict[str, Any], str]] = []
+        self._contents: list[Contents] = []
         if model is not None:
             self._walk(model, copied=True)
         for name, other in others.items():
             self._note(0, name, other, 0)
+        self._objects = self._read() if self._watched else []
+
+    def stands(self) -> bool:
+        """Say whether all that was read is still the same; False where that would take another look."""
+        if not self._watched:
+            return False
+        try:
+            now = self._read()
+        except Exception:  # of an object that makes its attributes when asked
+            return False
+        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        return same and all(contents.stand() for contents in self._contents)
+
+    def _read(self) -> list[Any]:
+        """Return every object that the walk met, but for what is in parameters, buffers and other tensors."""
+        attributes = [getattr(owner, name, None) for owner, name in self._attributes]
+        return [*chain.from_iterable(self._sources), *attributes, *(space.get(name) for space, name in self._globals)]
+
+    def _watch(self, container: Any, most: float = math.inf) -> None:
+        if len(container) > most:
+            self._watched = False
+        elif isinstance(container, (dict, types.MappingProxyType)):
+            self._sources += [container, container.values()]
+        elif isinstance(container, (list, set)) or type(container).__name__ == "deque":
+            self._sources.append(container)
+        elif not isinstance(container, (tuple, frozenset)):
+            self._watched = False
 
     def changes(self, other: PythonState) -> set[Key]:
         """Return the entries that differ from those of another look, volatile ones left out."""
@@ -87,6 +126,9 @@ class PythonState:
             self._modules.add(owner)
             self._held.append(module)
             modules.append(module)
+            self._watch_object(module)
+            for container in (module._modules, module._parameters, module._buffers):
+                self._watch(container)
             children = [child for child in module._modules.values() if child is not None]
             stack.extend(reversed(children))
             self.entries[owner, "modules"] = tuple((name, id(child)) for name, child in module._modules.items())
@@ -107,7 +149,9 @@ class PythonState:
             for name, value in module.__dict__.items():
                 if type(value) in _PLAIN:
                     self.entries[owner, name] = value
-                elif name not in _OWN and not (isinstance(value, dict) and not value):
+                elif isinstance(value, dict) and not value:
+                    self._sources.append(value)  # hooks, mostly
+                elif name not in _OWN:
                     self._note(owner, name, value, 1)
             self._note_class(type(module))
 
@@ -123,6 +167,7 @@ class PythonState:
             if base in (object, nn.Module) or f"{base.__module__}.".startswith(_FOREIGN) or id(base) in self._seen:
                 continue
             self._seen.add(id(base))
+            self._watch(vars(base))
             for name, value in vars(base).items():
                 if name in ("forward", "__call__") or (not name.startswith("__") and _is_data(value)):
                     self._note(id(base), name, value, 2)
@@ -132,6 +177,7 @@ class PythonState:
     def _note(self, owner: int, name: Hashable, value: Any, depth: int) -> None:
         key = (owner, name)
         if key in self._volatile:
+            self._watched = False
             return
         kind = type(value)
         if kind in _PLAIN or (kind is tuple and all(type(part) in _PLAIN for part in value)):
@@ -139,6 +185,7 @@ class PythonState:
         elif isinstance(value, Tensor):
             self.entries[key] = id(value) if id(value) in self._registered else self._content(value)
         elif isinstance(value, (np.ndarray, np.generic)):
+            self._watched = self._watched and isinstance(value, np.generic)
             self.entries[key] = self._array(value)
         else:
             self.entries[key] = (kind, id(value))
@@ -149,7 +196,9 @@ class PythonState:
                     self._follow(value, depth + 1)
 
     def _content(self, t: Tensor) -> Hashable:
-        return version(t), t.shape, t.dtype, digest([t], most=_ENTRIES)
+        self._watched = self._watched and t.grad_fn is None  # a result of forward: its graph is not to be held
+        self._contents.append(Contents([t], _ENTRIES, room=_COPIED))
+        return version(t), t.shape, t.dtype, *self._contents[-1].found
 
     def _array(self, value: np.ndarray | np.generic) -> Hashable:
         array = np.ascontiguousarray(value)
@@ -164,12 +213,15 @@ class PythonState:
         if isinstance(value, nn.Module):
             self._walk(value)
         elif isinstance(value, Mapping):
+            self._watch(value, _MOST)
             self._container(owner, value.items() if len(value) <= _MOST else (), len(value), depth)
         elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+            self._watch(value, _MOST)
             self._container(owner, enumerate(value) if len(value) <= _MOST else (), len(value), depth)
         elif isinstance(value, functools.partial):
-            for name, part in (("func", value.func), ("args", value.args), ("keywords", value.keywords)):
-                self._note(owner, name, part, depth)
+            for name in ("func", "args", "keywords"):
+                self._attributes.append((value, name))
+                self._note(owner, name, getattr(value, name), depth)
         elif isinstance(value, types.MethodType):
             self._note(owner, "self", value.__self__, depth)
             self._note(owner, "function", value.__func__, depth)
@@ -182,6 +234,7 @@ class PythonState:
 
     def _container(self, owner: int, items: Iterable[tuple[Any, Any]], length: int, depth: int) -> None:
         if (owner, "length") in self._volatile:
+            self._watched = False
             return
         self.entries[owner, "length"] = length
         for name, item in items:
@@ -189,6 +242,7 @@ class PythonState:
 
     def _object(self, value: Any, depth: int) -> None:
         owner = id(value)
+        self._watch_object(value)
         fields = getattr(value, "__dict__", None)
         if isinstance(fields, dict) and len(fields) <= 2 * _MOST:
             for name, part in list(fields.items()):  # without their number: one that comes later moves no other
@@ -197,11 +251,18 @@ class PythonState:
             slots = vars(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
                 if not name.startswith("__"):
+                    self._attributes.append((value, name))
                     self._note(owner, name, getattr(value, name, None), depth)
         self._note_class(type(value))
 
+    def _watch_object(self, value: Any) -> None:
+        self._attributes += [(value, "__class__"), (value, "__dict__")]
+        if isinstance(fields := getattr(value, "__dict__", None), dict):
+            self._watch(fields, math.inf if isinstance(value, nn.Module) else 2 * _MOST)
+
     def _function(self, function: types.FunctionType, depth: int) -> None:
         owner = id(function)
+        self._attributes += [(function, "__code__"), (function, "__defaults__"), (function, "__kwdefaults__")]
         self.entries[owner, "code"] = id(function.__code__)
         self._held.append(function.__code__)
         if f"{function.__module__}.".startswith(_FOREIGN):
@@ -210,14 +271,17 @@ class PythonState:
             if part:
                 self._note(owner, name, part, depth)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._attributes.append((cell, "cell_contents"))
             try:
                 self._note(owner, name, cell.cell_contents, depth)
             except ValueError:  # not yet filled
-                continue
+                self._watched = False
         space = function.__globals__
         for name in _names(function.__code__):
+            self._globals.append((space, name))
             if name in space:
                 self._note(id(space), name, space[name], depth)
+        self._sources.append(function.__dict__)
         if function.__dict__:
             self._note(owner, "__dict__", function.__dict__, depth)
 

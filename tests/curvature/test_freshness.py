@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, solve, top_eigenpairs
-from curvature.digest import Digest, digest
 from curvature.errors import CheckFailedError, CurvatureError, InputError, ParameterSelectionError
 from curvature.exact import exact_diagonal
 from curvature.linalg import trace
@@ -309,64 +308,6 @@ def test_zeros_that_are_right_stay() -> None:
     model.forward = lambda x: model[2](model[1](model[0](x)))
     part = Objective(model, nn.CrossEntropyLoss(), (X, Y)).restrict("unused")
     assert float(part.gradient().norm()) == 0
-
-
-# -- digests ----------------------------------------------------------------------------------------------------------
-
-
-def test_digests_see_what_sums_and_parities_miss() -> None:
-    x = torch.randn(9000, generator=torch.Generator().manual_seed(0))
-    nan = x.clone()
-    nan[5] = torch.nan
-    swapped, signs, late = x.clone(), x.clone(), nan.clone()
-    swapped[[3, 7000]] = x[[7000, 3]]
-    signs[:2] *= -1
-    late[6] += 1e-6
-    found = [digest([t]) for t in (x, nan, swapped, signs, late, x.double(), x[:-1])]
-    assert len(set(found)) == len(found)
-    assert digest([nan]) == digest([nan.clone()])
-
-
-@pytest.mark.parametrize("most", [None, 640])
-def test_what_is_known_of_places_makes_no_difference(most: int | None) -> None:
-    def replaced(p: Tensor) -> None:
-        p.data = p.data.clone()
-        p.data[0] += 1e-6
-
-    def turned(p: Tensor) -> None:
-        p.data = p.data.view(100, 200).T.contiguous().view(200, 100)
-
-    def widened(p: Tensor) -> None:
-        p.data = p.data.double()
-
-    parameters = [nn.Parameter(torch.randn(200, 100)), nn.Parameter(torch.randn(7))]
-    known = Digest()
-    seen = {known(parameters, most)}
-    for change in (replaced, turned, lambda p: p.data.neg_(), lambda p: p.data.numpy().sort(axis=0), widened):
-        change(parameters[0])
-        seen.add(known(parameters, most))
-        assert known(parameters, most) == digest(parameters, most=most)
-    assert len(seen) == (6 if most is None else 5)  # stripes are widened in any case
-
-
-@pytest.mark.parametrize(
-    "t",
-    [
-        torch.empty(0),
-        torch.tensor(True),
-        torch.eye(3).to_sparse(),
-        torch.randn(4, dtype=torch.complex64).conj(),
-        torch.randn(5, 7).T,
-        torch.zeros(3).expand(4, 3),
-        torch.randn(9).bfloat16(),
-        torch.arange(10001),
-    ],
-    ids=str,
-)
-def test_digests_take_tensors_of_all_kinds(t: Tensor) -> None:
-    assert digest([t]) == digest([t.clone()])
-    if t.numel() and t.layout == torch.strided:
-        assert digest([t]) != digest([t.clone().logical_not() if t.dtype == torch.bool else t.clone() + 1])
 
 
 @pytest.mark.parametrize("write", ["add_", "data", "numpy"])

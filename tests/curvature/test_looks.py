@@ -1,0 +1,159 @@
+"""What a look at the present point takes in: contents of tensors, and Python state behind the same objects."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature import Objective
+from curvature.contents import Contents
+from curvature.digest import digest
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Sharp(Scaled):
+    power = 2
+
+
+BETA = {"kl": 1.0}
+
+
+def stealthy_changes() -> dict[str, tuple[nn.Module, Any, Callable[[], object]]]:
+    """What leaves the objects that a look meets first the same."""
+    model: Any = Scaled()
+    model.slotted, model.levels, model.names = Slotted(), [[1.0], {2.0}], deque([3.0])
+    model.power, model.table, model.square = partial(pow, exp=2), torch.ones(3), nn.Parameter(torch.randn(4, 4))
+
+    def keyed(z: Tensor, t: Tensor, *, scale: float = 1.0) -> Tensor:
+        return scale * F.cross_entropy(z, t)
+
+    def counted(z: Tensor, t: Tensor) -> Tensor:
+        return factor * F.cross_entropy(z, t)
+
+    factor = 1.0
+
+    def recount() -> None:
+        nonlocal factor
+        factor = 2.0
+
+    def transposed() -> None:
+        model.square.data = model.square.data.T
+
+    plain = F.cross_entropy
+    return {
+        "slot": (model, plain, lambda: setattr(model.slotted, "scale", 2.0)),
+        "list in a list": (model, plain, lambda: model.levels[0].append(1.0)),
+        "set in a list": (model, plain, lambda: model.levels[1].add(1.0)),
+        "deque": (model, plain, lambda: model.names.append(1.0)),
+        "tensor": (model, plain, lambda: model.table.numpy().fill(3.0)),
+        "partial": (model, plain, lambda: model.power.keywords.update(exp=3)),
+        "class": (model, plain, lambda: setattr(model, "__class__", Sharp)),
+        "namespace": (model, plain, lambda: setattr(model, "__dict__", {**model.__dict__, "power": 3})),
+        "namespace of an object": (model, plain, lambda: setattr(model.slotted, "scale", Slotted())),
+        "attribute of a class": (Sharp(), plain, lambda: setattr(Sharp, "power", Sharp.power + 1)),
+        "hook": (model, plain, lambda: model.register_forward_pre_hook(lambda *_: None)),
+        "keyword": (model, keyed, lambda: setattr(keyed, "__kwdefaults__", {"scale": 2.0})),
+        "cell": (model, counted, recount),
+        "strides": (model, plain, transposed),
+        "global": (model, lambda z, t: BETA["kl"] * F.cross_entropy(z, t), lambda: BETA.update(kl=BETA["kl"] + 1)),
+    }
+
+
+@pytest.mark.parametrize("name", stealthy_changes())
+def test_a_short_look_sees_what_a_long_one_does(name: str) -> None:
+    model, loss, change = stealthy_changes()[name]
+    objective = Objective(model, loss, (torch.randn(5, 4), torch.randint(3, (5,))))
+    freshness = objective._freshness
+    before = freshness.look()
+    assert freshness.look() is before
+    change()
+    after = freshness.look()
+    assert after is not before
+    assert freshness._changes(before, after)
+
+
+# -- digests ----------------------------------------------------------------------------------------------------------
+
+
+def test_digests_see_what_sums_and_parities_miss() -> None:
+    x = torch.randn(9000, generator=torch.Generator().manual_seed(0))
+    nan = x.clone()
+    nan[5] = torch.nan
+    swapped, signs, late = x.clone(), x.clone(), nan.clone()
+    swapped[[3, 7000]] = x[[7000, 3]]
+    signs[:2] *= -1
+    late[6] += 1e-6
+    found = [digest([t]) for t in (x, nan, swapped, signs, late, x.double(), x[:-1])]
+    assert len(set(found)) == len(found)
+    assert digest([nan]) == digest([nan.clone()])
+
+
+@pytest.mark.parametrize("most", [None, 640])
+@pytest.mark.parametrize("room", [0, 3000, 2**20])  # digests; both; copies
+def test_contents_stand_until_they_change(most: int | None, room: int) -> None:
+    def replaced(p: Tensor) -> None:
+        p.data = p.data.clone()
+        p.data[0] += 1e-6
+
+    def widened(p: Tensor) -> None:
+        p.data = p.data.double()
+
+    def turned(p: Tensor) -> None:
+        p.data = p.data.view(100, 200).T.contiguous().view(200, 100)
+
+    def transposed(p: Tensor) -> None:
+        p.data = p.data.view(100, 200).T  # the same memory
+
+    changes = [replaced, turned, lambda p: p.data.neg_(), lambda p: p.data.numpy().sort(axis=0), widened, transposed]
+    parameters = [nn.Parameter(torch.randn(200, 100)), nn.Parameter(torch.randn(7))]
+    integers = torch.arange(5, dtype=torch.int16)
+    seen = [Contents([*parameters, integers], most, room=room)]
+    for change in (*changes, lambda _: integers.numpy().fill(3)):
+        assert seen[-1].stand()
+        change(parameters[0])
+        assert not seen[-1].stand()
+        seen.append(Contents([*parameters, integers], most, room=room))
+        assert seen[-1].found == Contents([*parameters, integers.clone()], most, room=room).found
+    assert all(a.found != b.found for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.empty(0),
+        torch.tensor(True),
+        torch.eye(3).to_sparse(),
+        torch.randn(4, dtype=torch.complex64).conj(),
+        torch.randn(5, 7).T,
+        torch.zeros(3).expand(4, 3),
+        torch.randn(9).bfloat16(),
+        torch.arange(10001),
+    ],
+    ids=str,
+)
+def test_digests_take_tensors_of_all_kinds(t: Tensor) -> None:
+    assert digest([t]) == digest([t.clone()])
+    if t.numel() and t.layout == torch.strided:
+        assert digest([t]) != digest([t.clone().logical_not() if t.dtype == torch.bool else t.clone() + 1])
