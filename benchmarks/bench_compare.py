@@ -1,9 +1,9 @@
 """How often `compare` calls equal models different, and how often it sees that they differ.
 
-    python -m benchmarks.bench_compare [--kinds KIND ...] [--runs 78] [--out FILE]     rows to results/compare.json
+    python -m benchmarks.bench_compare [--kinds KIND ...] [--runs 501] [--processes N] [--out FILE]
 
-Null pairs are all pairs of runs of one network: with other seeds on the same data ("on these data" or "real" is a false
-alarm of the solver's errors), or on other data of the same size ("real" is one of all errors). 78 runs give 3003 pairs.
+Null pairs are runs of one network: with other seeds on the same data ("on these data" or "real" is a false alarm of the
+solver's errors), or on other data of the same size ("real" is one of all errors). Each run is paired with the next six.
 Power is the share of numbers that have an error which are told apart when all weights of the second network are 10 %
 larger.
 """
@@ -11,7 +11,6 @@ larger.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -33,14 +32,16 @@ from analysis.sharpness import sharpness
 from analysis.studies.noise import NoiseStudy
 from benchmarks.coverage_statistics import small_network
 from benchmarks.harness import git
-from benchmarks.processes import write_rows
+from benchmarks.processes import in_parallel, write_rows
 from curvature import Objective
 
-__all__ = ["KINDS", "main", "measure"]
+__all__ = ["KINDS", "main", "measure", "run"]
 
 RESULTS = Path(__file__).parent / "results" / "compare.json"
 MEASURES = ("trace", "frobenius_norm", "average", "adaptive_average", "pac_bayes", "adaptive_pac_bayes", "log_volume")
 LEVEL = 0.05
+NEIGHBOURS = 6  # runs that each is paired with
+OTHERS = 20  # runs of the other network
 Result = Any
 """Of any analysis that `compare` takes."""
 
@@ -86,26 +87,29 @@ KINDS: dict[str, tuple[Callable[[Objective, torch.Generator], Result], tuple[boo
 """By kind of run: how to measure, and whether other data are drawn for each run."""
 
 
-def measure(kind: str, other_data: bool, runs: int) -> dict[str, Any]:
+def run(kind: str, other_data: bool, scale: float, place: int) -> Result:
+    """Return one run: of the network with its weights times `scale`."""
+    objective = _objective(scale, place if other_data else None)
+    return KINDS[kind][0](objective, torch.Generator().manual_seed(place))
+
+
+def measure(kind: str, other_data: bool, runs: int, processes: int = 1) -> dict[str, Any]:
     """Return the row of a kind."""
-    work, start = KINDS[kind][0], time.process_time()
-    found = []
-    for scale in (1.0, 1.1):
-        results = []
-        for run in range(runs if scale == 1 else max(2, runs // 10)):
-            place = run if scale == 1 else run + 10**6
-            objective = _objective(scale, place if other_data else None)
-            results.append(work(objective, torch.Generator().manual_seed(place)))
-        found.append(results)
+    start = time.perf_counter()
+    tasks = [(kind, other_data, 1.0, place) for place in range(runs)]
+    tasks += [(kind, other_data, 1.1, 10**6 + place) for place in range(OTHERS)]
+    found = list(in_parallel(run, tasks, processes))
+    same, other = found[:runs], found[runs:]
     alarms = ("real",) if other_data else ("real", "on these data")
 
     def told(a: Result, b: Result) -> list[bool]:
         return [row.verdicts[0] in alarms for row in compare({"a": a, "b": b}, level=LEVEL).rows]
 
-    null = [told(a, b) for a, b in itertools.combinations(found[0], 2)]
-    pairs = [compare({"a": a, "b": b}, level=LEVEL).rows for a in found[0] for b in found[1]]
+    pairs = [(i, (i + step) % runs) for i in range(runs) for step in range(1, NEIGHBOURS + 1)]
+    null = [told(same[i], same[j]) for i, j in pairs]
+    compared = [compare({"a": a, "b": b}, level=LEVEL).rows for a in same[:OTHERS] for b in other]
     p_values = "p_data" if other_data else "p_solver"
-    apart = [row.verdicts[0] in alarms for rows in pairs for row in rows if 0 < getattr(row, p_values)[0] < 1]
+    apart = [row.verdicts[0] in alarms for rows in compared for row in rows if 0 < getattr(row, p_values)[0] < 1]
     return {
         "kind": kind,
         "differs": "data" if other_data else "seed",
@@ -113,20 +117,22 @@ def measure(kind: str, other_data: bool, runs: int) -> dict[str, Any]:
         "pairs": len(null),
         "numbers": len(null[0]),
         "family_wise": sum(map(any, null)) / len(null),
-        "stderr": _stderr(null, runs),
+        "stderr": _stderr([any(row) for row in null], pairs, runs),
         "power": sum(apart) / max(1, len(apart)),
-        "seconds": time.process_time() - start,
+        "seconds": time.perf_counter() - start,
         "git": git(),
     }
 
 
-def _stderr(null: list[list[bool]], runs: int) -> float:
-    """Return the standard error of the rate over runs, each in `runs` - 1 pairs: a jackknife that leaves one out."""
-    pairs, any_alarm = list(itertools.combinations(range(runs), 2)), [any(row) for row in null]
-    rates = []
-    for left in range(runs):
-        kept = [alarm for pair, alarm in zip(pairs, any_alarm, strict=True) if left not in pair]
-        rates.append(sum(kept) / len(kept) if kept else math.nan)
+def _stderr(alarms: list[bool], pairs: list[tuple[int, int]], runs: int) -> float:
+    """Return the standard error of the rate over runs, each in several pairs: a jackknife that leaves one run out."""
+    total, number = sum(alarms), len(alarms)
+    of_run, pairs_of = [0] * runs, [0] * runs
+    for alarm, pair in zip(alarms, pairs, strict=True):
+        for i in pair:
+            of_run[i] += alarm
+            pairs_of[i] += 1
+    rates = [(total - of_run[i]) / (number - pairs_of[i]) for i in range(runs)]
     mean = sum(rates) / runs
     return math.sqrt((runs - 1) / runs * sum((rate - mean) ** 2 for rate in rates))
 
@@ -135,14 +141,14 @@ def main() -> None:
     """Measure what the command line selects and write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compare", description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--runs", type=int, default=78)
+    parser.add_argument("--runs", type=int, default=501)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
     rows = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else []
     for kind in a.kinds:
         for other_data in KINDS[kind][1]:
-            row = measure(kind, other_data, a.runs)
+            row = measure(kind, other_data, a.runs, a.processes)
             rows = [r for r in rows if (r["kind"], r["differs"]) != (row["kind"], row["differs"])] + [row]
             write_rows(a.out, rows)
             false, other = 100 * row["family_wise"], row["differs"]

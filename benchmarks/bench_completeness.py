@@ -1,6 +1,6 @@
 """How often `eigsh` says CONVERGED although it missed an eigenvalue, and what the certificate costs beside ARPACK.
 
-    python -m benchmarks.bench_completeness [--seeds 30] [--names NAME ...] [--out FILE]
+    python -m benchmarks.bench_completeness [--seeds 30] [--names NAME ...] [--processes N] [--out FILE]
 
 The hard matrices of tests/matrices.py (clusters, copies, rank-deficient, graded, Wilkinson, Hilbert, sinc, Laplacians),
 n = 64, three pairs from each end, at two tolerances, in float32 and float64. False is a CONVERGED whose values differ
@@ -19,7 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.harness import git
-from benchmarks.processes import BARS, write_rows
+from benchmarks.processes import BARS, in_parallel, write_rows
 from curvature.linalg import eigsh
 from curvature.results import EigenPairs, Status
 from tests.matrices import hard_matrices, missed, true_residuals
@@ -32,8 +32,9 @@ TOLERANCES = (1e-3, 1e-8)
 Row = dict[str, Any]
 
 
-def measure(name: str, A: Tensor, *, seeds: int) -> Row:
+def measure(name: str, dtype: str, seeds: int) -> Row:
     """Return the counts over ends, tolerances and seeds."""
+    A = hard_matrices(64)[name].to(getattr(torch, dtype))
     counts = dict.fromkeys(("runs", "converged", "uncertified", "unfinished", "missed", "false_residuals"), 0)
     norm, products = float(torch.linalg.matrix_norm(A.double(), 2)), 0
     for which in ENDS:
@@ -49,7 +50,6 @@ def measure(name: str, A: Tensor, *, seeds: int) -> Row:
                 counts["unfinished"] += pairs.status not in (Status.CONVERGED, Status.UNCERTIFIED)
                 counts["missed"] += converged and missed(A, pairs, which, rtol)
                 counts["false_residuals"] += converged and not _residuals_hold(A, pairs, rtol, norm)
-    dtype = str(A.dtype).removeprefix("torch.")
     return {"matrix": name, "dtype": dtype, "seeds": seeds, **counts, "products": products, "git": git()}
 
 
@@ -64,20 +64,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_completeness", description=__doc__)
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--names", nargs="+", choices=matrices, default=list(matrices))
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    cases = [(name, dtype) for name in a.names for dtype in (torch.float64, torch.float32)]
+    cases = [(name, dtype, a.seeds) for name in a.names for dtype in ("float64", "float32")]
     rows: list[Row] = []
     with Progress(*BARS, console=Console(stderr=True)) as progress:
-        for name, dtype in progress.track(cases):
-            rows.append(measure(name, matrices[name].to(dtype), seeds=a.seeds))
-            found = rows[-1]
-            progress.console.print(
-                f"{name:24} {found['dtype']}: {found['converged']} of {found['runs']} converged, {found['missed']} "
-                f"missed one, {found['false_residuals']} with false residuals",
-                highlight=False,
-            )
+        for found in progress.track(in_parallel(measure, cases, a.processes), total=len(cases)):
+            rows.append(found)
+            said = f"{found['converged']} of {found['runs']} converged, {found['missed']} missed one"
+            name = f"{found['matrix']:24} {found['dtype']}"
+            wrong = f"{found['false_residuals']} with false residuals"
+            progress.console.print(f"{name}: {said}, {wrong}", highlight=False, soft_wrap=True)
             write_rows(a.out, rows)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from analysis.saving import write_text
 
-__all__ = ["BARS", "row_of", "write_rows"]
+__all__ = ["BARS", "in_parallel", "row_of", "write_rows"]
 
 ROOT = Path(__file__).parents[1]
 BARS = (
@@ -37,6 +40,16 @@ def row_of(module: str, arguments: Sequence[str], known: dict[str, Any], *, time
         return {**known, "failure": f"exit status {done.returncode}: {last}"}
     row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return row
+
+
+def in_parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Any]:
+    """Yield `work(*task)` for all tasks, in their order, from so many processes with a thread each."""
+    if processes == 1:
+        torch.set_num_threads(1)
+        yield from (work(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from (future.result() for future in [pool.submit(work, *task) for task in tasks])
 
 
 def write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> None:

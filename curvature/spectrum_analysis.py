@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from curvature.krylov_runs import AllEntries, BlockKrylov, GroupSums, Run
 from curvature.linalg import eigsh
-from curvature.linalg._completeness import judge, look_outside
+from curvature.linalg._completeness import Bound, grow_chain, judge
 from curvature.linalg._validate import rounding_level
 from curvature.linalg.quadrature import Quadrature, quadrature
 from curvature.linalg.slq import COARSE_SHARES, smoothed
@@ -86,8 +87,14 @@ class SpectrumAnalysis:
         m, plan = len(theta), self.plan
         floor = max(run.space.rounding(), torch.finfo(torch.float64).tiny)
         atol = SMALL * float(theta.abs().max())
-        high_tolerance = (plan.rtol * theta.abs()).clamp_min(floor)
-        low_tolerance = (plan.bottom_rtol * theta.abs()).clamp_min(max(floor, atol))
+
+        def of_high(values: Tensor) -> Tensor:
+            return (plan.rtol * values.abs()).clamp_min(floor)
+
+        def of_low(values: Tensor) -> Tensor:
+            return (plan.bottom_rtol * values.abs()).clamp_min(max(floor, atol))
+
+        high_tolerance, low_tolerance = of_high(theta), of_low(theta)
         high = _leading((residuals <= high_tolerance).flip(0), min(max(plan.k, plan.num_deflated), m // 2))
         low = _leading(residuals <= low_tolerance, min(self.num_bottom, m - high))
         top = self._gather(range(m - 1, m - 1 - self.k, -1), theta, S, residuals, high_tolerance, plan.rtol, run)
@@ -95,7 +102,8 @@ class SpectrumAnalysis:
             range(self.num_bottom - 1, -1, -1), theta, S, residuals, low_tolerance, plan.bottom_rtol, run
         )
         if plan.confidence is not None:
-            top, bottom = self._searched(top, high_tolerance, bottom, low_tolerance, generator, progress)
+            top = self._searched(top, 1.0, of_high, progress)
+            bottom = self._searched(bottom, -1.0, of_low, progress)
         if not bool(top.converged.all()):
             top = self._continue(top, "LA", plan.rtol, 0.0, generator, progress)
         if not bool(bottom.converged.all()):
@@ -104,33 +112,40 @@ class SpectrumAnalysis:
 
     def _searched(
         self,
-        top: EigenPairs,
-        high_tolerance: Tensor,
-        bottom: EigenPairs,
-        low_tolerance: Tensor,
-        generator: torch.Generator,
+        pairs: EigenPairs,
+        sign: float,
+        tolerance: Callable[[Tensor], Tensor],
         progress: Callable[[int], None] | None,
-    ) -> tuple[EigenPairs, EigenPairs]:
-        """Look outside the Krylov space for eigenvalues that belong among the pairs that have converged."""
+    ) -> EigenPairs:
+        """Look outside the Krylov space for eigenvalues that belong among pairs from one end that have converged.
+
+        If one was missed, the direction found is added to the vectors and nothing has converged, so that the pairs are
+        computed again from there.
+        """
         run, confidence = self.run, self.plan.confidence
         assert isinstance(run, BlockKrylov)
         assert confidence is not None
-        found = look_outside(
+        if not len(pairs.eigenvalues) or not bool(pairs.converged.all()):
+            return pairs
+        innermost, space = pairs.eigenvalues[-1 if sign > 0 else 0].double().cpu(), run.space
+        bound = Bound(sign, float(innermost + sign * tolerance(innermost)))
+        chain, rival = grow_chain(
             self.A,
-            run.space.V.T,
-            (
-                (top, 1.0, high_tolerance[len(high_tolerance) - self.k :]),
-                (bottom, -1.0, low_tolerance[: self.num_bottom]),
-            ),
-            norm=run.space.norm,
+            space.V.T,
+            bound,
+            (space.P.T, space.schur_correction(bound, tolerance)),
+            norm=space.norm,
             allowed=1 - confidence,
             max_steps=20,
-            generator=generator,
+            generator=space.generator,
         )
-        self.extra_matvecs += found.num_matvecs
+        self.extra_matvecs += len(chain.alphas)
         if progress is not None:
-            progress(found.num_matvecs)
-        return found.ends[0], found.ends[1]
+            progress(len(chain.alphas))
+        if not rival.shape[1]:
+            return judge(pairs, chain.miss_probability(), 1 - confidence)
+        vectors = torch.cat([pairs.eigenvectors, rival.to(pairs.eigenvectors)], dim=1)
+        return replace(pairs, eigenvectors=vectors, converged=torch.zeros_like(pairs.converged))
 
     def _gather(
         self,

@@ -11,18 +11,21 @@ turns directions of P into directions of V by multiplying them; a restart replac
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg._completeness import Bound
 from curvature.linalg._orthonormal import gram_schmidt
 from curvature.linalg._validate import non_finite_message, rounding_level, working_dtype
 from curvature.linop import MatrixLike
 
 __all__ = ["KrylovSpace"]
 
+Tolerance: TypeAlias = "Callable[[Tensor], Tensor]"  # of the residuals, by Ritz value
 _TINY = 1e-37  # keeps a start of zero zero
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 _MORE, _SMALL = 16, 1 << 25  # rows to add at a time where the buffer holds no more than so many numbers
@@ -55,6 +58,8 @@ class KrylovSpace:
         self.num_matvecs = 0
         self.norm = 0.0
         self._injected = False
+        self._frame: Tensor | None = None  # the directions that a chain began with, in terms of P, ...
+        self._chained = self._correction = torch.zeros(0, 1, dtype=torch.float64)  # ... and of the newest of V
 
     def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
         """Return one buffer, so that nothing is copied as the basis grows, with U in its first rows."""
@@ -103,6 +108,7 @@ class KrylovSpace:
 
         The directions that carry most of the residuals of V `aim` go first.
         """
+        self._frame = None
         X = self.propose(width, aim)
         self.absorb(self.A @ X.to(self.A.device, self.A.dtype))
 
@@ -111,7 +117,7 @@ class KrylovSpace:
         if self.count > 0 and not self._injected and self.exhausted():
             self.inject(width)
         elif aim is not None and self.count > 0 and self.num_directions > width:
-            self._sort_directions(aim)
+            self._sort_directions(self.C @ self._weights(aim))
         return self._wide(self.P[:width]).T
 
     def absorb(self, AX: Tensor) -> None:
@@ -139,9 +145,48 @@ class KrylovSpace:
         C = torch.zeros(rest + len(used), new, dtype=torch.float64)
         C[:rest, :old], C[:rest, old:], C[rest:, old:] = self.C[width:], G, R[used]
         self.T, self.C, self.D = T, C, torch.cat([self.D, D], dim=1)
+        if self._frame is not None:
+            self._chained = self._frame[:, :width]
+            self._frame = torch.nn.functional.pad(self._frame[:, width:], (0, len(used)))
         self.count = new
         self._set_directions(N, used, after=rest)
         self.norm = max(self.norm, float(torch.linalg.matrix_norm(H, 2)))
+
+    def begin_chain(self, bound: Bound, tolerance: Tolerance) -> None:
+        """Put a uniform random direction first in P, where the chain of `_completeness` begins."""
+        self._clear()
+        self._frame = torch.eye(self.num_directions, dtype=torch.float64)
+        self._correction = self.schur_correction(bound, tolerance)
+        self.inject()
+
+    def schur_correction(self, bound: Bound, tolerance: Tolerance) -> Tensor:
+        """Return K with P'K P = R (b - T)^-1 R', R the residuals of the Ritz pairs that have not converged."""
+        theta, S, residuals = self.ritz()
+        is_open = residuals > tolerance(theta)
+        C, gap = self.C @ self._weights(S[:, is_open]), bound.value - theta[is_open]
+        return (C / torch.where(gap == 0, bound.sign * _TINY, gap)) @ C.T
+
+    def far_bound(self, bound: Bound, other: Bound, tolerance: Tolerance) -> Bound:
+        """Return `other`, moved inwards by as much as the Schur complements of the two bounds differ."""
+        K, K_other = (self.schur_correction(b, tolerance) for b in (bound, other))
+        return Bound(other.sign, other.value - other.sign * float(torch.linalg.matrix_norm(K - K_other, 2)))
+
+    def extend_chain(self) -> tuple[float, float]:
+        """Take the next step of the chain by one product; return its alpha and its beta."""
+        if not self._injected:
+            self._sort_directions(self._ahead())
+        self.absorb(self.A @ self._wide(self.P[:1]).T.to(self.A.device, self.A.dtype))
+        alpha = self.T[-1, -1] + (self._chained.T @ self._correction @ self._chained)[0, 0]
+        squared = self._newest_squared()
+        return float(alpha) / squared, float(torch.linalg.vector_norm(self._ahead())) / squared**0.5
+
+    def _ahead(self) -> Tensor:
+        """Return, in terms of P, what the Schur complement makes of the newest direction outside V."""
+        assert self._frame is not None
+        return self.C[:, -1:] + self._frame.T @ (self._correction @ self._chained)
+
+    def _newest_squared(self) -> float:
+        return 1.0
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, ascending, their coefficients in V, and their residual norms outside U."""
@@ -189,6 +234,7 @@ class KrylovSpace:
             "norm": self.norm,
             "injected": self._injected,
             "generator": self.generator.get_state(),
+            "frame": (self._frame, self._chained, self._correction),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,6 +252,7 @@ class KrylovSpace:
         self.count, self.num_directions = len(self.T), len(self.C)
         self.num_matvecs, self.norm, self._injected = state["num_matvecs"], state["norm"], state["injected"]
         self.generator.set_state(state["generator"])
+        self._frame, self._chained, self._correction = state["frame"]
 
     def _set_directions(self, N: Tensor, use: list[int], *, after: int = 0) -> None:
         """Let P be its first `after` rows and the rows `use` of N."""
@@ -213,13 +260,14 @@ class KrylovSpace:
         self.rows[first : first + len(use)] = self._stored(N if len(use) == len(N) else N[use])
         self.num_directions = after + len(use)
 
-    def _sort_directions(self, aim: Tensor) -> None:
-        """Rotate P so that its first directions carry most of the residuals of V aim; drop those that carry none."""
-        U, _, _ = torch.linalg.svd(self.C @ self._weights(aim))
+    def _sort_directions(self, parts: Tensor) -> None:
+        """Rotate P so that its first directions carry most of `parts`, columns in terms of P; drop those A V misses."""
+        U, _, _ = torch.linalg.svd(parts)
         C = U.T @ self.C
         U = U[:, torch.linalg.vector_norm(C, dim=1) > self.rounding()]
         self._set_directions(U.T.to(self.rows.device, self.dtype) @ self._wide(self.P), list(range(U.shape[1])))
         self.C = U.T @ self.C
+        self._frame = None if self._frame is None else self._frame @ U
 
     def inject(self, width: int = 1) -> None:
         """Put uniform random directions of the complement of U and V first in P; nothing that P carries is dropped."""
@@ -239,12 +287,13 @@ class KrylovSpace:
             part.copy_(self._stored(Q.T.to(P) @ P))
         self._measure(self.count)
         self.C = Q.T @ torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
+        self._frame = None if self._frame is None else self._frame @ Q[:old]
         self._injected = True
 
     def _clear(self) -> None:
         """Drop the directions that carry nothing but rounding."""
         if self.num_directions:
-            self._sort_directions(torch.eye(self.count, dtype=torch.float64))
+            self._sort_directions(self.C @ self._weights(torch.eye(self.count, dtype=torch.float64)))
 
     def widen(self, width: int) -> None:
         """Add random directions until P has `width` rows; A V has no part in them, so that nothing else changes."""
@@ -257,10 +306,6 @@ class KrylovSpace:
         new = _used(R.cpu())
         self._set_directions(N, new, after=self.num_directions)
         self.C = torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
-
-    def newest(self) -> tuple[float, float]:
-        """Return v'Av of the newest direction in V, and the norm of what A v leaves outside U and V."""
-        return float(self.T[-1, -1]), float(torch.linalg.vector_norm(self.C[:, -1]))
 
     def _reserve(self, num_rows: int) -> None:
         """Make room for so many rows in all."""

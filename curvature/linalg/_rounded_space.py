@@ -128,10 +128,9 @@ class RoundedSpace(KrylovSpace):
             row.copy_(weights @ self._wide(part))
         return rows.T
 
-    def newest(self) -> tuple[float, float]:
+    def _newest_squared(self) -> float:
         place = self.num_known + self.count - 1
-        squared, (alpha, beta) = float(self.G[place, place]), super().newest()
-        return alpha / squared, beta / squared**0.5
+        return float(self.G[place, place])
 
     def refined(self, S: Tensor, multiply: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, descending, vectors and residuals of V S, multiplied anew, `width` columns at a time."""

@@ -225,7 +225,7 @@ def _seen(process: LanczosProcess, theta: Tensor, S: Tensor, rtol: float) -> boo
     if not process.loose(S[:, 0]) <= rtol * size or not alphas or not all(betas):
         return False
     bound = Bound(-1.0, float(theta[0]) - max(rtol, _LOWER) * size)
-    chain = Chain((bound,), process.n - first, 0, alphas, betas)
+    chain = Chain(bound, process.n - first, alphas=alphas, betas=betas)
     return chain.miss_probability() <= _MISSED
 
 

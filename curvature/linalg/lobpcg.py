@@ -162,10 +162,12 @@ class _Search:
         allowed = (1 - self.confidence) / (self.num_chains * (self.num_chains + 1))
         sign = iteration.sign
         bound = Bound(-sign, sign * (float(iteration.theta[self.k - 1]) - tolerance))
+        R = iteration.residuals()[0][:, self.k :]
         chain, rival = grow_chain(
             iteration.A,
             iteration.X,
-            (bound,),
+            bound,
+            (R, (1 / (bound.value - sign * iteration.theta[self.k :])).diag()),
             norm=iteration.norm,
             allowed=allowed,
             max_steps=min(max_steps, max(_CHAIN, iteration.num_matvecs)),

@@ -42,9 +42,10 @@ from curvature.results import EigenPairs, Status
 
 __all__ = ["ThickRestartLanczos", "Which"]
 
-_STATE = ("least", "fell", "spent", "num_chains", "held")
+_STATE = ("least", "fell", "spent", "num_chains", "closed", "beyond", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule
+_FIRST = 0.8  # of the failure probability for the first chain, as a rule the only one
 _SPARE_BYTES = 1 << 28  # that the basis may grow to for a chain
 _AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
@@ -123,6 +124,8 @@ class ThickRestartLanczos:
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
         self._spent = 0.0  # of the failure probability, in chains that found something
         self._num_chains = 0
+        self._closed: list[float] = []  # signs of the ends where nothing was missed
+        self._beyond = 0  # Ritz values beyond the bounds when the chain began: more say that something had been missed
         self._least = torch.inf  # largest residual in units of its goal, where rounding of the basis is near, ...
         self._fell = 0  # ... and the products spent when it last fell
 
@@ -179,7 +182,7 @@ class ThickRestartLanczos:
         places = wanted(theta, self.k, self.which)
         done = residuals[places] <= self._goal(theta[places])
         look = _Look(theta, S, theta[places], S[:, places], residuals[places], done)
-        if self._chain is None or self._all_done(look) or self._chain.has_rival(theta):
+        if self._chain is None or self._all_done(look) or self._has_rival(look):
             return look
         # the chain came across values within the tolerance of the last wanted one: the pairs that are done stay
         values, coefficients, norms = self._held
@@ -221,13 +224,26 @@ class ThickRestartLanczos:
         """Whether the chain that runs has shown that nothing was missed; or nobody asked."""
         if self.confidence is None or self.space.count == self.space.dimension:
             return True
+        return self._end_certified(look) and self._miss_probability(look) <= 1 - self.confidence
+
+    def _end_certified(self, look: _Look) -> bool:
+        """Whether the chain has shown that nothing was missed at its end of the spectrum."""
         chain = self._chain
-        return chain is not None and not chain.has_rival(look.theta) and chain.miss_probability() <= self._allowed()
+        return chain is not None and not self._has_rival(look) and chain.miss_probability() <= self._allowed()
+
+    def _has_rival(self, look: _Look) -> bool:
+        """Whether the chain, or the basis that holds it, has come to more Ritz values beyond the bounds."""
+        more = self._num_beyond(look.theta, self._held[0]) > self._beyond
+        return more or (self._chain is not None and self._chain.rival() is not None)
+
+    def _num_beyond(self, theta: Tensor, values: Tensor) -> int:
+        return sum(bound.beyond(theta) for bound in self._bounds(values))
 
     def _allowed(self) -> float:
         """Return the share of the failure probability that the present chain may take; the shares of all sum to 1."""
         assert self.confidence is not None
-        return (1 - self.confidence) / (self._num_chains * (self._num_chains + 1))
+        i = self._num_chains
+        return (1 - self.confidence) * (_FIRST if i == 1 else (1 - _FIRST) / (i * (i - 1)))
 
     def _has_room(self) -> bool:
         """Whether the next step of the chain fits into memory."""
@@ -248,8 +264,7 @@ class ThickRestartLanczos:
             self._extend_chain(look)
             return
         if self._chain is not None:
-            self._spent += self._allowed()
-            self._chain = None
+            self._give_up_chain()
         space, aim = self.space, look.coefficients[:, ~look.done]
         if space.count + width > self.size:
             aim = self._restart(look, num_kept(self.k, int(look.done.sum()), self.size, width)).T @ aim
@@ -264,9 +279,11 @@ class ThickRestartLanczos:
     def _extend_chain(self, look: _Look) -> None:
         """Take the next step of the chain; the first one of another if there is none, or it found something."""
         space = self.space
-        if self._chain is not None and self._chain.has_rival(look.theta):
-            self._spent += self._allowed()
-            self._chain = None
+        if self._chain is not None and self._end_certified(look):
+            self._spent += self._chain.miss_probability()
+            self._closed, self._chain = [*self._closed, self._chain.bound.sign], None
+        elif self._chain is not None and self._has_rival(look):
+            self._give_up_chain()
         if self._chain is None:
             kept = self._room - space.num_directions - _CHAIN - 1
             if space.count > kept:
@@ -275,21 +292,26 @@ class ThickRestartLanczos:
                 if not self._all_done(look):  # by the rounding of a narrow basis
                     return
             self._num_chains += 1
-            bounds = self._bounds(look)
-            beyond = sum(bound.beyond(look.theta) for bound in bounds)
-            self._chain = Chain(bounds, space.dimension - space.count, beyond)
+            bound, *others = self._open_bounds(look)
             self._held = look.values, look.coefficients, look.residuals
-            space.inject()
-            space.step(1)
-        else:
-            newest = torch.zeros(space.count, 1, dtype=torch.float64)
-            newest[-1] = 1
-            space.step(1, newest)
-        self._chain.add(*space.newest(), space.noise())
+            self._beyond = self._num_beyond(look.theta, look.values)
+            far = space.far_bound(bound, others[0], self._goal) if others else None
+            self._chain = Chain(bound, space.dimension - space.count, far)
+            space.begin_chain(bound, self._goal)
+        self._chain.add(*space.extend_chain(), space.noise())
 
-    def _bounds(self, look: _Look) -> tuple[Bound, ...]:
-        """Return the ends beyond which no eigenvalue may be missed: the last wanted ones and their tolerance."""
-        theta = look.values
+    def _open_bounds(self, look: _Look) -> list[Bound]:
+        """Return the bounds without a certificate, that which needs the longer chain first: it may do for both."""
+        bounds = [bound for bound in self._bounds(look.values) if bound.sign not in self._closed]
+        return sorted(bounds, key=lambda bound: bound.distance(look.theta))
+
+    def _give_up_chain(self) -> None:
+        """Note that the chain found something, so that all ends have to be looked at again."""
+        self._spent += self._allowed()
+        self._closed, self._chain = [], None
+
+    def _bounds(self, theta: Tensor) -> tuple[Bound, ...]:
+        """Return the ends beyond which no eigenvalue may be missed: the last wanted values and their tolerance."""
         slack = self._tolerance(theta).clamp_min(self.space.noise())
         if self.which == "LA":
             return (Bound(1.0, float(theta[0] + slack[0])),)
@@ -344,9 +366,12 @@ class ThickRestartLanczos:
             return 1.0
         if self.space.count == self.space.dimension:
             return 0.0
-        if self._chain is None or self._chain.has_rival(look.theta):
+        if self._chain is None or self._has_rival(look):
             return 1.0
-        return min(1.0, self._spent + self._chain.miss_probability())
+        last = len(self._open_bounds(look)) == 1
+        return min(
+            1.0, self._spent + (self._chain.miss_probability() if last else self._chain.miss_probability_of_all())
+        )
 
     def _computed(
         self, values: Tensor, S: Tensor, inferred: Tensor, tolerance: Tensor, limit: int

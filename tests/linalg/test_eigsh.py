@@ -115,7 +115,8 @@ def test_it_needs_no_more_products_than_arpack(k: int, which: str, rtol: float) 
         arpack.append(counted.num_matvecs)
         assert ours[-1] <= 1.1 * arpack[-1] + 2, f"{name}: {ours[-1]} products against ARPACK's {arpack[-1]}"
     assert sum(ours) <= sum(arpack), f"{sum(ours)} products against ARPACK's {sum(arpack)}"
-    assert sum(certified) <= 1.2 * sum(arpack), f"{sum(certified)} certified products against {sum(arpack)}"
+    most = 1.3 if which == "LM" else 1.2  # an indefinite spectrum has two ends, with a chain each
+    assert sum(certified) <= most * sum(arpack), f"{sum(certified)} certified products against {sum(arpack)}"
 
 
 def test_a_warm_start_with_the_answer_costs_little_more_than_looking_at_it() -> None:
