@@ -30,10 +30,10 @@ import torch
 
 from analysis.figures import plot_spectral_density
 from analysis.tasks import load_task
-from curvature import GGNOperator, HessianOperator
+from curvature import GGNOperator, HessianOperator, Objective
 from curvature.linalg import eigsh, hutchinson_trace, spectral_density
 
-FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer probes
+FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer probes and images
 
 
 def generator(seed):
@@ -196,7 +196,10 @@ assert distance < 0.35
 # diagonal blocks of the same operator, at a fraction of the price.
 
 # %%
-cnn = load_task("digits-cnn").objective()
+cnn_task = load_task("digits-cnn")
+images, digits = cnn_task.train_data
+count = 180 if FAST else len(images)
+cnn = Objective(cnn_task.model, cnn_task.loss, (images[:count], digits[:count]))
 C = HessianOperator(cnn)
 cnn_top = eigsh(C, 5 if FAST else 10, rtol=1e-2 if FAST else 1e-3, generator=generator(4)).raise_if_failed()
 cnn_density = spectral_density(

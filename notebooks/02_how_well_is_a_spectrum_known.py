@@ -28,7 +28,7 @@ from analysis.tasks import load_task
 from curvature import HessianOperator, Objective, SpectrumPlan, plan, spectrum, top_eigenpairs
 from curvature.linalg import effective_dimension, spectral_density, wasserstein
 
-FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer repetitions
+FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer groups and repetitions
 
 
 def generator(seed):
@@ -44,7 +44,7 @@ def generator(seed):
 # %%
 task = load_task("digits-mlp")
 inputs, targets = task.train_data
-objective = Objective(task.model, task.loss, (inputs, targets), micro_batch=91)  # 16 groups of images
+objective = Objective(task.model, task.loss, (inputs, targets), micro_batch=364 if FAST else 91)  # 16 groups of images
 H = HessianOperator(objective)
 for quantities in (["trace"], ["trace", "density"], ["trace", "density", "top", "bottom", "logdet"]):
     planned = plan(H, quantities)
@@ -104,7 +104,7 @@ assert ratio > 2
 # product more. The bootstrap, which computes the whole Hessian anew for every resampled data set, says what it should be.
 
 # %%
-repeats = 4 if FAST else 40
+repeats = 2 if FAST else 40
 tops = []
 for seed in range(repeats):
     chosen = torch.randint(len(targets), (len(targets),), generator=generator(seed))
