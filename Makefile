@@ -6,7 +6,7 @@ VENV := .venv
 BENCH := .venv-bench
 RUN ?= runs/demo
 # pytest processes, each with one thread: faster than one process with many.
-TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8
+TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench notebooks clean

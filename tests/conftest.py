@@ -27,6 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what imports made (400,000 objects) out of each later collection and count of objects: tests ask for many."""
+    """Take what imports made, 400,000 objects, out of all later collections and counts: tests ask for many."""
     gc.collect()
     gc.freeze()

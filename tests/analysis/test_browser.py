@@ -7,24 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from analysis.plan import InspectionPlan
-from analysis.preparation import Request
 from analysis.report import write_report
-from analysis.store import save_run
-from analysis.workflow import run_inspection
+from analysis.store import Run, save_run
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH"),
+    pytest.mark.xdist_group("report of an inspection"),
+]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    request = Request(task="digits-mlp", check=False, command="curvature inspect digits-mlp")
-    run = run_inspection(request, InspectionPlan(k=3))
+def report(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_run(run, tmp_path_factory.mktemp("runs") / "run", finish=write_report)
     return folder / "report.html"
 

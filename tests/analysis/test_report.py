@@ -19,6 +19,7 @@ from analysis.results import Inspection
 from analysis.store import Run, save_run
 from curvature.results import EigenPairs
 
+pytestmark = pytest.mark.xdist_group("report of an inspection")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 

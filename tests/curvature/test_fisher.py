@@ -66,13 +66,12 @@ def test_empirical_fisher_and_covariance_agree_with_loops_over_examples(
     p, g = gradients(case.name, per)
     second, covariance = moments(p, g)
     X = torch.randn(len(second), 2, generator=generator, dtype=torch.float64)
-    for keep_graphs in (True, False):
-        model = case.model()
-        objective = Objective(model, case.loss, case.ragged(), keep_graphs=keep_graphs)
-        with assert_untouched(model):
-            assert_close(EmpiricalFisherOperator(objective, per=per) @ X, second @ X, EXACT)
-            assert_close(GradientCovarianceOperator(objective, per=per) @ X, covariance @ X, EXACT)
-            assert_close(objective.gradient(), (p[:, None] * g).sum(0), EXACT)
+    model = case.model()
+    objective = Objective(model, case.loss, case.ragged(), keep_graphs=per == "target")
+    with assert_untouched(model):
+        assert_close(EmpiricalFisherOperator(objective, per=per) @ X, second @ X, EXACT)
+        assert_close(GradientCovarianceOperator(objective, per=per) @ X, covariance @ X, EXACT)
+        assert_close(objective.gradient(), (p[:, None] * g).sum(0), EXACT)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -179,6 +179,9 @@ def work(rank: int, folder: str) -> None:
     torch.save(results, f"{folder}/rank{rank}.pt")
 
 
+pytestmark = pytest.mark.xdist_group("ranks that agree")  # one pair of processes for all
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("agreement")

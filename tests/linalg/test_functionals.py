@@ -23,7 +23,7 @@ from curvature.linalg import (
 from curvature.results import SpectralDensity
 from tests.matrices import F64, generator, orthogonal, spectra, with_spectrum
 
-NUM_SEEDS = 400
+NUM_SEEDS = 200
 POSITIVE = torch.linspace(0.5, 4.5, 40, dtype=F64) ** 2
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from curvature.errors import CheckFailedError, RankError
 from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sophia, TrustRegionNewton
 
+pytestmark = pytest.mark.xdist_group("ranks of optimizers")  # one pair of processes for all
 STEPS = 6
 FORMS = ("closure", "closure through ddp", "accumulate", "micro-batches", "ddp gradients", "closure, one rank unused")
 
