@@ -110,8 +110,8 @@ class Freshness:
         Raises:
             CheckFailedError: if the point moved although a run of products with one matrix goes on.
         """
-        recent = time.perf_counter() - self._looked < self._look_cost / _LOOKS
-        if recent and in_use(self) and self._versions == self._present_versions():
+        recent = in_use(self) and time.perf_counter() - self._looked < self._look_cost / _LOOKS
+        if recent and self._versions == self._present_versions():
             return
         with one_at_a_time:
             self._enter()

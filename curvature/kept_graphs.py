@@ -72,7 +72,10 @@ class GraphBudget:
 
     def tidy(self) -> None:
         """Give back to the system what building the graphs left unused; heaps grow to half as much again."""
-        if not self.grown or self._device.type != "cpu" or self.held_bytes < _LARGE:
+        if not self.grown:
+            return
+        if self._device.type != "cpu" or self.held_bytes < _LARGE:
+            self.grown = False
             return
         start = time.monotonic()
         if start - self._tidied >= self._tidying / _TIDY_SHARE:

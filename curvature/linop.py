@@ -87,8 +87,11 @@ class LinearOperator(ABC):
         if isinstance(X, LinearOperator):
             return Composed(self, X)
         _check_operand(self, X)
-        product = full_precision(self._matmat)
-        return product(X[:, None])[:, 0] if X.ndim == 1 else product(X)
+        return self._applied(X[:, None])[:, 0] if X.ndim == 1 else self._applied(X)
+
+    @full_precision
+    def _applied(self, X: Tensor) -> Tensor:
+        return self._matmat(X)
 
     def __add__(self, other: MatrixLike) -> Sum:
         return Sum(self, other)

@@ -11,6 +11,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.evaluation import Evaluator
@@ -84,6 +85,7 @@ class Recording:
         self._evaluator = evaluator
         self._space = space
         self._params = list(space.tensors.values())
+        self._uniform = all(p.dtype == space.dtype and p.numel() > 0 for p in self._params)  # as torch's functions need
         self._batch = batch
         self.index = index
         self._meter = meter
@@ -151,20 +153,19 @@ class Recording:
 
     def _unflatten(self, x: Tensor, chosen: Sequence[int]) -> list[Tensor]:
         params = [self._params[i] for i in chosen]
+        if self._uniform:
+            return list(_unflatten_dense_tensors(x, params))
         parts = x.split([p.numel() for p in params])
         return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
 
     def _flatten(self, parts: Sequence[Tensor | None], chosen: Sequence[int] | None = None) -> Tensor:
-        """Return the parts as one vector; a list of them, if they are large, is emptied on the way."""
+        """Return the parts as one vector; a list of them may be emptied on the way."""
         params = self._params if chosen is None else [self._params[i] for i in chosen]
-        dtype = self._space.dtype
-        if isinstance(parts, list) and sum(p.numel() for p in params) >= _LARGE:
-            return _gathered(parts, params, dtype)
-        flat = [
-            torch.zeros(p.numel(), dtype=dtype, device=p.device) if part is None else part.reshape(-1).to(dtype)
-            for part, p in zip(parts, params, strict=True)
-        ]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        contiguous = [part for part in parts if part is not None and part.is_contiguous()]
+        if self._uniform and len(contiguous) == len(parts) and self._space.num_params < _LARGE:
+            joined: Tensor = _flatten_dense_tensors(contiguous)
+            return joined
+        return _gathered(parts if isinstance(parts, list) else list(parts), params, self._space.dtype)
 
     def _check_finite(self, gradient: Sequence[Tensor | None]) -> None:
         used = {name: g.detach() for name, g in zip(self._space.names, gradient, strict=True) if g is not None}
@@ -198,12 +199,12 @@ class Recording:
 
 
 def _gathered(parts: list[Tensor | None], params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the parts as one vector, each of them freed as soon as it is copied: never two vectors at once."""
+    """Return the parts as one vector, each copied once and freed then: never two vectors at once."""
     flat = torch.empty(sum(p.numel() for p in params), dtype=dtype, device=params[0].device)
     for i, place in enumerate(flat.split([p.numel() for p in params])):
         part, parts[i] = parts[i], None
         if part is None:
             place.zero_()
         else:
-            place.copy_(part.reshape(-1))
+            place.view(part.shape).copy_(part)
     return flat
