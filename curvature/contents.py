@@ -6,9 +6,10 @@ are copied and compared byte by byte, as long as copies are small; of the others
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Hashable, Sequence
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from curvature.digest import WORDS, digest, groups, is_view, numbers, striped, version
@@ -32,8 +33,8 @@ class Contents:
     def __init__(self, tensors: Sequence[Tensor], most: int | None = None, *, room: int = 2**22) -> None:
         self._tensors, self._most = tensors, most
         self.places = self._present_places()
-        self._whole: list[memoryview] = []
-        self._stripes: list[np.ndarray] = []
+        self._whole: list[Any] = []  # not by numpy(), after which no storage can be resized
+        self._stripes: list[Tensor] = []
         self._rest: list[Tensor] = []
         for t in tensors:
             size = t.element_size() * min(t.numel(), most or t.numel())
@@ -46,9 +47,9 @@ class Contents:
             words = flat.view(WORDS[t.element_size()])
             if size < t.nbytes:
                 assert most is not None
-                self._stripes.append(striped(words, most).numpy())
+                self._stripes.append(striped(words, most))
             else:
-                self._whole.append(words.numpy().data)
+                self._whole.append((ctypes.c_char * size).from_address(t.data_ptr()))
         kinds = [(t.shape, t.dtype, t.device) for t in tensors]
         self._copies = [bytearray(whole) for whole in self._whole]
         self._part = self._present_part()
@@ -69,7 +70,8 @@ class Contents:
         return [(version(t), t.shape, t.dtype, t.data_ptr() if is_view(t) else None) for t in self._tensors]
 
     def _present_part(self) -> list[bytes]:
-        return [stripes.tobytes() for stripes in self._stripes]
+        parts = [stripes.contiguous() for stripes in self._stripes]
+        return [ctypes.string_at(part.data_ptr(), part.nbytes) for part in parts]
 
     def _present_numbers(self) -> tuple[int, ...]:
         return digest(self._rest, most=self._most) if self._read is None else numbers(self._read)

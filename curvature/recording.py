@@ -85,7 +85,10 @@ class Recording:
         self._evaluator = evaluator
         self._space = space
         self._params = list(space.tensors.values())
-        self._uniform = all(p.dtype == space.dtype and p.numel() > 0 for p in self._params)  # as torch's functions need
+        plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in self._params)
+        self._uniform = plain and all(
+            p.dtype == space.dtype and p.numel() > 0 for p in self._params
+        )
         self._batch = batch
         self.index = index
         self._meter = meter
