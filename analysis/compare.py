@@ -221,7 +221,7 @@ def _(result: ImplicitRegularization) -> Quantities:
     return {
         "loss": (_exact(result.loss), "loss"),
         "variance penalty": (
-            Measured(value=result.batch_penalty, stderr=0.0, data=stderr, data_dof=result.num_examples - 1),
+            Measured(value=result.batch_penalty, stderr=0.0, data=stderr, data_dof=result.batch_variance_dof),
             "loss",
         ),
         "full-gradient penalty": (_exact(result.full_penalty), "loss"),

@@ -20,7 +20,7 @@ from analysis.noise_results import GradientNoise, NoiseScale
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
-from curvature.intervals import LIGHT_TAILS, ratio_interval, skewness, student_quantile, tail_exponent
+from curvature.intervals import LIGHT_TAILS, ratio_interval, spread_of, student_quantile, tail_exponent
 from curvature.objective import Objective
 from curvature.output_metrics import example_shares
 from curvature.per_example import GradientMoments, GradientNorms, gradient_moments
@@ -109,7 +109,7 @@ def gradient_noise(
     slope = trace * linear / square if square > 0 else 0.0
     quantile = student_quantile(dof, confidence)
     lower, upper = ratio_interval(trace, signal, (va, slope - 2 * covariance, floor), quantile)
-    tail = tail_exponent(spread[p > 0])
+    tail, (of_spread, lopsided) = tail_exponent(spread[p > 0]), spread_of(spread[p > 0], of_trace[p > 0])
     orthogonal = factor * max(0.0, float(p @ norms) - float(p @ along.square()) / square) if square > 0 else trace
     variance, noisy = moments.variance.double() * factor, moments.variance > 0
     ratios = (moments.mean.double().square() / variance)[noisy]
@@ -119,7 +119,12 @@ def gradient_noise(
         effective_examples=1 / share2,
         loss=moments.loss,
         mean_squared_norm=square,
-        trace=Measured(value=trace, stderr=va**0.5, dof=dof, skewness=float(skewness(of_trace))),
+        trace=Measured(
+            value=trace,
+            stderr=va**0.5 if of_spread > 0 else math.nan,  # the parts of two examples are always alike
+            dof=min(dof, of_spread),
+            skewness=lopsided,
+        ),
         squared_norm=Measured(value=signal, stderr=max(linear - floor, floor) ** 0.5, dof=dof),
         noise_scale=NoiseScale(
             value=trace / signal if signal != 0 else math.inf, lower=lower, upper=upper, confidence=confidence

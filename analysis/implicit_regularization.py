@@ -29,7 +29,7 @@ from analysis.regularization_results import (
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import DataError, InputError
-from curvature.intervals import LIGHT_TAILS, skewness, tail_exponent
+from curvature.intervals import LIGHT_TAILS, spread_of, tail_exponent
 from curvature.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
@@ -96,7 +96,7 @@ def implicit_regularization(
     if batch_size is None:
         loss, g, variances, sizes = _of_batches(objective)
         num_batches, B = float(len(sizes)), sum(sizes) / len(sizes)
-        examples, gamma, share, stderr, lopsided = math.nan, math.nan, 1.0, math.nan, 0.0
+        examples, gamma, share, stderr, lopsided, dof = math.nan, math.nan, 1.0, math.nan, 0.0, math.inf
         P, V = momentum_factors(lr, momentum, num_batches)
     else:
         if norms is None:
@@ -104,7 +104,7 @@ def implicit_regularization(
         N = norms.num_examples
         num_batches = float(sum(count for count, _ in batch_sizes(N, batch_size, drop_last=drop_last)))
         B, examples, loss, g = float(batch_size), float(N), norms.loss, norms.mean
-        gamma, stderr, lopsided, notes = _example_trace(objective, norms)
+        gamma, stderr, lopsided, dof, notes = _example_trace(objective, norms)
         P, V = penalty_factors(lr, momentum, N, batch_size, drop_last=drop_last)
         share = expected_batch_variance(1.0, N, batch_size, drop_last=drop_last)
         total = float(norms.trace)
@@ -133,6 +133,7 @@ def implicit_regularization(
         batch_variance=float(variances.sum()),
         batch_variance_stderr=stderr,
         batch_variance_skewness=lopsided,
+        batch_variance_dof=dof,
         full_factor=P,
         batch_factor=V,
         layers=tuple(block.name for block in space.blocks),
@@ -261,8 +262,8 @@ def _of_batches(objective: Objective) -> tuple[float, Tensor, Tensor, list[float
     return losses / len(sizes), mean.to(objective.dtype), spread / len(sizes), sizes
 
 
-def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, float, float, tuple[str, ...]]:
-    """Return Gamma, its error over data of the same size, the skewness of its terms, and what stands against these."""
+def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, float, float, float, tuple[str, ...]]:
+    """Return Gamma, its error over data of the same size with skewness and degrees of freedom, and notes on these."""
     if norms.squared_norms is None:
         raise InputError("norms hold no norms of single examples' gradients; take them with norms=True.")
     N, g = norms.num_examples, norms.mean
@@ -277,7 +278,9 @@ def _example_trace(objective: Objective, norms: GradientNorms) -> tuple[float, f
         notes.append("Examples count unequally in their batch: the expectation over partitions is to first order.")
     if tail < LIGHT_TAILS:
         notes.append(HEAVY_TAILS.format(tail))
-    return gamma, float(influences.std()) / N**0.5 if N > 1 else math.nan, float(skewness(influences)), tuple(notes)
+    dof, lopsided = spread_of(values, influences)
+    stderr = float(influences.std()) / N**0.5 if dof > 0 else math.nan  # the parts of two examples are always alike
+    return gamma, stderr, lopsided, dof, tuple(notes)
 
 
 def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tensor | None) -> PenaltyDirection:

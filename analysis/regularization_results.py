@@ -67,6 +67,8 @@ class ImplicitRegularization(_Record):
     """One standard error over data of the same size; NaN where it is not known."""
     batch_variance_skewness: float = 0.0
     """Of the examples' parts of `batch_variance`; dimensionless."""
+    batch_variance_dof: float = math.inf
+    """Degrees of freedom of the standard error, `spread_dof`."""
     full_factor: float
     """P, lr / 4 for plain SGD; parameter^2 / loss."""
     batch_factor: float
@@ -108,7 +110,7 @@ class ImplicitRegularization(_Record):
         return mean_interval(
             self.batch_penalty,
             self.batch_factor * self.batch_variance_stderr,
-            dof=self.num_examples - 1,
+            dof=self.batch_variance_dof,
             skewness=self.batch_variance_skewness,
             confidence=confidence,
         )

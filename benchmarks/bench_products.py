@@ -96,7 +96,7 @@ def main() -> None:
                     runs[case].append(_row(*case, seconds=a.seconds, threads=a.threads))
                 progress.console.print(_summary(runs[case][-1]), highlight=False, soft_wrap=True)
                 progress.advance(task)
-            write_rows(out, [middle(runs[case]) for case in cases])  # after each pass, so that a run can be cut short
+                write_rows(out, [middle(found) for found in runs.values() if found])  # so that a run can be cut short
 
 
 if __name__ == "__main__":

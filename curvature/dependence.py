@@ -27,6 +27,16 @@ def depends(root: Tensor, parameters: Sequence[Tensor]) -> bool:
     return any(id(getattr(node, "variable", None)) in wanted for node in walk([root.grad_fn]))
 
 
+_SHARDED = (
+    "the model is sharded (fully_shard), and forward computes with gathered copies; use a copy of the model that is "
+    "not sharded, with process_group= for data-parallel sums"
+)
+
+
+def _is_sharded(evaluator: Evaluator) -> bool:
+    return any(hasattr(type(module), "unshard") for module in evaluator.model.modules())
+
+
 class Dependence:
     """What the batches of one point have shown; a batch that depends on nothing is fine as long as another one does.
 
@@ -87,13 +97,18 @@ class Dependence:
                 "Hessian."
             )
 
+    def refuse_shards(self, evaluator: Evaluator) -> None:
+        """Raise an error for a model whose gathered copies take the place of its parameters, to be freed again.
+
+        Raises:
+            CheckFailedError: with the remedy.
+        """
+        if _is_sharded(evaluator):
+            raise CheckFailedError(f"the loss of no batch depends on any of the chosen parameters: {_SHARDED}.")
+
     def _reason(self, evaluator: Evaluator) -> str:
-        sharded = any(hasattr(module, "unshard") for module in evaluator.model.modules())
-        if sharded or any(hasattr(p, "to_local") for p in evaluator.parameters):
-            return (
-                "the model is sharded (fully_shard), and forward computes with gathered copies; use a copy of the "
-                "model that is not sharded, with process_group= for data-parallel sums"
-            )
+        if _is_sharded(evaluator) or any(hasattr(p, "to_local") for p in evaluator.parameters):
+            return _SHARDED
         if not self._recorded:
             return (
                 "no gradient was recorded; take torch.no_grad(), detach(), .item(), NumPy and argmax out of forward "

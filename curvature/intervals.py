@@ -18,6 +18,8 @@ __all__ = [
     "mean_interval",
     "ratio_interval",
     "skewness",
+    "spread_dof",
+    "spread_of",
     "student_quantile",
     "tail_exponent",
 ]
@@ -90,6 +92,36 @@ def skewness(samples: Tensor) -> Tensor:
         return torch.zeros_like(square)
     ratio = apart.pow(3).mean(dim=0) / square.where(usable, 1) ** 1.5
     return torch.where(usable, ratio * (k * (k - 1)) ** 0.5 / (k - 2), 0)
+
+
+def spread_dof(samples: Tensor) -> float:
+    """Return the degrees of freedom of the standard error that the spread of samples (k,) gives of their mean.
+
+    k - 1 for normal samples; with excess kurtosis e (corrected for their number, Fisher's G2) a variance scatters as
+    with (k - 1) / (1 + e / 2) of them. NaN for fewer than four samples, whose kurtosis is not known.
+
+    Reference: Satterthwaite (1946), An approximate distribution of estimates of variance components.
+    """
+    k = len(samples)
+    if k < 4:
+        return math.nan
+    apart = samples.double() - samples.double().mean()
+    square = float(apart.square().mean())
+    if not (square > 0 and math.isfinite(square)):
+        return k - 1.0
+    raw = float(apart.pow(4).mean()) / square**2 - 3
+    excess = (k - 1) / ((k - 2) * (k - 3)) * ((k + 1) * raw + 6)
+    return (k - 1) / (1 + max(0.0, excess) / 2)
+
+
+def spread_of(samples: Tensor, influences: Tensor) -> tuple[float, float]:
+    """Return degrees of freedom and skewness that `mean_interval` takes, of a variance estimated from these samples.
+
+    The degrees of freedom are those of the samples' spread, `spread_dof`; the skewness of the influences is that of a
+    mean of as many as there are, which the interval divides by the root of fewer.
+    """
+    dof, k = spread_dof(samples), len(samples)
+    return dof, float(skewness(influences)) * ((dof + 1) / k) ** 0.5 if dof > 0 else 0.0
 
 
 def ratio_interval(a: float, b: float, variances: tuple[float, float, float], quantile: float) -> tuple[float, float]:

@@ -285,6 +285,7 @@ class Objective:
         Raises:
             CheckFailedError: if no batch depends on the parameters, or forward is found not to repeat.
         """
+        self._dependence.refuse_shards(self._evaluator)
         yield from self._linearised()
         self._dependence.require(self._evaluator)
 

@@ -86,9 +86,7 @@ class Recording:
         self._space = space
         self._params = list(space.tensors.values())
         plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in self._params)
-        self._uniform = plain and all(
-            p.dtype == space.dtype and p.numel() > 0 for p in self._params
-        )
+        self._uniform = plain and all(p.dtype == space.dtype and p.numel() > 0 for p in self._params)
         self._batch = batch
         self.index = index
         self._meter = meter

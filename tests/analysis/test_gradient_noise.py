@@ -377,3 +377,13 @@ def test_tail_index_refuses_what_it_cannot_split() -> None:
         tail_index(torch.randn(8), block=3)
     with pytest.raises(InputError, match="no entry"):
         tail_index(torch.zeros(8, 2))
+
+
+def test_two_examples_say_nothing_of_the_error() -> None:
+    """Their parts |g_i - g|^2 are always alike: their spread of 0 is no error."""
+    torch.manual_seed(0)
+    objective = Objective(
+        nn.Linear(3, 1).double(), nn.MSELoss(), (torch.randn(2, 3).double(), torch.randn(2, 1).double())
+    )
+    assert math.isnan(gradient_noise(objective).trace.stderr)
+    assert math.isnan(implicit_regularization(objective, lr=0.1, batch_size=1).batch_variance_stderr)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from curvature.errors import InputError
-from curvature.intervals import combined_error, mean_interval, ratio_interval, skewness, tail_exponent
+from curvature.intervals import combined_error, mean_interval, ratio_interval, skewness, spread_dof, tail_exponent
 
 
 def test_without_skewness_it_is_students_interval() -> None:
@@ -98,3 +98,16 @@ def test_tail_exponents_are_those_of_powers() -> None:
     x = torch.tensor(np.random.default_rng(0).pareto(1.5, 10_000) + 1)
     assert tail_exponent(x) == pytest.approx(1.5, rel=0.25)
     assert tail_exponent(torch.ones(9)) == tail_exponent(torch.zeros(9)) == math.inf
+
+
+def test_the_spread_of_heavy_tails_has_few_degrees_of_freedom() -> None:
+    """The variance of k draws scatters with twice its squared mean over its degrees of freedom."""
+    normal = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for draws, low, high in ((normal, 0.7, 1.2), (normal.abs().sqrt(), 0.7, 1.5), (normal.exp(), 1.0, 20.0)):
+        variances = draws.var(dim=1)
+        truth = 2 * float(variances.mean()) ** 2 / float(variances.var())
+        found = float(torch.tensor([spread_dof(row) for row in draws]).median())
+        assert low <= found / truth <= high  # samples of heavy tails do not show how heavy these are
+    assert found < 20
+    assert math.isnan(spread_dof(torch.ones(3)))
+    assert spread_dof(torch.ones(9)) == 8
