@@ -112,6 +112,7 @@ def _looks(rows: Sequence[Row]) -> str:
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "summary": (summary_table, ("products", "eigen")),
     "products": (table, ("products",)),
+    "gpu": (table, ("products_gpu",)),
     "eigen": (eigen_table, ("eigen",)),
     "estimators": (estimator_table, ("estimators",)),
     "coverage": (coverage_table, ("coverage",)),

@@ -26,6 +26,8 @@ class Look:
 
     curvature: float
     """The smallest u'H u over unit vectors u that was met."""
+    rounding: float
+    """How far rounding may move it."""
     negative: bool
     """Whether it is below zero beyond rounding."""
     complete: bool
@@ -41,7 +43,8 @@ class Look:
         if self.negative:
             return 2, f"{message}; a saddle of curvature {self.curvature:.2g}, along which rounding hides any decrease"
         rest = "" if self.complete else f" in {self.num_products} products, too few to exclude a lower one"
-        return 0, f"{message}; the lowest curvature met is {self.curvature:.2g}{rest}"
+        lowest = f"{self.curvature:.2g}" if self.curvature > 0 else f"zero to within {self.rounding:.2g}"
+        return 0, f"{message}; the lowest curvature met is {lowest}{rest}"
 
 
 @torch.no_grad()
@@ -64,7 +67,8 @@ def look_for_saddle(optimizer: FullBatchOptimizer, closure: Callable[[], Any], m
         with curvature_session(), evaluations.watched():
             here = evaluations.linearise()
             curvature, v, size, complete = lowest_pair(here.operator, optimizer._generator(flat, _STREAM), most)
-            negative = curvature < -(eps**0.5) * size
+            rounding = eps**0.5 * size
+            negative = curvature < -rounding
             length = max(float(torch.linalg.vector_norm(evaluations.start)), 1.0)
             while negative and not left and length**2 * -curvature > eps * abs(here.loss):
                 values = {t: evaluations.value(evaluations.start + t * v) for t in (length, -length)}
@@ -77,6 +81,7 @@ def look_for_saddle(optimizer: FullBatchOptimizer, closure: Callable[[], Any], m
         evaluations.finish(keep=False)
     return Look(
         curvature=curvature,
+        rounding=rounding,
         negative=negative,
         complete=complete,
         left=left,

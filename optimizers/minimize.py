@@ -136,7 +136,7 @@ def minimize(
         options: further settings of the method's optimizer.
 
     Raises:
-        InputError: for a method that is not there, or unless one of x0 and params is given.
+        InputError: for a method that is not there, an empty x0, or unless one of x0 and params is given.
         NonFiniteError: if loss or gradient are not finite at the start.
 
     Example:
@@ -149,6 +149,8 @@ def minimize(
     if (x0 is None) == (params is None):
         raise InputError("give x0 for a function of x, or params for a closure: one of them, not both.")
     closure: Callable[[], Any]
+    if x0 is not None and x0.numel() == 0:
+        raise InputError("x0 must have at least one entry, got none.")
     if x0 is not None:
         x = x0.detach().clone().requires_grad_()
         params, closure = [x], lambda: objective(x)
@@ -189,6 +191,8 @@ def minimize(
         spent = njev + nhev
         most = max(_LEAST_LOOK, spent // 4)
         most = most if max_gradients is None else min(most, max_gradients - spent - 1)
+        if ended[0] == 0 and most < 1:
+            ended = 0, f"{ended[1]}; no product is left to look whether it is a saddle: raise max_gradients"
         if ended[0] != 0 or most < 1:
             break
         try:

@@ -228,3 +228,14 @@ def test_bad_arguments() -> None:
         scipy.optimize.minimize(scipy.optimize.rosen, np.zeros(2), method=to_scipy("cubic"))
     with pytest.raises(InputError, match="bounds"):
         scipy.optimize.minimize(scipy.optimize.rosen, np.zeros(2), bounds=[(0, 1)] * 2, method=to_scipy("cubic"))
+
+
+def test_rounding_is_not_told_as_curvature_and_what_was_not_looked_at_is_said() -> None:
+    start = torch.zeros(2, dtype=torch.float64)
+    scale = torch.tensor([1e8, 1e-8], dtype=torch.float64)
+    found = minimize(lambda x: scale * (x - 1), start, method="levenberg-marquardt")
+    assert "curvature met is zero to within" in found.message or found.curvature > 0
+    hurried = minimize(lambda x: (x**2).sum(), start, max_gradients=1)
+    assert "no product is left" in hurried.message
+    with pytest.raises(InputError, match="x0 must have at least one entry"):
+        minimize(lambda x: x.sum(), start[:0])
