@@ -28,6 +28,7 @@ __all__ = [
     "SpectralDensity",
     "Status",
     "TraceEstimate",
+    "bounded_mean",
     "mean_and_stderr",
 ]
 
@@ -324,6 +325,24 @@ class SpectralDensity(_Record):
         """Estimate (1/n) tr f(A) and its standard error over the probes; `f` acts entrywise on eigenvalues."""
         samples = (self.weights * f(self.nodes)).sum(dim=1)
         return mean_and_stderr(samples)
+
+
+def bounded_mean(samples: Tensor, lower: Tensor, upper: Tensor) -> BoundedEstimate:
+    """Return the mean over probes of numbers (num_probes, ...), and of the bounds of each.
+
+    The error by chance is the largest of the three means': numbers of quadrature rules that all agree may be bounded by
+    numbers that do not.
+    """
+    parts = [mean_and_stderr(x) for x in (samples, lower, upper)]
+    value, least, most = (mean for mean, _ in parts)
+    return BoundedEstimate(
+        value=value,
+        stderr=torch.stack([stderr for _, stderr in parts]).amax(dim=0),
+        dof=len(samples) - 1.0,
+        skewness=torch.stack([skewness(x).abs() for x in (samples, lower, upper)]).amax(dim=0),
+        lower=torch.minimum(least, value),
+        upper=torch.maximum(most, value),
+    )
 
 
 def mean_and_stderr(samples: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:

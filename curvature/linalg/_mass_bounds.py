@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["mass_below", "next_nodes", "shortened"]
+__all__ = ["mass_below", "next_nodes", "shortened", "with_node"]
 
 _BREAKDOWN = 1e-13  # of the largest |node|: a coupling below it ends the process, and the measure has no more points
 _FAR = 1e8  # largest |nodes|: where the prescribed node meets another one, one node goes to infinity
@@ -69,6 +69,15 @@ def shortened(nodes: Tensor, weights: Tensor, num_steps: int) -> tuple[Tensor, T
     alpha, beta = _jacobi(x, w, num_steps)
     theta, S = np.linalg.eigh(np.diag(alpha) + np.diag(beta, 1) + np.diag(beta, -1))
     return torch.from_numpy(theta), torch.from_numpy(w.sum() * S[0] ** 2)
+
+
+def with_node(nodes: Tensor, weights: Tensor, point: float, *, num_steps: int | None) -> tuple[Tensor, Tensor]:
+    """Return the Gauss-Radau rule of s nodes, one of them at `point`; that given if it holds all points already."""
+    if not weights.sum() > 0:
+        return nodes, weights
+    theta, v, reach, exact = _rules(nodes.numpy(), weights.numpy(), np.array([point]), num_steps)
+    placed = theta if exact else np.where(np.abs(theta - point) <= reach, point, theta)
+    return torch.from_numpy(placed[0]), torch.from_numpy(v[0])
 
 
 def _rules(nodes: Array, weights: Array, points: Array, num_steps: int | None) -> tuple[Array, Array, Array, bool]:

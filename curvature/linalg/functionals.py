@@ -1,7 +1,8 @@
 """What one run of stochastic Lanczos quadrature tells about functions of a matrix: tr f(A), n times the mean of f.
 
 For functions whose even derivatives all have one sign, as log(x + z), the m-point rule errs on one side and falls to
-its limit as m grows. Standard errors join the chance of the probes with what half and two thirds of the steps change.
+its limit as m grows. Where rules of both sides are known they are bounds; else standard errors join the chance of the
+probes with what half and two thirds of the steps change.
 
 Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochastic Lanczos quadrature.
 """
@@ -18,9 +19,10 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.intervals import skewness
+from curvature.linalg._mass_bounds import with_node
 from curvature.linalg._validate import numbers
 from curvature.linalg.slq import rule_error
-from curvature.results import Estimate, SpectralDensity, mean_and_stderr
+from curvature.results import BoundedEstimate, Estimate, SpectralDensity, bounded_mean, mean_and_stderr
 
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
@@ -86,30 +88,35 @@ def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
 
 @full_precision
 @checked
-def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> Estimate:
+def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> BoundedEstimate:
     """Estimate d(z) = tr A (A + z I)^-1 = sum_i lambda_i / (lambda_i + z) for every z of a grid, of the grid's shape.
 
-    How many directions the data determine beyond a prior of precision z (MacKay, 1992). The rule errs upwards. Made for
-    positive semi-definite A, such as a Gauss-Newton matrix.
+    How many directions the data determine beyond a prior of precision z (MacKay, 1992). The Gauss rule errs upwards,
+    and for positive semi-definite A, such as a Gauss-Newton matrix, the Gauss-Radau rule with a node at 0 downwards:
+    these are the bounds (Golub and Meurant, 2010). Of nodes below 0 the error of the rule is judged by fewer steps too,
+    which is no bound.
 
     Raises:
         InputError: unless A + z I is positive definite for the smallest z, as far as the nodes show.
     """
     z = numbers("damping", damping)
     _check_damping(density, float(z.min()))
-    flat = z.reshape(-1)
 
-    def samples(nodes: Tensor, weights: Tensor) -> Tensor:
+    def sample(nodes: Tensor, weights: Tensor) -> Tensor:
         used = weights > 0  # unused places hold no part
-        return density.dimension * (weights[used] @ (nodes[used, None] / (nodes[used, None] + flat)))
+        x = nodes[used].reshape(-1, *[1] * z.ndim)
+        return density.dimension * torch.tensordot(weights[used], x / (x + z), dims=1)
 
-    found = _estimate(density, samples)
-    return replace(
-        found,
-        value=found.value.reshape(z.shape),
-        stderr=found.stderr.reshape(z.shape),
-        skewness=torch.as_tensor(found.skewness).reshape(z.shape),
-    )
+    upper = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
+    smallest = min(_smallest(density), 0.0)
+    lower = []
+    for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
+        radau = with_node(x, w.where(~of, 0), smallest, num_steps=density.num_steps)
+        lower.append(sample(*radau) + sample(x, w.where(of, 0)))
+    found = bounded_mean(upper, torch.stack(lower), upper)
+    if smallest == 0:
+        return found
+    return replace(found, stderr=torch.hypot(found.stderr, rule_error(density, found.value, sample)))
 
 
 def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
