@@ -63,10 +63,12 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
             at most 1e-2. The finite-difference tests have their own: 1e-4 in float64, 5e-2 in float32, 0.4 below.
 
     Raises:
-        CheckFailedError: with the cause (which module, which function) and the remedy.
+        CheckFailedError: with the cause (which module, which function) and the remedy; also where kept graphs are of
+            a function that has changed since in a way that no look sees.
         DataError: if the data differ from pass to pass, or batches do not count by what the loss divides by.
     """
     with _explained():
+        objective._freshness.check_kept()
         found = _first_that_counts(objective)
     if found is None:  # all data are on other ranks, which look at one batch each
         return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol),))

@@ -178,6 +178,24 @@ class Freshness:
             self._objective._data.confirm()
             self._repeat(mixed=True)
 
+    def check_kept(self) -> None:
+        """Evaluate every batch whose graph is kept once more, unless a look tells already that graphs will be dropped.
+
+        Raises:
+            CheckFailedError: if one of them gives something else.
+        """
+        with one_at_a_time:
+            if self._point is None or self._changes(self._point, self.look()):
+                return
+            for _ in range(len(self._objective._kept)):
+                self._repeat()
+                if self._point is None:
+                    raise CheckFailedError(
+                        f"{_MOVED} since graphs were built: products since then may be of the function as it was. "
+                        "The graphs are dropped; call again, and call objective.release() after each change of this "
+                        "kind."
+                    )
+
     def point(self) -> object:
         """Return an object that stands for the present point: the same one until anything changes."""
         self.enter()

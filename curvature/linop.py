@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvature.autocast import full_precision
 from curvature.errors import InputError
+from curvature.one_matrix import one_matrix
 
 __all__ = [
     "Composed",
@@ -111,7 +112,11 @@ class LinearOperator(ABC):
         return Scaled(self, -1.0)
 
     def to_dense(self) -> Tensor:
-        """Return the matrix as a tensor (m, n), by products with the columns of the identity."""
+        """Return the matrix as a tensor (m, n), by products with the columns of the identity.
+
+        Raises:
+            CheckFailedError: if what it is made of changed meanwhile.
+        """
         return to_dense(self)
 
     def to_scipy(self) -> ScipyLinearOperator:
@@ -234,6 +239,7 @@ class Counting(LinearOperator):
         return self.A @ X
 
 
+@one_matrix
 @full_precision
 def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
     """Return A as a tensor (m, n); a tensor is returned as it is. Cost: n products, in blocks."""

@@ -1,9 +1,10 @@
 """What a model and a loss are besides their parameters and buffers: plain attributes, modules, hooks, closures.
 
 `PythonState` lists all of it as (owner, name) -> value, so that two looks can be compared entry by entry. It reads
-attributes of modules and of other objects, containers, arguments of `functools.partial`, cells of closures, and globals
-that functions name. What it does not follow is known by identity: modules of Python, classes and functions of torch and
-of the standard library, and what lies deeper than a few steps.
+attributes of modules and of other objects, containers, arguments of `functools.partial`, cells of closures, and what
+functions name: globals and, of Python modules and classes of one's own, attributes. Of own classes all methods count.
+What it does not follow is known by identity: modules of Python, classes and functions of torch and of the standard
+library, and what lies deeper than a few steps. Of large containers it reads some entries.
 
 Where every thing read is still the very same object, nothing has changed: `stands` says so without another walk.
 """
@@ -15,10 +16,11 @@ import enum
 import functools
 import math
 import operator
+import sys
 import types
 from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,8 @@ Key = tuple[int, Hashable]
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})  # looked at by themselves
 _DEPTH = 6
-_MOST = 256  # entries of a container, and twice those of an object; larger ones are known by identity and length
+_MOST = 256  # entries of a container; of larger ones as many are looked at, evenly spread, but for ...
+_NUMBERS = 2**17  # ... so many plain numbers and strings
 _ENTRIES = 2**20  # of a tensor that is neither parameter nor buffer; of larger ones stripes are looked at
 _COPIED = 2**16  # bytes of such a tensor that are kept; of more a digest is
 _FOREIGN = ("torch.", "numpy.", "builtins", "functools", "typing", "collections")  # their functions are not followed
@@ -168,9 +171,13 @@ class PythonState:
                 continue
             self._seen.add(id(base))
             self._watch(vars(base))
+            own = _is_own(base.__module__)
             for name, value in vars(base).items():
                 if name in ("forward", "__call__") or (not name.startswith("__") and _is_data(value)):
                     self._note(id(base), name, value, 2)
+                elif own and name != "__init__":
+                    for function in _functions(value):
+                        self._note(id(base), (name, function.__name__), function, 2)
 
     # -- anything else ------------------------------------------------------------------------------------------------
 
@@ -212,12 +219,8 @@ class PythonState:
         owner = id(value)
         if isinstance(value, nn.Module):
             self._walk(value)
-        elif isinstance(value, Mapping):
-            self._watch(value, _MOST)
-            self._container(owner, value.items() if len(value) <= _MOST else (), len(value), depth)
-        elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
-            self._watch(value, _MOST)
-            self._container(owner, enumerate(value) if len(value) <= _MOST else (), len(value), depth)
+        elif isinstance(value, (Mapping, list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+            self._container(value, depth)
         elif isinstance(value, functools.partial):
             for name in ("func", "args", "keywords"):
                 self._attributes.append((value, name))
@@ -227,25 +230,36 @@ class PythonState:
             self._note(owner, "function", value.__func__, depth)
         elif isinstance(value, types.FunctionType):
             self._function(value, depth)
+        elif isinstance(value, type) and _is_own(value.__module__):
+            self._seen.discard(owner)  # known as a value, not yet as a class
+            self._note_class(value)
         elif isinstance(value, (type, types.ModuleType, enum.Enum)) or _is_opaque(str(type(value).__module__)):
             return
         else:
             self._object(value, depth)
 
-    def _container(self, owner: int, items: Iterable[tuple[Any, Any]], length: int, depth: int) -> None:
+    def _container(self, value: Any, depth: int) -> None:
+        owner, length = id(value), len(value)
+        self._watch(value, 16 * _MOST)
         if (owner, "length") in self._volatile:
             self._watched = False
             return
         self.entries[owner, "length"] = length
-        for name, item in items:
+        pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+        if _MOST < length <= _NUMBERS:
+            parts = (*value, *value.values()) if isinstance(value, Mapping) else tuple(value)
+            if _PLAIN.issuperset(map(type, parts)):
+                self._note(owner, "contents", parts, depth)
+                return
+        for name, item in islice(pairs, 0, None, math.ceil(length / _MOST) or 1):
             self._note(owner, name if isinstance(name, (str, int)) else repr(name), item, depth)
 
     def _object(self, value: Any, depth: int) -> None:
         owner = id(value)
         self._watch_object(value)
         fields = getattr(value, "__dict__", None)
-        if isinstance(fields, dict) and len(fields) <= 2 * _MOST:
-            for name, part in list(fields.items()):  # without their number: one that comes later moves no other
+        if isinstance(fields, dict):
+            for name, part in list(islice(fields.items(), 2 * _MOST)):  # so that one that comes later moves no other
                 self._note(owner, name, part, depth)
         for base in type(value).__mro__:
             slots = vars(base).get("__slots__", ())
@@ -276,11 +290,14 @@ class PythonState:
                 self._note(owner, name, cell.cell_contents, depth)
             except ValueError:  # not yet filled
                 self._watched = False
-        space = function.__globals__
-        for name in _names(function.__code__):
-            self._globals.append((space, name))
-            if name in space:
-                self._note(id(space), name, space[name], depth)
+        names = _names(function.__code__)
+        spaces = [function.__globals__]
+        spaces += [vars(part) for name in names if _is_own_module(part := spaces[0].get(name))]
+        for space in spaces:
+            for name in names:
+                self._globals.append((space, name))
+                if name in space:
+                    self._note(id(space), name, space[name], depth)
         self._sources.append(function.__dict__)
         if function.__dict__:
             self._note(owner, "__dict__", function.__dict__, depth)
@@ -291,6 +308,24 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     """Return the global names that a function and those written inside it may use."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _functions(value: Any) -> list[types.FunctionType]:
+    """Return what is called by a method, static or of the class, or a property."""
+    found = [value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "func"))]
+    return [part for part in found if isinstance(part, types.FunctionType)]
+
+
+@lru_cache(maxsize=4096)
+def _is_own(module: str) -> bool:
+    """Say whether a module of Python is neither installed nor of the standard library."""
+    top = module.partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return top not in _OPAQUE | sys.stdlib_module_names and "-packages" not in file
+
+
+def _is_own_module(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and _is_own(value.__name__)
 
 
 def _is_data(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -332,3 +333,43 @@ def test_a_change_within_a_run_is_an_error_however_soon_it_comes(write: str) -> 
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(CheckFailedError, match="changed while products with one matrix went on"):
         top_eigenpairs(objective, 3, solver="lanczos", generator=generator, callback=move)
+
+
+# -- what no look sees ------------------------------------------------------------------------------------------------
+
+
+def told(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(batch[0]) * float(os.environ["SCALE_OF_TEST"]), batch[1]
+
+
+def test_a_dense_matrix_of_a_function_that_changed_unseen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALE_OF_TEST", "1")
+    model = net()
+    H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (X, Y), forward=told))
+    assert_close(H.to_dense(), dense(model, lambda: F.cross_entropy(model(X), Y)))
+    monkeypatch.setenv("SCALE_OF_TEST", "2")
+    with pytest.raises(CheckFailedError, match="cannot be seen from outside"):
+        H.to_dense()
+    true = dense(model, lambda: F.cross_entropy(2 * model(X), Y))
+    assert_close(H.to_dense(), true)
+    assert_close((H + H).to_dense(), 2 * true)
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_the_check_evaluates_what_is_kept(monkeypatch: pytest.MonkeyPatch, release: bool) -> None:
+    monkeypatch.setenv("SCALE_OF_TEST", "1")
+    model = net()
+    objective = Objective(model, nn.CrossEntropyLoss(), [(X, Y), (X + 1, Y)], forward=told)
+    H = HessianOperator(objective)
+    v = torch.ones(objective.num_params, dtype=torch.float64)
+    H @ v
+    assert objective.check().passed
+    monkeypatch.setenv("SCALE_OF_TEST", "2")
+    if release:
+        objective.release()
+    else:
+        with pytest.raises(CheckFailedError, match="products since then may be of the function as it was"):
+            objective.check()
+    assert objective.check().passed
+    true = dense(model, lambda: (F.cross_entropy(2 * model(X), Y) + F.cross_entropy(2 * model(X + 1), Y)) / 2)
+    assert_close(H @ v, true @ v)

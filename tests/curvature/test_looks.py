@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from curvature import Objective
 from curvature.contents import Contents
 from curvature.digest import digest
+from curvature.python_state import PythonState
 
 
 class Slotted:
@@ -38,6 +40,35 @@ class Sharp(Scaled):
 
 
 BETA = {"kl": 1.0}
+IN_METHOD, IN_STATIC, IN_CLASS, IN_PROPERTY = [1.0], [1.0], [1.0], [1.0]
+NAMESPACE = types.ModuleType("namespace_of_ones_own")
+NAMESPACE.scale = 1.0  # type: ignore[attr-defined]
+
+
+class Constants:
+    scale = 1.0
+
+
+class Helped(Scaled):
+    """Whose helpers read globals; forward names none of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) * self.fixed() * self.shared() * self.level
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.net(x).square() * IN_METHOD[0]
+
+    @staticmethod
+    def fixed() -> float:
+        return IN_STATIC[0]
+
+    @classmethod
+    def shared(cls) -> float:
+        return IN_CLASS[0]
+
+    @property
+    def level(self) -> float:
+        return IN_PROPERTY[0]
 
 
 def stealthy_changes() -> dict[str, tuple[nn.Module, Any, Callable[[], object]]]:
@@ -61,6 +92,15 @@ def stealthy_changes() -> dict[str, tuple[nn.Module, Any, Callable[[], object]]]
     def transposed() -> None:
         model.square.data = model.square.data.T
 
+    model.many, model.mixed = list(range(1000)), {i: [i] for i in range(1000)}
+    model.words = {str(i): i for i in range(1000)}
+
+    def spaced(z: Tensor, t: Tensor) -> Tensor:
+        return NAMESPACE.scale * Constants.scale * F.cross_entropy(z, t)
+
+    def twice(kept: list[float]) -> Callable[[], object]:
+        return lambda: kept.__setitem__(0, 2 * kept[0])
+
     plain = F.cross_entropy
     return {
         "slot": (model, plain, lambda: setattr(model.slotted, "scale", 2.0)),
@@ -77,6 +117,15 @@ def stealthy_changes() -> dict[str, tuple[nn.Module, Any, Callable[[], object]]]
         "keyword": (model, keyed, lambda: setattr(keyed, "__kwdefaults__", {"scale": 2.0})),
         "cell": (model, counted, recount),
         "strides": (model, plain, transposed),
+        "global of a method": (Helped(), plain, twice(IN_METHOD)),
+        "global of a static method": (Helped(), plain, twice(IN_STATIC)),
+        "global of a method of the class": (Helped(), plain, twice(IN_CLASS)),
+        "global of a property": (Helped(), plain, twice(IN_PROPERTY)),
+        "attribute of a Python module": (model, spaced, lambda: setattr(NAMESPACE, "scale", NAMESPACE.scale + 1)),
+        "attribute of a class that is named": (model, spaced, lambda: setattr(Constants, "scale", Constants.scale + 1)),
+        "number in a large list": (model, plain, lambda: model.many.__setitem__(501, -1)),
+        "number in a large dict": (model, plain, lambda: model.words.update({"501": -1})),
+        "large dict of lists": (model, plain, lambda: [kept.append(-1) for kept in model.mixed.values()]),
         "global": (model, lambda z, t: BETA["kl"] * F.cross_entropy(z, t), lambda: BETA.update(kl=BETA["kl"] + 1)),
     }
 
@@ -92,6 +141,15 @@ def test_a_short_look_sees_what_a_long_one_does(name: str) -> None:
     after = freshness.look()
     assert after is not before
     assert freshness._changes(before, after)
+
+
+@pytest.mark.parametrize("large", [list(range(2**20)), {i: object() for i in range(2**12)}], ids=["list", "dict"])
+def test_looks_at_large_containers_are_short(large: Any) -> None:
+    model: Any = Scaled()
+    model.large = large
+    state = PythonState(model, {}, set())
+    assert len(state.entries) < 600
+    assert not state.changes(PythonState(model, {}, set()))
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------
