@@ -20,7 +20,7 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._completeness import Bound
 from curvature.linalg._orthonormal import gram_schmidt
-from curvature.linalg._validate import non_finite_message, rounding_level, working_dtype
+from curvature.linalg._validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linop import MatrixLike
 
 __all__ = ["KrylovSpace"]
@@ -129,10 +129,12 @@ class KrylovSpace:
         self.num_matvecs += width
         coupled = self.C[:width].any(dim=0).nonzero()
         recent = int(coupled[0]) if len(coupled) else old
+        unit = unit_of(AX, self.num_matvecs, first=self.norm == 0)
+        W = AX.T.to(self.rows.device, self.dtype)
         N, R, H = self._orthonormalise(
-            AX.T.to(self.rows.device, self.dtype), new + rest, least=self.rounding(), recent=recent
+            W if unit == 1 else W / unit, new + rest, least=self.rounding() / unit, recent=recent
         )
-        packed = torch.cat([H, R]).double().cpu()  # the one wait for the device
+        packed = unit * torch.cat([H, R]).double().cpu()
         if not bool(torch.isfinite(packed).all()):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
         taken = self.num_known + new + rest

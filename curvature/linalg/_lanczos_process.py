@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import preconditioned
-from curvature.linalg._validate import non_finite_message, rounding_level, working_dtype
+from curvature.linalg._validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linop import MatrixLike
 
 __all__ = ["LanczosProcess"]
@@ -82,17 +82,19 @@ class LanczosProcess:
         R = (self.A @ v.T.to(self.A.dtype)).T.to(self.dtype)
         if self.damping:
             R = R + self.damping * v
+        unit = unit_of(R, self.num_matvecs, first=not bool(self.scale.any()))
+        R = R if unit == 1 else R / unit
         V, W = self.V[active, : self.m], self.W[active, : self.m]
-        self.scale[active] = torch.maximum(self.scale[active], self._dual_norm(R))
+        self.scale[active] = torch.maximum(self.scale[active], unit * self._dual_norm(R))
         alpha = (v * R).sum(dim=1)
         if self.cut is not None:
-            self.columns.append((V[0] @ R[0]).double().cpu())
+            self.columns.append(unit * (V[0] @ R[0]).double().cpu())
         for _ in range(2):  # twice is enough
             R = R - ((V @ R[:, :, None]).mT @ W)[:, 0]
         Y = preconditioned(self.preconditioner, R.T).T
         squares = (R * Y).sum(dim=1)
         beta = squares.clamp_min(0).sqrt()
-        facts = torch.stack([alpha, beta, self.scale[active], squares]).double().tolist()
+        facts = torch.stack([alpha, beta, self.scale[active] / unit, squares]).double().tolist()
         following, level = [], rounding_level(self.A)
         for i, a, b, scale, square in zip(going, *facts, strict=True):
             if not (math.isfinite(a) and math.isfinite(square)):
@@ -102,8 +104,8 @@ class LanczosProcess:
                     f"preconditioner must be symmetric positive definite, got r'P^-1 r = {square:.2g} for a residual r."
                 )
             self.resting[i] = b <= level * scale or len(self.alpha[i]) + 1 == self.n
-            self.alpha[i].append(a)
-            self.beta[i].append(0.0 if self.resting[i] else b)
+            self.alpha[i].append(unit * a)
+            self.beta[i].append(0.0 if self.resting[i] else unit * b)
             following.append(not self.resting[i])
         if any(following):
             keep = torch.tensor(following, device=R.device)[:, None]

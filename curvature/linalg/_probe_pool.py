@@ -33,7 +33,14 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg._orthonormal import orthonormalise
-from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
+from curvature.linalg._validate import (
+    check_count,
+    check_finite,
+    check_generator,
+    check_range,
+    check_square,
+    working_dtype,
+)
 from curvature.linalg.probes import DISTRIBUTIONS, draw
 from curvature.linop import MatrixLike
 
@@ -132,7 +139,9 @@ class ProbePool:
             blocks.append(product.to(self.basis.dtype))
             if self.callback is not None:
                 self.callback(self.num_matvecs, what)
-        return torch.cat(blocks, dim=1) if blocks else X
+        if not blocks:
+            return X
+        return check_range(torch.cat(blocks, dim=1), self.num_matvecs, first=self.num_probes + self.rank == 0)
 
     # -- what they tell -----------------------------------------------------------------------------------------------
 

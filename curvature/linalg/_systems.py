@@ -20,7 +20,15 @@ from curvature.linop import MatrixLike
 from curvature.results import Status
 from curvature.solve_results import SolveResult
 
-__all__ = ["Systems", "check_damping", "check_preconditioner", "powers_of_two", "preconditioned", "right_hand_sides"]
+__all__ = [
+    "Systems",
+    "check_damping",
+    "check_preconditioner",
+    "in_units",
+    "powers_of_two",
+    "preconditioned",
+    "right_hand_sides",
+]
 
 
 class Systems:
@@ -53,23 +61,26 @@ class Systems:
         if self.limit < 0:
             raise InputError(f"max_iterations must not be negative, got {max_iterations}.")
         B, self.is_vector = right_hand_sides(A, B, n)
-        self.scale = powers_of_two(B)
-        self.scales: list[float] = self.scale.double().tolist()
-        self.B = B / self.scale
-        sizes = torch.linalg.vector_norm(self.B, dim=0).double().tolist()
-        self.tolerance = [max(rtol * size, atol / scale) for size, scale in zip(sizes, self.scales, strict=True)]
-        self.X = torch.zeros_like(self.B)
-        self.R = self.B.clone()
+        X, R = torch.zeros_like(B), B
         if x0 is not None:
             if x0.shape != ((n,) if self.is_vector else tuple(B.shape)):
                 raise InputError(f"x0 must have the shape of B, got {tuple(x0.shape)}.")
-            known = torch.tensor([size > 0 for size in sizes], device=A.device)
-            start = x0.reshape(n, -1).to(device=A.device, dtype=self.dtype)
-            self.X = torch.where(known, start / self.scale, 0)
-            self.R -= self.multiply(self.X)
-        self.norms: list[float] = torch.linalg.vector_norm(self.R, dim=0).double().tolist()
+            X = torch.where(B.any(dim=0), x0.reshape(n, -1).to(device=A.device, dtype=self.dtype), 0)
+            R = B - self.multiply(X)
+        self.scale = powers_of_two(torch.maximum(B.abs(), R.abs()))
+        self.scales: list[float] = self.scale.double().tolist()
+        self.B, self.X, self.R = B / self.scale, X / self.scale, R / self.scale
+        sizes = _norms(self.B)
+        self.tolerance = [max(rtol * size, atol / scale) for size, scale in zip(sizes, self.scales, strict=True)]
+        self.norms = _norms(self.R)
         if not all(map(math.isfinite, self.norms)):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
+        farthest = max((norm / size for norm, size in zip(self.norms, sizes, strict=True) if size > 0), default=0.0)
+        if farthest > torch.finfo(self.dtype).tiny ** -0.25:
+            raise InputError(
+                f"x0 must be nearer to the solution: its residual is {farthest:.1g} times |b|, and squares of what "
+                "should be left of it vanish; leave x0 out, or use float64."
+            )
         self.history = [[norm] for norm in self.norms]
         self.steps = [0] * len(self.norms)
         self.statuses = [Status.CONVERGED] * len(self.norms)
@@ -101,7 +112,7 @@ class Systems:
             before, X_before, R_before = list(self.norms), self.X.clone(), self.R.clone()
             iterate(self, active)
             self.R[:, active] = self.B[:, active] - self.multiply(self.X[:, active])
-            self.norms = torch.linalg.vector_norm(self.R, dim=0).double().tolist()
+            self.norms = _norms(self.R)
             again = []
             for i in active:
                 if not math.isfinite(self.norms[i]):
@@ -122,7 +133,7 @@ class Systems:
         norms = [norm * scale for norm, scale in zip(self.norms, self.scales, strict=True)]
         reached = [norm <= tolerance for norm, tolerance in zip(self.norms, self.tolerance, strict=True)]
         return SolveResult(
-            x=self.shaped(self.X * self.scale),
+            x=self.shaped(in_units(self.X, self.scale)),
             residual_norms=self.shaped(torch.tensor(norms, dtype=self.dtype, device=self.A.device)),
             converged=self.shaped(torch.tensor(reached, device=self.A.device)),
             statuses=tuple(self.statuses),
@@ -166,6 +177,25 @@ def powers_of_two(B: Tensor) -> Tensor:
     """Return for every column the power of two at its largest entry, 1 for zero: dividing by it loses nothing."""
     largest = B.abs().amax(dim=0)
     return torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(B)), 1.0)
+
+
+def in_units(X: Tensor, scale: Tensor) -> Tensor:
+    """Return the columns of X times their scales; refuse solutions that the dtype cannot hold."""
+    info = torch.finfo(X.dtype)
+    largest = X.abs().amax(dim=0).double() * scale.double()
+    lost = largest[(largest > info.max) | ((largest > 0) & (largest < info.tiny))]
+    if len(lost):
+        raise NonFiniteError(
+            f"a solution has entries of up to {float(lost[0]):.1g}, but {X.dtype} holds sizes between {info.tiny:.1g} "
+            f"and {info.max:.1g}; multiply the right-hand side by a power of two (the solution scales with it), or use "
+            "float64."
+        )
+    return X * scale
+
+
+def _norms(X: Tensor) -> list[float]:
+    norms: list[float] = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64).tolist()
+    return norms
 
 
 def check_damping(damping: float) -> None:

@@ -16,12 +16,15 @@ __all__ = [
     "check_count",
     "check_finite",
     "check_generator",
+    "check_range",
     "check_square",
     "check_start",
     "check_tolerances",
+    "column_norms",
     "non_finite_message",
     "numbers",
     "rounding_level",
+    "unit_of",
     "working_dtype",
 ]
 
@@ -56,6 +59,61 @@ def check_finite(product: Tensor, num_matvecs: int) -> Tensor:
     if not math.isfinite(float(product.sum())) and not bool(torch.isfinite(product).all()):  # a sum may overflow
         raise NonFiniteError(non_finite_message(num_matvecs))
     return product
+
+
+def check_range(product: Tensor, num_matvecs: int, *, first: bool = True) -> Tensor:
+    """Return the product of vectors of size 1, or refuse it if squares of its entries overflow, or vanish in the first.
+
+    Later products may be as small as they come: the operator has been seen to be larger.
+    """
+    _check_largest(_largest(product, num_matvecs), product.dtype, 2, num_matvecs, first)
+    return product
+
+
+def unit_of(product: Tensor, num_matvecs: int, *, first: bool = True) -> float:
+    """Return 1, or a power of two to divide a product by where squares of its entries would vanish or overflow.
+
+    Raises:
+        NonFiniteError: if the product is not finite, or so large, or if it is the first so small, that digits are lost.
+    """
+    largest = _largest(product, num_matvecs)
+    low, high = _range(product.dtype, 2)
+    if largest == 0 or low <= largest <= high:
+        return 1.0
+    _check_largest(largest, product.dtype, 1, num_matvecs, first)
+    return math.ldexp(1.0, math.frexp(max(largest, _range(product.dtype, 1)[0]))[1])
+
+
+def column_norms(X: Tensor, num_matvecs: int) -> Tensor:
+    """Return the norms of the columns of X, (k,), of which no square vanishes or overflows."""
+    unit = unit_of(X, num_matvecs, first=False)
+    return torch.linalg.vector_norm(X, dim=0) if unit == 1 else unit * torch.linalg.vector_norm(X / unit, dim=0)
+
+
+def _range(dtype: torch.dtype, power: int) -> tuple[float, float]:
+    """Return between which sizes entries and what is eps times as large have a power that is a normal number."""
+    info = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return (info.tiny / info.eps) ** (1 / power), (info.eps * info.max) ** (1 / power)
+
+
+def _largest(product: Tensor, num_matvecs: int) -> float:
+    if product.numel() == 0:
+        return 0.0
+    least, most = torch.stack(torch.aminmax(product)).tolist()
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise NonFiniteError(non_finite_message(num_matvecs))
+    return float(max(-least, most))
+
+
+def _check_largest(largest: float, dtype: torch.dtype, power: int, num_matvecs: int, first: bool) -> None:
+    low, high = _range(dtype, power)
+    if largest > high or (first and 0 < largest < low):
+        raise NonFiniteError(
+            f"product {num_matvecs} with the operator has entries of up to {largest:.1g}, but with {dtype} they must "
+            f"lie between {low:.1g} and {high:.1g}, or be zero, for digits and squares to neither vanish nor overflow; "
+            "multiply the loss or the matrix by a power of two that brings them near 1 (results scale with it), or use "
+            "float64."
+        )
 
 
 def non_finite_message(num_matvecs: int) -> str:

@@ -21,7 +21,7 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
-from curvature.linalg._validate import non_finite_message
+from curvature.linalg._validate import column_norms, non_finite_message
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
 from curvature.results import Status
@@ -129,7 +129,7 @@ class _Run:
         active, past = list(columns), _Past()
         X, R, B = s.X[:, active], s.R[:, active], s.B[:, active]
         P, rho_old = torch.zeros_like(R), torch.ones_like(R[0])
-        eps, size = torch.finfo(R.dtype).eps, R.new_zeros(())
+        eps, size = torch.finfo(R.dtype).eps, R.new_zeros((), dtype=torch.float64)
         limit = s.limit - max(s.steps[i] for i in active)
         for step in range(1, limit + 1):
             Z = s.precondition(R)
@@ -139,8 +139,8 @@ class _Run:
             P = Z + (rho / rho_old if step > 1 else 0) * P
             Q = s.multiply(P)
             curvature = (P * Q).sum(dim=0)
-            lengths = torch.linalg.vector_norm(P, dim=0)
-            size = torch.maximum(size, (torch.linalg.vector_norm(Q, dim=0) / lengths).max())  # approaches |A|
+            lengths = column_norms(P, s.num_matvecs).double()
+            size = torch.maximum(size, (column_norms(Q, s.num_matvecs) / lengths).max())  # approaches |A|
             positive = curvature > eps * size * lengths**2
             alpha = torch.where(positive, rho / curvature, 0)
             X, R, rho_old = X + alpha * P, R - alpha * Q, rho

@@ -212,7 +212,7 @@ def hutchinson_diagonal(
     assert num_probes is not None
     check_count("num_probes", num_probes, 2)
     dtype = working_dtype(A)
-    mean, squares = (torch.zeros(n, dtype=dtype, device=A.device) for _ in range(2))
+    mean, squares = (torch.zeros(n, dtype=torch.float64, device=A.device) for _ in range(2))  # squares may vanish
     spent, first, alike = 0, None, True
     while spent < num_probes:
         width = min(block_size, num_probes - spent)
@@ -231,6 +231,6 @@ def hutchinson_diagonal(
             squares += step * (sample - mean)
         if callback is not None:
             callback(spent, f"{spent} of {num_probes} probes")
-    stderr = (squares / (num_probes - 1) / num_probes).sqrt()
+    stderr = (squares / (num_probes - 1) / num_probes).sqrt().to(dtype)
     stderr = torch.full_like(stderr, math.inf) if alike and n > 1 else stderr
-    return DiagonalEstimate(values=mean, stderr=stderr, num_matvecs=num_probes, dof=num_probes - 1.0)
+    return DiagonalEstimate(values=mean.to(dtype), stderr=stderr, num_matvecs=num_probes, dof=num_probes - 1.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
-from curvature.linalg._validate import check_count, check_finite, check_square, working_dtype
+from curvature.linalg._validate import check_count, check_finite, check_square, unit_of, working_dtype
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
 
@@ -124,27 +124,30 @@ def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
         active = slice(None) if len(going) == p else going
         R[active] = (A @ Q[active, j].T.to(A.dtype)).T.to(dtype)
         spent += len(going)
-        scale = torch.maximum(scale, torch.linalg.vector_norm(R, dim=1))
-        alpha[:, j] = (Q[:, j] * R).sum(dim=1)
+        unit = unit_of(R, spent, first=j == 0)
+        R /= unit
+        scale = torch.maximum(scale, unit * torch.linalg.vector_norm(R, dim=1))
+        alpha[:, j] = unit * (Q[:, j] * R).sum(dim=1)
         basis = Q[:, : j + 1]
         for _ in range(2):  # twice is enough
             R -= ((basis @ R[:, :, None]).mT @ basis)[:, 0]
         b = torch.linalg.vector_norm(R, dim=1)
         check_finite(torch.stack([alpha[:, j], b]), spent)
-        ended = b <= 10 * torch.finfo(dtype).eps * scale
+        ended = b <= 10 * torch.finfo(dtype).eps * scale / unit
         if j + 1 == n:
             ended = torch.ones_like(ended)
-        R[ended], beta[:, j] = 0, torch.where(ended, 0, b)
+        R[ended], beta[:, j] = 0, unit * torch.where(ended, 0, b)
         going = [i for i, over in enumerate(ended.tolist()) if not over]
         if not going or j + 1 == num_steps:
             break
         Q[:, j + 1] = R / torch.where(ended, 1, b)[:, None]
+    residual_norm = unit * torch.linalg.vector_norm(R, dim=1)
     return KrylovRuns(
         basis=Q,
         alpha=alpha,
         beta=beta[:, :-1],
-        residual=R,
-        residual_norm=torch.linalg.vector_norm(R, dim=1),
+        residual=unit * R,
+        residual_norm=residual_norm,
         breakdown=[i not in going for i in range(p)],
         num_matvecs=spent,
     )

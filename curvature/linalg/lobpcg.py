@@ -28,6 +28,7 @@ from curvature.linalg._validate import (
     check_count,
     check_finite,
     check_generator,
+    check_range,
     check_square,
     check_start,
     check_tolerances,
@@ -201,6 +202,9 @@ class _Iteration:
         R = self.AX - self.X * self.theta.to(self.X)
         return R, torch.linalg.vector_norm(R, dim=0).double().cpu()
 
+    def _multiply(self, W: Tensor) -> Tensor:
+        return check_range(self.A @ W.to(self.A.dtype), self.num_matvecs, first=self.norm == 0).to(W)
+
     def step(self, W: Tensor) -> None:
         """Rayleigh-Ritz on [X, P, W]; products with W only."""
         held = torch.cat([self.X, self.P], dim=1)
@@ -212,7 +216,7 @@ class _Iteration:
         self.stuck = width == 0  # X and P span the whole space: what residuals are left is rounding
         S = torch.cat([held, W], dim=1)
         self.num_matvecs += W.shape[1]
-        AW = self.sign * check_finite(self.A @ W.to(self.A.dtype), self.num_matvecs).to(W) if width else W
+        AW = self.sign * self._multiply(W) if width else W
         AS = torch.cat([self.AX, self.AP, AW], dim=1)
         T = (S.T @ AS).double().cpu()
         self.theta, C = torch.linalg.eigh((T + T.T) / 2)

@@ -18,8 +18,8 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
-from curvature.linalg._systems import check_damping, powers_of_two, right_hand_sides
-from curvature.linalg._validate import check_tolerances, non_finite_message, rounding_level, working_dtype
+from curvature.linalg._systems import check_damping, in_units, powers_of_two, right_hand_sides
+from curvature.linalg._validate import check_range, check_tolerances, non_finite_message, rounding_level, working_dtype
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
 from curvature.results import Status
@@ -130,12 +130,10 @@ class _Run:
         return (A @ X.to(A.dtype)).to(self.dtype)
 
     def iterate(self) -> None:
-        G = self.multiply(self.T, self.B)
+        G = check_range(self.multiply(self.T, self.B), self.B.shape[1])
         beta = torch.linalg.vector_norm(self.B, dim=0)
         self.X = torch.zeros_like(G)
         norms: list[float] = torch.linalg.vector_norm(G, dim=0).double().tolist()
-        if not all(map(math.isfinite, norms)):
-            raise NonFiniteError(non_finite_message(self.num_matvecs))
         self.history = [[norm] for norm in norms]
         self.tolerance = [max(self.rtol * norm, self.atol / c) for norm, c in zip(norms, self.scales, strict=True)]
         active = [i for i, norm in enumerate(norms) if not norm <= self.tolerance[i]]
@@ -238,7 +236,7 @@ class _Run:
             dtype=torch.float64,
         )
         return SolveResult(
-            x=self._shaped(self.X * self.scale),
+            x=self._shaped(in_units(self.X, self.scale)),
             residual_norms=self._shaped(norms * self.scale),
             converged=self._shaped(converged),
             statuses=tuple(self.statuses),

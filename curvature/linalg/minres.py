@@ -24,7 +24,7 @@ from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg._systems import Systems
-from curvature.linalg._validate import check_square, non_finite_message, rounding_level
+from curvature.linalg._validate import check_range, check_square, non_finite_message, rounding_level
 from curvature.linop import MatrixLike
 from curvature.one_matrix import one_matrix
 from curvature.results import Status
@@ -265,7 +265,7 @@ def _start(s: Systems, active: list[int]) -> _State:
 def _step(s: Systems, t: _State, size: Tensor, null_rtol: float) -> tuple[_State, Tensor, Tensor, Tensor]:
     """Return the next state, the size of A, which columns' residuals were in the null space, and beta^2 as computed."""
     v = t.y / t.beta
-    u = s.multiply(v) - (t.beta / t.beta_old) * t.r1
+    u = check_range(s.multiply(v), s.num_matvecs, first=False) - (t.beta / t.beta_old) * t.r1
     alpha = (v * u).sum(dim=0)
     u = u - (alpha / t.beta) * t.r2
     y = s.precondition(u)

@@ -33,10 +33,10 @@ from curvature.linalg._probe_pool import ProbePool
 from curvature.linalg._trace_estimate import FEWEST, sketch_by_pilot
 from curvature.linalg._validate import (
     check_count,
-    check_finite,
     check_generator,
     check_square,
     rounding_level,
+    unit_of,
     working_dtype,
 )
 from curvature.linop import MatrixLike
@@ -95,7 +95,7 @@ def frobenius_norm(
         check_count("sketch_size", sketch_size, 0, num_matvecs // 2 - 1)
     if pool.n <= num_matvecs:
         pool.complete()
-        value = torch.linalg.matrix_norm(pool.images)
+        value = torch.linalg.matrix_norm(pool.images.double()).to(pool.images)
         return NormEstimate(value=value, stderr=torch.zeros_like(value), num_matvecs=pool.num_matvecs)
     if sketch_size is None:
         fewest = max(min(2 * FEWEST, num_matvecs // 3), 2)  # squares of residuals are skewed
@@ -111,10 +111,12 @@ def frobenius_norm(
     pool.add_probes(num_matvecs - pool.num_matvecs)
     s = pool.num_sketched
     rest = pool.products[:, s:] - pool.images @ (pool.basis.T @ pool.probes[:, s:])
-    squares = rest.square().sum(dim=0) + pool.images.square().sum()
+    # in double precision, since fourth powers leave the range of others
+    squares = rest.double().square().sum(dim=0) + pool.images.double().square().sum()
     value = squares.mean().sqrt()
     error = squares.std() / len(squares) ** 0.5
     stderr = torch.where(value > 0, error / (2 * value).clamp_min(torch.finfo(value.dtype).tiny), 0)
+    value, stderr = value.to(rest), stderr.to(rest)
     return NormEstimate(value=value, stderr=stderr, dof=len(squares) - 1.0, num_matvecs=pool.num_matvecs)
 
 
@@ -174,14 +176,16 @@ def spectral_norm(
     beta: list[Tensor] = []
     upper, scale = torch.inf, 0.0
     for k in range(1, max_matvecs + 1):
-        r = check_finite(A @ Q[:, -1].to(A.dtype), k).to(dtype)
-        scale = max(scale, float(torch.linalg.vector_norm(r)))
-        alpha.append(Q[:, -1] @ r)
+        r = (A @ Q[:, -1].to(A.dtype)).to(dtype)
+        unit = unit_of(r, k, first=k == 1)
+        r = r / unit
+        scale = max(scale, unit * float(torch.linalg.vector_norm(r)))
+        alpha.append(unit * (Q[:, -1] @ r))
         for _ in range(2):  # twice is enough
             r = r - Q @ (Q.T @ r)
         b = torch.linalg.vector_norm(r)
-        exhausted = k == n or bool(b <= 10 * torch.finfo(dtype).eps * scale)
-        beta.append(torch.zeros_like(b) if exhausted else b)
+        exhausted = k == n or bool(unit * float(b) <= 10 * torch.finfo(dtype).eps * scale)
+        beta.append(torch.zeros_like(b) if exhausted else unit * b)
         a, off = torch.stack(alpha).double().cpu(), torch.stack(beta).double().cpu()
         lower = _norm_on_space(a, off)
         bound = lower if exhausted else _beyond(a, off, log_delta, psd=psd)
@@ -232,4 +236,6 @@ def _root(distances: Tensor, logs: float) -> float:
     excess = np.log(high + d).sum() - logs
     if not excess > 0:
         return high
-    return float(brentq(lambda x: np.log(x + d).sum() - logs, high * 1e-300, high, rtol=1e-12)) * (1 + 1e-11)
+    return float(brentq(lambda x: np.log(x + d).sum() - logs, max(high * 1e-300, 1e-300), high, rtol=1e-12)) * (
+        1 + 1e-11
+    )

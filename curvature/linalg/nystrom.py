@@ -23,7 +23,7 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.autocast import full_precision
 from curvature.errors import InputError
-from curvature.linalg._validate import check_count, check_finite, check_generator, check_square, working_dtype
+from curvature.linalg._validate import check_count, check_generator, check_range, check_square, working_dtype
 from curvature.linalg.low_rank import LowRank, error_norms, spectral_bound
 from curvature.linalg.probes import normal
 from curvature.linop import MatrixLike
@@ -213,4 +213,4 @@ class _Sketch:
 
     def _multiply(self, X: Tensor) -> Tensor:
         self.num_matvecs += X.shape[1]
-        return check_finite(self.A @ X.to(self.A.dtype), self.num_matvecs).to(self.dtype)
+        return check_range(self.A @ X.to(self.A.dtype), self.num_matvecs, first=self.rank == 0).to(self.dtype)

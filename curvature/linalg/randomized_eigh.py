@@ -25,8 +25,8 @@ from curvature.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg._validate import (
     check_count,
-    check_finite,
     check_generator,
+    check_range,
     check_square,
     rounding_level,
     working_dtype,
@@ -105,7 +105,7 @@ def randomized_eigh(
     def multiply(X: Tensor, what: str) -> Tensor:
         nonlocal spent
         spent += X.shape[1]
-        product = check_finite(A @ X.to(A.dtype), spent).to(dtype)
+        product = check_range(A @ X.to(A.dtype), spent, first=spent == X.shape[1]).to(dtype)
         if callback is not None:
             callback(spent, what)
         return product

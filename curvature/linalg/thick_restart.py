@@ -33,6 +33,7 @@ from curvature.linalg._validate import (
     check_square,
     check_start,
     check_tolerances,
+    column_norms,
     rounding_level,
     working_dtype,
 )
@@ -397,7 +398,7 @@ class ThickRestartLanczos:
         for columns, theta in zip(S.split(self.block_size, dim=1), values.split(self.block_size), strict=True):
             U = space.vectors(columns)
             R = self._product(U).addcmul_(U, theta.to(U), value=-1)
-            norms.append(torch.linalg.vector_norm(R, dim=0).double().cpu())
+            norms.append(column_norms(R, space.num_matvecs).double().cpu())
         return torch.cat(norms), k + int(not self.certify), True
 
     def _product(self, U: Tensor) -> Tensor:

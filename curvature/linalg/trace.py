@@ -206,7 +206,7 @@ def hutchinson_trace(
         alike = alike and one_direction(torch.cat([first, Z], dim=1))
         dtype = working_dtype(A)
         samples.append((Z.to(dtype) * AZ.to(dtype)).sum(dim=0))
-        value, stderr = mean_and_stderr(torch.cat(samples))
+        value, stderr = (number.to(dtype) for number in mean_and_stderr(torch.cat(samples).double()))
         stderr = torch.full_like(stderr, torch.inf) if alike and n > 1 else stderr
         if callback is not None:
             callback(spent, f"{float(value):.4g} +- {float(stderr):.1g}")

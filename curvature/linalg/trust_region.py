@@ -86,7 +86,7 @@ def trust_region(
     g, radius, atol = g / unit, radius / unit, atol / unit
     r, s = g, torch.zeros_like(g)
     z = preconditioned(preconditioner, r[:, None])[:, 0]
-    p, rho = -z, (r * z).sum()
+    p, rho = -z, (r * z).sum().double()  # steps may be so long that their squares overflow
     squared, crossed, length = torch.zeros_like(rho), torch.zeros_like(rho), rho  # |s|^2, s'P p, |p|^2
     start = float(rho)
     if start < 0 or (start == 0 and bool(g.any())):
@@ -98,13 +98,14 @@ def trust_region(
     while status is Status.MAX_ITERATIONS and steps < limit:
         q = (A @ p.to(A.dtype)).to(p)
         spent += 1
-        curvature = (p * q).sum()
-        squared_length = (p * p).sum()
-        size = torch.maximum(size, (q * q).sum().sqrt() / squared_length.sqrt())  # approaches |A|
+        curvature = (p * q).sum().double()
+        squared_length = (p * p).sum().double()
+        norm = torch.linalg.vector_norm(q, dtype=torch.float64)
+        size = torch.maximum(size, norm / squared_length.sqrt())  # approaches |A|
         alpha = rho / curvature
         r_next = r + alpha * q
         z = preconditioned(preconditioner, r_next[:, None])[:, 0]
-        rho_next = (r_next * z).sum()
+        rho_next = (r_next * z).sum().double()
         reached = squared + 2 * alpha * crossed + alpha**2 * length
         facts = torch.stack([curvature, reached, rho_next, length, squared, crossed, size, squared_length])
         c, end, rho_end, pp, ss, sp, norm, plain = facts.double().tolist()
