@@ -214,7 +214,7 @@ def _error(problem_name: str, operator: Operator, X: Tensor, result: Tensor, dev
     return float((found - expected).norm() / expected.norm())
 
 
-def _reference(problem_name: str, operator: Operator, device: str) -> Product:
+def _reference(problem_name: str, operator: Operator, device: str = "cpu") -> Product:
     with math_attention():
         return by_hand(make_problem(problem_name, dtype=torch.float64, device=device), operator)
 
