@@ -43,6 +43,9 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.bench_sharpness
 	$(BENCH)/bin/python -m benchmarks.bench_relations
 	$(BENCH)/bin/python -m benchmarks.bench_newton
+	$(BENCH)/bin/python -m benchmarks.bench_coverage
+	$(BENCH)/bin/python -m benchmarks.bench_completeness
+	$(BENCH)/bin/python -m benchmarks.bench_compare
 	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.bench_optimizers $$part || exit 1; done
 	$(BENCH)/bin/python -m benchmarks.report
 
