@@ -30,24 +30,24 @@ format: $(VENV)/.ready ## rewrite the sources as ruff would have them
 	$(VENV)/bin/ruff format .
 
 bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the tables
-	$(BENCH)/bin/python -m benchmarks.bench_products
-	$(BENCH)/bin/python -m benchmarks.bench_eigen
-	$(BENCH)/bin/python -m benchmarks.bench_tracking
-	$(BENCH)/bin/python -m benchmarks.bench_density
-	$(BENCH)/bin/python -m benchmarks.bench_estimators
-	$(BENCH)/bin/python -m benchmarks.bench_exact
-	$(BENCH)/bin/python -m benchmarks.bench_per_example
-	$(BENCH)/bin/python -m benchmarks.bench_scale
-	$(BENCH)/bin/python -m benchmarks.bench_noise
-	$(BENCH)/bin/python -m benchmarks.bench_regularization
-	$(BENCH)/bin/python -m benchmarks.bench_sharpness
-	$(BENCH)/bin/python -m benchmarks.bench_relations
-	$(BENCH)/bin/python -m benchmarks.bench_newton
-	$(BENCH)/bin/python -m benchmarks.bench_coverage
-	$(BENCH)/bin/python -m benchmarks.bench_completeness
-	$(BENCH)/bin/python -m benchmarks.bench_compare
-	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.bench_optimizers $$part || exit 1; done
-	$(BENCH)/bin/python -m benchmarks.report
+	$(BENCH)/bin/python -m benchmarks.products.bench
+	$(BENCH)/bin/python -m benchmarks.eigen.bench
+	$(BENCH)/bin/python -m benchmarks.tracking.bench
+	$(BENCH)/bin/python -m benchmarks.density.bench
+	$(BENCH)/bin/python -m benchmarks.estimators.bench
+	$(BENCH)/bin/python -m benchmarks.exact.bench
+	$(BENCH)/bin/python -m benchmarks.per_example.bench
+	$(BENCH)/bin/python -m benchmarks.scale.bench
+	$(BENCH)/bin/python -m benchmarks.noise.bench
+	$(BENCH)/bin/python -m benchmarks.regularization.bench
+	$(BENCH)/bin/python -m benchmarks.sharpness.bench
+	$(BENCH)/bin/python -m benchmarks.relations.bench
+	$(BENCH)/bin/python -m benchmarks.newton.bench
+	$(BENCH)/bin/python -m benchmarks.coverage.bench
+	$(BENCH)/bin/python -m benchmarks.completeness.bench
+	$(BENCH)/bin/python -m benchmarks.compare.bench
+	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.optimizers.bench $$part || exit 1; done
+	$(BENCH)/bin/python -m benchmarks.common.report
 
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
 	$(VENV)/bin/python notebooks/execute.py

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from analysis.entry import open_closed_streams
-from analysis.options import (
+from analysis import commands
+from analysis.run.options import (
     AsJson,
     Checkpoint,
     CheckpointKey,
@@ -25,8 +25,7 @@ from analysis.options import (
     errors_as_sentences,
     request_of,
 )
-from analysis.signals import ends_as_interrupt
-from analysis.studies import commands
+from analysis.run.signals import ends_as_interrupt, open_closed_streams
 from curvature.errors import InputError
 
 __all__ = ["app", "main"]
@@ -87,11 +86,12 @@ def inspect(
 ) -> None:
     """Inspect the curvature of a trained model: print a table, and write a run folder with a report."""
     with errors_as_sentences():
-        from analysis.delivery import Delivery
-        from analysis.plan import InspectionPlan
-        from analysis.report import write_report
-        from analysis.screen import Screen
-        from analysis.workflow import run_inspection
+        from analysis.inspection.plan import InspectionPlan
+        from analysis.inspection.report import write_report
+        from analysis.inspection.screen import show_inspection
+        from analysis.inspection.study import run_inspection
+        from analysis.run.delivery import Delivery
+        from analysis.show.screen import Screen
 
         plan = InspectionPlan(k=k, rtol=rtol, layers=not no_layers, coupling=coupling)
         screen = Screen(stderr=as_json)
@@ -100,7 +100,7 @@ def inspect(
             with screen:
                 request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
                 run = run_inspection(request, plan, listener=screen)
-            delivery.deliver(run, write_report, lambda: screen.show(run.inspection))
+            delivery.deliver(run, write_report, lambda: show_inspection(screen, run.inspection))
 
 
 @app.command()
@@ -143,12 +143,13 @@ def landscape(
 ) -> None:
     """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
     with errors_as_sentences():
-        from analysis.delivery import deliver
-        from analysis.landscape_plan import LandscapePlan
-        from analysis.landscape_report import write_landscape_report
-        from analysis.landscape_screen import LandscapeScreen
-        from analysis.landscape_store import LandscapePlace
-        from analysis.landscape_workflow import run_landscape
+        from analysis.landscape.plan import LandscapePlan
+        from analysis.landscape.report import write_landscape_report
+        from analysis.landscape.screen import show_landscape
+        from analysis.landscape.store import LandscapePlace
+        from analysis.landscape.study import run_landscape
+        from analysis.run.delivery import deliver
+        from analysis.show.screen import Screen
 
         plan = LandscapePlan(
             directions=directions,  # type: ignore[arg-type]  # checked there
@@ -159,7 +160,7 @@ def landscape(
             plane=plane,
             curve=curve,
         )
-        screen = LandscapeScreen(stderr=as_json)
+        screen = Screen(stderr=as_json)
         with LandscapePlace(out, resume=resume, overwrite=overwrite) as place:
             with screen:
                 request = request_of(
@@ -181,7 +182,7 @@ def landscape(
                 place.reserved,
                 run,
                 write_landscape_report,
-                lambda: screen.show_landscape(run.landscape),
+                lambda: show_landscape(screen, run.landscape),
                 as_json=as_json,
             )
 
@@ -216,13 +217,13 @@ def compare(
 ) -> None:
     """Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."""
     with errors_as_sentences():
-        from analysis.delivery import Delivery
-        from analysis.studies.checkpoints import measure_checkpoints, read_runs
-        from analysis.studies.comparison import account_of_comparison, compare_runs
-        from analysis.studies.registry import KINDS
-        from analysis.studies.screen import StudyScreen
+        from analysis.compare.study import account_of_comparison, compare_runs
+        from analysis.registry import KINDS, measure_checkpoints, read_runs
+        from analysis.run.delivery import Delivery
+        from analysis.show.screen import Screen
+        from analysis.show.study_screen import show_study
 
-        screen = StudyScreen(stderr=as_json)
+        screen = Screen(stderr=as_json)
         with Delivery(screen, out, overwrite=overwrite, as_json=as_json, name="comparison") as delivery:
             if checkpoint:
                 if len(what) > 1:
@@ -244,7 +245,9 @@ def compare(
                 runs = read_runs(folders)
             command = shlex.join(["curvature", *sys.argv[1:]])
             run = compare_runs(runs, folders, level=level, command=command)
-            delivery.deliver(run, KINDS[run.kind].write_report, lambda: screen.tell(run, account_of_comparison(run)))
+            delivery.deliver(
+                run, KINDS[run.kind].write_report, lambda: show_study(screen, account_of_comparison(run), None)
+            )
 
 
 @app.command()
@@ -253,9 +256,9 @@ def report(
 ) -> None:
     """Write the report of a run that is there, anew or because it is missing."""
     with errors_as_sentences():
-        from analysis.store import add_report, kind_of
-        from analysis.studies.registry import KINDS, load_any
-        from analysis.terminal import print_results
+        from analysis.registry import KINDS, load_any
+        from analysis.run.store import add_report, kind_of
+        from analysis.show.terminal import print_results
 
         load_any(run)
         add_report(run, KINDS[kind_of(run)].write_report)

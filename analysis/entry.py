@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import NoReturn
 
-__all__ = ["main", "open_closed_streams"]
+from analysis.run.signals import open_closed_streams
+
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -21,17 +22,6 @@ def main() -> None:
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
-
-
-def open_closed_streams() -> None:
-    """Point standard streams that the caller closed at nothing, so that no file of ours gets their numbers."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free, this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -1,9 +1,8 @@
 """Second-order information about PyTorch models: objectives, curvature operators and estimators with error bars."""
 
-from curvature.api import top_eigenpairs as top_eigenpairs
 from curvature.errors import CurvatureError as CurvatureError
 from curvature.linop import LinearOperator as LinearOperator
-from curvature.objective import Objective as Objective
+from curvature.objective.objective import Objective as Objective
 from curvature.operators import BlockDiagonalOperator as BlockDiagonalOperator
 from curvature.operators import EmpiricalFisherOperator as EmpiricalFisherOperator
 from curvature.operators import FisherOperator as FisherOperator
@@ -18,20 +17,21 @@ from curvature.operators import SubmatrixOperator as SubmatrixOperator
 from curvature.operators import optimizer_preconditioner as optimizer_preconditioner
 from curvature.parameters import Block as Block
 from curvature.parameters import ParameterSpace as ParameterSpace
-from curvature.planning import SpectrumPlan as SpectrumPlan
-from curvature.planning import plan as plan
-from curvature.results import DiagonalEstimate as DiagonalEstimate
-from curvature.results import EigenPairs as EigenPairs
-from curvature.results import SpectralDensity as SpectralDensity
-from curvature.results import Status as Status
-from curvature.results import TraceEstimate as TraceEstimate
-from curvature.solve_results import MatrixFunctionResult as MatrixFunctionResult
-from curvature.solve_results import SolveResult as SolveResult
-from curvature.solve_results import SubproblemResult as SubproblemResult
-from curvature.solving import solve as solve
-from curvature.spectral import layer_spectra as layer_spectra
-from curvature.spectral import spectrum as spectrum
-from curvature.spectrum_results import Spectrum as Spectrum
+from curvature.results.estimates import DiagonalEstimate as DiagonalEstimate
+from curvature.results.estimates import EigenPairs as EigenPairs
+from curvature.results.estimates import SpectralDensity as SpectralDensity
+from curvature.results.estimates import Status as Status
+from curvature.results.estimates import TraceEstimate as TraceEstimate
+from curvature.results.solves import MatrixFunctionResult as MatrixFunctionResult
+from curvature.results.solves import SolveResult as SolveResult
+from curvature.results.solves import SubproblemResult as SubproblemResult
+from curvature.solve import solve as solve
+from curvature.spectra.planning import SpectrumPlan as SpectrumPlan
+from curvature.spectra.planning import plan as plan
+from curvature.spectra.results import Spectrum as Spectrum
+from curvature.spectra.spectrum import layer_spectra as layer_spectra
+from curvature.spectra.spectrum import spectrum as spectrum
+from curvature.spectra.top_eigenpairs import top_eigenpairs as top_eigenpairs
 
 __all__ = [
     "Block",

@@ -16,9 +16,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor
 
-from curvature.autocast import full_precision
+from curvature.environment.autocast import full_precision
+from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
-from curvature.one_matrix import one_matrix
 
 __all__ = [
     "Composed",

@@ -28,7 +28,7 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-from analysis.figures import plot_spectral_density
+from analysis.inspection.figures import plot_spectral_density
 from analysis.tasks import load_task
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.linalg import eigsh, hutchinson_trace, spectral_density

@@ -30,16 +30,16 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from analysis.conditioning import conditioning
-from analysis.critical_points import critical_points
-from analysis.directions import eigenvector_directions, random_direction
-from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
-from analysis.figures_critical_points import plot_escape
-from analysis.figures_landscape import plot_paths, plot_plane, plot_slice
-from analysis.figures_sharpness import plot_sharpness
-from analysis.landscape import loss_along, loss_on_plane
-from analysis.paths import Place, bend_towards, loss_along_path
-from analysis.sharpness import SharpnessSettings, sharpness
+from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
+from analysis.conditioning.measure import conditioning
+from analysis.critical.figures import plot_escape
+from analysis.critical.measure import critical_points
+from analysis.landscape.directions import eigenvector_directions, random_direction
+from analysis.landscape.figures import plot_paths, plot_plane, plot_slice
+from analysis.landscape.measure import loss_along, loss_on_plane
+from analysis.landscape.paths import Place, bend_towards, loss_along_path
+from analysis.sharpness.figures import plot_sharpness
+from analysis.sharpness.measure import SharpnessSettings, sharpness
 from analysis.tasks import load_task
 from curvature import Objective
 
@@ -234,7 +234,7 @@ assert paths[1].barrier < (1 if FAST else 0.3) * paths[0].barrier
 # %% [markdown]
 # ## Published relations, at this size
 #
-# `benchmarks/bench_relations.py` measures them over three seeds; these are its stored rows. Bars and bands run from the
+# `benchmarks/relations/bench.py` measures them over three seeds; these are its stored rows. Bars and bands run from the
 # smallest to the largest seed.
 
 # %%

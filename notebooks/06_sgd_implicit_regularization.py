@@ -33,13 +33,13 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 
-from analysis.along_training import TrainingMonitor
-from analysis.backward_error import backward_error
-from analysis.figures_noise import plot_training
-from analysis.figures_regularization import plot_backward_error, plot_penalties, plot_penalty_by_batch_size
-from analysis.implicit_regularization import implicit_regularization
+from analysis.implicit.backward_error import backward_error
+from analysis.implicit.figures import plot_backward_error, plot_penalties, plot_penalty_by_batch_size
+from analysis.implicit.measure import implicit_regularization
 from analysis.tasks.digits import BUNDLED, load_digits
-from benchmarks.bench_regularization import LEVELS, QUANTITIES, plot, recovery
+from analysis.training.figures import plot_training
+from analysis.training.measure import TrainingMonitor
+from benchmarks.regularization.bench import LEVELS, QUANTITIES, plot, recovery
 from curvature import Objective
 
 FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer repetitions
@@ -139,7 +139,7 @@ plot_backward_error(mean_of_all, ax=ax)
 # ## The penalty by hand
 #
 # If that is what large learning rates do, a small one with the penalty added should do the same. The benchmark
-# (`benchmarks/bench_regularization.py`) trains the network of `digits-cnn` from scratch on 128 images, from ten seeds: at
+# (`benchmarks/regularization/bench.py`) trains the network of `digits-cnn` from scratch on 128 images, from ten seeds: at
 # $\epsilon = 1$, at $\epsilon = 1/8$, and at $1/8$ with the gradient of $\frac14 |\nabla C_k|^2$ added. All run to the same time
 # $\epsilon \times$ steps, so the small rates take eight times as many epochs. They are compared where their training losses
 # are equal: $|\nabla C_k|^2$ falls with the loss, so at equal epochs one would see how far each has come, not how steep the

@@ -1,20 +1,20 @@
 """Optimizers that use curvature, as `torch.optim.Optimizer` subclasses. Each is a pure update plus a thin shell."""
 
-from optimizers.adahessian import AdaHessian as AdaHessian
-from optimizers.cubic_newton import CubicNewton as CubicNewton
-from optimizers.curvature_source import CurvatureSource as CurvatureSource
-from optimizers.esgd import ESGD as ESGD
-from optimizers.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
-from optimizers.minimize import minimize as minimize
-from optimizers.minimize import to_scipy as to_scipy
-from optimizers.natural_gradient import NaturalGradient as NaturalGradient
-from optimizers.newton_cg import NewtonCG as NewtonCG
-from optimizers.pointwise import PointwiseResiduals as PointwiseResiduals
-from optimizers.saddle_free import SaddleFreeNewton as SaddleFreeNewton
-from optimizers.sassha import SASSHA as SASSHA
-from optimizers.sketchy_newton import SketchyNewton as SketchyNewton
-from optimizers.sophia import Sophia as Sophia
-from optimizers.trust_region_newton import TrustRegionNewton as TrustRegionNewton
+from optimizers.diagonal.adahessian import AdaHessian as AdaHessian
+from optimizers.diagonal.curvature_source import CurvatureSource as CurvatureSource
+from optimizers.diagonal.esgd import ESGD as ESGD
+from optimizers.diagonal.sassha import SASSHA as SASSHA
+from optimizers.diagonal.sophia import Sophia as Sophia
+from optimizers.newton.cubic_newton import CubicNewton as CubicNewton
+from optimizers.newton.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
+from optimizers.newton.minimize import minimize as minimize
+from optimizers.newton.minimize import to_scipy as to_scipy
+from optimizers.newton.natural_gradient import NaturalGradient as NaturalGradient
+from optimizers.newton.newton_cg import NewtonCG as NewtonCG
+from optimizers.newton.pointwise import PointwiseResiduals as PointwiseResiduals
+from optimizers.newton.saddle_free import SaddleFreeNewton as SaddleFreeNewton
+from optimizers.newton.sketchy_newton import SketchyNewton as SketchyNewton
+from optimizers.newton.trust_region_newton import TrustRegionNewton as TrustRegionNewton
 
 __all__ = [
     "ESGD",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvature.results import EigenPairs
+from curvature.results.estimates import EigenPairs
 
 F64 = torch.float64
 

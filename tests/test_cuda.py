@@ -33,7 +33,7 @@ from curvature import (
     top_eigenpairs,
 )
 from curvature.errors import CurvatureError
-from curvature.exact import exact_diagonal, kronecker_factors
+from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linalg import (
     cg,
     cubic_subproblem,
@@ -52,8 +52,8 @@ from curvature.linalg import (
     trace,
     trust_region,
 )
+from curvature.objective.third_order import curvature_gradient
 from curvature.per_example import gradient_moments, per_example_gradients
-from curvature.third_order import curvature_gradient
 from optimizers import (
     ESGD,
     SASSHA,

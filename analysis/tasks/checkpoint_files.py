@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.store import file_sha256
 from curvature.errors import CheckpointError
 
 __all__ = ["StandIn", "files_of", "read_tensors", "sha256_of"]
@@ -62,6 +61,15 @@ def files_of(path: Path) -> list[Path]:
                 f"the checkpoint {path} {what}; give a file written by torch.save(model.state_dict(), path)."
             )
     return [path, *_shards(path)] if path.name.endswith(_INDEX) else [path]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sha256_of(files: list[Path]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvature.errors import DataError
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 
 __all__ = ["causal_lm_forward", "causal_lm_objective"]
 

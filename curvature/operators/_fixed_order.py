@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, RandomSampler
 
+from curvature.engine.linearize import Linearization
 from curvature.errors import DataError
-from curvature.linearize import Linearization
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 
 __all__ = ["check_fixed_order", "ordered_linearizations"]
 

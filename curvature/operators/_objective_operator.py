@@ -11,12 +11,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from curvature.arguments import checked
-from curvature.cost import timed
+from curvature.engine.linearize import Linearization
+from curvature.engine.output_metrics import OutputMetric
+from curvature.environment.cost import timed
 from curvature.errors import InputError, ParameterSelectionError
-from curvature.linearize import Linearization
 from curvature.linop import LinearOperator
-from curvature.objective import Objective
-from curvature.output_metrics import OutputMetric
+from curvature.objective.objective import Objective
 from curvature.parameters import Block, Selection
 
 __all__: list[str] = []

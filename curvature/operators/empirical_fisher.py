@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
-from curvature.coupling import refuse_coupling
-from curvature.linearize import Linearization
-from curvature.objective import Objective
+from curvature.engine.linearize import Linearization
+from curvature.engine.output_metrics import LossGradients, Per, example_shares
+from curvature.objective.coupling import refuse_coupling
+from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import MetricOperator, check_split
-from curvature.output_metrics import LossGradients, Per, example_shares
 from curvature.parameters import Block
 
 __all__ = ["EmpiricalFisherOperator"]

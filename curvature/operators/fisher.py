@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvature.arguments import checked
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator, check_likelihood
 from curvature.parameters import Block
 

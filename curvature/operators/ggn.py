@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvature.arguments import checked
 from curvature.errors import InputError
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 

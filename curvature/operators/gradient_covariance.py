@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
+from curvature.engine.linearize import Linearization
+from curvature.engine.output_metrics import Per, example_shares
 from curvature.errors import InputError
-from curvature.linearize import Linearization
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 from curvature.operators.empirical_fisher import EmpiricalFisherOperator
-from curvature.output_metrics import Per, example_shares
 from curvature.parameters import Block
 
 __all__ = ["GradientCovarianceOperator"]

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from curvature.arguments import checked
 from curvature.errors import DataError, InputError
 from curvature.linop import LinearOperator
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 from curvature.operators._fixed_order import check_fixed_order, ordered_linearizations
 from curvature.operators._objective_operator import block_within, check_split
 from curvature.parameters import Block, Selection

@@ -7,13 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvature.arguments import checked
-from curvature.distributed import agree_on
+from curvature.engine.linearize import Linearization
+from curvature.engine.output_metrics import SampledFisher
 from curvature.errors import DataError, InputError
-from curvature.linearize import Linearization
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
+from curvature.objective.ranks import agree_on
 from curvature.operators._fixed_order import check_fixed_order
 from curvature.operators._objective_operator import MetricOperator, check_likelihood
-from curvature.output_metrics import SampledFisher
 from curvature.parameters import Block
 
 __all__ = ["MCFisherOperator"]

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from curvature.arguments import checked
 from curvature.linop import LinearOperator
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 from curvature.operators.jacobian import JacobianOperator
 from curvature.parameters import Block, Selection
 

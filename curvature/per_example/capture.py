@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvature.objective.steady_draws import inside
 from curvature.per_example.forms import Factors, Form, Scattered
 from curvature.per_example.layout import Build, Examples, Layout
 from curvature.per_example.row_order import rows_stay
 from curvature.per_example.rules import RULES, Claim
-from curvature.steady_draws import inside
 
 __all__ = ["Capture", "Use"]
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature.backward import pull_back
+from curvature.autograd.backward import pull_back
+from curvature.data.tensors import map_tensors, tensors_in
+from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
+from curvature.environment.lock import one_at_a_time
 from curvature.errors import CurvatureError, DataError
-from curvature.evaluation import BufferCopies, Evaluator, _seeded, map_tensors, tensors_in
 from curvature.per_example.capture import Capture
 from curvature.per_example.layout import Examples, Layout
-from curvature.process_state import one_at_a_time
 
 __all__ = ["cut", "inputs_of", "layouts_of_uses", "leading_size", "outputs_of", "seeded", "session"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from curvature.backward import pull_back
+from curvature.autograd.backward import pull_back
+from curvature.data.tensors import map_tensors, tensors_in
+from curvature.engine.evaluation import Evaluator
 from curvature.errors import DataError
-from curvature.evaluation import Evaluator, map_tensors, tensors_in
 from curvature.per_example.cutting import cut, inputs_of, outputs_of, seeded, session
 from curvature.per_example.forms import Direct, Form, Probe
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvature.cost import gibibytes
+from curvature.environment.cost import gibibytes
 from curvature.errors import InputError
 from curvature.per_example.forms import Factors, Form, Rows
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
-from curvature.autocast import full_precision
-from curvature.distributed import together
+from curvature.engine.kept_graphs import BUDGET_SHARE
+from curvature.environment.autocast import full_precision
+from curvature.environment.memory import available_memory
 from curvature.errors import DataError, InputError
-from curvature.kept_graphs import BUDGET_SHARE
-from curvature.memory import available_memory
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
+from curvature.objective.ranks import together
 from curvature.per_example.gram import Gram
 from curvature.per_example.results import GradientMoments, GradientNorms
 from curvature.per_example.walk import Group, Walk

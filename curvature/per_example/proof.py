@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.backward import pull_back
-from curvature.evaluation import Evaluation
+from curvature.autograd.backward import pull_back
+from curvature.engine.evaluation import Evaluation
 from curvature.per_example.capture import Capture, Use
 from curvature.per_example.layout import Layout
 from curvature.per_example.row_order import follows

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvature.parameters import Block
-from curvature.results import _Record
+from curvature.results.estimates import _Record
 
 __all__ = ["GradientMoments", "GradientNorms"]
 

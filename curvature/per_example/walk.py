@@ -17,13 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from curvature.backward import no_autocast, pull_back
-from curvature.coupling import refuse_coupling
-from curvature.dependence import Dependence
+from curvature.autograd.backward import no_autocast, pull_back
+from curvature.engine.evaluation import Evaluation
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
-from curvature.evaluation import Evaluation
-from curvature.losses import AnyLoss
-from curvature.objective import Objective
+from curvature.losses.rules import AnyLoss
+from curvature.objective.coupling import refuse_coupling
+from curvature.objective.dependence import Dependence
+from curvature.objective.objective import Objective
 from curvature.per_example.capture import Capture
 from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne

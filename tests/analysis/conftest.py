@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.plan import InspectionPlan
-from analysis.preparation import Request
-from analysis.store import Run
-from analysis.workflow import run_inspection
+from analysis.inspection.plan import InspectionPlan
+from analysis.inspection.record import Run
+from analysis.inspection.study import run_inspection
+from analysis.run.preparation import Request
 
 TASK = """
 import torch

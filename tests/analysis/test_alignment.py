@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.alignment import gradient_alignment, overlap_over_time, subspace_overlap
-from analysis.class_structure import class_structure
-from analysis.figures_alignment import plot_alignment, plot_class_structure, plot_overlaps
+from analysis.alignment.class_structure import class_structure
+from analysis.alignment.figures import plot_alignment, plot_class_structure, plot_overlaps
+from analysis.alignment.measure import gradient_alignment, overlap_over_time, subspace_overlap
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from tests.cases import BY_NAME

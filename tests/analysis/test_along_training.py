@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from analysis.along_training import TrainingMonitor, untouched
-from analysis.gradient_noise import gradient_noise
-from analysis.implicit_regularization import implicit_regularization
+from analysis.implicit.measure import implicit_regularization
+from analysis.noise.measure import gradient_noise
+from analysis.training.measure import TrainingMonitor, untouched
 from curvature import Objective
 from curvature.errors import InputError
 

@@ -10,8 +10,8 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
-from analysis.backward_error import Orders, backward_error
-from analysis.smoothness import kinks
+from analysis.implicit.backward_error import Orders, backward_error
+from analysis.implicit.smoothness import kinks
 from analysis.tasks.digits import BUNDLED, load_digits
 from curvature import Objective
 from curvature.errors import InputError

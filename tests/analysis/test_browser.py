@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.report import write_report
-from analysis.store import Run, save_run
+from analysis.inspection.record import Run
+from analysis.inspection.report import write_report
+from analysis.run.store import save_run
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

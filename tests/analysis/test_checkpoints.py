@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.preparation import Request
-from analysis.studies.critical import CRITICAL, CriticalPlan
-from analysis.studies.study import run_study
+from analysis.critical.study import CRITICAL, CriticalPlan
+from analysis.run.preparation import Request
+from analysis.run.study import run_study
 from analysis.tasks.checkpoint import load_checkpoint
 from curvature.errors import CheckpointError
 

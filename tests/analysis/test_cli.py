@@ -15,8 +15,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.store import load_run
-from analysis.terminal import Output
+from analysis.inspection.record import load_run
+from analysis.show.terminal import Output
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +130,7 @@ def test_a_users_own_objective_from_the_first_line_to_the_report(folder: Path) -
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report, which takes longer than the inspection of a small model."""
-    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder)
+    monkeypatch.setattr("analysis.inspection.report.write_report", lambda folder: folder)
 
 
 @pytest.mark.usefixtures("no_report")

@@ -18,15 +18,15 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from analysis.cli import app
-from analysis.compare import compare, quantities
-from analysis.figures_compare import plot_comparison
-from analysis.measured import Measured
-from analysis.results import Inspection
-from analysis.sharpness_results import Kind, SharpnessRow, SharpnessTable
-from analysis.store import Run
-from analysis.studies.comparison import ComparisonRun
-from analysis.studies.registry import load_any
-from analysis.workflow import run_inspection
+from analysis.compare.figures import plot_comparison
+from analysis.compare.measure import compare, quantities
+from analysis.compare.study import ComparisonRun
+from analysis.inspection.record import Run
+from analysis.inspection.results import Inspection
+from analysis.inspection.study import run_inspection
+from analysis.records.measured import Measured
+from analysis.registry import load_any
+from analysis.sharpness.results import Kind, SharpnessRow, SharpnessTable
 from curvature.errors import InputError
 
 NAN = math.nan
@@ -287,7 +287,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(folder: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return run_inspection(*args, **settings)
 
-    monkeypatch.setattr("analysis.studies.checkpoints.run_inspection", stops)
+    monkeypatch.setattr("analysis.registry.run_inspection", stops)
     done = call("compare", "toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--no-check")
     assert done.exit_code == 130
     assert "have their folders in runs" in done.output

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.conditioning import compare_conditioning, conditioning
-from analysis.figures_conditioning import plot_conditioning, plot_effective_dimension
-from analysis.studies.conditioning import _cards
+from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
+from analysis.conditioning.measure import compare_conditioning, conditioning
+from analysis.conditioning.study import _cards
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from tests.cases import BY_NAME

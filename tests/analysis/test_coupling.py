@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.coupling import layer_coupling
-from analysis.results import LayerCoupling
+from analysis.inspection.coupling import layer_coupling
+from analysis.inspection.results import LayerCoupling
 from curvature import Block, HessianOperator, Objective
 from curvature.errors import InputError, NonFiniteError
 from tests.cases import BY_NAME

@@ -10,9 +10,9 @@ import torch
 from scipy.stats import f as f_law
 from torch import Tensor, nn
 
-from analysis.critical_points import critical_points, gradient_p_value, noise_law
-from analysis.figures_critical_points import plot_escape
-from analysis.symmetries import rescaling_symmetries, try_rescaling
+from analysis.critical.figures import plot_escape
+from analysis.critical.measure import critical_points, gradient_p_value, noise_law
+from analysis.critical.symmetries import rescaling_symmetries, try_rescaling
 from curvature import HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.per_example import GradientNorms

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.store import Run, load_run, save_run
-from analysis.studies.registry import load_any
+from analysis.inspection.record import Run, load_run
+from analysis.registry import load_any
+from analysis.run.store import save_run
 from curvature.errors import InputError
 
 FILES = ("config.json", "results.json", "arrays.npz")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.diagonal import layer_diagonals
-from analysis.figures_layers import plot_layer_diagonals
-from analysis.inspection import inspect_model
+from analysis.inspection.diagonal import layer_diagonals
+from analysis.inspection.figures_layers import plot_layer_diagonals
+from analysis.inspection.measure import inspect_model
 from curvature import EigenPairs, HessianOperator, Objective, top_eigenpairs
 from curvature.linop import to_dense
 

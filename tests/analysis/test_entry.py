@@ -33,7 +33,7 @@ def test_closed_streams(tmp_path: Path) -> None:
     """No file of the run gets the number of a stream, and so nothing that is printed ends in it."""
     program = (
         "import os, sys; os.close(0); os.close(1); os.close(2); sys.stdin = sys.stdout = sys.stderr = None\n"
-        "from analysis.entry import open_closed_streams; open_closed_streams()\n"
+        "from analysis.run.signals import open_closed_streams; open_closed_streams()\n"
         "file = open('result', 'w'); print('to nobody'); os.system('echo and this; echo that >&2')\n"
         "file.write(str(file.fileno() > 2 and sys.stdin.read() == ''))"
     )

@@ -11,12 +11,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.drawing import Colors
-from analysis.figures import plot_eigenvalues, plot_layers, plot_spectral_density
-from analysis.measured import Measured
-from analysis.results import Inspection
-from analysis.store import Run
-from curvature.results import EigenPairs, SpectralDensity, Status
+from analysis.inspection.figures import plot_eigenvalues, plot_layers, plot_spectral_density
+from analysis.inspection.record import Run
+from analysis.inspection.results import Inspection
+from analysis.records.measured import Measured
+from analysis.show.drawing import Colors
+from curvature.results.estimates import EigenPairs, SpectralDensity, Status
 
 
 @pytest.fixture

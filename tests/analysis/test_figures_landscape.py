@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.figures_landscape import (
+from analysis.landscape.figures import (
     color_stops,
     contour_levels,
     is_logarithmic,
@@ -19,7 +19,7 @@ from analysis.figures_landscape import (
     plot_slice,
     plot_surface,
 )
-from analysis.landscape_results import Direction, LossPath, LossPlane, LossSlice, Trajectory
+from analysis.landscape.results import Direction, LossPath, LossPlane, LossSlice, Trajectory
 
 T = torch.linspace(-1, 1, 41, dtype=torch.float64)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis.figures_layers import plot_layer_coupling
-from analysis.results import LayerCoupling
-from analysis.wording import MINUS
+from analysis.inspection.figures_layers import plot_layer_coupling
+from analysis.inspection.results import LayerCoupling
+from analysis.show.wording import MINUS
 
 
 def coupling(norms: list[list[float]], stderr: list[list[float]] | None = None) -> LayerCoupling:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.along_training import TrainingMonitor
-from analysis.backward_error import backward_error
-from analysis.figures_noise import plot_batch_sizes, plot_layer_noise, plot_training
-from analysis.figures_regularization import plot_backward_error, plot_penalties, plot_penalty_by_batch_size
-from analysis.gradient_noise import gradient_noise
-from analysis.implicit_regularization import implicit_regularization
-from analysis.noise_results import NoiseScale
-from analysis.training_record import TrainingRecord
+from analysis.implicit.backward_error import backward_error
+from analysis.implicit.figures import plot_backward_error, plot_penalties, plot_penalty_by_batch_size
+from analysis.implicit.measure import implicit_regularization
+from analysis.noise.figures import plot_batch_sizes, plot_layer_noise
+from analysis.noise.measure import gradient_noise
+from analysis.noise.results import NoiseScale
+from analysis.training.figures import plot_training
+from analysis.training.measure import TrainingMonitor
+from analysis.training.results import TrainingRecord
 from curvature import Objective
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from analysis.gradient_noise import gradient_noise, noise_scale_from_two_sizes, projections
-from analysis.implicit_regularization import implicit_regularization
-from analysis.noise_curvature import curvature_noise, tail_index
+from analysis.implicit.measure import implicit_regularization
+from analysis.noise.curvature import curvature_noise, tail_index
+from analysis.noise.measure import gradient_noise, noise_scale_from_two_sizes, projections
 from curvature import Objective
 from curvature.errors import CurvatureError, DataError, InputError
 from curvature.per_example import gradient_moments

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.gradient_penalty import GradientPenalty, Kind, Mode
+from analysis.training.gradient_penalty import GradientPenalty, Kind, Mode
 from curvature.errors import InputError, NonFiniteError
 
 KINDS: list[Kind] = ["full", "batch", "variance"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.studies import implicit_plan
-from analysis.studies.implicit import IMPLICIT
-from analysis.studies.implicit_plan import ImplicitPlan, num_pieces, price
+from analysis.implicit import plan as implicit_plan
+from analysis.implicit.plan import ImplicitPlan, num_pieces, price
+from analysis.implicit.study import IMPLICIT
 from curvature import Objective
-from curvature.linearize import Linearization
+from curvature.engine.linearize import Linearization
 from curvature.parameters import Block
 
 

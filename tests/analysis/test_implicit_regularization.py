@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.implicit_regularization import adam_correction, implicit_regularization, penalty_gradients
-from analysis.regularization_results import expected_batch_variance, momentum_factors
+from analysis.implicit.measure import adam_correction, implicit_regularization, penalty_gradients
+from analysis.implicit.results import expected_batch_variance, momentum_factors
 from curvature import HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.linalg import eigsh

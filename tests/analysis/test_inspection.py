@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.inspection import inspect_model
-from analysis.plan import InspectionPlan, estimate_cost
-from analysis.results import Inspection
+from analysis.inspection.measure import inspect_model
+from analysis.inspection.plan import InspectionPlan, estimate_cost
+from analysis.inspection.results import Inspection
 from curvature import Objective
 from curvature.errors import InputError, NonFiniteError
 

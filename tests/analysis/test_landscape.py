@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.directions import (
+from analysis.landscape.directions import (
     Scaling,
     custom_direction,
     direction_to,
@@ -19,11 +19,11 @@ from analysis.directions import (
     random_direction,
     trajectory_directions,
 )
-from analysis.landscape import loss_along, loss_on_plane
-from analysis.landscape_results import LossSlice
-from analysis.point_log import PointLog
+from analysis.landscape.measure import loss_along, loss_on_plane
+from analysis.landscape.point_log import PointLog
+from analysis.landscape.results import LossSlice
 from curvature.errors import InputError, NonFiniteError
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 
 STEPS = torch.linspace(-1, 1, 9, dtype=torch.float64)
 

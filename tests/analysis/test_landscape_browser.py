@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.landscape_plan import LandscapePlan
-from analysis.landscape_report import build_landscape_report
-from analysis.landscape_workflow import run_landscape
-from analysis.preparation import Request
+from analysis.landscape.plan import LandscapePlan
+from analysis.landscape.report import build_landscape_report
+from analysis.landscape.study import run_landscape
+from analysis.run.preparation import Request
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from analysis import landscape_report, landscape_workflow
 from analysis.cli import app
-from analysis.landscape_plan import LandscapePlan
-from analysis.landscape_report import build_landscape_report
-from analysis.landscape_results import Landscape
-from analysis.landscape_store import load_landscape
-from analysis.landscape_workflow import run_landscape
-from analysis.preparation import Request
-from analysis.store import load_run
+from analysis.inspection.record import load_run
+from analysis.landscape import report as landscape_report
+from analysis.landscape import study as landscape_workflow
+from analysis.landscape.plan import LandscapePlan
+from analysis.landscape.report import build_landscape_report
+from analysis.landscape.results import Landscape
+from analysis.landscape.store import load_landscape
+from analysis.landscape.study import run_landscape
+from analysis.run.preparation import Request
 from curvature.errors import InputError
 
 TASK = """

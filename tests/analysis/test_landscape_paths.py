@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.paths import Place, bend_towards, loss_along_path, present_place, read_place
+from analysis.landscape.paths import Place, bend_towards, loss_along_path, present_place, read_place
 from curvature.errors import CheckpointError, InputError
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
 
 T = torch.linspace(0, 1, 21, dtype=torch.float64)
 

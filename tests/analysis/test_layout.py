@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.layout import fast_layout
 from curvature import HessianOperator, Objective
-from curvature.shift import loss_at, shifted
+from curvature.objective.memory_format import fast_layout
+from curvature.objective.shift import loss_at, shifted
 from tests.checks import assert_close, assert_untouched
 
 LAST = torch.channels_last

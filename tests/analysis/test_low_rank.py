@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.figures_low_rank import plot_low_rank_error
-from analysis.low_rank import low_rank_error
+from analysis.inspection.figures_low_rank import plot_low_rank_error
+from analysis.inspection.low_rank import low_rank_error
 from curvature import SpectrumPlan, spectrum
 from tests.checks import assert_close
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from analysis.measured import Bounded, Measured
+from analysis.records.measured import Bounded, Measured
 
 
 def test_format_strings_write_the_error_beside_the_value() -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis import wording
-from analysis.measured import Measured
-from analysis.report import build_report
-from analysis.results import Inspection
-from analysis.store import Run, save_run
-from curvature.results import EigenPairs
+from analysis.inspection.findings import findings
+from analysis.inspection.record import Run
+from analysis.inspection.report import build_report
+from analysis.inspection.results import Inspection
+from analysis.records.measured import Measured
+from analysis.run.store import save_run
+from analysis.show import wording
+from curvature.results.estimates import EigenPairs
 
 pytestmark = pytest.mark.xdist_group("report of an inspection")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -85,7 +87,8 @@ def page(run: Run) -> str:
 def test_it_needs_the_folder_only(run: Run, page: str, folder: Path) -> None:
     """Another process, which has neither the task nor its module, writes the same page."""
     save_run(run, folder)
-    code = f"from pathlib import Path; from analysis.report import write_report; write_report(Path({str(folder)!r}))"
+    code = "from pathlib import Path; from analysis.inspection.report import write_report; "
+    code += f"write_report(Path({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
@@ -151,12 +154,12 @@ def test_it_renders_without_layers_check_and_checkpoint(run: Run) -> None:
     ],
 )
 def test_is_it_a_minimum(run: Run, value: float, residual: float, answer: str) -> None:
-    found = {f.question: f.answer for f in wording.findings(with_lowest(run.inspection, value, residual))}
+    found = {f.question: f.answer for f in findings(with_lowest(run.inspection, value, residual))}
     assert found["Is this a minimum?"].startswith(answer)
 
 
 def test_largest_stable_step(run: Run) -> None:
-    found = {f.question: f.answer for f in wording.findings(run.inspection)}
+    found = {f.question: f.answer for f in findings(run.inspection)}
     assert wording.number(2 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
     assert wording.number(3.8 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
 

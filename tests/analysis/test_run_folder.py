@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.point_log import PointLog
-from analysis.reservation import check_destination, free_folder, reserve, reserve_free
-from analysis.signals import uninterrupted
-from analysis.store import Run, load_run, save_run
+from analysis.inspection.record import Run, load_run
+from analysis.landscape.point_log import PointLog
+from analysis.run.reservation import check_destination, free_folder, reserve, reserve_free
+from analysis.run.signals import uninterrupted
+from analysis.run.store import save_run
 from curvature.errors import InputError, WriteError
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_a_place_that_is_not_used_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_reserved_is_free(run: Run, tmp_path: Path) -> None:
     code = (
-        "import os, signal; from pathlib import Path; from analysis.reservation import reserve_free; "
+        "import os, signal; from pathlib import Path; from analysis.run.reservation import reserve_free; "
         "places = [reserve_free(Path('runs'), 'toy') for _ in range(2)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.figures_sharpness import plot_sharpness
-from analysis.sharpness import SHARPNESS_MEASURES, SharpnessSettings, sharpness
-from analysis.sharpness_ascent import perturbation_scale, worst_case
-from analysis.sharpness_measures import average_rise, logit_normalised, relative_flatness, tolerated_noise
+from analysis.sharpness.ascent import perturbation_scale, worst_case
+from analysis.sharpness.computations import average_rise, logit_normalised, relative_flatness, tolerated_noise
+from analysis.sharpness.figures import plot_sharpness
+from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessSettings, sharpness
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
-from curvature.shift import PointLoss
+from curvature.objective.shift import PointLoss
 from tests.cases import BY_NAME
 from tests.checks import assert_close, assert_untouched
 
@@ -309,7 +309,7 @@ def test_error_bars_of_noise_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_hand(_: Objective, point: Tensor) -> PointLoss:  # a thousand times as fast
         return PointLoss(value=float((point - here) @ H @ (point - here) / 2), stderr=0.0)
 
-    monkeypatch.setattr("analysis.sharpness_measures.loss_at", by_hand)
+    monkeypatch.setattr("analysis.sharpness.computations.loss_at", by_hand)
     c = perturbation_scale(objective, "elementwise")
     trace = float((c.square() * H.diagonal()).sum())
     average, tolerance = [], []

@@ -14,8 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.measured import Measured
-from analysis.store import Run, add_report, check_destination, file_sha256, free_folder, load_run, save_run, versions
+from analysis.inspection.record import Run, load_run
+from analysis.records.measured import Measured
+from analysis.run.store import (
+    add_report,
+    check_destination,
+    free_folder,
+    save_run,
+    versions,
+)
+from analysis.tasks.checkpoint_files import file_sha256
 from curvature.errors import InputError, WriteError
 
 

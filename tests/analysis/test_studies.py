@@ -13,22 +13,23 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from analysis.cli import app
-from analysis.conditioning import conditioning
-from analysis.critical_points import critical_points
-from analysis.gradient_noise import gradient_noise
-from analysis.implicit_regularization import implicit_regularization
-from analysis.noise_curvature import curvature_noise
-from analysis.preparation import Request
-from analysis.sharpness import sharpness
-from analysis.store import save_run
-from analysis.studies.conditioning import ConditioningRun
-from analysis.studies.critical import CRITICAL, CriticalPlan, CriticalRun
-from analysis.studies.implicit import IMPLICIT, ImplicitPlan, ImplicitRun
-from analysis.studies.noise import NOISE, NoisePlan, NoiseRun
-from analysis.studies.registry import KINDS, STUDIES, load_any
-from analysis.studies.report import build_account_report
-from analysis.studies.sharpness import SHARPNESS, SharpnessPlan, SharpnessRun
-from analysis.studies.study import StudyListener, run_study
+from analysis.conditioning.measure import conditioning
+from analysis.conditioning.study import ConditioningRun
+from analysis.critical.measure import critical_points
+from analysis.critical.study import CRITICAL, CriticalPlan, CriticalRun
+from analysis.implicit.measure import implicit_regularization
+from analysis.implicit.study import IMPLICIT, ImplicitPlan, ImplicitRun
+from analysis.noise.curvature import curvature_noise
+from analysis.noise.measure import gradient_noise
+from analysis.noise.study import NOISE, NoisePlan, NoiseRun
+from analysis.registry import KINDS, STUDIES, load_any
+from analysis.run.preparation import Request
+from analysis.run.report import build_account_report
+from analysis.run.store import save_run
+from analysis.run.study import run_study
+from analysis.sharpness.measure import sharpness
+from analysis.sharpness.study import SHARPNESS, SharpnessPlan, SharpnessRun
+from analysis.show.listener import Listener
 from analysis.tasks import load_task
 from curvature import Objective
 from curvature.errors import InputError
@@ -255,7 +256,7 @@ def test_where_there_is_nothing_to_measure_it_says_so(
     folder: Path, task: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if task != "flat":  # the figures for paper are drawn of all three, those of the page of one
-        monkeypatch.setattr("analysis.studies.report._on_page", lambda picture: picture.label)
+        monkeypatch.setattr("analysis.run.report._on_page", lambda picture: picture.label)
     done = call(command[0], f"toy.py:{task}", *command[1:], "--no-check", "--out", "here")
     assert done.exit_code == 0, done.output
     page = visible((folder / "here" / "report.html").read_text())
@@ -313,9 +314,9 @@ def test_every_study_has_a_record_of_its_name_and_a_report() -> None:
 def test_progress_and_price_are_told(folder: Path) -> None:
     told: list[object] = []
 
-    class Listening(StudyListener):
-        def priced(self, cost: object) -> None:
-            told.append(cost)
+    class Listening(Listener):
+        def priced(self, estimate: str, total: int, unit: str) -> None:
+            told.append((estimate, total, unit))
 
         def advanced(self, stage: str, done: int, planned: int) -> None:
             told.append((stage, done, planned))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.coverage import Case, Interval, measure
-from benchmarks.coverage_report import coverage_table
-from benchmarks.coverage_spectra import SPECTRA, make_matrix, rank_cases, trace_cases
+from benchmarks.coverage.cases import Case, Interval, measure
+from benchmarks.coverage.report import coverage_table
+from benchmarks.coverage.spectra import SPECTRA, make_matrix, rank_cases, trace_cases
 
 
 def test_coverage_is_the_share_of_seeds_and_exact_answers_are_counted_apart() -> None:

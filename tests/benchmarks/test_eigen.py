@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import eigen_harness, eigen_methods, eigen_reference, trained
-from benchmarks.bench_eigen import compared, hopeless, merged
-from benchmarks.eigen_harness import measure_eigen
-from benchmarks.eigen_methods import EIGEN_METHODS, EigenMethod, Found, Meter, OutOfTime
-from benchmarks.eigen_report import eigen_table
-from benchmarks.markdown import insert, markers
-from benchmarks.problems import Problem
+from benchmarks.common import trained
+from benchmarks.common.markdown import insert, markers
+from benchmarks.common.problems import Problem
+from benchmarks.eigen import harness as eigen_harness
+from benchmarks.eigen import methods as eigen_methods
+from benchmarks.eigen import reference as eigen_reference
+from benchmarks.eigen.bench import compared, hopeless, merged
+from benchmarks.eigen.harness import measure_eigen
+from benchmarks.eigen.methods import EIGEN_METHODS, EigenMethod, Found, Meter, OutOfTime
+from benchmarks.eigen.report import eigen_table
 
 
 @pytest.fixture

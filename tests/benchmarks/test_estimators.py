@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_estimators, estimator_reference, trained
-from benchmarks.bench_estimators import distance, measure_estimator, merged, to_one_per_cent
-from benchmarks.estimator_methods import ESTIMATORS, Answer, Estimator
-from benchmarks.estimator_reference import exact_diagonal, outer_eigenvalues
-from benchmarks.estimator_report import estimator_table
-from benchmarks.problems import Problem
+from benchmarks.common import trained
+from benchmarks.common.problems import Problem
+from benchmarks.estimators import bench as bench_estimators
+from benchmarks.estimators import reference as estimator_reference
+from benchmarks.estimators.bench import distance, measure_estimator, merged, to_one_per_cent
+from benchmarks.estimators.methods import ESTIMATORS, Answer, Estimator
+from benchmarks.estimators.reference import exact_diagonal, outer_eigenvalues
+from benchmarks.estimators.report import estimator_table
 
 OURS = [key for key, estimator in ESTIMATORS.items() if estimator.ours]
 

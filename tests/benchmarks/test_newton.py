@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from benchmarks.bench_newton import PINN_SEEDS, PINNS
-from benchmarks.newton_burgers import burgers_equation, burgers_solution
-from benchmarks.newton_convection import convection_equation, convection_solution
-from benchmarks.newton_pinns import pinn_facts
-from benchmarks.newton_poisson import poisson_equation, poisson_solution
+from benchmarks.newton.bench import PINN_SEEDS, PINNS
+from benchmarks.newton.burgers import burgers_equation, burgers_solution
+from benchmarks.newton.convection import convection_equation, convection_solution
+from benchmarks.newton.pinns import pinn_facts
+from benchmarks.newton.poisson import poisson_equation, poisson_solution
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in jvp
 

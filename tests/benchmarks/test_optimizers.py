@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import optimizer_problems
-from benchmarks.bench_optimizers import (
+from benchmarks.optimizers import problems as optimizer_problems
+from benchmarks.optimizers.bench import (
     check_row,
     cost_rows,
     next_rate,
@@ -18,11 +18,11 @@ from benchmarks.bench_optimizers import (
     run,
     train_row,
 )
-from benchmarks.optimizer_curves import at_equal_steps, at_equal_time
-from benchmarks.optimizer_memory import memory_row
-from benchmarks.optimizer_peers import METHODS, Method, method_of, take_step
-from benchmarks.optimizer_problems import TrainingProblem, make_training
-from benchmarks.optimizer_report import check_page, cost_table, memory_sentence, training_table, variant_table
+from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
+from benchmarks.optimizers.memory import memory_row
+from benchmarks.optimizers.peers import METHODS, Method, method_of, take_step
+from benchmarks.optimizers.problems import TrainingProblem, make_training
+from benchmarks.optimizers.report import check_page, cost_table, memory_sentence, training_table, variant_table
 
 
 @pytest.fixture(autouse=True)

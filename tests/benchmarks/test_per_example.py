@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_per_example, problems
-from benchmarks.bench_per_example import METHODS, measure, table
-from benchmarks.problems import Problem
+from benchmarks.common import problems
+from benchmarks.common.problems import Problem
+from benchmarks.per_example import bench as bench_per_example
+from benchmarks.per_example.bench import METHODS, measure, table
 
 
 @pytest.fixture

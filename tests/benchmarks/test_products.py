@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, peers, problems
-from benchmarks.bench_products import middle
-from benchmarks.report import BEGIN, END, TABLES, insert, table
-from benchmarks.summary_report import summary_table
+from benchmarks.common import harness, peers, problems
+from benchmarks.common.report import BEGIN, END, TABLES, insert, table
+from benchmarks.common.summary_report import summary_table
+from benchmarks.products.bench import middle
 from curvature import GGNOperator, HessianOperator, Objective
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from analysis.tasks.digits import BUNDLED, load_digits
-from benchmarks.bench_regularization import BATCH, LEVELS, RESULTS, WAYS, at_loss, plot, recovery, train
+from benchmarks.regularization.bench import BATCH, LEVELS, RESULTS, WAYS, at_loss, plot, recovery, train
 
 
 def row(way: str, seed: int, factor: float) -> dict[str, Any]:

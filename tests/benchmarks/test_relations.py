@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_relations, bench_sharpness
-from benchmarks import relation_networks as networks
-from benchmarks.bench_relations import RELATIONS, RESULTS
+from benchmarks.relations import bench as bench_relations
+from benchmarks.relations import networks
+from benchmarks.relations.bench import RELATIONS, RESULTS
+from benchmarks.sharpness import bench as bench_sharpness
 from curvature import GGNOperator, HessianOperator, Objective
 
 

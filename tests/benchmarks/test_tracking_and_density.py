@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench_density import envelope, products_at, rows_of
-from benchmarks.bench_tracking import STARTS, WAYS, track, trajectory
+from benchmarks.density.bench import envelope, products_at, rows_of
+from benchmarks.tracking.bench import STARTS, WAYS, track, trajectory
 from curvature import HessianOperator, Objective
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from curvature import HessianOperator, Objective, top_eigenpairs
-from curvature.cost import check_fits
+from curvature.environment.cost import check_fits
 from curvature.errors import InputError
 from curvature.linop import Counting, LinearOperator
-from curvature.results import Status
+from curvature.results.estimates import Status
 from tests.matrices import F64, generator, spectra, true_residuals, wanted, with_spectrum
 
 N = 120

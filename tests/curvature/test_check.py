@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import curvature.losses
+import curvature.losses.rules
 from curvature import Objective
 from curvature.errors import CheckFailedError, DataError
 from tests.cases import BY_NAME, CASES, Case
@@ -220,7 +220,7 @@ def test_unsymmetric_hessian_is_found() -> None:
 
 
 def test_wrong_closed_form_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = curvature.losses.CrossEntropy
+    rule = curvature.losses.rules.CrossEntropy
     monkeypatch.setattr(rule, "_scale", lambda *_: 0.3)
     with pytest.raises(CheckFailedError, match="closed form of the loss Hessian differs"):
         objective(nn.Tanh()).check()

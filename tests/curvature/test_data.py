@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import GGNOperator, HessianOperator, MCFisherOperator, NTKOperator, Objective
+from curvature.data.fingerprints import fingerprint
+from curvature.data.tensors import map_tensors, move_batch, tensors_in
 from curvature.errors import DataError
-from curvature.evaluation import map_tensors, move_batch, tensors_in
-from curvature.fingerprints import fingerprint
 from tests.checks import assert_close
 from tests.references import dense_hessian
 

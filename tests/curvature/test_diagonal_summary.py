@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from curvature.diagonal_summary import LEVELS, summarise_diagonal
 from curvature.errors import InputError
+from curvature.layerwise.diagonal_summary import LEVELS, summarise_diagonal
 from curvature.linalg import hutchinson_diagonal
-from curvature.linalg.diagonal import diagonal
+from curvature.linalg.stochastic.diagonal import diagonal
 from curvature.parameters import ParameterSpace
-from curvature.results import DiagonalEstimate
+from curvature.results.estimates import DiagonalEstimate
 from tests.matrices import F64, generator, spectra, with_spectrum
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from curvature import GGNOperator, Objective
 from curvature.errors import InputError, NonFiniteError
-from curvature.exact import backpack_session as session_module
-from curvature.exact import diagonal_work as diagonal_module
-from curvature.exact import exact_diagonal
-from curvature.exact.backpack_rules import RootRule, SignedRootRule
+from curvature.layerwise import backpack_session as session_module
+from curvature.layerwise import diagonal_work as diagonal_module
+from curvature.layerwise import exact_diagonal
+from curvature.layerwise.backpack_rules import RootRule, SignedRootRule
 from tests.cases import CASES, Case
 from tests.checks import assert_close, assert_untouched, relative_error
 from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES, Layer, Loss, cut, ggn, hessian, targets

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvature import Objective
 from curvature.errors import InputError
-from curvature.exact import KroneckerFactors, kronecker_factors
+from curvature.layerwise import KroneckerFactors, kronecker_factors
 from tests.checks import assert_close, assert_untouched
 from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, cut, dense_jacobian, ggn, output_hessian, targets
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvature import Objective
 from curvature.errors import InputError, NonFiniteError
-from curvature.exact import backpack_per_example
+from curvature.layerwise import backpack_per_example
 from tests.checks import assert_close, assert_untouched
 from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES, Layer, Loss, cut, dense_jacobian, targets
 from tests.curvature.test_exact_diagonal import REFUSED

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.exact_support import DOCUMENT, QUANTITIES, RIGHT, alone, cell, error, through_us
-from curvature.exact import support
+from benchmarks.exact.support import DOCUMENT, QUANTITIES, RIGHT, alone, cell, error, through_us
+from curvature.layerwise import support
 from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES
 
 
@@ -22,7 +22,7 @@ def rows(section: str) -> dict[str, list[str]]:
     ("section", "names"), [("layer", [la.name for la in LAYERS]), ("loss", [lo.name for lo in LOSSES])]
 )
 def test_table_is_complete_and_never_wrong(section: str, names: list[str]) -> None:
-    ours = rows(f"Through `curvature.exact`, by {section}")
+    ours = rows(f"Through `curvature.layerwise`, by {section}")
     assert list(ours) == names
     for name, cells in ours.items():
         assert len(cells) == len(QUANTITIES)
@@ -33,7 +33,7 @@ def test_table_is_complete_and_never_wrong(section: str, names: list[str]) -> No
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_table_says_what_the_code_does(quantity: str) -> None:
     place = QUANTITIES.index(quantity)
-    ours, theirs = rows("Through `curvature.exact`, by layer"), rows("BackPACK alone, by layer")
+    ours, theirs = rows("Through `curvature.layerwise`, by layer"), rows("BackPACK alone, by layer")
     for layer in ("Conv2d, groups", "Conv2d, circular padding", "GELU"):
         for table, compute in ((ours, through_us), (theirs, alone)):
             found = cell([error(compute, quantity, BY_LAYER[layer], BY_LOSS["cross-entropy"])])
@@ -45,7 +45,7 @@ def test_ignored_targets_are_what_backpack_gets_wrong_alone() -> None:
     wrong = rows("BackPACK alone, by loss")
     for loss in ("cross-entropy, ignored targets", "2 x cross-entropy"):
         assert "wrong" in wrong[loss][0]
-        assert "wrong" not in rows("Through `curvature.exact`, by loss")[loss][0]
+        assert "wrong" not in rows("Through `curvature.layerwise`, by loss")[loss][0]
 
 
 def test_every_layer_of_the_table_is_tried() -> None:

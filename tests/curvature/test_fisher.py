@@ -20,11 +20,11 @@ from curvature import (
     GradientCovarianceOperator,
     MCFisherOperator,
     Objective,
-    lean_functions,
 )
+from curvature.autograd import lean_functions
+from curvature.engine.output_metrics import Per
 from curvature.errors import DataError, InputError
 from curvature.operators._objective_operator import ObjectiveOperator
-from curvature.output_metrics import Per
 from curvature.per_example import gradient_moments
 from tests.cases import BY_NAME, CASES, Case
 from tests.checks import assert_close, assert_untouched, check_operator

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, solve, top_eigenpairs
 from curvature.errors import CheckFailedError, CurvatureError, InputError, ParameterSelectionError
-from curvature.exact import exact_diagonal
+from curvature.layerwise import exact_diagonal
 from curvature.linalg import trace
 from curvature.per_example import gradient_moments
 from tests.checks import assert_close
@@ -343,7 +343,6 @@ def told(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 def test_a_dense_matrix_of_a_function_that_changed_unseen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvature.freshness._SHARE", 1e-9)  # no batch is evaluated again at the start of a walk
     monkeypatch.setenv("SCALE_OF_TEST", "1")
     model = net()
     H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (X, Y), forward=told))

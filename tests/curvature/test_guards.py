@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import curvature.check as check_module
+import curvature.objective.check as check_module
 from curvature import (
     EmpiricalFisherOperator,
     FisherOperator,
@@ -21,13 +21,13 @@ from curvature import (
     HessianOperator,
     JacobianOperator,
     Objective,
-    lean_functions,
     top_eigenpairs,
 )
+from curvature.autograd import lean_functions
+from curvature.autograd.lean_trust import LeanTrust
+from curvature.engine.linearize import Linearization
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
-from curvature.lean_trust import LeanTrust
-from curvature.linearize import Linearization
-from curvature.third_order import curvature_gradient
+from curvature.objective.third_order import curvature_gradient
 from tests.cases import BY_NAME
 from tests.checks import assert_close
 from tests.references import dense_hessian, derivative_along, flat_gradient, total_loss

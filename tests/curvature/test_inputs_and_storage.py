@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature import GGNOperator, HessianOperator, Objective, layer_spectra
 from curvature.errors import CheckFailedError, InputError
-from curvature.exact import exact_diagonal
+from curvature.layerwise import exact_diagonal
 from tests.checks import assert_close
 
 

@@ -10,7 +10,14 @@ import torch
 from scipy import stats
 
 from curvature.errors import InputError
-from curvature.intervals import combined_error, mean_interval, ratio_interval, skewness, spread_dof, tail_exponent
+from curvature.results.intervals import (
+    combined_error,
+    mean_interval,
+    ratio_interval,
+    skewness,
+    spread_dof,
+    tail_exponent,
+)
 
 
 def test_without_skewness_it_is_students_interval() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvature.errors import InputError
-from curvature.jackknife import jackknife_stderr
+from curvature.results.jackknife import jackknife_stderr
 from tests.matrices import F64, generator
 
 

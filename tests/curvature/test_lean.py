@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective, lean_functions
-from curvature.lean import LeanLayers
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.autograd import lean_functions
+from curvature.autograd.lean import LeanLayers
 from tests.cases import BY_NAME
 from tests.checks import assert_close
 from tests.references import dense_ggn, dense_hessian, derivative_along, flat_gradient, total_loss

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature import Objective
-from curvature.contents import Contents
-from curvature.digest import digest
-from curvature.python_state import PythonState
+from curvature.fingerprints.contents import Contents
+from curvature.fingerprints.digest import digest
+from curvature.fingerprints.python_state import PythonState
 
 
 class Slotted:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.errors import InputError
-from curvature.losses import loss_rule
+from curvature.losses.rules import loss_rule
 from tests.checks import assert_close
 
 G = torch.Generator().manual_seed(0)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective, kept_graphs, plan
-from curvature.linearize import Linearization
-from curvature.memory import HeldMemory, _group_rooms, available_memory
-from curvature.product_cost import predicted_product
+from curvature import GGNOperator, HessianOperator, Objective, plan
+from curvature.engine import kept_graphs
+from curvature.engine.linearize import Linearization
+from curvature.environment.memory import HeldMemory, _group_rooms, available_memory
+from curvature.spectra.product_cost import predicted_product
 from tests.checks import BATCHING_TOLERANCE, assert_close
 
 CPU = torch.device("cpu")

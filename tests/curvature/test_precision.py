@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvature import GGNOperator, HessianOperator, Objective, linearize
-from curvature.precision import tf32_in_use, tf32_off
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.engine import linearize
+from curvature.environment.precision import tf32_in_use, tf32_off
 from tests.cases import BY_NAME
 
 CASE = BY_NAME["MLP GELU"]
@@ -141,7 +142,7 @@ def watched(*, fails: bool = False, **arguments: Any) -> tuple[Watching, Objecti
 
 @pytest.fixture
 def cuda_faked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvature.evaluation._on_cuda", lambda _: True)
+    monkeypatch.setattr("curvature.engine.evaluation._on_cuda", lambda _: True)
 
 
 @pytest.mark.parametrize("keep_graphs", [True, False])
@@ -205,7 +206,7 @@ def test_on_a_cpu_the_settings_are_not_looked_at(monkeypatch: pytest.MonkeyPatch
     def refuse() -> bool:
         raise AssertionError
 
-    monkeypatch.setattr("curvature.evaluation.tf32_in_use", refuse)
+    monkeypatch.setattr("curvature.engine.evaluation.tf32_in_use", refuse)
     model, objective = watched()
     HessianOperator(objective) @ torch.ones(objective.num_params, dtype=objective.dtype)
     assert all(model.seen)  # convolutions, by PyTorch's default

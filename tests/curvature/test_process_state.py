@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import optimizers
 from curvature import GGNOperator, HessianOperator, Objective, top_eigenpairs
-from curvature.exact import exact_diagonal, kronecker_factors
+from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linalg import trace
 from curvature.per_example import gradient_moments
 from tests.checks import assert_close

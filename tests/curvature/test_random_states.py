@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
-from analysis.gradient_penalty import GradientPenalty
+from analysis.training.gradient_penalty import GradientPenalty
 from curvature import HessianOperator, Objective
 from curvature.errors import DataError
 from optimizers import NewtonCG

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.multiprocessing.spawn import spawn
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.objective import Objective
+from curvature.objective.objective import Objective
+from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.operators import HessianOperator
-from curvature.shift import gradient_at, loss_at, shifted
 from tests.cases import CASES, Case
 
 

@@ -10,7 +10,7 @@ from curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator, Obj
 from curvature.errors import InputError
 from curvature.linalg import nystrom
 from curvature.linop import Counting
-from curvature.results import Status
+from curvature.results.estimates import Status
 from tests.matrices import F64, generator, spectra, with_spectrum
 from tests.references import CROSS_ENTROPY, dense_ggn, dense_hessian, total_loss
 

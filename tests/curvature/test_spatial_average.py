@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.spatial_average import RULES, spatial_average, spatial_averages
+from optimizers.diagonal.spatial_average import RULES, spatial_average, spatial_averages
 from tests.matrices import F64, generator
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, layer_spectra, plan, spectrum
-from curvature.cost import check_fits
+from curvature.environment.cost import check_fits
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.linalg import effective_dimension, wasserstein
 from curvature.linop import Counting

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.linalg._mass_bounds import mass_below
-from curvature.planning import SpectrumPlan
-from curvature.spectral import spectrum
-from curvature.spectrum_counts import count_between, smallest_beyond
+from curvature.linalg.stochastic._mass_bounds import mass_below
+from curvature.spectra.counts import count_between, smallest_beyond
+from curvature.spectra.planning import SpectrumPlan
+from curvature.spectra.spectrum import spectrum
 from tests.matrices import F64, generator, spectra, with_spectrum
 
 N = 80

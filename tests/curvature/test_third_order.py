@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from curvature import Objective
 from curvature.errors import DataError, InputError
-from curvature.third_order import curvature_gradient
+from curvature.objective.third_order import curvature_gradient
 
 
 def network(activation: nn.Module) -> nn.Sequential:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.diagonal import layer_diagonals
+from analysis.inspection.diagonal import layer_diagonals
 from curvature import Objective
 from curvature.errors import InputError
-from curvature.exact import backpack_per_example, backpack_refusal, exact_diagonal, kronecker_factors
+from curvature.layerwise import backpack_per_example, backpack_refusal, exact_diagonal, kronecker_factors
 from tests.curvature.exact_cases import ggn
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ OPTIONAL = {"transformers", "safetensors"}  # imported for users of them, with a
 
 
 def test_nothing_imports_it_before_it_is_used() -> None:
-    program = "import sys, analysis.cli, analysis.plan, optimizers\n"
+    program = "import sys, analysis.cli, analysis.inspection.plan, optimizers\n"
     program += "sys.exit('backpack' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
 
@@ -41,7 +41,7 @@ def test_nothing_imports_it_before_it_is_used() -> None:
 @pytest.mark.parametrize("missing", ["backpack", "einops", "unfoldNd"])
 def test_autograd_takes_over(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*sys.modules]:
-        if name.partition(".")[0] in ("backpack", missing) or name.startswith("curvature.exact.backpack_"):
+        if name.partition(".")[0] in ("backpack", missing) or name.startswith("curvature.layerwise.backpack_"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # type: ignore[arg-type]  # which is how imports are blocked
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvature.errors import InputError
-from optimizers.check import check_optimizer
+from optimizers.checks.check import check_optimizer
 from tests.optimizers.torch_battery import FAULTY, SUBJECTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from analysis.gradient_penalty import GradientPenalty
+from analysis.training.gradient_penalty import GradientPenalty
 from curvature.errors import CurvatureError, InputError, NonFiniteError
 from optimizers import (
     ESGD,
@@ -28,8 +28,8 @@ from optimizers import (
     TrustRegionNewton,
     minimize,
 )
-from optimizers.line_search import Grid, StrongWolfe
-from optimizers.minimize import METHODS
+from optimizers.newton.line_search import Grid, StrongWolfe
+from optimizers.newton.minimize import METHODS
 from tests.optimizers.test_ranks import flat
 
 MAKERS: dict[str, Callable[..., Any]] = {

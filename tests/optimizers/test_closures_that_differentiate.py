@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from curvature.errors import CheckFailedError
 from optimizers import AdaHessian, NewtonCG
-from optimizers._differentiation import ClosureRecorder
-from optimizers._evaluations import Evaluations
-from optimizers._flat import FlatParams
+from optimizers.newton.evaluations import Evaluations
+from optimizers.newton.flat import FlatParams
+from optimizers.shared.differentiation import ClosureRecorder
 from tests.checks import assert_close
 from tests.references import derivative_along, flat_gradient
 

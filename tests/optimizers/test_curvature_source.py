@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.losses import loss_rule
+from curvature.losses.rules import loss_rule
 from optimizers import AdaHessian
-from optimizers._probes import mixed_seed, random_signs
-from optimizers.curvature_source import EmpiricalFisher, GaussNewtonBartlett, HessianDiagonal, RowNorm
-from optimizers.sampled_targets import sampled_output_gradient
+from optimizers.diagonal.curvature_source import EmpiricalFisher, GaussNewtonBartlett, HessianDiagonal, RowNorm
+from optimizers.diagonal.sampled_targets import sampled_output_gradient
+from optimizers.shared.probes import mixed_seed, random_signs
 from tests.optimizers.problems import Problem, mlp
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from curvature.errors import InputError, NonFiniteError
-from optimizers._dense_jacobian import DampedLeastSquares, dense_jacobian
-from optimizers._evaluations import ResidualJacobian
-from optimizers._flat import FlatParams
-from optimizers.levenberg_marquardt import LevenbergMarquardt
-from optimizers.minimize import minimize
-from optimizers.natural_gradient import NaturalGradient
-from optimizers.pointwise import PointwiseResiduals
+from optimizers.newton.dense_jacobian import DampedLeastSquares, dense_jacobian
+from optimizers.newton.evaluations import ResidualJacobian
+from optimizers.newton.flat import FlatParams
+from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
+from optimizers.newton.minimize import minimize
+from optimizers.newton.natural_gradient import NaturalGradient
+from optimizers.newton.pointwise import PointwiseResiduals
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.nist import SETS, log_relative_error
 from tests.optimizers.nist_larger import LARGER

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from curvature.errors import InputError
-from optimizers.damping import CubicRule, DampingRule, RadiusRule, reduction_ratio
-from optimizers.line_search import Armijo, Grid, Line, StrongWolfe
+from optimizers.newton.damping import CubicRule, DampingRule, RadiusRule, reduction_ratio
+from optimizers.newton.line_search import Armijo, Grid, Line, StrongWolfe
 
 FUNCTIONS = {  # phi, phi'
     "parabola": (lambda t: (t - 3.0) ** 2, lambda t: 2 * (t - 3.0)),

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.errors import InputError, NonFiniteError
-from optimizers._full_batch import FullBatchOptimizer
-from optimizers.cubic_newton import CubicNewton
-from optimizers.line_search import Armijo, Grid, StrongWolfe
-from optimizers.natural_gradient import NaturalGradient
-from optimizers.newton_cg import NewtonCG
-from optimizers.saddle_free import SaddleFreeNewton
-from optimizers.sketchy_newton import SketchyNewton
-from optimizers.trust_region_newton import TrustRegionNewton
+from optimizers.newton.cubic_newton import CubicNewton
+from optimizers.newton.full_batch import FullBatchOptimizer
+from optimizers.newton.line_search import Armijo, Grid, StrongWolfe
+from optimizers.newton.natural_gradient import NaturalGradient
+from optimizers.newton.newton_cg import NewtonCG
+from optimizers.newton.saddle_free import SaddleFreeNewton
+from optimizers.newton.sketchy_newton import SketchyNewton
+from optimizers.newton.trust_region_newton import TrustRegionNewton
 from tests.optimizers.problems import mlp
 
 PLAIN: dict[str, Any] = {"damping_rule": None, "stop": None, "rtol": 1e-13, "warm_start": 0.0, "keep": None}

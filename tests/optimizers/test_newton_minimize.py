@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.errors import InputError
-from optimizers.minimize import METHODS, minimize, to_scipy
+from optimizers.newton.minimize import METHODS, minimize, to_scipy
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.published import PUBLISHED
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 from optimizers import LevenbergMarquardt, NaturalGradient, PointwiseResiduals
-from optimizers.line_search import Grid
+from optimizers.newton.line_search import Grid
 
 
 def solution(x: Tensor) -> Tensor:

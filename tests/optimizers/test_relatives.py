@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from optimizers import ESGD, SASSHA, Sophia
-from optimizers._probes import random_signs
+from optimizers.shared.probes import random_signs
 from tests.optimizers.problems import Problem, mlp, train
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

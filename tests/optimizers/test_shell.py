@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
 from optimizers import ESGD, SASSHA, AdaHessian, Sophia
-from optimizers._shell import CurvatureOptimizer
+from optimizers.diagonal.shell import CurvatureOptimizer
 from tests.optimizers.problems import Problem, convolutional, mlp, train
 
 SAME = {"rtol": 0, "atol": 0}

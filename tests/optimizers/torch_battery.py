@@ -1,4 +1,4 @@
-"""Optimizers that the battery of `optimizers.check` runs on, and faulty ones that it must catch."""
+"""Optimizers that the battery of `optimizers.checks.check` runs on, and faulty ones that it must catch."""
 
 from __future__ import annotations
 

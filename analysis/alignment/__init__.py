@@ -1,0 +1,1 @@
+"""How gradients, updates and classes lie to the directions of largest curvature."""

@@ -1,0 +1,1 @@
+"""Comparing runs: which differences are real."""

@@ -1,0 +1,1 @@
+"""How ill-conditioned a loss is, where, and what preconditioners gain."""

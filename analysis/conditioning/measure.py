@@ -1,0 +1,268 @@
+"""How ill-conditioned a loss is, where it comes from, and which preconditioner mends it.
+
+Hessians of networks are singular to rounding, so that max |lambda| / min |lambda| says nothing. Here the ratio runs
+over the numerical range, the eigenvalues beyond a stated share of the largest; it depends on that share where the
+spectrum has no gap there, and quantities that need no threshold (effective and stable rank) stand beside it.
+
+Reference: Roy and Vetterli (2007), The effective rank; MacKay (1992), Bayesian interpolation; Ghorbani, Krishnan and
+Xiao (2019) for what normalisation layers do to the spectrum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from analysis.conditioning.results import Condition, Conditioning, ConditioningComparison
+from analysis.records.measured import Bounded, Measured
+from curvature.arguments import checked
+from curvature.environment.autocast import full_precision
+from curvature.errors import InputError
+from curvature.linalg import diagonal
+from curvature.linop import LinearOperator, MatrixLike
+from curvature.objective.objective import Objective
+from curvature.operators import GGNOperator, HessianOperator, PreconditionedOperator
+from curvature.results.intervals import combined_error
+from curvature.spectra.counts import count_between, smallest_beyond
+from curvature.spectra.planning import SpectrumPlan
+from curvature.spectra.results import Spectrum
+from curvature.spectra.spectrum import layer_spectra, spectrum
+
+__all__ = ["compare_conditioning", "conditioning"]
+
+_POINTS = 25  # of the effective dimension
+
+
+@full_precision
+@checked
+def conditioning(
+    objective: Objective,
+    *,
+    matrix: Literal["hessian", "ggn"] = "hessian",
+    floor: float = 1e-6,
+    jacobi: bool = True,
+    block_diagonal: bool = False,
+    optimizers: Mapping[str, Any] | None = None,
+    layers: bool = True,
+    num_probes: int = 4,
+    num_steps: int = 30,
+    diagonal_matvecs: int = 64,
+    generator: torch.Generator,
+) -> Conditioning:
+    """Measure condition numbers and ranks of a loss, of its layers, and with preconditioners.
+
+    Each number carries the error of the quadrature that stands for the spectrum (and of the probes). Condition number,
+    smallest eigenvalue and numerical rank stand between bounds, which are close where the matrix is built in full, as
+    one with few columns is, where the lowest pair is positive, and where the spectrum has a gap that num_steps resolve.
+    Elsewhere nothing says that no eigenvalue lies just beyond the floor: then the condition number is known from below
+    only, 1 / floor being the most that it can be, and the bounds on the rank are far apart.
+
+    - "jacobi": P = |diag A|, entries below `floor` times the largest raised to it; estimated with `diagonal_matvecs`
+      products, exact if the matrix has no more columns.
+    - "block diagonal": P = |A_ll| of each layer by its eigenvalues, raised likewise. Blocks are built in full: as many
+      products as the largest layer has parameters, and its square of memory.
+    - optimizers: P as `optimizer_preconditioner` reads it, e.g. of Adam or AdaHessian; 1 for what they have not moved.
+
+    Cost: num_probes x num_steps products for the matrix and for each preconditioner, and with `layers` as many with
+    the blocks of all layers together.
+
+    Args:
+        objective: the loss.
+        matrix: the Hessian, or the Gauss-Newton matrix.
+        floor: share of the largest |eigenvalue| that bounds the numerical range, in (0, 1).
+        jacobi: whether to try the diagonal.
+        block_diagonal: whether to try the layers' own blocks.
+        optimizers: by name, optimizers with state that hold these parameters.
+        layers: whether to look at each layer's block.
+        num_probes: of each spectrum.
+        num_steps: block Lanczos steps of each.
+        diagonal_matvecs: products for the diagonal.
+        generator: source of the probes, on the objective's device.
+
+    Raises:
+        InputError: for arguments out of range, or an optimizer of an unknown kind.
+        NonFiniteError: if a product is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
+        >>> objective = Objective(model, nn.MSELoss(), (x, torch.zeros(2, 1)))  # H = diag(1, 100)
+        >>> found = conditioning(objective, generator=torch.Generator().manual_seed(0))
+        >>> round(found.whole.condition.value, 3), round(found.gains["jacobi"].value, 3), round(found.max_stable_lr, 4)
+        (100.0, 100.0, 0.02)
+    """
+    if matrix not in ("hessian", "ggn"):
+        raise InputError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
+    if not 0 < floor < 1:
+        raise InputError(f"floor must lie in (0, 1), got {floor}.")
+    A = HessianOperator(objective) if matrix == "hessian" else GGNOperator(objective)
+    plan = SpectrumPlan(k=1, num_bottom=1, num_probes=num_probes, num_steps=num_steps, num_groups=0)
+    found = spectrum(A, plan, generator=generator)
+    whole = _condition(found, "none", floor)
+    notes = list(found.notes)
+    changed: dict[str, MatrixLike] = {}
+    diagonal_noise = 0.0
+    if whole.largest.value > 0:
+        if jacobi:
+            estimate = diagonal(A, num_matvecs=diagonal_matvecs, generator=generator)
+            changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.values.abs(), floor).to(A.dtype))
+            if estimate.method != "exact":
+                diagonal_noise = float(estimate.stderr.norm() / estimate.values.norm())
+                notes.append(
+                    f"The diagonal of the Jacobi preconditioner is estimated; relative noise {diagonal_noise:.2g}."
+                )
+        if block_diagonal:
+            changed["block diagonal"] = _WithBlocks(A, _inverse_roots(A, floor))
+    elif jacobi or block_diagonal:
+        notes.append("The matrix is zero, so that it has no preconditioner.")
+    for name, optimizer in (optimizers or {}).items():
+        changed[name] = PreconditionedOperator.from_optimizer(A, optimizer, missing="identity")
+    preconditioned = [
+        replace(
+            _condition(spectrum(P, plan, generator=generator), name, floor),
+            estimated=name == "jacobi" and diagonal_noise > 0,
+        )
+        for name, P in changed.items()
+    ]
+    blocks = layer_spectra(A, plan, generator=generator) if layers else {}
+    top = float(found.top.eigenvalues[0])
+    damping = max(whole.largest.value, torch.finfo(torch.float32).tiny) * torch.logspace(
+        math.log10(floor), 1, _POINTS, dtype=torch.float64
+    )
+    dimension = found.estimate(lambda x, w: found.density.dimension * (w @ _shares(x, damping)))
+    return Conditioning(
+        matrix=matrix,
+        floor=floor,
+        whole=whole,
+        preconditioned=tuple(preconditioned),
+        layers=tuple(_condition(block, name, floor) for name, block in blocks.items()),
+        max_stable_lr=2 / top if top > 0 else math.inf,
+        damping=damping,
+        effective_dimension=dimension.value,
+        effective_dimension_stderr=torch.hypot(dimension.stderr, dimension.rule),
+        notes=tuple(notes),
+    )
+
+
+@checked
+def compare_conditioning(
+    first: Objective, second: Objective, *, generator: torch.Generator, **settings: Any
+) -> ConditioningComparison:
+    """Measure two models alike, e.g. one with normalisation layers and the same without; settings as `conditioning`.
+
+    Both see the same random numbers where they have as many parameters.
+    """
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    found = [
+        conditioning(objective, generator=torch.Generator(generator.device).manual_seed(seed), **settings)
+        for objective in (first, second)
+    ]
+    return ConditioningComparison(first=found[0], second=found[1])
+
+
+# -- one matrix -------------------------------------------------------------------------------------------------------
+
+
+def _condition(found: Spectrum, name: str, floor: float) -> Condition:
+    n = found.density.dimension
+    ends = [(abs(float(p.eigenvalues[i])), float(p.residual_norms[i])) for p, i in ((found.top, 0), (found.bottom, -1))]
+    largest, residual = max(ends)
+    cut = floor * largest
+
+    def entropy(nodes: Tensor, weights: Tensor) -> Tensor:
+        """Of the mean over the probes, in the first order of each probe's share."""
+        size = nodes.abs()
+        mean = weights.mean(dim=0)
+        total = (mean * size).sum()
+        logs = torch.where(size > 0, size * size.clamp_min(torch.finfo(size.dtype).tiny).log(), 0)
+        s, t = (weights * size).sum(dim=1), (weights * logs).sum(dim=1)
+        value = total.log() + math.log(n) - (mean * logs).sum() / total
+        slope = 1 / total + (mean * logs).sum() / total.square()
+        return value + slope * (s - total) - (t - (mean * logs).sum()) / total
+
+    if largest == 0:
+        nothing = Measured(value=math.nan, stderr=math.nan)
+        bounds = {"smallest": Bounded.between(0, 0), "condition": Bounded.between(math.nan, math.nan)}
+        bounds["rank"] = Bounded.between(0, 0)
+        effective = stable_rank = nothing
+    else:
+        least, most = smallest_beyond(found, cut)
+        most = min(most, largest)
+        near = [float(end) for end in count_between(found, -cut, cut).interval()]
+        ratios = max((largest - residual) / most, 1), (largest + residual) / min(least, most)
+        bounds = {
+            "smallest": Bounded.between(least, most),
+            "condition": Bounded.between(*ratios, value=math.sqrt(ratios[0] * ratios[1])),
+            "rank": Bounded.between(n - near[1], n - near[0]),
+        }
+        log_rank = _measured(found, entropy)
+        squares = _measured(found, lambda x, w: n * (w * x.square()).sum(dim=1))
+        rank = math.exp(log_rank.value)
+        effective = replace(log_rank, value=rank, stderr=rank * log_rank.stderr)
+        stable = squares.value / largest**2
+        of_largest = (2 * stable * residual / largest, math.inf)
+        stderr, dof = combined_error([(squares.stderr / largest**2, squares.dof), of_largest])
+        stable_rank = replace(squares, value=stable, stderr=stderr, dof=dof)
+    return Condition(
+        name=name,
+        num_params=n,
+        largest=Measured(value=largest, stderr=residual, residual=True),
+        smallest=bounds["smallest"],
+        condition=bounds["condition"],
+        rank=bounds["rank"],
+        effective_rank=effective,
+        stable_rank=stable_rank,
+        exact=found.exact,
+        num_matvecs=found.num_matvecs,
+    )
+
+
+def _measured(found: Spectrum, samples: Callable[[Tensor, Tensor], Tensor]) -> Measured:
+    return Measured.of(found.estimate(samples))
+
+
+def _shares(nodes: Tensor, damping: Tensor) -> Tensor:
+    positive = nodes.clamp_min(0)[:, None]
+    return positive / (positive + damping.to(nodes))
+
+
+# -- preconditioners --------------------------------------------------------------------------------------------------
+
+
+def _raised(values: Tensor, floor: float) -> Tensor:
+    """Return positive values, the small ones raised to a share of the largest; 1 where all are zero."""
+    largest = values.max()
+    return values.clamp_min(floor * largest) if bool(largest > 0) else torch.ones_like(values)
+
+
+def _inverse_roots(A: HessianOperator | GGNOperator, floor: float) -> list[Tensor]:
+    """Return |A_ll|^-1/2 for every layer, (m, m)."""
+    roots = []
+    for block in A.objective.space.blocks:
+        dense = A.restrict(block).to_dense().double()
+        values, U = torch.linalg.eigh((dense + dense.T) / 2)
+        roots.append(((U * _raised(values.abs(), floor).rsqrt()) @ U.T).to(A.dtype))
+    return roots
+
+
+class _WithBlocks(LinearOperator):
+    """R A R with R block-diagonal over the layers."""
+
+    def __init__(self, A: HessianOperator | GGNOperator, roots: list[Tensor]) -> None:
+        super().__init__(A.shape, A.dtype, A.device)
+        self.A, self.roots, self.blocks = A, roots, A.objective.space.blocks
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self._scaled(self.A @ self._scaled(X))
+
+    def _scaled(self, X: Tensor) -> Tensor:
+        Y = torch.zeros_like(X)
+        for R, block in zip(self.roots, self.blocks, strict=True):
+            block.put(R @ block.take(X), Y)
+        return Y

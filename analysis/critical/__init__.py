@@ -1,0 +1,1 @@
+"""Critical points: minimum, saddle, plateau, or none."""

@@ -1,0 +1,241 @@
+"""`curvature critical`: is this point a minimum, a saddle, a plateau, or none of them?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from analysis.critical.figures import plot_escape
+from analysis.critical.measure import critical_points
+from analysis.critical.results import CriticalPoint
+from analysis.records.measured import Bounded
+from analysis.run.study import Study, StudyRun
+from analysis.show import wording
+from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
+from analysis.show.listener import Progress
+from curvature.arguments import checked_fields
+from curvature.errors import InputError
+from curvature.objective.objective import Objective
+
+__all__ = ["CRITICAL", "CriticalPlan", "CriticalRun"]
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class CriticalPlan:
+    """What to judge by.
+
+    Raises:
+        InputError: for values out of range.
+    """
+
+    significance: float = 0.01
+    """p-value below which the gradient counts as not zero."""
+    gradient_tolerance: float | None = None
+    """Length up to which it counts as zero whatever its noise; None for what rounding leaves."""
+    flatness: float = 1e-3
+    """Share of the largest |eigenvalue| within which one counts as zero."""
+    num_bottom: int = 5
+    """Smallest eigenpairs to find."""
+    num_probes: int = 4
+    """Of the density."""
+    num_steps: int = 30
+    """Block Lanczos steps."""
+    symmetries: bool = True
+    """Whether to try scales of layers."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.significance < 1:
+            raise InputError(f"the significance must lie between 0 and 1, got {self.significance}.")
+        if not 0 < self.flatness < 1:
+            raise InputError(f"the flatness must lie between 0 and 1, got {self.flatness}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalRun(StudyRun):
+    """One judgement of a point, with what produced it."""
+
+    kind: ClassVar[str] = "critical"
+    result: ClassVar[str] = "critical"
+
+    critical: CriticalPoint
+    """The results."""
+
+
+def _price(objective: Objective, plan: CriticalPlan) -> float:
+    symmetries = 6.0 * len(objective.space.blocks) if plan.symmetries else 0.0
+    return 2.0 * plan.num_probes * plan.num_steps + 12.0 + symmetries
+
+
+def _measure(objective: Objective, plan: CriticalPlan, generator: torch.Generator, progress: Progress) -> CriticalPoint:
+    progress("gradient and spectrum", 0, 1)
+    return critical_points(
+        objective,
+        significance=plan.significance,
+        gradient_tolerance=plan.gradient_tolerance,
+        flatness=plan.flatness,
+        num_bottom=plan.num_bottom,
+        num_probes=plan.num_probes,
+        num_steps=plan.num_steps,
+        symmetries=plan.symmetries,
+        generator=generator,
+    )
+
+
+# -- what it tells ----------------------------------------------------------------------------------------------------
+
+
+def _account(run: CriticalRun) -> Account:
+    found = run.critical
+    chapters = [_escape(found)]
+    if found.symmetries:
+        chapters.append(_symmetries(found))
+    return Account(
+        title="Critical point",
+        facts=(f"{wording.count(found.num_matvecs)} Hessian products",),
+        cards=_cards(found),
+        findings=_findings(found, run.num_params),
+        chapters=tuple(chapters),
+        terms=_TERMS,
+        method=(
+            "The Hessian was built in full: both counts are certain."
+            if found.exact
+            else "Extreme eigenpairs and the density came from one block Krylov space; the counts are of the density, "
+            "the lower bound on the index of orthonormal directions with negative Ritz values (Courant-Fischer)."
+        ),
+        notes=found.notes,
+    )
+
+
+def _cards(found: CriticalPoint) -> tuple[Card, ...]:
+    noise = "" if found.gradient_noise is None else f"noise {wording.number(found.gradient_noise, 3)}"
+    if found.noise_dimension is not None:
+        noise += f" in about {wording.about(found.noise_dimension)} directions"
+    p = "" if found.p_value is None else f"p {_p(found.p_value)} if it were zero"
+    return (
+        Card(label="Verdict", value=found.kind, hint=found.why),
+        Card(label="Gradient norm", value=wording.number(found.gradient_norm, 3), error=noise, hint=p),
+        Card.of("Smallest eigenvalue", found.lowest, "most negative curvature found"),
+        Card.of(
+            "Largest eigenvalue",
+            found.largest,
+            f"those within {wording.number(found.tolerance, 2)} of zero count as zero",
+        ),
+        _count("Index", found.index, found, f"negative eigenvalues; at least {found.index_at_least} for certain"),
+        _count("Nullity", found.nullity, found, "eigenvalues that count as zero"),
+        Card(
+            label="Drop", value=wording.number(found.escape.drop, 3), hint="of the loss along the line below, at most"
+        ),
+        Card(label="Loss", value=wording.number(found.loss)),
+    )
+
+
+def _p(value: float) -> str:
+    return "< 10⁻⁶" if value < 1e-6 else wording.number(value, 2)
+
+
+def _count(label: str, measured: Bounded, found: CriticalPoint, hint: str) -> Card:
+    """Return a number of eigenvalues; that its bounds agree does not make it exact."""
+    exact = "exact" if found.exact and measured.stderr == 0 else ""
+    return Card(label=label, value=wording.between(measured), error=exact, hint=hint)
+
+
+_VERDICTS = {
+    "not critical": "None of them: the gradient is not zero",
+    "minimum": "A minimum, as far as was seen",
+    "minimum to second order": "A minimum to second order only",
+    "saddle": "A saddle",
+    "maximum": "A maximum",
+    "maximum to second order": "A maximum to second order only",
+    "plateau": "A plateau",
+    "undecided": "That cannot be said yet",
+}
+
+
+def _findings(found: CriticalPoint, num_params: int) -> tuple[Finding, ...]:
+    answers = [Finding("Is this a minimum?", f"{_VERDICTS[found.kind]}: {found.why}.")]
+    if found.gradient_noise is not None and found.p_value is not None:
+        ratio = found.gradient_norm / found.gradient_noise if found.gradient_noise > 0 else float("inf")
+        text = (
+            f"Its length is {wording.number(ratio, 3)} times what chance in the choice of the data would make of a "
+            f"zero gradient (p {_p(found.p_value)})."
+        )
+        answers.append(Finding("Is the gradient zero, for all one can tell?", text))
+    answers.append(Finding("Is there a way down?", _way_down(found)))
+    flat = f"{wording.between(found.nullity)} of {wording.count(num_params)} eigenvalues count as zero."
+    held = [s.name for s in found.symmetries if s.holds]
+    if held:
+        flat += f" Some are so whatever the data: {'; '.join(held)}."
+    answers.append(Finding("How flat is it?", flat))
+    return tuple(answers)
+
+
+def _way_down(found: CriticalPoint) -> str:
+    line = found.escape
+    curvature, reach = wording.number(line.curvature, 3), wording.number(float(line.steps.abs().max()), 2)
+    along, drop = f"along the direction of least curvature ({curvature})", wording.number(line.drop, 3)
+    if line.drop == 0 and line.curvature < -found.tolerance:
+        return f"The curvature is negative {along}, but no step tried, of up to {reach}, lowers the loss."
+    if line.drop == 0:
+        return f"The loss rises {along}, both ways."
+    text = f"The loss falls by up to {drop} {along}, within steps of {reach}"
+    if found.kind == "minimum":
+        return f"{text}: by what is left of its gradient, or beyond a rise. The point itself curves upwards."
+    if found.kind == "minimum to second order":
+        return f"{text}: no more than its slope and the tolerance explain near the point."
+    return f"{text}."
+
+
+def _escape(found: CriticalPoint) -> Chapter:
+    return Chapter(
+        title="The way of least curvature",
+        pictures=(
+            Picture(
+                name="escape",
+                label="The loss along the direction of least curvature, and its quadratic model.",
+                caption="The loss along the eigenvector of the smallest eigenvalue (dots), and what slope and "
+                "curvature at the point say of it (dashed). Steps above zero go the way that the gradient falls.",
+                draw=lambda ax, colors: plot_escape(found, ax=ax, colors=colors),
+            ),
+        ),
+    )
+
+
+def _symmetries(found: CriticalPoint) -> Chapter:
+    rows = tuple(
+        (
+            s.name,
+            wording.number(s.loss_change, 2),
+            wording.number(s.gradient_residual, 2),
+            wording.number(s.hessian_residual, 2),
+            "holds" if s.holds else "does not",
+        )
+        for s in found.symmetries
+    )
+    sheet = Sheet(
+        caption="Scales of layers that were tried: relative change of the loss, and what is left of the identities "
+        "that gradient and Hessian obey where the change is a symmetry.",
+        columns=("scales", "loss", "gradient", "Hessian", "symmetry"),
+        rows=rows,
+    )
+    return Chapter(title="Directions that are flat whatever the data", sheets=(sheet,))
+
+
+_TERMS = (
+    (
+        "Verdict",
+        "Critical is a point whose gradient is no larger than its noise explains. A saddle has negative eigenvalues "
+        "that are certain and positive ones; a plateau none beyond the tolerance; a minimum none that were found "
+        "below it. To second order only: some eigenvalues count as zero, and terms of higher order decide along their "
+        "directions.",
+    ),
+    ("Index", "Number of eigenvalues below minus the tolerance."),
+    ("Nullity", "Number of eigenvalues within the tolerance of zero."),
+    ("Noise", "What the length of the gradient would be on so many examples if the gradient of all data were zero."),
+    ("± (uncertainty)", "Of an eigenvalue its residual. Counts stand between 95 % bounds on probes and quadrature."),
+)
+
+
+CRITICAL = Study(record=CriticalRun, price=_price, measure=_measure, account=_account)

@@ -1,0 +1,1 @@
+"""Implicit regularization: what finite steps add to the loss."""

@@ -1,0 +1,392 @@
+"""`curvature implicit`: the penalties on gradients that SGD adds to a loss, at a learning rate and a batch size."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from analysis.implicit.figures import plot_penalties, plot_penalty_by_batch_size
+from analysis.implicit.measure import implicit_regularization
+from analysis.implicit.plan import ImplicitPlan, num_pieces, num_products, price
+from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
+from analysis.records.measured import Measured
+from analysis.run.study import Study, StudyRun
+from analysis.show import wording
+from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
+from analysis.show.listener import Progress
+from curvature.objective.objective import Objective
+from curvature.spectra.top_eigenpairs import top_eigenpairs
+
+__all__ = ["IMPLICIT", "ImplicitPlan", "ImplicitRun", "ImplicitStudy"]
+
+_SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitStudy:
+    """What was found."""
+
+    regularization: ImplicitRegularization
+    """Loss, both penalties, and where they push."""
+    eigenvalues: tuple[float, ...]
+    """The largest of the Hessian; loss / parameter^2. Empty if directions were not asked for."""
+    largest_layer: str
+    """The layer that pays most of the variance penalty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitRun(StudyRun):
+    """One study of implicit regularization, with what produced it."""
+
+    kind: ClassVar[str] = "implicit"
+    result: ClassVar[str] = "implicit"
+
+    implicit: ImplicitStudy
+    """The results."""
+
+
+def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generator, progress: Progress) -> ImplicitStudy:
+    top, products = None, num_products(plan.k) * plan.directions
+    total = products + num_pieces(objective, plan.batch_size)
+    if plan.directions:
+        progress("sharpest directions", 0, total)
+        top = top_eigenpairs(
+            objective,
+            min(plan.k, objective.num_params),
+            generator=generator,
+            callback=lambda spent, _: progress("sharpest directions", min(spent, products), total),
+        )
+    progress("penalties", products, total)
+    found = implicit_regularization(
+        objective,
+        lr=plan.lr,
+        batch_size=plan.batch_size,
+        drop_last=plan.drop_last,
+        momentum=plan.momentum,
+        weight_decay=plan.weight_decay,
+        directions=plan.directions,
+        top=top,
+        progress=lambda done: progress("penalties", products + done, total),
+    )
+    largest = found.layers[int(found.layer_batch_variances.argmax())]
+    values = () if top is None else tuple(top.eigenvalues.tolist())
+    return ImplicitStudy(regularization=found, eigenvalues=values, largest_layer=largest)
+
+
+# -- what it tells ----------------------------------------------------------------------------------------------------
+
+
+def _account(run: ImplicitRun) -> Account:
+    found = run.implicit.regularization
+    chapters = [_layers(found)]
+    if math.isfinite(found.num_examples):
+        chapters.append(_batch_sizes(found))
+    if found.batch is not None and found.full is not None:
+        chapters.append(_directions(run.implicit, found.full, found.batch))
+    return Account(
+        title="Implicit regularization",
+        facts=(f"lr {found.lr:g}", f"batches of {wording.count(found.batch_size)}"),
+        cards=_cards(run.implicit, decay=bool(run.settings["weight_decay"])),
+        findings=_findings(run.implicit),
+        chapters=tuple(chapters),
+        terms=_TERMS,
+        method=_method(found),
+        notes=_notes(run.implicit),
+    )
+
+
+def _relative(part: float, whole: float) -> str:
+    """Return part over whole in per cent, or as a multiple where it is more."""
+    ratio = part / whole
+    return f"{wording.number(100 * ratio, 3)}{wording.THIN}%" if ratio < 10 else f"{wording.number(ratio, 3)} times"
+
+
+def _of_loss(part: float, found: ImplicitRegularization) -> str:
+    """Return the beginning of a hint; nothing where shares of the loss say nothing."""
+    return f"{_relative(part, found.loss)} of the loss; " if found.loss > 0 else ""
+
+
+def _penalty(found: ImplicitRegularization) -> Measured:
+    stderr = found.batch_factor * found.batch_variance_stderr
+    return Measured(value=found.batch_penalty, stderr=stderr if math.isfinite(stderr) else math.nan)
+
+
+def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
+    found, number = study.regularization, wording.number
+    penalty = _penalty(found)
+    error = f"± {number(penalty.stderr, 2)} with other data" if penalty.stderr > 0 else ""
+    cards = [
+        Card(label="Loss C", value=number(found.loss), hint="weight decay included" if decay else ""),
+        Card(
+            label="Variance penalty",
+            value=number(found.batch_penalty),
+            error=error,
+            hint=f"{_of_loss(found.batch_penalty, found)}what the noise of batches adds",
+        ),
+        Card(
+            label="Full-gradient penalty",
+            value=number(found.full_penalty),
+            hint=f"{_of_loss(found.full_penalty, found)}full-batch descent has it, too",
+        ),
+        Card(label="Modified loss", value=number(found.modified_loss), hint="what the mean iterate of SGD descends"),
+    ]
+    if found.batch is not None:
+        rate = found.batch.sharpness_change
+        if rate is not None and study.eigenvalues and study.eigenvalues[0] > 0:
+            share = 100 * rate * found.lr * found.num_batches / study.eigenvalues[0]
+            cards.append(
+                Card(
+                    label="Sharpness",
+                    value=f"{number(share, 2)}{wording.THIN}%",
+                    hint="change of the largest eigenvalue in an epoch, by the variance penalty",
+                )
+            )
+        cosine = found.batch.cosine_with_gradient
+        hint = "between the gradients of variance penalty and loss"
+        cards.append(Card(label="Cosine", value=number(cosine, 2), hint=hint))
+    if study.eigenvalues:
+        hint = "lr times the largest eigenvalue; the theory is of small ones, 2 is the edge of stability"
+        cards.append(Card(label="Step on the sharpest", value=number(found.lr * study.eigenvalues[0], 3), hint=hint))
+    return tuple(cards)
+
+
+def _findings(study: ImplicitStudy) -> tuple[Finding, ...]:
+    found = study.regularization
+    answers = [Finding("What does SGD add to the loss?", _added(found)), Finding("Which layers pay?", _payers(found))]
+    if math.isfinite(found.num_examples) and found.loss > 0:
+        answers.append(Finding("What would another batch size do?", _elsewhere(found)))
+    if found.batch is not None:
+        answers.append(Finding("Which way does it push?", _push(study, found.batch)))
+    if study.eigenvalues:
+        answers.append(Finding("Does the theory hold here?", _validity(study)))
+    return tuple(answers)
+
+
+def _added(found: ImplicitRegularization) -> str:
+    if not found.loss > 0:
+        return (
+            f"The variance penalty is {wording.number(found.batch_penalty, 3)} and that on the full gradient "
+            f"{wording.number(found.full_penalty, 3)}; the loss is not positive, so that shares of it say nothing."
+        )
+    variance = _relative(found.batch_penalty, found.loss)
+    full = _relative(found.full_penalty, found.loss)
+    batch = wording.count(found.batch_size)
+    text = (
+        f"At a learning rate of {found.lr:g} and batches of {batch} the gradient-variance penalty is {variance} of the "
+        f"loss, and the penalty on the full gradient {full}.{_epoch(found)}"
+    )
+    if found.loss > 0 and found.batch_penalty > found.loss:
+        text += " It outweighs the loss itself: the noise decides where SGD goes from here."
+    return text
+
+
+def _epoch(found: ImplicitRegularization) -> str:
+    """Return what an epoch does with the examples that fill no batch."""
+    if not math.isfinite(found.num_examples):
+        return ""
+    N, B = int(found.num_examples), int(found.batch_size)
+    if N % B == 0:
+        return ""
+    whole, rest = N // B, wording.count(N % B)
+    if found.drop_last:
+        return f" An epoch has {wording.count(whole)} batches and leaves out {rest} examples."
+    of = "1 example" if N % B == 1 else f"{rest} examples"
+    return f" An epoch has {wording.count(whole)} such batches and a last one of {of}, whose step counts as much."
+
+
+def _payers(found: ImplicitRegularization) -> str:
+    total = float(found.layer_batch_variances.sum())
+    if not total > 0:
+        return "None: batches do not differ."
+    return wording.carriers(found.layers, found.layer_batch_variances.tolist(), "the variance penalty")
+
+
+def _elsewhere(found: ImplicitRegularization) -> str:
+    B, N = int(found.batch_size), int(found.num_examples)
+    parts = [
+        f"{_relative(found.batch_penalty_at(size), found.loss)} at {wording.count(size)}"
+        for size in (B // 2, 2 * B)
+        if 1 <= size <= N
+    ]
+    text = f"The variance penalty would be {' and '.join(parts)}. " if parts else ""
+    least = bisect.bisect_left(range(1, N), True, key=lambda size: _whole(found, size) <= 0.01 * found.loss) + 1
+    if least == 1:
+        return text + "It is below 1 % of the loss at every batch size."
+    if least == N:
+        return text + "It is above 1 % of the loss at every batch size short of all examples."
+    return text + f"From a batch of {wording.count(least)} on, whole batches keep it below 1 % of the loss."
+
+
+def _whole(found: ImplicitRegularization, size: int) -> float:
+    """Return the penalty of an epoch without a short batch."""
+    return found.batch_penalty_at(size, drop_last=True)
+
+
+def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
+    if batch.norm == 0:
+        return "Nowhere: its gradient is zero."
+    cosine = batch.cosine_with_gradient
+    towards = "against" if cosine < -0.1 else ("along with" if cosine > 0.1 else "at right angles to")
+    text = f"Descending the variance penalty goes {towards} descending the loss (cosine {wording.number(cosine, 2)})."
+    if batch.cosines_with_top is not None:
+        held = float(batch.cosines_with_top.square().sum())
+        text += (
+            f" {100 * held:.2g}{wording.THIN}% of its square lie in the {len(study.eigenvalues)} sharpest directions."
+        )
+    if batch.sharpness_change is not None and study.eigenvalues and study.eigenvalues[0] > 0:
+        rate = batch.sharpness_change * study.regularization.lr * study.regularization.num_batches
+        share = 100 * rate / study.eigenvalues[0]
+        verb = "lowers" if rate < 0 else "raises"
+        text += (
+            f" To first order it {verb} the largest eigenvalue by {wording.number(abs(share), 2)}{wording.THIN}% "
+            "an epoch."
+        )
+    return text
+
+
+def _validity(study: ImplicitStudy) -> str:
+    product = study.regularization.lr * study.eigenvalues[0]
+    text = f"lr · λ is {wording.number(product, 3)} along the sharpest direction"
+    if product >= 2:
+        return text + ": beyond 2, where plain gradient descent diverges. The expansion says nothing of it."
+    if product > _SMALL:
+        return text + ", which is not small: along that direction the penalties are an order of magnitude."
+    return (
+        text + ": small, so that the expansion in the learning rate is meaningful for single steps; over an epoch what "
+        f"counts is that times the number of batches, {wording.number(product * study.regularization.num_batches, 3)}."
+    )
+
+
+def _layers(found: ImplicitRegularization) -> Chapter:
+    columns = (found.layer_full_penalties, found.layer_batch_penalties)
+    total = found.batch_penalty
+    rows = tuple(
+        (
+            name,
+            wording.number(full, 3),
+            wording.number(noise, 3),
+            f"{100 * noise / total:.1f}{wording.THIN}%" if total > 0 else "undefined",
+        )
+        for name, full, noise in zip(found.layers, *(c.tolist() for c in columns), strict=True)
+    )
+    return Chapter(
+        title="Layers",
+        pictures=(
+            Picture(
+                name="penalties",
+                label="Both penalties layer by layer as bars; the table below has the numbers.",
+                caption="What each layer adds to both penalties, in units of the loss.",
+                draw=lambda ax, colors: plot_penalties(found, ax=ax, colors=colors),
+                height=1.3 + 0.3 * len(found.layers),
+            ),
+        ),
+        sheets=(
+            Sheet(
+                caption="Penalties by layer, in units of the loss.",
+                columns=("layer", "full gradient", "variance", "share"),
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _batch_sizes(found: ImplicitRegularization) -> Chapter:
+    return Chapter(
+        title="Batch sizes",
+        pictures=(
+            Picture(
+                name="penalty-by-batch-size",
+                label="Loss, full-gradient penalty and variance penalty against the batch size.",
+                caption="The variance penalty of whole batches against their size, from the same pass: it falls as "
+                "1 / B and vanishes where the batch is all examples, which are drawn without replacement. A short last "
+                "batch adds to it (dot).",
+                draw=lambda ax, colors: plot_penalty_by_batch_size(found, ax=ax, colors=colors),
+            ),
+        ),
+    )
+
+
+def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDirection) -> Chapter:
+    found = study.regularization
+    rows = []
+    for name, direction in (("full gradient", full), ("variance", batch)):
+        change = direction.sharpness_change
+        rate = math.nan if change is None else change * found.lr * found.num_batches
+        cells = [name, wording.number(direction.norm, 3), wording.number(direction.cosine_with_gradient, 2)]
+        cells += [
+            wording.number(c, 2)
+            for c in ([] if direction.cosines_with_top is None else direction.cosines_with_top.tolist())
+        ]
+        rows.append((*cells, wording.number(rate, 3)))
+    tops = tuple(f"with u{wording.subscript(i)}" for i in range(1, len(study.eigenvalues) + 1))
+    return Chapter(
+        title="Where the penalties push",
+        sheets=(
+            Sheet(
+                caption="Gradients of the penalties: length, cosine with the loss gradient, with the sharpest "
+                f"directions (λ = {', '.join(wording.number(v, 3) for v in study.eigenvalues)}), and the change of the "
+                "largest eigenvalue that descending it for an epoch brings, to first order.",
+                columns=("penalty", "length", "with the gradient", *tops, "change of λ"),
+                rows=tuple(rows),
+            ),
+        ),
+    )
+
+
+_TERMS = (
+    (
+        "Modified loss",
+        "C + lr/4 |∇C|² + lr/4 (1/m) Σ |∇Cₖ − ∇C|² over the m batches of an epoch: the mean over orders of the "
+        "iterates after an epoch of SGD lies on the gradient flow of this loss, up to third order in the learning "
+        "rate (Smith, Dherin, Barrett and De 2021). The first penalty is that of full-batch descent (Barrett and "
+        "Dherin 2020).",
+    ),
+    (
+        "Variance penalty",
+        "The last term. A batch of B of N examples contributes (N − B)/(N − 1) Γ/B on average over shuffles, Γ the "
+        "variance of single examples' gradients: the factor is that of drawing without replacement. A short last batch "
+        "has a larger part and counts as much.",
+    ),
+    (
+        "Change of the largest eigenvalue",
+        "Its derivative along the flow of minus the penalty's gradient, by first-order perturbation, times the time "
+        "lr·m of an epoch. It needs a third derivative: with ReLU or max-pooling it is that of the piece the model is "
+        "in.",
+    ),
+    ("± with other data", "One standard error over data of the same size, from the spread over single examples."),
+)
+
+
+def _method(found: ImplicitRegularization) -> str:
+    if math.isfinite(found.num_examples):
+        text = (
+            "The variance of single examples' gradients from one pass over them gives the penalty at every batch size."
+        )
+    else:
+        text = (
+            "Gradients of the batches as they are gave both penalties; without --batch-size other sizes are not known."
+        )
+    if found.batch is not None:
+        each = "example" if math.isfinite(found.num_examples) else "batch"
+        text += f" Gradients of the penalties are Hessian products of each {each} with its own gradient, 2 H g."
+    return text
+
+
+def _notes(study: ImplicitStudy) -> tuple[str, ...]:
+    found = study.regularization
+    notes = list(found.notes)
+    if found.momentum:
+        notes.append(
+            "Momentum: factors of Ghosh et al. (2023) for the full gradient; for the noise the argument of Smith et "
+            "al. with momentum's weights."
+        )
+    if not math.isfinite(found.num_examples):
+        notes.append("Batches were taken as the task has them.")
+    return tuple(notes)
+
+
+IMPLICIT = Study(record=ImplicitRun, price=price, measure=_measure, account=_account)

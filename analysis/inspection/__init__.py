@@ -1,0 +1,1 @@
+"""Inspection: the spectrum of the Hessian, as a whole and layer by layer."""

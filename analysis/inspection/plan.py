@@ -1,0 +1,164 @@
+"""What an inspection will cost, before it is paid: products from the plan, seconds from timed products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from analysis.run.meter import CostEstimate
+from curvature.arguments import checked_fields
+from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
+from curvature.errors import InputError
+from curvature.layerwise import backpack_refusal
+from curvature.objective.objective import Objective
+from curvature.operators import HessianOperator
+from curvature.parameters import Block
+from curvature.spectra.planning import SpectrumPlan
+
+__all__ = [
+    "COUPLING",
+    "COUPLING_PROBES",
+    "DIAGONAL",
+    "DIAGONAL_MATVECS",
+    "LAYERS",
+    "WHOLE",
+    "InspectionPlan",
+    "estimate_cost",
+]
+
+WHOLE, LAYERS, COUPLING = "the whole Hessian", "layer by layer", "coupling of layers"
+DIAGONAL = "the diagonal"
+COUPLING_PROBES = 8
+DIAGONAL_MATVECS = 24
+"""Products that an estimate of the diagonal takes, where it cannot be had exactly."""
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class InspectionPlan:
+    """How many eigenpairs, probes and steps an inspection takes, for the whole Hessian and for each layer.
+
+    A matrix with fewer columns than its estimates would take products is built entry by entry: cheaper, and exact.
+
+    Raises:
+        InputError: for values out of range.
+    """
+
+    k: int = 10
+    """Largest eigenvalues of the whole Hessian to compute (all, if there are fewer). Layers: one."""
+    num_bottom: int = 3
+    """Smallest eigenvalues of the whole Hessian to compute (all, if there are fewer). Layers: one."""
+    rtol: float = 1e-3
+    """Residual of the largest eigenpairs, relative to the eigenvalue. Layers: ten, smallest: thirty times that."""
+    num_probes: int = 4
+    """Probes, for the whole Hessian and for each layer."""
+    num_steps: int = 24
+    """Block Lanczos steps of all probes on the whole Hessian. Layers: two fifths. More where eigenpairs need them."""
+    layers: bool = True
+    """Whether each layer is inspected too."""
+    coupling: bool = False
+    """Whether it is measured how strongly layers act on each other."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("num_bottom", 1), ("num_probes", 2), ("num_steps", 4)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.rtol <= 0.1:
+            raise InputError(f"rtol must lie in (0, 0.1], got {self.rtol}.")
+
+    @property
+    def whole(self) -> SpectrumPlan:
+        """The plan of the whole Hessian."""
+        return SpectrumPlan(
+            k=self.k,
+            num_bottom=self.num_bottom,
+            rtol=self.rtol,
+            num_probes=self.num_probes,
+            num_steps=self.num_steps,
+            num_deflated=self.k,
+        )
+
+    @property
+    def layer(self) -> SpectrumPlan:
+        """The plan of each layer."""
+        return SpectrumPlan(
+            k=1,
+            num_bottom=1,
+            rtol=min(0.1, 10 * self.rtol),
+            num_probes=self.num_probes,
+            num_steps=max(4, 2 * self.num_steps // 5),
+            num_deflated=self.k,
+        )
+
+    def layer_blocks(self, objective: Objective) -> tuple[Block, ...]:
+        """Return the blocks to inspect one by one; none where a single module owns all parameters."""
+        blocks = objective.space.blocks
+        return blocks if self.layers and len(blocks) > 1 else ()
+
+    def total_matvecs(self, objective: Objective) -> tuple[int, int]:
+        """Return the products with the whole Hessian and with all layers."""
+        sizes = [block.num_params for block in self.layer_blocks(objective)]
+        of_layers = sum(self.layer.num_matvecs(n) + self.layer.num_search(n) for n in sizes)
+        n = objective.num_params
+        whole = self.whole.num_matvecs(n) + self.whole.num_search(n)
+        return whole + self.coupling_matvecs(objective) + self.diagonal_matvecs(objective), of_layers
+
+    def coupling_matvecs(self, objective: Objective) -> int:
+        """Return the products with the whole Hessian that the coupling of layers takes."""
+        blocks = objective.space.blocks
+        if not self.coupling or len(blocks) < 2:
+            return 0
+        return sum(min(block.num_params, COUPLING_PROBES) for block in blocks)
+
+    def diagonal_matvecs(self, objective: Objective) -> int:
+        """Return the products that the diagonal takes: none where BackPACK has rules for the model."""
+        if not self.layers or backpack_refusal(objective, "hessian") is None:
+            return 0
+        return min(objective.num_params, DIAGONAL_MATVECS)
+
+
+def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
+    """Predict products, seconds and memory of an inspection. Cost: a few products; the first builds the graphs.
+
+    Raises:
+        NonFiniteError: if the loss or gradient is not finite, so that there is nothing to plan.
+        InputError: if the vectors do not fit into memory.
+    """
+    H = HessianOperator(objective)
+    n, device = objective.num_params, objective.device
+    v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
+    _ = H @ v
+    seconds = median_seconds(lambda: H @ v, device)
+    whole, of_layers = plan.total_matvecs(objective)
+    blocks = plan.layer_blocks(objective)
+    total = whole * seconds
+    if blocks:
+        total += _layer_seconds(H, blocks, plan)
+    if plan.layers and plan.diagonal_matvecs(objective) == 0:
+        total += _columns(objective) * seconds / 2  # one a gradient, and a product is about two
+    sizes = [block.num_params for block in blocks]
+    held = max(plan.whole.num_bytes(H, [n]), plan.layer.num_bytes(H, sizes) if sizes else 0)
+    plan.whole.check_memory(H, [n], None)
+    return CostEstimate(
+        num_matvecs=whole,
+        num_layer_matvecs=of_layers,
+        seconds_per_matvec=seconds,
+        seconds=total,
+        peak_bytes=max(peak_memory(device), current_memory(device) + held),
+    )
+
+
+def _columns(objective: Objective) -> int:
+    """Return how many columns BackPACK propagates: one for each output of an example."""
+    lin = next(objective.linearizations())
+    outputs, _ = lin.outputs_and_targets()
+    return outputs.numel() // max(1, outputs.shape[0])
+
+
+def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: InspectionPlan) -> float:
+    """Return what the products with all layers will take, from one with a column for each."""
+    columns = [torch.ones(block.num_params, 1, dtype=H.dtype, device=H.device) for block in blocks]
+    _, seconds = timed(lambda: H.products(columns, blocks), H.device)
+    steps = max(plan.layer.num_matvecs(block.num_params) for block in blocks)
+    return steps * seconds

@@ -1,0 +1,1 @@
+"""The loss away from a point: lines, planes and paths."""

@@ -1,0 +1,376 @@
+"""`curvature noise`: how noisy the gradients of single examples are, and how large a batch is of use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from analysis.noise.curvature import curvature_noise
+from analysis.noise.figures import plot_batch_sizes, plot_layer_noise
+from analysis.noise.measure import gradient_noise
+from analysis.noise.results import CurvatureNoise, GradientNoise, NoiseScale
+from analysis.records.measured import Measured
+from analysis.run.study import Study, StudyRun
+from analysis.show import wording
+from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
+from analysis.show.listener import Progress
+from curvature.arguments import checked_fields
+from curvature.errors import InputError
+from curvature.objective.objective import Objective
+
+__all__ = ["NOISE", "NoisePlan", "NoiseRun", "NoiseStudy"]
+
+_MOST = 0.9  # of the full gradient's progress: from where on a larger batch gives little
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class NoisePlan:
+    """What to measure of the noise.
+
+    Raises:
+        InputError: for values out of range.
+    """
+
+    batch_size: int | None = None
+    """Of the training, in examples, to judge it; None judges none."""
+    lr: float | None = None
+    """Learning rate of the training with plain SGD, to judge its steps; None judges none."""
+    curvature: bool = True
+    """Whether to look at how noise lies against curvature, too."""
+    num_probes: int = 16
+    """For that."""
+    damping: float | None = None
+    """Of the Gauss-Newton matrix for the Takeuchi criterion; None leaves it out."""
+    confidence: float = 0.95
+    """Of the interval of the noise scale."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, got {self.batch_size}.")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise InputError(f"the learning rate must be positive and finite, got {self.lr}.")
+        if self.damping is not None and not self.curvature:
+            raise InputError("the Takeuchi criterion needs curvature; leave out --damping or --no-curvature.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseStudy:
+    """What was found."""
+
+    noise: GradientNoise
+    """Moments of the gradients of single examples, and what they say of every batch size."""
+    curvature: CurvatureNoise | None
+    """How the noise lies against the Hessian; None if it was not asked for."""
+    batch_size: int | None
+    """That of the training, to be judged."""
+    lr: float | None
+    """Learning rate of the training, to be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseRun(StudyRun):
+    """One study of the noise, with what produced it."""
+
+    kind: ClassVar[str] = "noise"
+    result: ClassVar[str] = "noise"
+
+    noise: NoiseStudy
+    """The results."""
+
+
+def _price(objective: Objective, plan: NoisePlan) -> float:
+    del objective
+    return 3.0 + (3.2 * plan.num_probes + 4.0 if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
+
+
+def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, progress: Progress) -> NoiseStudy:
+    stages = 1 + plan.curvature
+    progress("single examples", 0, stages)
+    noise = gradient_noise(objective, confidence=plan.confidence)
+    along = None
+    if plan.curvature:
+        progress("noise against curvature", 1, stages)
+        along = curvature_noise(
+            objective,
+            num_probes=plan.num_probes,
+            confidence=plan.confidence,
+            damping=plan.damping,
+            generator=generator,
+        )
+    return NoiseStudy(noise=noise, curvature=along, batch_size=plan.batch_size, lr=plan.lr)
+
+
+# -- what it tells ----------------------------------------------------------------------------------------------------
+
+
+def _account(run: NoiseRun) -> Account:
+    study, noise = run.noise, run.noise.noise
+    return Account(
+        title="Gradient noise",
+        facts=(f"{wording.count(noise.num_examples)} examples",),
+        cards=_cards(study),
+        findings=_findings(study),
+        chapters=(_batches(study), _layers(noise)),
+        terms=_terms(study),
+        method=(
+            "Every example's gradient was met once, none was kept: norms come from the activations and errors of each "
+            "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, "
+            "from one product of the Jacobian. All batch sizes follow from the same sums."
+        ),
+        notes=noise.notes,
+    )
+
+
+def _cards(study: NoiseStudy) -> tuple[Card, ...]:
+    noise, number = study.noise, wording.number
+    hint = "batch size at which noise and signal are equal, tr S / |G|²"
+    cards = [
+        _scale_card("Noise scale", noise.noise_scale, hint),
+        Card.of("Noise of one example", noise.trace, "tr S, variance of its gradient"),
+        Card.of("Signal", noise.squared_norm, "|G|², squared mean gradient, without bias"),
+        Card(label="Loss", value=number(noise.loss), hint=f"mean over {wording.count(noise.num_examples)} examples"),
+    ]
+    if study.curvature is not None:
+        c = study.curvature
+        hint = "tr(HS) / G'HG: the noise scale that counts curvature, too"
+        cards.append(_scale_card("Critical batch size", c.noise_scale, hint))
+        hint = "the curvature noise meets, over what isotropic noise of its size would"
+        cards.append(Card(label="Noise meets curvature", value=number(c.anisotropy, 3), hint=hint))
+    hint = "inner-product and orthogonality test, θ = 0.9"
+    cards.append(Card(label="Batch size by tests", value=_batch(noise.tested_batch_size()), hint=hint))
+    hint = "above 0: the gradient is what sampling noise would make it"
+    cards.append(Card(label="Stopping evidence", value=number(noise.evidence, 3), hint=hint))
+    if study.batch_size is not None:
+        hint = f"of the full gradient's, by a step on {wording.count(study.batch_size)} examples"
+        cards.append(Card(label="Progress of a batch", value=_progress(noise, study.batch_size), hint=hint))
+    if study.curvature is not None and study.curvature.takeuchi is not None:
+        cards.append(Card.of("Takeuchi criterion", study.curvature.takeuchi, "expected gap of test and training loss"))
+    return tuple(cards)
+
+
+def _scale_card(label: str, scale: NoiseScale, hint: str) -> Card:
+    """Return a batch size; a bound alone where the signal cannot be told from zero."""
+    percent, low = f"{100 * scale.confidence:g}{wording.THIN}%", wording.about(max(scale.lower, 0.0))
+    if math.isnan(scale.value):
+        return Card(label=label, value="undefined", hint=f"{hint}; the noise is not positive")
+    if not math.isfinite(scale.upper):
+        error = f"no upper bound ({percent}): the signal cannot be told from zero"
+        return Card(label=label, value=f"> {low}", error=error, hint=hint)
+    return Card(
+        label=label,
+        value=wording.about(scale.value),
+        error=f"{low} to {wording.about(scale.upper)} ({percent})",
+        hint=hint,
+    )
+
+
+def _findings(study: NoiseStudy) -> tuple[Finding, ...]:
+    found = [
+        Finding("How large a batch is of use?", _useful(study)),
+        Finding(
+            "Which layers carry the noise?",
+            wording.carriers(study.noise.layers, study.noise.layer_traces.tolist(), "the variance"),
+        ),
+        Finding("Do the data still say where to go?", _evidence(study.noise)),
+    ]
+    if study.curvature is not None:
+        found.append(Finding("Does the noise lie where the curvature is?", _against(study.curvature)))
+    if study.lr is not None:
+        found.append(Finding("What does a step do?", _step(study, study.lr)))
+    return tuple(found)
+
+
+def _useful(study: NoiseStudy) -> str:
+    noise, scale = study.noise, study.noise.noise_scale
+    N, number = noise.effective_examples, wording.number
+    if noise.trace.value == 0:
+        return "A single example: the gradients of all examples are the same."
+    if noise.squared_norm.value <= 0 or not math.isfinite(scale.upper):
+        least = f" It is at least {number(scale.lower, 3)}." if scale.lower > 0 else ""
+        return (
+            f"The mean gradient cannot be told from zero with {wording.count(round(N))} examples: the noise scale has "
+            f"no upper bound, and no batch of these data is too large.{least} So it is near the end of a training."
+        )
+    enough = _MOST / (1 - _MOST) * scale.value
+    text = (
+        f"Noise and signal are equal at a batch of {_batch(scale.value)} (between {_batch(max(scale.lower, 1.0))} and "
+        f"{_batch(scale.upper)}). Steps on batches beyond {_batch(enough)} make more than {100 * _MOST:.0f}"
+        f"{wording.THIN}% of the full gradient's progress: a larger one gives little."
+    )
+    if study.batch_size is not None:
+        text += f" A batch of {wording.count(study.batch_size)} makes {_progress(noise, study.batch_size)} of it."
+    return text
+
+
+def _evidence(noise: GradientNoise) -> str:
+    if math.isnan(noise.evidence):
+        return "No entry of the gradient has any noise."
+    evidence = f"evidence {wording.number(noise.evidence, 3)}"
+    if noise.evidence > 0:
+        return (
+            f"No: entry by entry the mean gradient is as small as sampling noise alone would make it ({evidence} > 0). "
+            "Training on these data may stop."
+        )
+    if noise.squared_norm.value <= 0:
+        return (
+            "Hardly: entry by entry the mean gradient is a little larger than sampling noise would make it "
+            f"({evidence} < 0), but its length is not."
+        )
+    return f"Yes: entry by entry the mean gradient is larger than sampling noise would make it ({evidence} < 0)."
+
+
+def _against(c: CurvatureNoise) -> str:
+    if math.isnan(c.cosine):
+        return "There is nothing to compare: the noise or the curvature is zero."
+    text = (
+        f"The cosine between covariance and Hessian is {wording.number(c.cosine, 2)} (1 where they are proportional), "
+        f"and the noise meets {wording.number(c.anisotropy, 3)} times the curvature that isotropic noise of its size "
+        "would."
+    )
+    scale = c.noise_scale
+    if math.isfinite(scale.upper) and scale.value > 0:
+        between = f"between {_batch(scale.lower)} and {_batch(scale.upper)}"
+        text += f" Counting curvature, noise and signal are equal at a batch of {_batch(scale.value)} ({between})."
+    elif scale.lower > 1:
+        text += f" Counting curvature, noise and signal are equal at a batch of at least {_batch(scale.lower)}."
+    return text
+
+
+def _step(study: NoiseStudy, lr: float) -> str:
+    B = study.batch_size or 1
+    of = f"at a learning rate of {lr:g} and batches of {B}"
+    text = f"The temperature lr / B is {wording.number(study.noise.temperature(lr, B), 3)} {of}."
+    if study.curvature is not None:
+        change = study.curvature.expected_change(lr, B)
+        best = study.curvature.best_lr(B)
+        text += f" To second order a step changes the loss by {wording.number(change, 3)} on average"
+        if change > 0:
+            text += ": it rises, the noise is larger than the signal"
+        text += f"; the step of most progress is {wording.number(best, 3)}." if math.isfinite(best) else "."
+    return text
+
+
+def _batches(study: NoiseStudy) -> Chapter:
+    noise = study.noise
+    N = noise.effective_examples
+    sizes = sorted({1, 8, 32, 128, 512, round(N), *([study.batch_size] if study.batch_size else [])})
+    rows = tuple(
+        (
+            wording.count(B),
+            _progress(noise, B),
+            wording.number(noise.norm_test(B), 3),
+            wording.number(noise.inner_product_test(B), 3),
+            wording.number(noise.orthogonality_test(B), 3),
+        )
+        for B in sizes
+        if max(N, study.batch_size or 0) >= B
+    )
+    return Chapter(
+        title="Batch sizes",
+        pictures=(
+            Picture(
+                name="batch-sizes",
+                label="Share of the full gradient's progress that a step makes, against the batch size.",
+                caption="How much of the full gradient's progress a step on B examples makes, 1 / (1 + scale / B), "
+                "with the confidence interval of the noise scale. Half of it at the scale itself.",
+                draw=lambda ax, colors: plot_batch_sizes(noise, ax=ax, colors=colors),
+            ),
+        ),
+        sheets=(
+            Sheet(
+                caption="What a batch of B examples knows of the mean gradient. A test holds at a batch if its number "
+                "is no larger than what is asked for: 0.9 for norm and inner product, 5.84 for orthogonality are "
+                "usual.",
+                columns=("batch size", "progress", "norm test θ", "inner product θ", "orthogonality ν"),
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _layers(noise: GradientNoise) -> Chapter:
+    shares = noise.layer_traces / noise.layer_traces.sum()
+    columns = (noise.layer_traces, shares, noise.layer_squared_norms, noise.layer_noise_scales, noise.layer_gsnr)
+    rows = tuple(
+        (
+            name,
+            wording.number(trace, 3),
+            f"{100 * share:.1f}{wording.THIN}%" if math.isfinite(share) else "undefined",
+            wording.number(square, 3),
+            _batch(scale) if scale > 0 else "noise only",
+            wording.number(gsnr, 3),
+        )
+        for name, trace, share, square, scale, gsnr in zip(noise.layers, *(c.tolist() for c in columns), strict=True)
+    )
+    return Chapter(
+        title="Layers",
+        pictures=(
+            Picture(
+                name="layer-noise",
+                label="Noise and signal of each layer on a logarithmic axis; the table below has the numbers.",
+                caption="Variance of one example's gradient, and squared mean gradient, layer by layer. Their "
+                "distance is the layer's own noise scale. A signal that is not positive without bias has no mark.",
+                draw=lambda ax, colors: plot_layer_noise(noise, ax=ax, colors=colors),
+                height=1.2 + 0.26 * len(noise.layers),
+            ),
+        ),
+        sheets=(
+            Sheet(
+                caption="Layers. Where the signal is not positive without bias the layer's mean gradient drowns in "
+                "noise.",
+                columns=("layer", "noise tr S", "share", "signal |G|²", "noise scale", "GSNR"),
+                rows=rows,
+            ),
+        ),
+    )
+
+
+def _progress(noise: GradientNoise, batch_size: float) -> str:
+    """Return the share of the full gradient's progress that a batch makes; a bound where the signal is not seen."""
+    if noise.squared_norm.value > 0:
+        return wording.share(Measured(value=noise.efficiency(batch_size), stderr=0.0))
+    most = 1 / (1 + max(noise.noise_scale.lower, 0.0) / batch_size)
+    return f"≤ {wording.share(Measured(value=most, stderr=0.0))}"
+
+
+def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
+    terms = [
+        (
+            "Noise scale",
+            "tr S / |G|²: S is the covariance of single examples' gradients, G their mean over all data one could "
+            "draw. Both are estimated without bias; the interval is Fieller's (McCandlish et al. 2018).",
+        ),
+        (
+            "Tests of a batch",
+            "How large the relative error of a batch gradient is: as a whole (Byrd et al. 2012), along the mean "
+            "gradient and at right angles to it (Bollapragada et al. 2018). They use the gradient of these very data.",
+        ),
+        (
+            "Stopping evidence",
+            "1 − mean over entries of N g² / S (Mahsereci et al. 2017): positive where the gradient could be noise.",
+        ),
+        ("GSNR", "Mean over entries of g² / S: signal to noise of single entries (Liu et al. 2020)."),
+        (
+            "± (uncertainty)",
+            "One standard error over other data of the same size; for products with curvature, over probes.",
+        ),
+    ]
+    if study.curvature is not None:
+        meaning = (
+            "tr(HS) / G'HG: as the noise scale, every direction weighed by its curvature. Fieller's interval has the "
+            "error of the signal over data and that of the noise over probes; H is taken as that of these data."
+        )
+        terms.insert(1, ("Critical batch size", meaning))
+    return tuple(terms)
+
+
+def _batch(size: float) -> str:
+    """Return a batch size, which is at least 1."""
+    return wording.about(max(1.0, size))
+
+
+NOISE = Study(record=NoiseRun, price=_price, measure=_measure, account=_account)

@@ -1,0 +1,1 @@
+"""What all records share: numbers with their errors, and plain values for JSON."""

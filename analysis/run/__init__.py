@@ -1,0 +1,1 @@
+"""From a task to a complete run folder: preparation, studies, storage and reports."""

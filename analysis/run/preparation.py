@@ -1,0 +1,185 @@
+"""Before any measurement: the task loaded and on its device, the objective checked, its data in groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.records.plain import plain_values
+from analysis.run.store import now, versions
+from analysis.show.listener import Listener
+from analysis.show.wording import count
+from analysis.tasks import Task, load_task
+from analysis.tasks.checkpoint_files import files_of, sha256_of
+from curvature.data.tensors import tensors_in
+from curvature.errors import CurvatureError, InputError, TaskError
+from curvature.objective.objective import Objective
+from curvature.spectra.planning import SpectrumPlan
+
+__all__ = ["Prepared", "Request", "data_sha256", "in_groups", "load", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Which model to measure, on what, and how it was asked for."""
+
+    task: str
+    """A bundled name, "file.py:function" or "package.module:function"."""
+    checkpoint: Path | None = None
+    """Parameters to load into the model."""
+    checkpoint_key: str | None = None
+    """Which state dict of the checkpoints, where they hold several."""
+    params: Sequence[str] | None = None
+    """Globs over parameter and module names; None for all that require a gradient."""
+    device: str | None = None
+    """Where to compute; None for where the task has its model."""
+    micro_batch: int | None = None
+    """Cut batches into pieces of at most this many examples."""
+    seed: int = 0
+    """Of all random numbers."""
+    check: bool = True
+    """Whether to run the objective's self-check first."""
+    command: str = ""
+    """The command line this came from, for the record."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it belongs among the settings of a record."""
+        parameters = ", ".join(self.params) if self.params else "all that require a gradient"
+        settings: dict[str, Any] = {"parameters": parameters, "micro_batch": self.micro_batch}
+        return settings if self.checkpoint_key is None else {**settings, "checkpoint_key": self.checkpoint_key}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its objective, ready to be measured."""
+
+    task: Task
+    objective: Objective
+    messages: tuple[str, ...] | None
+    """What the self-check found; None if it was switched off."""
+
+    def record(self, request: Request) -> dict[str, Any]:
+        """Return the fields of `analysis.run.store.Record` but `settings`."""
+        return {
+            "task": request.task,
+            "name": self.task.name,
+            "description": self.task.description,
+            "metadata": plain_values(dict(self.task.metadata)),
+            "seed": request.seed,
+            "command": request.command,
+            "created": now(),
+            "versions": versions(),
+            "checkpoint": None if (read := self.task.checkpoint_record) is None else dict(read),
+            "data_sha256": data_sha256(self.task.train_data),
+            "check": self.messages,
+        }
+
+
+def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
+    """Return the task on its device and the objective of the parameters asked for.
+
+    Raises:
+        CurvatureError: whatever stands in the way, with the remedy.
+    """
+    with listener.doing("loading the task"):
+        task = _on_device(_task(request), request.device)
+        params = list(request.params) if request.params else None
+        objective = task.objective(params=params, micro_batch=request.micro_batch)
+    size = f"{count(objective.num_params)} parameters in {len(objective.space.names)} tensors"
+    what = f"{task.name}: {task.description}" if task.description else task.name
+    listener.loaded(what, f"{size}, {str(objective.dtype).removeprefix('torch.')} on {objective.device}")
+    if listener.when_loaded is not None:
+        listener.when_loaded(task, objective)
+    return task, objective
+
+
+def prepare(task: Task, objective: Objective, request: Request, listener: Listener, *, groups: bool = True) -> Prepared:
+    """Check the objective if asked to, and, with `groups`, cut its data into groups unless the user cut them.
+
+    Raises:
+        CurvatureError: as `Objective.check`.
+    """
+    messages = None
+    if request.check:
+        with listener.doing("checking model, loss and data"):
+            messages = objective.check().messages
+    if groups and request.micro_batch is None:
+        with listener.doing("cutting the data into groups"):
+            objective = in_groups(objective)
+    return Prepared(task, objective, messages)
+
+
+def in_groups(objective: Objective) -> Objective:
+    """Return the objective with its data in enough pieces for an error over the data, if that is the same function.
+
+    A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
+    """
+    _, gradient = objective.loss_and_gradient()
+    num_batches, most = objective.num_batches, SpectrumPlan().num_groups
+    if num_batches is None or num_batches >= SpectrumPlan().least_groups or objective.process_group is not None:
+        return objective
+    largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
+    if largest < most:
+        return objective
+    pieces = objective.cut(-(-largest // (most // num_batches)))
+    try:
+        _, of_pieces = pieces.loss_and_gradient()
+    except CurvatureError:
+        return objective
+    same = (of_pieces - gradient).norm() <= 1e-4 * gradient.norm() + torch.finfo(gradient.dtype).eps ** 0.5
+    return pieces if bool(same) else objective
+
+
+def _task(request: Request) -> Task:
+    task = load_task(request.task, request.checkpoint, checkpoint_key=request.checkpoint_key)
+    if task.checkpoint is None or task.checkpoint_record is not None:
+        return task
+    path = Path(task.checkpoint)  # which the user's function says it has read
+    return replace(task, checkpoint_record={"file": path.name, "sha256": sha256_of(files_of(path))})
+
+
+def _on_device(task: Task, device: str | None) -> Task:
+    """Return the task with its model moved; batches follow, since the objective moves each to its parameters."""
+    if device is None:
+        return task
+    target = _available(device)
+    if task.prepared is None:
+        return replace(task, model=task.model.to(target))
+    if task.prepared.device != target:
+        raise TaskError(
+            f"{task.name} returns a ready-made Objective on {task.prepared.device}, which cannot be moved to {device}: "
+            "move the model before it is built, or return an analysis.tasks.Task."
+        )
+    return task
+
+
+def _available(name: str) -> torch.device:
+    """Return the device, with its index, if tensors can live there."""
+    try:
+        return torch.zeros(1, device=name).to("cpu").new_zeros(1).to(name).device
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        there = " and ".join(["cpu", *([accelerator.type] if accelerator is not None else [])])
+        raise InputError(f"the device {name!r} cannot be used here; there is {there}.") from error
+
+
+def data_sha256(data: Any) -> str | None:
+    """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
+    digest = hashlib.sha256()
+
+    def feed(part: Any) -> bool:
+        if isinstance(part, Tensor) and not part.is_nested and part.layout == torch.strided:
+            array = part.detach().cpu().contiguous()
+            digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+            return True
+        return isinstance(part, (tuple, list)) and all(feed(item) for item in part)
+
+    return digest.hexdigest() if feed(data) else None

@@ -1,0 +1,1 @@
+"""Sharpness, by every measure in use."""

@@ -1,0 +1,312 @@
+"""`curvature sharpness`: every measure of sharpness that people compare, with what each is invariant to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from analysis.records.measured import Measured
+from analysis.run.study import Study, StudyRun
+from analysis.sharpness.catalogue import MEASURES
+from analysis.sharpness.figures import plot_sharpness
+from analysis.sharpness.measure import SharpnessSettings, measures_for, sharpness
+from analysis.sharpness.results import SharpnessRow, SharpnessTable
+from analysis.show import wording
+from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
+from analysis.show.listener import Progress
+from curvature.arguments import checked_fields
+from curvature.environment.cost import median_seconds
+from curvature.objective.objective import Objective
+from curvature.objective.shift import gradient_at, loss_at
+from curvature.operators import HessianOperator
+
+__all__ = ["SHARPNESS", "SharpnessPlan", "SharpnessRun"]
+
+_CARDS = {
+    "top_eigenvalue": "largest eigenvalue λ of the Hessian",
+    "trace": "sum of its eigenvalues",
+    "adaptive_top_eigenvalue": "the same, in relative changes of the parameters",
+    "adaptive_worst_linf": "rise of the loss within relative changes",
+    "adaptive_average": "mean rise under relative noise",
+    "m_sharpness": "one-step rise over pieces of the data (SAM)",
+    "adaptive_pac_bayes": "1/σ² of the relative noise the loss bears",
+    "relative_flatness": "layer by layer, of weights and curvature",
+}
+"""Measures that the report opens with, where they were asked for."""
+_SAMPLE = 4  # pieces that are timed
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class SharpnessPlan:
+    """What to measure."""
+
+    measures: tuple[str, ...] | None = None
+    """Names; None for all that the objective allows."""
+    rho: float = SharpnessSettings.rho
+    """Length of a perturbation."""
+    adaptive_rho: float = SharpnessSettings.adaptive_rho
+    """The same, relative to the parameters."""
+    num_probes: int = SharpnessSettings.num_probes
+    """Pairs of noise."""
+    num_matvecs: int = SharpnessSettings.num_matvecs
+    """Products for a trace or a norm."""
+    piece: int = SharpnessSettings.piece
+    """Examples of a piece of m-sharpness."""
+
+    def __post_init__(self) -> None:
+        self.settings()
+
+    def settings(self) -> SharpnessSettings:
+        """Return sizes and budgets.
+
+        Raises:
+            InputError: for values out of range.
+        """
+        return SharpnessSettings(
+            rho=self.rho,
+            adaptive_rho=self.adaptive_rho,
+            num_probes=self.num_probes,
+            num_matvecs=self.num_matvecs,
+            piece=self.piece,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessRun(StudyRun):
+    """One table of sharpness, with what produced it."""
+
+    kind: ClassVar[str] = "sharpness"
+    result: ClassVar[str] = "sharpness"
+
+    sharpness: SharpnessTable
+    """The results."""
+
+
+def _price(objective: Objective, plan: SharpnessPlan) -> float:
+    """Return the price in gradients at the point itself, from timed looks: those at other points build all anew."""
+    settings, device, here = plan.settings(), objective.device, objective.space.current()
+    names = measures_for(objective, plan.measures)
+    one = median_seconds(objective.loss_and_gradient, device)
+    H, v = HessianOperator(objective), torch.ones_like(here)
+    _ = H @ v
+    seconds = {
+        "products": median_seconds(lambda: H @ v, device),
+        "gradients": median_seconds(lambda: gradient_at(objective, here), device),
+        "losses": median_seconds(lambda: loss_at(objective, here), device),
+    }
+    total = sum(count * seconds[unit] for name in names for unit, count in _spent(name, objective, settings).items())
+    in_pieces = sum("m_sharpness" in name for name in names)
+    return (total + (in_pieces * _seconds_in_pieces(objective, settings) if in_pieces else 0.0)) / one
+
+
+def _spent(name: str, objective: Objective, s: SharpnessSettings) -> dict[str, float]:
+    """Return about how many products, gradients and losses away from the point a measure takes."""
+    if "top_eigenvalue" in name:
+        return {"products": 16.0}
+    if "trace" in name or "frobenius" in name:
+        return {"products": s.num_matvecs}
+    if "worst" in name:
+        return {"gradients": 0.8 * s.num_steps * s.num_restarts}
+    if "average" in name:
+        return {"losses": 2 * s.num_probes + 1}
+    if "pac_bayes" in name:
+        return {"losses": 8 * s.num_probes + 1}
+    layers = sum(t.ndim >= 2 for t in objective.space.tensors.values())
+    other: dict[str, dict[str, float]] = {
+        "relative_flatness": {"products": layers * s.num_matvecs},
+        "log_volume": {"products": 72.0},
+        "keskar": {"gradients": 2.4 * s.box_iterations},
+        "fisher_rao": {"products": 1.0},
+    }
+    return other.get(name, {} if "m_sharpness" in name else {"gradients": 1.0, "losses": 1.0})
+
+
+def _seconds_in_pieces(objective: Objective, s: SharpnessSettings) -> float:
+    """Return what a measure over all pieces of the data takes, from a few of them."""
+    cut = objective.cut(s.piece)
+    sample = list(itertools.islice(cut.batches(), _SAMPLE))
+    some = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "data": sample})
+    generator = torch.Generator(objective.device).manual_seed(0)
+    seconds = median_seconds(lambda: MEASURES["m_sharpness"].compute(some, s, generator), objective.device)
+    return seconds / len(sample) * sum(1 for _ in cut.batches())
+
+
+def _measure(
+    objective: Objective, plan: SharpnessPlan, generator: torch.Generator, progress: Progress
+) -> SharpnessTable:
+    names = measures_for(objective, plan.measures)
+    done = iter(range(len(names)))
+    return sharpness(
+        objective,
+        names,
+        settings=plan.settings(),
+        generator=generator,
+        progress=lambda name: progress(name.replace("_", " "), next(done), len(names)),
+    )
+
+
+# -- what it tells ----------------------------------------------------------------------------------------------------
+
+
+def _account(run: SharpnessRun) -> Account:
+    table = run.sharpness
+    return Account(
+        title="Sharpness",
+        facts=(f"loss {wording.number(table.loss)}",),
+        cards=tuple(_card(table[name], hint) for name, hint in _CARDS.items() if _has(table, name)),
+        findings=_findings(table),
+        chapters=(
+            *_chapters("Measures that rescaling of layers leaves alone", table, invariant=True),
+            *_chapters("Measures that rescaling of layers moves", table, invariant=False),
+            _definitions(table),
+        ),
+        terms=_TERMS,
+        method=(
+            "Each measure drew from a random stream of its own, so that its value does not depend on which others were "
+            "asked for. Products are exact (double backward); no data were left out."
+        ),
+        notes=(
+            "No measure ranks models across settings: Andriushchenko et al. (2023) find rank correlations with test "
+            "error of either sign, which follow the learning rate. Compare like with like, the invariant ones first.",
+        ),
+    )
+
+
+def _has(table: SharpnessTable, name: str) -> bool:
+    return any(row.name == name for row in table.rows)
+
+
+def _card(row: SharpnessRow, hint: str) -> Card:
+    value, error = wording.value_and_error(_measured(row))
+    if row.kind == "lower bound":
+        value, error = f"≥ {wording.number(row.value, 3)}", "lower bound"
+    label = row.label[:1].upper() + row.label[1:] if row.label[1:2] != "-" else row.label
+    return Card(label=label, value=value, error=error, hint=f"{hint}; {_unit(row)}")
+
+
+def _unit(row: SharpnessRow) -> str:
+    return "a pure number" if row.unit == "1" else row.unit.replace("^2", "²").replace("percent", "per cent")
+
+
+def _measured(row: SharpnessRow) -> Measured:
+    return Measured(value=row.value, stderr=row.stderr if math.isfinite(row.stderr) else 0.0)
+
+
+def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
+    found = []
+    if _has(table, "top_eigenvalue"):
+        top = table["top_eigenvalue"]
+        text = f"Along the sharpest direction the loss curves with λ = {wording.quantity(_measured(top))}"
+        if _has(table, "trace") and table["trace"].value > 0:
+            mean = table["trace"].value / table.num_params
+            text += f", {wording.number(top.value / mean, 3)} times the average over all directions"
+        found.append(Finding("How sharp is it in absolute terms?", text + "."))
+    if _has(table, "adaptive_top_eigenvalue") and _has(table, "top_eigenvalue"):
+        row = table["adaptive_top_eigenvalue"]
+        rise = wording.number(0.5e-4 * row.value * table.num_params, 2)
+        text = (
+            f"In relative changes the largest curvature is {wording.quantity(_measured(row))}: changing every "
+            f"parameter by 1{wording.THIN}%, in whatever pattern, raises the loss by {rise} at most, to second order."
+        )
+        found.append(Finding("And whatever the scale of the weights?", text))
+    if _has(table, "adaptive_pac_bayes"):
+        sigma = table["adaptive_pac_bayes"].value ** -0.5 if table["adaptive_pac_bayes"].value > 0 else math.inf
+        text = (
+            f"Relative noise of {wording.number(100 * sigma, 2)}{wording.THIN}% on every parameter raises it by "
+            f"{SharpnessSettings.rise:g}."
+        )
+        found.append(Finding("How much noise does the loss bear?", text))
+    bounds = [row for row in table.rows if row.kind == "lower bound"]
+    if bounds:
+        text = (
+            f"{len(bounds)} of {len(table.rows)} measures are worst cases found by ascent: what they found exists, "
+            "something worse may."
+        )
+        found.append(Finding("What is only a lower bound?", text))
+    return tuple(found)
+
+
+def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Chapter, ...]:
+    rows = tuple(row for row in table.rows if row.rescaling_invariant == invariant)
+    if not rows:
+        return ()
+    part = SharpnessTable(rows=rows, loss=table.loss, num_params=table.num_params)
+    name = "invariant" if invariant else "variant"
+    what = "do not move" if invariant else "move"
+    chapter = Chapter(
+        title=title,
+        pictures=(
+            Picture(
+                name=f"sharpness-{name}",
+                label="The measures on a logarithmic axis; the table below has the numbers.",
+                caption=f"Measures that {what} when a ReLU network is written otherwise, one layer's weights times a, "
+                "the next one's divided by a. Each has its own unit: only the same measure of another model compares.",
+                draw=partial(_draw, part),
+                height=1.4 + 0.27 * len(rows),
+            ),
+        ),
+        sheets=(
+            Sheet(
+                caption="Values with one standard error (of an eigenvalue: its residual); worst cases are lower "
+                "bounds. Scales that do not matter: of whole layers, or of every unit. Cost in passes over the data.",
+                columns=("measure", "value", "unit", "scales", "products", "gradients", "losses", "time"),
+                rows=tuple(_cells(row) for row in rows),
+            ),
+        ),
+    )
+    return (chapter,)
+
+
+def _draw(part: SharpnessTable, ax: object, colors: object) -> object:
+    return plot_sharpness(part, ax=ax, colors=colors)  # type: ignore[arg-type]
+
+
+def _cells(row: SharpnessRow) -> tuple[str, ...]:
+    value = f"≥ {wording.number(row.value, 3)}" if row.kind == "lower bound" else wording.quantity(_measured(row))
+    spent = (row.num_matvecs, row.num_gradients, row.num_losses)
+    costs = (wording.count(n) if n else "" for n in spent)
+    unit = "" if row.unit == "1" else _unit(row)
+    free = "units" if row.unit_invariant else "layers" if row.rescaling_invariant else ""
+    return (row.label, value, unit, free, *costs, wording.duration(row.seconds))
+
+
+def _definitions(table: SharpnessTable) -> Chapter:
+    rows = tuple((row.label, row.formula, row.source) for row in table.rows)
+    sheet = Sheet(
+        caption="What was computed, and who defined it.",
+        columns=("measure", "formula", "source"),
+        rows=rows,
+        num_prose=2,
+        on_screen=False,
+    )
+    return Chapter(title="Definitions", sheets=(sheet,))
+
+
+_TERMS = (
+    (
+        "Rescaling",
+        "Multiplying the weights and biases of one layer of a ReLU network by a and dividing the next one's weights "
+        "by a changes no output, but most measures of sharpness at will (Dinh et al. 2017). Measures relative to "
+        "layers, filters or parameters stay as they are. Every single unit may have an a of its own, too: then only "
+        "those relative to single parameters stay, with “units” in their column.",
+    ),
+    (
+        "Worst case",
+        "The largest rise of the loss within a ball, by projected gradient ascent from several starts: a lower bound.",
+    ),
+    ("Average case", "The mean rise under normal noise, in pairs of opposite sign, with its standard error."),
+    (
+        "PAC-Bayes",
+        f"1/σ² of the largest noise under which the loss rises by no more than {SharpnessSettings.rise:g} on average.",
+    ),
+    ("± (uncertainty)", "One standard error over probes or pieces of the data; of an eigenvalue, its residual."),
+)
+
+
+SHARPNESS = Study(record=SharpnessRun, price=_price, measure=_measure, account=_account)

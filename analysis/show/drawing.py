@@ -1,0 +1,121 @@
+"""What all figures share: colours that every eye tells apart, axes of their own, ticks and legends.
+
+Colours are those of Okabe and Ito, told apart by every kind of colour vision; what matters also differs in shape, so
+the figures read in grey. Ink, grid and background follow matplotlib's settings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from analysis.show.wording import MINUS, power_of_ten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+__all__ = [
+    "Array",
+    "Colors",
+    "asinh_ticks",
+    "decade_ticks",
+    "figure_width",
+    "ink",
+    "legend_above",
+    "new_axes",
+    "to_numpy",
+]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Colors:
+    """What the figures paint with."""
+
+    positive: str = "#0072B2"
+    """Positive curvature: blue."""
+    negative: str = "#D55E00"
+    """Negative curvature: vermilion."""
+    outlier: str = "#009E73"
+    """Converged eigenvalues: bluish green."""
+    quiet: str = "#8A8A8A"
+    """Reference lines and what steps back."""
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    """Return `ax`, or the axes of a new figure that pyplot knows nothing of."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.0, 3.6), layout="constrained").subplots()
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """Return a tensor as an array of float64."""
+    return tensor.detach().double().cpu().numpy()
+
+
+def figure_width(ax: Axes) -> float:
+    """Return the width of the whole figure, in inches."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure.get_figwidth()
+
+
+def ink() -> str:
+    """Return the colour of text in force, for marks that belong to no series."""
+    import matplotlib as mpl
+
+    return str(mpl.rcParams["text.color"])
+
+
+def legend_above(ax: Axes, *, columns: int) -> None:
+    """Put the legend over the axes, where it hides nothing; narrow figures have two columns at most."""
+    if ax.get_legend_handles_labels()[0]:
+        style: dict[str, Any] = {
+            "frameon": False,
+            "borderaxespad": 0.2,
+            "handlelength": 1.4,
+            "handletextpad": 0.5,
+            "columnspacing": 1.4,
+        }
+        columns = columns if figure_width(ax) > 5 else min(columns, 2)
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, **style)
+
+
+def decade_ticks(axis: Axis) -> None:
+    """Label decades as powers of ten in plain text, which any font can show."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=6 if figure_width(axis.axes) > 5 else 4))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: _decade(x)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def asinh_ticks(axis: Axis, low: float, high: float, width: float) -> None:
+    """Label zero and the decades beyond the linear part, few enough not to touch."""
+    from matplotlib.ticker import NullLocator
+
+    first = math.ceil(math.log10(width))
+    ticks = [0.0]
+    for sign, end in ((-1, -low), (1, high)):
+        decades = [e for e in range(first, 40) if 10.0**e <= end]
+        ticks += [sign * 10.0**e for e in decades[:: max(1, math.ceil(len(decades) / 4))]]
+    axis.set_ticks(sorted(ticks), [_decade(t) for t in sorted(ticks)])
+    axis.set_minor_locator(NullLocator())
+
+
+def _decade(value: float) -> str:
+    if value == 0:
+        return "0"
+    exponent = round(math.log10(abs(value)))
+    magnitude = f"{10.0**exponent:g}" if -2 <= exponent <= 3 else power_of_ten(exponent)
+    return (MINUS if value < 0 else "") + magnitude

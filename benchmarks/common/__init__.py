@@ -1,0 +1,1 @@
+"""What all benchmarks share: harness, problems, peers, rows and reports."""

@@ -1,0 +1,1 @@
+"""False alarms and power of comparisons."""

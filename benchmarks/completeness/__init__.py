@@ -1,0 +1,1 @@
+"""Eigenpairs of hard matrices: is any missed?"""

@@ -1,0 +1,1 @@
+"""Do error bars cover what they promise?"""

@@ -1,0 +1,1 @@
+"""Spectral densities beside other libraries."""

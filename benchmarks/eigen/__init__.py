@@ -1,0 +1,1 @@
+"""Largest eigenpairs beside other libraries."""

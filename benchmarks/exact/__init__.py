@@ -1,0 +1,1 @@
+"""Exact diagonals and factors."""

@@ -1,0 +1,116 @@
+"""Exact diagonals by every route, in gradients of the same batch.
+
+`python -m benchmarks.exact.bench`. Every measurement alternates with the gradient, so that whatever slows the machine
+slows both, on the CPU time of the process, one thread. Unit products are n times the median of one product on a kept
+graph: running them all would take hours and show the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.common.harness import git, gradient
+from benchmarks.common.problems import Problem, make_problem
+from benchmarks.common.processes import write_rows
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.layerwise import exact_diagonal, kronecker_factors
+
+__all__ = ["main", "row"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "exact.json"
+PROBLEMS = ("mlp", "cnn")
+SLOWER_THAN_A_ROUND = 60.0  # seconds; what takes longer is measured once
+
+
+def row(problem: Problem, name: str, work: Callable[[], Any], *, rounds: int, factor: float = 1.0) -> dict[str, Any]:
+    """Return seconds and gradients of some work, medians over rounds, each beside a gradient."""
+    gradient(problem)
+    work()
+    ratios, seconds = [], []
+    for _ in range(rounds):
+        start = time.process_time()
+        gradient(problem)
+        middle = time.process_time()
+        work()
+        end = time.process_time()
+        seconds.append((end - middle) * factor)
+        ratios.append(factor * (end - middle) / (middle - start))
+        if end - middle > SLOWER_THAN_A_ROUND:
+            break
+    return {
+        "problem": problem.name,
+        "num_params": problem.num_params,
+        "examples": len(problem.inputs),
+        "method": name,
+        "gradients": statistics.median(ratios),
+        "gradients_range": [min(ratios), max(ratios)],
+        "seconds": statistics.median(seconds),
+        "rounds": len(ratios),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "clock": "process CPU time",
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "git": git(),
+    }
+
+
+def methods(problem: Problem, objective: Objective) -> dict[str, tuple[Callable[[], Any], float, int]]:
+    """Return what is measured: name -> (work, what to multiply its time by, share of the rounds)."""
+    g = torch.Generator().manual_seed(0)
+    e = torch.zeros(problem.num_params)
+    e[0] = 1
+    ggn, hessian = GGNOperator(objective), HessianOperator(objective)
+    return {
+        "GGN diagonal, backpack": (lambda: exact_diagonal(objective, route="backpack"), 1.0, 1),
+        "GGN diagonal, func": (lambda: exact_diagonal(objective, route="func"), 1.0, 4),
+        "GGN diagonal, n unit products": (lambda: ggn @ e, float(problem.num_params), 1),
+        "GGN diagonal, one Monte Carlo sample, backpack": (
+            lambda: exact_diagonal(objective, "ggn-mc", route="backpack", generator=g),
+            1.0,
+            1,
+        ),
+        "GGN diagonal, one Monte Carlo sample, func": (
+            lambda: exact_diagonal(objective, "ggn-mc", route="func", generator=g),
+            1.0,
+            1,
+        ),
+        "Hessian diagonal, backpack": (lambda: exact_diagonal(objective, "hessian", route="backpack"), 1.0, 4),
+        "Hessian diagonal, n unit products": (lambda: hessian @ e, float(problem.num_params), 1),
+        "KFLR": (lambda: kronecker_factors(objective), 1.0, 1),
+        "KFAC, one sample": (lambda: kronecker_factors(objective, "kfac", generator=g), 1.0, 1),
+    }
+
+
+def main() -> None:
+    """Measure, write the rows, print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console, rows = Console(), []
+    for name in arguments.problems:
+        problem = make_problem(name)
+        objective = Objective(problem.model, problem.loss, (problem.inputs, problem.targets))
+        for method, (work, factor, share) in methods(problem, objective).items():
+            rounds = max(2, arguments.rounds // share)
+            found = row(problem, method, work, rounds=rounds, factor=factor)
+            rows.append(found)
+            console.print(f"{name:5s} {method:50s} {found['gradients']:12,.1f} gradients ({found['rounds']} rounds)")
+            write_rows(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Newton's family on published problems and networks."""

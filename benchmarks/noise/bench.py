@@ -1,0 +1,170 @@
+"""What the noise statistics of `analysis.noise.measure` cost, in gradients of the same batch.
+
+    python -m benchmarks.noise.bench [--out FILE]      rows to results/noise.json
+
+Process CPU time of one thread, the median over rounds of a measurement over the gradient taken just before; beside it
+BackPACK's first and second moments of the same batch, which Cockpit computes its noise statistics from. `digits-cnn` is
+the bundled network on all its training images, as one batch and as sixteen. Peak memory is of tensors, over and above
+what is held before, by torch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from analysis.run.saving import write_text
+
+__all__ = ["PROBLEMS", "main", "measure"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "noise.json"
+ROUNDS = 9
+
+Data = tuple[nn.Module, Tensor, Tensor]
+
+
+def _mlp() -> Data:
+    model = nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 10))
+    return model, torch.randn(1024, 64), torch.randint(10, (1024,))
+
+
+def _cnn() -> Data:
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+    return model, torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
+
+
+def _digits_cnn() -> Data:
+    from analysis.tasks import load_task
+
+    task = load_task("digits-cnn")
+    return task.model, *task.train_data
+
+
+PROBLEMS: dict[str, Callable[[], Data]] = {"mlp": _mlp, "cnn": _cnn, "digits-cnn": _digits_cnn}
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """Return a row for each method on one problem."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad, SumGradSquared
+
+    from analysis.implicit.measure import implicit_regularization
+    from analysis.noise.measure import gradient_noise
+    from curvature import Objective
+    from curvature.per_example import gradient_moments
+
+    torch.manual_seed(0)
+    model, x, y = PROBLEMS[name]()
+    params = list(model.parameters())
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    extended, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+
+    def gradient() -> None:
+        torch.autograd.grad(nn.functional.cross_entropy(model(x), y), params)
+
+    def with_backpack() -> None:
+        with warnings.catch_warnings(), backpack(BatchL2Grad(), SumGradSquared()):
+            warnings.simplefilter("ignore")  # its hooks warn where inputs need no gradient
+            loss(extended(x), y).backward()
+
+    def noise_and_penalties() -> None:
+        moments = gradient_moments(objective, along_mean=True)
+        gradient_noise(objective, moments=moments)
+        implicit_regularization(objective, lr=0.1, batch_size=32, norms=moments)
+
+    cut = [(x[i::16], y[i::16]) for i in range(16)]
+    in_batches = Objective(model, nn.CrossEntropyLoss(), cut, keep_graphs=False)
+
+    def in_sixteen_batches() -> None:
+        gradient_noise(in_batches)
+        implicit_regularization(in_batches, lr=0.1, batch_size=32)
+
+    methods = {
+        "gradient_noise": lambda: gradient_noise(objective),
+        "gradient_noise and implicit_regularization, moments shared": noise_and_penalties,
+        "gradient_noise and implicit_regularization, 16 batches, nothing shared or kept": in_sixteen_batches,
+        "gradient_moments alone": lambda: gradient_moments(objective),
+        "BackPACK BatchL2Grad + SumGradSquared": with_backpack,
+    }
+    rows = []
+    for method, call in methods.items():
+        if "BackPACK" in method and any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules()):
+            continue  # it has no rule for that layer
+        call()
+        peak = _peak(call)
+        ratios, seconds = [], []
+        for _ in range(ROUNDS):
+            gradient()
+            unit = _clocked(gradient)
+            seconds.append(_clocked(call))
+            ratios.append(seconds[-1] / unit)
+        rows.append(
+            {
+                "problem": name,
+                "num_params": sum(p.numel() for p in params),
+                "num_examples": len(x),
+                "method": method,
+                "gradients": statistics.median(ratios),
+                "gradients_quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "seconds": statistics.median(seconds),
+                "peak_mebibytes": peak / 2**20,
+                "rounds": ROUNDS,
+                "threads": torch.get_num_threads(),
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            }
+        )
+    return rows
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Return the largest number of bytes in tensors at any one time in a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    held = largest = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            largest = max(largest, held)
+    return largest
+
+
+def _clocked(call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure all problems and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in PROBLEMS:
+        rows += measure(name)
+        write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(
+            f"{row['problem']:10} {row['gradients']:7.2f} gradients {row['peak_mebibytes']:7.1f} MiB  {row['method']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Diagonal optimizers: price of a step, memory and training."""

@@ -1,0 +1,235 @@
+"""The optimizers that are compared: torch's, ours, and the public AdaHessians; each with how it takes a step.
+
+What a step needs differs: a plain backward pass, one that keeps a graph, or a closure. `take_step` does what the
+documentation of each asks for, and nothing that would slow it down.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.harness import math_attention
+from benchmarks.optimizers.problems import Pair, TrainingProblem
+
+__all__ = ["COST_ONLY", "METHODS", "VARIANTS", "Method", "StepForm", "method_of", "take_step"]
+
+StepForm = Literal["backward", "graph", "closure", "loss", "outputs"]
+Make = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with the learning rates that it chooses from."""
+
+    label: str
+    load: Callable[[], Make]
+    form: StepForm | Literal["calls"]
+    rates: tuple[float, ...]
+    """Tried first; further ones follow while the best lies at an end."""
+    ours: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    training_settings: tuple[tuple[str, Any], ...] = ()
+    """Further settings of training runs, which steps whose cost is measured do without."""
+    curvature_part: int = 1
+    """Curvature is measured on every so many-th example of a batch."""
+    clip: float | None = None
+    """Gradients are clipped at this share of the norm that they have at the start."""
+    compiled: bool = False
+
+    def make(
+        self, params: Sequence[Tensor], lr: float, loss: torch.nn.Module, *, training: bool = False
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer for some parameters.
+
+        Raises:
+            ImportError: if its library is not installed.
+        """
+        settings = dict(self.settings) | ({"loss": loss} if self.form == "outputs" else {})
+        return self.load()(params, lr=lr, **settings, **(dict(self.training_settings) if training else {}))
+
+
+def take_step(
+    method: Method, optimizer: torch.optim.Optimizer, problem: TrainingProblem, batch: Pair, *, limit: float = 0.0
+) -> None:
+    """Take one step on a batch; `limit` is the norm at which methods that clip do so."""
+    if method.form == "loss":
+        settings: dict[str, Any] = {}
+        if method.curvature_part > 1:
+            part = batch[0][:: method.curvature_part], batch[1][:: method.curvature_part]
+            settings["curvature_closure"] = lambda: problem.loss_of(part)
+        if method.clip is not None:
+            settings["before_update"] = lambda: torch.nn.utils.clip_grad_norm_(problem.params, limit)
+        optimizer.step(lambda: problem.loss_of(batch), **settings)  # type: ignore[arg-type,return-value]
+    elif method.form == "outputs":
+        optimizer.step(lambda: problem.evaluate(batch))  # type: ignore[arg-type,return-value]
+    elif method.form == "closure":
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = problem.loss_of(batch)
+            loss.backward()
+            return float(loss.detach())
+
+        optimizer.step(closure)
+    elif method.form == "calls":
+        with math_attention():
+            graphs = torch.autograd.grad(problem.loss_of(batch), problem.params, create_graph=True)
+            torch.autograd.grad(graphs, problem.params, [torch.ones_like(p) for p in problem.params])
+    elif method.form == "graph":
+        optimizer.zero_grad()
+        with math_attention(), warnings.catch_warnings():  # they cannot differentiate fused attention twice
+            warnings.simplefilter("ignore")
+            problem.loss_of(batch).backward(create_graph=True)
+            optimizer.step()
+    else:
+        optimizer.zero_grad()
+        problem.loss_of(batch).backward()
+        if method.clip is not None:
+            torch.nn.utils.clip_grad_norm_(problem.params, limit)
+        optimizer.step()
+
+
+def _torch(name: str) -> Callable[[], Make]:
+    return lambda: getattr(torch.optim, name)
+
+
+def _ours(name: str, preset: str | None = None) -> Callable[[], Make]:
+    def load() -> Make:
+        import optimizers
+
+        if preset is None:
+            return getattr(optimizers, name)
+        return lambda params, **settings: optimizers.AdaHessian.like(preset, params, **settings)
+
+    return load
+
+
+def _peer(library: str, name: str) -> Callable[[], Make]:
+    def load() -> Make:
+        import importlib
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(importlib.import_module(library), name)
+
+    return load
+
+
+_ADA = (0.01, 0.03, 0.1, 0.3, 1.0)
+_ADAM = (1e-3, 3e-3, 0.01, 0.03, 0.1)
+_SIGNS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01)
+_OURS = "torch-curvature AdaHessian"
+_TENTH = (("update_every", 10),)
+_DENSE_START = (("update_first", 20),)
+
+
+def _adahessian(what: str, *, preset: str | None = None, form: StepForm = "loss", **fields: Any) -> Method:
+    return Method(f"{_OURS}{what}", _ours("AdaHessian", preset), form, _ADA, ours=True, **fields)
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method(
+        "torch SGD, momentum 0.9",
+        _torch("SGD"),
+        "backward",
+        (3e-3, 0.01, 0.03, 0.1, 0.3),
+        settings=(("momentum", 0.9),),
+    ),
+    "adam": Method("torch Adam", _torch("Adam"), "backward", _ADAM, settings=(("foreach", True),)),
+    "adamw": Method("torch AdamW", _torch("AdamW"), "backward", _ADAM, settings=(("foreach", True),)),
+    "lion": Method("pytorch-optimizer Lion", _peer("pytorch_optimizer", "Lion"), "backward", _SIGNS),
+    "lbfgs": Method(
+        "torch LBFGS, strong Wolfe",
+        _torch("LBFGS"),
+        "closure",
+        (0.03, 0.1, 0.3, 1.0, 3.0),
+        settings=(("line_search_fn", "strong_wolfe"), ("max_iter", 10)),
+    ),
+    "adahessian": _adahessian(""),
+    "adahessian-10": _adahessian(", every 10th", settings=_TENTH, training_settings=_DENSE_START),
+    "adahessian-4-probes": _adahessian(
+        ", 4 probes every 10th", settings=(*_TENTH, ("num_probes", 4)), training_settings=_DENSE_START
+    ),
+    "adahessian-gnb": _adahessian(
+        ", Gauss-Newton-Bartlett every 10th",
+        form="outputs",
+        settings=(*_TENTH, ("curvature", "gauss-newton-bartlett")),
+        training_settings=_DENSE_START,
+    ),
+    "adahessian-davda54": _adahessian('.like("davda54")', preset="davda54"),
+    "sophia-h": Method(
+        "torch-curvature Sophia-H, every 10th",
+        _ours("Sophia"),
+        "loss",
+        _ADAM,
+        ours=True,
+        settings=(("curvature", "hessian-diagonal"), ("gamma", 0.01), *_TENTH),
+        training_settings=_DENSE_START,
+    ),
+    "sophia-g": Method(
+        "torch-curvature Sophia-G, every 10th",
+        _ours("Sophia"),
+        "outputs",
+        _ADAM,
+        ours=True,
+        settings=_TENTH,
+        training_settings=_DENSE_START,
+    ),
+    "esgd": Method(
+        "torch-curvature ESGD, every 10th",
+        _ours("ESGD"),
+        "loss",
+        _ADA,
+        ours=True,
+        settings=_TENTH,
+        training_settings=_DENSE_START,
+    ),
+    "sassha": Method(
+        "torch-curvature SASSHA, every 10th",
+        _ours("SASSHA"),
+        "loss",
+        _ADA,
+        ours=True,
+        training_settings=_DENSE_START,
+    ),
+    "torch-optimizer": Method("torch_optimizer Adahessian", _peer("torch_optimizer", "Adahessian"), "graph", _ADA),
+    "kozistr": Method("pytorch-optimizer AdaHessian", _peer("pytorch_optimizer", "AdaHessian"), "graph", _ADA),
+    "kozistr-10": Method(
+        "pytorch-optimizer AdaHessian, every 10th",
+        _peer("pytorch_optimizer", "AdaHessian"),
+        "graph",
+        _ADA,
+        settings=(("update_period", 10),),
+    ),
+    "kozistr-sophia": Method(
+        "pytorch-optimizer SophiaH, every 10th", _peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
+    ),
+}
+VARIANTS: dict[str, Method] = {  # of AdaHessian, on every step where the label says nothing else
+    "no average": _adahessian(", no spatial average", settings=(("spatial_average", None),)),
+    "rows": _adahessian(", rows of matrices averaged too", settings=(("spatial_average", "instruction"),)),
+    "row norm": _adahessian(', "row-norm"', settings=(("curvature", "row-norm"),)),
+    "4 probes": _adahessian(", 4 probes", settings=(("num_probes", 4),)),
+    "quarter": _adahessian(", curvature of a quarter of the batch", curvature_part=4),
+    "clipped": _adahessian(", gradients clipped", clip=0.1),
+    "clipped-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, gradients clipped", clip=0.1),
+    "adamw-clipped": replace(METHODS["adamw"], label="torch AdamW, gradients clipped", clip=0.1),
+    "root": _adahessian(", power 1/2", settings=(("hessian_power", 0.5),)),
+}
+COST_ONLY: dict[str, Method] = {
+    "calls": Method("forward pass, gradient with graph and product, by autograd alone", _torch("SGD"), "calls", ()),
+    "sgd-compiled": replace(METHODS["sgd"], label="torch SGD, compiled model", compiled=True),
+    "compiled": replace(METHODS["adahessian"], label=f"{_OURS}, compiled model", compiled=True),
+    "compiled-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, compiled model", compiled=True),
+}
+
+
+def method_of(name: str) -> Method:
+    """Return a method, a variant, or what is measured for its cost only, by its name."""
+    return {**METHODS, **VARIANTS, **COST_ONLY}[name]

@@ -1,0 +1,1 @@
+"""Implicit regularization against simulated training."""

@@ -1,0 +1,1 @@
+"""Growth with parameters, examples and eigenpairs."""

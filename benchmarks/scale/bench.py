@@ -1,0 +1,132 @@
+"""How the cost of the largest eigenpairs grows with parameters n, examples N and pairs k, by factors of ten.
+
+    python -m benchmarks.scale.bench          rows to results/scale.json, figure to ../docs/scale.png
+
+Each row is measured in a process of its own. A wide tanh network with random weights: what is looked at is cost, and
+all products are made whether or not pairs converge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common.processes import write_rows
+
+__all__ = ["BASE", "GRIDS", "main", "measure", "plot"]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
+FIGURE = ROOT / "docs" / "scale.png"
+BASE = {"n": 100_000, "N": 500, "k": 3}
+GRIDS = {
+    "n": [10_000, 100_000, 1_000_000, 10_000_000],
+    "N": [50, 500, 5_000, 50_000],
+    "k": [1, 10, 100],
+}
+BATCH = 500  # examples of a batch, whose graph is built anew for every product
+
+
+def measure(n: int, N: int, k: int, keep_graphs: bool) -> dict[str, Any]:
+    """Return seconds, products and memory of k pairs with a fixed number of products for each."""
+    from curvature import HessianOperator, Objective
+    from curvature.linalg import eigsh
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    width = max(4, round((n + 900) ** 0.5 - 30))  # 50 width + width^2 + 10 width parameters, about
+    model = nn.Sequential(nn.Linear(50, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10))
+    x, y = torch.randn(N, 50), torch.randint(10, (N,))
+    batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+    objective = Objective(model, nn.CrossEntropyLoss(), batches, keep_graphs=keep_graphs)
+    H = HessianOperator(objective)
+    objective.gradient()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    objective.gradient()
+    gradient = time.process_time() - start
+    start = time.process_time()
+    pairs = eigsh(H, k, rtol=1e-3, max_matvecs=10 + 2 * k, generator=torch.Generator().manual_seed(0))
+    seconds = time.process_time() - start
+    return {
+        "n": objective.num_params,
+        "N": N,
+        "k": k,
+        "kept": keep_graphs,
+        "seconds": seconds,
+        "gradient_seconds": gradient,
+        "products": pairs.num_matvecs,
+        "gradients_a_product": seconds / pairs.num_matvecs / gradient,
+        "extra_mebibytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10,
+        "vector_mebibytes": objective.num_params * 4 / 2**20,
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds a product and memory against each measure, with a line of slope 1."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=130)
+        names = {"n": "parameters n", "N": "examples N", "k": "eigenpairs k"}
+        for column, name in enumerate(GRIDS):
+            top, bottom = figure.add_subplot(2, 3, column + 1), figure.add_subplot(2, 3, column + 4)
+            for kept, label, style in ((True, "graphs kept", "o-"), (False, "graphs rebuilt", "s--")):
+                chosen = [r for r in rows if r["varied"] == name and r["kept"] == kept]
+                at = [r[name] for r in chosen]
+                quantity = "seconds" if name == "k" else "seconds_a_product"
+                top.loglog(at, [r[quantity] for r in chosen], style, ms=4, label=label)
+                bottom.loglog(at, [max(r["extra_mebibytes"], 1) for r in chosen], style, ms=4, label=label)
+            low = min(r["seconds" if name == "k" else "seconds_a_product"] for r in rows if r["varied"] == name)
+            at = [r[name] for r in rows if r["varied"] == name]
+            top.loglog([min(at), max(at)], [low, low * max(at) / min(at)], color="0.6", lw=0.8, label="slope 1")
+            top.set(ylabel="seconds" if name == "k" else "seconds a product")
+            bottom.set(xlabel=names[name], ylabel="extra memory, MiB", ylim=(8, 2000))
+            top.set(ylim=(3e-3, 60))
+            for ax in (top, bottom):
+                ax.minorticks_off()
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure every row, write the file and draw the figure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    a = parser.parse_args()
+    if a.row:
+        print(json.dumps(measure(**json.loads(a.row))))
+        return
+    rows = []
+    for varied, grid in GRIDS.items():
+        for value in grid:
+            for kept in (True, False):
+                setting = {**BASE, varied: value, "keep_graphs": kept}
+                command = [sys.executable, "-m", "benchmarks.scale.bench", "--row", json.dumps(setting)]
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+                row = json.loads(done.stdout.strip().splitlines()[-1])
+                row |= {"varied": varied, "seconds_a_product": row["seconds"] / row["products"]}
+                rows.append(row)
+                write_rows(a.out, rows)  # after each, so that a run can be cut short
+                print(
+                    f"{varied} = {value:>9}  {'kept' if kept else 'rebuilt':8} {row['seconds']:8.2f} s  "
+                    f"{row['gradients_a_product']:5.2f} gradients a product  {row['extra_mebibytes']:+8.0f} MiB",
+                    flush=True,
+                )
+    plot(rows, a.figure)
+
+
+if __name__ == "__main__":
+    main()

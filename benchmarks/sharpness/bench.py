@@ -1,0 +1,106 @@
+"""What the whole sharpness table of digits-cnn and a landscape of 51 x 51 points cost, on one thread.
+
+    python -m benchmarks.sharpness.bench [--points P] [--out FILE]      rows to results/sharpness.json
+
+Seconds are those of the process's CPU time and of the wall clock, with the load of the machine beside them, and the
+time of one plain forward pass taken before and after: what slows the machine down slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.landscape.directions import random_direction
+from analysis.landscape.measure import loss_on_plane
+from analysis.run.saving import write_text
+from analysis.sharpness.measure import sharpness
+from analysis.tasks import load_task
+from curvature import Objective
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "sharpness.json"
+Row = dict[str, Any]
+
+
+class _Clock:
+    """CPU and wall-clock seconds since it was made, with the time of a forward pass at both ends."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.forwards = objective, _forward(objective)
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def read(self) -> Row:
+        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        forward = statistics.median(self.forwards + _forward(self.objective))
+        return {
+            "cpu_seconds": cpu,
+            "wall_seconds": wall,
+            "forward_seconds": forward,
+            "forwards": cpu / forward,
+            "load": os.getloadavg()[0],
+        }
+
+
+@torch.no_grad()
+def _forward(objective: Objective, rounds: int = 7) -> list[float]:
+    (batch,) = objective.batches()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        objective.model(batch[0])
+        times.append(time.process_time() - start)
+    return times
+
+
+def _table(task: Any) -> list[Row]:
+    objective = task.objective()
+    clock = _Clock(objective)
+    table = sharpness(objective, generator=torch.Generator().manual_seed(0))
+    rows = [{"what": "sharpness table", "count": len(table.rows), **clock.read()}]
+    for row in table.rows:
+        price = {"losses": row.num_losses, "gradients": row.num_gradients, "products": row.num_matvecs}
+        found = {"value": row.value, "stderr": row.stderr if row.stderr == row.stderr else None}
+        rows.append({"what": row.name, "wall_seconds": row.seconds, **price, **found})
+    return rows
+
+
+def _landscape(task: Any, points: int) -> list[Row]:
+    objective, generator = task.objective(), torch.Generator().manual_seed(0)
+    first, second = (random_direction(objective, generator=generator) for _ in range(2))
+    axis = torch.linspace(-1, 1, points)
+    clock = _Clock(objective)
+    loss_on_plane(objective, first, second, axis, axis)
+    return [{"what": "landscape", "count": points**2, **clock.read()}]
+
+
+def main() -> None:
+    """Measure both and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=51, help="along each side of the landscape")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    task = load_task("digits-cnn")
+    common = {"task": "digits-cnn", "threads": 1, "torch": str(torch.__version__), "python": platform.python_version()}
+    rows = [{**common, **row} for row in (*_table(task), *_landscape(task, arguments.points))]
+    write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        if "cpu_seconds" in row:
+            print(
+                f"{row['what']}: {row['cpu_seconds']:.1f} s of CPU time, {row['wall_seconds']:.1f} s by the clock, "
+                f"{row['forwards']:.0f} forward passes' worth, load {row['load']:.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

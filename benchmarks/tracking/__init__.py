@@ -1,0 +1,1 @@
+"""Following eigenpairs along a training run."""

@@ -1,0 +1,253 @@
+"""Layers with a lean second derivative.
+
+Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
+wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these
+layers are recorded as functions whose second derivative is written out, with all such factors computed once:
+
+- convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
+- batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it
+  costs nothing per entry; alone, an affine map;
+- layer normalisation: the closed form of its second derivative;
+- smooth activations: f' and u f'' stored, where u is the gradient that arrives.
+
+They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
+trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
+
+Some layers are recorded in elementary operations because torch's own derivatives of them are wrong: weight
+normalisation always, the other normalisations (`curvature.autograd.composed`) where third derivatives are asked for. A
+model that differentiates itself in its forward pass asks for them too: that is seen here, and it is recorded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from curvature.autograd.backward import refuse_checkpointing
+from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
+from curvature.autograd.guards import refuse_undifferentiable
+from curvature.autograd.lean_functions import Activation, Convolution, Normalise
+from curvature.autograd.substitutes import SUBSTITUTES
+from curvature.errors import CheckFailedError
+
+__all__ = ["LeanLayers", "MustRecordAnewError"]
+
+_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+# tanh and sigmoid are left to autograd, whose own second derivatives of them are cheaper than three stored factors
+_ACTIVATIONS = {F.gelu, F.silu, F.mish, F.softplus, F.elu, F.selu, F.celu, F.logsigmoid, torch.selu, torch.celu}
+_ACTIVATIONS |= {torch._C._nn.gelu, torch._C._nn.silu, torch._C._nn.softplus}
+
+
+_DIFFERENTIATIONS = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+class MustRecordAnewError(CheckFailedError):
+    """The forward pass turns out to differentiate what was recorded for two derivatives only."""
+
+
+class LeanLayers(TorchFunctionMode):
+    """While active, records eligible layers in their lean form.
+
+    Attributes:
+        num_replaced: how many layers were.
+        must_record_anew: the forward pass differentiates itself with a graph, and holds layers recorded for less.
+        forward_differentiates: it does so, whatever it holds.
+        saw_hooks: whether something recorded its graph through hooks, as activation checkpointing does: then parts of
+            the model run again in every backward pass.
+
+    Args:
+        corrections_only: leave layers as autograd has them, except for those it gets wrong.
+        third_order: record them for derivatives of any order; implies `corrections_only`.
+    """
+
+    def __init__(self, *, corrections_only: bool = False, third_order: bool = False) -> None:
+        super().__init__()
+        self.num_replaced = 0
+        self.saw_hooks = self.must_record_anew = self.forward_differentiates = False
+        self._corrections_only = corrections_only
+        self._third_order = third_order
+        self._left_normalisations = False
+        self._rules = {} if corrections_only or third_order else _RULES
+        self._replaced: list[Any] = []
+        self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
+
+    def alike(self) -> LeanLayers:
+        """Return layers that record as these do, with nothing recorded."""
+        return LeanLayers(corrections_only=self._corrections_only, third_order=self._third_order)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.saw_hooks = self.saw_hooks or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if func in _DIFFERENTIATIONS:
+            if kwargs.get("create_graph"):
+                self._prepare_for_differentiation(args[0])
+            try:
+                return func(*args, **kwargs)  # parts that checkpointing runs again inside are out of reach
+            except RuntimeError as error:
+                refuse_checkpointing(error)
+                raise
+        elif func is torch._weight_norm:
+            return weight_norm(*args, **kwargs)
+        elif func in SUBSTITUTES:
+            return SUBSTITUTES[func](*args, **kwargs)
+        elif func in NORMALISATIONS and torch.is_grad_enabled():
+            if self._third_order or differentiated_by_transform():
+                result = NORMALISATIONS[func](func, *args, **kwargs)
+                return func(*args, **kwargs) if result is None else result
+            self._left_normalisations = True
+        if func in self._rules and torch.is_grad_enabled() and _eligible(args):
+            result = self._rules[func](self, func, *args, **kwargs)
+            if result is not None:
+                self.num_replaced += 1
+                self._replaced.append((func, *map(_kind, (*args, *kwargs.items()))))
+                return result
+        return func(*args, **kwargs)
+
+    def signature(self) -> int:
+        """Return a number that is equal for recordings that replaced the same calls on tensors of the same kind."""
+        return hash(tuple(self._replaced))
+
+    def _prepare_for_differentiation(self, outputs: Any) -> None:
+        """The forward pass differentiates with a graph, so that its loss holds derivatives beyond the second."""
+        self.forward_differentiates = True
+        if not self._third_order:
+            if self.num_replaced or self._left_normalisations:
+                self.must_record_anew = True
+                raise MustRecordAnewError(
+                    "the model differentiates in its forward pass, which it did not do when it was first evaluated; "
+                    "build a new objective."
+                )
+            self._third_order, self._rules = True, {}
+        refuse_undifferentiable(outputs if isinstance(outputs, (tuple, list)) else [outputs], "higher")
+
+    # -- one rule a layer: the lean result, or None to leave the call as it is -----------------------------------------
+
+    def _convolution(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        d = _CONVOLUTIONS[func]
+        if input.ndim != d + 2 or isinstance(padding, str):
+            return None
+        geometry = (_tuple(stride, d), _tuple(padding, d), _tuple(dilation, d), False, (0,) * d, groups)
+        output = Convolution.apply(input, weight, bias, geometry)
+        self._linear_maps[output] = _Folded(
+            output, input, weight, bias, lambda x, w, b: Convolution.apply(x, w, b, geometry)
+        )
+        return output
+
+    def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = func(input, weight, bias)
+        if output.ndim == 2:  # batch normalisation counts channels along dimension 1
+            self._linear_maps[output] = _Folded(output, input, weight, bias, F.linear)
+        self.num_replaced -= 1
+        return output
+
+    def _batch_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if training or running_mean is None or running_var is None:
+            return None
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = -running_mean * scale
+        shift = shift if bias is None else shift + bias
+        folded = self._linear_maps.get(input)
+        if folded is not None and folded.version == input._version:  # not overwritten in place since
+            return folded(scale.to(input.dtype), shift.to(input.dtype))
+        shape = (1, -1, *(1,) * (input.ndim - 2))
+        return input * scale.view(shape).to(input.dtype) + shift.view(shape).to(input.dtype)
+
+    def _layer_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if input.dtype not in (torch.float32, torch.float64):
+            return None
+        output = Normalise.apply(input, len(_tuple(normalized_shape, 1)), eps)
+        output = output if weight is None else output * weight
+        return output if bias is None else output + bias
+
+    def _activation(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if kwargs.get("inplace") or args[1:2] == (True,) or not input.requires_grad:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+        return Activation.apply(input, lambda x: func(x, *args, **kwargs))
+
+
+class _Folded:
+    """A recorded linear map; `folded(scale, shift)` is the map followed by y -> scale * y + shift, per channel."""
+
+    def __init__(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, apply: Callable[..., Tensor]
+    ) -> None:
+        self.version = output._version
+        self.input, self.weight, self.bias, self.apply = input, weight, bias, apply
+
+    def __call__(self, scale: Tensor, shift: Tensor) -> Tensor:
+        weight = self.weight * scale.view(-1, *(1,) * (self.weight.ndim - 1))
+        return self.apply(self.input, weight, shift if self.bias is None else shift + scale * self.bias)
+
+
+_RULES: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys(_CONVOLUTIONS, LeanLayers._convolution),
+    **dict.fromkeys(_ACTIVATIONS, LeanLayers._activation),
+    F.linear: LeanLayers._linear,
+    F.batch_norm: LeanLayers._batch_norm,
+    F.layer_norm: LeanLayers._layer_norm,
+}
+
+
+def _eligible(args: Sequence[Any]) -> bool:
+    """Real floating tensors, outside autocast (which would cast behind our back), transforms and forward mode."""
+    x = args[0] if args else None
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _kind(argument: Any) -> Any:
+    """Return what the code that serves an argument may depend on, hashable: of a tensor all but its values."""
+    if isinstance(argument, Tensor):
+        return (argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad)
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_kind, argument))
+    return argument if isinstance(argument, (bool, int, float, str)) else type(argument)
+
+
+def _tuple(value: int | Iterable[int], length: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * length if len(values) == 1 else values

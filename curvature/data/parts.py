@@ -1,0 +1,71 @@
+"""Parts of a batch: some of its examples, however the batch holds them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.data.tensors import attributes_of, tensors_in
+
+__all__ = ["num_examples", "take", "ways_to_cut"]
+
+
+def num_examples(batch: Any) -> int:
+    """Return the length of the first tensor that has a dimension; 0 if there is none."""
+    return next((len(t) for t in tensors_in(batch) if t.ndim > 0), 0)
+
+
+def ways_to_cut(batch: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (N, what `take` is given) for each way in which a batch may hold N examples; the likeliest first."""
+    if callable(getattr(batch, "to_data_list", None)) and callable(getattr(batch, "from_data_list", None)):
+        yield len(batch.to_data_list()), batch
+        return
+    counts = [num_examples(batch)]
+    if isinstance(batch, (list, tuple)) and not any(isinstance(item, Tensor) for item in batch):
+        counts.append(len(batch))  # a list of examples
+        counts += [len(item) for item in batch[:1] if isinstance(item, (list, tuple))]  # lists of their parts
+    for count in dict.fromkeys(counts):
+        yield count, batch
+
+
+def take(batch: Any, rows: Sequence[int], count: int) -> Any:
+    """Return a batch of `count` examples with some of them only; what has another length is handed on whole."""
+    if callable(getattr(batch, "from_data_list", None)):
+        examples = batch.to_data_list()
+        return batch.from_data_list([examples[i] for i in rows])
+    return _taken(batch, rows, count)
+
+
+def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or len(value) != count:
+            return value
+        if value.layout is not torch.strided:
+            index = torch.tensor(rows, device=value.device)
+            return value.to_sparse_coo().index_select(0, index).to_sparse(layout=value.layout)
+        return value[_index(rows, value)]
+    if isinstance(value, Mapping):
+        mapped = {key: _taken(part, rows, count) for key, part in value.items()}
+        return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        whole = len(value) != count or any(isinstance(t, Tensor) and t.ndim > 0 and len(t) == count for t in value)
+        items = [_taken(part, rows, count) for part in value] if whole else [value[i] for i in rows]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if hasattr(value, "__array__") and hasattr(value, "shape"):
+        return value[list(rows)] if value.shape and value.shape[0] == count else value
+    if not tensors_in(value):
+        return value
+    changed = copy.copy(value)
+    for name, part in attributes_of(value).items():
+        object.__setattr__(changed, name, _taken(part, rows, count))
+    return changed
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Any:
+    if isinstance(rows, range) and rows.step == 1:
+        return slice(rows.start, rows.stop)
+    return torch.tensor(list(rows), device=like.device)

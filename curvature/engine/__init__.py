@@ -1,0 +1,1 @@
+"""The engine: the loss of one batch, recorded once and differentiated many times."""

@@ -1,0 +1,330 @@
+"""The engine: the loss of one batch, linearised once and applied to many vectors.
+
+Two graphs are built on one forward pass, each when it is first needed:
+
+- Hessian: g = grad(loss, params) with its own graph; H v = grad(g, params, v). Two gradients' work a product, at best.
+- Jacobian of the outputs: J'u as a function of a dummy u; J v = grad(J'u, u, v). A product J'M J v goes on with a
+  matrix M on the outputs (the loss Hessian for Gauss-Newton, in closed form where the loss is known), then with J'
+  through the first graph. 4/3 of a gradient's work a product, at best.
+
+Both are ordinary reverse-mode double backward, the route that is right for every differentiable layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from curvature.autograd.backward import differentiable, no_autocast, walk
+from curvature.autograd.backward import pull_back as _pull_back
+from curvature.autograd.guards import refuse_undifferentiable
+from curvature.autograd.lean import LeanLayers
+from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric
+from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly
+from curvature.errors import InputError
+from curvature.losses.rules import OutputMap
+from curvature.parameters import Block
+
+__all__ = ["Linearization", "walk"]
+
+LOSS_HESSIAN = LossHessian()
+
+
+class Linearization(Recording):
+    """The loss of one batch at the present parameters, ready for products."""
+
+    def _evaluate(self) -> None:
+        self._gradient: Sequence[Tensor | None] | None = None
+        self._jacobian: tuple[Sequence[Tensor | None], Tensor] | None = None
+        self._output_maps: WeakKeyDictionary[OutputMetric, OutputMap] = WeakKeyDictionary()
+        super()._evaluate()
+
+    # -- gradient -----------------------------------------------------------------------------------------------------
+
+    @invisibly
+    def gradient(self) -> Tensor:
+        """Return the gradient of the batch's loss, (n,).
+
+        Raises:
+            NonFiniteError: with batch and parameter.
+        """
+        if self._gradient is not None:
+            return self._flatten([None if g is None else g.detach() for g in self._gradient])
+        if not self._evaluation.loss.requires_grad:
+            return self._flatten([None] * len(self._params))
+        with self._session(), no_autocast(self._space.device):
+            parts = _pull_back([self._evaluation.loss], self._params)
+        self._check_finite(parts)
+        return self._flatten(parts)
+
+    def used_parameters(self) -> tuple[bool, ...] | None:
+        """Say for each parameter whether this batch depends on it; None before a graph was built."""
+        if self._gradient is not None:
+            return tuple(g is not None for g in self._gradient)
+        if self._jacobian is not None:
+            return tuple(j is not None for j in self._jacobian[0])
+        return None
+
+    def outputs_and_targets(self) -> tuple[Tensor, Any]:
+        """Return the model's outputs on this batch, detached, and the targets.
+
+        Raises:
+            InputError: if forward returned something else than one tensor of outputs.
+        """
+        outputs = self._evaluation.outputs
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"the outputs must be one tensor, got {type(outputs).__name__}; pass forward= that picks it."
+            )
+        return outputs.detach(), self._evaluation.targets
+
+    def batch_outputs(self) -> BatchOutputs:
+        """Return the model's outputs on this batch, detached, beside the loss and the targets it compares them with."""
+        outputs, rule = self._outputs("matrix"), self._evaluator.rule
+        assert rule is not None
+        return BatchOutputs(rule, outputs.detach(), self._evaluation.targets, self.index)
+
+    def graph_root(self) -> Any:
+        """Return the node of the loss in autograd's graph; None if the loss depends on no parameter."""
+        return self._evaluation.loss.grad_fn
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    @invisibly
+    def hvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return H X for X (k, m), one vector a row; H is the batch's Hessian, or its diagonal block."""
+        if self.weight == 0:  # nothing counts in this batch: its mean is 0 / 0
+            return torch.zeros_like(X)
+        self._verify("hvp")
+        gradient = self._build_gradient()
+        chosen = self._positions(block)
+        params = [self._params[i] for i in chosen]
+        with self._backward_session(), no_autocast(self._space.device):
+            rows = _stack((self._curve(gradient, chosen, params, x) for x in X.unbind()), len(X))
+        if not all_finite(rows):
+            self._refuse(rows, X, chosen, lambda: [self._curve(gradient, chosen, params, x) for x in X.unbind()])
+        return rows
+
+    def _curve(
+        self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor
+    ) -> Tensor:
+        g, v = differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
+        if not g:
+            return torch.zeros_like(x)
+        return self._flatten(list(_pull_back(g, params, v)), chosen)
+
+    def curvature_gradient(self, v: Tensor) -> Tensor:
+        """Return the gradient of v'H v in the parameters, (n,), v held fixed.
+
+        Raises:
+            InputError: if an operation of the model has no third derivative.
+        """
+        if self.weight == 0:
+            return torch.zeros_like(v)
+        parts, everywhere = self._unflatten(v, range(len(self._params))), range(len(self._params))
+        try:
+            slopes: Sequence[Tensor | None] = self._build_gradient()
+            with self._session(), no_autocast(self._space.device):
+                for last in (False, True):  # g'v differentiated is H v, and v'H v what is asked for
+                    along, directions = differentiable(slopes, parts)
+                    if not along:
+                        return torch.zeros_like(v)
+                    refuse_undifferentiable(along, "third")
+                    inner = torch.stack([(a * d).sum() for a, d in zip(along, directions, strict=True)]).sum()
+                    slopes = _pull_back([inner], self._params, create_graph=not last)
+        except RuntimeError as error:
+            raise InputError(f"the model holds an operation without a third derivative ({error})") from error
+        result = self._flatten(slopes)
+        if not all_finite(result):
+            self._refuse(result[None], v[None], everywhere)
+        return result
+
+    def ggnvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return G X for X (k, m), one vector a row; G = J' H_loss J of the batch, or its diagonal block."""
+        return self.metric_product(X, LOSS_HESSIAN, block)
+
+    @invisibly
+    def metric_product(self, X: Tensor, metric: OutputMetric, block: Block | None = None) -> Tensor:
+        """Return J'M J X for X (k, m), one vector a row, M a matrix on the outputs; or that of a diagonal block."""
+        if self.weight == 0:
+            return torch.zeros_like(X)
+        self._verify("ggnvp")
+        M = self._map(metric)
+        dtype = self._outputs("Gauss-Newton matrix").dtype
+
+        def product(x: Tensor) -> Tensor:
+            Jx = self._push(x, block)
+            return torch.zeros_like(x) if Jx is None else self._pull(M(Jx).to(dtype), block)
+
+        with self._backward_session(), no_autocast(self._space.device):
+            rows = _stack((product(x) for x in X.unbind()), len(X))
+        if not all_finite(rows):
+            self._refuse(rows, X, self._positions(block), lambda: [product(x) for x in X.unbind()])
+        return rows
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the model returns for this batch."""
+        return self._outputs("Jacobian").numel()
+
+    @invisibly
+    def jvp(self, X: Tensor, block: Block | None = None) -> Tensor:
+        """Return J X, (k, num_outputs), for X (k, m), one vector a row; columns outside the block are left out of J."""
+        self._verify("ggnvp")
+        self._build_jacobian()
+        with self._backward_session(), no_autocast(self._space.device):
+            rows = [self._push(x, block) for x in X.unbind()]
+        zero = X.new_zeros(self.num_outputs)
+        products = _stack((zero if row is None else row.reshape(-1).to(X.dtype) for row in rows), len(X))
+        if not all_finite(products):
+            self._refuse(products, X, (), lambda: [self._push(x, block) for x in X.unbind()])
+        return products
+
+    @invisibly
+    def vjp(self, U: Tensor, block: Block | None = None) -> Tensor:
+        """Return J'U, (k, m), for U (k, num_outputs), one vector a row."""
+        self._verify("ggnvp")
+        self._build_jacobian()
+        outputs = self._outputs("Jacobian")
+
+        def product(u: Tensor) -> Tensor:
+            return self._pull(u.reshape(outputs.shape).to(outputs.dtype), block)
+
+        with self._backward_session(), no_autocast(self._space.device):
+            rows = _stack((product(u) for u in U.unbind()), len(U))
+        if not all_finite(rows):
+            self._refuse(rows, U, self._positions(block), lambda: [product(u) for u in U.unbind()])
+        return rows
+
+    def _push(self, x: Tensor, block: Block | None) -> Tensor | None:
+        """Return J x in the shape of the outputs; None where they do not depend on the block."""
+        transposed, u = self._build_jacobian()
+        chosen = self._positions(block)
+        Jt, v = differentiable([transposed[i] for i in chosen], self._unflatten(x, chosen))
+        return _pull_back(Jt, [u], v)[0] if Jt else None
+
+    def _pull(self, u: Tensor, block: Block | None) -> Tensor:
+        """Return J'u, (m,)."""
+        outputs, chosen = self._outputs("Jacobian"), self._positions(block)
+        params = [self._params[i] for i in chosen]
+        if not outputs.requires_grad:
+            return self._flatten([None] * len(params), chosen)
+        return self._flatten(list(_pull_back([outputs], params, [u])), chosen)
+
+    @invisibly
+    def prepare(self, product: Literal["hvp", "ggnvp"] | OutputMetric) -> None:
+        """Build the graph of a product, which its first use would do."""
+        if self.weight == 0:
+            return
+        self._verify("hvp" if product == "hvp" else "ggnvp")
+        if product == "hvp":
+            self._build_gradient()
+        else:
+            self._map(LOSS_HESSIAN if isinstance(product, str) else product)
+
+    # -- lean layers --------------------------------------------------------------------------------------------------
+
+    def _verify(self, product: Literal["hvp", "ggnvp"]) -> None:
+        """Before lean layers of these shapes first serve for a product, compare it with autograd's own."""
+        trust = self._trust
+        if trust is None or self.num_lean_layers == 0 or trust.covers(product, self._lean.signature()):
+            return
+        eps = max(torch.finfo(p.dtype).eps for p in self._params)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
+        given_up = self._gradient is None and self._jacobian is None  # one graph at a time, where nothing is built yet
+        if given_up:
+            del self._evaluation
+        try:
+            plain = Linearization(self._evaluator, self._space, self._batch, self.index)
+            reference = plain._compared(product, v)
+            del plain
+        finally:
+            if given_up:
+                self._record()
+        if self._trust is None or self.num_lean_layers == 0:
+            return
+        self._trust = None
+        try:
+            lean = self._compared(product, v)
+        except Exception as error:
+            if isinstance(error, NOT_OF_LAYERS):
+                raise
+            trust.revoke(f"they raised {type(error).__name__}")
+        else:
+            sizes = [p.numel() for p in self._params]
+            trust.compare(product, self._lean.signature(), lean[0], reference[0], sizes, eps)
+        if trust.revoked:
+            self._record_plainly()
+        else:
+            self._trust = trust
+
+    def _compared(self, product: Literal["hvp", "ggnvp"], v: Tensor) -> Tensor:
+        """Products with J and J' are compared whatever the loss: its own Hessian may be zero and hide them."""
+        return self.hvp(v) if product == "hvp" else self.vjp(self.jvp(v))
+
+    # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def _build_gradient(self) -> Sequence[Tensor | None]:
+        if self._gradient is None:
+            loss = self._evaluation.loss
+            gradient: Sequence[Tensor | None] = (None,) * len(self._params)
+            if loss.requires_grad:
+                refuse_undifferentiable([loss])
+                with self._session(), no_autocast(self._space.device), self._metered():
+                    gradient = _pull_back([loss], self._params, create_graph=True)
+                self._check_finite(gradient)
+            self._gradient = gradient
+        return self._gradient
+
+    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor]:
+        if self._jacobian is None:
+            outputs = self._outputs("Gauss-Newton matrix")
+            refuse_undifferentiable([outputs])
+            with self._session(), no_autocast(self._space.device), self._metered():
+                u = torch.zeros_like(outputs, requires_grad=True)
+                transposed: Sequence[Tensor | None] = (None,) * len(self._params)
+                if outputs.requires_grad:
+                    transposed = _pull_back([outputs], self._params, [u], create_graph=True)
+            self._jacobian = (transposed, u)
+        return self._jacobian
+
+    def _map(self, metric: OutputMetric) -> OutputMap:
+        """Return u -> M u on this batch's outputs, with the Jacobian's graph built."""
+        self._build_jacobian()
+        if metric not in self._output_maps:
+            plain = self._evaluator.session(self._buffers, LeanLayers(corrections_only=True))
+            with plain, no_autocast(self._space.device), self._metered():
+                self._output_maps[metric] = metric.at(self.batch_outputs())
+        return self._output_maps[metric]
+
+    def _outputs(self, what: str) -> Tensor:
+        outputs = self._evaluation.outputs
+        if self._evaluator.rule is None:
+            raise InputError(
+                f"the {what} needs the split between model and loss: pass loss= and a forward that returns "
+                "(outputs, targets), instead of loss=None."
+            )
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"the {what} needs outputs that are one tensor, got {type(outputs).__name__}; "
+                "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
+            )
+        return outputs
+
+
+def _stack(rows: Iterable[Tensor], count: int) -> Tensor:
+    """Return the rows as one tensor; a single one is not copied, and of more no two are held beside it."""
+    stacked: Tensor | None = None
+    for i, row in enumerate(rows):
+        if count == 1:
+            return row[None]
+        stacked = row.new_empty(count, *row.shape) if stacked is None else stacked
+        stacked[i] = row
+        del row
+    assert stacked is not None
+    return stacked

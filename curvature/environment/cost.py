@@ -1,0 +1,76 @@
+"""What products cost and how much memory there is: clocks, peaks, and what is refused before it fails."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+
+from curvature.environment.memory import available_memory
+from curvature.errors import InputError
+
+__all__ = ["check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "synchronize", "timed"]
+
+T = TypeVar("T")
+_RUNS, _LONG = 5, 0.5  # s
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that clocks mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what work on a device returns, and the seconds it took."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the median of the seconds that work takes, of five runs, or fewer where they take long."""
+    taken: list[float] = []
+    while len(taken) < _RUNS and (not taken or sum(taken) < _LONG):
+        taken.append(timed(work, device)[1])
+    return statistics.median(taken)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes ever in use: of torch on a CUDA device, else of the process since its start."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def current_memory(device: torch.device) -> int:
+    """Return the bytes in use now: of torch on a CUDA device, else of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> None:
+    """Refuse, with numbers and what would fit, to begin something that the memory cannot hold.
+
+    Raises:
+        InputError: if fewer than `num_bytes` are free on the device.
+    """
+    free = available_memory(device)
+    if num_bytes > free:
+        raise InputError(f"{what} takes {gibibytes(num_bytes)} and {device} has {gibibytes(free)} free; {remedy}.")
+
+
+def gibibytes(num_bytes: float) -> str:
+    """Return a size as people read it."""
+    return f"{num_bytes / 2**30:.3g} GiB"

@@ -1,0 +1,138 @@
+"""A diagonal in a few numbers a layer: where curvature sits, how it is spread, and how much of it is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.environment.autocast import full_precision
+from curvature.errors import InputError
+from curvature.parameters import Block, ParameterSpace
+from curvature.results.estimates import DiagonalEstimate
+
+__all__ = ["LEVELS", "DiagonalRow", "DiagonalSummary", "summarise_diagonal"]
+
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalRow:
+    """The diagonal entries of one layer or one parameter."""
+
+    name: str
+    """Of the parameter, or of the module that owns the parameters."""
+    num_params: int
+    """How many entries there are."""
+    mean: float
+    """Mean of the entries; units of A."""
+    mean_stderr: float | None
+    """Standard error of `mean`; units of A. None where the estimate kept no samples: entries share probes, so it does
+    not follow from their own standard errors."""
+    quantiles: tuple[float, ...]
+    """At `LEVELS`, linear between entries; units of A. Noise widens them."""
+    share_negative: float
+    """Share of entries below zero, in [0, 1]."""
+    relative_noise: float
+    """|stderr|_2 / |values|_2 over the entries: 0 is exact, at 1 single entries mean nothing. NaN if all are zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalSummary:
+    """Rows in the order of the flat vector, and the price."""
+
+    rows: tuple[DiagonalRow, ...]
+    """One a layer or a parameter."""
+    num_matvecs: int
+    """Products with A that were spent on the diagonal."""
+    method: str
+    """Which estimator gave the diagonal."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values."""
+        return asdict(self)
+
+
+@full_precision
+def summarise_diagonal(
+    estimate: DiagonalEstimate, space: ParameterSpace, *, by: Literal["layer", "parameter"] = "layer"
+) -> DiagonalSummary:
+    """Return mean, quantiles, share of negative entries and noise of a diagonal, for each layer or parameter.
+
+    Args:
+        estimate: from `diagonal` or `hutchinson_diagonal`; with `keep_samples=True` means get a standard error.
+        space: the parameters whose flat vector the diagonal belongs to.
+        by: "layer", all parameters of a module together, or "parameter".
+
+    Raises:
+        InputError: if the diagonal is not of the space's size, or for another `by`.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> space = ParameterSpace.from_model(model)
+        >>> exact = DiagonalEstimate(values=torch.arange(4.0), stderr=torch.zeros(4), num_matvecs=4)
+        >>> [(row.name, row.mean) for row in summarise_diagonal(exact, space, by="parameter").rows]
+        [('weight', 1.0), ('bias', 3.0)]
+    """
+    if estimate.values.shape != (space.num_params,):
+        raise InputError(
+            f"the diagonal must have shape ({space.num_params},) as the parameters have, got "
+            f"{tuple(estimate.values.shape)}; pass the space of the operator it was estimated from."
+        )
+    if by not in ("layer", "parameter"):
+        raise InputError(f'by must be "layer" or "parameter", got {by!r}.')
+    blocks: Sequence[Block] = space.blocks
+    if by == "parameter":
+        blocks = [_block_of(space, name) for name in space.names]
+    names = [block.name for block in blocks] if by == "layer" else list(space.names)
+    rows = [_row(name, block, estimate) for name, block in zip(names, blocks, strict=True)]
+    return DiagonalSummary(rows=tuple(rows), num_matvecs=estimate.num_matvecs, method=estimate.method)
+
+
+def _block_of(space: ParameterSpace, parameter: str) -> Block:
+    def chosen(name: str, _: Tensor) -> bool:
+        return name == parameter
+
+    return space.block(chosen)
+
+
+def _row(name: str, block: Block, estimate: DiagonalEstimate) -> DiagonalRow:
+    values, stderr = block.take(estimate.values), block.take(estimate.stderr)
+    ordered = values.sort().values
+    return DiagonalRow(
+        name=name,
+        num_params=block.num_params,
+        mean=float(values.mean()),
+        mean_stderr=_mean_stderr(block, stderr, estimate),
+        quantiles=tuple(_quantile(ordered, level) for level in LEVELS),
+        share_negative=float((values < 0).double().mean()),
+        relative_noise=float(torch.linalg.vector_norm(stderr) / torch.linalg.vector_norm(values)),
+    )
+
+
+def _mean_stderr(block: Block, stderr: Tensor, estimate: DiagonalEstimate) -> float | None:
+    """Return the standard error of the mean, from the means of the samples.
+
+    Where samples share a basis they are correlated, and the standard errors of entries are larger than their spread by
+    one factor for all, which is put on here too.
+    """
+    if not bool(stderr.any()):
+        return 0.0
+    if estimate.samples is None:
+        return None
+    samples = block.take(estimate.samples)
+    k = samples.shape[1]
+    spread = samples.var(dim=1).sum() / k
+    inflation = (stderr.square().sum() / spread).sqrt() if bool(spread > 0) else 1.0
+    return float(samples.mean(dim=0).std() / k**0.5 * inflation)
+
+
+def _quantile(ordered: Tensor, level: float) -> float:
+    """Return a quantile of sorted entries; torch.quantile takes 2^24 of them at most."""
+    place = level * (len(ordered) - 1)
+    below = int(place)
+    low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
+    return float(low + (high - low) * (place - below))

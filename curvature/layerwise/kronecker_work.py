@@ -1,0 +1,272 @@
+"""Inputs of layers, and loss columns at their outputs, of one batch after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.autograd.backward import no_autocast, pull_back
+from curvature.engine.evaluation import _seeded
+from curvature.engine.linearize import Linearization
+from curvature.errors import InputError
+from curvature.layerwise.backpack_access import open_session
+from curvature.layerwise.loss_root import LossRoot, loss_root
+from curvature.layerwise.pull_back import check_separable
+from curvature.layerwise.support import UnsupportedError
+from curvature.objective.objective import Objective
+from curvature.parameters import ROOT
+
+if TYPE_CHECKING:
+    from curvature.layerwise.backpack_session import BackpackSession
+
+__all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]
+
+KroneckerKind = Literal["kflr", "kfac", "kfra"]
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """A layer that gets factors."""
+
+    name: str
+    module: nn.Module
+    weight: str | None
+    bias: str | None
+    num_inputs: int
+    num_outputs: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Of what is summed over the data: columns, second and first moment of inputs, positions and examples."""
+        return self.num_outputs**2, self.num_inputs**2, self.num_inputs, 2
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return the layer's inputs at all positions of all examples, (N T, i)."""
+        if isinstance(self.module, nn.Conv2d):
+            conv = self.module
+            padding = conv._reversed_padding_repeated_twice
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            patches = F.unfold(F.pad(x, padding, mode=mode), conv.kernel_size, conv.dilation, 0, conv.stride)
+            return patches.mT.reshape(-1, self.num_inputs)
+        return x.reshape(-1, self.num_inputs)
+
+    def outputs(self, d: Tensor) -> Tensor:
+        """Return what arrives at the layer's outputs at all positions of all examples, (N T, o)."""
+        return (d.movedim(1, -1) if isinstance(self.module, nn.Conv2d) else d).reshape(-1, self.num_outputs)
+
+
+class KroneckerWork:
+    """Sums over one batch, by hooks or by BackPACK."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        kind: KroneckerKind,
+        route: str,
+        mc_samples: int,
+        generator: torch.Generator | None,
+        max_columns: int | None,
+    ) -> None:
+        self.objective, self.kind, self.generator = objective, kind, generator
+        self.mc_samples, self.max_columns = mc_samples, max_columns
+        self.num_columns = 0
+        self.route = "backpack" if kind == "kfra" or route == "backpack" else "hooks"
+        self.uses, self.uncovered = layer_uses(objective)
+        if not self.uses:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.uncovered.items())[:3])
+            raise InputError(f"no layer has Kronecker factors ({why}); exact_diagonal serves all layers.")
+        self._checked = False
+        self._session: BackpackSession | None = None
+        if self.route == "backpack":
+            try:
+                self._session = open_session(objective, "kron")
+            except UnsupportedError as error:
+                raise self._refusal(error) from error
+
+    def of_batch(self, lin: Linearization) -> Tensor:
+        """Return the sums of one batch, flat, divided by its weight as far as they do not depend on it."""
+        if lin.weight == 0:
+            sizes = [size for use in self.uses for size in use.sizes]
+            return torch.zeros(sum(sizes), dtype=self.objective.dtype, device=self.objective.device)
+        if not self._checked and not lin.drew_random_numbers:
+            try:
+                check_separable(self.objective, lin)
+            except UnsupportedError as error:
+                raise InputError(
+                    f"Kronecker factors are of single examples, and {error}; call model.eval(), or use "
+                    "exact_diagonal or GGNOperator."
+                ) from error
+        self._checked = True
+        parts = self._by_hooks(lin) if self._session is None else self._by_backpack(self._session, lin)
+        return torch.cat([p.reshape(-1).to(self.objective.dtype) for p in parts])
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _by_hooks(self, lin: Linearization) -> list[Tensor]:
+        evaluator, rule = self.objective._evaluator, self.objective._rule
+        assert rule is not None
+        parts: list[Tensor] = []
+        with (
+            evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()),
+            contextlib.ExitStack() as autocast_off,
+        ):
+            with _captured(self.uses) as calls, _seeded(evaluator.seed + lin.index, self.objective.device):
+                outputs, targets, _ = evaluator._loss(lin._batch)
+            self._refuse_repeated(calls)
+            autocast_off.enter_context(no_autocast(self.objective.device))
+            root = loss_root_of_examples(rule, outputs, targets, self.kind)
+            dtype = self.objective.dtype  # that of activations may be narrower, by autocast
+            S = [torch.zeros(u.num_outputs, u.num_outputs, dtype=dtype, device=outputs.device) for u in self.uses]
+            reached = [k for k, call in enumerate(calls) if call and call[0][1].requires_grad]
+            for column, sign in self._columns(root):
+                places = [calls[k][0][1] for k in reached]
+                arrived = pull_back([outputs], places, [column.to(outputs.dtype)]) if places else ()
+                for k, d in zip(reached, arrived, strict=True):
+                    if d is not None:
+                        D = self.uses[k].outputs(d).to(dtype)
+                        S[k].addmm_(D.T, D, alpha=sign)
+        examples = outputs.shape[0]
+        for use, call, s in zip(self.uses, calls, S, strict=True):
+            a = use.inputs(call[0][0]) if call else outputs.new_zeros(examples, use.num_inputs)
+            a = a.to(dtype)
+            counts = a.new_tensor([len(a), examples])
+            parts += [s, *(p / lin.weight for p in (a.T @ a, a.sum(0), counts))]
+        return parts
+
+    def _columns(self, root: LossRoot) -> Iterator[tuple[Tensor, float]]:
+        """Yield columns of all examples, (N, ...), and their weights."""
+        if self.kind == "kfac":
+            assert self.generator is not None
+            assert self.objective._rule is not None
+            for _ in range(self.mc_samples):
+                draw = root.draw("fisher-mc" if self.objective._rule.closed_form else "ggn-mc", self.generator)
+                yield from ((column, sign / self.mc_samples) for column, sign in draw)
+            self.num_columns += self.mc_samples
+            return
+        if self.max_columns is not None and root.num_columns > self.max_columns:
+            raise InputError(
+                f"kind='kflr' takes {root.num_columns} columns of every example, about as many gradients, and "
+                f"max_columns={self.max_columns}; kind='kfac' takes mc_samples of them; max_columns=None computes "
+                "it all the same."
+            )
+        for start, stop, sign in root.bounds(1):
+            yield root.columns(start, stop)[0], sign
+        self.num_columns += root.num_columns
+
+    def _refuse_repeated(self, calls: list[list[tuple[Tensor, Tensor]]]) -> None:
+        for use, call in zip(self.uses, calls, strict=True):
+            if len(call) > 1:
+                raise InputError(
+                    f"layer {use.name!r} is called {len(call)} times in a forward pass, for which factors are not "
+                    "defined; leave it out by params=, or use exact_diagonal or GGNOperator."
+                )
+
+    # -- BackPACK -----------------------------------------------------------------------------------------------------
+
+    def _by_backpack(self, session: BackpackSession, lin: Linearization) -> list[Tensor]:
+        outputs, targets = lin.outputs_and_targets()
+        rule = self.objective._rule
+        assert rule is not None
+        root = loss_root_of_examples(rule, outputs, targets, self.kind)
+        try:
+            if root.num_positive < root.num_columns:
+                raise UnsupportedError("the loss is not convex in the outputs")  # noqa: TRY301
+            inputs: list[Tensor] = []
+            columns = [(c * w**0.5, w) for c, w in self._columns(root)] if self.kind != "kfra" else []
+            if self.kind == "kfra":
+                flat = root.columns(0, root.num_columns).reshape(root.num_columns, -1, outputs[0].numel())
+                handed = torch.einsum("vni,vnj->ij", flat, flat)
+                self.num_columns += root.num_columns
+            else:
+                handed = torch.stack([c for c, _ in columns])
+            with session.watched(inputs):
+                found = session.run(
+                    lin._batch[0],
+                    self.objective._evaluator.seed + lin.index,
+                    "kfra" if self.kind == "kfra" else "kflr",
+                    torch.zeros_like(outputs),
+                    handed.to(outputs.dtype),
+                    expected=outputs,
+                )
+        except (UnsupportedError, NotImplementedError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raise self._refusal(error) from error
+        parts: list[Tensor] = []
+        for use, x in zip(self.uses, inputs, strict=True):
+            factors = found[use.weight] if use.weight is not None else found[str(use.bias)]
+            if x.ndim != 2 or factors is None:
+                raise self._refusal(UnsupportedError(f"layer {use.name!r} does not work on vectors"))
+            counts = x.new_tensor([len(x), len(x)])
+            parts += [factors[0].detach(), *(p / lin.weight for p in (x.T @ x, x.sum(0), counts))]
+        return parts
+
+    def _refusal(self, error: Exception) -> InputError:
+        first = str(error).strip().split("\n")[0].rstrip(".")
+        other = "kind='kflr' or 'kfac' with route='auto'" if self.kind == "kfra" else "route='auto'"
+        return InputError(f"BackPACK is not to be used here: {first}. {other} works for any nn.Linear and nn.Conv2d.")
+
+
+def loss_root_of_examples(rule: Any, outputs: Any, targets: Any, kind: str) -> LossRoot:
+    """Return the root of the loss.
+
+    Raises:
+        InputError: if outputs are not one tensor, or the loss couples examples.
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0:
+        raise InputError(
+            f"the outputs must be one tensor whose first dimension counts examples, got {type(outputs).__name__}; "
+            "pass forward= that picks it."
+        )
+    try:
+        return loss_root(rule, outputs, targets)
+    except UnsupportedError as error:
+        raise InputError(f"kind={kind!r} sums over examples, and {error}; use GGNOperator.") from error
+
+
+def layer_uses(objective: Objective) -> tuple[list[LayerUse], dict[str, str]]:
+    """Return the layers that get factors, and the parameters that get none, with the reason."""
+    names = {id(tensor): name for name, tensor in objective.space.tensors.items()}
+    holders: dict[int, int] = {}
+    for module in objective.model.modules():
+        for p in module.parameters(recurse=False):
+            holders[id(p)] = holders.get(id(p), 0) + 1
+    uses: list[LayerUse] = []
+    uncovered: dict[str, str] = {}
+    for module_name, module in objective.model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in names}
+        why = None
+        if type(module) not in (nn.Linear, nn.Conv2d):
+            why = f"belongs to a {type(module).__name__}, and factors are those of nn.Linear and nn.Conv2d"
+        elif any(holders[id(p)] > 1 for p in own.values()):
+            why = "is shared by several modules"
+        elif isinstance(module, nn.Conv2d) and module.groups != 1:
+            why = f"belongs to a convolution in {module.groups} groups"
+        if why is not None:
+            uncovered |= {names[id(p)]: why for p in own.values()}
+        elif own:
+            assert isinstance(module, (nn.Linear, nn.Conv2d))
+            weight, bias = (names[id(own[key])] if key in own else None for key in ("weight", "bias"))
+            shape = module.weight.shape
+            uses.append(LayerUse(module_name or ROOT, module, weight, bias, shape[1:].numel(), shape[0]))
+    held = {id(p) for p in objective.model.parameters()}
+    uncovered |= {name: "is not a parameter of the model" for key, name in names.items() if key not in held}
+    return uses, uncovered
+
+
+@contextlib.contextmanager
+def _captured(uses: list[LayerUse]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
+    """Collect (input, output) of every call of the layers; the hooks are gone afterwards."""
+    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in uses]
+    with contextlib.ExitStack() as stack:
+        for use, call in zip(uses, calls, strict=True):
+
+            def note(_: Any, arguments: Any, output: Tensor, call: Any = call) -> None:
+                call.append((arguments[0].detach(), output))
+
+            stack.callback(use.module.register_forward_hook(note).remove)
+        yield calls

@@ -1,0 +1,1 @@
+"""What all algorithms share: checks at the door, orthonormal bases, deflation, systems side by side."""

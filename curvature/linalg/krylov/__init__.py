@@ -1,0 +1,1 @@
+"""Krylov methods: eigenpairs and functions of a matrix."""

@@ -1,0 +1,1 @@
+"""Estimators from random probes: traces, diagonals, norms, densities."""

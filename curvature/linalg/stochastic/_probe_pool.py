@@ -1,0 +1,226 @@
+"""Random probes, their products, and an orthonormal basis made of some of these: what traces are estimated from.
+
+Of k probes omega_i with products y_i = A omega_i the first s span, by their products, the range of an orthonormal Q
+(n, r), whose own products Z = A Q are known too: k + r products in all. For any projector P that a probe has no part
+in,
+
+    tr(P A) + omega'(I - P) A (I - P) omega
+
+is unbiased. For a probe beyond the first s, P = Q Q'. For one of the first s it is the same without the one direction
+q_i = Q s_i that y_i brought in, orthogonal to all other products: every probe serves both purposes. With s = 0 this is
+Hutchinson's estimator, with s = k XTrace, and without the samples of the first s Hutch++.
+
+The leave-one-out estimates share their products and are correlated: their spread alone understates the error. Given all
+probes but the j-th, the error e_j has mean zero; so with P made without both, e_i^(ij), which omega_j has no part in,
+
+    Cov(t_i, t_j) = E[(t_i - t_i^(ij)) (t_j - t_j^(ij))],
+
+the first factors being changes of estimates, free of the unknown trace. Leave-two-out estimates have closed forms too,
+so the covariance, and with it the variance of the mean, is estimated without bias.
+
+The small matrices W = Q'Omega, M = Q'Y, H = Q'Z and T = Omega'Z hold all that is needed. Probes on the sphere are
+scaled back to it after the projection, which takes their length out of the variance (the improved variant of XTrace).
+
+Reference: Epperly, Tropp and Webber (2024), XTrace: making the most of every sample in stochastic trace estimation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.linalg.base.orthonormal import orthonormalise
+from curvature.linalg.base.validate import (
+    check_count,
+    check_finite,
+    check_generator,
+    check_range,
+    check_square,
+    working_dtype,
+)
+from curvature.linalg.stochastic.probes import DISTRIBUTIONS, draw
+from curvature.linop import MatrixLike
+
+__all__ = ["ProbePool"]
+
+
+class ProbePool:
+    """Probes of one distribution, multiplied once and for all; see the module.
+
+    Args:
+        A: square, (n, n).
+        distribution: a name of `curvature.linalg.stochastic.probes.DISTRIBUTIONS`.
+        generator: source of the probes, on A's device.
+        block_size: columns multiplied at a time.
+        callback: called after each block with the products so far and a word on progress.
+
+    Raises:
+        InputError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        A: MatrixLike,
+        *,
+        distribution: str,
+        generator: torch.Generator,
+        block_size: int = 1,
+        callback: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self.n = check_square(A)
+        check_generator(A, generator)
+        check_count("block_size", block_size, 1)
+        if distribution not in DISTRIBUTIONS:
+            raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
+        self.A, self.distribution, self.generator = A, distribution, generator
+        self.block_size, self.callback = block_size, callback
+        empty = torch.empty(self.n, 0, dtype=working_dtype(A), device=A.device)
+        self.probes, self.products = empty, empty
+        """Omega and Y, (n, k)."""
+        self.basis, self.images = empty, empty
+        """Q and Z, (n, r)."""
+        self.num_sketched = 0
+        """s: of how many probes the products are in the range of the basis."""
+        self.num_matvecs = 0
+
+    @property
+    def num_probes(self) -> int:
+        """How many probes there are, k."""
+        return self.probes.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """How many vectors the basis has, r."""
+        return self.basis.shape[1]
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def add_probes(self, count: int) -> None:
+        """Draw and multiply `count` more probes."""
+        if count <= 0:
+            return
+        X = draw(self.distribution, self.n, count, generator=self.generator, dtype=self.A.dtype, device=self.A.device)
+        Y = self._multiply(X, "probes")
+        self.probes = torch.cat([self.probes, X.to(Y)], dim=1)
+        self.products = torch.cat([self.products, Y], dim=1)
+
+    def sketch(self, upto: int) -> None:
+        """Extend the basis by the products of the probes up to number `upto`: a product for each new direction."""
+        if upto <= self.num_sketched:
+            return
+        self._extend(_new_directions(self.products[:, self.num_sketched : upto], self.basis))
+        self.num_sketched = upto
+
+    def drop_unsketched(self) -> None:
+        """Forget the probes whose products are not in the basis: a choice made by looking at them biases them."""
+        self.probes, self.products = self.probes[:, : self.num_sketched], self.products[:, : self.num_sketched]
+
+    def complete(self) -> None:
+        """Extend the basis to all of the space, so that everything about A is known: n - r products."""
+        if self.rank == 0:
+            self._extend(torch.eye(self.n, dtype=self.basis.dtype, device=self.basis.device))
+        elif self.rank < self.n:
+            self._extend(torch.linalg.qr(self.basis, mode="complete")[0][:, self.rank :])
+
+    def _extend(self, Q: Tensor) -> None:
+        self.basis, self.images = (
+            torch.cat([self.basis, Q], dim=1),
+            torch.cat([self.images, self._multiply(Q, "directions of the sketch")], dim=1),
+        )
+
+    def _multiply(self, X: Tensor, what: str) -> Tensor:
+        blocks = []
+        for block in X.split(self.block_size, dim=1):
+            self.num_matvecs += block.shape[1]
+            product = check_finite(self.A @ block.to(self.A.dtype), self.num_matvecs)
+            blocks.append(product.to(self.basis.dtype))
+            if self.callback is not None:
+                self.callback(self.num_matvecs, what)
+        if not blocks:
+            return X
+        return check_range(torch.cat(blocks, dim=1), self.num_matvecs, first=self.num_probes + self.rank == 0)
+
+    # -- what they tell -----------------------------------------------------------------------------------------------
+
+    def trace_samples(self) -> tuple[Tensor, Tensor]:
+        """Return one unbiased estimate of tr A a probe, (k,), and the sum of the covariances of all pairs of them, ().
+
+        The first s are leave-one-out estimates; only among these are there covariances.
+        """
+        energies = (self.probes * self.products).sum(dim=0)
+        if self.rank == 0:
+            return energies, energies.new_zeros(())
+        W, M, T = self.basis.T @ self.probes, self.basis.T @ self.products, self.images.T @ self.probes
+        H = self.basis.T @ self.images
+        S = self.left_out(M)
+        plain = energies - (W * M).sum(dim=0) - (T * W).sum(dim=0) + (W * (H @ W)).sum(dim=0)
+        L = M + T - (H + H.T) @ W  # omega'(I - P) A (I - P) omega = plain + d'L + d'H d for P omega = Q (W - d)
+        SW, SL, SHS = S.T @ W, S.T @ L, S.T @ ((H + H.T) / 2) @ S
+        own = (torch.linalg.vector_norm(S, dim=0) > 0).to(S)
+        squares, room = self.n - W.square().sum(dim=0), self.n - self.rank
+
+        p, h = SW.diagonal(), SHS.diagonal()
+        rest = plain + p * SL.diagonal() + p.square() * h
+        alone = H.trace() - h + rest * self._correction(room + own, squares + p.square())
+
+        s = self.num_sketched
+        i = slice(None), None  # the probe, against j, the other one that is left out
+        plain, squares, p, h, own = plain[:s], squares[:s], p[:s], h[:s], own[:s]
+        cosines, q, slopes = (S.T @ S)[:s, :s], SW.T[:s, :s], SL.T[:s, :s]
+        sines = (1 - cosines.square()).clamp_min(torch.finfo(S.dtype).eps)
+        a, b = (p[i] - cosines * q) / sines, (q - cosines * p[i]) / sines  # d = a s_i + b s_j: both projected on
+        rest = plain[i] + a * slopes.diagonal()[i] + b * slopes  # and d'H d:
+        rest = rest + a.square() * h[i] + 2 * a * b * SHS[:s, :s] + b.square() * h
+        rest = rest * self._correction(room + own[i] + own, squares[i] + a * p[i] + b * q)
+        both = H.trace() - (h[i] + h - 2 * cosines * SHS[:s, :s]) / sines + rest
+        changes = (alone[:s, None] - both) * own[i] * own * (1 - torch.eye(s, dtype=S.dtype, device=S.device))
+        return alone, (changes * changes.T).sum()
+
+    def left_out(self, M: Tensor) -> Tensor:
+        """Return the unit vectors s_i (r, k) that only y_i brought into the range; zero where there is none.
+
+        A product that depends on the others, as all do when A has a rank below s, brings no direction of its own.
+
+        Args:
+            M: Q'Y, (r, k).
+        """
+        s = self.num_sketched
+        S = torch.zeros_like(M)
+        if s == 0 or self.rank == self.n:
+            return S
+        inverse, leverage = _pseudo_inverse(M[:, :s])
+        norms = torch.linalg.vector_norm(inverse, dim=1, keepdim=True)
+        own = 1 - leverage[:, None] <= torch.finfo(M.dtype).eps ** 0.5
+        S[:, :s] = torch.where(own & (norms > 0), inverse / norms, 0).T
+        return S
+
+    def _correction(self, dimensions: Tensor, squares: Tensor) -> Tensor | float:
+        """Return what scales (I - P) omega of this squared length back to the sphere of these dimensions."""
+        if self.distribution != "sphere":
+            return 1.0
+        rounding = self.n * torch.finfo(squares.dtype).eps
+        return torch.where(squares > rounding, dimensions / squares.clamp_min(rounding), 0)
+
+
+def _new_directions(X: Tensor, basis: Tensor) -> Tensor:
+    """Return orthonormal columns that span X outside the basis; by one QR where the columns are clearly independent."""
+    N = X / torch.linalg.vector_norm(X, dim=0).clamp_min(torch.finfo(X.dtype).tiny)
+    Q, R = torch.linalg.qr(N - basis @ (basis.T @ N))
+    if X.shape[1] > X.shape[0] or not bool(R.diagonal().abs().min() > 1e4 * torch.finfo(X.dtype).eps):
+        return orthonormalise(X, basis)
+    return torch.linalg.qr(Q - basis @ (basis.T @ Q)).Q
+
+
+def _pseudo_inverse(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return M^+ (s, r) and, for every column of M, how much of its unit vector lies in the row space of M."""
+    r, s = M.shape
+    if r == s:  # upper triangular, since Q comes from Gram-Schmidt on these columns
+        identity = torch.eye(r, dtype=M.dtype, device=M.device)
+        return torch.linalg.solve_triangular(M.triu(), identity, upper=True), M.new_ones(s)
+    U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
+    kept = sigma > 10 * torch.finfo(M.dtype).eps * s * sigma[0] if len(sigma) else sigma > 0
+    Vh, U = Vh * kept[:, None], U / torch.where(kept, sigma, 1)
+    return Vh.T @ U.T, Vh.square().sum(dim=0)

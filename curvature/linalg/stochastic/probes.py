@@ -1,0 +1,94 @@
+"""Random probe vectors z with E[z z'] = I, as columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvature.arguments import checked
+from curvature.environment.cost import check_fits
+from curvature.errors import InputError
+from curvature.linalg.base.validate import check_count
+
+__all__ = ["DISTRIBUTIONS", "draw", "normal", "one_direction", "rademacher", "sphere"]
+
+
+@checked
+def rademacher(
+    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """Return k columns of independent random signs, (n, k).
+
+    They have the least variance for traces: Var(z'Az) = 2 sum_{i != j} A_ij^2 for symmetric A.
+
+    Args:
+        n: length of a probe.
+        k: number of probes.
+        generator: source of randomness; it must live on `device`.
+        dtype: of the result.
+        device: of the result; that of the generator by default.
+    """
+    _check_room(n, k, dtype, device or generator.device)
+    bits = torch.randint(0, 2, (k, n), generator=generator, device=device or generator.device)
+    return (2 * bits - 1).to(dtype).T
+
+
+@checked
+def normal(
+    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """Return k columns of independent standard normal entries, (n, k). Var(z'Az) = 2 |A|_F^2 for symmetric A."""
+    _check_room(n, k, dtype, device or generator.device)
+    return torch.randn(k, n, generator=generator, dtype=dtype, device=device or generator.device).T
+
+
+@checked
+def sphere(
+    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+) -> Tensor:
+    """Return k independent columns, uniform on the sphere of radius sqrt(n), (n, k).
+
+    Var(z'Az) = 2n/(n+2) (|A|_F^2 - (tr A)^2 / n) for symmetric A: exact for multiples of the identity.
+    """
+    z = normal(n, k, generator=generator, dtype=dtype, device=device)
+    return z * (n**0.5 / z.norm(dim=0))
+
+
+DISTRIBUTIONS = {"rademacher": rademacher, "normal": normal, "sphere": sphere}
+
+
+def draw(
+    distribution: str,
+    n: int,
+    k: int,
+    *,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Return k probes of a named distribution, (n, k).
+
+    Raises:
+        InputError: if there is no such distribution.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
+    return DISTRIBUTIONS[distribution](n, k, generator=generator, dtype=dtype, device=device)
+
+
+def one_direction(Z: Tensor) -> bool:
+    """Return whether all columns, two at least, are one vector up to sign: then their samples agree and tell no spread.
+
+    Of k sign vectors of length n that happens with probability 2^((1 - n) (k - 1)).
+    """
+    squares = (Z.T @ Z[:, :1]).square().flatten()
+    return Z.shape[1] > 1 and bool((squares >= (1 - 1e-6) * Z.square().sum(dim=0) * squares[0].sqrt()).all())
+
+
+def _check_room(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    check_count("n", n, 0)
+    check_count("k", k, 0)
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype must be floating-point, got {dtype}.")
+    if n * k * dtype.itemsize > 2**28:
+        check_fits(n * k * dtype.itemsize, torch.device(device), f"{k} probes of length {n}", "take fewer")

@@ -1,0 +1,208 @@
+"""The eigenvalue density of a symmetric matrix by stochastic Lanczos quadrature.
+
+For a random unit vector q, the m-step Lanczos decomposition gives nodes theta_k and weights tau_k^2 with
+q'f(A)q ~ sum_k tau_k^2 f(theta_k), exact for polynomials of degree 2m - 1; its mean over q is (1/n) tr f(A). With f a
+narrow Gaussian around t this is the density at t.
+
+Eigenpairs that are known are taken out of the start vectors and put back as exact nodes, each of weight 1/n. Outliers
+carry most of the variance and most of the steps, so this is by far the cheapest way to a sharp density.
+
+Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochastic Lanczos quadrature; Lin, Saad and Yang
+(2016), Approximating spectral densities of large matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from curvature.arguments import checked
+from curvature.environment.autocast import full_precision
+from curvature.environment.cost import check_fits
+from curvature.environment.one_matrix import one_matrix
+from curvature.errors import InputError
+from curvature.linalg.base.validate import check_count, check_generator, check_square, working_dtype
+from curvature.linalg.krylov.lanczos import lanczos_runs, ritz
+from curvature.linalg.stochastic._mass_bounds import shortened
+from curvature.linalg.stochastic.probes import normal
+from curvature.linop import MatrixLike, Projected
+from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
+
+__all__ = ["COARSE_SHARES", "extrapolated", "rule_error", "smoothed", "spectral_density"]
+
+COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
+
+_MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
+
+
+@full_precision
+@one_matrix
+@checked
+def spectral_density(
+    A: MatrixLike,
+    *,
+    num_probes: int,
+    num_steps: int,
+    generator: torch.Generator,
+    num_points: int = 1024,
+    sigma: float | None = None,
+    deflate: EigenPairs | None = None,
+    probes: Tensor | None = None,
+    block_size: int = 1,
+    callback: Callable[[int, str], None] | None = None,
+) -> SpectralDensity:
+    """Estimate the eigenvalue density of A, smoothed by a Gaussian, with its standard error over the probes.
+
+    Cost: num_probes x num_steps products. Memory: block_size x num_steps vectors. Of nominal 95 % intervals 92 to 99 %
+    cover the smoothed density, but 88 % where nearly all eigenvalues are alike and the density is one peak.
+
+    Args:
+        A: symmetric, (n, n).
+        num_probes: independent start vectors; the error falls as their square root, and 2 at least give an error.
+        num_steps: Lanczos steps a probe, in [1, n]: features narrower than the spectrum over num_steps are not
+            resolved.
+        generator: source of the probes, on A's device.
+        num_points: points of the grid.
+        sigma: standard deviation of the smoothing Gaussian, units of A. Default: 1/100 of the range of the nodes.
+        deflate: eigenpairs that are known; only converged ones are used.
+        probes: (n, num_probes) start vectors to use instead of drawing them.
+        block_size: probes run side by side, which is faster wherever a product with a block is.
+        callback: called after each block of probes with the products so far and a word on progress.
+
+    Raises:
+        InputError: for arguments out of range.
+        NonFiniteError: if a product is not finite.
+    """
+    n = check_square(A)
+    check_generator(A, generator)
+    check_count("num_probes", num_probes, 1)
+    check_count("num_points", num_points, 2)
+    check_count("block_size", block_size, 1)
+    if sigma is not None and not sigma > 0:
+        raise InputError(f"sigma must be positive, got {sigma}.")
+    values, U = _known(A, deflate)
+    bulk = n - len(values)
+    check_count("num_steps", num_steps, 1, n)
+    if probes is None:
+        probes = normal(n, num_probes, generator=generator, dtype=working_dtype(A), device=A.device)
+    if tuple(probes.shape) != (n, num_probes):
+        raise InputError(f"probes must have shape ({n}, {num_probes}), got {tuple(probes.shape)}.")
+    steps = min(num_steps, bulk)
+    nodes = torch.zeros(num_probes, steps + len(values), dtype=torch.float64)
+    weights = torch.zeros_like(nodes)
+    nodes[:, steps:], weights[:, steps:] = values, 1.0 / n
+    operator = Projected(A, U) if len(values) else A
+    spent = 0
+    for first in range(0, num_probes if bulk else 0, block_size):
+        here = slice(first, min(first + block_size, num_probes))
+        X = probes[:, here].to(A.device, working_dtype(A))
+        runs = lanczos_runs(operator, X - U.to(X) @ (U.to(X).T @ X), num_steps=steps)
+        theta, S = ritz(runs)
+        nodes[here, :steps], weights[here, :steps] = theta, (bulk / n) * S[:, 0].square()
+        spent += runs.num_matvecs
+        if callback is not None:
+            callback(spent, f"probe {here.stop} of {num_probes}")
+    nodes = nodes.where(weights > 0, 0)
+    order = nodes.where(weights > 0, torch.inf).argsort(dim=1)  # unused places last
+    nodes, weights = nodes.gather(1, order), weights.gather(1, order)
+    found = smoothed(
+        nodes,
+        weights,
+        n=n,
+        num_steps=steps if steps < bulk else None,
+        known=values,
+        num_matvecs=spent,
+        num_points=num_points,
+        sigma=sigma,
+    )
+    rule = rule_error(found, found.density, lambda x, w: _mixture(found.grid, x, w, found.sigma))
+    return replace(found, rule=rule)
+
+
+def smoothed(
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    n: int,
+    num_steps: int | None,
+    known: Tensor,
+    num_matvecs: int,
+    num_points: int = 1024,
+    sigma: float | None = None,
+    grid: Tensor | None = None,
+) -> SpectralDensity:
+    """Return the density of a rule for each probe: nodes and weights (num_probes, m), smoothed by a Gaussian.
+
+    `grid` overrides `num_points`; the other arguments are those of `spectral_density` and `SpectralDensity`.
+    """
+    used = nodes[weights > 0]
+    low, high = float(used.min()), float(used.max())
+    span = max(high - low, 1e-3 * max(abs(low), abs(high)), torch.finfo(torch.float32).tiny)
+    sigma = span / 100 if sigma is None else sigma
+    if grid is None:
+        check_fits(8 * num_points * len(nodes), nodes.device, f"a grid of {num_points} points", "take fewer num_points")
+        grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, num_points, dtype=torch.float64)
+    samples = torch.stack([_mixture(grid, x, w, sigma) for x, w in zip(nodes, weights, strict=True)])
+    density, stderr = mean_and_stderr(samples)
+    return SpectralDensity(
+        grid=grid,
+        density=density,
+        stderr=stderr,
+        nodes=nodes,
+        weights=weights,
+        sigma=sigma,
+        dimension=n,
+        num_steps=num_steps,
+        num_matvecs=num_matvecs,
+        deflated=known,
+    )
+
+
+def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the error of the quadrature in a mean over the probes, `extrapolated`; zero where the rules are exact.
+
+    Args:
+        density: whose rules.
+        value: the mean that all steps give.
+        sample: its value for one probe, from nodes and weights.
+    """
+    if density.num_steps is None:
+        return torch.zeros_like(value)
+    from_fewer = []
+    for share in COARSE_SHARES:
+        steps = max(int(share * density.num_steps), 1)
+        coarse = []
+        for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
+            nodes, weights = shortened(x, w.where(~of, 0), steps)
+            coarse.append(sample(torch.cat([nodes, x[of]]), torch.cat([weights, w[of]])))
+        from_fewer.append(torch.stack(coarse).mean(dim=0))
+    return extrapolated(value, from_fewer)
+
+
+def extrapolated(value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
+    """Return the error of a value from what each of `COARSE_SHARES` of the steps gives instead.
+
+    It is the larger of the two that errors of order steps^-2 would have to have.
+    """
+    changes = [(other - value).abs() / (share**-2 - 1) for other, share in zip(from_fewer, COARSE_SHARES, strict=True)]
+    return torch.stack(changes).amax(dim=0)
+
+
+def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:
+    """Return the converged eigenvalues, ascending, and their vectors."""
+    n = A.shape[0]
+    if deflate is None:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(n, 0, dtype=A.dtype, device=A.device)
+    if deflate.eigenvectors.shape[0] != n:
+        raise InputError(f"deflate holds eigenvectors of length {deflate.eigenvectors.shape[0]}, A has size {n}.")
+    values = deflate.eigenvalues[deflate.converged].double().cpu().flip(0)
+    return values, deflate.eigenvectors[:, deflate.converged].flip(1).to(A.dtype)
+
+
+def _mixture(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
+    """Return sum_k weights_k N(grid; nodes_k, sigma^2)."""
+    z = (grid[:, None] - nodes) / sigma
+    return (weights * torch.exp(-0.5 * z.square())).sum(dim=1) / (sigma * (2 * torch.pi) ** 0.5)

@@ -1,0 +1,1 @@
+"""Linear systems, least squares and trust-region subproblems."""

@@ -1,0 +1,1 @@
+"""The objective: model, loss and data as one function, and the checks that keep it one."""

@@ -1,0 +1,335 @@
+"""The self-check: is this objective one well-defined, twice differentiable function, and are its products right?
+
+Run once before anything expensive. It costs two gradients of the data and, on the first batch, two Hessian products
+and a few gradients, some of them of 16 examples only. Each finding names its cause and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.arguments import checked
+from curvature.autograd.guards import custom_functions
+from curvature.data.tensors import move_batch, tensors_in
+from curvature.engine.linearize import Linearization, walk
+from curvature.environment.autocast import full_precision
+from curvature.errors import CheckFailedError
+from curvature.losses.rules import AnyLoss
+from curvature.objective.coupling import describe_cuts, refuse_other_batches
+from curvature.objective.dependence import Dependence
+from curvature.objective.ranks import together
+
+if TYPE_CHECKING:
+    from curvature.objective.objective import Objective
+
+__all__ = ["CheckReport", "check_objective", "moving_module"]
+
+_KINKS = (  # stems of autograd nodes of functions with jumps in their first derivative
+    *("Abs", "AdaptiveMax", "Amax", "Amin", "Clamp", "Floor", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh"),
+    *("L1Loss", "LeakyRelu", "Max", "Median", "Min", "PreluKernel", "Relu", "Round", "RreluWithNoise", "Sign"),
+    *("Softshrink", "Sort", "Threshold", "Topk"),
+)
+_SINGLE_STEPS = (1e-3, 3e-3, 1e-4)  # steps tried in float32, relative to the norm of the parameters
+_HALF_STEPS = (3e-2, 1e-2, 3e-3)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the self-check found."""
+
+    passed: bool
+    messages: tuple[str, ...]
+    """One sentence a test, with its figure."""
+
+
+@together
+@full_precision
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+@checked
+def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
+    """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
+
+    Args:
+        objective: what to check; its kept graphs and the model are left as they are.
+        rtol: relative tolerance of the repeat, symmetry and loss-Hessian tests. Default: 100 sqrt(n) rounding errors,
+            at most 1e-2. The finite-difference tests have their own: 1e-4 in float64, 5e-2 in float32, 0.4 below.
+
+    Raises:
+        CheckFailedError: with the cause (which module, which function) and the remedy; also where kept graphs are of
+            a function that has changed since in a way that no look sees.
+        DataError: if the data differ from pass to pass, or batches do not count by what the loss divides by.
+    """
+    with _explained():
+        objective._freshness.check_kept()
+        found = _first_that_counts(objective)
+    if found is None:  # all data are on other ranks, which look at one batch each
+        return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol),))
+    lin, batch = found
+    eps = _working_precision(lin, objective)
+    tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
+    messages = [_repeats(objective, tolerance)]
+    with _explained():
+        messages.append(_symmetric(lin, objective, tolerance))
+        messages += _differences(lin, objective, batch, eps)
+        if objective.closed_form_loss:
+            messages.append(_output_hessian(lin, objective, tolerance))
+    messages.append(describe_cuts(objective, batch))
+    return CheckReport(True, tuple(messages))
+
+
+def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None:
+    """Return the first batch of this rank in which a target counts."""
+    for batch in objective.batches():
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        if lin.weight != 0:
+            return lin, batch
+    return None
+
+
+# -- repeatability ----------------------------------------------------------------------------------------------------
+
+
+def _repeats(objective: Objective, tolerance: float) -> str:
+    (loss, gradient), (loss_again, gradient_again) = _fresh_pass(objective), _fresh_pass(objective)
+    changes = _relative(loss, loss_again), _relative(gradient, gradient_again)
+    change = max(changes)
+    if not all(c <= tolerance for c in changes):  # nor NaN
+        raise CheckFailedError(
+            f"two evaluations at the same parameters differ by {change:.1e} relative: {moving_module(objective)}"
+        )
+    return f"Loss and gradient repeat to {change:.1e}."
+
+
+def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
+    dependence = Dependence(objective._dependence.whole)
+
+    def parts() -> Iterator[tuple[float, Tensor]]:
+        for index, _, batch in objective._data:
+            lin = Linearization(objective._evaluator, objective.space, move_batch(batch, objective.device), index)
+            refuse_other_batches(objective, lin)
+            dependence.note(lin)
+            yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
+        dependence.require(objective._evaluator)
+
+    mean = objective._mean(parts())
+    return mean[0], mean[1:]
+
+
+def moving_module(objective: Objective) -> str:
+    """Name the first module whose output differs between two runs although its inputs do not."""
+    batch = next(iter(objective.batches()))
+    first, second = _trace(objective, batch), _trace(objective, batch)
+    for (name, kind, inputs, outputs), (_, _, inputs_again, outputs_again) in zip(first, second, strict=False):
+        if _alike(inputs, inputs_again) and not _alike(outputs, outputs_again):
+            return (
+                f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers "
+                "outside torch "
+                "(numpy, random) or changes its own state in forward; make it deterministic (dropout and other torch "
+                "random numbers "
+                "are replayed, and buffers are guarded), or call model.eval()."
+            )
+    return (
+        "every module repeats, so the loss, the forward function or the data move. Make the loss free of random "
+        "numbers outside torch, "
+        "and pass list(loader) to work on one fixed draw of the data."
+    )
+
+
+def _trace(objective: Objective, batch: Any) -> list[tuple[str, str, list[Tensor], list[Tensor]]]:
+    calls: list[tuple[str, str, list[Tensor], list[Tensor]]] = []
+    handles = []
+    for name, module in objective.model.named_modules():
+        if any(module.children()):
+            continue
+
+        def record(m: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
+            copies = [[t.detach().clone() for t in tensors_in(part)] for part in (inputs, outputs)]
+            calls.append((name, type(m).__name__, copies[0], copies[1]))
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        Linearization(objective._evaluator, objective.space, batch, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _alike(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    return len(xs) == len(ys) and all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+# -- second derivative ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn torch's refusal to differentiate twice into an error that says what the user can do."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, CheckFailedError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckFailedError(
+            f"the model has no second derivative by autograd: {reason} Replace that operation by a twice "
+            "differentiable one, or work "
+            "with the Gauss-Newton matrix where only the loss is concerned."
+        ) from error
+
+
+def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> str:
+    u, v = _probes(objective)
+    Hu, Hv = lin.hvp(torch.stack([u, v]))
+    gap = float(
+        (u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny)
+    )
+    if not gap <= tolerance:
+        raise CheckFailedError(
+            f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward "
+            "formula is wrong. "
+            f"{_custom_functions(lin)}"
+        )
+    return f"The Hessian is symmetric to {gap:.1e}."
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Central differences along one unit direction v, beside what they should be."""
+
+    slope_error: float
+    """|difference of the loss - g'v| beyond rounding, over |g|."""
+    curve_error: float
+    """|difference of the gradient - Hv| over the larger of the two."""
+    drowned: bool
+    """Whether the difference of the gradient is no larger than its own rounding."""
+
+
+def _difference(lin: Linearization, objective: Objective, batch: Any, eps: float, step: float) -> _Difference:
+    v = _probes(objective)[0]
+    v = v / v.norm()
+    g, Hv = lin.gradient(), lin.hvp(v[None])[0]
+    half = step * max(1.0, float(objective.space.current().norm()))
+    (loss_up, g_up), (loss_down, g_down) = (_shifted(objective, batch, sign * half * v) for sign in (1.0, -1.0))
+    slope, curve = (loss_up - loss_down) / (2 * half), (g_up - g_down) / (2 * half)
+    rounding = eps / (2 * half)  # of a difference, relative to what is subtracted
+    gap = abs(float(slope - g @ v)) - 20 * rounding * abs(float(lin.loss))
+    return _Difference(
+        slope_error=0.0 if gap <= 0 else gap / max(float(g.norm()), torch.finfo(g.dtype).tiny),
+        curve_error=_relative(curve, Hv),
+        drowned=all(float(part.norm()) <= 30 * rounding * float(g.norm()) for part in (curve, Hv)),
+    )
+
+
+def _differences(lin: Linearization, objective: Objective, batch: Any, eps: float) -> list[str]:
+    """Compare g'v with differences of the loss, and Hv with differences of the gradient, along one random direction."""
+    double, single = eps < 1e-12, eps < 1e-6
+    tolerance = 1e-4 if double else 5e-2 if single else 0.4  # in half precision differences see gross errors only
+    steps = (eps ** (1 / 3),) if double else _SINGLE_STEPS if single else _HALF_STEPS
+    found = [_difference(lin, objective, batch, eps, step) for step in steps]
+    slope_error = min((d.slope_error for d in found if not math.isnan(d.slope_error)), default=math.nan)
+    curve_errors = [d.curve_error for d in found if not d.drowned]
+    curve_error = min((error for error in curve_errors if not math.isnan(error)), default=math.nan)
+    if not slope_error <= tolerance:
+        raise CheckFailedError(
+            f"the gradient is not the derivative of the loss (off by {slope_error:.1e} of its norm along a random "
+            f"direction). {_custom_functions(lin)}"
+        )
+    agreement = f"{slope_error:.1e}" if slope_error > 0 else "rounding"
+    message = f"The gradient agrees with differences of the loss to {agreement}."
+    kink = _first_kink(lin)
+    if kink is not None:
+        reason = f"{kink} has kinks, where they measure jumps instead"
+    elif not curve_errors:
+        reason = "they drown in the rounding of the model's dtype"
+    elif not curve_error <= tolerance:
+        raise CheckFailedError(
+            f"H v differs from differences of the gradient by {curve_error:.1e} relative: the second derivative is "
+            f"wrong. {_custom_functions(lin)}"
+        )
+    else:
+        return [message, f"H v agrees with differences of the gradient to {curve_error:.1e}."]
+    return [message, f"Differences of the gradient are no test here: {reason}."]
+
+
+def _shifted(objective: Objective, batch: Any, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of batch 0 at theta + shift; the parameters' own storage is not written to."""
+    steps = objective.space.to_dict(shift)
+    tensors = objective.space.tensors
+    originals = {name: t.data for name, t in tensors.items()}
+    try:
+        for name, t in tensors.items():
+            t.data = (originals[name].to(shift.dtype) + steps[name]).to(t.dtype)
+        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        return lin.loss.to(shift.dtype), lin.gradient()
+    finally:
+        for name, t in tensors.items():
+            t.data = originals[name]
+
+
+def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) -> str:
+    """Compare the closed form of the loss Hessian on the outputs with double backward on the loss alone."""
+    outputs, targets = lin.outputs_and_targets()
+    rule = objective._rule
+    assert rule is not None
+    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+    closed = rule.output_hessian(outputs, targets)(u)
+    by_autograd = AnyLoss(rule.loss, rule.reduction).output_hessian(outputs, targets)(u)
+    gap = _relative(closed.to(by_autograd.dtype), by_autograd)
+    if not gap <= max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
+        raise CheckFailedError(
+            f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a "
+            "bug."
+        )
+    return f"The closed form of the loss Hessian agrees with autograd to {gap:.1e}."
+
+
+def _probes(objective: Objective) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(2, objective.num_params, generator=generator, dtype=torch.float64).to(
+        objective.device, objective.dtype
+    )
+    return u, v
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
+
+
+# -- what the graph is made of ----------------------------------------------------------------------------------------
+
+
+def _working_precision(lin: Linearization, objective: Objective) -> float:
+    """Return the rounding error of the narrowest dtype in the graph, which may be narrower than the parameters'."""
+    dtypes = {t.dtype for t in objective.space.tensors.values()}
+    dtypes |= {
+        entry.dtype
+        for node in walk([lin.graph_root()])
+        for entry in node._input_metadata
+        if entry.dtype.is_floating_point
+    }
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _first_kink(lin: Linearization) -> str | None:
+    names = sorted({node.name() for node in walk([lin.graph_root()])})
+    stems = {name: name.rstrip("0123456789").removesuffix("Backward") for name in names}
+    return next((name for name, stem in stems.items() if stem.startswith(_KINKS)), None)
+
+
+def _custom_functions(lin: Linearization) -> str:
+    customs = custom_functions([lin.graph_root()])
+    if customs:
+        names = ", ".join(customs)
+        return (
+            f"First suspects are the custom autograd functions {names}; check them with torch.autograd.gradgradcheck."
+        )
+    return "The graph holds torch's own functions only; check with torch.autograd.gradgradcheck and please report it."

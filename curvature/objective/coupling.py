@@ -1,0 +1,391 @@
+"""Are the examples of a batch functions of their own? Found by cutting a batch in two.
+
+With l a loss that is a mean over what a batch S counts, w that number, and A and B the two parts of S,
+
+    w_S l_S = w_A l_A + w_B l_B
+
+in value and gradient, unless the model or the loss compares examples (batch statistics, contrastive losses, rankings),
+or w is not what the loss divides by (masks or class weights of its own). No list of such layers and losses is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvature.autograd.backward import no_autocast, pull_back, walk
+from curvature.data.parts import take, ways_to_cut
+from curvature.data.tensors import move_batch
+from curvature.engine.evaluation import Evaluation, Evaluator
+from curvature.errors import CurvatureError, DataError
+from curvature.losses.weights import fit_of_loss
+from curvature.objective.steady_draws import SteadyDraws
+
+if TYPE_CHECKING:
+    from curvature.engine.linearize import Linearization
+    from curvature.objective.objective import Objective
+
+__all__ = ["Cuts", "Verdict", "cut_in_two", "describe_cuts", "refuse_coupling", "refuse_other_batches", "refuse_pieces"]
+
+_MOST = 16  # examples that a batch is tested on
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What cutting a batch showed.
+
+    Attributes:
+        coupled: why its examples are not functions of their own; None if they are.
+        weights: why the parts do not count as much as the loss has them count; None if they do.
+        gap: largest relative difference between the batch and the sum of its parts.
+        refused: whether the reason is that a part could not be evaluated.
+    """
+
+    coupled: str | None = None
+    weights: str | None = None
+    gap: float = 0.0
+    refused: bool = False
+
+    @property
+    def problem(self) -> str | None:
+        return self.coupled or self.weights
+
+
+def refuse_other_batches(objective: Objective, lin: Linearization) -> None:
+    """Refuse data whose batches change from pass to pass, or are cut, where that makes another function.
+
+    Raises:
+        DataError: with the reason and the remedy.
+    """
+    data = objective._data
+    refuse_pieces(objective)
+    if data.shuffles and lin.drew_random_numbers:
+        raise DataError(
+            "the loader shuffles and dropout masks are fixed by batch: every pass would be another function. Pass a "
+            "loader with shuffle=False, list(loader), or call model.eval()."
+        )
+    if data.regroups:
+        verdict = objective._cuts.verdict(objective._evaluator, lin._batch, lin.index, any_way=True)
+        if verdict.coupled is not None:
+            raise DataError(
+                f"the loader shuffles and {verdict.coupled}: every pass would be another function. Pass a loader with "
+                "shuffle=False, list(loader), or, if that comes from batch statistics, call model.eval()."
+            )
+    if objective._rule is None and objective._evaluator.weight is None and lin.index == 1:
+        verdict = objective._cuts.verdict(objective._evaluator, lin._batch, lin.index, any_way=True)
+        if verdict.weights is not None:
+            raise _unknown_weights(verdict.weights)
+
+
+def refuse_pieces(objective: Objective) -> None:
+    """Refuse micro_batch= where pieces of a batch do not add up to it; call it once a batch was read.
+
+    Raises:
+        DataError: with the reason and the remedy.
+    """
+    if objective._micro_batch is None or objective._data.sample is None:
+        return
+    verdict = objective._cuts.verdict(objective._evaluator, move_batch(objective._data.sample, objective.device), 0)
+    if verdict.coupled is not None:
+        raise DataError(
+            f"micro_batch= would change the loss: {verdict.coupled}. Leave micro_batch= out or, if that comes from "
+            "batch statistics, call model.eval()."
+        )
+    if verdict.weights is not None:
+        raise DataError(
+            f"micro_batch= would change the loss: {verdict.weights}. Pass weight= (batch -> number, what the loss of "
+            "that batch divides by), or leave micro_batch= out."
+        )
+
+
+def refuse_coupling(objective: Objective, batch: Any, index: int) -> None:
+    """Refuse to take the examples of a batch one by one where they are not functions of their own.
+
+    Raises:
+        DataError: with the reason and the remedy.
+    """
+    verdict = objective._cuts.verdict(objective._evaluator, batch, index, of_examples=True)
+    if verdict.coupled is not None:
+        raise DataError(
+            f"no example has a gradient of its own: {verdict.coupled}. If that comes from batch statistics, call "
+            "model.eval() first."
+        )
+    if verdict.weights is not None:
+        raise DataError(
+            f"the share of each example in the loss is not known: {verdict.weights}. Use one of torch's losses, whose "
+            "shares are, or a mean over examples that count alike."
+        )
+
+
+def describe_cuts(objective: Objective, batch: Any) -> str:
+    """Cut a batch at several places and return what that shows in a sentence.
+
+    Raises:
+        DataError: if several batches count by something else than their loss divides by.
+    """
+    verdicts = [cut_in_two(objective._evaluator, batch, 0, share) for share in (0.5, 0.25, 0.8)]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    if not known:
+        return "The first batch holds one example, or has no gradient: it was not cut in two."
+    coupled = next((verdict.coupled for verdict in known if verdict.coupled is not None), None)
+    if coupled is not None:
+        return f"Per-example quantities, micro_batch= and new batches at each pass are refused: {coupled}."
+    weights = next((verdict.weights for verdict in known if verdict.weights is not None), None)
+    if weights is None:
+        gap = max(verdict.gap for verdict in known)
+        return f"Cut in two, a batch's loss and gradient are those of its parts to {gap:.1e}."
+    if objective._evaluator.weight is None and objective.num_batches != 1:
+        raise _unknown_weights(weights)
+    return f"Batches of other content would not count as their loss does: {weights}."
+
+
+def _unknown_weights(why: str) -> DataError:
+    return DataError(
+        f"how much each batch counts is not known: {why}. Pass weight= (batch -> number, what the loss of that batch "
+        "divides by) to the objective."
+    )
+
+
+class Cuts:
+    """Verdicts on an objective, one for each mode of its model."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[bool, ...], Verdict] = {}
+
+    def forget(self) -> None:
+        """Cut anew at the next use: model, loss or data have changed."""
+        self._found.clear()
+
+    def verdict(
+        self, evaluator: Evaluator, batch: Any, index: int, *, of_examples: bool = False, any_way: bool = False
+    ) -> Verdict:
+        """Cut a batch in two, once for a mode of the model. Cost: two gradients of at most 16 examples.
+
+        A batch of one example tells nothing and is not remembered.
+
+        Args:
+            evaluator: of the objective.
+            batch: on the device of the parameters.
+            index: its place in the data.
+            of_examples: count by the loss's own terms, whatever whole batches are said to count by `weight=`.
+            any_way: examples may lie otherwise than along the first dimension of the first tensor.
+        """
+        of_examples = of_examples and evaluator.weight is not None
+        key = (of_examples, any_way, *(module.training for module in evaluator.model.modules()))
+        if key not in self._found:
+            if of_examples:
+                evaluator = copy.copy(evaluator)
+                evaluator.weight = None
+            verdict = cut_in_two(evaluator, batch, index, any_way=any_way)
+            if verdict is None:
+                return Verdict()
+            self._found[key] = verdict
+        return self._found[key]
+
+
+def cut_in_two(
+    evaluator: Evaluator, batch: Any, index: int, share: float = 0.5, *, any_way: bool = True
+) -> Verdict | None:
+    """Compare a batch, or some of its examples, with its two parts; None if it holds one example.
+
+    Args:
+        evaluator: of the objective.
+        batch: on the device of the parameters.
+        index: its place in the data.
+        share: of the examples in the first part, whose number is made odd, lest pairs stay together.
+        any_way: try all ways in which the batch may hold examples; else the likeliest.
+    """
+    evaluator = copy.copy(evaluator)
+    evaluator.batch_weights = None  # parts are no batches
+    found: list[Verdict] = []
+    for count, whole in itertools.islice(ways_to_cut(batch), None if any_way else 1):
+        for size in dict.fromkeys((min(count, _MOST), count)):  # all of them, where some have nothing to tell
+            if size < 2:
+                continue
+            rows = [i * count // size for i in range(size)]
+            at = max(1, min(size - 1, int(share * size)))
+            at -= at > 2 and at % 2 == 0
+            for place in dict.fromkeys((at, size - 1, 1)):
+                pieces = [take(whole, part, count) for part in (rows, rows[:place], rows[place:])]
+                verdict = _compare(evaluator, pieces, index)
+                if verdict is None or not verdict.refused:
+                    break
+            if verdict is not None:
+                found.append(verdict)
+                break
+        if found and found[-1].problem is None:
+            return found[-1]
+    return found[0] if found else None
+
+
+# -- one cut ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    evaluation: Evaluation
+    gradient: Tensor
+    eps: float
+
+
+def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict | None:
+    """Return what three batches, the last two of which are the first, say; None where all is zero."""
+    try:
+        whole, *parts = _evaluated(evaluator, pieces, index, None)
+        if whole.evaluation.drew_random_numbers:
+            whole, *parts = _evaluated(evaluator, pieces, index, SteadyDraws)
+    except CurvatureError as error:
+        return Verdict(coupled=f"a part of a batch cannot be evaluated alone: {error}", refused=True)
+    except Exception as error:  # whatever the model or the loss raises
+        reason = " ".join(str(error).split())[:200]
+        return Verdict(coupled=f"the model does not run on a part of a batch ({reason})", refused=True)
+    everything = (whole, *parts)
+    eps = max(part.eps for part in everything)
+    weights = [part.evaluation.weight for part in everything]
+    if evaluator.rule is not None and evaluator.rule.reduction == "sum" and evaluator.weight is None:
+        additive = True
+    else:
+        additive = abs(weights[0] - weights[1] - weights[2]) <= 1e-6 * sum(weights)
+    losses = [_counted(w, part.evaluation.loss.detach().double()) for w, part in zip(weights, everything, strict=True)]
+    gradients = [_counted(w, part.gradient) for w, part in zip(weights, everything, strict=True)]
+    of_loss = _gap(losses)
+    of_gradient = _gap(gradients)
+    if of_loss is None and of_gradient is None:
+        return None
+    gap = max(value for value in (of_loss, of_gradient, 0.0) if value is not None)
+    close = (of_loss is None or of_loss <= min(200 * eps, 0.05)) and (of_gradient is None or of_gradient <= eps**0.5)
+    if close and additive:
+        return Verdict(gap=gap)
+    return _explain(evaluator, everything, eps, gap)
+
+
+def _counted(weight: float, value: Tensor) -> Tensor:
+    return weight * value if weight != 0 else torch.zeros_like(value)
+
+
+def _gap(values: Sequence[Tensor]) -> float | None:
+    """Return |S - A - B| / (|S| + |A| + |B|), infinite for NaN; None where all is zero."""
+    largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in values)
+    if largest == 0:
+        return None
+    whole, first, second = (value.double() / largest for value in values)  # squares might overflow
+    gap = float((whole - first - second).norm() / (whole.norm() + first.norm() + second.norm()))
+    return gap if gap == gap else float("inf")
+
+
+def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: float) -> Verdict:
+    """Tell the model from the loss, by the outputs: is the model coupled, the loss, or are the weights not the loss's?
+
+    Near a minimum losses and gradients may drown in rounding, which the outputs do not.
+    """
+    moved = "losses and gradients of a batch are not those of its parts together"
+    rule = evaluator.rule
+    outputs = [part.evaluation.outputs for part in parts if isinstance(part.evaluation.outputs, Tensor)]
+    if rule is None:
+        return _explain_scalar(parts, eps, Verdict(coupled=f"{moved} ({gap:.1e} relative)", gap=gap))
+    if len(outputs) != len(parts) or not all(z.ndim > 0 for z in outputs):
+        return Verdict(coupled=f"{moved} ({gap:.1e} relative)", gap=gap)
+    whole, first, second = outputs
+    if len(whole) != len(first) + len(second) or whole.shape[1:] != first.shape[1:]:
+        return Verdict(coupled="the outputs of a batch are not those of its parts, one after another", gap=gap)
+    joined = torch.cat([first.detach(), second.detach()])
+    of_outputs = _gap([whole.detach(), joined, torch.zeros_like(joined)]) or 0.0
+    if not of_outputs <= min(1e3 * eps, 0.05):
+        return Verdict(
+            coupled=f"the model couples the examples of a batch (alone, their outputs differ by {of_outputs:.1e})",
+            gap=gap,
+        )
+    u = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0)).to(whole)
+    pulled = [
+        _flat(evaluator, _pulled(evaluator, z, v))
+        for z, v in zip(outputs, (u, *u.split([len(first), len(second)])), strict=True)
+    ]
+    of_jacobian = _gap(pulled) or 0.0
+    if not of_jacobian <= eps**0.5:
+        return Verdict(
+            coupled=f"the model couples the examples of a batch in its derivatives ({of_jacobian:.1e} relative)",
+            gap=gap,
+        )
+    targets = [part.evaluation.targets for part in parts]
+    fit = fit_of_loss(rule, outputs, targets)
+    if fit.kind == "coupled":
+        return Verdict(coupled=f"the loss compares the examples of a batch ({fit.message})", gap=gap)
+    if fit.kind == "weights":
+        return Verdict(weights=fit.message, gap=gap)
+    if evaluator.weight is not None:
+        weights = [part.evaluation.weight for part in parts]
+        shares = [rule.num_terms(z, t) for z, t in zip(outputs, targets, strict=True)]
+        if shares[0] and not abs(weights[1] * shares[0] - shares[1] * weights[0]) <= 1e-6 * weights[0] * shares[0]:
+            return Verdict(
+                weights=f"weight= gives a batch {weights[0]:g} and its parts {weights[1]:g} and {weights[2]:g}, where "
+                f"the loss counts {shares[0]:g}, {shares[1]:g} and {shares[2]:g} terms",
+                gap=gap,
+            )
+    return Verdict(gap=gap)
+
+
+def _explain_scalar(parts: Sequence[_Part], eps: float, otherwise: Verdict) -> Verdict:
+    """Say so, if the batch's loss is a mean of those of its parts, with other weights."""
+    whole, *both = (part.gradient.double() for part in parts)
+    basis = torch.stack(both, dim=1)
+    shares = torch.linalg.lstsq(basis, whole[:, None], driver="gelsd" if basis.device.type == "cpu" else None).solution
+    values = [float(part.evaluation.loss.detach()) for part in parts]
+    tolerance = 10 * eps**0.5
+    first, second = shares.flatten().tolist()
+    fits = float((basis @ shares - whole[:, None]).norm()) <= tolerance * float(whole.norm())
+    mean = abs(values[0] - first * values[1] - second * values[2]) <= tolerance * sum(map(abs, values))
+    if not (fits and mean and abs(first + second - 1) <= tolerance):
+        return otherwise
+    counted = [part.evaluation.weight for part in parts]
+    return Verdict(
+        weights=f"of a batch's loss {100 * first:.3g} % come from the part that was counted as "
+        f"{100 * counted[1] / counted[0] if counted[0] else 0:.3g} % of it",
+        gap=otherwise.gap,
+    )
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def _evaluated(evaluator: Evaluator, pieces: Sequence[Any], index: int, noise: Callable[[], Any] | None) -> list[_Part]:
+    return [_evaluate(evaluator, piece, index, noise) for piece in pieces]
+
+
+def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], Any] | None) -> _Part:
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
+        with contextlib.nullcontext() if noise is None else noise():
+            evaluation = evaluator.evaluate(piece, index)
+        loss = evaluation.loss
+        with no_autocast(loss.device):
+            gradients = (
+                pull_back([loss], evaluator.parameters) if loss.requires_grad else [None] * len(evaluator.parameters)
+            )
+    dtypes = {p.dtype for p in evaluator.parameters} | {
+        entry.dtype for node in walk([loss.grad_fn]) for entry in node._input_metadata if entry.dtype.is_floating_point
+    }
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if evaluator.allow_tf32 and loss.device.type == "cuda":
+        eps = max(eps, 2.0**-11)
+    return _Part(evaluation, _flat(evaluator, gradients), eps)
+
+
+def _pulled(evaluator: Evaluator, outputs: Tensor, vector: Tensor) -> Sequence[Tensor | None]:
+    if not outputs.requires_grad:
+        return [None] * len(evaluator.parameters)
+    with evaluator.backward_session(), torch.enable_grad(), no_autocast(outputs.device):
+        return pull_back([outputs], evaluator.parameters, [vector])
+
+
+def _flat(evaluator: Evaluator, gradients: Sequence[Tensor | None]) -> Tensor:
+    parts = [
+        torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, evaluator.parameters, strict=True)
+    ]
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    return torch.cat([part.reshape(-1).to(wide) for part in parts])

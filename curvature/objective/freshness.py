@@ -1,0 +1,360 @@
+"""Is the function still the one that the graphs were built at?
+
+`Freshness.look()` takes in all that can be seen without evaluating anything: contents of parameters, buffers and other
+tensors, Python state of the modules and of what the objective calls, batches in memory. Two looks are compared entry by
+entry. What cannot be seen (state behind a compiled function, random numbers from outside torch) shows in values only:
+now and then a batch is evaluated once more, and always before an answer made of many products is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from curvature.autograd.lean import LeanLayers
+from curvature.data.tensors import tensors_in
+from curvature.environment.lock import one_at_a_time
+from curvature.environment.one_matrix import in_use, note_use
+from curvature.errors import CheckFailedError
+from curvature.fingerprints.contents import Contents
+from curvature.fingerprints.digest import version
+from curvature.fingerprints.python_state import Key, PythonState
+from curvature.objective.dependence import Dependence
+
+if TYPE_CHECKING:
+    from curvature.engine.linearize import Linearization
+    from curvature.objective.objective import Objective
+
+__all__ = ["Freshness"]
+
+_DATA_ENTRIES = 2**12  # of batches in memory that are looked at, in stripes; writes that autograd counts are all seen
+_SHARE = 0.02  # of the time between them, what evaluating a batch once more may take ...
+_LOOKS = 0.03  # ... and looks within one run, which looks again before its answer is returned
+_MOVED = "something that cannot be seen from outside (a loss, forward or model whose results changed)"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen."""
+
+    state: PythonState
+    loader: PythonState
+    """What makes the batches, where these are not in memory."""
+    contents: Contents
+    others: list[tuple[int, int]]
+    """Ids and versions of parameters that no module holds; `contents` keeps them alive."""
+    data: Contents
+    sources: list[Any]
+    """Batches in memory and their tensors, or what makes batches; known by their ids, and kept alive for it."""
+
+    def stands(self, sources: list[Any]) -> bool:
+        """Say whether another look would see the same; False where only that look can tell."""
+        same = len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources))
+        parts = (self.state.stands, self.loader.stands, self.contents.stand, self.data.stand)
+        return same and all(stands() for stands in parts)
+
+
+@dataclass(frozen=True)
+class _Witness:
+    """A batch and what it gave when it was first evaluated at this point."""
+
+    batch: Any
+    index: int
+    loss: Tensor
+    outputs: Any
+    lean: LeanLayers
+
+
+class Freshness:
+    """Holds an objective to its present point: graphs of another one are dropped, and no answer mixes two.
+
+    Args:
+        objective: whose model, loss, data and parameters are watched.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._latest: Look | None = None
+        self._volatile: set[Key] = set()
+        self._ref = weakref.ref(objective)  # no cycle, so that graphs are freed with the objective
+        self._forget()
+
+    @property
+    def _objective(self) -> Objective:
+        objective = self._ref()
+        assert objective is not None
+        return objective
+
+    def _forget(self) -> None:
+        self._point: Look | None = None
+        self._volatile.clear()
+        self._losses: dict[int, tuple[int, Tensor]] = {}
+        self._witness: _Witness | None = None
+        self._checked, self._cost = time.perf_counter(), 0.0
+        self._turn = 0
+        self._looked, self._look_cost = -math.inf, 0.0
+        self._versions: tuple[int, ...] = ()
+
+    # -- at the ends of a walk over the data --------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Drop what belongs to another point; to be called before each walk.
+
+        Raises:
+            CheckFailedError: if the point moved although a run of products with one matrix goes on.
+        """
+        recent = in_use(self) and time.perf_counter() - self._looked < self._look_cost / _LOOKS
+        if recent and self._versions == self._present_versions():
+            return
+        with one_at_a_time:
+            self._enter()
+        note_use(self)
+
+    def _enter(self) -> None:
+        start = time.perf_counter()
+        now = self.look()
+        self._looked = time.perf_counter()
+        self._look_cost, self._versions = self._looked - start, self._present_versions()
+        what = [] if self._point is None else self._changes(self._point, now)
+        if what:
+            self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
+        elif len(self._objective._kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:
+            self._repeat()
+        if self._point is None:
+            self._objective._space.verify()
+            self._point = now
+
+    def _present_versions(self) -> tuple[int, ...]:
+        return tuple(version(t) for t in self._objective._space.tensors.values())
+
+    def built(self, lin: Linearization, mark: int) -> None:
+        """Compare a batch that was evaluated anew with what it gave before at this point."""
+        if self._witness is None:
+            self._witness = _witness_of(lin, keep_outputs=False)
+        known = self._losses.get(lin.index)
+        if known is None or known[0] != mark:
+            self._losses[lin.index] = (mark, lin.loss)
+        elif lin.weight != 0 and not _agree(known[1], lin.loss, _scale_of(lin)):
+            if not self._agrees(_witness_of(lin, keep_outputs=True), recorded=True):
+                self._refuse_noise()
+            mixed = lin.index > 0
+            self._move([_MOVED])
+            self.enter()
+            self._losses[lin.index] = (mark, lin.loss)
+            if mixed:  # batches of this walk were those of before
+                raise CheckFailedError(f"{_MOVED} during a walk over the data; call again.")
+
+    def leave(self) -> None:
+        """Learn, after a walk in which graphs were built, what evaluating the model changes by itself."""
+        if self._point is None:
+            return
+        with one_at_a_time:
+            after = self.look()
+        self._volatile |= after.state.changes(self._point.state) | after.loader.changes(self._point.loader)
+        if self._changes(self._point, after):  # a forward pass that writes to parameters
+            self._point = after
+            self._objective.release()
+
+    def confirm(self) -> None:
+        """Look once more, and evaluate a batch once more, before an answer made of many products is returned.
+
+        Raises:
+            CheckFailedError: if anything moved.
+            DataError: if a loader gives other data.
+        """
+        if self._ref() is None or self._point is None:
+            return
+        with one_at_a_time:
+            what = self._changes(self._point, self.look())
+            if what:
+                self._move(what, mixed=True)
+            self._objective._data.confirm()
+            self._repeat(mixed=True)
+
+    def check_kept(self) -> None:
+        """Evaluate every batch whose graph is kept once more, unless a look tells already that graphs will be dropped.
+
+        Raises:
+            CheckFailedError: if one of them gives something else.
+        """
+        with one_at_a_time:
+            if self._point is None or self._changes(self._point, self.look()):
+                return
+            for _ in range(len(self._objective._kept)):
+                self._repeat()
+                if self._point is None:
+                    raise CheckFailedError(
+                        f"{_MOVED} since graphs were built: products since then may be of the function as it was. "
+                        "The graphs are dropped; call again, and call objective.release() after each change of this "
+                        "kind."
+                    )
+
+    def point(self) -> object:
+        """Return an object that stands for the present point: the same one until anything changes."""
+        self.enter()
+        return self._point
+
+    def current(self) -> object:
+        """Return what `point` does as of the latest walk, without a look."""
+        return self.point() if self._point is None else self._point
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def look(self) -> Look:
+        """Take in what there is to be seen. Cost: little more than one read of the parameters."""
+        objective = self._objective
+        data = objective._data
+        batches: list[Any] = []
+        leaves: list[Tensor] = []
+        made_by: dict[str, Any] = {}
+        if data.in_memory:
+            batches = list(data._data)
+            leaves = [t for batch in batches for t in tensors_in(batch)]
+        elif isinstance(data._data, DataLoader):
+            made_by = {"dataset": data._data.dataset, "collate_fn": data._data.collate_fn}
+        else:
+            made_by = {"loader": data._data}
+        sources = [*batches, *leaves, *made_by.values()]
+        if self._latest is not None and self._latest.stands(sources):
+            return self._latest
+        evaluator = objective._evaluator
+        loss = None if objective._rule is None else objective._rule.loss
+        called = {"loss": loss, "forward": evaluator.forward, "weight": evaluator.weight}
+        state = PythonState(objective.model, called, self._volatile)
+        loader = PythonState(None, made_by, self._volatile)
+        met = {id(t) for t in state.parameters}
+        others = [t for t in objective.space.tensors.values() if id(t) not in met]
+        contents = Contents([*state.parameters, *others, *state.buffers])
+        if data.in_memory:
+            of_data = Contents(leaves, max(64, _DATA_ENTRIES // max(1, len(leaves))))
+        else:
+            of_data = Contents([*loader.parameters, *loader.buffers])
+        self._latest = Look(state, loader, contents, [(id(t), version(t)) for t in others], of_data, sources)
+        return self._latest
+
+    def _changes(self, before: Look, after: Look) -> list[str]:
+        """Say what differs, in words."""
+        if before is after:
+            return []
+        names = sorted({repr(str(name)) for _, name in after.state.changes(before.state) - self._volatile})
+        found = [*names[:3], "..."] if len(names) > 3 else names
+        if before.contents.found != after.contents.found or before.others != after.others:
+            found = ["values of parameters or buffers", *found]
+        same = before.data.found == after.data.found and before.data.places == after.data.places
+        same = same and [*map(id, before.sources)] == [*map(id, after.sources)]
+        if not same or after.loader.changes(before.loader) - self._volatile:
+            found.append("the data")
+        return found
+
+    # -- evaluating once more -----------------------------------------------------------------------------------------
+
+    def _repeat(self, *, mixed: bool = False) -> None:
+        kept = list(self._objective._kept)
+        if kept:
+            self._turn += 1
+            witness = _witness_of(kept[self._turn % len(kept)], keep_outputs=True)
+        elif self._witness is not None:
+            witness = self._witness
+        else:
+            return
+        start = time.perf_counter()
+        agrees = self._agrees(witness, recorded=False) or self._agrees(witness, recorded=True)
+        self._checked = time.perf_counter()
+        self._cost = self._checked - start
+        if agrees:
+            return
+        loss, outputs = self._evaluate(witness, recorded=True)
+        if not self._agrees(_Witness(witness.batch, witness.index, loss, outputs, witness.lean), recorded=True):
+            self._refuse_noise()
+        self._move([_MOVED], mixed=mixed)
+        self._point = None
+
+    def _agrees(self, witness: _Witness, *, recorded: bool) -> bool:
+        try:
+            loss, outputs = self._evaluate(witness, recorded=recorded)
+        except RuntimeError:
+            if recorded:
+                raise
+            return False  # a forward pass that differentiates in the parameters itself
+        scale = witness.loss.abs()
+        if isinstance(witness.outputs, Tensor) and isinstance(outputs, Tensor):
+            size = _size(witness.outputs)
+            if witness.outputs.shape != outputs.shape or not _agree(witness.outputs, outputs, size):
+                return False
+            scale = scale + size.to(scale)
+        return _agree(witness.loss, loss, scale)
+
+    def _evaluate(self, witness: _Witness, *, recorded: bool) -> tuple[Tensor, Any]:
+        """Evaluate a batch as its linearisation did, or without recording a graph; grad mode stays on for both."""
+        evaluator = self._objective._evaluator
+        with evaluator.session(evaluator.copy_buffers(), witness.lean.alike()):
+            try:
+                for p in evaluator.parameters:
+                    p.requires_grad_(recorded)
+                found = evaluator.evaluate(witness.batch, witness.index)
+            finally:
+                for p in evaluator.parameters:
+                    p.requires_grad_(True)
+        outputs = found.outputs
+        return found.loss.detach(), outputs.detach() if isinstance(outputs, Tensor) else None
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    def _move(self, what: list[str], *, mixed: bool = False, structure: bool = False) -> None:
+        objective = self._objective
+        in_run = mixed or in_use(self)
+        objective.release()
+        if structure or "the data" in what:  # what was proved of these modules and batches is to be proved again
+            for proof in (objective._trust, objective._cuts, objective._evaluator):
+                proof.forget()
+        if "the data" in what:
+            objective._data.reset()
+        objective._dependence, objective._total_weight = Dependence(objective._dependence.whole), None
+        self._forget()
+        if in_run:
+            raise CheckFailedError(
+                f"{', '.join(what)} changed while products with one matrix went on: the answer would mix two. Leave "
+                "model, loss and data as they are until the call returns."
+            )
+
+    def _refuse_noise(self) -> None:
+        from curvature.objective.check import moving_module
+
+        self._objective.release()
+        self._forget()
+        raise CheckFailedError(
+            f"two evaluations of one batch at the same parameters differ: {moving_module(self._objective)}"
+        )
+
+
+def _witness_of(lin: Linearization, *, keep_outputs: bool) -> _Witness:
+    outputs = lin._evaluation.outputs if keep_outputs else None
+    return _Witness(
+        lin._batch, lin.index, lin.loss, outputs.detach() if isinstance(outputs, Tensor) else None, lin._lean
+    )
+
+
+def _scale_of(lin: Linearization) -> Tensor:
+    outputs = lin._evaluation.outputs
+    size = lin.loss.abs()
+    return size + _size(outputs.detach()).to(size) if isinstance(outputs, Tensor) else size
+
+
+def _size(t: Tensor) -> Tensor:
+    return t.abs().max().nan_to_num() if t.numel() and not t.is_complex() else torch.zeros((), device=t.device)
+
+
+def _agree(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Say whether two results are equal up to rounding; what is not finite must be so in both."""
+    if a.dtype != b.dtype or torch.equal(a, b):
+        return a.dtype == b.dtype
+    eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+    tolerance = (100 if eps < 1e-6 else 4) * eps * float(scale.nan_to_num())
+    return bool(torch.isclose(a, b, rtol=0, atol=tolerance, equal_nan=True).all())

@@ -1,0 +1,381 @@
+"""The objective: a model, a loss and data as one twice differentiable function of the chosen parameters.
+
+    L(theta) = sum_b w_b l_b(theta) / sum_b w_b
+
+over the batches of the data. Everything else in the toolkit (operators, estimators, optimizers, analyses) sees a model
+only through this object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvature.arguments import checked
+from curvature.autograd.lean_trust import LeanTrust
+from curvature.data.batches import DataSource
+from curvature.data.tensors import move_batch, tensors_in
+from curvature.engine.evaluation import Evaluator, Forward
+from curvature.engine.kept_graphs import GraphBudget, KeptGraphs
+from curvature.engine.linearize import Linearization
+from curvature.environment.memory import tensor_bytes
+from curvature.errors import DataError, InputError
+from curvature.losses.rules import loss_rule
+from curvature.objective.arguments import check_arguments
+from curvature.objective.coupling import Cuts, refuse_other_batches, refuse_pieces
+from curvature.objective.dependence import Dependence
+from curvature.objective.freshness import Freshness
+from curvature.objective.ranks import RankAgreement, built_together, sum_of_parts
+from curvature.parameters import ParameterSpace, Selection
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from curvature.objective.check import CheckReport
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    """The weighted mean loss of a model over a data set, as a function of the chosen parameters.
+
+    Args:
+        model: any module that trains with ordinary autograd. It is neither copied nor changed.
+        loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the
+            objective is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar
+            itself.
+        data: one `(inputs, targets)` pair, a list of batches, or a loader that can be iterated again and again.
+        params: glob or list of globs over parameter or module names, module or list of modules, predicate
+            `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights count once.
+        forward: `forward(model, batch) -> (outputs, targets)`. Default: `(model(batch[0]), batch[1])`.
+        weight: `weight(batch) -> float`, how much a batch counts. Default: the number of loss terms (targets that are
+            not ignored, class weights included), which makes L independent of how the data are cut into batches.
+        device: where batches are moved. Default, and only choice that works: where the parameters are.
+        process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all
+            ranks. All ranks make the same calls; where one fails or differs, all of them raise.
+        keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
+            keeps as many as fit into `memory_budget`.
+        memory_budget: bytes that kept graphs may hold, those of `restrict` and `cut` included; the graph that is being
+            worked on comes on top. Default: half of what is free, below all limits of the process, as graphs grow.
+        micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph.
+        seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
+        allow_tf32: leave PyTorch's TF32 settings for GPUs as they are. By default products of float32 are computed in
+            float32 while graphs are built and applied: TF32 keeps 10 bits of the mantissa, an error of 1e-3.
+
+    Raises:
+        DataError: if the data are empty or can be walked only once.
+        ParameterSelectionError: if the selection matches nothing.
+        InputError: for arguments out of range or of the wrong kind.
+    """
+
+    _ranks: RankAgreement | None
+
+    @built_together
+    @checked
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | None,
+        data: Any,
+        *,
+        params: Selection | None = None,
+        forward: Forward | None = None,
+        weight: Callable[[Any], float] | None = None,
+        device: torch.device | str | None = None,
+        process_group: ProcessGroup | None = None,
+        keep_graphs: bool | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        allow_tf32: bool = False,
+    ) -> None:
+        check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
+        model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
+        self.model = model
+        self._space = ParameterSpace.from_model(model, params)
+        self.device = self._space.device
+        if device is not None and torch.empty(0, device=device).device != self.device:
+            raise InputError(
+                f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first."
+            )
+        self.process_group = process_group
+        self._rule = None if loss is None else loss_rule(loss)
+        self._evaluator = Evaluator(
+            model, self._rule, forward, weight, list(self._space.tensors.values()), seed, allow_tf32
+        )
+        self._data = DataSource(
+            data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
+        )
+        self._settings = {"loss": loss, "data": data, "forward": forward, "weight": weight}
+        self._settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
+        self._settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
+        self._micro_batch = micro_batch
+        self._kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
+        self._total_weight: float | None = None
+        self._dependence = Dependence()
+        self._trust = LeanTrust()
+        self._cuts = Cuts()
+        self._freshness = Freshness(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: no graphs, which are built again."""
+        if self.process_group is not None:
+            raise InputError("an objective with process_group= cannot be copied or pickled; build it on each rank.")
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_freshness")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        budget = GraphBudget(self._settings["memory_budget"], self.device)
+        self._kept = KeptGraphs(self._settings["keep_graphs"], budget)
+        self._freshness = Freshness(self)
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The chosen parameters: the tensors under their names in the model as it is now."""
+        if self._space.follow(self.model):
+            self._evaluator.parameters = list(self._space.tensors.values())
+        return self._space
+
+    @property
+    def num_params(self) -> int:
+        return self._space.num_params
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of vectors and results: float32 or wider, whatever the model's dtype."""
+        return self._space.dtype
+
+    @property
+    def num_batches(self) -> int | None:
+        """Number of batches (micro-batches, where they are cut); None before the first pass over a loader."""
+        return self._data.num_batches
+
+    @property
+    def total_weight(self) -> float:
+        """sum_b w_b: the number of loss terms, unless `weight=` says otherwise. Costs a pass if none was made yet."""
+        if self._total_weight is None:
+            self.loss()
+        assert self._total_weight is not None
+        return self._total_weight
+
+    @property
+    def may_keep_graphs(self) -> bool:
+        """Whether graphs are kept at all, as far as memory allows."""
+        return self._kept.keep is not False
+
+    @property
+    def keeps_all_graphs(self) -> bool:
+        """Whether every batch has its graph kept between products, as far as walks over the data have shown."""
+        return self.num_batches is not None and len(self._kept) == self.num_batches
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the loader was seen to yield its batches in another order."""
+        return self._data.shuffles
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the kept graphs hold at present."""
+        return self._kept.held_bytes
+
+    @property
+    def _budget(self) -> int:
+        """Bytes that kept graphs may hold at present."""
+        return self._kept.budget.num_bytes
+
+    @property
+    def has_split(self) -> bool:
+        """Whether model and loss are known apart, as the Gauss-Newton matrix and the Fisher need."""
+        return self._rule is not None
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the loss is known to be the negative log-likelihood of a distribution, as the Fisher needs."""
+        return self._rule is not None and self._rule.is_likelihood
+
+    @property
+    def closed_form_loss(self) -> bool:
+        """Whether the loss Hessian on the outputs is known in closed form."""
+        return self._rule is not None and self._rule.closed_form
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
+        notes = []
+        used = self._dependence.used
+        if used and len(used) < len(self._space.names):
+            unused = [name for i, name in enumerate(self._space.names) if i not in used]
+            notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
+        if self.num_batches is not None and len(self._kept) > 0:
+            of = (
+                f"{len(self._kept)} of {self.num_batches}"
+                if len(self._kept) < self.num_batches
+                else f"all {self.num_batches}"
+            )
+            notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
+        if any(lin.drew_random_numbers for lin in self._kept):
+            notes.append(
+                "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
+                "seed."
+            )
+        notes += self._trust.notes()
+        return tuple(notes)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def loss(self) -> Tensor:
+        """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
+        return self._mean(self._parts(self._linearised(), lambda lin: lin.loss.to(self.dtype)))
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of L, (n,). Cost: one gradient."""
+        return self.loss_and_gradient()[1]
+
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return L and its gradient (n,). Cost: one gradient."""
+        mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
+        return mean[0], mean[1:]
+
+    def restrict(self, selection: Selection) -> Objective:
+        """Return the objective as a function of some of the parameters only, over the same data."""
+        names = self.space.block(selection, self.model).parameters
+        chosen = {name: self.space.tensors[name] for name in names}
+        restricted = Objective(self.model, params=chosen, **self._settings)._sharing_with(self)
+        restricted._dependence = Dependence.of_some(self)
+        return restricted
+
+    def cut(self, micro_batch: int) -> Objective:
+        """Return the same function with its batches cut into pieces of at most so many examples.
+
+        It is the same where the loss of a batch is a mean over its examples; the first use refuses what couples them.
+        """
+        pieces = Objective(self.model, params=self.space.tensors, **{**self._settings, "micro_batch": micro_batch})
+        return pieces._sharing_with(self)
+
+    def _sharing_with(self, other: Objective) -> Objective:
+        """Return self, with what the other knows of lean layers and of cut batches, and its memory for graphs."""
+        self._trust, self._cuts = other._trust, other._cuts
+        self._kept = KeptGraphs(other._kept.keep, other._kept.budget)
+        return self
+
+    def check(self, *, rtol: float | None = None) -> CheckReport:
+        """Verify on this very model and data that products can be trusted; see `objective.check.check_objective`."""
+        from curvature.objective.check import check_objective
+
+        return check_objective(self, rtol=rtol)
+
+    # -- batches and graphs -------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches on the objective's device."""
+        for _, _, batch in self._data:
+            refuse_pieces(self)
+            yield move_batch(batch, self.device)
+
+    def linearizations(self) -> Iterator[Linearization]:
+        """Yield the linearised loss of every batch, from kept graphs where there are any.
+
+        A kept graph belongs to the point it was built at; when anything that the function is made of has changed, all
+        graphs are dropped and the operators are those of the present point (`curvature.objective.freshness`).
+
+        Raises:
+            CheckFailedError: if no batch depends on the parameters, or forward is found not to repeat.
+        """
+        self._dependence.refuse_shards(self._evaluator)
+        yield from self._linearised()
+        self._dependence.require(self._evaluator)
+
+    def _linearised(self) -> Iterator[Linearization]:
+        self._freshness.enter()
+        self._kept.begin_walk()
+        built = False
+        for index, mark, batch in self._walk():
+            lin = self._kept.find(index, mark)
+            if lin is None:
+                lin, built = self._linearization(index, mark, batch), True
+            yield lin
+            self._dependence.note(lin)
+            del lin  # before the next graph is built
+        if built:
+            self._freshness.leave()
+        self._kept.budget.tidy()
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        if not self.keeps_all_graphs:
+            yield from self._data
+            return
+        self._data.confirm()
+        yield from self._kept.batches()
+
+    def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
+        meter, own = self._kept.meter(index), move_batch(batch, self.device)
+        lin = Linearization(self._evaluator, self.space, own, index, trust=self._trust, meter=meter)
+        refuse_other_batches(self, lin)
+        self._freshness.built(lin, mark)
+        if meter is not None:
+            is_copy = own is not batch or not self._data.in_memory
+            self._kept.add(mark, own, lin, meter, sum(map(tensor_bytes, tensors_in(own))) if is_copy else 0)
+        return lin
+
+    def release(self) -> None:
+        """Drop the kept graphs and the memory they hold; the next product builds them again."""
+        self._kept.clear()
+
+    # -- reductions ---------------------------------------------------------------------------------------------------
+
+    def reduce(
+        self,
+        products: Callable[[Linearization], Tensor],
+        *,
+        observe: Callable[[int, float, Tensor], None] | None = None,
+        vectors: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks).
+
+        Args:
+            products: a tensor of one shape for every batch.
+            observe: told the place, weight and tensor of each of this rank's batches that count.
+            vectors: what is multiplied by; compared over ranks.
+        """
+        return self._mean(self._parts(self.linearizations(), products, observe), vectors)
+
+    @staticmethod
+    def _parts(
+        walk: Iterator[Linearization],
+        products: Callable[[Linearization], Tensor],
+        observe: Callable[[int, float, Tensor], None] | None = None,
+    ) -> Iterator[tuple[float, Tensor]]:
+        for lin in walk:
+            part = products(lin)
+            weight = lin.weight
+            if observe is not None and weight != 0:
+                observe(lin.index, weight, part)
+            del lin  # before the next graph is built
+            yield weight, part
+            del part
+
+    def _mean(self, parts: Iterator[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
+        """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
+        if self._ranks is None:
+            total, weight, unit = sum_of_parts(parts)
+            assert total is not None
+        else:
+            total, weight, unit = self._ranks.summed(self, lambda: sum_of_parts(parts), vectors)
+        if weight == 0:
+            raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
+        self._total_weight = weight
+        denominator = 1.0 if self.sums else weight
+        return total if unit == denominator else total * (unit / denominator)
+
+    @property
+    def sums(self) -> bool:
+        """Whether batches add up (reduction="sum") instead of being averaged."""
+        return self._rule is not None and self._rule.reduction == "sum" and self._evaluator.weight is None
+
+    def __repr__(self) -> str:
+        return f"Objective({type(self.model).__name__}, {self.num_params} parameters, {self.dtype}, {self.device})"

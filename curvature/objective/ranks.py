@@ -1,0 +1,372 @@
+"""Data-parallel sums: each rank holds its part of the data and all of the parameters.
+
+Before every sum the ranks compare what they are about to add up in one small collective: whether one of them failed,
+that they are at the same call, and that parameters, buffers, settings and vectors are alike. Where not, all of them
+raise; none waits for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvature.environment.lock import one_at_a_time
+from curvature.errors import DataError, RankError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from curvature.objective.objective import Objective
+
+__all__ = [
+    "RankAgreement",
+    "agree_on",
+    "built_together",
+    "content",
+    "failing_together",
+    "sum_of_parts",
+    "sum_over_ranks",
+    "text_digest",
+    "together",
+]
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_NONE = -(2**62)  # of a rank that has nothing to compare
+_FIELDS = ("failed", "call", "settings", "point", "vectors", "dtype", "ndim", "size 0", "size 1", "size 2", "size 3")
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_WIDTH = 4096
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # sums of 64 bits would drop high ones
+
+
+def sum_over_ranks(total: Tensor, weight: float, group: ProcessGroup) -> tuple[Tensor, float]:
+    """Return the sums of `total` and `weight` over the ranks of a group, alike on every rank. One collective."""
+    packed = torch.cat([total.reshape(-1), total.new_tensor([weight])])
+    if total.dtype == torch.float32:
+        packed = packed.double()  # a count above 2^24 would be rounded in float32
+        packed[-1] = weight
+    with _explained():
+        dist.all_reduce(packed, group=group)
+    return packed[:-1].view_as(total).to(total.dtype), float(packed[-1])
+
+
+def sum_of_parts(parts: Iterable[tuple[float, Tensor]]) -> tuple[Tensor | None, float, float]:
+    """Return (total, weight, unit): the sum of weight * part is total * unit; (None, 0, 1) if there is no part."""
+    total: Tensor | None = None
+    weight, unit, own = 0.0, 1.0, False
+    with one_at_a_time:
+        for w, part in parts:
+            weight += w
+            if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
+                part = torch.zeros_like(part)
+            if total is None:  # a single batch, the common case, is not scaled up and down again
+                total, unit = part, w if w != 0 else 1.0
+            elif own:
+                total.add_(part, alpha=w / unit)
+            else:
+                total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
+            del part
+    return total, weight, unit
+
+
+# -- digests ----------------------------------------------------------------------------------------------------------
+
+
+def text_digest(*values: Any) -> int:
+    """Return 61 bits of what values print as, alike in all processes."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 3
+
+
+def content(tensors: Iterable[Tensor]) -> int:
+    """Return 61 bits of the bits of tensors. Cost: two reads.
+
+    Sums of integers, exact and the same on every device: of the rows and of the columns of a matrix 4096 words wide,
+    each weighted by its place, so that permutations and moves that cancel show.
+    """
+    found = [part for t in tensors for part in _sums(t)]
+    if not found:
+        return 0
+    return text_digest(torch.stack([part.to("cpu") for part in found]).tolist())
+
+
+def _sums(t: Tensor) -> list[Tensor]:
+    t = t.detach()
+    if t.layout != torch.strided:
+        t = t.to_dense()
+    if t.numel() == 0:
+        return []
+    flat = t.reshape(-1).contiguous()
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    words = flat.view(_WORDS[flat.element_size()])
+    full = len(words) // _WIDTH * _WIDTH
+    parts = [words[:full].view(-1, _WIDTH)] if full else []
+    parts += [words[full:].view(1, -1)] if full < len(words) else []
+    sums = []
+    for part in parts:
+        for dim in (0, 1):
+            s = part.sum(dim, dtype=torch.int64)
+            places = torch.arange(1, 2 * len(s), 2, dtype=torch.int64, device=s.device)
+            sums.append((s * (places * 0x9E3779B97F4A7C1)).sum())
+    return sums
+
+
+def _point_digests(objective: Objective) -> dict[str, int]:
+    """Return the digests of all that the loss depends on beside the data: parameters, buffers, modes, the criterion."""
+    found: dict[str, int] = {}
+    for name, p in objective.model.named_parameters():
+        found[f"parameter {name!r}"] = content([p])
+    for path, module in objective.model.named_modules():
+        ignored = isinstance(module, nn.modules.batchnorm._NormBase) and module.training  # its statistics are not used
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not ignored:
+                found[f"buffer {'.'.join(filter(None, (path, name)))!r}"] = content([buffer])
+    found["training modes"] = text_digest([m.training for m in objective.model.modules()])
+    loss = None if objective._rule is None else objective._rule.loss
+    if isinstance(loss, functools.partial):
+        found["settings of the loss"] = _of_mapping(loss.keywords)
+    elif loss is not None and hasattr(loss, "__dict__"):
+        found["settings of the loss"] = _of_mapping({**vars(loss), **getattr(loss, "_buffers", {})})
+    return found
+
+
+def _of_mapping(values: Mapping[str, Any]) -> int:
+    plain = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, type(None)))}
+    return text_digest(sorted(plain.items()), content(v for v in values.values() if isinstance(v, Tensor)))
+
+
+# -- agreement --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of the backend: connections that broke, time that ran out
+        raise RankError(
+            "another rank of the process group ended, failed outside of this toolkit, or did not come to this call in "
+            f"time ({str(error).splitlines()[0][:200]}); all ranks must make the same calls. See what the others wrote."
+        ) from error
+
+
+class RankAgreement:
+    """Compares the ranks of an objective.
+
+    Raises:
+        RankError: on all ranks, where something differs, and where another rank failed.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        on_device = device.type == "cuda" and "nccl" in str(dist.get_backend(group))
+        self._device = device if on_device else torch.device("cpu")
+        self._point: tuple[Any, dict[str, int]] | None = None
+
+    def agree(
+        self,
+        call: str,
+        *,
+        settings: int | None = None,
+        point: Mapping[str, int] | None = None,
+        vectors: int | None = None,
+        total: Tensor | None = None,
+        error: Exception | None = None,
+    ) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Compare with the other ranks; return shape and dtype of what is to be added up, as some rank has it."""
+        digest = None if point is None else text_digest(sorted(point.items()))
+        sizes: list[int | None] = [None] * 5
+        if total is not None:
+            sizes = [total.ndim, *total.shape, *(0 for _ in range(4 - total.ndim))]
+        dtype = None if total is None else _DTYPES.index(total.dtype)
+        values = [int(error is not None), text_digest(call), settings, digest, vectors, dtype, *sizes]
+        if error is not None:
+            values[1:] = [None] * (len(_FIELDS) - 1)
+        low_high = [_NONE if v is None else v for v in values] + [_NONE if v is None else -v for v in values]
+        packed = torch.tensor(low_high, dtype=torch.int64, device=self._device)
+        with _explained():
+            dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
+        high, low = packed[: len(_FIELDS)].tolist(), [-v for v in packed[len(_FIELDS) :].tolist()]
+        if high[0] or any(a != b for a, b in zip(high, low, strict=True) if a != _NONE):
+            mine = {"error": None if error is None else f"{type(error).__name__}: {error}", "call": call}
+            self._refuse(error, {**mine, "values": values, "point": dict(point or {})})
+        if high[6] == _NONE:
+            return None
+        return tuple(high[7 : 7 + high[6]]), _DTYPES[high[5]]
+
+    def _refuse(self, error: Exception | None, mine: dict[str, Any]) -> None:
+        every: list[Any] = [None] * self.group.size()
+        with _explained():
+            dist.all_gather_object(every, mine, group=self.group)
+        failed = [(rank, told["error"]) for rank, told in enumerate(every) if told["error"] is not None]
+        if error is not None:
+            error._told_ranks = True  # type: ignore[attr-defined]
+            raise error
+        if failed:
+            said = "; ".join(f"rank {rank}: {text}" for rank, text in failed)
+            raise _told(f"no rank can go on, as another failed. {said}")
+        if len({told["call"] for told in every}) > 1:
+            said = ", ".join(f"rank {rank} at {told['call']}" for rank, told in enumerate(every))
+            raise _told(f"the ranks are at different calls: {said}. All ranks must make the same calls.")
+        for place, name in enumerate(_FIELDS):
+            values = [told["values"][place] for told in every]
+            known = {v for v in values if v is not None}
+            if len(known) > 1:
+                raise _told(f"{_different(name, every)}: {_grouped(values)}. {_ADVICE.get(name, _ADVICE['shape'])}")
+        raise AssertionError
+
+    @contextlib.contextmanager
+    def together(self, call: str) -> Iterator[None]:
+        """Do something on each rank, after which all go on, or none where one failed."""
+        with failing_together(self):
+            yield
+            self.agree(call)
+
+    def summed(
+        self, objective: Objective, add: Callable[[], tuple[Tensor | None, float, float]], vectors: Sequence[Tensor]
+    ) -> tuple[Tensor, float, float]:
+        """Return (sum, weight, 1) over all ranks of what `add` returns on this one: (total, weight, unit)."""
+        with failing_together(self):
+            total, weight, unit = add()
+            if total is not None:
+                total = total * unit
+            found = self.agree(
+                "a sum over the data",
+                point=self._digests(objective),
+                vectors=content(vectors) if vectors else None,
+                total=total,
+            )
+            if found is None:
+                raise _told("the data hold no batch on any rank; pass data that are not empty.", DataError)
+        if total is None:
+            total = torch.zeros(found[0], dtype=found[1], device=objective.device)
+        total, weight = sum_over_ranks(total, weight, self.group)
+        return total, weight, 1.0
+
+    def sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
+        """Return the sums of `total` and `weight` over the ranks."""
+        self.agree("a sum", total=total)
+        return sum_over_ranks(total, weight, self.group)
+
+    def _digests(self, objective: Objective) -> dict[str, int]:
+        mark = objective._freshness.current()
+        if self._point is None or self._point[0] is not mark:
+            self._point = (mark, _point_digests(objective))
+        return self._point[1]
+
+    def everywhere(self, flag: bool) -> bool:
+        """Whether something holds on all ranks."""
+        total, _ = sum_over_ranks(torch.tensor([float(flag)], device=self._device), 1.0, self.group)
+        return round(float(total)) == self.group.size()
+
+    def mean(self, *values: float) -> list[float]:
+        """Return the means over the ranks."""
+        total, count = sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=self._device), 1.0, self.group)
+        return (total / count).tolist()
+
+
+_ADVICE = {
+    "settings": "Give all ranks the same architecture, params=, loss and settings.",
+    "point": "Load or broadcast the same state on all ranks, and the same modes.",
+    "vectors": "Give all ranks generators in the same state (the same seed), and the same start vectors.",
+    "shape": "All ranks must make the same calls with the same settings.",
+}
+
+
+def _different(name: str, every: list[Any]) -> str:
+    if name == "point":
+        names = list(dict.fromkeys(n for told in every for n in told["point"]))
+        which = [n for n in names if len({told["point"].get(n) for told in every}) > 1]
+        more = f" and {len(which) - 3} more" if len(which) > 3 else ""
+        return f"the ranks differ in {', '.join(which[:3])}{more}"
+    if name == "settings":
+        return f"the ranks differ in what they gave to {every[0]['call']}"
+    if name == "vectors":
+        return "the ranks multiply by different vectors"
+    return "the ranks add up tensors of different shapes or dtypes"
+
+
+def _grouped(values: Sequence[Any]) -> str:
+    ranks = {v: [r for r, other in enumerate(values) if other == v] for v in values if v is not None}
+    return " against ".join(f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}" for r in ranks.values())
+
+
+def _told(text: str, kind: type[Exception] = RankError) -> Exception:
+    error = kind(text)
+    error._told_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+@contextlib.contextmanager
+def failing_together(ranks: RankAgreement | None) -> Iterator[None]:
+    """Tell the other ranks of an error before it is raised, so that they do not wait."""
+    try:
+        yield
+    except Exception as error:
+        if ranks is not None and not getattr(error, "_told_ranks", False) and not isinstance(error, RankError):
+            ranks.agree("an error", error=error)
+        raise
+
+
+def together(function: _Function) -> _Function:
+    """Make a function of an objective return on all ranks, or raise on all of them."""
+
+    @functools.wraps(function)
+    def wrapped(objective: Objective, *args: Any, **settings: Any) -> Any:
+        if objective._ranks is None:
+            return function(objective, *args, **settings)
+        with objective._ranks.together(function.__name__):
+            return function(objective, *args, **settings)
+
+    return cast("_Function", wrapped)
+
+
+def built_together(init: _Init) -> _Init:
+    """Make the constructor of an objective compare its ranks, and fail on all of them where it fails on one."""
+
+    @functools.wraps(init)
+    def wrapped(self: Objective, *args: Any, process_group: ProcessGroup | None = None, **settings: Any) -> None:
+        if process_group is None:
+            self._ranks = None
+            init(self, *args, **settings)
+            return
+        model = args[0] if args else settings.get("model")
+        device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+        self._ranks = RankAgreement(process_group, device or torch.device("cpu"))
+        with failing_together(self._ranks):
+            init(self, *args, process_group=process_group, **settings)
+            self._ranks.agree("Objective", settings=_settings_digest(self))
+
+    return cast("_Init", wrapped)
+
+
+def _settings_digest(objective: Objective) -> int:
+    space, given = objective.space, objective._settings
+    loss = given["loss"]
+    return text_digest(
+        [(name, tuple(t.shape), str(t.dtype)) for name, t in space.tensors.items()],
+        [(name, tuple(p.shape)) for name, p in objective.model.named_parameters()],
+        [type(m).__qualname__ for m in objective.model.modules()],
+        getattr(loss, "__qualname__", type(loss).__qualname__),
+        objective.sums,
+        given["weight"] is None,
+        given["seed"],
+    )
+
+
+def agree_on(A: Any, call: str, **settings: Any) -> None:
+    """Compare the settings of a call about an operator, or an objective, over its ranks, if it has any.
+
+    Raises:
+        RankError: on all ranks, if they differ.
+    """
+    ranks = getattr(getattr(A, "objective", A), "_ranks", None)
+    if ranks is not None:
+        tensors = {k: content([v]) for k, v in settings.items() if isinstance(v, Tensor)}
+        ranks.agree(call, settings=text_digest(sorted({**settings, **tensors}.items(), key=lambda item: item[0])))

@@ -1,0 +1,163 @@
+"""The loss of an objective away from its point: parameters are set for as long as a look takes, and put back.
+
+Storage is exchanged, not written: a parameter shows other numbers for a while and then its own again, bit for bit, also
+after an error or Ctrl-C. Its version does not change, so graphs that an objective keeps at its own point stay valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvature.data.tensors import move_batch
+from curvature.environment.lock import one_at_a_time
+from curvature.errors import DataError, InputError, NonFiniteError
+from curvature.objective.objective import Objective
+from curvature.objective.ranks import together
+
+__all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
+
+
+_EPS = 2.0**-53  # a batch next to which all others weigh nothing has no deviation either
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointLoss:
+    """The loss at one point, and how far other data would move it."""
+
+    value: float
+    """L; NaN where it is not finite."""
+    stderr: float
+    """One standard error over data of the same size, from the spread over batches; NaN with fewer than two."""
+
+
+@contextlib.contextmanager
+def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Have the model's parameters be `point` (n,) inside the context; they are restored bit for bit.
+
+    Entries are rounded to the dtype of their parameter. Graphs that the objective keeps belong to its own point: asking
+    the objective itself for anything inside drops them, `loss_at` and `gradient_at` leave them alone.
+
+    Args:
+        objective: whose chosen parameters are set.
+        point: (n,), in the order of `objective.space`.
+        buffers: name -> values of some of the model's buffers, which are set likewise.
+
+    Raises:
+        InputError: for a vector of another shape, or a buffer that the model does not have.
+    """
+    with one_at_a_time, _shifted(objective, point, buffers):
+        yield
+
+
+@contextlib.contextmanager
+def _shifted(objective: Objective, point: Tensor, buffers: Mapping[str, Tensor] | None) -> Iterator[None]:
+    parts = objective.space.to_dict(point.detach().to(objective.device))
+    changes = [(tensor, parts[name].to(tensor.dtype)) for name, tensor in objective.space.tensors.items()]
+    if buffers:
+        known = dict(objective.model.named_buffers())
+        for name, values in buffers.items():
+            if name not in known or known[name].shape != values.shape:
+                shape = tuple(values.shape)
+                raise InputError(
+                    f"buffers must name buffers of the model, in their shapes; {name!r} of {shape} is none."
+                )
+            changes.append((known[name], values.detach().to(known[name])))
+    originals = [tensor.data for tensor, _ in changes]
+    try:
+        for tensor, values in changes:
+            tensor.data = torch.empty_like(tensor.data).copy_(values)  # in the memory format that it had
+        yield
+    finally:
+        for (tensor, _), original in zip(changes, originals, strict=True):
+            tensor.data = original
+
+
+@together
+def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> PointLoss:
+    """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
+
+    With weights w_b, p_b = w_b / sum w and B batches of losses l_b, the delete-one jackknife of the weighted mean is
+
+        stderr^2 = (1/B) sum_b (l_b - L)^2 p_b / (1 - p_b),
+
+    which is s^2 / B where all batches weigh the same. For objectives that sum, B times that of the mean.
+
+    Args:
+        objective: the function; it stays at its own point.
+        point: (n,).
+        buffers: as `shifted` takes them.
+
+    Raises:
+        InputError: for a vector of another shape.
+        DataError: if no batch counts.
+    """
+    with shifted(objective, point, buffers=buffers):
+        try:
+            batches = _batch_losses(objective, recorded=False)
+        except RuntimeError:  # a forward pass that differentiates in the parameters itself
+            batches = _batch_losses(objective, recorded=True)
+    ranks = objective._ranks
+    weight, total, count = sum(w for w, _ in batches), sum(w * loss for w, loss in batches), float(len(batches))
+    if ranks is not None:
+        packed, weight = ranks.sum(_packed(objective, total, count), weight)
+        total, count = packed.tolist()
+    if weight == 0:
+        raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
+    mean = total / weight
+    shares = [(w / weight, loss) for w, loss in batches]
+    variance = sum((loss - mean) ** 2 * p / max(1 - p, _EPS) / count for p, loss in shares) if count > 1 else math.nan
+    if ranks is not None:
+        packed, _ = ranks.sum(_packed(objective, variance), 0.0)
+        variance = float(packed)
+    scale = count if objective.sums else 1.0
+    value, stderr = scale * mean, scale * math.sqrt(variance) if variance == variance else math.nan
+    return PointLoss(value=value if math.isfinite(value) else math.nan, stderr=stderr)
+
+
+def gradient_at(
+    objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None
+) -> tuple[float, Tensor]:
+    """Return L and its gradient (n,) at `point` (n,). Cost: one gradient.
+
+    Raises:
+        InputError: for a vector of another shape.
+        NonFiniteError: if the loss is not finite there.
+    """
+    settings = {**objective._settings, "keep_graphs": False}
+    there = Objective(objective.model, params=objective.space.tensors, **settings)
+    with shifted(objective, point, buffers=buffers):
+        loss, gradient = there.loss_and_gradient()
+    return float(loss), gradient
+
+
+def _packed(objective: Objective, *values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=objective.device)
+
+
+def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:
+    """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
+    evaluator, found = objective._evaluator, []
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
+        try:
+            if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
+                for p in evaluator.parameters:
+                    p.requires_grad_(False)
+            for index, _, batch in objective._data:
+                try:
+                    with evaluator.copy_buffers().installed():
+                        evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)
+                except NonFiniteError:
+                    found.append((1.0, math.nan))
+                    continue
+                if evaluation.weight != 0:
+                    found.append((evaluation.weight, float(evaluation.loss.detach())))
+        finally:
+            for p in evaluator.parameters:
+                p.requires_grad_(True)
+    return found

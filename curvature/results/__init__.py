@@ -1,0 +1,1 @@
+"""What estimators and solvers return, and the intervals around it."""

@@ -1,0 +1,354 @@
+"""What the estimators return: the answer, its uncertainty and its price.
+
+All are frozen dataclasses of detached tensors. Spectra are stored in descending order with eigenvectors as columns.
+`num_matvecs` counts products with single columns: one product with a block of k columns counts k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.errors import NotConvergedError
+from curvature.results.intervals import interval_factor, skewness, student_quantile
+
+__all__ = [
+    "BoundedEstimate",
+    "DiagonalEstimate",
+    "EigenPairs",
+    "Estimate",
+    "NormBounds",
+    "NormEstimate",
+    "SpectralDensity",
+    "Status",
+    "TraceEstimate",
+    "bounded_mean",
+    "mean_and_stderr",
+]
+
+
+class Status(Enum):
+    """How an iteration ended. The text is the advice."""
+
+    CONVERGED = "converged"
+    MAX_MATVECS = (
+        "product limit reached before every residual fell below the tolerance; raise max_matvecs or loosen rtol"
+    )
+    MAX_PROBES = (
+        "probe limit reached before the standard error fell below the tolerance; raise max_probes or loosen rtol"
+    )
+    BUDGET = "all probes of the budget were spent; no accuracy was asked for"
+    STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
+    MAX_RANK = (
+        "rank limit reached before the bound on the error fell below the tolerance; raise max_rank or loosen rtol, and "
+        "where the spectrum decays slowly take only its outer pairs, with eigsh"
+    )
+    SLOW_DECAY = (
+        "residuals exceed the tolerance, since the spectrum decays too slowly for this sketch; raise power_iterations "
+        "or oversampling, or call eigsh, which iterates until they do not"
+    )
+    DEFLATION_INEXACT = (
+        "the deflated vectors are less accurate than the tolerance and leave their mark on the residuals; compute them "
+        "to a smaller rtol, or pass them in v0 instead"
+    )
+    MAX_ITERATIONS = (
+        "iteration limit reached before the residual fell below the tolerance; raise max_iterations, loosen rtol, add "
+        "damping or precondition"
+    )
+    MAX_STEPS = "step limit reached before the error fell below the tolerance; raise num_steps or loosen rtol"
+    UNCERTIFIED = (
+        "every residual is below the tolerance, but that no eigenvalue was missed could not be shown with the "
+        "confidence asked for; raise max_matvecs or num_basis, or pass confidence=None to do without"
+    )
+    STOPPED = "the stopping rule that was passed ended the iteration"
+    BOUNDARY = "the model's minimiser lies on the boundary of the trust region"
+    NEGATIVE_CURVATURE = (
+        "a direction of no positive curvature was met: the matrix is indefinite, or singular with a right-hand side "
+        "outside its range; add damping, or use minres"
+    )
+    LEAST_SQUARES = (
+        "the system has no solution within the tolerance, and x minimises the residual instead; accept it as that, or "
+        "add damping"
+    )
+
+    @property
+    def ok(self) -> bool:
+        """Whether what was asked for was reached."""
+        return self in (Status.CONVERGED, Status.BUDGET, Status.STOPPED, Status.BOUNDARY)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as (nested) lists and numbers, enums by name: what JSON can hold."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, _Record):
+        return value.to_dict(arrays=True)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class _Record:
+    """Adds `to_dict` to a result dataclass; large per-parameter arrays are left to the caller's choice."""
+
+    _large: tuple[str, ...] = ()
+
+    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
+        """Return the fields as plain Python values; fields of n or more entries only with `arrays=True`."""
+        names = [f.name for f in fields(self) if arrays or f.name not in self._large]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenPairs(_Record):
+    """Some eigenpairs of a symmetric matrix A of size n, eigenvalues descending.
+
+    Every pair satisfies |A u - lambda u| = residual_norm with |u| = 1, so an exact eigenvalue lies within
+    `residual_norms` of each entry of `eigenvalues` (Bauer-Fike for symmetric matrices).
+    """
+
+    _large = ("eigenvectors",)
+
+    eigenvalues: Tensor
+    """(k,), descending; units of A."""
+    eigenvectors: Tensor
+    """(n, k), orthonormal columns."""
+    residual_norms: Tensor
+    """(k,), |A u - lambda u|_2; units of A."""
+    converged: Tensor
+    """(k,), bool: whether the residual is below the tolerance asked for."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    status: Status
+    """How the iteration ended."""
+    rtol: float
+    """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
+    method: str = ""
+    """Which solver ran and why, where the choice was left to `top_eigenpairs`."""
+    miss_probability: float = math.nan
+    """Bound on the probability, over a random direction, that an eigenvalue was missed that belongs among these and
+    differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.
+    """
+
+    def raise_if_failed(self) -> EigenPairs:
+        """Return self if every pair converged, else raise `NotConvergedError` that carries self."""
+        if self.status.ok:
+            return self
+        done = int(self.converged.sum())
+        message = (
+            f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products: {self.status.value}."
+        )
+        raise NotConvergedError(message, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(_Record):
+    """A number, or several, and how far chance may have moved it."""
+
+    value: Tensor
+    """Any shape."""
+    stderr: Tensor
+    """Of the same shape: standard error of `value` over the probes."""
+    dof: float = math.inf
+    """Degrees of freedom of `stderr`: probes less one; infinite where nothing is left to chance."""
+    skewness: Tensor | float = 0.0
+    """Of one probe's numbers, of the shape of `value`; dimensionless."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of intervals that each cover with this probability; see `interval_factor`."""
+        reach = self.stderr * interval_factor(self.dof + 1, self.skewness, confidence)
+        return self.value - reach, self.value + reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedEstimate(Estimate):
+    """An estimate by quadrature: `value` errs by chance, as `stderr` says, and by the rule, as the bounds say."""
+
+    lower: Tensor
+    """Of the same shape: what an exact rule would give for the same probes is no smaller, ..."""
+    upper: Tensor
+    """... and no larger than this."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the bounds, widened by the chance of the probes for this confidence."""
+        reach = self.stderr * interval_factor(self.dof + 1, self.skewness, confidence)
+        return self.lower - reach, self.upper + reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormEstimate(Estimate):
+    """An estimate of a norm of A, units of A."""
+
+    num_matvecs: int
+    """Products with A that were spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBounds(_Record):
+    """Bounds on a norm of A."""
+
+    lower: Tensor
+    """(), units of A: the norm is no smaller, ..."""
+    upper: Tensor
+    """(), and, but for the failure probability, no larger than this."""
+    failure_probability: float
+    """Of the upper bound being too low, over the random start."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    status: Status
+    """Whether the bounds are as close as was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceEstimate(_Record):
+    """An estimate of tr A."""
+
+    value: Tensor
+    """(), units of A."""
+    stderr: Tensor
+    """(), standard error of `value` over the probes."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    samples: Tensor
+    """(num_probes,), one unbiased estimate a probe; `value` is their mean."""
+    status: Status
+    """Whether the accuracy that was asked for was reached."""
+    method: str = "hutchinson"
+    """Which estimator gave the value: "hutchinson", "hutch++", "xtrace", "xnystrace", "mixed" or "exact"."""
+    confidence: float = 0.95
+    """Level of `half_width`."""
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom of `stderr`; infinite where all of A was computed."""
+        return math.inf if self.method == "exact" else len(self.samples) - 1.0
+
+    @property
+    def half_width(self) -> Tensor:
+        """(), units of A: `value` +- this covers tr A with probability `confidence`; see `interval_factor`."""
+        return self.stderr * interval_factor(len(self.samples), skewness(self.samples), self.confidence)
+
+    def raise_if_failed(self) -> TraceEstimate:
+        """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
+        if self.status.ok:
+            return self
+        message = (
+            f"tr A = {self.value:.4g} +- {self.stderr:.1g} after {self.num_matvecs} products: {self.status.value}."
+        )
+        raise NotConvergedError(message, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalEstimate(_Record):
+    """An estimate of diag A."""
+
+    _large = ("values", "stderr", "samples")
+
+    values: Tensor
+    """(n,), units of A."""
+    stderr: Tensor
+    """(n,), standard error of each entry over the probes."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    status: Status = Status.BUDGET
+    """Whether the accuracy that was asked for was reached."""
+    method: str = "hutchinson"
+    """Which estimator gave the values: "hutchinson", "xdiag", "mixed" or "exact"."""
+    samples: Tensor | None = None
+    """(n, num_probes), one estimate a probe, where they were kept; `values` is their mean."""
+    dof: float = math.inf
+    """Degrees of freedom of the standard errors: probes less one; infinite where nothing is left to chance."""
+
+    def half_width(self, confidence: float = 0.95) -> Tensor:
+        """Return h (n,), units of A: each entry lies within +- h of its value with this probability, by Student's t."""
+        return self.stderr * student_quantile(self.dof, confidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralDensity(_Record):
+    """The eigenvalue density of a symmetric matrix A of size n, by stochastic Lanczos quadrature.
+
+    phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k,
+    sigma^2).
+    """
+
+    grid: Tensor
+    """(num_points,), ascending; units of A."""
+    density: Tensor
+    """(num_points,), integrates to 1; 1 / units of A."""
+    stderr: Tensor
+    """(num_points,), standard error of `density` over the probes."""
+    nodes: Tensor
+    """(num_probes, num_steps), Ritz values of each probe's run, ascending; unused places hold 0 with weight 0."""
+    weights: Tensor
+    """(num_probes, num_steps), quadrature weights; each row sums to 1."""
+    sigma: float
+    """Standard deviation of the Gaussian that smooths the density; units of A."""
+    dimension: int
+    """n."""
+    num_matvecs: int
+    """Products with A that were spent."""
+    num_steps: int | None = 1
+    """s: the rule of each probe is exact to degree 2 s - 1. None if its nodes are all that the probe sees. The
+    default, the least, is that of runs of an earlier version: counts of them are hardly bounded."""
+    deflated: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
+    rule: Tensor | None = None
+    """(num_points,), error of the quadrature in `density`, judged by half and two thirds of the steps: large where
+    features are narrower than the spectrum over `num_steps`. None where it was not judged."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return bands that cover the smoothed density at each point with this probability, (num_points,) each.
+
+        By Student's t over the probes, with the error of the quadrature added on both sides.
+        """
+        reach = self.stderr * student_quantile(len(self.weights) - 1, confidence)
+        reach = reach if self.rule is None else reach + self.rule
+        return self.density - reach, self.density + reach
+
+    @property
+    def is_known(self) -> Tensor:
+        """(num_probes, m), bool: which nodes are `deflated` eigenvalues."""
+        return (self.nodes[..., None] == self.deflated).any(dim=-1) & (self.weights == 1 / self.dimension)
+
+    def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Estimate (1/n) tr f(A) and its standard error over the probes; `f` acts entrywise on eigenvalues."""
+        samples = (self.weights * f(self.nodes)).sum(dim=1)
+        return mean_and_stderr(samples)
+
+
+def bounded_mean(samples: Tensor, lower: Tensor, upper: Tensor) -> BoundedEstimate:
+    """Return the mean over probes of numbers (num_probes, ...), and of the bounds of each.
+
+    The error by chance is the largest of the three means': numbers of quadrature rules that all agree may be bounded by
+    numbers that do not.
+    """
+    parts = [mean_and_stderr(x) for x in (samples, lower, upper)]
+    value, least, most = (mean for mean, _ in parts)
+    return BoundedEstimate(
+        value=value,
+        stderr=torch.stack([stderr for _, stderr in parts]).amax(dim=0),
+        dof=len(samples) - 1.0,
+        skewness=torch.stack([skewness(x).abs() for x in (samples, lower, upper)]).amax(dim=0),
+        lower=torch.minimum(least, value),
+        upper=torch.maximum(most, value),
+    )
+
+
+def mean_and_stderr(samples: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the mean over `dim` and its standard error, s / sqrt(k); infinite for a single sample."""
+    count = samples.shape[dim]
+    mean = samples.mean(dim)
+    if count < 2:
+        return mean, torch.full_like(mean, torch.inf)
+    return mean, samples.std(dim) / count**0.5

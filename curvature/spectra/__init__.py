@@ -1,0 +1,1 @@
+"""Spectra of curvature matrices: eigenpairs, densities, counts, and what they will cost."""

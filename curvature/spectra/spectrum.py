@@ -1,0 +1,167 @@
+"""One set of products, many quantities: the whole spectrum of a curvature matrix from one block Krylov space.
+
+The probes of the density span the start block. What grows from them yields, with no further product, the eigenpairs at
+both ends with their residuals, density, trace, norms, moments and all that follows from a density. The products of each
+batch are looked at on their way into the sum, which says how far all of it would move with other data.
+
+Reference: Ubaru, Chen and Saad (2017), Fast estimation of tr f(A) via stochastic Lanczos quadrature; Golub and Meurant
+(2010), Matrices, Moments and Quadrature with Applications.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from curvature.arguments import checked
+from curvature.environment.autocast import full_precision
+from curvature.environment.cost import synchronize
+from curvature.linalg.base.validate import check_generator, check_square
+from curvature.linop import MatrixLike
+from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.parameters import Block
+from curvature.spectra.analysis import SpectrumAnalysis
+from curvature.spectra.planning import SpectrumPlan
+from curvature.spectra.results import Spectrum
+from curvature.spectra.runs import AllEntries, BlockKrylov, GroupSums, Run, advance
+
+__all__ = ["layer_spectra", "spectrum"]
+
+
+@full_precision
+@checked
+def spectrum(
+    A: MatrixLike,
+    plan: SpectrumPlan | None = None,
+    *,
+    generator: torch.Generator,
+    basis_device: torch.device | str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Spectrum:
+    """Return eigenpairs at both ends, density, trace and what follows, from one block Krylov space.
+
+    Cost: plan.num_probes x plan.num_steps products, or n if that is less; some 5 to 15 more that look for eigenvalues
+    which the probes could not see (`plan.confidence`), and more if eigenpairs that are asked for have not converged.
+    Memory: as many vectors.
+
+    Args:
+        A: symmetric, (n, n): an operator of an objective, any other, or a tensor.
+        plan: what to compute and how well. Default: `SpectrumPlan()`.
+        generator: for the probes, on A's device.
+        basis_device: where the Krylov space is held, "cpu" for one that does not fit beside the model.
+        progress: told the number of columns after each product.
+
+    Raises:
+        InputError: for settings out of range, or a space that does not fit into memory.
+        NonFiniteError: if a product is not finite.
+
+    Example:
+        >>> A = torch.diag(torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(0, 1, 998)]))
+        >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=torch.Generator().manual_seed(0))
+        >>> found.top.eigenvalues.round(decimals=3)
+        tensor([50., 20.])
+        >>> 120 < found.num_matvecs <= 150
+        True
+    """
+    (found,) = _spectra(A, [None], plan or SpectrumPlan(), [generator], basis_device, progress)
+    return found
+
+
+@full_precision
+@checked
+def layer_spectra(
+    A: ObjectiveOperator,
+    plan: SpectrumPlan | None = None,
+    *,
+    blocks: Sequence[Block] | None = None,
+    generator: torch.Generator,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Spectrum]:
+    """Return the spectrum of each layer's diagonal block, by name, all from the same walks over the data.
+
+    Cost: for each layer, products with its block, plan.num_probes x plan.num_steps or as many as it has parameters; a
+    graph that is not kept is built once a step for all layers. Memory: as many vectors, of all layers together (n,).
+
+    Args:
+        A: an operator of an objective.
+        plan: for each layer. Default: `SpectrumPlan()`.
+        blocks: the layers. Default: the modules that own parameters.
+        generator: seeds one generator a layer; on A's device.
+        progress: told the number of columns after each step.
+
+    Raises:
+        InputError: as for `spectrum`.
+        NonFiniteError: if a product is not finite.
+    """
+    chosen = A.objective.space.blocks if blocks is None else tuple(blocks)
+    check_generator(A, generator)
+    seeds = torch.randint(2**62, (len(chosen),), generator=generator, device=generator.device).tolist()
+    generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, None, progress)
+    return {block.name: each for block, each in zip(chosen, found, strict=True)}
+
+
+def _spectra(
+    A: MatrixLike,
+    blocks: Sequence[Block | None],
+    plan: SpectrumPlan,
+    generators: Sequence[torch.Generator],
+    basis_device: torch.device | str | None,
+    progress: Callable[[int], None] | None,
+) -> list[Spectrum]:
+    n = check_square(A)
+    sizes = [n if block is None else block.num_params for block in blocks]
+    plan.check_memory(A, sizes, basis_device)
+    runs: list[Run] = []
+    for size, generator in zip(sizes, generators, strict=True):
+        check_generator(A, generator)
+        if plan.all_entries(size):
+            runs.append(AllEntries(A, n=size))
+        else:
+            device = None if basis_device is None else torch.device(basis_device)
+            runs.append(
+                BlockKrylov(
+                    A,
+                    n=size,
+                    num_probes=plan.num_probes,
+                    num_steps=plan.num_steps_for(size),
+                    generator=generator,
+                    device=device,
+                )
+            )
+    num_groups, reason = _num_groups(A, plan)
+    start = time.perf_counter()
+    groups = [GroupSums(run, _num_batches(A), num_groups) for run in runs] if num_groups else []
+    advance(A, runs, blocks, groups, progress or (lambda _: None))
+    if groups and isinstance(A, ObjectiveOperator) and A.objective.shuffles and not A.objective.keeps_all_graphs:
+        groups, reason = [], "the loader shuffles, so that its batches cannot be followed (shuffle=False)"
+    synchronize(A.device)
+    found = []
+    for i, (run, block, generator) in enumerate(zip(runs, blocks, generators, strict=True)):
+        of_run = groups[i] if groups else None
+        analysis = SpectrumAnalysis(A, run, block, plan, of_run)
+        found.append(analysis.result(generator, time.perf_counter() - start, reason, progress))
+    return found
+
+
+def _num_batches(A: MatrixLike) -> int:
+    assert isinstance(A, ObjectiveOperator)
+    if A.objective.num_batches is None:
+        A.objective.loss()  # the first walk counts them
+    assert A.objective.num_batches is not None
+    return A.objective.num_batches
+
+
+def _num_groups(A: MatrixLike, plan: SpectrumPlan) -> tuple[int, str | None]:
+    """Return how many groups of batches the jackknife has, none if there is a reason."""
+    if plan.num_groups == 0 or not isinstance(A, ObjectiveOperator):
+        return 0, None
+    if A.objective.process_group is not None:
+        return 0, "each rank sees its own batches only"
+    num_batches = _num_batches(A)
+    if num_batches < plan.least_groups:
+        batches = "1 batch" if num_batches == 1 else f"{num_batches} batches"
+        return 0, f"the data came in {batches}, and {plan.least_groups} at least are needed (micro_batch=)"
+    return min(plan.num_groups, num_batches), None

@@ -1,0 +1,1 @@
+"""Does an optimizer keep the conventions of `torch.optim`?"""

@@ -1,0 +1,1 @@
+"""Optimizers that divide by a diagonal of the curvature, and where it comes from."""

@@ -1,0 +1,243 @@
+"""SASSHA: curvature and gradient measured where the loss is worst nearby, and the square root of the curvature.
+
+Reference: Shin, Lee, Chung and Lee (2025), Sassha: sharpness-aware adaptive second-order optimization with stable
+Hessian approximation (https://github.com/LOG-postech/Sassha); the perturbation is that of Foret, Kleiner, Mobahi and
+Neyshabur (2021), Sharpness-aware minimization for efficiently improving generalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.engine.repeated_evaluation import RepeatedEvaluation
+from curvature.errors import InputError
+from optimizers.diagonal.corrections import bias_corrections, scalar_lr, step_sizes
+from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
+from optimizers.diagonal.shell import Closure, CurvatureOptimizer, Part
+from optimizers.shared.closures import loss_of, own_gradients
+from optimizers.shared.differentiation import gradients
+from optimizers.shared.gradients import refuse_sparse
+from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.validate import check_at_least, check_betas, check_choice
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.distributed import ProcessGroup
+
+__all__ = ["SASSHA"]
+
+
+class SASSHA(CurvatureOptimizer):
+    """Adaptive steps towards flat minima.
+
+    With g the gradient at theta, and everything after the first line taken at theta + e:
+
+        e = rho g / |g|
+        m = beta1 m + (1 - beta1) g(theta + e)                on every step
+        V = beta2 V + (1 - beta2) |z * (H z)|                 on every `update_every`-th, n of them so far
+        theta <- theta - lr weight_decay theta
+        theta <- theta - lr (m / (1 - beta1^t)) / ((V / (1 - beta2^n))^power + eps)
+
+    The closure is evaluated twice a step, and steps need closures: `step(closure)` or `accumulate(closure)`. Each
+    micro-batch is perturbed by its own gradient; ranks share one perturbation.
+
+    Cost: one gradient more than AdaHessian. Memory: two averages and, within a step, a copy of the parameters.
+
+    How to take steps, micro-batches, clipping, data parallelism, scalers: see
+    `optimizers.diagonal.shell.CurvatureOptimizer`.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decay of the averages of gradients and of curvature.
+        eps: added to the denominator.
+        weight_decay: decoupled, times lr.
+        rho: length of the perturbation, over all parameters together. The first group's counts. The default is that of
+            Foret et al.; the authors' class has 0 and leaves it to its user.
+        hessian_power: of the curvature.
+        bias_correction: n counts "refreshes" of V, as the average needs it, or all "steps", as the authors' code does,
+            which makes early steps too long.
+        curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" (or "fisher"), "empirical-fisher" or a
+            `CurvatureSource`.
+        num_probes: products or samples averaged for each estimate.
+        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
+            `CurvatureOptimizer`.
+
+    Raises:
+        InputError: for settings out of range, and for a loss in place of a closure.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = SASSHA([w], lr=0.1, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, rho=5.0)
+        >>> loss = optimizer.step(lambda: (w**2).sum() / 2)  # the gradient at w + (3, 4)
+        >>> [round(x, 4) for x in w.tolist()]
+        [2.4, 3.2]
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        rho: float = 0.05,
+        hessian_power: float = 0.5,
+        bias_correction: Literal["refreshes", "steps"] = "refreshes",
+        curvature: str | CurvatureSource = "hessian-diagonal",
+        num_probes: int = 1,
+        update_first: int = 1,
+        update_every: int = 10,
+        loss: Callable[..., Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+        check_finite: bool = True,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "hessian_power": hessian_power,
+            "bias_correction": bias_correction,
+            "update_first": update_first,
+            "update_every": update_every,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "seed": seed,
+        }
+        source = curvature_source(curvature, num_probes)
+        super().__init__(
+            params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
+        )
+
+    @on_all_ranks
+    @torch.no_grad()
+    def accumulate(
+        self,
+        closure: Closure | Tensor,
+        *,
+        weight: float = 1.0,
+        part: Part = "both",
+        scaler: GradScaler | None = None,
+        synchronize: bool = True,
+    ) -> Tensor:
+        """Add gradient and curvature at the perturbed point; see `CurvatureOptimizer.accumulate`.
+
+        Returns:
+            The loss at the unperturbed point, detached and without weight.
+        """
+        if isinstance(closure, Tensor):
+            raise InputError("SASSHA evaluates the loss at two points: pass a closure, not the loss itself.")
+        repeated, kept = RepeatedEvaluation(self._trained()), False
+        try:
+            with repeated.watched():
+                loss = self._accumulate_twice(closure, repeated, weight, part, scaler, synchronize)
+            kept = True
+        finally:
+            repeated.finish(keep=kept)
+        return loss
+
+    def _accumulate_twice(
+        self,
+        closure: Closure,
+        repeated: RepeatedEvaluation,
+        weight: float,
+        part: Part,
+        scaler: GradScaler | None,
+        synchronize: bool,
+    ) -> Tensor:
+        params = self._trained()
+        with torch.enable_grad():
+            with own_gradients(params):
+                returned = repeated.call(closure, moves=part != "curvature")
+            loss, outputs, targets = loss_of(returned, self.loss)
+            scaled = loss if scaler is None else scaler.scale(loss)
+        found = gradients(scaled, params, create_graph=False, retain_graph=False)
+        refuse_sparse(found, type(self).__name__)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+        if self.process_group is not None:
+            compare_ranks(self, "gradients at the start of SASSHA's step")
+            share = share_of_rank(self._rule, outputs, targets, self.process_group)
+            grads = average_over_ranks([g * share if share else torch.zeros_like(g) for g in grads], self.process_group)
+        settings = self.param_groups[0]
+        norms = [n.to(loss.device, torch.promote_types(n.dtype, torch.float32)) for n in torch._foreach_norm(grads)]
+        length = settings["rho"] / (torch.stack(norms).norm() + 1e-12) * (-1 if settings["maximize"] else 1)
+        before = [p.clone() for p in params]
+        try:
+            for p, g in zip(params, grads, strict=True):
+                p.add_(g * length.to(g.device))
+            super().accumulate(
+                lambda: repeated.call(closure, moves=False),
+                weight=weight,
+                part=part,
+                scaler=scaler,
+                synchronize=synchronize,
+            )
+        finally:
+            torch._foreach_copy_(params, before)
+        return loss.detach()
+
+    def _take_graphs_off_gradients(self) -> None:
+        if self._sums is None and any(p.grad is not None and p.grad.requires_grad for p in self._curved()):
+            for p in self._curved():
+                p.grad = None if p.grad is None else p.grad.detach()
+            raise InputError("SASSHA evaluates the loss at two points: call step(closure), not backward().")
+        super()._take_graphs_off_gradients()
+
+    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        return ("exp_avg", "exp_hessian_diag")
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        check_betas(group["betas"])
+        for name in ("eps", "weight_decay", "rho", "hessian_power"):
+            check_at_least(name, group[name], 0.0)
+        check_choice("bias_correction", group["bias_correction"], ("refreshes", "steps"))
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        curvatures: list[Tensor] | None,
+        states: list[dict[str, Tensor]],
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        capturable, lr = group["capturable"], scalar_lr(group)
+        counter = "step" if group["bias_correction"] == "steps" else "hessian_step"
+        corrections = bias_corrections(states, counter, beta2, capturable=capturable)
+        sizes = step_sizes(
+            lr, bias_corrections(states, "step", beta1, capturable=capturable), states, capturable=capturable
+        )
+        ms, Vs = [state["exp_avg"] for state in states], [state["exp_hessian_diag"] for state in states]
+        decay = 1 - lr * group["weight_decay"]
+        if group["foreach"] is False:
+            for i, p in enumerate(params):
+                ms[i].lerp_(grads[i], 1 - beta1)
+                if curvatures is not None:
+                    Vs[i].lerp_(curvatures[i].abs(), 1 - beta2)
+                p.mul_(decay)
+                p.sub_(ms[i] / ((Vs[i] / corrections[i]).pow(group["hessian_power"]) + group["eps"]) * sizes[i])
+            return
+        torch._foreach_lerp_(ms, grads, 1 - beta1)
+        if curvatures is not None:
+            torch._foreach_lerp_(Vs, torch._foreach_abs(curvatures), 1 - beta2)
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params, decay)
+        steps = list(torch._foreach_div(Vs, corrections))
+        torch._foreach_pow_(steps, group["hessian_power"])
+        torch._foreach_add_(steps, group["eps"])
+        torch._foreach_reciprocal_(steps)
+        torch._foreach_mul_(steps, ms)
+        torch._foreach_mul_(steps, sizes)
+        torch._foreach_sub_(params, steps)

@@ -1,0 +1,514 @@
+"""The shell of every optimizer driven by curvature: what is not the update rule.
+
+It evaluates closures, takes gradients and curvature without leaving a graph behind, adds them up over micro-batches,
+averages them over ranks, and hands lists of tensors to the update rule of a subclass. What a run needs to be resumed
+bit for bit lies in `state_dict()`: random numbers are functions of counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from curvature.autograd.guards import refuse_undifferentiable
+from curvature.engine.repeated_evaluation import RunningBuffers
+from curvature.environment.autocast import as_around
+from curvature.errors import CheckFailedError, InputError, NonFiniteError
+from curvature.losses.rules import loss_rule
+from optimizers.diagonal.curvature_source import WIDE, BatchGraph, CurvatureSource
+from optimizers.shared.closures import loss_of, own_gradients
+from optimizers.shared.differentiation import curvature_session, gradients, leaves
+from optimizers.shared.gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
+from optimizers.shared.ranks import average_gradients, average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.resumable import COUNTERS, ResumableOptimizer
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Closure", "CurvatureOptimizer"]
+
+Closure = Callable[[], Any]
+Part = Literal["both", "gradient", "curvature"]
+
+
+class CurvatureOptimizer(ResumableOptimizer):
+    """Base of optimizers whose step divides by, or otherwise uses, a diagonal curvature.
+
+    Three ways to take a step, which do the same:
+
+        optimizer.step(closure)                              # closure returns the loss and calls no backward()
+
+        optimizer.zero_grad()
+        optimizer.accumulate(closure_or_loss)                # instead of loss.backward(); once per micro-batch
+        clip_grad_norm_(model.parameters(), 1.0)             # optional: curvature is not touched
+        optimizer.step()
+
+        optimizer.zero_grad()
+        loss.backward(create_graph=optimizer.curvature_due)  # the classic form
+        optimizer.step()
+
+    Each leaves `.grad` detached and no graph. `step(closure)` replaces what `.grad` held; it needs no `zero_grad()`.
+    On steps at which curvature is due, closures run with attention under the math kernel and compiled models eagerly,
+    since neither fused kernels nor compiled graphs have a second derivative. Methods that sample targets take closures
+    that return (outputs, targets), with `loss=` given at construction.
+
+    Data-parallel runs pass `process_group=`: gradients and curvature are averaged over ranks here, outside the hooks of
+    `DistributedDataParallel`, under which PyTorch cannot differentiate twice. Closures may call the wrapper or its
+    module. Gradients that DDP has averaged already may be kept: `loss.backward()` through DDP, then, where
+    `optimizer.curvature_due`, `optimizer.accumulate(closure, part="curvature")`, then `step()`.
+
+    With a `GradScaler`: `accumulate(closure, scaler=scaler)`, `scaler.step(optimizer)`, `scaler.update()`; curvature is
+    unscaled, and a product that overflows makes the scaler skip the step.
+
+    Settings kept in every parameter group, beside those of the method:
+        update_first: curvature is measured on each of the first so many steps of the group. With a large `update_every`
+            20 or so keep the beginning from resting on one measurement, which may be far too small.
+        update_every: curvature is measured on every so many-th step of the group. A parameter is not moved before its
+            curvature was measured once.
+        maximize: climb instead of descend.
+        foreach: False updates one tensor at a time, the reference; None and True update lists of tensors.
+        capturable: keep counters on the parameters' device, so that an update never waits for it. A step at which
+            curvature is due cannot be captured in a CUDA graph; the others can.
+        seed: of the random numbers, which are functions of (seed, step, sample). The first group's counts.
+        num_steps, num_refreshes: steps of the group so far, and those on which curvature was measured.
+
+    State, for every parameter: `step`, `hessian_step` (scalars) and the averages of the method, in float32 or wider.
+
+    Args:
+        params: parameters or groups of them.
+        defaults: settings of the method, kept in every group.
+        curvature: where curvature comes from.
+        loss: `loss(outputs, targets)`, for closures that return both.
+        process_group: ranks that hold parts of each batch; they count by their loss terms where closures return
+            (outputs, targets), and alike where they return the loss.
+        check_finite: raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a
+            GPU only steps with curvature look, as looking waits for the device; under a scaler the scaler does it.
+
+    Raises:
+        InputError: for complex parameters, settings out of range, closures that return something else than agreed.
+        CheckFailedError: where curvature is due and cannot be had; the message says what to call.
+        NonFiniteError: see `check_finite`.
+    """
+
+    _sums: list[list[Tensor]] | None
+    _num_measured: int
+    _counted: tuple[Tensor | None, Any]
+    _num_counted: int
+    _synchronized: bool
+    _step_supports_amp_scaling = True  # the scaler then says how it scaled, instead of unscaling behind our back
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        curvature: CurvatureSource,
+        loss: Callable[..., Tensor] | None,
+        process_group: ProcessGroup | None,
+        check_finite: bool,
+    ) -> None:
+        self.curvature = curvature
+        self.loss = loss
+        self.check_finite = check_finite
+        self._rule = None if loss is None else loss_rule(loss)
+        self.process_group = process_group
+        self._forget()
+        super().__init__(params, {"update_first": 1, **defaults, "num_steps": 0, "num_refreshes": 0})
+
+    # -- what a method supplies ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the state tensors of a parameter's shape; they start at zero."""
+
+    @abstractmethod
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        curvatures: list[Tensor] | None,
+        states: list[dict[str, Tensor]],
+    ) -> None:
+        """Move the parameters of a group that have a gradient; `curvatures` is None on steps without refresh."""
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the coming step measures curvature."""
+        return any(_is_due(group) for group in self.param_groups)
+
+    @on_all_ranks
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | None = None,
+        *,
+        curvature_closure: Closure | None = None,
+        before_update: Callable[[], object] | None = None,
+    ) -> Tensor | None:
+        """Take one step and return the closure's loss, detached.
+
+        Args:
+            closure: returns the loss, or (outputs, targets) where `loss=` was given; calls no backward(). None if
+                gradients were accumulated before.
+            curvature_closure: evaluated in place of `closure` for the curvature: a smaller or another batch.
+            before_update: called when gradients lie in `.grad` and curvature is measured, before parameters move; for
+                clipping.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        loss = None
+        if closure is not None:
+            if found_inf is not None:
+                raise InputError("a GradScaler cannot step with a closure; use accumulate(closure, scaler=scaler).")
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+            self._forget()
+            loss = self._evaluate(closure, curvature_closure)
+        elif curvature_closure is not None:
+            self.accumulate(curvature_closure, part="curvature")
+        self._take_graphs_off_gradients()
+        if found_inf is not None:
+            if bool(found_inf):
+                self._forget()
+                return None
+            self._unscale_gradients()
+        self._synchronize()
+        if before_update is not None:
+            before_update()
+        self._move()
+        return loss
+
+    def _evaluate(self, closure: Closure, curvature_closure: Closure | None) -> Tensor:
+        if curvature_closure is None:
+            return self.accumulate(closure, synchronize=False)
+        loss = self.accumulate(closure, part="gradient", synchronize=False)
+        if self.curvature_due:
+            self.accumulate(curvature_closure, part="curvature", synchronize=False)
+        return loss
+
+    @on_all_ranks
+    @_disable_dynamo  # differentiation is not compiled; the update of a compiled step is
+    @torch.no_grad()
+    def accumulate(
+        self,
+        closure: Closure | Tensor,
+        *,
+        weight: float = 1.0,
+        part: Part = "both",
+        scaler: GradScaler | None = None,
+        synchronize: bool = True,
+    ) -> Tensor:
+        """Add a batch's gradient to `.grad`, and its curvature to what the coming step will use.
+
+        Stands in for `loss.backward()`. Micro-batches with weights that add up to 1 give the step of the joined batch.
+
+        Args:
+            closure: as of `step`; or the loss itself.
+            weight: factor on the batch's loss, its share in the step.
+            part: "gradient" and "curvature" leave out the other one.
+            scaler: scales the gradients in `.grad` as `scaler.scale(loss).backward()` would; curvature is unscaled.
+            synchronize: average over `process_group` now. False on all but the last micro-batch saves communication;
+                what was not averaged is averaged by `step()`.
+
+        Returns:
+            The loss, detached and without weight.
+        """
+        if part not in ("both", "gradient", "curvature"):
+            raise InputError(f'part must be "both", "gradient" or "curvature", got {part!r}.')
+        measured = part != "gradient" and self.curvature_due
+        params = self._trained()
+        with (
+            curvature_session() if measured and not isinstance(closure, Tensor) else contextlib.nullcontext(),
+            as_around(),
+            torch.enable_grad(),
+        ):
+            loss, outputs, targets = self._evaluated(closure, moves_buffers=part != "curvature")
+            scaled = loss if weight == 1.0 else loss * weight
+            scaled = scaled if scaler is None else scaler.scale(scaled)
+        looks = self.check_finite and scaler is None and self.process_group is None and (measured or not loss.is_cuda)
+        if looks and not math.isfinite(loss.item()):
+            raise NonFiniteError(
+                f"the loss is {loss.item()}: parameters are left as they are. Look at the batch, lower lr, or pass "
+                "check_finite=False."
+            )
+        second_order = measured and self.curvature.second_order
+        grads: list[Tensor | None] = [None] * len(params)
+        if part != "curvature" or second_order:
+            grads = gradients(scaled, params, create_graph=second_order, retain_graph=measured)
+        if measured:
+            scale = None if scaler is None else scaler.scale(loss.new_ones(()))
+            self._measure(params, grads, outputs, targets, weight, scale)
+        if self.process_group is not None:
+            alone = weight == 1.0 and not self._num_counted and outputs is not None
+            self._counted = (outputs.detach(), targets) if alone and outputs is not None else (None, None)
+            self._num_counted += 1
+        if part != "curvature":
+            add_to_grad(params, grads)
+        if scaler is not None and self._sums is not None:
+            poison(params, self._sums)  # the scaler skips the step and lowers its scale
+        self._synchronized = False
+        if synchronize:
+            self._synchronize()
+        return loss.detach()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients and accumulated curvature."""
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    # -- curvature ----------------------------------------------------------------------------------------------------
+
+    def _evaluated(self, closure: Closure | Tensor, *, moves_buffers: bool) -> tuple[Tensor, Tensor | None, Any]:
+        """Return (loss, outputs, targets), the latter two None where the closure returned the loss itself."""
+        if isinstance(closure, Tensor):
+            return loss_of(closure, None)
+        measured = self._num_measured
+        with contextlib.ExitStack() as stack:
+            if not moves_buffers:
+                buffers = RunningBuffers()
+                stack.enter_context(buffers.watched())
+                stack.enter_context(buffers.evaluation(moves=False))
+            stack.enter_context(own_gradients(self._trained()))
+            corrected = self.curvature_due or self._recorder.forward_differentiates
+            returned = self._recorder.run(closure) if corrected else closure()
+        if self._num_measured != measured:
+            raise InputError("the closure must not call zero_grad(): the curvature of earlier micro-batches is lost.")
+        return loss_of(returned, self.loss)
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _curved(self) -> list[Tensor]:
+        """Return the parameters whose curvature is due, in an order that all ranks share."""
+        return [p for group in self.param_groups if _is_due(group) for p in group["params"] if p.requires_grad]
+
+    def _measure(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        outputs: Tensor | None = None,
+        targets: Any = None,
+        weight: float = 1.0,
+        scale: Tensor | None = None,
+    ) -> None:
+        refuse_sparse(grads, type(self).__name__)
+        curved = self._curved()
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise CheckFailedError(
+                "curvature is due and its random numbers belong to this very step: take it outside of the CUDA graph."
+            )
+        group = self.process_group
+        ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+        if len(curved) < len(params):
+            chosen = {id(p) for p in curved}
+            grads = [g for p, g in zip(params, grads, strict=True) if id(p) in chosen]
+        batch = BatchGraph(
+            params=curved,
+            gradients=grads,
+            outputs=outputs,
+            targets=targets,
+            rule=self._rule,
+            weight=weight,
+            seed=self.param_groups[0]["seed"],
+            step=max(g["num_steps"] for g in self.param_groups),
+            place=self._num_measured * ranks + rank,
+            first=any(_is_due(g) and g["num_refreshes"] == 0 for g in self.param_groups),
+        )
+        sums = self.curvature.measure(batch)
+        if scale is not None and self.curvature.second_order:
+            inverse = scale.to(torch.float32).reciprocal()
+            sums = [[t * inverse.to(t.device) for t in tensors] for tensors in sums]
+        if self._sums is not None:
+            sums = [list(torch._foreach_add(a, b)) for a, b in zip(self._sums, sums, strict=True)]
+        self._sums = sums
+        self._num_measured += 1
+
+    @_disable_dynamo
+    def _take_graphs_off_gradients(self) -> None:
+        """The classic form: gradients that hold their graph. Measure curvature from it if due, then let go of it."""
+        torch.clear_autocast_cache()  # of casts of the weights, which are about to move
+        owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with_graph = [p for p in owners if p.grad is not None and p.grad.requires_grad]
+        # a backward pass with a graph has left one in the gradients of inputs too, which nobody would ever free
+        inputs = leaves([p.grad for p in with_graph if p.grad is not None])
+        try:
+            if self._sums is None and any(p.grad is not None for p in self._curved()):
+                if with_graph:
+                    self._measure_from_gradients()
+                elif not all_zero([p.grad for p in owners if p.grad is not None]):
+                    self._refuse_first_order()
+                    raise CheckFailedError(
+                        "curvature is due at this step and the gradients have no graph: call step(closure) with a "
+                        "closure that returns the loss, or optimizer.accumulate(loss) in place of loss.backward(), or "
+                        "loss.backward(create_graph=optimizer.curvature_due). Under DistributedDataParallel only the "
+                        "first two work, with process_group= given to the optimizer."
+                    )
+        finally:
+            for leaf in (*with_graph, *inputs):
+                if leaf.grad is not None:
+                    leaf.grad = leaf.grad.detach()
+
+    def _measure_from_gradients(self) -> None:
+        self._refuse_first_order()
+        scale = getattr(self, "grad_scale", None)
+        if getattr(self, "found_inf", None) is not None:
+            if scale is None:
+                raise CheckFailedError(
+                    "scaler.unscale_() changed the gradients but not their graph, so that curvature would be scaled: "
+                    "use optimizer.accumulate(loss, scaler=scaler) in place of scaler.scale(loss).backward()."
+                )
+            if self.process_group is not None:
+                raise CheckFailedError(
+                    "ranks would judge infinities apart: use optimizer.accumulate(loss, scaler=scaler), which averages "
+                    "before the scaler looks."
+                )
+        params = self._trained()
+        refuse_undifferentiable([p.grad for p in params], of_gradients=True)
+        self._measure(params, [p.grad for p in params], scale=scale)
+
+    def _refuse_first_order(self) -> None:
+        if not self.curvature.second_order:
+            raise CheckFailedError(
+                "targets are sampled from the model's outputs, which gradients do not show: call step(closure) or "
+                "accumulate(closure) with a closure that returns (outputs, targets), and give loss= to the optimizer; "
+                'or pass curvature="hessian-diagonal".'
+            )
+
+    def _unscale_gradients(self) -> None:
+        scale = getattr(self, "grad_scale", None)
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if scale is not None and grads:
+            for g in grads:
+                g.div_(scale.to(g.device))
+
+    def _synchronize(self) -> None:
+        if self.process_group is not None and not self._synchronized:
+            self._join(self.process_group)
+
+    @torch.compiler.disable
+    def _join(self, group: ProcessGroup) -> None:
+        compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
+        outputs, targets = self._counted
+        share = share_of_rank(self._rule, outputs, targets, group)
+        for t in (p.grad for p in self._trained() if share != 1 and p.grad is not None):
+            t.copy_(t * share if share else torch.zeros_like(t))  # a mean over no terms is 0/0
+        if self._sums is not None and share != 1:
+            self._sums = [[t * share if share else torch.zeros_like(t) for t in tensors] for tensors in self._sums]
+        average_gradients(self._trained(), group)
+        if self._sums is not None:
+            lengths = [len(tensors) for tensors in self._sums]
+            means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], group))
+            self._sums = [[next(means) for _ in range(length)] for length in lengths]
+        self._synchronized = True
+
+    def _forget(self) -> None:
+        """Drop what was accumulated for the coming step beside `.grad`."""
+        self._sums = None
+        self._num_measured = 0
+        self._counted = (None, None)
+        self._num_counted = 0
+        self._synchronized = False
+
+    # -- updates ------------------------------------------------------------------------------------------------------
+
+    def _move(self) -> None:
+        """Hand every group's gradients and curvature to the update rule."""
+        refuse_sparse((p.grad for group in self.param_groups for p in group["params"]), type(self).__name__)
+        curved = self._curved() if self._sums is not None else []
+        estimates = self.curvature.finish(self._sums) if self._sums is not None else []
+        if self.check_finite and getattr(self, "found_inf", None) is None:
+            refuse_non_finite(curved, estimates)
+        found = {id(p): estimate for p, estimate in zip(curved, estimates, strict=True)}
+        self._forget()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params if p.grad is not None]
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state.update(self._new_state(p, group))
+            refreshed = bool(found) and _is_due(group)
+            curvatures = [found[id(p)] for p in params] if refreshed else None
+            if group["maximize"]:
+                grads = list(torch._foreach_neg(grads))
+                if curvatures is not None and self.curvature.signed:
+                    curvatures = list(torch._foreach_neg(curvatures))
+            for key in COUNTERS if refreshed else COUNTERS[:1]:
+                _count([state[key] for state in states])
+            grads = [g if g.dtype in WIDE else g.float() for g in grads]
+            self._update(group, params, grads, curvatures, states)
+            group["num_steps"] += 1
+            group["num_refreshes"] += refreshed
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        device = p.device if group["capturable"] else torch.device("cpu")
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        counters = {key: torch.zeros((), dtype=torch.float32, device=device) for key in COUNTERS}
+        averages = {
+            name: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            for name in self._averages(group)
+        }
+        return {**counters, **averages}
+
+    # -- groups ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after a check of its settings."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _validate(group)
+            self._validate(group)
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Check the settings of a method in one group."""
+
+
+_ONE = torch.tensor(1.0)
+
+
+def _count(counters: list[Tensor]) -> None:
+    if counters[0].is_cpu:
+        torch._foreach_add_(counters, _ONE, alpha=1.0)  # a plain 1 would be made a tensor once for each of them
+    else:
+        torch._foreach_add_(counters, 1)
+
+
+def _is_due(group: dict[str, Any]) -> bool:
+    step = group["num_steps"]
+    return step < group["update_first"] or step % group["update_every"] == 0 or group["num_refreshes"] == 0
+
+
+def _validate(group: dict[str, Any]) -> None:
+    for p in group["params"]:
+        if p.is_complex() or not p.is_floating_point():
+            raise InputError(
+                f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
+            )
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise InputError(f"a tensor lr must have one entry, got shape {tuple(lr.shape)}.")
+    if not float(lr) >= 0:
+        raise InputError(f"lr must be >= 0, got {lr}.")
+    for name in ("update_first", "update_every"):
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}.")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+        raise InputError(f"seed must be an integer, got {group['seed']!r}.")

@@ -1,0 +1,1 @@
+"""Newton's family: optimizers that solve for a step jointly over all parameters."""

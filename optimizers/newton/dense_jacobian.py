@@ -1,0 +1,114 @@
+"""The Jacobian of a residual vector as a matrix, and damped least squares with it in the smaller of its two dimensions.
+
+J'J is never formed: its condition number is the square of J's, which reaches 1e9 in ordinary curve fitting.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimizers.newton.evaluations import ResidualJacobian
+from optimizers.shared.differentiation import pull_back
+
+__all__ = ["DampedLeastSquares", "column_norms", "dense_jacobian"]
+
+_ENTRIES = 2**18  # of right-hand sides in one batched pass: what a cache holds
+
+
+def dense_jacobian(J: ResidualJacobian) -> Tensor:
+    """Return J, (m, n), by rows or by columns, whichever are cheaper; a product with a column costs about two rows.
+
+    Rows come from batched backward passes where those agree with plain ones on this graph. Batching is wrong for batch
+    normalisation in train mode, and refused by some functions.
+    """
+    m, n = J.shape
+    if m > 2 * n:
+        return J @ torch.eye(n, dtype=J.dtype, device=J.device)
+    flat, outputs = J.products.flat, J.products.outputs
+    J.num_matvecs += m
+    identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device)
+    chunk = max(1, _ENTRIES // max(m, n))
+    rows = [_batch_of_rows(J, block) for block in identity.split(chunk)] if m > 1 else [None]
+    if all(block is not None for block in rows):
+        found = torch.cat([block for block in rows if block is not None])
+        if m > 1 and _agrees(J, found):
+            return found
+    one_by_one = [pull_back([outputs], flat.params, [e.view(outputs.shape)], retain_graph=True) for e in identity]
+    return torch.stack([flat.flatten(row) for row in one_by_one])
+
+
+def _batch_of_rows(J: ResidualJacobian, block: Tensor) -> Tensor | None:
+    flat, outputs = J.products.flat, J.products.outputs
+    try:
+        parts = torch.autograd.grad(
+            outputs,
+            flat.params,
+            block.view(len(block), *outputs.shape),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except RuntimeError:  # functions without a batching rule; the plain route tells what is really wrong
+        return None
+    columns = [
+        torch.zeros(len(block), size, dtype=J.dtype, device=J.device)
+        if part is None
+        else part.reshape(len(block), -1).to(J.device, J.dtype)
+        for part, size in zip(parts, flat.sizes, strict=True)
+    ]
+    return torch.cat(columns, dim=1)
+
+
+def _agrees(J: ResidualJacobian, found: Tensor) -> bool:
+    """Compare w'J for one w, made of the counters 1 ... m, with a plain backward pass."""
+    w = torch.arange(1, J.shape[0] + 1, dtype=found.dtype, device=found.device).sin()
+    plain = J.products.backward(w.view(J.products.outputs.shape).to(J.products.outputs.device))
+    size = found.abs().T @ w.abs()
+    eps = torch.finfo(J.products.outputs.dtype).eps
+    return bool(((found.T @ w - plain).abs() <= 1e3 * eps * (size + size.max())).all())
+
+
+def column_norms(J: Tensor, before: Tensor | None) -> Tensor:
+    """Return the norms of J's columns, or those seen before where they are larger; 1 for columns of zeros.
+
+    Reference: More (1978), The Levenberg-Marquardt algorithm: implementation and theory.
+    """
+    norms = torch.linalg.vector_norm(J, dim=0)
+    norms = norms if before is None else torch.maximum(norms, before)
+    return torch.where(norms > 0, norms, 1.0)
+
+
+class DampedLeastSquares:
+    """argmin |J d - b|^2 + damping |D d|^2 for one J, scales D, and any number of b and damping.
+
+    With J D^-1 = Q R (m >= n), or its transpose (m < n: the kernel form, in the space of residuals), each damping costs
+    a QR factorisation of [R; damping^(1/2) I], min(m, n)^3 operations. Q is kept as reflections, never as a matrix.
+    """
+
+    def __init__(self, J: Tensor, scale: Tensor) -> None:
+        self.scale = scale
+        self.tall = J.shape[0] >= J.shape[1]
+        scaled = J / scale
+        self._reflections = torch.geqrf(scaled if self.tall else scaled.T)
+        k = min(J.shape)
+        R = self._reflections[0][:k].triu()
+        self.core = R if self.tall else R.T
+        self._factors: tuple[float, Tensor, Tensor] | None = None
+
+    def solve(self, b: Tensor, damping: float) -> Tensor:
+        """Return d, (n,); not finite where the damped matrix is singular."""
+        k = self.core.shape[0]
+        if self._factors is None or self._factors[0] != damping:
+            identity = torch.eye(k, dtype=b.dtype, device=b.device)
+            self._factors = (damping, *torch.linalg.qr(torch.cat([self.core, damping**0.5 * identity])))
+        _, Q, R = self._factors
+        rhs = self._reflected(b, transpose=True)[:k] if self.tall else b
+        y = torch.linalg.solve_triangular(R, (Q[:k].T @ rhs)[:, None], upper=True)[:, 0]
+        if not self.tall:
+            y = self._reflected(torch.cat([y, y.new_zeros(len(self.scale) - k)]), transpose=False)
+        return y / self.scale
+
+    def _reflected(self, x: Tensor, *, transpose: bool) -> Tensor:
+        """Return the square Q times x, or its transpose."""
+        return torch.ormqr(*self._reflections, x[:, None], transpose=transpose)[:, 0]

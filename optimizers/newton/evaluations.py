@@ -1,0 +1,309 @@
+"""A closure as a function of the flat parameters, for the length of one step: values, gradients and matrices.
+
+Every evaluation within a step sees the same random numbers (dropout, sampled collocation points), so that losses at two
+points can be compared. Nothing runs under `no_grad`: a closure may differentiate itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.engine.repeated_evaluation import RepeatedEvaluation
+from curvature.errors import InputError, NonFiniteError
+from curvature.linop import LinearOperator
+from curvature.losses.rules import LossRule
+from optimizers.newton.flat import FlatParams
+from optimizers.shared.closures import loss_of, own_gradients, residuals_of
+from optimizers.shared.differentiation import ClosureRecorder, gradients, pull_back
+from optimizers.shared.gradients import refuse_sparse
+
+__all__ = ["Evaluations", "Kind", "Linearised", "ResidualJacobian"]
+
+Kind = Literal["hessian", "ggn", "residuals"]
+Mean = Callable[[Tensor], Tensor]
+Share = Callable[[Tensor | None, Any], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linearised:
+    """What is known at the start of a step."""
+
+    loss: float
+    """The loss there."""
+    gradient: Tensor
+    """(n,)."""
+    matrix: CountedMatrix | None
+    """Hessian, Gauss-Newton matrix or Jacobian; it holds the graph. None where it was not asked for."""
+    residuals: Tensor | None = None
+    """(m,), where the closure returns residuals."""
+
+    @property
+    def operator(self) -> CountedMatrix:
+        """The matrix, which must have been asked for."""
+        assert self.matrix is not None
+        return self.matrix
+
+
+class CountedMatrix(LinearOperator):
+    """A matrix at one point, with the number of columns it was applied to."""
+
+    num_matvecs = 0
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.num_matvecs += X.shape[1]
+        if X.shape[1] == 1:  # CG's case; a stack of one is a copy
+            return self._product(X[:, 0])[:, None]
+        return torch.stack([self._product(x) for x in X.T], dim=1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Hessian(CountedMatrix):
+    """H v as the gradient of g'v, through the graph of g."""
+
+    def __init__(self, flat: FlatParams, grads: list[Tensor | None], sign: float, mean: Mean) -> None:
+        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
+        self.flat, self.grads, self.sign, self.mean = flat, grads, sign, mean
+
+    def _product(self, x: Tensor) -> Tensor:
+        v = self.flat.split(x)
+        Hv = self.flat.flatten(pull_back(self.grads, self.flat.params, v, retain_graph=True))
+        return self.mean(self.sign * Hv)
+
+
+class _Outputs:
+    """Products with the Jacobian J of some outputs in the parameters, and with its transpose."""
+
+    def __init__(self, flat: FlatParams, outputs: Tensor) -> None:
+        self.flat, self.outputs = flat, outputs
+        if not outputs.requires_grad:
+            raise InputError(
+                "the closure's outputs have no graph: compute them from the parameters with gradients enabled, and do "
+                "not detach them."
+            )
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Return u and J'u with its graph, made when the first product asks for it."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self.outputs, requires_grad=True)
+            weighted = (self.outputs * u).sum()
+        return u, gradients(weighted, self.flat.params, create_graph=True, retain_graph=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return J x in the shape of the outputs: J'u is linear in u, and its derivative is J."""
+        u, Jtu = self._transposed
+        return pull_back(Jtu, [u], self.flat.split(x), retain_graph=True)[0]
+
+    def backward(self, w: Tensor) -> Tensor:
+        """Return J'w, (n,), for w in the shape of the outputs."""
+        w = w.to(self.outputs.dtype)
+        return self.flat.flatten(pull_back([self.outputs], self.flat.params, [w], retain_graph=True))
+
+
+class _GaussNewton(CountedMatrix):
+    """G v = J' H J v, H the loss's Hessian in the outputs."""
+
+    def __init__(self, flat: FlatParams, outputs: Tensor, targets: Any, rule: LossRule, mean: Mean) -> None:
+        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
+        self.jacobian, self.mean = _Outputs(flat, outputs), mean
+        self.output_hessian = rule.output_hessian(outputs.detach(), targets)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.mean(self.jacobian.backward(self.output_hessian(self.jacobian.forward(x))))
+
+
+class ResidualJacobian(CountedMatrix):
+    """J, (m, n), of a residual vector; `T` is its transpose and counts with it."""
+
+    def __init__(self, flat: FlatParams, residuals: Tensor) -> None:
+        super().__init__((residuals.numel(), flat.n), flat.dtype, flat.device)
+        self.products = _Outputs(flat, residuals)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.products.forward(x).reshape(-1).to(self.device, self.dtype)
+
+    @property
+    def T(self) -> LinearOperator:
+        return _Transposed(self)
+
+
+class _Transposed(LinearOperator):
+    def __init__(self, J: ResidualJacobian) -> None:
+        super().__init__((J.shape[1], J.shape[0]), J.dtype, J.device)
+        self.J = J
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.J.num_matvecs += X.shape[1]
+        products = self.J.products
+        return torch.stack([products.backward(x.view(products.outputs.shape)) for x in X.T], dim=1)
+
+
+class Evaluations:
+    """One step's view of a closure.
+
+    Args:
+        flat: the parameters.
+        closure: returns the loss, (outputs, targets), or residuals.
+        curvature_closure: takes the place of `closure` for the matrix.
+        kind: which matrix.
+        loss: of (outputs, targets).
+        rule: of that loss.
+        sign: -1 to climb.
+        mean: over ranks.
+        share: (outputs, targets) -> the factor of this rank in such a mean.
+        recorder: runs the closures.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        *,
+        kind: Kind,
+        loss: Callable[..., Tensor] | None,
+        rule: LossRule | None,
+        sign: float = 1.0,
+        mean: Mean | None = None,
+        share: Share | None = None,
+        recorder: ClosureRecorder | None = None,
+    ) -> None:
+        self._recorder = ClosureRecorder() if recorder is None else recorder
+        self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
+        self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
+        self.share_of_rank = share
+        self.mean: Mean = mean if mean is not None else (lambda t: t)
+        self.start = flat.get()
+        self.num_evaluations = self.num_gradients = 0
+        self.unused = [False] * len(flat.params)
+        self._repeated = RepeatedEvaluation(flat.params)
+        self.watched = self._repeated.watched
+
+    def linearise(self, *, with_matrix: bool = True) -> Linearised:
+        """Return loss, gradient and, if asked for, matrix at the parameters as they are.
+
+        Raises:
+            NonFiniteError: if the loss or its gradient is not finite there: there is nothing to step from.
+        """
+        self.num_evaluations += 1
+        self.num_gradients += 1
+        separate = self.curvature_closure is not None
+        value, outputs, targets = self._called(self.closure)
+        second_order = self.kind == "hessian" and with_matrix and not separate
+        if self.kind == "residuals":
+            assert outputs is not None
+            jacobian = ResidualJacobian(self.flat, outputs)
+            r = outputs.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
+            gradient = jacobian.products.backward(outputs.detach())
+            self._refuse_non_finite(float(value.detach()), gradient)
+            return Linearised(loss=float(value.detach()), gradient=gradient, matrix=jacobian, residuals=r)
+        grads = gradients(value, self.flat.params, create_graph=second_order, retain_graph=with_matrix and not separate)
+        refuse_sparse(grads, "this optimizer")
+        if not separate:
+            self.unused = [g is None for g in grads]
+        mean = self._mean_of(outputs, targets)
+        gradient = mean(self.sign * self.flat.flatten(grads))
+        loss = float(mean(self.sign * value.detach().reshape(1)))
+        self._refuse_non_finite(loss, gradient)
+        if not with_matrix:
+            return Linearised(loss=loss, gradient=gradient, matrix=None)
+        if separate:
+            assert self.curvature_closure is not None
+            value, outputs, targets = self._called(self.curvature_closure, moves=False)
+            mean = self._mean_of(outputs, targets)
+        matrix: CountedMatrix
+        if self.kind == "ggn":
+            if outputs is None or self.rule is None:
+                raise InputError(
+                    'curvature="ggn" needs the split between model and loss: give loss= to the optimizer and a closure '
+                    'that returns (outputs, targets), or use curvature="hessian".'
+                )
+            matrix = _GaussNewton(self.flat, outputs, targets, self.rule, mean)
+        else:
+            if separate:
+                grads = gradients(value, self.flat.params, create_graph=True, retain_graph=True)
+            matrix = _Hessian(self.flat, grads, self.sign, mean)
+        return Linearised(loss=loss, gradient=gradient, matrix=matrix)
+
+    def value(self, x: Tensor) -> float:
+        """Return the loss at x, infinity if it is not a number; the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        with self._moved_to(x):
+            value, outputs, targets = self._called(self.closure)
+        found = float(self._mean_of(outputs, targets)(self.sign * value.detach().reshape(1)))
+        return found if math.isfinite(found) else math.inf
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """Return the residuals at x, (m,); the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        with self._moved_to(x):
+            r = self._called(self.closure)[1]
+        assert r is not None
+        return r.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
+        """Return loss and gradient at x; the parameters are where they were afterwards."""
+        self.num_evaluations += 1
+        self.num_gradients += 1
+        with self._moved_to(x):
+            value, outputs, targets = self._called(self.closure)
+            grads = gradients(value, self.flat.params, create_graph=False, retain_graph=False)
+        mean = self._mean_of(outputs, targets)
+        found = float(mean(self.sign * value.detach().reshape(1)))
+        return found if math.isfinite(found) else math.inf, mean(self.sign * self.flat.flatten(grads))
+
+    def _mean_of(self, outputs: Tensor | None, targets: Any) -> Mean:
+        """Return the mean over ranks that each count by their share of the joined batch."""
+        if self.share_of_rank is None:
+            return self.mean
+        share = self.share_of_rank(outputs, targets)
+        if share == 0:  # nothing counts here: a mean over no terms is 0/0
+            return lambda t: self.mean(torch.zeros_like(t))
+        return lambda t: self.mean(share * t)
+
+    @contextlib.contextmanager
+    def _moved_to(self, x: Tensor) -> Iterator[None]:
+        """Put the parameters at x for a while: the graph of the start is needed again, and holds their memory."""
+        self.flat.set_for_now(x)
+        try:
+            yield
+        finally:
+            self.flat.set_for_now(self.start)
+
+    def _called(self, closure: Callable[[], Any], *, moves: bool = True) -> tuple[Tensor, Tensor | None, Any]:
+        """Return (loss, outputs or residuals, targets)."""
+        return self._recorder.run(lambda: self._called_once(closure, moves))
+
+    def _called_once(self, closure: Callable[[], Any], moves: bool) -> tuple[Tensor, Tensor | None, Any]:
+        with own_gradients(self.flat.params), self._repeated.evaluation(moves=moves):
+            returned = closure()
+            if self.kind == "residuals":
+                r = residuals_of(returned)
+                return (r * r).sum() / 2, r, None
+            return loss_of(returned, self.loss)
+
+    def _refuse_non_finite(self, loss: float, gradient: Tensor) -> None:
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss is {loss} at the start of the step, and there is nothing to step back to: parameters are "
+                "left as they are; start elsewhere, or look at the batch."
+            )
+        if not bool(gradient.isfinite().all()):
+            raise NonFiniteError(
+                f"the gradient is not finite at the start of the step, where the loss is {loss:.4g}: parameters are "
+                "left as they are; look for sqrt or norm at 0, or use a wider dtype."
+            )
+
+    def finish(self, *, keep: bool = True) -> None:
+        """Leave random streams and buffers as one evaluation of the closure would have, or as they were found."""
+        self._repeated.finish(keep=keep)

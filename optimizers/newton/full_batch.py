@@ -1,0 +1,304 @@
+"""What optimizers share that solve for a step jointly over all parameters: Newton's family.
+
+A step linearises the closure once, lets the method propose and try points, writes the best and reports. Whatever
+happens in between, an exception included, parameters end at a point that the method accepted, or where they were.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from curvature.environment.autocast import full_precision
+from curvature.errors import InputError
+from curvature.losses.rules import loss_rule
+from optimizers.newton.evaluations import Evaluations, Kind, Linearised
+from optimizers.newton.flat import FlatParams
+from optimizers.newton.step_report import StepReport
+from optimizers.shared.differentiation import curvature_session
+from optimizers.shared.gradients import all_zero
+from optimizers.shared.probes import counter_generator
+from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.resumable import ResumableOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["FullBatchOptimizer", "Move"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """What a method decided: a step, or none and why."""
+
+    step: Tensor | None
+    """(n,), what to add to the parameters; None to stay."""
+    loss: float
+    """At the end."""
+    solver: str
+    message: str
+    model_decrease: float = math.nan
+    ratio: float = math.nan
+
+
+_SETTINGS: dict[str, Any] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
+
+
+class FullBatchOptimizer(ResumableOptimizer):
+    """Base of optimizers whose step couples all parameters.
+
+    `step(closure)` evaluates the closure as often as it needs; the closure calls no `backward()`, and may itself
+    differentiate with `create_graph=True`. `step(closure, curvature_closure)` takes the matrix from a second closure.
+    `.grad` then holds the gradient at the point the step started from, and `last_step` what happened. All groups are
+    solved jointly; of settings that are no `lr` the first group's count, and those that the method adapts (damping,
+    radius) are kept there.
+
+    Settings kept in every parameter group, beside those of the method:
+        lr: factor on the group's part of a step, before anything is tried.
+        maximize: climb instead of descend.
+        seed: of the random numbers, which are functions of (seed, step).
+        num_steps: taken so far.
+
+    Raises:
+        InputError: for complex parameters, settings out of range, closures that return something else than agreed.
+        NonFiniteError: if the loss or its gradient is not finite where a step starts.
+    """
+
+    _kept: tuple[str, ...] = ("kind", "loss", "_rule", "_group_name", "last_step")
+    _late_settings = _SETTINGS
+    _adapted: tuple[str, ...] = ()
+    """Settings that the method adapts, in the first group."""
+
+    last_step: StepReport | None
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        kind: Kind,
+        loss: Callable[..., Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self.kind: Kind = kind
+        self.loss = loss
+        self._rule = None if loss is None else loss_rule(loss)
+        self.process_group = process_group
+        self.last_step = None
+        super().__init__(params, {**self._late_settings, **defaults})
+
+    # -- what a method supplies ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+        """Decide on a step from `start`, (n,), where the parameters stay."""
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Check the settings of a method in one group."""
+
+    @property
+    def _matrix_is_needed(self) -> bool:
+        """Whether the coming step multiplies by the matrix; if not, gradients are taken without graph."""
+        return True
+
+    @property
+    def _moves_without_gradient(self) -> bool:
+        """Whether the method looks for negative curvature where the gradient vanishes."""
+        return False
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None
+    ) -> Tensor | None:
+        """Take one step and return the loss before it, detached.
+
+        Args:
+            closure: returns what the method takes: the loss, (outputs, targets) where `loss=` was given, or residuals.
+            curvature_closure: evaluated in place of `closure` for the matrix: a smaller or another batch.
+        """
+        return self._step(closure, curvature_closure, 0.0)
+
+    @full_precision
+    @on_all_ranks
+    def _step(
+        self,
+        closure: Callable[[], Any] | None,
+        curvature_closure: Callable[[], Any] | None,
+        gtol: float,
+        *,
+        moves_buffers: bool = True,
+    ) -> Tensor | None:
+        """Take a step unless the largest entry of the gradient is at most `gtol`.
+
+        Where none is taken, `moves_buffers=False` leaves random streams and running statistics as they were found.
+        """
+        flat = self._flat()
+        if closure is None:
+            # a checkpoint is loaded into an optimizer that was stepped with zero gradients and without closure
+            if all_zero([p.grad for p in flat.params if p.grad is not None]):
+                self._count(flat, moved=False)
+                return None  # state is made, nothing moves
+            raise InputError(f"{type(self).__name__} evaluates the loss several times a step: call step(closure).")
+        if curvature_closure is not None and self.kind == "residuals":
+            raise InputError("residuals and their Jacobian come from one closure; leave curvature_closure out.")
+        evaluations = self._evaluations(flat, closure, curvature_closure, self.kind)
+        compare_ranks(self, f"a step of {type(self).__name__}", point=True)
+        start = evaluations.start
+        move: Move | None = None
+        try:
+            with curvature_session(), evaluations.watched():
+                here = evaluations.linearise(with_matrix=self._matrix_is_needed)
+                for p, g in zip(flat.params, flat.split(evaluations.sign * here.gradient), strict=True):
+                    p.grad = g.clone()
+                largest = float(here.gradient.abs().max())
+                # squares of anything smaller underflow
+                vanishes = largest <= max(gtol, torch.finfo(flat.dtype).tiny ** 0.5)
+                if vanishes and (gtol == torch.inf or not self._moves_without_gradient):
+                    move = Move(step=None, loss=here.loss, solver="not run", message="the gradient vanishes")
+                else:
+                    move = self._move(evaluations, here, start)
+            if move.step is not None:
+                flat.set(start + move.step, keep=evaluations.unused if self.process_group is None else None)
+                if torch.equal(flat.get(), start):
+                    move = replace(
+                        move, step=None, loss=here.loss, message="the step is below rounding of the parameters"
+                    )
+        finally:
+            evaluations.finish(keep=move is not None and (moves_buffers or move.step is not None))
+        moved = move.step is not None
+        self.last_step = StepReport(
+            loss_before=evaluations.sign * here.loss,
+            loss_after=evaluations.sign * move.loss,
+            gradient_norm=float(torch.linalg.vector_norm(here.gradient)),
+            gradient_max=largest,
+            step_norm=0.0 if move.step is None else float(torch.linalg.vector_norm(move.step)),
+            model_decrease=move.model_decrease,
+            ratio=move.ratio,
+            accepted=moved,
+            stationary=vanishes and not moved,
+            num_products=0 if here.matrix is None else here.matrix.num_matvecs,
+            num_evaluations=evaluations.num_evaluations,
+            num_gradients=evaluations.num_gradients,
+            solver=move.solver,
+            message=move.message,
+            **{name: float(self.param_groups[0][name]) for name in self._adapted},
+        )
+        self._count(flat, moved=moved)
+        for group in self.param_groups:
+            group["num_steps"] += 1
+        return torch.tensor(evaluations.sign * here.loss, dtype=flat.dtype, device=flat.device)
+
+    def _count(self, flat: FlatParams, *, moved: bool) -> None:
+        for p in flat.params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+            self.state[p]["step"] += moved
+
+    def _flat(self) -> FlatParams:
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not params:
+            raise InputError("no parameter requires a gradient.")
+        return FlatParams(params)
+
+    def _evaluations(
+        self,
+        flat: FlatParams,
+        closure: Callable[[], Any],
+        curvature_closure: Callable[[], Any] | None,
+        kind: Kind,
+    ) -> Evaluations:
+        return Evaluations(
+            flat,
+            closure,
+            curvature_closure,
+            kind=kind,
+            loss=self.loss,
+            rule=self._rule,
+            sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
+            mean=None if self.process_group is None else self._mean_over_ranks,
+            share=None if self.process_group is None else self._share_of_rank,
+            recorder=self._recorder,
+        )
+
+    def _mean_over_ranks(self, t: Tensor) -> Tensor:
+        assert self.process_group is not None
+        compare_ranks(self, "a mean", total=t)
+        return average_over_ranks([t], self.process_group)[0]
+
+    def _share_of_rank(self, outputs: Tensor | None, targets: Any) -> float:
+        assert self.process_group is not None
+        compare_ranks(self, "shares of a batch")
+        return share_of_rank(self._rule, outputs, targets, self.process_group)
+
+    # -- shared by methods --------------------------------------------------------------------------------------------
+
+    def _rates(self, flat: FlatParams) -> Tensor | float:
+        """Return lr for every entry, or one number where all groups agree."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        if len(set(rates)) == 1:
+            return rates[0]
+        by_param = {id(p): rate for group, rate in zip(self.param_groups, rates, strict=True) for p in group["params"]}
+        return flat.flatten([torch.full_like(p, by_param[id(p)]) for p in flat.params])
+
+    def _generator(self, flat: FlatParams, stream: int) -> torch.Generator:
+        first = self.param_groups[0]
+        return counter_generator(flat.device, stream, first["seed"], first["num_steps"])
+
+    def _remember(self, flat: FlatParams, **vectors: Tensor) -> None:
+        """Keep vectors (n,), or bases (n, r), in the state of the parameters they belong to."""
+        for name, vector in vectors.items():
+            offset = 0
+            for p, size in zip(flat.params, flat.sizes, strict=True):
+                part = vector[offset : offset + size]
+                self.state[p][name] = part.clone().reshape((*p.shape, *vector.shape[1:]))
+                offset += size
+
+    def _recall(self, flat: FlatParams, name: str) -> Tensor | None:
+        """Return what was kept under a name, (n,) or (n, r); None if a parameter has none."""
+        parts = []
+        for p in flat.params:
+            part = self.state[p].get(name)
+            if part is None:
+                return None
+            parts.append(part.reshape(p.numel(), *part.shape[p.ndim :]).to(flat.device, flat.dtype))
+        return torch.cat(parts)
+
+    def _forget(self) -> None:
+        """Nothing is accumulated between steps."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after a check of its settings."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _validate(group, self.kind)
+            self._validate(group)
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+
+def _validate(group: dict[str, Any], kind: Kind) -> None:
+    for p in group["params"]:
+        if p.is_complex() or not p.is_floating_point():
+            raise InputError(
+                f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
+            )
+    if not float(group["lr"]) >= 0:
+        raise InputError(f"lr must be >= 0, got {group['lr']}.")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+        raise InputError(f"seed must be an integer, got {group['seed']!r}.")
+    if group["maximize"] and kind != "hessian":
+        raise InputError(
+            'maximize=True has no Gauss-Newton model, whose matrix is that of a minimum; use curvature="hessian".'
+        )

@@ -1,0 +1,178 @@
+"""Natural gradients: steepest descent in the metric of the model's outputs.
+
+Reference: Amari (1998), Natural gradient works efficiently in learning; Mueller and Zeinhofer (2023), Achieving high
+accuracy with PINNs via energy natural gradient descent; Goldshlager, Abrahamsen and Lin (2024), A Kaczmarz-inspired
+approach to accelerate the optimization of neural network wavefunctions (SPRING).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.linalg.systems.cg import cg
+from optimizers.newton.dense_jacobian import DampedLeastSquares, dense_jacobian
+from optimizers.newton.evaluations import Evaluations, Linearised, ResidualJacobian
+from optimizers.newton.full_batch import FullBatchOptimizer, Move
+from optimizers.newton.levenberg_marquardt import Jacobian
+from optimizers.newton.line_search import Line, LineSearch
+from optimizers.shared.validate import check_at_least
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["NaturalGradient"]
+
+
+class NaturalGradient(FullBatchOptimizer):
+    """Steps from (G + lambda I) d = -g, G the Gauss-Newton matrix: the Fisher matrix where the loss is a likelihood.
+
+    - `loss` given: closures return (outputs, targets), and conjugate gradients solve with products.
+    - no `loss`: closures return residuals r, the loss is |r|^2 / 2 and G = J'J, as in energy natural gradients. Solved
+      directly in the smaller of the two spaces; with fewer residuals than parameters d = -J'(J J' + lambda I)^-1 r.
+      With momentum mu (SPRING) d minimises |J d + r|^2 + lambda |d - mu d_before|^2:
+
+          d = mu d_before - J'(J J' + lambda I)^-1 (r + mu J d_before)
+
+    Without line search the loss is not looked at, as stochastic batches ask for.
+
+    Args:
+        params: parameters or groups of them.
+        lr: factor on the step; the first t of a line search.
+        damping: lambda; units of G.
+        momentum: mu, in [0, 1); for residuals.
+        line_search: from `optimizers.newton.line_search`; `Grid()` for energy natural gradients. None takes t = lr.
+        max_norm: largest length of a step without line search; None for any.
+        loss: see above.
+        jacobian: as for `LevenbergMarquardt`.
+        rtol: of conjugate gradients.
+        max_iterations: of conjugate gradients.
+        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs;
+            not for residuals.
+        seed: as in `FullBatchOptimizer`; the method draws no random numbers.
+
+    Raises:
+        InputError: for settings out of range.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = NaturalGradient([w], damping=1e-6)
+        >>> loss = optimizer.step(lambda: torch.tensor([1.0, 30.0]) * w)
+        >>> bool((w.detach().abs() < 1e-4).all())
+        True
+    """
+
+    _kept = (*FullBatchOptimizer._kept, "line_search", "jacobian")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        *,
+        damping: float = 1e-3,
+        momentum: float = 0.0,
+        line_search: LineSearch | None = None,
+        max_norm: float | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        jacobian: Jacobian | None = None,
+        rtol: float = 1e-5,
+        max_iterations: int = 250,
+        process_group: ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        kind: Literal["ggn", "residuals"] = "residuals" if loss is None else "ggn"
+        if kind == "ggn" and (momentum != 0 or jacobian is not None):
+            raise InputError("momentum and jacobian belong to residuals: leave loss out.")
+        if kind == "residuals" and process_group is not None:
+            raise InputError("residuals are solved for on one rank; give loss= to average over ranks.")
+        self.line_search, self.jacobian = line_search, jacobian
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "momentum": momentum,
+            "max_norm": max_norm,
+            "rtol": rtol,
+            "max_iterations": max_iterations,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, kind=kind, loss=loss, process_group=process_group)
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        check_at_least("max_iterations", group["max_iterations"], 1)
+        check_at_least("damping", group["damping"], 0)
+        if not 0 <= group["momentum"] < 1:
+            raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
+        if group["max_norm"] is not None and not group["max_norm"] > 0:
+            raise InputError(f"max_norm must be positive, or None, got {group['max_norm']}.")
+
+    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+        group = self.param_groups[0]
+        if self.kind == "ggn":
+            found = cg(
+                here.operator,
+                -here.gradient,
+                damping=float(group["damping"]),
+                rtol=group["rtol"],
+                max_iterations=group["max_iterations"],
+            )
+            d, solver = found.x, found.status.value
+        else:
+            d, solver = self._in_residual_space(evaluations, here), "solved directly"
+        if not bool(d.isfinite().all()):
+            message = "the step is not finite: the damped matrix is singular; raise damping"
+            return Move(step=None, loss=here.loss, solver=solver, message=message)
+        slope = float(here.gradient @ d)
+        rates = self._rates(evaluations.flat)
+        initial = rates if isinstance(rates, float) else 1.0
+        if not isinstance(rates, float):
+            d = rates * d
+        if self.line_search is None:
+            step = initial * d
+            length = float(torch.linalg.vector_norm(step))
+            if group["max_norm"] is not None and length > group["max_norm"]:
+                step = step * (group["max_norm"] / length)
+            return Move(step=step, loss=math.nan, solver=solver, message="taken without a look at the loss")
+
+        def value_and_slope(t: float) -> tuple[float, float]:
+            value, gradient = evaluations.value_and_gradient(start + t * d)
+            return value, float(gradient @ d)
+
+        line = Line(
+            value=lambda t: evaluations.value(start + t * d),
+            value_and_slope=value_and_slope,
+            start=here.loss,
+            slope=slope,
+            noise=4 * torch.finfo(d.dtype).eps * abs(here.loss),
+        )
+        found_t = self.line_search(line, initial)
+        if found_t.step == 0:
+            if group["momentum"] > 0:
+                self._remember(evaluations.flat, natural_direction=torch.zeros_like(d))
+            return Move(step=None, loss=here.loss, solver=solver, message=found_t.message)
+        return Move(step=found_t.step * d, loss=found_t.value, solver=solver, message=found_t.message)
+
+    def _in_residual_space(self, evaluations: Evaluations, here: Linearised) -> Tensor:
+        group, flat, r, J = self.param_groups[0], evaluations.flat, here.residuals, here.operator
+        assert r is not None
+        assert isinstance(J, ResidualJacobian)
+        if self.jacobian is None:
+            dense = dense_jacobian(J)
+        else:
+            dense = self.jacobian(flat.params).detach().to(flat.device, flat.dtype)
+            if dense.shape != J.shape:
+                raise InputError(f"jacobian must return a matrix of shape {J.shape}, got {tuple(dense.shape)}.")
+        system = DampedLeastSquares(dense, torch.ones_like(dense[0]))
+        mu, before = group["momentum"], self._recall(flat, "natural_direction")
+        damping = float(group["damping"])
+        if mu == 0 or before is None:
+            d = system.solve(-r, damping)
+        else:
+            d = mu * before + system.solve(-(r + mu * (dense @ before)), damping)
+        if mu > 0 and bool(d.isfinite().all()):
+            self._remember(flat, natural_direction=d)
+        return d

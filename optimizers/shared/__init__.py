@@ -1,0 +1,1 @@
+"""What all optimizers share: closures, gradients, random probes, ranks, saving and settings."""

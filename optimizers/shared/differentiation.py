@@ -1,0 +1,202 @@
+"""Derivatives of a loss by `torch.autograd.grad`: no `.grad` is touched, no graph outlives the step, no hook is missed.
+
+`loss.backward(create_graph=True)` leaves gradients that hold their graph, which holds the parameters, which hold the
+gradients: memory that is never freed. It also meets the hooks of data-parallel wrappers, which write in place. Neither
+happens to derivatives that are asked for by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.backends import cuda
+
+from curvature.autograd.guards import refuse_undifferentiable
+from curvature.autograd.lean import LeanLayers, MustRecordAnewError
+from curvature.environment.lock import one_at_a_time
+from curvature.errors import CheckFailedError, InputError
+
+__all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "pull_back"]
+
+T = TypeVar("T")
+
+_KERNELS = (  # `torch.nn.attention.sdpa_kernel` does the same and takes as long as a small layer
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+)
+
+
+class curvature_session:  # a generator's context takes three times as long
+    """Let a forward pass be differentiated twice: attention by the math kernel, compiled models run eagerly."""
+
+    def __enter__(self) -> None:
+        one_at_a_time.__enter__()
+        self._stance = torch.compiler.set_stance("force_eager")  # entered by being made
+        self._switched = [(switch, not wanted) for is_on, switch, wanted in _KERNELS if is_on() != wanted]
+        for switch, was_on in self._switched:
+            switch(not was_on)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stance.__exit__(kind, error, trace)
+        for switch, was_on in self._switched:
+            switch(was_on)
+        one_at_a_time.__exit__(kind, error, trace)
+
+
+@dataclass
+class ClosureRecorder:
+    """Runs closures with the layers replaced that torch differentiates wrongly, as far as it has seen them need it.
+
+    Attributes:
+        forward_differentiates: a closure was seen to differentiate itself (a PINN, a gradient penalty).
+    """
+
+    forward_differentiates: bool = False
+
+    def run(self, closure: Callable[[], T]) -> T:
+        """Return what the closure does; it runs twice when it first turns out to need derivatives beyond the second."""
+        layers = LeanLayers(corrections_only=True, third_order=self.forward_differentiates)
+        try:
+            with layers:
+                returned = closure()
+        except MustRecordAnewError:
+            if not layers.must_record_anew:
+                raise
+        self.forward_differentiates |= layers.forward_differentiates
+        if not layers.must_record_anew:
+            return returned
+        with LeanLayers(third_order=True):
+            return closure()
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool) -> list[Tensor | None]:
+    """Return the gradient of the loss in every parameter, None where it does not depend on it.
+
+    Raises:
+        InputError: if the loss has no graph, or one that a call of backward() has used up.
+        CheckFailedError: for a graph of the gradient, if autograd would leave something out of it.
+    """
+    if not loss.requires_grad:
+        raise InputError(
+            "the loss has no graph: the closure must compute it from the parameters with gradients enabled, not under "
+            "torch.no_grad() and not detached."
+        )
+    if create_graph:
+        refuse_undifferentiable([loss])
+    return _grad([loss], params, [torch.ones_like(loss)], create_graph=create_graph, retain_graph=retain_graph)
+
+
+def pull_back(
+    functions: Sequence[Tensor | None], params: Sequence[Tensor], vectors: Sequence[Tensor], *, retain_graph: bool
+) -> list[Tensor]:
+    """Return sum_i vectors_i' d functions_i / d params: a Hessian product, if the functions are gradients.
+
+    Functions that are None or have no graph do not depend on anything: they count as constants.
+
+    Raises:
+        CheckFailedError: if the model holds a function without a second derivative.
+    """
+    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(p) for p in params]
+    parts = _grad([f for f, _ in pairs], params, [v for _, v in pairs], create_graph=False, retain_graph=retain_graph)
+    return [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
+
+
+def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves that the graphs of some tensors reach: parameters, and inputs that ask for a gradient."""
+    found: list[Tensor] = []
+    seen, stack = set(), [t.grad_fn for t in tensors if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+    return found
+
+
+def _grad(
+    functions: list[Tensor], params: Sequence[Tensor], vectors: list[Tensor], *, create_graph: bool, retain_graph: bool
+) -> list[Tensor | None]:
+    """Return `torch.autograd.grad`, called past its checks, which take longer than the derivatives of a small model."""
+    device = functions[0].device.type
+    autocast = torch.is_autocast_enabled(device)  # backward passes run in the dtypes that the forward pass recorded
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        try:
+            parts = _engine_run_backward(
+                tuple(functions),
+                tuple(vectors),
+                retain_graph or create_graph,
+                create_graph,
+                tuple(params),
+                allow_unreachable=True,
+                accumulate_grad=False,
+            )
+        except RuntimeError as error:
+            raise _explained(error) from error
+    return list(parts)
+
+
+_CAUSES = (  # what torch says -> what to do about it
+    (
+        "a second time",
+        InputError,
+        "the graph of the loss was used up: the closure must return the loss and call no backward() itself.",
+    ),
+    (
+        "derivative for aten::_scaled_dot_product",
+        CheckFailedError,
+        "a fused attention kernel has no second derivative: hand step() or accumulate() a closure, which is run "
+        "under the math kernel, or compute the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+    ),
+    (
+        "donated buffer",
+        CheckFailedError,
+        "a compiled model has no second derivative: hand step() or accumulate() a closure, which is run eagerly.",
+    ),
+    (
+        "does not currently support double backward",
+        CheckFailedError,
+        "a compiled model has no second derivative: hand step() or accumulate() a closure, which is run eagerly.",
+    ),
+    (
+        "once_differentiable",
+        CheckFailedError,
+        "the model holds a function whose backward is marked once_differentiable: write its backward in "
+        'differentiable operations, or use curvature="gauss-newton-bartlett", which needs first derivatives only.',
+    ),
+    (
+        "CuDNN RNN",
+        CheckFailedError,
+        "cuDNN's recurrent layers have no second derivative: compute the loss under "
+        "torch.backends.cudnn.flags(enabled=False).",
+    ),
+    (
+        "is not implemented",
+        CheckFailedError,
+        "the model holds a function without a second derivative: replace it, or use "
+        'curvature="gauss-newton-bartlett", which needs first derivatives only.',
+    ),
+)
+
+
+def _explained(error: RuntimeError) -> RuntimeError | ValueError:
+    for mark, kind, advice in _CAUSES:
+        if mark in str(error):
+            return kind(advice)
+    return error

@@ -1,0 +1,114 @@
+"""Means over data-parallel ranks: gradients and curvature of the joined batch, with one collective a dtype.
+
+Where closures return (outputs, targets) ranks count by their loss terms; elsewhere they count alike, as
+`DistributedDataParallel` takes it. A parameter that only some ranks used counts
+zero on the others; one that no rank used stays without gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from curvature.losses.rules import LossRule
+from curvature.objective.ranks import RankAgreement, content, failing_together, text_digest
+
+__all__ = ["average_gradients", "average_over_ranks", "compare_ranks", "on_all_ranks", "share_of_rank"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def compare_ranks(optimizer: Any, call: str, *, point: bool = False, total: Tensor | None = None) -> None:
+    """Refuse to go on where a rank failed or is at another call; with `point` where parameters or settings differ.
+
+    Raises:
+        RankError: on all ranks.
+    """
+    ranks = _agreement(optimizer)
+    if ranks is None:
+        return
+    settings, digests = None, None
+    if point:
+        groups = optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        digests = {f"parameter {i} of shape {tuple(p.shape)}": content([p]) for i, p in enumerate(params)}
+        plain = (bool, int, float, str, tuple, type(None))
+        settings = text_digest([sorted((k, v) for k, v in g.items() if isinstance(v, plain)) for g in groups])
+    ranks.agree(call, settings=settings, point=digests, total=total)
+
+
+def on_all_ranks(method: _Method) -> _Method:
+    """Make a method of an optimizer that raises on one rank raise on all of them."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **settings: Any) -> Any:
+        if self.process_group is None:
+            return method(self, *args, **settings)
+        with failing_together(_agreement(self)):
+            return method(self, *args, **settings)
+
+    return cast("_Method", wrapped)
+
+
+def _agreement(optimizer: Any) -> RankAgreement | None:
+    group = optimizer.process_group
+    return None if group is None else RankAgreement(group, optimizer.param_groups[0]["params"][0].device)
+
+
+def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Return the means of tensors over the ranks of a group, alike on every rank."""
+    means: list[Tensor] = list(tensors)
+    for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
+        here = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
+        dtype = torch.promote_types(kind[0], torch.float32)
+        flat = _flatten_dense_tensors([tensors[i] for i in here]).to(dtype)
+        dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        for i, mean in zip(here, _unflatten_dense_tensors(flat.to(kind[0]), [tensors[i] for i in here]), strict=True):
+            means[i] = mean
+    return means
+
+
+def share_of_rank(rule: LossRule | None, outputs: Tensor | None, targets: Any, group: dist.ProcessGroup) -> float:
+    """Return the factor under which a mean over the ranks is that of the joined batch: of losses that sum, their sum.
+
+    1 where the closure returned the loss itself, so that nobody knows how much a rank counts.
+    """
+    if rule is None or outputs is None:
+        terms = math.nan
+    elif rule.reduction == "sum":
+        return float(group.size())
+    else:
+        terms = float(rule.num_terms(outputs, targets))
+    total = torch.tensor(terms, dtype=torch.float64, device=_device(group, outputs))
+    dist.all_reduce(total, group=group)
+    share = terms * group.size() / float(total) if float(total) != 0 else 1.0
+    return share if math.isfinite(share) else 1.0
+
+
+def _device(group: dist.ProcessGroup, outputs: Tensor | None) -> torch.device:
+    if outputs is not None:
+        return outputs.device
+    on_host = "gloo" in str(dist.get_backend(group)) or not torch.cuda.is_available()
+    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+
+
+def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace every `.grad` by its mean over the ranks of a group.
+
+    Waits for the device only on ranks that did not use some parameter, which must learn whether others did.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    local = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    *means, shares = average_over_ranks([*local, used], group)
+    anywhere = [True] * len(params) if all(p.grad is not None for p in params) else (shares > 0).tolist()
+    for p, mean, is_used in zip(params, means, anywhere, strict=True):
+        if is_used:
+            p.grad = mean if p.grad is None else p.grad.copy_(mean)
