@@ -157,7 +157,7 @@ def _details(row: Row) -> list[str]:
 
 def write_report(rows: Sequence[Row]) -> None:
     """Renew the tables in README.md of this folder, and the page of the checks."""
-    readme = Path(__file__).parents[1] / "README.md"
+    readme = Path(__file__).parent / "README.md"
     text = insert(readme.read_text(encoding="utf-8"), cost_table(rows), "optimizer-costs")
     problems = dict.fromkeys(row["problem"] for row in rows if row["kind"] == "training")
     tables = "\n".join(training_table(rows, problem) for problem in problems)

@@ -76,7 +76,7 @@ def exact_diagonal(
 ) -> ExactDiagonal:
     """Return the diagonal of the Gauss-Newton matrix or the Hessian over all data, exactly or by Monte Carlo.
 
-    Measured with ten classes, one batch, checks included (benchmarks/README.md): diag G took 13 gradients for a
+    Measured with ten classes, one batch, checks included (benchmarks/exact/README.md): diag G took 13 gradients for a
     perceptron and 45 for a convolutional net through BackPACK, 980 and 25 by torch.func. "auto" takes BackPACK wherever
     it is right, so "func" is worth a try on convolutions. Where examples meet, N C gradients; diag H takes n products
     where BackPACK has no rules, and many columns where activations are curved. The Monte Carlo kinds cost one
