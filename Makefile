@@ -21,6 +21,9 @@ demo: $(VENV)/.ready ## inspect a trained network on handwritten digits; prints 
 test: lint ## lint, then all tests (PYTEST_ARGS="-k lanczos" narrows them)
 	$(TEST) $(PYTEST_ARGS)
 
+check: lint ## lint, and the tests of what changed
+	$(TEST) -x $$($(VENV)/bin/python tests/changed.py)
+
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy

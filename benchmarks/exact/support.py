@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curvature import Objective
 from curvature.errors import InputError
 from curvature.layerwise import backpack_per_example, exact_diagonal
-from tests.curvature.exact_cases import (
+from tests.curvature.layerwise.exact_cases import (
     LAYERS,
     LOSSES,
     Layer,

@@ -89,7 +89,7 @@ def test_it_needs_the_folder_only(run: Run, page: str, folder: Path) -> None:
     save_run(run, folder)
     code = "from pathlib import Path; from analysis.inspection.report import write_report; "
     code += f"write_report(Path({str(folder)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 

@@ -19,9 +19,9 @@ from analysis.inspection.diagonal import layer_diagonals
 from curvature import Objective
 from curvature.errors import InputError
 from curvature.layerwise import backpack_per_example, backpack_refusal, exact_diagonal, kronecker_factors
-from tests.curvature.exact_cases import ggn
+from tests.curvature.layerwise.exact_cases import ggn
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DISTRIBUTIONS = {  # import -> what brings it, where the names differ
     "backpack": "backpack-for-pytorch",
     "markupsafe": "jinja2",

@@ -23,7 +23,7 @@ from analysis.run.signals import uninterrupted
 from analysis.run.store import save_run
 from curvature.errors import InputError, WriteError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def names(folder: Path) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.exact.support import DOCUMENT, QUANTITIES, RIGHT, alone, cell, error, through_us
 from curvature.layerwise import support
-from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES
+from tests.curvature.layerwise.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES
 
 
 def rows(section: str) -> dict[str, list[str]]:

@@ -12,8 +12,18 @@ from curvature import Objective
 from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise import backpack_per_example
 from tests.checks import assert_close, assert_untouched
-from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES, Layer, Loss, cut, dense_jacobian, targets
-from tests.curvature.test_exact_diagonal import REFUSED
+from tests.curvature.layerwise.exact_cases import (
+    BY_LAYER,
+    BY_LOSS,
+    LAYERS,
+    LOSSES,
+    Layer,
+    Loss,
+    cut,
+    dense_jacobian,
+    targets,
+)
+from tests.curvature.layerwise.test_exact_diagonal import REFUSED
 
 
 def check(model: nn.Module, loss: Any, x: Tensor, y: Tensor, weights: Tensor, **settings: Any) -> None:

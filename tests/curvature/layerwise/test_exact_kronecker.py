@@ -12,7 +12,7 @@ from curvature import Objective
 from curvature.errors import InputError
 from curvature.layerwise import KroneckerFactors, kronecker_factors
 from tests.checks import assert_close, assert_untouched
-from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, cut, dense_jacobian, ggn, output_hessian, targets
+from tests.curvature.layerwise.exact_cases import BY_LAYER, BY_LOSS, cut, dense_jacobian, ggn, output_hessian, targets
 
 
 def real(*shape: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,18 @@ from curvature.layerwise import exact_diagonal
 from curvature.layerwise.backpack_rules import RootRule, SignedRootRule
 from tests.cases import CASES, Case
 from tests.checks import assert_close, assert_untouched, relative_error
-from tests.curvature.exact_cases import BY_LAYER, BY_LOSS, LAYERS, LOSSES, Layer, Loss, cut, ggn, hessian, targets
+from tests.curvature.layerwise.exact_cases import (
+    BY_LAYER,
+    BY_LOSS,
+    LAYERS,
+    LOSSES,
+    Layer,
+    Loss,
+    cut,
+    ggn,
+    hessian,
+    targets,
+)
 from tests.references import dense_ggn, dense_hessian, total_loss
 
 DENSE = {"ggn": ggn, "hessian": hessian}
