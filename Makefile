@@ -9,7 +9,7 @@ RUN ?= runs/demo
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench notebooks clean
+.PHONY: help demo test check lint format bench notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
