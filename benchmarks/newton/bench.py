@@ -8,6 +8,7 @@ float64 but for the autoencoder.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import platform
@@ -302,10 +303,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.newton.bench")
     suites = ["autoencoder", *PINNS, "published", "nist", "logistic"]
     parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--problems", nargs="+", help="names; by default all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="rows of other problems and methods in it are kept")
     parser.add_argument("--workers", type=int, default=1, help="processes; each runs one job at a time")
     arguments = parser.parse_args()
-    jobs, rows = _jobs(arguments.suites), []
+    jobs = [job for job in _jobs(arguments.suites) if not arguments.problems or job[1] in arguments.problems]
+    old = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
+    rows = {(row["suite"], row["problem"], row["method"]): row for row in old}
     context = multiprocessing.get_context("spawn")
     with (
         Progress(*BARS, console=Console(stderr=True)) as progress,
@@ -314,8 +318,8 @@ def main() -> None:
         ) as pool,
     ):
         for row in progress.track(pool.map(_row, *zip(*jobs, strict=True)), total=len(jobs), description="methods"):
-            rows.append(asdict(row))
-            write_rows(arguments.out, rows)  # a run that is cut short leaves what it has
+            rows[row.suite, row.problem, row.method] = asdict(row)
+            write_rows(arguments.out, list(rows.values()))  # a run that is cut short leaves what it has
 
 
 if __name__ == "__main__":
