@@ -23,7 +23,7 @@ from optimizers.newton.full_batch import FullBatchOptimizer
 from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
 from optimizers.newton.newton_cg import NewtonCG
 from optimizers.newton.saddle_free import SaddleFreeNewton
-from optimizers.newton.saddles import Look, look_for_saddle
+from optimizers.newton.saddles import Look, SecondOrder, look_for_saddle
 from optimizers.newton.step_report import StepReport
 from optimizers.newton.trust_region_newton import TrustRegionNewton
 
@@ -77,9 +77,13 @@ class MinimizeResult:
     message: str
     """Which rule ended the run."""
     success: bool
-    """Whether the run converged, and not to a strict saddle as far as the look at its end has seen."""
+    """Whether the run converged, and not to a strict saddle as far as the look at its end has seen: `second_order`."""
     curvature: float = math.nan
     """The smallest u'H u of unit vectors u that this look met, H the Hessian of the loss at x; NaN without a look."""
+    second_order: SecondOrder = "not looked at"
+    """What the look says: "minimum", no curvature below -1e-3 |H| but for a chance of 1 %; "not certified", none was
+    met, with too few products to exclude one; "saddle"; "not looked at" by runs that did not converge, had no product
+    left, or whose loss has no second derivatives."""
 
 
 class _Progress:
@@ -119,8 +123,9 @@ def minimize(
 
     A gradient vanishes at saddles too. So a run that has converged looks for negative curvature of the loss, by Lanczos
     from a random vector, with up to a quarter of the gradients spent so far, 32 at least. Where it finds some, it moves
-    along it and goes on; else `message` tells the lowest curvature met, and whether the look was complete: a curvature
-    lower by 1e-3 |H| is then missed with a probability of 1 % at most. Saddles of higher order are not seen.
+    along it and goes on; else `message` tells the lowest curvature met, and `second_order` whether the look was
+    complete: a curvature lower by 1e-3 |H| is then missed with a probability of 1 % at most. Saddles of higher order
+    are not seen.
 
     Args:
         objective: returns the loss, or residuals for "levenberg-marquardt".
@@ -221,6 +226,7 @@ def minimize(
         message=ended[1],
         success=ended[0] == 0,
         curvature=math.nan if look is None else look.curvature,
+        second_order="not looked at" if look is None else look.second_order,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,8 +15,9 @@ from optimizers.shared.closures import residuals_of
 from optimizers.shared.differentiation import curvature_session
 from optimizers.shared.ranks import on_all_ranks
 
-__all__ = ["Look", "look_for_saddle"]
+__all__ = ["Look", "SecondOrder", "look_for_saddle"]
 
+SecondOrder = Literal["minimum", "not certified", "saddle", "not looked at"]
 _STREAM = 16  # of the seed, apart from the other uses of it
 
 
@@ -37,6 +38,11 @@ class Look:
     num_products: int
     num_evaluations: int
     num_gradients: int
+
+    @property
+    def second_order(self) -> SecondOrder:
+        """What it says of the point."""
+        return "saddle" if self.negative else "minimum" if self.complete else "not certified"
 
     def verdict(self, message: str) -> tuple[int, str]:
         """Return the status of `minimize` after the look, and how a run ended with `message` and this look."""

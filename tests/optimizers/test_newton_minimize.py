@@ -175,6 +175,7 @@ def test_a_strict_saddle_is_no_success(method: str, start: float) -> None:
     assert result.success, result
     assert abs(result.x[0].item()) == pytest.approx(0.5**0.5, abs=1e-6)
     assert result.curvature == pytest.approx(2.0)
+    assert result.second_order == "minimum"
 
 
 def test_a_look_that_was_too_short_says_so() -> None:
@@ -183,9 +184,11 @@ def test_a_look_that_was_too_short_says_so() -> None:
     assert result.success
     assert result.nhev == 32
     assert "too few to exclude a lower one" in result.message
+    assert result.second_order == "not certified"
     without = minimize(lambda x: (x**2).sum(), torch.ones(3), max_gradients=4)
     assert without.success
     assert np.isnan(without.curvature)
+    assert without.second_order == "not looked at"
 
 
 def test_a_saddle_that_rounding_hides_is_no_success() -> None:
@@ -193,7 +196,7 @@ def test_a_saddle_that_rounding_hides_is_no_success() -> None:
     result = minimize(
         lambda x: 1e10 + 1e-7 * (x[0] ** 2 - x[1] ** 2 + 10 * x[1] ** 4), torch.zeros(2, dtype=torch.float64)
     )
-    assert (result.status, result.success) == (2, False)
+    assert (result.status, result.success, result.second_order) == (2, False, "saddle")
     assert result.curvature == pytest.approx(-2e-7)
 
 
