@@ -24,7 +24,7 @@ from analysis.inspection.results import Inspection
 from analysis.landscape.results import Landscape
 from analysis.noise.results import GradientNoise
 from analysis.noise.study import NoiseStudy
-from analysis.records.measured import Measured
+from analysis.records.measured import Bounded, Measured
 from analysis.sharpness.results import SharpnessTable
 from curvature.arguments import checked
 from curvature.errors import InputError
@@ -37,6 +37,11 @@ Quantities = dict[str, tuple[Measured, str]]
 _CURVATURE = "loss / parameter²"
 _SQUARE = "(loss / parameter)²"
 _ROUNDING = 1e-6  # relative, of numbers from products in float32
+_FOLLOWS = {  # lambda_1 / mean |lambda|, and the trace is 1 - 2 negative share of the sum of all |lambda|
+    "effective condition": ("largest eigenvalue", "trace", "negative share"),
+    "largest stable step": ("largest eigenvalue",),
+}
+"""Numbers that are functions of others."""
 
 
 @checked
@@ -60,8 +65,11 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
         InputError: for fewer than two results, results of several types, one that has no numbers to compare, or a level
             outside (0, 1).
 
-    Bounds on errors are taken off the difference: residuals, and rounding, a millionth of the numbers. Numbers without
-    any other error differ or do not, and take no share of the level.
+    Bounds on errors are taken off the difference: residuals, and rounding, a millionth of the numbers. Where they
+    explain it, where bounds on the numbers themselves overlap (`Bounded`: ranks, counts, condition numbers), and where
+    there is no other error, chance has no part: such numbers take no share of the level, and the notes name those that
+    only have bounds. Numbers that follow from others, as the largest stable step does from the largest eigenvalue, are
+    tested once one of these is told apart.
 
     Reference: Holm (1979), A simple sequentially rejective multiple test procedure; Welch (1947).
     """
@@ -81,7 +89,8 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
     values = [tuple(f[name][0] if name in f else nowhere for f in found) for name in names]
     p_solver = [tuple(_p_value(row[0], other, data=False) for other in row[1:]) for row in values]
     p_data = [tuple(_p_value(row[0], other, data=True) for other in row[1:]) for row in values]
-    on_these, real = _holm(p_solver, level), _holm(p_data, level)
+    parents = [[names.index(parent) for parent in _FOLLOWS.get(name, ()) if parent in names] for name in names]
+    on_these, real = _holm(p_solver, parents, level), _holm(p_data, parents, level)
     rows = tuple(
         Compared(
             name=name,
@@ -97,13 +106,31 @@ def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool 
         for i, (name, row) in enumerate(zip(names, values, strict=True))
     )
     left_out = sorted({name for f in found for name in f} - set(names))
-    notes = (f"Not measured of all models, and left out: {', '.join(left_out)}.",) if left_out else ()
-    overlaps = _overlaps(list(results.values()))
-    return Comparison(names=tuple(results), rows=rows, level=level, same_data=same_data, overlaps=overlaps, notes=notes)
+    notes = [f"Not measured of all models, and left out: {', '.join(left_out)}."] if left_out else []
+    tails = [name for name, result in results.items() if any("eavy tails" in n for n in getattr(result, "notes", ()))]
+    if tails:
+        notes.append(
+            f"Heavy tails, for which errors over data may be too short and alarms too many: {', '.join(tails)}."
+        )
+    between = [row.name for row in rows if isinstance(row.values[0], Bounded) and set(row.p_solver) == {1.0}]
+    if between:
+        notes.append(f"Known between bounds that overlap, and not tested: {', '.join(between)}.")
+    if not any(0 < p < 1 for row in rows for p in (*row.p_solver, *row.p_data)):
+        notes.append("No number has an error of chance: no test was made, and what differs does so beyond its bounds.")
+    return Comparison(
+        names=tuple(results),
+        rows=rows,
+        level=level,
+        same_data=same_data,
+        overlaps=_overlaps(list(results.values())),
+        notes=tuple(notes),
+    )
 
 
 def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
-    """Return the p-value of a difference; NaN where an error is not known (for `data`: over data)."""
+    """Return the p-value of a difference; NaN where an error is not known (for `data`: over data), 1 for no test."""
+    if not data and isinstance(a, Bounded) and isinstance(b, Bounded) and a.lower <= b.upper and b.lower <= a.upper:
+        return 1.0
     bound = sum(m.stderr for m in (a, b) if m.residual) + _ROUNDING * max(abs(a.value), abs(b.value))
     difference = max(abs(a.value - b.value) - bound, 0.0)
     if a.value > 0 and b.value > 0:
@@ -115,7 +142,7 @@ def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
     spread, dof = combined_error(errors)
     if math.isnan(spread) or math.isnan(difference):
         return math.nan
-    if spread == 0:
+    if difference == 0 or spread == 0:
         return 1.0 if difference == 0 else 0.0
     return min(float(2 * stdtr(min(dof, 1e15), -difference / spread)), math.nextafter(1.0, 0.0))  # 1 is certain
 
@@ -126,14 +153,21 @@ def _errors(measured: Measured, data: bool) -> list[tuple[float, float]]:
     return [*own, (measured.data, measured.data_dof)] if data else own
 
 
-def _holm(p_values: Sequence[tuple[float, ...]], level: float) -> list[list[bool]]:
-    """Return which differences are significant together: the smallest p at level / m, the next at level / (m - 1)..."""
-    places = [(p, i, j) for i, row in enumerate(p_values) for j, p in enumerate(row) if 0 < p < 1]
+def _holm(p_values: Sequence[tuple[float, ...]], parents: Sequence[list[int]], level: float) -> list[list[bool]]:
+    """Return which differences are significant together: the smallest p at level / m, the next at level / (m - 1)...
+
+    Rows with parents join once one of these is significant: until then all may be equal.
+    """
     significant = [[p == 0 for p in row] for row in p_values]  # 0 and 1: no chance is in them
-    for rank, (p, i, j) in enumerate(sorted(places)):
-        if p > level / (len(places) - rank):
+    left = {(p, i, j) for i, row in enumerate(p_values) for j, p in enumerate(row) if 0 < p < 1}
+    while tested := [
+        (p, i, j) for p, i, j in left if not parents[i] or any(significant[parent][j] for parent in parents[i])
+    ]:
+        p, i, j = least = min(tested)
+        if p > level / len(tested):
             break
         significant[i][j] = True
+        left.remove(least)
     return significant
 
 
@@ -172,7 +206,7 @@ def _(result: Inspection) -> Quantities:
         "smallest eigenvalue": (result.lowest, _CURVATURE),
         "trace": (result.total_curvature, _CURVATURE),
         "effective condition": (result.effective_condition, ""),
-        "negative share": (result.negative_share, ""),
+        "negative share": (_share(result), ""),
         "largest stable step": (result.max_stable_lr, "parameter² / loss"),
     }
     for layer in result.layers:
@@ -268,6 +302,16 @@ def _(result: Landscape) -> Quantities:
         found[f"{s.direction.name}: curvature"] = (_exact(s.curvature), "loss")
         found[f"{s.direction.name}: model holds to 10 %"] = (_unknown(s.quadratic_radius(0.1)), "steps")
     return found
+
+
+def _share(result: Inspection) -> Measured:
+    """Return the negative share; between bounds if most of its error is what the quadrature may have missed."""
+    share, total = result.negative_share, abs(result.num_params * result.sharpness.value)  # over the condition
+    missed = max(0.0, -result.lowest.value) * abs(result.effective_condition.value)
+    if result.exact or not 2 * missed**2 > (share.stderr * total) ** 2:
+        return share
+    lower, upper = share.interval()
+    return Bounded(**vars(share), lower=lower, upper=upper)
 
 
 def _exact(value: float) -> Measured:

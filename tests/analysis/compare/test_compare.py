@@ -24,7 +24,7 @@ from analysis.compare.study import ComparisonRun
 from analysis.inspection.record import Run
 from analysis.inspection.results import Inspection
 from analysis.inspection.study import run_inspection
-from analysis.records.measured import Measured
+from analysis.records.measured import Bounded, Measured
 from analysis.registry import load_any
 from analysis.sharpness.results import Kind, SharpnessRow, SharpnessTable
 from curvature.errors import InputError
@@ -91,6 +91,34 @@ def test_exact_numbers_take_no_share_of_the_level() -> None:
     found = compare({"a": Numbers(**first), "b": Numbers(**second | {"e0": of(2.0)})})
     told = {row.name for row in found.rows if row.verdicts[0] == "on these data"}
     assert told == {"x", "y", "e0"}
+
+
+def test_what_is_known_between_bounds_is_not_tested_where_they_overlap() -> None:
+    """p = 0.04 is significant alone at 0.05; bounds beside it take no share, whether residuals or two-sided."""
+    first = {"x": of(0.0, 1.0), "b": Bounded.between(0.0, 5.0), "r": Measured(value=1.0, stderr=0.5, residual=True)}
+    second = {"x": of(float(norm.isf(0.02))), "b": Bounded.between(4.0, 9.0), "r": of(1.2)}
+    found = compare({"a": Numbers(**first), "b": Numbers(**second)})
+    assert [row.verdicts[0] for row in found.rows] == ["on these data", "not told apart", "not told apart"]
+    assert "not tested: b." in found.notes[0]
+    apart = compare({"a": Numbers(b=Bounded.between(0.0, 1.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
+    assert apart["b"].verdicts == ("on these data",)
+    only = compare({"a": Numbers(b=Bounded.between(0.0, 5.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
+    assert "no test was made" in only.notes[1]
+
+
+def test_numbers_that_follow_from_others_are_tested_after_them() -> None:
+    def numbers(trace: float, condition: float) -> Numbers:
+        found = Numbers(trace=of(trace, 1.0))
+        found.values["effective condition"] = of(condition, 1.0)
+        return found
+
+    p_values = [float(norm.isf(p / 2)) * 2**0.5 for p in (0.04, 0.03, 0.06)]
+    for trace, condition, told in (
+        (p_values[0], p_values[1], ["on these data"] * 2),  # .04 by itself, then .03
+        (p_values[2], p_values[1], ["not told apart"] * 2),  # .06 keeps the other shut
+    ):
+        found = compare({"a": numbers(-trace / 2, -condition / 2), "b": numbers(trace / 2, condition / 2)})
+        assert [row.verdicts[0] for row in found.rows] == told
 
 
 def test_verdicts_case_by_case() -> None:
