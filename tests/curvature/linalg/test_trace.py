@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
-from curvature.intervals import skewness as skewness_of
 from curvature.linalg import eigsh, hutchinson_diagonal, hutchinson_trace
 from curvature.linalg.stochastic.hutchpp import hutchpp
 from curvature.linalg.stochastic.trace import trace
@@ -20,6 +19,7 @@ from curvature.linalg.stochastic.xnystrace import xnystrace
 from curvature.linalg.stochastic.xtrace import xtrace
 from curvature.linop import Counting
 from curvature.results.estimates import Status, TraceEstimate
+from curvature.results.intervals import skewness as skewness_of
 from tests.matrices import F64, generator, orthogonal, spectra, with_spectrum
 
 NUM_SEEDS = 400
