@@ -1,14 +1,16 @@
 """Layers with a lean second derivative.
 
-Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
-wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these
-layers are recorded as functions whose second derivative is written out, with all such factors computed once:
+Autograd's own second derivatives of convolutions, batch and layer normalisation, smooth activations and attention are
+right but wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is
+active these layers are recorded as functions whose second derivative is written out, with all such factors computed
+once:
 
 - convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
-- batch normalisation in eval mode: folded into the weights of the convolution or linear map it follows, so that it
-  costs nothing per entry; alone, an affine map;
+- batch normalisation in eval mode: folded into the weights of the convolution that it follows, so that it costs nothing
+  per entry; elsewhere, an affine map;
 - layer normalisation: the closed form of its second derivative;
-- smooth activations: f' and u f'' stored, where u is the gradient that arrives.
+- smooth activations: f' and u f'' stored, where u is the gradient that arrives;
+- attention without mask or dropout, causal or not: softmax likewise in closed form.
 
 They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
 trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
@@ -32,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvature.autograd.backward import refuse_checkpointing
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
-from curvature.autograd.lean_functions import Activation, Convolution, Normalise
+from curvature.autograd.lean_functions import Activation, Convolution, Normalise, Softmax
 from curvature.autograd.substitutes import SUBSTITUTES
 from curvature.errors import CheckFailedError
 
@@ -75,7 +77,7 @@ class LeanLayers(TorchFunctionMode):
         self._left_normalisations = False
         self._rules = {} if corrections_only or third_order else _RULES
         self._replaced: list[Any] = []
-        self._linear_maps = WeakTensorKeyDictionary()  # output -> _Folded
+        self._convolutions = WeakTensorKeyDictionary()  # output -> its version, and what it is made of
 
     def alike(self) -> LeanLayers:
         """Return layers that record as these do, with nothing recorded."""
@@ -96,8 +98,6 @@ class LeanLayers(TorchFunctionMode):
                 raise
         elif func is torch._weight_norm:
             return weight_norm(*args, **kwargs)
-        elif func in SUBSTITUTES:
-            return SUBSTITUTES[func](*args, **kwargs)
         elif func in NORMALISATIONS and torch.is_grad_enabled():
             if self._third_order or differentiated_by_transform():
                 result = NORMALISATIONS[func](func, *args, **kwargs)
@@ -109,7 +109,7 @@ class LeanLayers(TorchFunctionMode):
                 self.num_replaced += 1
                 self._replaced.append((func, *map(_kind, (*args, *kwargs.items()))))
                 return result
-        return func(*args, **kwargs)
+        return SUBSTITUTES.get(func, func)(*args, **kwargs)
 
     def signature(self) -> int:
         """Return a number that is equal for recordings that replaced the same calls on tensors of the same kind."""
@@ -146,16 +146,7 @@ class LeanLayers(TorchFunctionMode):
             return None
         geometry = (_tuple(stride, d), _tuple(padding, d), _tuple(dilation, d), False, (0,) * d, groups)
         output = Convolution.apply(input, weight, bias, geometry)
-        self._linear_maps[output] = _Folded(
-            output, input, weight, bias, lambda x, w, b: Convolution.apply(x, w, b, geometry)
-        )
-        return output
-
-    def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = func(input, weight, bias)
-        if output.ndim == 2:  # batch normalisation counts channels along dimension 1
-            self._linear_maps[output] = _Folded(output, input, weight, bias, F.linear)
-        self.num_replaced -= 1
+        self._convolutions[output] = (output._version, input, weight, bias, geometry)
         return output
 
     def _batch_norm(
@@ -176,11 +167,14 @@ class LeanLayers(TorchFunctionMode):
         scale = scale if weight is None else scale * weight
         shift = -running_mean * scale
         shift = shift if bias is None else shift + bias
-        folded = self._linear_maps.get(input)
-        if folded is not None and folded.version == input._version:  # not overwritten in place since
-            return folded(scale.to(input.dtype), shift.to(input.dtype))
+        scale, shift = scale.to(input.dtype), shift.to(input.dtype)
+        found = self._convolutions.get(input)
+        if found is not None and found[0] == input._version:  # not overwritten in place since
+            _, x, w, b, geometry = found
+            w = w * scale.view(-1, *(1,) * (w.ndim - 1))
+            return Convolution.apply(x, w, shift if b is None else shift + scale * b, geometry)
         shape = (1, -1, *(1,) * (input.ndim - 2))
-        return input * scale.view(shape).to(input.dtype) + shift.view(shape).to(input.dtype)
+        return input * scale.view(shape) + shift.view(shape)
 
     def _layer_norm(
         self,
@@ -191,7 +185,7 @@ class LeanLayers(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        if input.dtype not in (torch.float32, torch.float64):
+        if not _is_plain(input):
             return None
         output = Normalise.apply(input, len(_tuple(normalized_shape, 1)), eps)
         output = output if weight is None else output * weight
@@ -203,27 +197,33 @@ class LeanLayers(TorchFunctionMode):
         kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
         return Activation.apply(input, lambda x: func(x, *args, **kwargs))
 
-
-class _Folded:
-    """A recorded linear map; `folded(scale, shift)` is the map followed by y -> scale * y + shift, per channel."""
-
-    def __init__(
-        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, apply: Callable[..., Tensor]
-    ) -> None:
-        self.version = output._version
-        self.input, self.weight, self.bias, self.apply = input, weight, bias, apply
-
-    def __call__(self, scale: Tensor, shift: Tensor) -> Tensor:
-        weight = self.weight * scale.view(-1, *(1,) * (self.weight.ndim - 1))
-        return self.apply(self.input, weight, shift if self.bias is None else shift + scale * self.bias)
+    def _attention(
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        if attn_mask is not None or dropout_p > 0 or enable_gqa or not _is_plain(query):
+            return None
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+        if is_causal:
+            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+        return Softmax.apply(scores) @ value
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys(_CONVOLUTIONS, LeanLayers._convolution),
     **dict.fromkeys(_ACTIVATIONS, LeanLayers._activation),
-    F.linear: LeanLayers._linear,
     F.batch_norm: LeanLayers._batch_norm,
     F.layer_norm: LeanLayers._layer_norm,
+    F.scaled_dot_product_attention: LeanLayers._attention,
 }
 
 
@@ -237,6 +237,10 @@ def _eligible(args: Sequence[Any]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64) and not x.is_nested
 
 
 def _kind(argument: Any) -> Any:
