@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature.autograd.backward import no_autocast, pull_back
+from curvature.autograd.functional import call_with
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.linearize import Linearization
 from curvature.layerwise.support import UnsupportedError
@@ -63,8 +64,7 @@ def per_example(
 
     def output(p: dict[str, Tensor], example: Any) -> Tensor:
         lifted = _lift(example, in_dims)
-        result = torch.func.functional_call(fed, p, (lifted,), tie_weights=True)
-        return result[0]
+        return call_with(fed, p, lifted)[0]
 
     def squares(example: Any, columns: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         out, pull = torch.func.vjp(lambda p: output(p, example), params)  # type: ignore[misc]

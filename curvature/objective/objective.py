@@ -298,6 +298,8 @@ class Objective:
             lin = self._kept.find(index, mark)
             if lin is None:
                 lin, built = self._linearization(index, mark, batch), True
+            elif self._data.shuffles:  # as a later pass has shown
+                refuse_other_batches(self, lin)
             yield lin
             self._dependence.note(lin)
             del lin  # before the next graph is built

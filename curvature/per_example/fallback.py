@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from curvature.autograd.backward import pull_back
+from curvature.autograd.functional import call_with
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import Evaluator
 from curvature.errors import DataError
@@ -88,7 +89,7 @@ class OneByOne(Form):
         def value(params: list[Tensor], vector: Tensor, *parts: Tensor) -> Tensor:
             remaining = iter(parts)
             one = map_tensors(inputs, lambda t: next(remaining)[None] if self._is_of_examples(t) else t)
-            outputs = functional_call(whole, dict(zip(names, params, strict=True)), (one,))
+            outputs = call_with(whole, dict(zip(names, params, strict=True)), one)
             self._check_shape(outputs, vector)
             return (outputs * vector).sum()
 

@@ -28,6 +28,7 @@ from optimizers.shared.differentiation import curvature_session, gradients, leav
 from optimizers.shared.gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
 from optimizers.shared.ranks import average_gradients, average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers.shared.resumable import COUNTERS, ResumableOptimizer
+from optimizers.shared.validate import check_group
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -496,19 +497,8 @@ def _is_due(group: dict[str, Any]) -> bool:
 
 
 def _validate(group: dict[str, Any]) -> None:
-    for p in group["params"]:
-        if p.is_complex() or not p.is_floating_point():
-            raise InputError(
-                f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
-            )
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise InputError(f"a tensor lr must have one entry, got shape {tuple(lr.shape)}.")
-    if not float(lr) >= 0:
-        raise InputError(f"lr must be >= 0, got {lr}.")
+    check_group(group)
     for name in ("update_first", "update_every"):
         value = group[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be an integer >= 1, got {value!r}.")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-        raise InputError(f"seed must be an integer, got {group['seed']!r}.")

@@ -6,7 +6,6 @@ algorithm 2.1; Nesterov and Polyak (2006), Cubic regularization of Newton method
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from optimizers.newton.damping import CubicRule, reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
 from optimizers.newton.trust_region_newton import check_forcing, forcing
-from optimizers.shared.validate import check_at_least, check_choice
+from optimizers.shared.validate import check_at_least, check_choice, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,8 +96,7 @@ class CubicNewton(FullBatchOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         check_at_least("max_trials", group["max_trials"], 1)
         check_forcing(group["rtol"])
-        if not group["sigma"] > 0 or not math.isfinite(group["sigma"]):
-            raise InputError(f"sigma must be positive and finite, got {group['sigma']}.")
+        check_positive("sigma", group["sigma"])
 
     @property
     def _moves_without_gradient(self) -> bool:

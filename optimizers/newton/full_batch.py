@@ -27,6 +27,7 @@ from optimizers.shared.gradients import all_zero
 from optimizers.shared.probes import counter_generator
 from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers.shared.resumable import ResumableOptimizer
+from optimizers.shared.validate import check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -289,15 +290,7 @@ class FullBatchOptimizer(ResumableOptimizer):
 
 
 def _validate(group: dict[str, Any], kind: Kind) -> None:
-    for p in group["params"]:
-        if p.is_complex() or not p.is_floating_point():
-            raise InputError(
-                f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
-            )
-    if not float(group["lr"]) >= 0:
-        raise InputError(f"lr must be >= 0, got {group['lr']}.")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-        raise InputError(f"seed must be an integer, got {group['seed']!r}.")
+    check_group(group)
     if group["maximize"] and kind != "hessian":
         raise InputError(
             'maximize=True has no Gauss-Newton model, whose matrix is that of a minimum; use curvature="hessian".'

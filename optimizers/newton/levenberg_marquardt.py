@@ -21,7 +21,7 @@ from optimizers.newton.damping import DampingRule, reduction_ratio
 from optimizers.newton.dense_jacobian import DampedLeastSquares, column_norms, dense_jacobian
 from optimizers.newton.evaluations import Evaluations, Linearised, ResidualJacobian
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least, check_choice
+from optimizers.shared.validate import check_at_least, check_choice, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,8 +128,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
         check_at_least("max_trials", group["max_trials"], 1)
         check_at_least("acceleration", group["acceleration"], 0)
         check_at_least("rescale_below", group["rescale_below"], 0)
-        if not group["damping"] > 0 or not math.isfinite(group["damping"]):
-            raise InputError(f"damping must be positive and finite, got {group['damping']}.")
+        check_positive("damping", group["damping"])
         if not group["rtol"] > 0:
             raise InputError(f"rtol must be positive, got {group['rtol']}.")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
+from curvature.autograd.functional import call_with
 from curvature.errors import InputError
 
 __all__ = ["PointwiseResiduals"]
@@ -92,7 +93,7 @@ class PointwiseResiduals:
     def _at_point(self, residual: Callable[..., Tensor]) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
         def at_point(named: dict[str, Tensor], x: Tensor) -> Tensor:
             def u(y: Tensor) -> Tensor:
-                return functional_call(self.model, named, (y[None],))[0]
+                return call_with(self.model, named, y[None])[0]
 
             return residual(u, x)
 

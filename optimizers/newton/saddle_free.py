@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvature.errors import InputError
 from curvature.linalg.krylov.lanczos import lanczos
 from optimizers.newton.damping import DampingRule, reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least
+from optimizers.shared.validate import check_at_least, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,8 +88,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         check_at_least("num_steps", group["basis_size"], 1)
         check_at_least("max_trials", group["max_trials"], 1)
-        if not group["damping"] > 0 or not math.isfinite(group["damping"]):
-            raise InputError(f"damping must be positive and finite, got {group['damping']}.")
+        check_positive("damping", group["damping"])
 
     def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
         group, flat = self.param_groups[0], evaluations.flat

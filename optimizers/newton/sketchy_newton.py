@@ -18,7 +18,7 @@ from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
 from optimizers.newton.line_search import Armijo, Line
 from optimizers.newton.preconditioners import largest_pairs, sketch_is_due
-from optimizers.shared.validate import check_at_least, check_choice
+from optimizers.shared.validate import check_at_least, check_choice, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,8 +94,7 @@ class SketchyNewton(FullBatchOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         check_at_least("rank", group["rank"], 1)
         check_at_least("refresh_every", group["refresh_every"], 1)
-        if not group["rho"] > 0 or not math.isfinite(group["rho"]):
-            raise InputError(f"rho must be positive and finite, got {group['rho']}.")
+        check_positive("rho", group["rho"])
         if not 0 <= group["momentum"] < 1:
             raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
 

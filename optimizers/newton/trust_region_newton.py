@@ -6,7 +6,6 @@ algorithm 4.1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from curvature.linalg.systems.trust_region import trust_region
 from optimizers.newton.damping import RadiusRule, reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least, check_choice
+from optimizers.shared.validate import check_at_least, check_choice, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,8 +104,7 @@ class TrustRegionNewton(FullBatchOptimizer):
         check_choice("subproblem", group["subproblem"], ("steihaug", "gltr"))
         check_at_least("max_trials", group["max_trials"], 1)
         check_forcing(group["rtol"])
-        if not group["radius"] > 0 or not math.isfinite(group["radius"]):
-            raise InputError(f"radius must be positive and finite, got {group['radius']}.")
+        check_positive("radius", group["radius"])
         if group["escape"] and group["subproblem"] != "gltr":
             raise InputError('escape=True needs subproblem="gltr": conjugate gradients see what the gradient sees.')
 

@@ -380,6 +380,10 @@ def test_closures_and_settings_that_do_not_fit() -> None:
         (lambda: NaturalGradient([w], momentum=0.5, loss=F.mse_loss), "momentum"),
         (lambda: NewtonCG([w], lr=-1.0), "lr"),
         (lambda: NewtonCG([w], seed=0.5), "seed"),  # type: ignore[arg-type]
+        (lambda: SketchyNewton([w], lr=torch.ones(2)), "lr must have one entry"),
+        (lambda: NewtonCG([w], damping=torch.ones(2)), "damping must be one number"),  # type: ignore[arg-type]
+        (lambda: CubicNewton([w], sigma=torch.ones(2)), "sigma must be one number"),  # type: ignore[arg-type]
+        (lambda: SaddleFreeNewton([w], damping="much"), "damping must be one number"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InputError, match=message):
             make()

@@ -112,10 +112,11 @@ def test_coupled_examples_are_refused(name: str) -> None:
         ):
             call()
     loader = DataLoader(TensorDataset(X, Y), 6, shuffle=True, generator=torch.Generator().manual_seed(0))
-    shuffled = Objective(model, loss, loader, keep_graphs=False)
-    shuffled.loss()
-    with pytest.raises(DataError, match="the loader shuffles and"):
+    for keep in (False, True):  # graphs of one draw do not stand for all
+        shuffled = Objective(model, loss, loader, keep_graphs=keep)
         shuffled.loss()
+        with pytest.raises(DataError, match="the loader shuffles and"):
+            shuffled.loss()
     fixed = Objective(model, loss, list(loader), keep_graphs=False)
     assert fixed.loss() == fixed.loss()
     if name != "derivatives mixed":  # whose first derivative is wrong
