@@ -70,6 +70,7 @@ class PythonState:
         self._registered: set[int] = set()
         self._watched = True  # until something turns up whose changes would leave all objects the same
         self._sources: list[Iterable[Any]] = []
+        self._empty: list[Any] = []
         self._attributes: list[tuple[Any, str]] = []
         self._globals: list[tuple[dict[str, Any], str]] = []
         self._contents: list[Contents] = []
@@ -87,7 +88,7 @@ class PythonState:
             now = self._read()
         except Exception:  # of an object that makes its attributes when asked
             return False
-        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects))
+        same = len(now) == len(self._objects) and all(map(operator.is_, now, self._objects)) and not any(self._empty)
         return same and all(contents.stand() for contents in self._contents)
 
     def _read(self) -> list[Any]:
@@ -98,6 +99,8 @@ class PythonState:
     def _watch(self, container: Any, most: float = math.inf) -> None:
         if len(container) > most:
             self._watched = False
+        elif len(container) == 0 and isinstance(container, (dict, list, set)):  # hooks, mostly
+            self._empty.append(container)
         elif isinstance(container, (dict, types.MappingProxyType)):
             self._sources += [container, container.values()]
         elif isinstance(container, (list, set)) or type(container).__name__ == "deque":
@@ -153,7 +156,7 @@ class PythonState:
                 if type(value) in _PLAIN:
                     self.entries[owner, name] = value
                 elif isinstance(value, dict) and not value:
-                    self._sources.append(value)  # hooks, mostly
+                    self._watch(value)
                 elif name not in _OWN:
                     self._note(owner, name, value, 1)
             self._note_class(type(module))

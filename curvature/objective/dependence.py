@@ -103,7 +103,7 @@ class Dependence:
         Raises:
             CheckFailedError: with the remedy.
         """
-        if _is_sharded(evaluator):
+        if self.used is None and _is_sharded(evaluator):
             raise CheckFailedError(f"the loss of no batch depends on any of the chosen parameters: {_SHARDED}.")
 
     def _reason(self, evaluator: Evaluator) -> str:

@@ -230,7 +230,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        return self._mean(self._parts(self._linearised(), lambda lin: lin.loss.to(self.dtype)))
+        return self._mean(self._parts(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, (n,). Cost: one gradient."""
@@ -286,12 +286,12 @@ class Objective:
         Raises:
             CheckFailedError: if no batch depends on the parameters, or forward is found not to repeat.
         """
-        self._dependence.refuse_shards(self._evaluator)
-        yield from self._linearised()
-        self._dependence.require(self._evaluator)
+        return self._linearised(to_differentiate=True)
 
-    def _linearised(self) -> Iterator[Linearization]:
+    def _linearised(self, *, to_differentiate: bool) -> Iterator[Linearization]:
         self._freshness.enter()
+        if to_differentiate:
+            self._dependence.refuse_shards(self._evaluator)
         self._kept.begin_walk()
         built = False
         for index, mark, batch in self._walk():
@@ -306,6 +306,8 @@ class Objective:
         if built:
             self._freshness.leave()
         self._kept.budget.tidy()
+        if to_differentiate:
+            self._dependence.require(self._evaluator)
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
         if not self.keeps_all_graphs:
