@@ -133,6 +133,8 @@ def _check_operand(A: LinearOperator, X: Tensor) -> None:
         raise InputError(f"{type(A).__name__} @ X needs a torch.Tensor or an operator, got {type(X).__name__}.")
     if X.ndim not in (1, 2) or X.shape[0] != n:
         raise InputError(f"{type(A).__name__} @ X needs X of shape ({n},) or ({n}, k), got {tuple(X.shape)}.")
+    if X.layout is not torch.strided:
+        raise InputError(f"{type(A).__name__} @ X needs a dense X, got {X.layout}; convert it by X.to_dense().")
     if X.dtype != A.dtype:
         raise InputError(
             f"{type(A).__name__} @ X needs X of dtype {A.dtype}, got {X.dtype}; convert it with X.to({A.dtype})."

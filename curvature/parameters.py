@@ -97,10 +97,11 @@ class ParameterSpace:
                     f"parameter {name!r} was made under torch.inference_mode, which autograd cannot differentiate: "
                     "build or load the model outside of it."
                 )
-            if not tensor.is_leaf or not tensor.is_floating_point():
-                kind = "a non-leaf tensor" if not tensor.is_leaf else f"of dtype {tensor.dtype}"
+            if not tensor.is_leaf or not tensor.is_floating_point() or tensor.layout is not torch.strided:
+                facts = f"of dtype {tensor.dtype}, layout {tensor.layout}"
+                kind = facts if tensor.is_leaf else "a non-leaf tensor"
                 raise InputError(
-                    f"parameter {name!r} must be a real floating-point leaf tensor, got one that is {kind}."
+                    f"parameter {name!r} must be a dense, real floating-point leaf tensor, got one that is {kind}."
                 )
         devices = {t.device for t in tensors.values()}
         if len(devices) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature.data.tensors import attributes_of, tensors_in
 
-__all__ = ["num_examples", "take", "ways_to_cut"]
+__all__ = ["num_examples", "sparse_rows", "take", "ways_to_cut"]
 
 
 def num_examples(batch: Any) -> int:
@@ -40,14 +40,17 @@ def take(batch: Any, rows: Sequence[int], count: int) -> Any:
     return _taken(batch, rows, count)
 
 
+def sparse_rows(t: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of a sparse tensor, which indexing does not give."""
+    return t.to_sparse_coo().index_select(0, rows).to_sparse(layout=t.layout)
+
+
 def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) != count:
             return value
-        if value.layout is not torch.strided:
-            index = torch.tensor(rows, device=value.device)
-            return value.to_sparse_coo().index_select(0, index).to_sparse(layout=value.layout)
-        return value[_index(rows, value)]
+        strided = value.layout is torch.strided
+        return value[_index(rows, value)] if strided else sparse_rows(value, torch.tensor(rows, device=value.device))
     if isinstance(value, Mapping):
         mapped = {key: _taken(part, rows, count) for key, part in value.items()}
         return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]

@@ -60,6 +60,8 @@ def advice_on_outputs(outputs: Any, targets: Any, default_forward: bool) -> str 
 
 def advice_on_loss(loss: Any) -> str:
     """Return what a loss is that is no tensor with one entry, and what to write."""
+    if isinstance(loss, Tensor) and loss.is_complex():
+        return f"{loss.dtype}; take its real part, or squares of absolute values, z.abs().square()."
     if isinstance(loss, Tensor):
         return f"{tuple(loss.shape)}; reduce it by a mean or a sum."
     if isinstance(loss, Mapping):

@@ -142,8 +142,8 @@ class Evaluator:
         with _seeded(self.seed + index, device) as drew:
             outputs, targets, loss = self._loss(batch)
             drew_random_numbers = drew()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise InputError(f"the loss of a batch must be a tensor with one entry, got {advice_on_loss(loss)}")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            raise InputError(f"the loss of a batch must be a real tensor with one entry, got {advice_on_loss(loss)}")
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")

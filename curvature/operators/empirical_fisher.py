@@ -74,6 +74,9 @@ class EmpiricalFisherOperator(MetricOperator):
         self._sums: tuple[float, float] | None = None
         self._point: object = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sums": None, "_point": None}  # copies find them anew
+
     def products(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         self._before_walk()
         return super().products(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,9 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
         super().__init__(objective, per=per, block=block)
         self.unbiased = unbiased
         self._gradient: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_gradient": None}
 
     def _before_walk(self) -> None:
         if self._note_point() or self._gradient is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.autograd.backward import pull_back
+from curvature.data.parts import sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
 from curvature.environment.lock import one_at_a_time
@@ -72,9 +73,13 @@ def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
 
 def cut(evaluator: Evaluator, batch: Any, rows: Tensor, num_examples: int) -> Any:
     """Return the batch with only some of its examples; where the batch is a pair, its inputs only."""
-    return map_tensors(
-        inputs_of(evaluator, batch), lambda t: t[rows] if t.ndim > 0 and t.shape[0] == num_examples else t
-    )
+
+    def part(t: Tensor) -> Tensor:
+        if t.ndim == 0 or t.shape[0] != num_examples:
+            return t
+        return t[rows] if t.layout is torch.strided else sparse_rows(t, rows)
+
+    return map_tensors(inputs_of(evaluator, batch), part)
 
 
 def outputs_of(evaluator: Evaluator, part: Any) -> Tensor:

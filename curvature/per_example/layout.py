@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from curvature.per_example.forms import Form
@@ -33,6 +34,8 @@ class Examples:
 
     def arranged(self, x: Tensor) -> Tensor | None:
         """Return x as (N, k, ...), or None if it has no such layout."""
+        if x.layout is not torch.strided:
+            return None
         if self.layout is Layout.SECOND:
             return x.transpose(0, 1) if x.ndim >= 2 and x.shape[1] == self.count else None
         if x.ndim == 0 or x.shape[0] == 0 or x.shape[0] % self.count:

@@ -100,6 +100,7 @@ def test_scipy_computes_with_the_operator_in_its_own_precision(dtype: torch.dtyp
             lambda: Dense(A) @ torch.ones(N, dtype=F64, device="meta"),
             r"lives on cpu but X on meta; move it with X.to\('cpu'\)",
         ),
+        (lambda: Dense(A) @ torch.ones(N, dtype=F64).to_sparse(), r"dense X, got torch.sparse_coo"),
         (lambda: Dense(A) @ np.ones(N), "needs a torch.Tensor or an operator, got ndarray"),
         (lambda: Dense(A) + Dense(matrix(3, N)), r"operators of one shape, got \(7, 7\) and \(3, 7\)"),
         (

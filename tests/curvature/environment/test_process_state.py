@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import optimizers
-from curvature import GGNOperator, HessianOperator, Objective, top_eigenpairs
+from curvature import (
+    EmpiricalFisherOperator,
+    GGNOperator,
+    GradientCovarianceOperator,
+    HessianOperator,
+    Objective,
+    top_eigenpairs,
+)
 from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linalg import trace
 from curvature.per_example import gradient_moments
@@ -185,3 +192,19 @@ def test_copies(copied: Callable[[Objective], Objective]) -> None:
         other.model[2].bias.add_(torch.tensor([1.0, 0.0, 0.0]))  # type: ignore[index]
     assert float((HessianOperator(other) @ v - H).norm()) > 1e-2 * float(H.norm())  # a function of the copy's weights
     assert_close(HessianOperator(objective) @ v, H, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [EmpiricalFisherOperator, GradientCovarianceOperator])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_of_operators_that_note_what_they_counted(
+    kind: type[EmpiricalFisherOperator], copied: Callable[[Any], Any]
+) -> None:
+    A = kind(Objective(net().eval(), nn.CrossEntropyLoss(), (X, Y)))
+    v = torch.ones(A.shape[0])
+    before = A @ v
+    other = copied(A)
+    with torch.no_grad():
+        other.objective.model[2].bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+    moved = kind(Objective(other.objective.model, nn.CrossEntropyLoss(), (X, Y)))
+    assert_close(other @ v, moved @ v, 1e-5)
+    assert_close(A @ v, before, 1e-6)

@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvature import GGNOperator, HessianOperator, Objective, layer_spectra
 from curvature.errors import CheckFailedError, InputError
 from curvature.layerwise import exact_diagonal
+from curvature.per_example import per_example_gradients
 from tests.checks import assert_close
+from tests.references import flat_gradient
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -201,3 +203,23 @@ def test_a_dictionary_of_losses() -> None:
     losses: Any = lambda z, y: {"a": z.mean(), "b": F.cross_entropy(z, y)}  # noqa: E731
     with pytest.raises(InputError, match=r"'a', 'b'; return their sum, sum\(losses.values\(\)\)"):
         Objective(model, losses, (X, Y)).loss()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_single_gradients_of_sparse_batches(layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double().relu(), torch.arange(6) % 3
+    objective = Objective(model, nn.CrossEntropyLoss(), (x.to_sparse(layout=layout), y))
+    params = list(model.parameters())
+    rows = [flat_gradient(F.cross_entropy(model(x[i]), y[i]), params) for i in range(6)]
+    found = torch.cat([g for _, g in per_example_gradients(objective)])
+    assert_close(found, torch.stack(rows), 1e-10)
+
+
+def test_complex_losses_and_sparse_parameters_are_refused() -> None:
+    model, batch = nn.Linear(4, 3), (torch.ones(6, 4), torch.ones(6, 3))
+    with pytest.raises(InputError, match=r"real tensor with one entry, got torch.complex64; take its real part"):
+        Objective(model, lambda z, y: ((z - 1j * y) ** 2).mean(), batch).loss()
+    model.weight = nn.Parameter(torch.eye(3, 4).to_sparse())
+    with pytest.raises(InputError, match=r"layout torch.sparse_coo"):
+        Objective(model, nn.MSELoss(), batch)
