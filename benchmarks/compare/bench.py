@@ -105,10 +105,13 @@ def measure(kind: str, other_data: bool, runs: int, processes: int = 1) -> dict[
     def told(a: Result, b: Result) -> list[bool]:
         return [row.verdicts[0] in alarms for row in compare({"a": a, "b": b}, level=LEVEL).rows]
 
+    def tests(a: Result, b: Result) -> int:
+        return sum(0 < getattr(row, p_values)[0] < 1 for row in compare({"a": a, "b": b}, level=LEVEL).rows)
+
+    p_values = "p_data" if other_data else "p_solver"
     pairs = [(i, (i + step) % runs) for i in range(runs) for step in range(1, NEIGHBOURS + 1)]
     null = [told(same[i], same[j]) for i, j in pairs]
     compared = [compare({"a": a, "b": b}, level=LEVEL).rows for a in same[:OTHERS] for b in other]
-    p_values = "p_data" if other_data else "p_solver"
     apart = [row.verdicts[0] in alarms for rows in compared for row in rows if 0 < getattr(row, p_values)[0] < 1]
     return {
         "kind": kind,
@@ -116,6 +119,7 @@ def measure(kind: str, other_data: bool, runs: int, processes: int = 1) -> dict[
         "runs": runs,
         "pairs": len(null),
         "numbers": len(null[0]),
+        "tested": sum(tests(same[i], same[j]) for i, j in pairs) / len(pairs),
         "family_wise": sum(map(any, null)) / len(null),
         "stderr": _stderr([any(row) for row in null], pairs, runs),
         "power": sum(apart) / max(1, len(apart)),

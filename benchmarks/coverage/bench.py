@@ -3,6 +3,10 @@
 `python -m benchmarks.coverage.bench`. A case is a truth and a function from a seed to an interval; see `coverage`. An
 interval of no width is an answer that claims to be exact: it must be right to rounding, and says nothing of coverage.
 Of quantities with several entries, the share is that of all entries of all seeds.
+
+Of hundreds of rows some fall below 92 % by chance: a true 95 % does so in 2 % of rows of 200 seeds. What lies below
+after the first seeds is counted again with 1000 fresh ones, and the row holds the second count only (`seeds`, and
+`first`, the share of the first).
 """
 
 from __future__ import annotations
@@ -16,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks.common.harness import git
-from benchmarks.common.processes import BARS, write_rows
+from benchmarks.common.processes import in_parallel, write_rows
 from benchmarks.coverage import spectra, statistics
 from benchmarks.coverage.cases import Case, measure
 
@@ -43,6 +45,7 @@ CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
     "jackknife": statistics.jackknife_cases,
 }
 """By quantity."""
+LOW, RECOUNT = 0.92, range(10_000, 11_000)
 Row = dict[str, Any]
 
 
@@ -51,6 +54,24 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     names = ("quantity", "method", "data", "dtype")
     rows = {tuple(row[name] for name in names): row for row in (*old, *new)}
     return sorted(rows.values(), key=lambda row: list(CASES).index(row["quantity"]))
+
+
+def measured(
+    quantity: str, dtype: str, methods: Sequence[str] | None, data: Sequence[str] | None, seeds: int
+) -> list[Row]:
+    """Return the rows of a quantity in one precision, by methods and data with these beginnings and names."""
+    rows = []
+    for case in CASES[quantity](getattr(torch, dtype)):
+        if (methods and not case.method.startswith(tuple(methods))) or (data and case.data not in data):
+            continue
+        start = time.process_time()
+        row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
+        found = measure(case, range(seeds))
+        if found["coverage"] < LOW:
+            found = measure(case, RECOUNT) | {"first": found["coverage"]}
+        row |= found | {"seconds": time.process_time() - start, "git": git()}
+        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return rows
 
 
 def _summary(row: Row) -> str:
@@ -68,29 +89,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="beginnings of names; by default all")
     parser.add_argument("--data", nargs="+", help="names; by default all")
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="keep rows of --out that are not measured again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    old = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
-    new: list[Row] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(a.quantities) * len(a.dtypes))
-        for quantity in a.quantities:
-            for dtype in a.dtypes:
-                progress.update(task, description=f"{quantity} {dtype}")
-                for case in CASES[quantity](getattr(torch, dtype)):
-                    if a.methods and not case.method.startswith(tuple(a.methods)):
-                        continue
-                    if a.data and case.data not in a.data:
-                        continue
-                    start = time.process_time()
-                    row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
-                    row |= measure(case, a.seeds) | {"seconds": time.process_time() - start, "git": git()}
-                    new.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-                    progress.console.print(_summary(new[-1]), highlight=False, soft_wrap=True)
-                write_rows(a.out, merged(old, new))
-                progress.advance(task)
+    rows = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
+    tasks = [(quantity, dtype, a.methods, a.data, a.seeds) for quantity in a.quantities for dtype in a.dtypes]
+    for found in in_parallel(measured, tasks, a.processes):
+        for row in found:
+            print(_summary(row), flush=True)
+        rows = merged(rows, found)
+        write_rows(a.out, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,29 +53,29 @@ class Case:
     """How far rounding alone may move an answer."""
 
 
-def measure(case: Case, seeds: int) -> dict[str, Any]:
-    """Return counts over `seeds` seeds: coverage, exact answers, bias and root mean square error.
+def measure(case: Case, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return counts over these seeds: coverage, exact answers, bias and root mean square error.
 
     `coverage` is the share among answers that do not claim to be exact, NaN if all do; `wrong` counts those that claim
     it and are not. `bias` is in standard errors of the mean error over the seeds, the largest over the entries.
     """
-    answers = [case.run(seed) for seed in range(seeds)]
+    answers = [case.run(seed) for seed in seeds]
     value, lower, upper = (
         torch.stack([getattr(answer, name).double() for answer in answers]) for name in ("value", "lower", "upper")
     )
     covers = (lower - case.rounding <= case.truth) & (case.truth <= upper + case.rounding)
     exact = (upper - lower == 0) & (value == value)
     error = value - case.truth
-    spread = error.std(dim=0) / seeds**0.5
+    spread = error.std(dim=0) / len(seeds) ** 0.5
     bias = torch.where(spread > case.rounding, error.mean(dim=0) / spread, 0)
     return {
-        "seeds": seeds,
+        "seeds": len(seeds),
         "coverage": float(covers[~exact].double().mean()),
         "exact": float(exact.double().mean()),
         "wrong": int((exact & ~covers).sum()),
-        "warned": sum(answer.warned for answer in answers) / seeds,
+        "warned": sum(answer.warned for answer in answers) / len(seeds),
         "bias": float(bias.flatten()[bias.abs().argmax()]),
         "error": float(error.square().mean().sqrt()),
         "half_width": float((upper - lower).nanmean() / 2),
-        "products": sum(answer.products for answer in answers) / seeds,
+        "products": sum(answer.products for answer in answers) / len(seeds),
     }

@@ -24,7 +24,7 @@ __all__ = [
     "tail_exponent",
 ]
 
-LIGHT_TAILS = 2.5  # of the tail exponent: below, the variance of so few samples may say nothing
+LIGHT_TAILS = 4.0  # of the tail exponent: below, there is no fourth moment, and standard errors have no variance
 
 
 def mean_interval(
