@@ -31,7 +31,7 @@ from curvature.linalg.stochastic.probes import normal
 from curvature.linop import MatrixLike, Projected
 from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
 
-__all__ = ["COARSE_SHARES", "extrapolated", "rule_error", "smoothed", "spectral_density"]
+__all__ = ["COARSE_SHARES", "envelope", "extrapolated", "rule_error", "smoothed", "spectral_density"]
 
 COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
 
@@ -119,6 +119,8 @@ def spectral_density(
         sigma=sigma,
     )
     rule = rule_error(found, found.density, lambda x, w: _mixture(found.grid, x, w, found.sigma))
+    if found.num_steps is not None:
+        rule = envelope(rule, found.grid, nodes[(weights > 0) & ~found.is_known], steps)
     return replace(found, rule=rule)
 
 
@@ -189,6 +191,22 @@ def extrapolated(value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
     """
     changes = [(other - value).abs() / (share**-2 - 1) for other, share in zip(from_fewer, COARSE_SHARES, strict=True)]
     return torch.stack(changes).amax(dim=0)
+
+
+def envelope(error: Tensor, grid: Tensor, nodes: Tensor, steps: int) -> Tensor:
+    """Return the largest error of a smoothed density within a quarter of the mean distance of nodes of each grid point.
+
+    Densities of too few nodes waver about the right one, and what fewer nodes change passes through zero between.
+
+    Args:
+        error: (num_points,), at the points of `grid`, evenly spaced.
+        grid: (num_points,).
+        nodes: of all rules, one-dimensional.
+        steps: nodes of one rule.
+    """
+    reach = float(nodes.max() - nodes.min()) / (4 * steps) / float(grid[1] - grid[0])
+    width = min(round(reach), len(grid) // 2)
+    return torch.nn.functional.max_pool1d(error[None, None], 2 * width + 1, 1, width)[0, 0]
 
 
 def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:
