@@ -65,7 +65,7 @@ def measured(
         if (methods and not case.method.startswith(tuple(methods))) or (data and case.data not in data):
             continue
         start = time.process_time()
-        row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
+        row: Row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
         found = measure(case, range(seeds))
         if found["coverage"] < LOW:
             found = measure(case, RECOUNT) | {"first": found["coverage"]}
