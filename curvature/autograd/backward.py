@@ -26,8 +26,9 @@ def pull_back(
     vectors: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
+    retain_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Return sum_i vectors_i' d functions_i / d inputs, None where there is no dependence; the graph is kept.
+    """Return sum_i vectors_i' d functions_i / d inputs, None where there is no dependence.
 
     This is `torch.autograd.grad`, called past its dispatch to function modes: that dispatch would switch our own mode
     off inside, and layers that activation checkpointing records again in the backward pass would be recorded otherwise.
@@ -38,7 +39,7 @@ def pull_back(
         return _engine_run_backward(
             tuple(functions),
             tuple(vectors),
-            True,
+            retain_graph,
             create_graph,
             tuple(inputs),
             allow_unreachable=True,

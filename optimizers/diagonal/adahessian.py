@@ -6,21 +6,20 @@ machine learning, Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from optimizers.diagonal.corrections import bias_corrections, scalar_lr, step_sizes
+from optimizers.diagonal.corrections import bias_corrections, step_sizes
 from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
-from optimizers.diagonal.shell import CurvatureOptimizer
+from optimizers.diagonal.shell import CurvatureOptimizer, Group, Shared, State, Tensors
 from optimizers.diagonal.spatial_average import RULES, spatial_average, spatial_averages
-from optimizers.shared.validate import check_at_least, check_betas, check_choice
+from optimizers.shared.base import check_choice
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["PRESETS", "AdaHessian"]
 
@@ -50,8 +49,7 @@ class AdaHessian(CurvatureOptimizer):
     Cost: a forward pass, a backward pass that keeps a graph and a product through it: about 3 gradients on a step with
     curvature, 1 on the others. Memory: two averages, and on steps with curvature the graph of the gradient.
 
-    How to take steps, micro-batches, clipping, data parallelism, scalers: see
-    `optimizers.diagonal.shell.CurvatureOptimizer`.
+    How to take steps, micro-batches, clipping, data parallelism, scalers: see `CurvatureOptimizer`.
 
     Args:
         params: parameters or groups of them.
@@ -61,8 +59,7 @@ class AdaHessian(CurvatureOptimizer):
         weight_decay: decoupled, times lr.
         hessian_power: k, how much of the curvature to divide by: 1 all, 0 none (momentum).
         spatial_average: rule of `optimizers.diagonal.spatial_average`: "paper" averages convolution kernels, an integer
-        b also
-            blocks of b in the rows of matrices, None nothing.
+            b also blocks of b in the rows of matrices, None nothing.
         absolute: "after" averages signed entries, the paper's formula; "before" averages magnitudes, as the authors'
             code does.
         stale: between refreshes, "keep" leaves V alone; "repeat" counts the last D again on every step.
@@ -72,8 +69,8 @@ class AdaHessian(CurvatureOptimizer):
             `CurvatureSource`.
         num_probes: products or samples averaged for each D. One probe may cancel in an entry, whose first steps are
             then up to lr m / eps long: more probes, or a warm-up of lr, prevent that.
-        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
-            `CurvatureOptimizer`.
+        update_every: steps between measurements of curvature.
+        shared: loss, process_group, maximize, seed, check_finite, update_first, foreach, capturable: see `Shared`.
 
     Raises:
         InputError: for settings out of range.
@@ -91,6 +88,14 @@ class AdaHessian(CurvatureOptimizer):
         [0.0, 0.0]
     """
 
+    _averages = ("exp_avg", "exp_hessian_diag_sq")
+    _least: ClassVar[dict[str, float]] = {"eps": 0.0, "weight_decay": 0.0, "hessian_power": 0.0}
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "absolute": ("after", "before"),
+        "stale": ("keep", "repeat"),
+        "bias_correction": ("refreshes", "steps"),
+    }
+
     def __init__(
         self,
         params: Any,
@@ -106,37 +111,19 @@ class AdaHessian(CurvatureOptimizer):
         bias_correction: Literal["refreshes", "steps"] = "refreshes",
         curvature: str | CurvatureSource = "hessian-diagonal",
         num_probes: int = 1,
-        update_first: int = 1,
         update_every: int = 1,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        check_finite: bool = True,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
+        defaults: Group = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "hessian_power": hessian_power,
-            "spatial_average": spatial_average,
-            "absolute": absolute,
-            "stale": stale,
-            "bias_correction": bias_correction,
-            "update_first": update_first,
-            "update_every": update_every,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "seed": seed,
         }
-        source = curvature_source(curvature, num_probes)
-        super().__init__(
-            params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
-        )
+        defaults |= {"spatial_average": spatial_average, "absolute": absolute, "stale": stale}
+        defaults |= {"bias_correction": bias_correction, "update_every": update_every}
+        super().__init__(params, defaults, curvature_source(curvature, num_probes), **shared)
 
     @classmethod
     def like(cls, implementation: str, params: Any, **settings: Any) -> AdaHessian:
@@ -148,120 +135,53 @@ class AdaHessian(CurvatureOptimizer):
         check_choice("implementation", implementation, PRESETS)
         return cls(params, **{**PRESETS[implementation], **settings})
 
-    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:
-        last = ("hessian_diag",) if group["stale"] == "repeat" else ()
-        return ("exp_avg", "exp_hessian_diag_sq", *last)
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        state = super()._new_state(p, group)
+        return state | {"hessian_diag": torch.zeros_like(state["exp_avg"])} if group["stale"] == "repeat" else state
 
-    def _validate(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
-        for name in ("eps", "weight_decay", "hessian_power"):
-            check_at_least(name, group[name], 0.0)
-        check_choice("absolute", group["absolute"], ("after", "before"))
-        check_choice("stale", group["stale"], ("keep", "repeat"))
-        check_choice("bias_correction", group["bias_correction"], ("refreshes", "steps"))
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
         rule = group["spatial_average"]
         if isinstance(rule, str) and rule not in RULES:
             raise InputError(f"spatial_average must be one of {', '.join(RULES)}, an integer or None, got {rule!r}.")
         for p in group["params"]:
             spatial_average(torch.empty(p.shape, device="meta"), rule)  # shapes that a rule does not cover
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        curvatures: list[Tensor] | None,
-        states: list[dict[str, Tensor]],
-    ) -> None:
+    def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
+        repeats, power, eps = group["stale"] == "repeat", group["hessian_power"], group["eps"]
         if curvatures is not None:
             if group["absolute"] == "before":
                 curvatures = list(torch._foreach_abs(curvatures))
             curvatures = spatial_averages(curvatures, group["spatial_average"])
-        if group["stale"] == "repeat":
+        if repeats:
             if curvatures is not None:
-                torch._foreach_copy_([state["hessian_diag"] for state in states], curvatures)
-            curvatures = [state["hessian_diag"] for state in states]
-        capturable = group["capturable"]
+                torch._foreach_copy_(state["hessian_diag"], curvatures)
+            curvatures = state["hessian_diag"]
         beta1, beta2 = group["betas"]
-        every_step = group["bias_correction"] == "steps" or group["stale"] == "repeat"
-        corrections1 = bias_corrections(states, "step", beta1, capturable=capturable)
-        corrections2 = bias_corrections(states, "step" if every_step else "hessian_step", beta2, capturable=capturable)
-        lr = scalar_lr(group)
-        update = _single_tensor_adahessian if group["foreach"] is False else _multi_tensor_adahessian
-        update(
-            params,
-            grads,
-            curvatures,
-            [state["exp_avg"] for state in states],
-            [state["exp_hessian_diag_sq"] for state in states],
-            [c**0.5 for c in corrections2],
-            step_sizes(lr, corrections1, states, capturable=capturable),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            shrinkage=1 - lr * group["weight_decay"] if group["weight_decay"] != 0 else None,
-            power=group["hessian_power"],
-        )
-
-
-def _single_tensor_adahessian(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    exp_avgs: list[Tensor],
-    exp_hessian_diag_sqs: list[Tensor],
-    root_corrections: list[Any],
-    sizes: list[Any],
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    shrinkage: Any,
-    power: float,
-) -> None:
-    """Update one tensor after the other: the reference."""
-    for i, p in enumerate(params):
-        m, V = exp_avgs[i], exp_hessian_diag_sqs[i]
-        m.lerp_(grads[i], 1 - beta1)
+        counter = "step" if group["bias_correction"] == "steps" or repeats else "hessian_step"
+        roots = [c**0.5 for c in bias_corrections(state[counter], beta2, group)]
+        sizes = step_sizes(group, state, beta1)
+        ms, Vs = state["exp_avg"], state["exp_hessian_diag_sq"]
+        if group["foreach"] is False:
+            for i, p in enumerate(params):
+                ms[i].lerp_(grads[i], 1 - beta1)
+                if curvatures is not None:
+                    Vs[i].mul_(beta2).addcmul_(curvatures[i], curvatures[i], value=1 - beta2)
+                p.sub_(ms[i] / ((Vs[i].sqrt() / roots[i]).pow(power) + eps) * sizes[i])
+            return
+        torch._foreach_lerp_(ms, grads, 1 - beta1)
         if curvatures is not None:
-            V.mul_(beta2).addcmul_(curvatures[i], curvatures[i], value=1 - beta2)
-        denominator = (V.sqrt() / root_corrections[i]).pow(power) + eps
-        if shrinkage is not None:
-            p.mul_(shrinkage)
-        p.sub_(m / denominator * sizes[i])
-
-
-def _multi_tensor_adahessian(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    exp_avgs: list[Tensor],
-    exp_hessian_diag_sqs: list[Tensor],
-    root_corrections: list[Any],
-    sizes: list[Any],
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    shrinkage: Any,
-    power: float,
-) -> None:
-    """Update lists of tensors at once."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    if curvatures is not None:
-        torch._foreach_mul_(exp_hessian_diag_sqs, beta2)
-        torch._foreach_addcmul_(exp_hessian_diag_sqs, curvatures, curvatures, 1 - beta2)
-    steps = list(torch._foreach_sqrt(exp_hessian_diag_sqs))
-    torch._foreach_div_(steps, root_corrections)
-    if power != 1:
-        torch._foreach_pow_(steps, power)
-    torch._foreach_add_(steps, eps)
-    if shrinkage is not None:
-        torch._foreach_mul_(params, shrinkage)
-    if isinstance(sizes[0], float):
-        torch._foreach_addcdiv_(params, exp_avgs, steps, [-size for size in sizes])
-        return
-    torch._foreach_reciprocal_(steps)  # sizes are tensors: nothing may wait for them
-    torch._foreach_mul_(steps, exp_avgs)
-    torch._foreach_mul_(steps, sizes)
-    torch._foreach_sub_(params, steps)
+            torch._foreach_mul_(Vs, beta2)
+            torch._foreach_addcmul_(Vs, curvatures, curvatures, 1 - beta2)
+        steps = list(torch._foreach_sqrt(Vs))
+        torch._foreach_div_(steps, roots)
+        if power != 1:
+            torch._foreach_pow_(steps, power)
+        torch._foreach_add_(steps, eps)
+        if isinstance(sizes[0], float):
+            torch._foreach_addcdiv_(params, ms, steps, [-size for size in sizes])
+            return
+        torch._foreach_reciprocal_(steps)  # sizes are tensors: nothing may wait for them
+        torch._foreach_mul_(steps, ms)
+        torch._foreach_mul_(steps, sizes)
+        torch._foreach_sub_(params, steps)

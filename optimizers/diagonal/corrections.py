@@ -10,30 +10,23 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["bias_corrections", "scalar_lr", "step_sizes"]
+from optimizers.diagonal.shell import Group, State, Tensors
+
+__all__ = ["bias_corrections", "step_sizes"]
 
 
-def bias_corrections(states: list[dict[str, Tensor]], counter: str, beta: float, *, capturable: bool) -> list[Any]:
+def bias_corrections(counters: Tensors, beta: float, group: Group) -> list[Any]:
     """Return 1 - beta^n for every parameter, 1 where nothing was observed yet: numbers, or scalars on the device."""
-    if not capturable:
-        return [1.0 - beta**n if n > 0 else 1.0 for n in (float(state[counter]) for state in states)]
+    if not group["capturable"]:
+        return [1.0 - beta**n if n > 0 else 1.0 for n in map(float, counters)]
     log_beta = math.log(beta) if beta > 0 else -math.inf  # 1 - beta^n in float32 would lose half of its digits
-    shares = [-torch.expm1(state[counter] * log_beta) for state in states]
-    return [torch.where(state[counter] > 0, share, 1.0) for share, state in zip(shares, states, strict=True)]
+    return [torch.where(n > 0, -torch.expm1(n * log_beta), 1.0) for n in counters]
 
 
-def step_sizes(
-    lr: float | Tensor, corrections: list[Any], states: list[dict[str, Tensor]], *, capturable: bool
-) -> list[Any]:
-    """Return lr / correction for every parameter, and 0 for those whose curvature was not measured yet."""
-    if not capturable:
-        return [lr / c if float(s["hessian_step"]) > 0 else 0.0 for c, s in zip(corrections, states, strict=True)]
-    return [lr / c * (s["hessian_step"] > 0) for c, s in zip(corrections, states, strict=True)]
-
-
-def scalar_lr(group: dict[str, Any]) -> float | Tensor:
-    """Return a group's learning rate as a number, or as the tensor it is where nothing may wait for the device."""
-    lr = group["lr"]
-    return lr if group["capturable"] or not isinstance(lr, Tensor) else lr.item()
+def step_sizes(group: Group, state: State, beta: float) -> list[Any]:
+    """Return lr / (1 - beta^step) for every parameter, and 0 for those whose curvature was not measured yet."""
+    pairs = zip(bias_corrections(state["step"], beta, group), state["hessian_step"], strict=True)
+    if not group["capturable"]:
+        return [group["lr"] / c if float(n) > 0 else 0.0 for c, n in pairs]
+    return [group["lr"] / c * (n > 0) for c, n in pairs]

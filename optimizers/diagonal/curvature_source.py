@@ -27,7 +27,7 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.losses.rules import CrossEntropy, LossRule
 from optimizers.diagonal.sampled_targets import sampled_output_gradient
-from optimizers.shared.differentiation import pull_back
+from optimizers.shared.differentiation import products
 from optimizers.shared.probes import counter_generator, random_signs
 
 __all__ = [
@@ -96,7 +96,7 @@ class CurvatureSource(ABC):
         """Yield (z, H z); the last product frees the graph."""
         for sample in range(num_probes):
             z = random_signs(batch.params, batch.seed, batch.step, sample)
-            yield z, _widened(pull_back(batch.gradients, batch.params, z, retain_graph=sample + 1 < num_probes))
+            yield z, _widened(products(batch.gradients, batch.params, z, retain_graph=sample + 1 < num_probes))
 
 
 class HessianDiagonal(CurvatureSource):
@@ -182,7 +182,7 @@ class _OutputSquares(CurvatureSource):
                     "diverged, lower lr."
                 ) from error
             last = sample + 1 == self.num_probes
-            g = _widened(pull_back([batch.outputs], batch.params, [u], retain_graph=not last))
+            g = _widened(products([batch.outputs], batch.params, [u], retain_graph=not last))
             if total:
                 torch._foreach_addcmul_(total, g, g)
             else:

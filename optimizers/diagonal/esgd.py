@@ -7,19 +7,16 @@ Algorithm 1. The defaults of damping and update_every are those of the authors' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimizers.diagonal.corrections import scalar_lr
 from optimizers.diagonal.curvature_source import RowNorm
-from optimizers.diagonal.shell import CurvatureOptimizer
-from optimizers.shared.validate import check_at_least
+from optimizers.diagonal.shell import CurvatureOptimizer, Group, Shared, State, Tensors
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["ESGD"]
 
@@ -41,8 +38,7 @@ class ESGD(CurvatureOptimizer):
 
     Cost: a Hessian product more than a gradient on steps with curvature, 10 on the first. Memory: one sum.
 
-    How to take steps, micro-batches, clipping, data parallelism, scalers: see
-    `optimizers.diagonal.shell.CurvatureOptimizer`.
+    How to take steps, micro-batches, clipping, data parallelism, scalers: see `CurvatureOptimizer`.
 
     Args:
         params: parameters or groups of them.
@@ -50,9 +46,8 @@ class ESGD(CurvatureOptimizer):
         damping: added to the row norms.
         weight_decay: decoupled, times lr.
         num_probes: products averaged for each refresh after the first.
-        update_first, update_every, process_group, check_finite, foreach, maximize, capturable, seed: as in
-            `CurvatureOptimizer`.
-        loss: for closures that return (outputs, targets); optional here.
+        update_every: steps between measurements of curvature.
+        shared: loss, process_group, maximize, seed, check_finite, update_first, foreach, capturable: see `Shared`.
 
     Raises:
         InputError: for settings out of range.
@@ -65,6 +60,9 @@ class ESGD(CurvatureOptimizer):
         [1.5, -1.0]
     """
 
+    _averages = ("sum_row_norm_sq",)
+    _least: ClassVar[dict[str, float]] = {"damping": 0.0, "weight_decay": 0.0}
+
     def __init__(
         self,
         params: Any,
@@ -73,102 +71,29 @@ class ESGD(CurvatureOptimizer):
         weight_decay: float = 0.0,
         *,
         num_probes: int = 1,
-        update_first: int = 1,
         update_every: int = 20,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        check_finite: bool = True,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "damping": damping,
-            "weight_decay": weight_decay,
-            "update_first": update_first,
-            "update_every": update_every,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "seed": seed,
-        }
-        source = RowNorm(num_probes)
-        super().__init__(
-            params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
-        )
+        defaults: Group = {"lr": lr, "damping": damping, "weight_decay": weight_decay, "update_every": update_every}
+        super().__init__(params, defaults, RowNorm(num_probes), **shared)
 
-    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
-        return ("sum_row_norm_sq",)
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        for name in ("damping", "weight_decay"):
-            check_at_least(name, group[name], 0.0)
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        curvatures: list[Tensor] | None,
-        states: list[dict[str, Tensor]],
-    ) -> None:
-        lr = scalar_lr(group)
-        sums = [state["sum_row_norm_sq"] for state in states]
-        counts: list[Any]
-        sizes: list[Any]
-        if group["capturable"]:
-            refreshes = [state["hessian_step"] for state in states]
-            counts, sizes = [n.clamp_min(1) for n in refreshes], [lr * (n > 0) for n in refreshes]
-        else:
-            numbers = [float(state["hessian_step"]) for state in states]
-            counts, sizes = [max(n, 1.0) for n in numbers], [lr * (n > 0) for n in numbers]  # without curvature: wait
-        update = _single_tensor_esgd if group["foreach"] is False else _multi_tensor_esgd
-        shrinkage = 1 - lr * group["weight_decay"] if group["weight_decay"] != 0 else None
-        update(params, grads, curvatures, sums, counts, sizes, damping=group["damping"], shrinkage=shrinkage)
-
-
-def _single_tensor_esgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    sums: list[Tensor],
-    counts: list[Any],
-    sizes: list[Any],
-    *,
-    damping: float,
-    shrinkage: Any,
-) -> None:
-    """Update one tensor after the other: the reference."""
-    for i, p in enumerate(params):
+    def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
+        lr, damping, sums = group["lr"], group["damping"], state["sum_row_norm_sq"]
+        counts: list[Any] = state["hessian_step"] if group["capturable"] else [float(n) for n in state["hessian_step"]]
+        sizes: list[Any] = [lr * (n > 0) for n in counts]  # without curvature: wait
+        counts = [n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1.0) for n in counts]
+        if group["foreach"] is False:
+            for i, p in enumerate(params):
+                if curvatures is not None:
+                    sums[i].addcmul_(curvatures[i], curvatures[i])
+                p.sub_(grads[i] / ((sums[i] / counts[i]).sqrt() + damping) * sizes[i])
+            return
         if curvatures is not None:
-            sums[i].addcmul_(curvatures[i], curvatures[i])
-        if shrinkage is not None:
-            p.mul_(shrinkage)
-        p.sub_(grads[i] / ((sums[i] / counts[i]).sqrt() + damping) * sizes[i])
-
-
-def _multi_tensor_esgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    sums: list[Tensor],
-    counts: list[Any],
-    sizes: list[Any],
-    *,
-    damping: float,
-    shrinkage: Any,
-) -> None:
-    """Update lists of tensors at once."""
-    if curvatures is not None:
-        torch._foreach_addcmul_(sums, curvatures, curvatures)
-    if shrinkage is not None:
-        torch._foreach_mul_(params, shrinkage)
-    steps = list(torch._foreach_div(sums, counts))
-    torch._foreach_sqrt_(steps)
-    torch._foreach_add_(steps, damping)
-    torch._foreach_reciprocal_(steps)
-    torch._foreach_mul_(steps, grads)
-    torch._foreach_mul_(steps, sizes)
-    torch._foreach_sub_(params, steps)
+            torch._foreach_addcmul_(sums, curvatures, curvatures)
+        steps = list(torch._foreach_div(sums, counts))
+        torch._foreach_sqrt_(steps)
+        torch._foreach_add_(steps, damping)
+        torch._foreach_reciprocal_(steps)
+        torch._foreach_mul_(steps, grads)
+        torch._foreach_mul_(steps, sizes)
+        torch._foreach_sub_(params, steps)

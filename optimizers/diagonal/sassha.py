@@ -7,26 +7,24 @@ Neyshabur (2021), Sharpness-aware minimization for efficiently improving general
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from curvature.engine.repeated_evaluation import RepeatedEvaluation
 from curvature.errors import InputError
-from optimizers.diagonal.corrections import bias_corrections, scalar_lr, step_sizes
+from optimizers.diagonal.corrections import bias_corrections, step_sizes
 from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
-from optimizers.diagonal.shell import Closure, CurvatureOptimizer, Part
+from optimizers.diagonal.shell import Closure, CurvatureOptimizer, Group, Part, Shared, State, Tensors
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.differentiation import gradients
 from optimizers.shared.gradients import refuse_sparse
 from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
-from optimizers.shared.validate import check_at_least, check_betas, check_choice
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["SASSHA"]
 
@@ -47,8 +45,7 @@ class SASSHA(CurvatureOptimizer):
 
     Cost: one gradient more than AdaHessian. Memory: two averages and, within a step, a copy of the parameters.
 
-    How to take steps, micro-batches, clipping, data parallelism, scalers: see
-    `optimizers.diagonal.shell.CurvatureOptimizer`.
+    How to take steps, micro-batches, clipping, data parallelism, scalers: see `CurvatureOptimizer`.
 
     Args:
         params: parameters or groups of them.
@@ -64,8 +61,8 @@ class SASSHA(CurvatureOptimizer):
         curvature: "hessian-diagonal", "row-norm", "gauss-newton-bartlett" (or "fisher"), "empirical-fisher" or a
             `CurvatureSource`.
         num_probes: products or samples averaged for each estimate.
-        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
-            `CurvatureOptimizer`.
+        update_every: steps between measurements of curvature.
+        shared: loss, process_group, maximize, seed, check_finite, update_first, foreach, capturable: see `Shared`.
 
     Raises:
         InputError: for settings out of range, and for a loss in place of a closure.
@@ -77,6 +74,10 @@ class SASSHA(CurvatureOptimizer):
         >>> [round(x, 4) for x in w.tolist()]
         [2.4, 3.2]
     """
+
+    _averages = ("exp_avg", "exp_hessian_diag")
+    _least: ClassVar[dict[str, float]] = {"eps": 0.0, "weight_decay": 0.0, "rho": 0.0, "hessian_power": 0.0}
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"bias_correction": ("refreshes", "steps")}
 
     def __init__(
         self,
@@ -91,35 +92,12 @@ class SASSHA(CurvatureOptimizer):
         bias_correction: Literal["refreshes", "steps"] = "refreshes",
         curvature: str | CurvatureSource = "hessian-diagonal",
         num_probes: int = 1,
-        update_first: int = 1,
         update_every: int = 10,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        check_finite: bool = True,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rho": rho,
-            "hessian_power": hessian_power,
-            "bias_correction": bias_correction,
-            "update_first": update_first,
-            "update_every": update_every,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "seed": seed,
-        }
-        source = curvature_source(curvature, num_probes)
-        super().__init__(
-            params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
-        )
+        defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho}
+        defaults |= {"hessian_power": hessian_power, "bias_correction": bias_correction, "update_every": update_every}
+        super().__init__(params, defaults, curvature_source(curvature, num_probes), **shared)
 
     @on_all_ranks
     @torch.no_grad()
@@ -139,28 +117,36 @@ class SASSHA(CurvatureOptimizer):
         """
         if isinstance(closure, Tensor):
             raise InputError("SASSHA evaluates the loss at two points: pass a closure, not the loss itself.")
-        repeated, kept = RepeatedEvaluation(self._trained()), False
+        params = self._trained()
+        repeated, kept = RepeatedEvaluation(params), False
         try:
             with repeated.watched():
-                loss = self._accumulate_twice(closure, repeated, weight, part, scaler, synchronize)
+                loss, step = self._perturbation(closure, repeated, params, part != "curvature", scaler)
+                before = [p.clone() for p in params]
+                try:
+                    for p, e in zip(params, step, strict=True):
+                        p.add_(e)
+                    super().accumulate(
+                        lambda: repeated.call(closure, moves=False),
+                        weight=weight,
+                        part=part,
+                        scaler=scaler,
+                        synchronize=synchronize,
+                    )
+                finally:
+                    torch._foreach_copy_(params, before)
             kept = True
         finally:
             repeated.finish(keep=kept)
         return loss
 
-    def _accumulate_twice(
-        self,
-        closure: Closure,
-        repeated: RepeatedEvaluation,
-        weight: float,
-        part: Part,
-        scaler: GradScaler | None,
-        synchronize: bool,
-    ) -> Tensor:
-        params = self._trained()
+    def _perturbation(
+        self, closure: Closure, repeated: RepeatedEvaluation, params: Tensors, moves: bool, scaler: GradScaler | None
+    ) -> tuple[Tensor, Tensors]:
+        """Return the loss, detached, and rho g / |g|."""
         with torch.enable_grad():
             with own_gradients(params):
-                returned = repeated.call(closure, moves=part != "curvature")
+                returned = repeated.call(closure, moves=moves)
             loss, outputs, targets = loss_of(returned, self.loss)
             scaled = loss if scaler is None else scaler.scale(loss)
         found = gradients(scaled, params, create_graph=False, retain_graph=False)
@@ -169,24 +155,11 @@ class SASSHA(CurvatureOptimizer):
         if self.process_group is not None:
             compare_ranks(self, "gradients at the start of SASSHA's step")
             share = share_of_rank(self._rule, outputs, targets, self.process_group)
-            grads = average_over_ranks([g * share if share else torch.zeros_like(g) for g in grads], self.process_group)
+            grads = average_over_ranks(grads, self.process_group, share)
         settings = self.param_groups[0]
         norms = [n.to(loss.device, torch.promote_types(n.dtype, torch.float32)) for n in torch._foreach_norm(grads)]
         length = settings["rho"] / (torch.stack(norms).norm() + 1e-12) * (-1 if settings["maximize"] else 1)
-        before = [p.clone() for p in params]
-        try:
-            for p, g in zip(params, grads, strict=True):
-                p.add_(g * length.to(g.device))
-            super().accumulate(
-                lambda: repeated.call(closure, moves=False),
-                weight=weight,
-                part=part,
-                scaler=scaler,
-                synchronize=synchronize,
-            )
-        finally:
-            torch._foreach_copy_(params, before)
-        return loss.detach()
+        return loss.detach(), [g * length.to(g.device) for g in grads]
 
     def _take_graphs_off_gradients(self) -> None:
         if self._sums is None and any(p.grad is not None and p.grad.requires_grad for p in self._curved()):
@@ -195,48 +168,24 @@ class SASSHA(CurvatureOptimizer):
             raise InputError("SASSHA evaluates the loss at two points: call step(closure), not backward().")
         super()._take_graphs_off_gradients()
 
-    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
-        return ("exp_avg", "exp_hessian_diag")
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
-        for name in ("eps", "weight_decay", "rho", "hessian_power"):
-            check_at_least(name, group[name], 0.0)
-        check_choice("bias_correction", group["bias_correction"], ("refreshes", "steps"))
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        curvatures: list[Tensor] | None,
-        states: list[dict[str, Tensor]],
-    ) -> None:
-        beta1, beta2 = group["betas"]
-        capturable, lr = group["capturable"], scalar_lr(group)
+    def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
+        (beta1, beta2), power, eps = group["betas"], group["hessian_power"], group["eps"]
         counter = "step" if group["bias_correction"] == "steps" else "hessian_step"
-        corrections = bias_corrections(states, counter, beta2, capturable=capturable)
-        sizes = step_sizes(
-            lr, bias_corrections(states, "step", beta1, capturable=capturable), states, capturable=capturable
-        )
-        ms, Vs = [state["exp_avg"] for state in states], [state["exp_hessian_diag"] for state in states]
-        decay = 1 - lr * group["weight_decay"]
+        corrections, sizes = bias_corrections(state[counter], beta2, group), step_sizes(group, state, beta1)
+        ms, Vs = state["exp_avg"], state["exp_hessian_diag"]
         if group["foreach"] is False:
             for i, p in enumerate(params):
                 ms[i].lerp_(grads[i], 1 - beta1)
                 if curvatures is not None:
                     Vs[i].lerp_(curvatures[i].abs(), 1 - beta2)
-                p.mul_(decay)
-                p.sub_(ms[i] / ((Vs[i] / corrections[i]).pow(group["hessian_power"]) + group["eps"]) * sizes[i])
+                p.sub_(ms[i] / ((Vs[i] / corrections[i]).pow(power) + eps) * sizes[i])
             return
         torch._foreach_lerp_(ms, grads, 1 - beta1)
         if curvatures is not None:
             torch._foreach_lerp_(Vs, torch._foreach_abs(curvatures), 1 - beta2)
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(params, decay)
         steps = list(torch._foreach_div(Vs, corrections))
-        torch._foreach_pow_(steps, group["hessian_power"])
-        torch._foreach_add_(steps, group["eps"])
+        torch._foreach_pow_(steps, power)
+        torch._foreach_add_(steps, eps)
         torch._foreach_reciprocal_(steps)
         torch._foreach_mul_(steps, ms)
         torch._foreach_mul_(steps, sizes)

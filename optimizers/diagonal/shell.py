@@ -11,7 +11,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,26 +21,47 @@ from curvature.autograd.guards import refuse_undifferentiable
 from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
-from curvature.losses.rules import loss_rule
 from optimizers.diagonal.curvature_source import WIDE, BatchGraph, CurvatureSource
+from optimizers.shared.base import COUNTERS, BaseOptimizer, Common
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.differentiation import curvature_session, gradients, leaves
 from optimizers.shared.gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
 from optimizers.shared.ranks import average_gradients, average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
-from optimizers.shared.resumable import COUNTERS, ResumableOptimizer
-from optimizers.shared.validate import check_group
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-__all__ = ["Closure", "CurvatureOptimizer"]
+__all__ = ["Closure", "CurvatureOptimizer", "Group", "Shared", "State", "Tensors"]
 
 Closure = Callable[[], Any]
 Part = Literal["both", "gradient", "curvature"]
+Group = dict[str, Any]
+"""The settings of a parameter group."""
+Tensors = list[Tensor]
+State = dict[str, Tensors]
+"""Name of a counter or an average -> one tensor a parameter."""
 
 
-class CurvatureOptimizer(ResumableOptimizer):
+class Shared(Common, total=False):
+    """Arguments that diagonal methods share, by keyword."""
+
+    check_finite: bool
+    """Raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a GPU only steps
+    with curvature look, as looking waits for the device; under a scaler the scaler does it. Default: True."""
+    update_first: int
+    """Curvature is measured on each of the first so many steps of the group, beside every `update_every`-th. With a
+    large `update_every` 20 or so keep the beginning from resting on one measurement, which may be far too small.
+    Default: 1."""
+    foreach: bool | None
+    """False updates one tensor at a time, the reference; None, the default, and True update lists of tensors."""
+    capturable: bool
+    """Keep counters on the parameters' device, so that an update never waits for it. A step at which curvature is due
+    cannot be captured in a CUDA graph; the others can. Default: False."""
+
+
+class CurvatureOptimizer(BaseOptimizer):
     """Base of optimizers whose step divides by, or otherwise uses, a diagonal curvature.
 
     Three ways to take a step, which do the same:
@@ -69,29 +90,16 @@ class CurvatureOptimizer(ResumableOptimizer):
     With a `GradScaler`: `accumulate(closure, scaler=scaler)`, `scaler.step(optimizer)`, `scaler.update()`; curvature is
     unscaled, and a product that overflows makes the scaler skip the step.
 
-    Settings kept in every parameter group, beside those of the method:
-        update_first: curvature is measured on each of the first so many steps of the group. With a large `update_every`
-            20 or so keep the beginning from resting on one measurement, which may be far too small.
-        update_every: curvature is measured on every so many-th step of the group. A parameter is not moved before its
-            curvature was measured once.
-        maximize: climb instead of descend.
-        foreach: False updates one tensor at a time, the reference; None and True update lists of tensors.
-        capturable: keep counters on the parameters' device, so that an update never waits for it. A step at which
-            curvature is due cannot be captured in a CUDA graph; the others can.
-        seed: of the random numbers, which are functions of (seed, step, sample). The first group's counts.
-        num_steps, num_refreshes: steps of the group so far, and those on which curvature was measured.
-
-    State, for every parameter: `step`, `hessian_step` (scalars) and the averages of the method, in float32 or wider.
+    Every group holds the settings of the method and of `Shared`, and `num_steps` and `num_refreshes`: its steps so far,
+    and those on which curvature was measured. A parameter is not moved before its curvature was measured once. State of
+    every parameter: `step`, `hessian_step` (scalars) and the averages of the method, in float32 or wider.
 
     Args:
         params: parameters or groups of them.
-        defaults: settings of the method, kept in every group.
+        defaults: settings of the method, kept in every group: `lr`, `weight_decay` (decoupled, times lr),
+            `update_every` (curvature is measured on every so many-th step) and its own.
         curvature: where curvature comes from.
-        loss: `loss(outputs, targets)`, for closures that return both.
-        process_group: ranks that hold parts of each batch; they count by their loss terms where closures return
-            (outputs, targets), and alike where they return the loss.
-        check_finite: raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a
-            GPU only steps with curvature look, as looking waits for the device; under a scaler the scaler does it.
+        check_finite, loss, process_group, and settings of groups: see `Shared`.
 
     Raises:
         InputError: for complex parameters, settings out of range, closures that return something else than agreed.
@@ -99,6 +107,20 @@ class CurvatureOptimizer(ResumableOptimizer):
         NonFiniteError: see `check_finite`.
     """
 
+    _kept = (*BaseOptimizer._kept, "curvature", "check_finite")
+    _late_settings: ClassVar[dict[str, Any]] = {
+        "update_first": 1,
+        "update_every": 1,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "seed": 0,
+        "num_steps": 0,
+        "num_refreshes": 0,
+    }
+    _counts = ("update_first", "update_every")
+    _averages: tuple[str, ...]
+    """Names of the state tensors of a parameter's shape; they start at zero."""
     _sums: list[list[Tensor]] | None
     _num_measured: int
     _counted: tuple[Tensor | None, Any]
@@ -106,39 +128,12 @@ class CurvatureOptimizer(ResumableOptimizer):
     _synchronized: bool
     _step_supports_amp_scaling = True  # the scaler then says how it scaled, instead of unscaling behind our back
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        curvature: CurvatureSource,
-        loss: Callable[..., Tensor] | None,
-        process_group: ProcessGroup | None,
-        check_finite: bool,
-    ) -> None:
-        self.curvature = curvature
-        self.loss = loss
-        self.check_finite = check_finite
-        self._rule = None if loss is None else loss_rule(loss)
-        self.process_group = process_group
-        self._forget()
-        super().__init__(params, {"update_first": 1, **defaults, "num_steps": 0, "num_refreshes": 0})
-
-    # -- what a method supplies ---------------------------------------------------------------------------------------
+    def __init__(self, params: Any, defaults: Group, curvature: CurvatureSource, **shared: Unpack[Shared]) -> None:
+        self.curvature, self.check_finite = curvature, shared.pop("check_finite", True)
+        super().__init__(params, defaults, **shared)
 
     @abstractmethod
-    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the state tensors of a parameter's shape; they start at zero."""
-
-    @abstractmethod
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        curvatures: list[Tensor] | None,
-        states: list[dict[str, Tensor]],
-    ) -> None:
+    def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
         """Move the parameters of a group that have a gradient; `curvatures` is None on steps without refresh."""
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -175,7 +170,10 @@ class CurvatureOptimizer(ResumableOptimizer):
                 for p in group["params"]:
                     p.grad = None
             self._forget()
-            loss = self._evaluate(closure, curvature_closure)
+            part: Part = "both" if curvature_closure is None else "gradient"
+            loss = self.accumulate(closure, part=part, synchronize=False)
+            if curvature_closure is not None and self.curvature_due:
+                self.accumulate(curvature_closure, part="curvature", synchronize=False)
         elif curvature_closure is not None:
             self.accumulate(curvature_closure, part="curvature")
         self._take_graphs_off_gradients()
@@ -183,19 +181,15 @@ class CurvatureOptimizer(ResumableOptimizer):
             if bool(found_inf):
                 self._forget()
                 return None
-            self._unscale_gradients()
-        self._synchronize()
+            scale: Tensor | None = getattr(self, "grad_scale", None)
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if scale is not None and p.grad is not None:
+                    p.grad.div_(scale.to(p.device))
+        if self.process_group is not None and not self._synchronized:
+            self._join(self.process_group)
         if before_update is not None:
             before_update()
         self._move()
-        return loss
-
-    def _evaluate(self, closure: Closure, curvature_closure: Closure | None) -> Tensor:
-        if curvature_closure is None:
-            return self.accumulate(closure, synchronize=False)
-        loss = self.accumulate(closure, part="gradient", synchronize=False)
-        if self.curvature_due:
-            self.accumulate(curvature_closure, part="curvature", synchronize=False)
         return loss
 
     @on_all_ranks
@@ -249,7 +243,7 @@ class CurvatureOptimizer(ResumableOptimizer):
             grads = gradients(scaled, params, create_graph=second_order, retain_graph=measured)
         if measured:
             scale = None if scaler is None else scaler.scale(loss.new_ones(()))
-            self._measure(params, grads, outputs, targets, weight, scale)
+            self._measure(params, grads, scale, outputs=outputs, targets=targets, weight=weight)
         if self.process_group is not None:
             alone = weight == 1.0 and not self._num_counted and outputs is not None
             self._counted = (outputs.detach(), targets) if alone and outputs is not None else (None, None)
@@ -259,8 +253,8 @@ class CurvatureOptimizer(ResumableOptimizer):
         if scaler is not None and self._sums is not None:
             poison(params, self._sums)  # the scaler skips the step and lowers its scale
         self._synchronized = False
-        if synchronize:
-            self._synchronize()
+        if synchronize and self.process_group is not None:
+            self._join(self.process_group)
         return loss.detach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -294,15 +288,7 @@ class CurvatureOptimizer(ResumableOptimizer):
         """Return the parameters whose curvature is due, in an order that all ranks share."""
         return [p for group in self.param_groups if _is_due(group) for p in group["params"] if p.requires_grad]
 
-    def _measure(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        outputs: Tensor | None = None,
-        targets: Any = None,
-        weight: float = 1.0,
-        scale: Tensor | None = None,
-    ) -> None:
+    def _measure(self, params: Tensors, grads: list[Tensor | None], scale: Tensor | None, **of_batch: Any) -> None:
         refuse_sparse(grads, type(self).__name__)
         curved = self._curved()
         if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -315,12 +301,10 @@ class CurvatureOptimizer(ResumableOptimizer):
             chosen = {id(p) for p in curved}
             grads = [g for p, g in zip(params, grads, strict=True) if id(p) in chosen]
         batch = BatchGraph(
+            **of_batch,
             params=curved,
             gradients=grads,
-            outputs=outputs,
-            targets=targets,
             rule=self._rule,
-            weight=weight,
             seed=self.param_groups[0]["seed"],
             step=max(g["num_steps"] for g in self.param_groups),
             place=self._num_measured * ranks + rank,
@@ -345,10 +329,16 @@ class CurvatureOptimizer(ResumableOptimizer):
         inputs = leaves([p.grad for p in with_graph if p.grad is not None])
         try:
             if self._sums is None and any(p.grad is not None for p in self._curved()):
+                zero = not with_graph and all_zero([p.grad for p in owners if p.grad is not None])
+                if not zero and not self.curvature.second_order:
+                    raise CheckFailedError(
+                        "targets are sampled from the model's outputs, which gradients do not show: call step(closure) "
+                        "or accumulate(closure) with a closure that returns (outputs, targets), and give loss= to the "
+                        'optimizer; or pass curvature="hessian-diagonal".'
+                    )
                 if with_graph:
                     self._measure_from_gradients()
-                elif not all_zero([p.grad for p in owners if p.grad is not None]):
-                    self._refuse_first_order()
+                elif not zero:
                     raise CheckFailedError(
                         "curvature is due at this step and the gradients have no graph: call step(closure) with a "
                         "closure that returns the loss, or optimizer.accumulate(loss) in place of loss.backward(), or "
@@ -361,7 +351,6 @@ class CurvatureOptimizer(ResumableOptimizer):
                     leaf.grad = leaf.grad.detach()
 
     def _measure_from_gradients(self) -> None:
-        self._refuse_first_order()
         scale = getattr(self, "grad_scale", None)
         if getattr(self, "found_inf", None) is not None:
             if scale is None:
@@ -376,41 +365,17 @@ class CurvatureOptimizer(ResumableOptimizer):
                 )
         params = self._trained()
         refuse_undifferentiable([p.grad for p in params], of_gradients=True)
-        self._measure(params, [p.grad for p in params], scale=scale)
-
-    def _refuse_first_order(self) -> None:
-        if not self.curvature.second_order:
-            raise CheckFailedError(
-                "targets are sampled from the model's outputs, which gradients do not show: call step(closure) or "
-                "accumulate(closure) with a closure that returns (outputs, targets), and give loss= to the optimizer; "
-                'or pass curvature="hessian-diagonal".'
-            )
-
-    def _unscale_gradients(self) -> None:
-        scale = getattr(self, "grad_scale", None)
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if scale is not None and grads:
-            for g in grads:
-                g.div_(scale.to(g.device))
-
-    def _synchronize(self) -> None:
-        if self.process_group is not None and not self._synchronized:
-            self._join(self.process_group)
+        self._measure(params, [p.grad for p in params], scale)
 
     @torch.compiler.disable
     def _join(self, group: ProcessGroup) -> None:
         compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
         outputs, targets = self._counted
         share = share_of_rank(self._rule, outputs, targets, group)
-        for t in (p.grad for p in self._trained() if share != 1 and p.grad is not None):
-            t.copy_(t * share if share else torch.zeros_like(t))  # a mean over no terms is 0/0
-        if self._sums is not None and share != 1:
-            self._sums = [[t * share if share else torch.zeros_like(t) for t in tensors] for tensors in self._sums]
-        average_gradients(self._trained(), group)
+        average_gradients(self._trained(), group, share)
         if self._sums is not None:
-            lengths = [len(tensors) for tensors in self._sums]
-            means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], group))
-            self._sums = [[next(means) for _ in range(length)] for length in lengths]
+            means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], group, share))
+            self._sums = [[next(means) for _ in tensors] for tensors in self._sums]
         self._synchronized = True
 
     def _forget(self) -> None:
@@ -426,17 +391,18 @@ class CurvatureOptimizer(ResumableOptimizer):
     def _move(self) -> None:
         """Hand every group's gradients and curvature to the update rule."""
         refuse_sparse((p.grad for group in self.param_groups for p in group["params"]), type(self).__name__)
-        curved = self._curved() if self._sums is not None else []
-        estimates = self.curvature.finish(self._sums) if self._sums is not None else []
-        if self.check_finite and getattr(self, "found_inf", None) is None:
-            refuse_non_finite(curved, estimates)
-        found = {id(p): estimate for p, estimate in zip(curved, estimates, strict=True)}
+        found: dict[int, Tensor] = {}
+        if self._sums is not None:
+            curved, estimates = self._curved(), self.curvature.finish(self._sums)
+            if self.check_finite and getattr(self, "found_inf", None) is None:
+                refuse_non_finite(curved, estimates)
+            found = {id(p): estimate for p, estimate in zip(curved, estimates, strict=True)}
         self._forget()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params if p.grad is not None]
+            grads = [g if g.dtype in WIDE else g.float() for g in (p.grad for p in params) if g is not None]
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:
@@ -449,36 +415,20 @@ class CurvatureOptimizer(ResumableOptimizer):
                     curvatures = list(torch._foreach_neg(curvatures))
             for key in COUNTERS if refreshed else COUNTERS[:1]:
                 _count([state[key] for state in states])
-            grads = [g if g.dtype in WIDE else g.float() for g in grads]
-            self._update(group, params, grads, curvatures, states)
+            lr = group["lr"] if group["capturable"] else float(group["lr"])
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            by_name = {name: [state[name] for state in states] for name in states[0]}
+            self._update({**group, "lr": lr}, params, grads, curvatures, by_name)
             group["num_steps"] += 1
             group["num_refreshes"] += refreshed
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         device = p.device if group["capturable"] else torch.device("cpu")
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        counters = {key: torch.zeros((), dtype=torch.float32, device=device) for key in COUNTERS}
-        averages = {
-            name: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            for name in self._averages(group)
-        }
-        return {**counters, **averages}
-
-    # -- groups ----------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after a check of its settings."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _validate(group)
-            self._validate(group)
-        except InputError:
-            self.param_groups.pop()
-            raise
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        """Check the settings of a method in one group."""
+        state = {key: torch.zeros((), dtype=torch.float32, device=device) for key in COUNTERS}
+        for name in self._averages:
+            state[name] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return state
 
 
 _ONE = torch.tensor(1.0)
@@ -491,14 +441,6 @@ def _count(counters: list[Tensor]) -> None:
         torch._foreach_add_(counters, 1)
 
 
-def _is_due(group: dict[str, Any]) -> bool:
+def _is_due(group: Group) -> bool:
     step = group["num_steps"]
     return step < group["update_first"] or step % group["update_every"] == 0 or group["num_refreshes"] == 0
-
-
-def _validate(group: dict[str, Any]) -> None:
-    check_group(group)
-    for name in ("update_first", "update_every"):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be an integer >= 1, got {value!r}.")

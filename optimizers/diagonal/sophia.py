@@ -9,19 +9,16 @@ corrects the average of gradients for its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from optimizers.diagonal.corrections import scalar_lr
 from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
-from optimizers.diagonal.shell import CurvatureOptimizer
-from optimizers.shared.validate import check_at_least, check_betas, check_choice
+from optimizers.diagonal.shell import CurvatureOptimizer, Group, Shared, State, Tensors
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["Sophia"]
 
@@ -42,8 +39,7 @@ class Sophia(CurvatureOptimizer):
     Cost: as AdaHessian on a step with curvature from Hessian products, 2 gradients with Gauss-Newton-Bartlett; 1
     gradient on the others. Memory: two averages.
 
-    How to take steps, micro-batches, clipping, data parallelism, scalers: see
-    `optimizers.diagonal.shell.CurvatureOptimizer`.
+    How to take steps, micro-batches, clipping, data parallelism, scalers: see `CurvatureOptimizer`.
 
     Args:
         params: parameters or groups of them.
@@ -58,8 +54,8 @@ class Sophia(CurvatureOptimizer):
         denominator: "max" is the paper's max(gamma h, eps); "add" the authors' code, gamma max(h, 0) + eps, where rho
             is this gamma and the batch size, its bs, is part of the estimate here.
         num_probes: products or samples averaged for each estimate.
-        update_first, update_every, loss, process_group, check_finite, foreach, maximize, capturable, seed: as in
-            `CurvatureOptimizer`.
+        update_every: steps between measurements of curvature.
+        shared: loss, process_group, maximize, seed, check_finite, update_first, foreach, capturable: see `Shared`.
 
     Raises:
         InputError: for settings out of range.
@@ -71,6 +67,10 @@ class Sophia(CurvatureOptimizer):
         >>> w.tolist()
         [0.5, 1.5]
     """
+
+    _averages = ("exp_avg", "exp_hessian_diag")
+    _least: ClassVar[dict[str, float]] = {"gamma": 0.0, "eps": torch.finfo(torch.float32).tiny, "weight_decay": 0.0}
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"denominator": ("max", "add")}
 
     def __init__(
         self,
@@ -84,34 +84,12 @@ class Sophia(CurvatureOptimizer):
         curvature: str | CurvatureSource = "gauss-newton-bartlett",
         denominator: Literal["max", "add"] = "max",
         num_probes: int = 1,
-        update_first: int = 1,
         update_every: int = 10,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        check_finite: bool = True,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "gamma": gamma,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "denominator": denominator,
-            "update_first": update_first,
-            "update_every": update_every,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "seed": seed,
-        }
-        source = curvature_source(curvature, num_probes)
-        super().__init__(
-            params, defaults, curvature=source, loss=loss, process_group=process_group, check_finite=check_finite
-        )
+        defaults: Group = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"denominator": denominator, "update_every": update_every}
+        super().__init__(params, defaults, curvature_source(curvature, num_probes), **shared)
 
     def clipped_share(self) -> Tensor:
         """Return the share of entries that the present averages would clip, (). The paper aims at 0.5 to 0.9."""
@@ -123,84 +101,34 @@ class Sophia(CurvatureOptimizer):
                 total += m.numel()
         return torch.stack([c.to(clipped[0].device) for c in clipped]).sum() / total if total else torch.tensor(0.0)
 
-    def _averages(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
-        return ("exp_avg", "exp_hessian_diag")
+    def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
+        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+        ms, hs = state["exp_avg"], state["exp_hessian_diag"]
+        if group["foreach"] is False:
+            for i, p in enumerate(params):
+                ms[i].lerp_(grads[i], 1 - beta1)
+                if curvatures is not None:
+                    hs[i].lerp_(curvatures[i], 1 - beta2)
+                p.sub_((ms[i] / _denominator(hs[i], group)).clamp(-1, 1) * lr)
+            return
+        torch._foreach_lerp_(ms, grads, 1 - beta1)
+        if curvatures is not None:
+            torch._foreach_lerp_(hs, curvatures, 1 - beta2)
+        steps = list(torch._foreach_mul(hs, group["gamma"]))
+        if group["denominator"] == "max":
+            torch._foreach_clamp_min_(steps, eps)
+        else:
+            torch._foreach_clamp_min_(steps, 0.0)
+            torch._foreach_add_(steps, eps)
+        torch._foreach_reciprocal_(steps)
+        torch._foreach_mul_(steps, ms)
+        torch._foreach_clamp_max_(steps, 1.0)
+        torch._foreach_clamp_min_(steps, -1.0)
+        torch._foreach_mul_(steps, lr)
+        torch._foreach_sub_(params, steps)
 
-    def _validate(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
-        for name, least in (("gamma", 0.0), ("eps", torch.finfo(torch.float32).tiny), ("weight_decay", 0.0)):
-            check_at_least(name, group[name], least)
-        check_choice("denominator", group["denominator"], ("max", "add"))
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        curvatures: list[Tensor] | None,
-        states: list[dict[str, Tensor]],
-    ) -> None:
-        beta1, beta2 = group["betas"]
-        lr = scalar_lr(group)
-        exp_avgs = [state["exp_avg"] for state in states]
-        exp_hessian_diags = [state["exp_hessian_diag"] for state in states]
-        update = _single_tensor_sophia if group["foreach"] is False else _multi_tensor_sophia
-        update(params, grads, curvatures, exp_avgs, exp_hessian_diags, group, lr, beta1, beta2)
-
-
-def _denominator(h: Tensor, group: dict[str, Any]) -> Tensor:
+def _denominator(h: Tensor, group: Group) -> Tensor:
     if group["denominator"] == "max":
         return (group["gamma"] * h).clamp_min(group["eps"])
     return group["gamma"] * h.clamp_min(0) + group["eps"]
-
-
-def _single_tensor_sophia(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    exp_avgs: list[Tensor],
-    exp_hessian_diags: list[Tensor],
-    group: dict[str, Any],
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-) -> None:
-    """Update one tensor after the other: the reference."""
-    for i, p in enumerate(params):
-        m, h = exp_avgs[i], exp_hessian_diags[i]
-        m.lerp_(grads[i], 1 - beta1)
-        if curvatures is not None:
-            h.lerp_(curvatures[i], 1 - beta2)
-        p.mul_(1 - lr * group["weight_decay"])
-        p.sub_((m / _denominator(h, group)).clamp(-1, 1) * lr)
-
-
-def _multi_tensor_sophia(
-    params: list[Tensor],
-    grads: list[Tensor],
-    curvatures: list[Tensor] | None,
-    exp_avgs: list[Tensor],
-    exp_hessian_diags: list[Tensor],
-    group: dict[str, Any],
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-) -> None:
-    """Update lists of tensors at once."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    if curvatures is not None:
-        torch._foreach_lerp_(exp_hessian_diags, curvatures, 1 - beta2)
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    steps = list(torch._foreach_mul(exp_hessian_diags, group["gamma"]))
-    if group["denominator"] == "max":
-        torch._foreach_clamp_min_(steps, group["eps"])
-    else:
-        torch._foreach_clamp_min_(steps, 0.0)
-        torch._foreach_add_(steps, group["eps"])
-    torch._foreach_reciprocal_(steps)
-    torch._foreach_mul_(steps, exp_avgs)
-    torch._foreach_clamp_max_(steps, 1.0)
-    torch._foreach_clamp_min_(steps, -1.0)
-    torch._foreach_mul_(steps, lr)
-    torch._foreach_sub_(params, steps)

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from curvature.errors import InputError
 
-__all__ = ["CubicRule", "DampingRule", "RadiusRule", "reduction_ratio"]
+__all__ = ["ACCEPTED", "CubicRule", "DampingRule", "RadiusRule", "reduction_ratio"]
+
+ACCEPTED = 1e-4
+"""Ratio from which a damped step is taken."""
 
 
 def reduction_ratio(before: float, after: float, model_decrease: float, eps: float) -> float:

@@ -5,27 +5,41 @@ J'J is never formed: its condition number is the square of J's, which reaches 1e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from curvature.errors import InputError
 from optimizers.newton.evaluations import ResidualJacobian
-from optimizers.shared.differentiation import pull_back
+from optimizers.shared.differentiation import products
 
-__all__ = ["DampedLeastSquares", "column_norms", "dense_jacobian"]
+__all__ = ["DampedLeastSquares", "Jacobian", "column_norms", "dense_jacobian"]
+
+Jacobian = Callable[[Sequence[Tensor]], Tensor]
+"""Parameters -> J, (m, n) in their order, at their present values."""
 
 _ENTRIES = 2**18  # of right-hand sides in one batched pass: what a cache holds
 
 
-def dense_jacobian(J: ResidualJacobian) -> Tensor:
-    """Return J, (m, n), by rows or by columns, whichever are cheaper; a product with a column costs about two rows.
+def dense_jacobian(J: ResidualJacobian, given: Jacobian | None = None) -> Tensor:
+    """Return J, (m, n), by the function given, or by rows or by columns, whichever are cheaper.
 
-    Rows come from batched backward passes where those agree with plain ones on this graph. Batching is wrong for batch
-    normalisation in train mode, and refused by some functions.
+    A product with a column costs about two rows. Rows come from batched backward passes where those agree with plain
+    ones on this graph: batching is wrong for batch normalisation in train mode, and refused by some functions.
+
+    Raises:
+        InputError: if the function given returns another shape.
     """
+    if given is not None:
+        found = given(J.flat.params).detach().to(J.device, J.dtype)
+        if tuple(found.shape) != J.shape:
+            raise InputError(f"jacobian must return a matrix of shape {J.shape}, got {tuple(found.shape)}.")
+        return found
     m, n = J.shape
     if m > 2 * n:
         return J @ torch.eye(n, dtype=J.dtype, device=J.device)
-    flat, outputs = J.products.flat, J.products.outputs
+    flat, outputs = J.flat, J.outputs
     J.num_matvecs += m
     identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device)
     chunk = max(1, _ENTRIES // max(m, n))
@@ -34,12 +48,12 @@ def dense_jacobian(J: ResidualJacobian) -> Tensor:
         found = torch.cat([block for block in rows if block is not None])
         if m > 1 and _agrees(J, found):
             return found
-    one_by_one = [pull_back([outputs], flat.params, [e.view(outputs.shape)], retain_graph=True) for e in identity]
+    one_by_one = [products([outputs], flat.params, [e.view(outputs.shape)], retain_graph=True) for e in identity]
     return torch.stack([flat.flatten(row) for row in one_by_one])
 
 
 def _batch_of_rows(J: ResidualJacobian, block: Tensor) -> Tensor | None:
-    flat, outputs = J.products.flat, J.products.outputs
+    flat, outputs = J.flat, J.outputs
     try:
         parts = torch.autograd.grad(
             outputs,
@@ -63,9 +77,9 @@ def _batch_of_rows(J: ResidualJacobian, block: Tensor) -> Tensor | None:
 def _agrees(J: ResidualJacobian, found: Tensor) -> bool:
     """Compare w'J for one w, made of the counters 1 ... m, with a plain backward pass."""
     w = torch.arange(1, J.shape[0] + 1, dtype=found.dtype, device=found.device).sin()
-    plain = J.products.backward(w.view(J.products.outputs.shape).to(J.products.outputs.device))
+    plain = J.backward(w.view(J.outputs.shape).to(J.outputs.device))
     size = found.abs().T @ w.abs()
-    eps = torch.finfo(J.products.outputs.dtype).eps
+    eps = torch.finfo(J.outputs.dtype).eps
     return bool(((found.T @ w - plain).abs() <= 1e3 * eps * (size + size.max())).all())
 
 

@@ -21,15 +21,29 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linop import LinearOperator
 from curvature.losses.rules import LossRule
 from optimizers.newton.flat import FlatParams
+from optimizers.newton.line_search import Line
 from optimizers.shared.closures import loss_of, own_gradients, residuals_of
-from optimizers.shared.differentiation import ClosureRecorder, gradients, pull_back
+from optimizers.shared.differentiation import ClosureRecorder, gradients, products
 from optimizers.shared.gradients import refuse_sparse
 
-__all__ = ["Evaluations", "Kind", "Linearised", "ResidualJacobian"]
+__all__ = ["CountedMatrix", "Evaluations", "Kind", "Linearised", "Mean", "ResidualJacobian"]
 
 Kind = Literal["hessian", "ggn", "residuals"]
 Mean = Callable[[Tensor], Tensor]
-Share = Callable[[Tensor | None, Any], float]
+
+
+class CountedMatrix(LinearOperator):
+    """A matrix at one point, (m, n), given by its product with a vector; `num_matvecs` counts the vectors."""
+
+    def __init__(self, num_rows: int, flat: FlatParams, product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__((num_rows, flat.n), flat.dtype, flat.device)
+        self.product, self.num_matvecs = product, 0
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.num_matvecs += X.shape[1]
+        if X.shape[1] == 1:  # CG's case; a stack of one is a copy
+            return self.product(X[:, 0])[:, None]
+        return torch.stack([self.product(x) for x in X.T], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,45 +65,25 @@ class Linearised:
         assert self.matrix is not None
         return self.matrix
 
-
-class CountedMatrix(LinearOperator):
-    """A matrix at one point, with the number of columns it was applied to."""
-
-    num_matvecs = 0
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        self.num_matvecs += X.shape[1]
-        if X.shape[1] == 1:  # CG's case; a stack of one is a copy
-            return self._product(X[:, 0])[:, None]
-        return torch.stack([self._product(x) for x in X.T], dim=1)
-
-    def _product(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @property
+    def least_squares(self) -> tuple[ResidualJacobian, Tensor]:
+        """J and r, where the closure returns residuals."""
+        assert isinstance(self.matrix, ResidualJacobian)
+        assert self.residuals is not None
+        return self.matrix, self.residuals
 
 
-class _Hessian(CountedMatrix):
-    """H v as the gradient of g'v, through the graph of g."""
-
-    def __init__(self, flat: FlatParams, grads: list[Tensor | None], sign: float, mean: Mean) -> None:
-        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
-        self.flat, self.grads, self.sign, self.mean = flat, grads, sign, mean
-
-    def _product(self, x: Tensor) -> Tensor:
-        v = self.flat.split(x)
-        Hv = self.flat.flatten(pull_back(self.grads, self.flat.params, v, retain_graph=True))
-        return self.mean(self.sign * Hv)
-
-
-class _Outputs:
-    """Products with the Jacobian J of some outputs in the parameters, and with its transpose."""
+class ResidualJacobian(CountedMatrix):
+    """J, (m, n), of some outputs in the parameters; `T` is its transpose and counts with it."""
 
     def __init__(self, flat: FlatParams, outputs: Tensor) -> None:
-        self.flat, self.outputs = flat, outputs
         if not outputs.requires_grad:
             raise InputError(
                 "the closure's outputs have no graph: compute them from the parameters with gradients enabled, and do "
                 "not detach them."
             )
+        self.flat, self.outputs = flat, outputs
+        super().__init__(outputs.numel(), flat, lambda x: self.forward(x).reshape(-1).to(self.device, self.dtype))
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
@@ -102,35 +96,12 @@ class _Outputs:
     def forward(self, x: Tensor) -> Tensor:
         """Return J x in the shape of the outputs: J'u is linear in u, and its derivative is J."""
         u, Jtu = self._transposed
-        return pull_back(Jtu, [u], self.flat.split(x), retain_graph=True)[0]
+        return products(Jtu, [u], self.flat.split(x), retain_graph=True)[0]
 
     def backward(self, w: Tensor) -> Tensor:
         """Return J'w, (n,), for w in the shape of the outputs."""
         w = w.to(self.outputs.dtype)
-        return self.flat.flatten(pull_back([self.outputs], self.flat.params, [w], retain_graph=True))
-
-
-class _GaussNewton(CountedMatrix):
-    """G v = J' H J v, H the loss's Hessian in the outputs."""
-
-    def __init__(self, flat: FlatParams, outputs: Tensor, targets: Any, rule: LossRule, mean: Mean) -> None:
-        super().__init__((flat.n, flat.n), flat.dtype, flat.device)
-        self.jacobian, self.mean = _Outputs(flat, outputs), mean
-        self.output_hessian = rule.output_hessian(outputs.detach(), targets)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return self.mean(self.jacobian.backward(self.output_hessian(self.jacobian.forward(x))))
-
-
-class ResidualJacobian(CountedMatrix):
-    """J, (m, n), of a residual vector; `T` is its transpose and counts with it."""
-
-    def __init__(self, flat: FlatParams, residuals: Tensor) -> None:
-        super().__init__((residuals.numel(), flat.n), flat.dtype, flat.device)
-        self.products = _Outputs(flat, residuals)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return self.products.forward(x).reshape(-1).to(self.device, self.dtype)
+        return self.flat.flatten(products([self.outputs], self.flat.params, [w], retain_graph=True))
 
     @property
     def T(self) -> LinearOperator:
@@ -144,8 +115,7 @@ class _Transposed(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         self.J.num_matvecs += X.shape[1]
-        products = self.J.products
-        return torch.stack([products.backward(x.view(products.outputs.shape)) for x in X.T], dim=1)
+        return torch.stack([self.J.backward(x.view(self.J.outputs.shape)) for x in X.T], dim=1)
 
 
 class Evaluations:
@@ -159,8 +129,7 @@ class Evaluations:
         loss: of (outputs, targets).
         rule: of that loss.
         sign: -1 to climb.
-        mean: over ranks.
-        share: (outputs, targets) -> the factor of this rank in such a mean.
+        mean_of: (outputs, targets) of a batch -> the mean over ranks, by its share of the joined batch.
         recorder: runs the closures.
     """
 
@@ -174,15 +143,13 @@ class Evaluations:
         loss: Callable[..., Tensor] | None,
         rule: LossRule | None,
         sign: float = 1.0,
-        mean: Mean | None = None,
-        share: Share | None = None,
+        mean_of: Callable[[Tensor | None, Any], Mean] | None = None,
         recorder: ClosureRecorder | None = None,
     ) -> None:
         self._recorder = ClosureRecorder() if recorder is None else recorder
         self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
         self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
-        self.share_of_rank = share
-        self.mean: Mean = mean if mean is not None else (lambda t: t)
+        self._mean_of = mean_of if mean_of is not None else (lambda *_: lambda t: t)
         self.start = flat.get()
         self.num_evaluations = self.num_gradients = 0
         self.unused = [False] * len(flat.params)
@@ -197,42 +164,45 @@ class Evaluations:
         """
         self.num_evaluations += 1
         self.num_gradients += 1
-        separate = self.curvature_closure is not None
+        flat, separate = self.flat, self.curvature_closure
         value, outputs, targets = self._called(self.closure)
-        second_order = self.kind == "hessian" and with_matrix and not separate
         if self.kind == "residuals":
             assert outputs is not None
-            jacobian = ResidualJacobian(self.flat, outputs)
-            r = outputs.detach().reshape(-1).to(self.flat.device, self.flat.dtype)
-            gradient = jacobian.products.backward(outputs.detach())
-            self._refuse_non_finite(float(value.detach()), gradient)
-            return Linearised(loss=float(value.detach()), gradient=gradient, matrix=jacobian, residuals=r)
-        grads = gradients(value, self.flat.params, create_graph=second_order, retain_graph=with_matrix and not separate)
+            J, r = ResidualJacobian(flat, outputs), outputs.detach().reshape(-1).to(flat.device, flat.dtype)
+            loss, gradient = float(value.detach()), J.backward(outputs.detach())
+            self._refuse_non_finite(loss, gradient)
+            return Linearised(loss=loss, gradient=gradient, matrix=J, residuals=r)
+        with_matrix_here = with_matrix and separate is None
+        second_order = self.kind == "hessian" and with_matrix_here
+        grads = gradients(value, flat.params, create_graph=second_order, retain_graph=with_matrix_here)
         refuse_sparse(grads, "this optimizer")
-        if not separate:
+        if separate is None:
             self.unused = [g is None for g in grads]
         mean = self._mean_of(outputs, targets)
-        gradient = mean(self.sign * self.flat.flatten(grads))
+        gradient = mean(self.sign * flat.flatten(grads))
         loss = float(mean(self.sign * value.detach().reshape(1)))
         self._refuse_non_finite(loss, gradient)
         if not with_matrix:
             return Linearised(loss=loss, gradient=gradient, matrix=None)
-        if separate:
-            assert self.curvature_closure is not None
-            value, outputs, targets = self._called(self.curvature_closure, moves=False)
+        if separate is not None:
+            value, outputs, targets = self._called(separate, moves=False)
             mean = self._mean_of(outputs, targets)
-        matrix: CountedMatrix
         if self.kind == "ggn":
             if outputs is None or self.rule is None:
                 raise InputError(
                     'curvature="ggn" needs the split between model and loss: give loss= to the optimizer and a closure '
                     'that returns (outputs, targets), or use curvature="hessian".'
                 )
-            matrix = _GaussNewton(self.flat, outputs, targets, self.rule, mean)
+            J, H = ResidualJacobian(flat, outputs), self.rule.output_hessian(outputs.detach(), targets)
+            matrix = CountedMatrix(flat.n, flat, lambda x: mean(J.backward(H(J.forward(x)))))
         else:
-            if separate:
-                grads = gradients(value, self.flat.params, create_graph=True, retain_graph=True)
-            matrix = _Hessian(self.flat, grads, self.sign, mean)
+            if separate is not None:
+                grads = gradients(value, flat.params, create_graph=True, retain_graph=True)
+
+            def product(x: Tensor) -> Tensor:
+                return mean(self.sign * flat.flatten(products(grads, flat.params, flat.split(x), retain_graph=True)))
+
+            matrix = CountedMatrix(flat.n, flat, product)
         return Linearised(loss=loss, gradient=gradient, matrix=matrix)
 
     def value(self, x: Tensor) -> float:
@@ -262,14 +232,21 @@ class Evaluations:
         found = float(mean(self.sign * value.detach().reshape(1)))
         return found if math.isfinite(found) else math.inf, mean(self.sign * self.flat.flatten(grads))
 
-    def _mean_of(self, outputs: Tensor | None, targets: Any) -> Mean:
-        """Return the mean over ranks that each count by their share of the joined batch."""
-        if self.share_of_rank is None:
-            return self.mean
-        share = self.share_of_rank(outputs, targets)
-        if share == 0:  # nothing counts here: a mean over no terms is 0/0
-            return lambda t: self.mean(torch.zeros_like(t))
-        return lambda t: self.mean(share * t)
+    def line(self, here: Linearised, d: Tensor, *, at_one: float = math.nan, curvature: float = 0.0) -> Line:
+        """Return the loss along d from the start; `at_one` is its value at the end of d, where it is known."""
+
+        def value_and_slope(t: float) -> tuple[float, float]:
+            found, gradient = self.value_and_gradient(self.start + t * d)
+            return found, float(gradient @ d)
+
+        return Line(
+            value=lambda t: at_one if t == 1.0 and not math.isnan(at_one) else self.value(self.start + t * d),
+            value_and_slope=value_and_slope,
+            start=here.loss,
+            slope=float(here.gradient @ d),
+            curvature=min(curvature, 0.0),
+            noise=4 * torch.finfo(self.start.dtype).eps * abs(here.loss),
+        )
 
     @contextlib.contextmanager
     def _moved_to(self, x: Tensor) -> Iterator[None]:

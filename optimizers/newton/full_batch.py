@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,21 +18,24 @@ from torch._compile import _disable_dynamo
 
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
-from curvature.losses.rules import loss_rule
-from optimizers.newton.evaluations import Evaluations, Kind, Linearised
+from curvature.results.solves import SubproblemResult
+from optimizers.newton.damping import reduction_ratio
+from optimizers.newton.evaluations import Evaluations, Kind, Linearised, Mean
 from optimizers.newton.flat import FlatParams
 from optimizers.newton.step_report import StepReport
+from optimizers.shared.base import BaseOptimizer, Common, check_choice
 from optimizers.shared.differentiation import curvature_session
 from optimizers.shared.gradients import all_zero
 from optimizers.shared.probes import counter_generator
 from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
-from optimizers.shared.resumable import ResumableOptimizer
-from optimizers.shared.validate import check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-__all__ = ["FullBatchOptimizer", "Move"]
+__all__ = ["Curvature", "FullBatchOptimizer", "Move", "Proposal"]
+
+Curvature = Literal["hessian", "ggn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,29 @@ class Move:
     ratio: float = math.nan
 
 
-_SETTINGS: dict[str, Any] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A step to try."""
+
+    step: Tensor
+    model_decrease: float
+    length: float
+    """|step|; not finite where there is no step to try."""
+    solver: str
+    note: str = ""
+
+    @classmethod
+    def of(cls, found: SubproblemResult) -> Proposal:
+        """Return the solution of a subproblem as a step."""
+        return cls(
+            step=found.step,
+            model_decrease=found.model_decrease,
+            length=found.step_norm,
+            solver=found.status.value,
+        )
 
 
-class FullBatchOptimizer(ResumableOptimizer):
+class FullBatchOptimizer(BaseOptimizer):
     """Base of optimizers whose step couples all parameters.
 
     `step(closure)` evaluates the closure as often as it needs; the closure calls no `backward()`, and may itself
@@ -61,48 +83,46 @@ class FullBatchOptimizer(ResumableOptimizer):
     solved jointly; of settings that are no `lr` the first group's count, and those that the method adapts (damping,
     radius) are kept there.
 
-    Settings kept in every parameter group, beside those of the method:
-        lr: factor on the group's part of a step, before anything is tried.
-        maximize: climb instead of descend.
-        seed: of the random numbers, which are functions of (seed, step).
-        num_steps: taken so far.
+    Settings kept in every parameter group, beside those of the method: `lr`, a factor on the group's part of a step
+    before anything is tried; `maximize` and `seed` (see `Common`); `num_steps` taken so far.
 
     Raises:
         InputError: for complex parameters, settings out of range, closures that return something else than agreed.
         NonFiniteError: if the loss or its gradient is not finite where a step starts.
     """
 
-    _kept: tuple[str, ...] = ("kind", "loss", "_rule", "_group_name", "last_step")
-    _late_settings = _SETTINGS
-    _adapted: tuple[str, ...] = ()
-    """Settings that the method adapts, in the first group."""
+    _kept = (*BaseOptimizer._kept, "kind", "last_step")
+    _late_settings: ClassVar[dict[str, Any]] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
+    _adapted: str = ""
+    """Setting that the method adapts, in the first group."""
 
     last_step: StepReport | None
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        kind: Kind,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-    ) -> None:
-        self.kind: Kind = kind
-        self.loss = loss
-        self._rule = None if loss is None else loss_rule(loss)
-        self.process_group = process_group
-        self.last_step = None
-        super().__init__(params, {**self._late_settings, **defaults})
+    def __init__(self, params: Any, defaults: dict[str, Any], kind: Kind, **shared: Unpack[Common]) -> None:
+        if kind != "residuals":
+            check_choice("curvature", kind, ("hessian", "ggn"))
+        elif shared.get("process_group") is not None:
+            raise InputError(
+                "residuals are solved for on one rank: gather them there, or use NewtonCG or NaturalGradient with "
+                "loss=, which average over ranks."
+            )
+        if kind == "ggn" and shared.get("loss") is None:
+            raise InputError('curvature="ggn" needs loss=, and a closure that returns (outputs, targets).')
+        self.kind, self.last_step = kind, None
+        super().__init__(params, defaults, **shared)
 
     # -- what a method supplies ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
-        """Decide on a step from `start`, (n,), where the parameters stay."""
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
+        """Decide on a step from `evaluations.start`, (n,), where the parameters stay."""
 
     def _validate(self, group: dict[str, Any]) -> None:
-        """Check the settings of a method in one group."""
+        super()._validate(group)
+        if group["maximize"] and self.kind != "hessian":
+            raise InputError(
+                'maximize=True has no Gauss-Newton model, whose matrix is that of a minimum; use curvature="hessian".'
+            )
 
     @property
     def _matrix_is_needed(self) -> bool:
@@ -112,7 +132,7 @@ class FullBatchOptimizer(ResumableOptimizer):
     @property
     def _moves_without_gradient(self) -> bool:
         """Whether the method looks for negative curvature where the gradient vanishes."""
-        return False
+        return bool(self.param_groups[0].get("escape", False))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -167,7 +187,7 @@ class FullBatchOptimizer(ResumableOptimizer):
                 if vanishes and (gtol == torch.inf or not self._moves_without_gradient):
                     move = Move(step=None, loss=here.loss, solver="not run", message="the gradient vanishes")
                 else:
-                    move = self._move(evaluations, here, start)
+                    move = self._move(evaluations, here)
             if move.step is not None:
                 flat.set(start + move.step, keep=evaluations.unused if self.process_group is None else None)
                 if torch.equal(flat.get(), start):
@@ -192,7 +212,7 @@ class FullBatchOptimizer(ResumableOptimizer):
             num_gradients=evaluations.num_gradients,
             solver=move.solver,
             message=move.message,
-            **{name: float(self.param_groups[0][name]) for name in self._adapted},
+            **({self._adapted: float(self.param_groups[0][self._adapted])} if self._adapted else {}),
         )
         self._count(flat, moved=moved)
         for group in self.param_groups:
@@ -212,11 +232,7 @@ class FullBatchOptimizer(ResumableOptimizer):
         return FlatParams(params)
 
     def _evaluations(
-        self,
-        flat: FlatParams,
-        closure: Callable[[], Any],
-        curvature_closure: Callable[[], Any] | None,
-        kind: Kind,
+        self, flat: FlatParams, closure: Callable[[], Any], curvature_closure: Callable[[], Any] | None, kind: Kind
     ) -> Evaluations:
         return Evaluations(
             flat,
@@ -226,20 +242,21 @@ class FullBatchOptimizer(ResumableOptimizer):
             loss=self.loss,
             rule=self._rule,
             sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
-            mean=None if self.process_group is None else self._mean_over_ranks,
-            share=None if self.process_group is None else self._share_of_rank,
+            mean_of=None if self.process_group is None else self._mean_over_ranks,
             recorder=self._recorder,
         )
 
-    def _mean_over_ranks(self, t: Tensor) -> Tensor:
-        assert self.process_group is not None
-        compare_ranks(self, "a mean", total=t)
-        return average_over_ranks([t], self.process_group)[0]
-
-    def _share_of_rank(self, outputs: Tensor | None, targets: Any) -> float:
-        assert self.process_group is not None
+    def _mean_over_ranks(self, outputs: Tensor | None, targets: Any) -> Mean:
+        """Return the mean over ranks that each count by their share of the joined batch."""
+        group = cast("ProcessGroup", self.process_group)
         compare_ranks(self, "shares of a batch")
-        return share_of_rank(self._rule, outputs, targets, self.process_group)
+        share = share_of_rank(self._rule, outputs, targets, group)
+
+        def mean(t: Tensor) -> Tensor:
+            compare_ranks(self, "a mean", total=t)
+            return average_over_ranks([t], group, share)[0]
+
+        return mean
 
     # -- shared by methods --------------------------------------------------------------------------------------------
 
@@ -274,24 +291,54 @@ class FullBatchOptimizer(ResumableOptimizer):
             parts.append(part.reshape(p.numel(), *part.shape[p.ndim :]).to(flat.device, flat.dtype))
         return torch.cat(parts)
 
+    def _try(
+        self,
+        evaluations: Evaluations,
+        here: Linearised,
+        propose: Callable[[float], Proposal],
+        follow: Callable[[float, float, float], float],
+        accept: float,
+    ) -> Move:
+        """Try steps until the loss falls by `accept` of what the model promised, under ever other adapted settings.
+
+        Args:
+            evaluations: of the closure.
+            here: where the step starts.
+            propose: setting -> step.
+            follow: (setting, ratio, |step|) -> the next setting; one that stays ends the trials.
+            accept: ratio from which a step is taken.
+        """
+        group, name, start = self.param_groups[0], self._adapted, evaluations.start
+        eps, size = torch.finfo(start.dtype).eps, float(torch.linalg.vector_norm(start))
+        value, message, solver = float(group[name]), "not tried", "not run"
+        for trial in range(1, group["max_trials"] + 1):
+            found, ratio = propose(value), -math.inf
+            solver = found.solver
+            if found.model_decrease == 0 and found.length == 0:
+                return Move(step=None, loss=here.loss, solver=solver, message="the model has its minimum here")
+            if math.isfinite(found.length):
+                loss = evaluations.value(start + found.step)
+                ratio = reduction_ratio(here.loss, loss, found.model_decrease, eps)
+                message = f"no step down to a length of {found.length:.2g} lowers the loss"
+            following = follow(value, ratio, found.length)
+            if ratio >= accept:
+                group[name] = following
+                return Move(
+                    step=found.step,
+                    loss=loss,
+                    solver=solver,
+                    message=f"accepted at the {trial}. {name} tried{found.note}",
+                    model_decrease=found.model_decrease,
+                    ratio=ratio,
+                )
+            if found.length <= eps * max(size, eps):
+                message += ", below rounding of the parameters"
+                break
+            if following == value:
+                break
+            value = following
+        group[name] = value
+        return Move(step=None, loss=here.loss, solver=solver, message=message)
+
     def _forget(self) -> None:
         """Nothing is accumulated between steps."""
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, after a check of its settings."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _validate(group, self.kind)
-            self._validate(group)
-        except InputError:
-            self.param_groups.pop()
-            raise
-
-
-def _validate(group: dict[str, Any], kind: Kind) -> None:
-    check_group(group)
-    if group["maximize"] and kind != "hessian":
-        raise InputError(
-            'maximize=True has no Gauss-Newton model, whose matrix is that of a minimum; use curvature="hessian".'
-        )

@@ -8,8 +8,8 @@ minimization, for the acceleration.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,23 +17,18 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.linalg.systems.lsmr import lsmr
 from curvature.linop import LinearOperator
-from optimizers.newton.damping import DampingRule, reduction_ratio
-from optimizers.newton.dense_jacobian import DampedLeastSquares, column_norms, dense_jacobian
-from optimizers.newton.evaluations import Evaluations, Linearised, ResidualJacobian
-from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least, check_choice, check_positive
+from optimizers.newton.damping import ACCEPTED, DampingRule
+from optimizers.newton.dense_jacobian import DampedLeastSquares, Jacobian, column_norms, dense_jacobian
+from optimizers.newton.evaluations import Evaluations, Linearised
+from optimizers.newton.full_batch import FullBatchOptimizer, Move, Proposal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Jacobian", "LevenbergMarquardt"]
-
-Jacobian = Callable[[Sequence[Tensor]], Tensor]
-"""Parameters -> J, (m, n) in their order, at their present values."""
+__all__ = ["LevenbergMarquardt"]
 
 _MOST = 2048  # rows or columns, up to which a dense factorisation is a small matter
 _LARGEST = 2**26  # entries of a dense J
-_ACCEPTED = 1e-4  # ratio from which a step is taken
 _REACH = 0.1  # of the step, where the residuals' bend along it is measured
 
 
@@ -86,7 +81,10 @@ class LevenbergMarquardt(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "damping_rule", "jacobian")
-    _adapted = ("damping",)
+    _adapted = "damping"
+    _least: ClassVar[dict[str, float]] = {"max_trials": 1, "acceleration": 0, "rescale_below": 0}
+    _positive = ("damping", "rtol")
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"method": ("auto", "dense", "lsmr")}
     _late_settings = FullBatchOptimizer._late_settings | {"rescale_below": 0.0}
 
     def __init__(
@@ -105,32 +103,15 @@ class LevenbergMarquardt(FullBatchOptimizer):
         process_group: ProcessGroup | None = None,
         seed: int = 0,
     ) -> None:
-        if process_group is not None:
-            raise InputError(
-                "residuals are solved for on one rank: gather them there, or use NewtonCG or NaturalGradient with "
-                "loss=, which average over ranks."
-            )
         self.damping_rule, self.jacobian = damping_rule, jacobian
-        defaults = {
+        defaults: dict[str, Any] = {
             "damping": damping,
             "rescale_below": rescale_below,
             "method": method,
             "acceleration": acceleration,
-            "rtol": rtol,
-            "max_iterations": max_iterations,
-            "max_trials": max_trials,
-            "seed": seed,
         }
-        super().__init__(params, defaults, kind="residuals")
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        check_choice("method", group["method"], ("auto", "dense", "lsmr"))
-        check_at_least("max_trials", group["max_trials"], 1)
-        check_at_least("acceleration", group["acceleration"], 0)
-        check_at_least("rescale_below", group["rescale_below"], 0)
-        check_positive("damping", group["damping"])
-        if not group["rtol"] > 0:
-            raise InputError(f"rtol must be positive, got {group['rtol']}.")
+        defaults |= {"rtol": rtol, "max_iterations": max_iterations, "max_trials": max_trials, "seed": seed}
+        super().__init__(params, defaults, "residuals", process_group=process_group)
 
     def covariance(self, closure: Callable[[], Any]) -> Tensor:
         """Return s^2 (J'J)^-1, s^2 = |r|^2 / (m - n), at the present parameters: of their errors, at a minimum.
@@ -145,11 +126,10 @@ class LevenbergMarquardt(FullBatchOptimizer):
         evaluations = Evaluations(flat, closure, None, kind="residuals", loss=None, rule=None)
         try:
             with evaluations.watched():
-                here = evaluations.linearise()
-                J = self._dense(here.operator)
+                jacobian, r = evaluations.linearise().least_squares
+                J = dense_jacobian(jacobian, self.jacobian)
         finally:
             evaluations.finish(keep=False)
-        assert here.residuals is not None
         m, n = J.shape
         if m <= n:
             raise InputError(f"a covariance needs more residuals than parameters, got {m} and {n}.")
@@ -160,117 +140,84 @@ class LevenbergMarquardt(FullBatchOptimizer):
             raise InputError("J has no full rank: the residuals leave a combination of the parameters undetermined.")
         identity = torch.eye(n, dtype=R.dtype, device=R.device)
         inverse = torch.linalg.solve_triangular(R, identity, upper=True) / D[:, None]
-        return float(here.residuals @ here.residuals) / (m - n) * (inverse @ inverse.T)
+        return float(r @ r) / (m - n) * (inverse @ inverse.T)
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         group, flat = self.param_groups[0], evaluations.flat
-        r, J = here.residuals, here.operator
-        assert r is not None
-        m, n = J.shape
-        small = min(m, n) <= _MOST and m * n <= _LARGEST
+        J, r = here.least_squares
+        small = min(J.shape) <= _MOST and J.shape[0] * J.shape[1] <= _LARGEST
         system: _Dense | _Iterative
         if self.jacobian is not None or group["method"] == "dense" or (group["method"] == "auto" and small):
-            dense = self._dense(J)
+            dense = dense_jacobian(J, self.jacobian)
             stale = group["damping"] < group["rescale_below"]
             scale = column_norms(dense, None if stale else self._recall(flat, "column_scale"))
             self._remember(flat, column_scale=scale)
             system = _Dense(dense, r, here.gradient, scale)
         else:
             system = _Iterative(J, r, here.gradient, group["rtol"], group["max_iterations"])
-        bends = group["acceleration"] > 0
-        damping, eps = float(group["damping"]), torch.finfo(flat.dtype).eps
-        message = "not tried"
-        for trial in range(group["max_trials"]):
-            d = system.solve(-r, damping)
-            if bool(d.isfinite().all()):
-                model, bent = system.decrease(d), False
-                if bends:
-                    d, bent = self._bent(evaluations, system, start, d, damping)
-                loss = evaluations.value(start + d)
-                ratio = reduction_ratio(here.loss, loss, model, eps)
-                if ratio > _ACCEPTED:
-                    group["damping"] = self.damping_rule(damping, ratio)
-                    return Move(
-                        step=d,
-                        loss=loss,
-                        solver=system.ended,
-                        message=f"accepted at the {trial + 1}. damping tried" + (", accelerated" if bent else ""),
-                        model_decrease=model,
-                        ratio=ratio,
-                    )
-                shortest = float(torch.linalg.vector_norm(d))
-                message = f"no damping up to {damping:.2g} lowers the loss; the last step has length {shortest:.2g}"
-                if shortest <= eps * float(torch.linalg.vector_norm(start)):
-                    message += ", below rounding of the parameters"
-                    break
-            risen = self.damping_rule(damping, -math.inf)
-            if not risen > damping:
-                break
-            damping = risen
-        group["damping"] = damping
-        return Move(step=None, loss=here.loss, solver=system.ended, message=message)
+
+        def propose(damping: float) -> Proposal:
+            d, bent = system.solve(-r, damping), False
+            model = system.decrease(d)
+            if group["acceleration"] > 0 and bool(d.isfinite().all()):
+                d, bent = self._bent(evaluations, system, d, damping)
+            length = float(torch.linalg.vector_norm(d))
+            note = ", accelerated" if bent else ""
+            return Proposal(step=d, model_decrease=model, length=length, solver=system.ended, note=note)
+
+        def follow(damping: float, ratio: float, _: float) -> float:
+            return self.damping_rule(damping, ratio if ratio >= ACCEPTED else -math.inf)
+
+        return self._try(evaluations, here, propose, follow, ACCEPTED)
 
     def _bent(
-        self, evaluations: Evaluations, system: _Dense | _Iterative, start: Tensor, d: Tensor, damping: float
+        self, evaluations: Evaluations, system: _Dense | _Iterative, d: Tensor, damping: float
     ) -> tuple[Tensor, bool]:
         """Return d + a / 2 and True where the acceleration a is small enough, d and False elsewhere."""
-        ahead = evaluations.residuals(start + _REACH * d)
+        ahead = evaluations.residuals(evaluations.start + _REACH * d)
         second = 2 / _REACH * ((ahead - system.r) / _REACH - system.J @ d)
         noise = 8 * torch.finfo(d.dtype).eps / _REACH**2 * float(torch.linalg.vector_norm(system.r))
         if not noise < float(torch.linalg.vector_norm(second)) < math.inf:
             return d, False
         a = system.solve(-second, damping)
-        if not 2 * system.size_of(a) <= self.param_groups[0]["acceleration"] * system.size_of(d):
+        sizes = [float(torch.linalg.vector_norm(system.scale * v)) for v in (a, d)]
+        if not 2 * sizes[0] <= self.param_groups[0]["acceleration"] * sizes[1]:
             return d, False
         return d + a / 2, True
 
-    def _dense(self, J: LinearOperator) -> Tensor:
-        assert isinstance(J, ResidualJacobian)
-        if self.jacobian is None:
-            return dense_jacobian(J)
-        found = self.jacobian(J.products.flat.params).detach().to(J.device, J.dtype)
-        if tuple(found.shape) != J.shape:
-            raise InputError(f"jacobian must return a matrix of shape {J.shape}, got {tuple(found.shape)}.")
-        return found
+
+class _System:
+    """min |J d - b|^2 + damping |D d|^2, for the step and its bend."""
+
+    ended = "not run"
+
+    def __init__(self, J: Any, r: Tensor, gradient: Tensor) -> None:
+        self.J, self.r, self.gradient = J, r, gradient
+
+    def decrease(self, d: Tensor) -> float:
+        """Return by how much |r + J d|^2 / 2 falls."""
+        return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2
 
 
-class _Dense:
+class _Dense(_System):
     ended = "solved directly"
 
     def __init__(self, J: Tensor, r: Tensor, gradient: Tensor, scale: Tensor) -> None:
-        self.J, self.r, self.gradient = J, r, gradient
-        self.system = DampedLeastSquares(J, scale)
-
-    def solve(self, b: Tensor, damping: float) -> Tensor:
-        return self.system.solve(b, damping)
-
-    def size_of(self, d: Tensor) -> float:
-        return float(torch.linalg.vector_norm(self.system.scale * d))
-
-    def decrease(self, d: Tensor) -> float:
-        return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2
+        super().__init__(J, r, gradient)
+        system = DampedLeastSquares(J, scale)
+        self.solve, self.scale = system.solve, scale
 
 
-class _Iterative:
+class _Iterative(_System):
+    scale: Tensor | float = 1.0
+
     def __init__(self, J: LinearOperator, r: Tensor, gradient: Tensor, rtol: float, max_iterations: int | None) -> None:
-        self.J, self.r, self.gradient = J, r, gradient
+        super().__init__(J, r, gradient)
         self.rtol, self.max_iterations = rtol, max_iterations
         self.size = float(torch.linalg.vector_norm(gradient) / torch.linalg.vector_norm(r))  # at most |J|
-        self.ended = "not run"
 
     def solve(self, b: Tensor, damping: float) -> Tensor:
-        result = lsmr(
-            self.J,
-            b,
-            damping=damping * self.size**2,
-            rtol=self.rtol,
-            max_iterations=self.max_iterations,
-        )
+        damping *= self.size**2
+        result = lsmr(self.J, b, damping=damping, rtol=self.rtol, max_iterations=self.max_iterations)
         self.ended = result.status.value
         return result.x
-
-    def size_of(self, d: Tensor) -> float:
-        return float(torch.linalg.vector_norm(d))
-
-    def decrease(self, d: Tensor) -> float:
-        return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg.systems.cg import cg
-from optimizers.newton.dense_jacobian import DampedLeastSquares, dense_jacobian
-from optimizers.newton.evaluations import Evaluations, Linearised, ResidualJacobian
+from optimizers.newton.dense_jacobian import DampedLeastSquares, Jacobian, dense_jacobian
+from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.newton.levenberg_marquardt import Jacobian
-from optimizers.newton.line_search import Line, LineSearch
-from optimizers.shared.validate import check_at_least
+from optimizers.newton.line_search import LineSearch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,6 +66,7 @@ class NaturalGradient(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "line_search", "jacobian")
+    _least: ClassVar[dict[str, float]] = {"max_iterations": 1, "damping": 0}
 
     def __init__(
         self,
@@ -88,45 +87,35 @@ class NaturalGradient(FullBatchOptimizer):
         kind: Literal["ggn", "residuals"] = "residuals" if loss is None else "ggn"
         if kind == "ggn" and (momentum != 0 or jacobian is not None):
             raise InputError("momentum and jacobian belong to residuals: leave loss out.")
-        if kind == "residuals" and process_group is not None:
-            raise InputError("residuals are solved for on one rank; give loss= to average over ranks.")
         self.line_search, self.jacobian = line_search, jacobian
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "damping": damping,
             "momentum": momentum,
             "max_norm": max_norm,
             "rtol": rtol,
-            "max_iterations": max_iterations,
-            "seed": seed,
         }
-        super().__init__(params, defaults, kind=kind, loss=loss, process_group=process_group)
+        defaults |= {"max_iterations": max_iterations, "seed": seed}
+        super().__init__(params, defaults, kind, loss=loss, process_group=process_group)
 
     def _validate(self, group: dict[str, Any]) -> None:
-        check_at_least("max_iterations", group["max_iterations"], 1)
-        check_at_least("damping", group["damping"], 0)
+        super()._validate(group)
         if not 0 <= group["momentum"] < 1:
             raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
         if group["max_norm"] is not None and not group["max_norm"] > 0:
             raise InputError(f"max_norm must be positive, or None, got {group['max_norm']}.")
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         group = self.param_groups[0]
         if self.kind == "ggn":
-            found = cg(
-                here.operator,
-                -here.gradient,
-                damping=float(group["damping"]),
-                rtol=group["rtol"],
-                max_iterations=group["max_iterations"],
-            )
+            settings = {name: group[name] for name in ("damping", "rtol", "max_iterations")}
+            found = cg(here.operator, -here.gradient, **settings)
             d, solver = found.x, found.status.value
         else:
             d, solver = self._in_residual_space(evaluations, here), "solved directly"
         if not bool(d.isfinite().all()):
             message = "the step is not finite: the damped matrix is singular; raise damping"
             return Move(step=None, loss=here.loss, solver=solver, message=message)
-        slope = float(here.gradient @ d)
         rates = self._rates(evaluations.flat)
         initial = rates if isinstance(rates, float) else 1.0
         if not isinstance(rates, float):
@@ -138,18 +127,7 @@ class NaturalGradient(FullBatchOptimizer):
                 step = step * (group["max_norm"] / length)
             return Move(step=step, loss=math.nan, solver=solver, message="taken without a look at the loss")
 
-        def value_and_slope(t: float) -> tuple[float, float]:
-            value, gradient = evaluations.value_and_gradient(start + t * d)
-            return value, float(gradient @ d)
-
-        line = Line(
-            value=lambda t: evaluations.value(start + t * d),
-            value_and_slope=value_and_slope,
-            start=here.loss,
-            slope=slope,
-            noise=4 * torch.finfo(d.dtype).eps * abs(here.loss),
-        )
-        found_t = self.line_search(line, initial)
+        found_t = self.line_search(evaluations.line(here, d), initial)
         if found_t.step == 0:
             if group["momentum"] > 0:
                 self._remember(evaluations.flat, natural_direction=torch.zeros_like(d))
@@ -157,15 +135,9 @@ class NaturalGradient(FullBatchOptimizer):
         return Move(step=found_t.step * d, loss=found_t.value, solver=solver, message=found_t.message)
 
     def _in_residual_space(self, evaluations: Evaluations, here: Linearised) -> Tensor:
-        group, flat, r, J = self.param_groups[0], evaluations.flat, here.residuals, here.operator
-        assert r is not None
-        assert isinstance(J, ResidualJacobian)
-        if self.jacobian is None:
-            dense = dense_jacobian(J)
-        else:
-            dense = self.jacobian(flat.params).detach().to(flat.device, flat.dtype)
-            if dense.shape != J.shape:
-                raise InputError(f"jacobian must return a matrix of shape {J.shape}, got {tuple(dense.shape)}.")
+        group, flat = self.param_groups[0], evaluations.flat
+        J, r = here.least_squares
+        dense = dense_jacobian(J, self.jacobian)
         system = DampedLeastSquares(dense, torch.ones_like(dense[0]))
         mu, before = group["momentum"], self._recall(flat, "natural_direction")
         damping = float(group["damping"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from curvature.linalg.systems.stopping import RelativeProgress
 from curvature.results.solves import SolveResult
 from optimizers.newton.damping import DampingRule, reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Linearised
-from optimizers.newton.full_batch import FullBatchOptimizer, Move
+from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move
 from optimizers.newton.line_search import Armijo, Line, LineSearch, LineSearchResult
 from optimizers.newton.preconditioners import Preconditioner, newton_preconditioner
-from optimizers.shared.validate import check_at_least, check_choice
+from optimizers.newton.trust_region_newton import check_forcing
+from optimizers.shared.base import Common, check_choice
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["NewtonCG"]
 
@@ -64,9 +65,7 @@ class NewtonCG(FullBatchOptimizer):
         warm_start: factor on the last solution; 0 for cold starts.
         keep: growth of the spacing of kept iterates; None keeps the last only.
         line_search: from `optimizers.newton.line_search`; None takes t = lr, as long as the loss falls.
-        loss: `loss(outputs, targets)`.
-        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
-        maximize, seed: as in `FullBatchOptimizer`.
+        shared: loss, process_group, maximize, seed: see `optimizers.shared.base.Common`.
 
     Raises:
         InputError: for settings out of range.
@@ -79,21 +78,16 @@ class NewtonCG(FullBatchOptimizer):
         (tensor(True), True)
     """
 
-    _kept = (
-        *FullBatchOptimizer._kept,
-        "damping_rule",
-        "stop",
-        "preconditioner",
-        "line_search",
-    )
-    _adapted = ("damping",)
+    _kept = (*FullBatchOptimizer._kept, "damping_rule", "stop", "preconditioner", "line_search")
+    _adapted = "damping"
+    _least: ClassVar[dict[str, float]] = {"damping": 0, "max_iterations": 1, "rank": 1, "refresh_every": 1}
 
     def __init__(
         self,
         params: Any,
         lr: float = 1.0,
         *,
-        curvature: Literal["hessian", "ggn"] = "hessian",
+        curvature: Curvature = "hessian",
         damping: float = 1.0,
         damping_rule: Callable[[float, float], float] | None = DampingRule(),  # noqa: B008  a frozen value
         stop: Callable[[Sequence[float]], bool] | None = RelativeProgress(),  # noqa: B008
@@ -105,46 +99,32 @@ class NewtonCG(FullBatchOptimizer):
         warm_start: float = 0.95,
         keep: float | None = 1.3,
         line_search: LineSearch | None = Armijo(),  # noqa: B008
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        maximize: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Common],
     ) -> None:
-        check_choice("curvature", curvature, ("hessian", "ggn"))
-        if curvature == "ggn" and loss is None:
-            raise InputError('curvature="ggn" needs loss=, and a closure that returns (outputs, targets).')
         if isinstance(preconditioner, str):
             check_choice("preconditioner", preconditioner, ("diagonal", "nystrom"))
         self.damping_rule, self.stop, self.line_search = damping_rule, stop, line_search
         self.preconditioner = preconditioner
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "damping": damping,
             "rtol": rtol,
             "max_iterations": max_iterations,
             "rank": rank,
-            "refresh_every": refresh_every,
-            "warm_start": warm_start,
-            "keep": keep,
-            "maximize": maximize,
-            "seed": seed,
         }
-        super().__init__(params, defaults, kind=curvature, loss=loss, process_group=process_group)
+        defaults |= {"refresh_every": refresh_every, "warm_start": warm_start, "keep": keep}
+        super().__init__(params, defaults, curvature, **shared)
 
     def _validate(self, group: dict[str, Any]) -> None:
-        check_at_least("damping", group["damping"], 0)
-        check_at_least("max_iterations", group["max_iterations"], 1)
-        check_at_least("rank", group["rank"], 1)
-        check_at_least("refresh_every", group["refresh_every"], 1)
+        super()._validate(group)
+        check_forcing(group["rtol"])
         if not 0 <= group["warm_start"] <= 1:
             raise InputError(f"warm_start must be in [0, 1], got {group['warm_start']}.")
-        if group["rtol"] != "superlinear" and not (isinstance(group["rtol"], float) and group["rtol"] > 0):
-            raise InputError(f'rtol must be a positive number or "superlinear", got {group["rtol"]!r}.')
         if group["keep"] is not None and not group["keep"] > 1:
             raise InputError(f"keep must be above 1, or None, got {group['keep']}.")
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
-        group, flat = self.param_groups[0], evaluations.flat
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
+        group, flat, start = self.param_groups[0], evaluations.flat, evaluations.start
         damping, g, A = float(group["damping"]), here.gradient, here.operator
         P = newton_preconditioner(self, flat, A, damping)
         last = self._recall(flat, "newton_direction") if group["warm_start"] > 0 else None
@@ -153,10 +133,9 @@ class NewtonCG(FullBatchOptimizer):
         if x0 is not None and float(g @ found.x) >= 0:  # a stale start can leave CG uphill when it ends early
             found = self._solve(g, A, damping, P, None)
         self._remember(flat, newton_direction=found.x)
-        d, model = found.x, self._model(found, damping, found.x, -1)
         loss = math.nan
         if found.direction is None:
-            d, model, loss = self._best_kept(evaluations, start, found, damping)
+            d, model, loss = self._best_kept(evaluations, found, damping)
         else:
             d, model = _with_negative_curvature(found, g, A)
         # parts of a step may move at rates of their own; the direction is then theirs
@@ -171,7 +150,7 @@ class NewtonCG(FullBatchOptimizer):
         ratio = reduction_ratio(here.loss, loss, -model, eps)
         if self.damping_rule is not None:
             group["damping"] = self.damping_rule(damping, ratio)
-        searched = self._search(evaluations, here, start, d, loss, initial, 2 * (model - float(g @ d)))
+        searched = self._search(evaluations.line(here, d, at_one=loss, curvature=2 * (model - float(g @ d))), initial)
         solver = found.status.value
         if not searched.success and searched.step == 0.0:
             if self.damping_rule is not None and damping > 0:
@@ -210,11 +189,9 @@ class NewtonCG(FullBatchOptimizer):
         history = found.model_history[~found.model_history.isnan()]
         return float(history[step]) - damping / 2 * float(d @ d)
 
-    def _best_kept(
-        self, evaluations: Evaluations, start: Tensor, found: SolveResult, damping: float
-    ) -> tuple[Tensor, float, float]:
+    def _best_kept(self, evaluations: Evaluations, found: SolveResult, damping: float) -> tuple[Tensor, float, float]:
         """Return (d, model, loss) of the kept iterate from which going further back does not lower the loss."""
-        d, model = found.x, self._model(found, damping, found.x, -1)
+        start, d, model = evaluations.start, found.x, self._model(found, damping, found.x, -1)
         loss = evaluations.value(start + d)
         for kept in reversed(found.kept):
             if kept.step >= found.num_iterations[0]:
@@ -227,39 +204,11 @@ class NewtonCG(FullBatchOptimizer):
             d, model, loss = kept.x, self._model(found, damping, kept.x, kept.step), earlier
         return d, model, loss
 
-    def _search(
-        self,
-        evaluations: Evaluations,
-        here: Linearised,
-        start: Tensor,
-        d: Tensor,
-        loss: float,
-        initial: float,
-        curvature: float,
-    ) -> LineSearchResult:
-        known = {1.0: loss}
-
-        def value(t: float) -> float:
-            return known[t] if t in known else evaluations.value(start + t * d)
-
-        def value_and_slope(t: float) -> tuple[float, float]:
-            found, gradient = evaluations.value_and_gradient(start + t * d)
-            return found, float(gradient @ d)
-
-        slope = float(here.gradient @ d)
-        eps = torch.finfo(evaluations.flat.dtype).eps
-        line = Line(
-            value=value,
-            value_and_slope=value_and_slope,
-            start=here.loss,
-            slope=slope,
-            curvature=curvature if curvature < 0 else 0.0,
-            noise=4 * eps * abs(here.loss),
-        )
+    def _search(self, line: Line, initial: float) -> LineSearchResult:
         if self.line_search is not None:
             return self.line_search(line, initial)
-        reached = value(initial)
-        ok = reached <= here.loss + line.noise
+        reached = line.value(initial)
+        ok = reached <= line.start + line.noise
         message = "full step" if ok else "the full step raises the loss, and there is no line search to shorten it"
         return LineSearchResult(
             step=initial if ok else 0.0, value=reached, num_evaluations=1, success=ok, message=message

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from curvature.linalg.krylov.lanczos import lanczos
-from optimizers.newton.damping import DampingRule, reduction_ratio
+from optimizers.newton.damping import ACCEPTED, DampingRule
 from optimizers.newton.evaluations import Evaluations, Linearised
-from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least, check_positive
+from optimizers.newton.full_batch import FullBatchOptimizer, Move, Proposal
+from optimizers.shared.base import Common
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["SaddleFreeNewton"]
 
@@ -41,9 +40,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
         damping: lambda at first; units of the Hessian.
         damping_rule: maps (lambda, ratio) to the next lambda.
         max_trials: values of lambda that one step tries.
-        loss: `loss(outputs, targets)`, where closures return both.
-        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
-        maximize, seed: as in `FullBatchOptimizer`; the method draws no random numbers.
+        shared: loss, process_group, maximize, seed: see `optimizers.shared.base.Common`.
 
     Raises:
         InputError: for settings out of range.
@@ -58,7 +55,9 @@ class SaddleFreeNewton(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "damping_rule")
-    _adapted = ("damping",)
+    _adapted = "damping"
+    _least: ClassVar[dict[str, float]] = {"basis_size": 1, "max_trials": 1}
+    _positive = ("damping",)
 
     def __init__(
         self,
@@ -69,59 +68,32 @@ class SaddleFreeNewton(FullBatchOptimizer):
         damping: float = 1e-2,
         damping_rule: Callable[[float, float], float] = DampingRule(increase=4.0, decrease=0.25, minimum=1e-12),  # noqa: B008
         max_trials: int = 40,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        maximize: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Common],
     ) -> None:
         self.damping_rule = damping_rule
-        defaults = {
-            "lr": lr,
-            "basis_size": num_steps,
-            "damping": damping,
-            "max_trials": max_trials,
-            "maximize": maximize,
-            "seed": seed,
-        }
-        super().__init__(params, defaults, kind="hessian", loss=loss, process_group=process_group)
+        defaults: dict[str, Any] = {"lr": lr, "basis_size": num_steps, "damping": damping, "max_trials": max_trials}
+        super().__init__(params, defaults, "hessian", **shared)
 
-    def _validate(self, group: dict[str, Any]) -> None:
-        check_at_least("num_steps", group["basis_size"], 1)
-        check_at_least("max_trials", group["max_trials"], 1)
-        check_positive("damping", group["damping"])
-
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         group, flat = self.param_groups[0], evaluations.flat
         krylov = lanczos(here.operator, here.gradient, num_steps=min(int(group["basis_size"]), flat.n))
         theta, S = torch.linalg.eigh(
             torch.diag(krylov.alpha) + torch.diag(krylov.beta, 1) + torch.diag(krylov.beta, -1)
         )
         sizes, c = theta.abs(), S[0] * torch.linalg.vector_norm(here.gradient)
-        damping, eps, rates = float(group["damping"]), torch.finfo(flat.dtype).eps, self._rates(flat)
-        negative = int((theta < -flat.n * eps * sizes.max()).sum())
+        rates, largest = self._rates(flat), float(sizes.max())
+        negative = int((theta < -flat.n * torch.finfo(flat.dtype).eps * sizes.max()).sum())
         solver = f"basis of {len(theta)}" + (", invariant" if krylov.breakdown else "")
         solver += f", {negative} of negative curvature" if negative else ""
-        message = "not tried"
-        for trial in range(group["max_trials"]):
-            y = -c / (sizes + damping)
-            d = rates * (krylov.basis @ (S @ y))
+
+        def propose(damping: float) -> Proposal:
+            d = rates * (krylov.basis @ (S @ (-c / (sizes + damping))))
             model = float(c.square() @ (1 / (sizes + damping) - sizes / (2 * (sizes + damping) ** 2)))
-            loss = evaluations.value(start + d)
-            ratio = reduction_ratio(here.loss, loss, model, eps)
-            if ratio > 1e-4:
-                group["damping"] = self.damping_rule(damping, ratio)
-                return Move(
-                    step=d,
-                    loss=loss,
-                    solver=solver,
-                    message=f"accepted at the {trial + 1}. damping tried",
-                    model_decrease=model,
-                    ratio=ratio,
-                )
-            message = f"no damping up to {damping:.2g} lowers the loss"
-            if float(torch.linalg.vector_norm(d)) <= eps * float(torch.linalg.vector_norm(start)):
-                message += "; the step is below rounding of the parameters"
-                break
-            damping = max(self.damping_rule(damping, -math.inf), 1e-3 * float(sizes.max()))
-        group["damping"] = damping
-        return Move(step=None, loss=here.loss, solver=solver, message=message)
+            return Proposal(step=d, model_decrease=model, length=float(torch.linalg.vector_norm(d)), solver=solver)
+
+        def follow(damping: float, ratio: float, _: float) -> float:
+            if ratio >= ACCEPTED:
+                return self.damping_rule(damping, ratio)
+            return max(self.damping_rule(damping, -math.inf), 1e-3 * largest)
+
+        return self._try(evaluations, here, propose, follow, ACCEPTED)

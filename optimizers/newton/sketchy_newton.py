@@ -7,21 +7,20 @@ curvature estimates, algorithm 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
 from optimizers.newton.evaluations import Evaluations, Linearised
-from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.newton.line_search import Armijo, Line
+from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move
+from optimizers.newton.line_search import Armijo
 from optimizers.newton.preconditioners import largest_pairs, sketch_is_due
-from optimizers.shared.validate import check_at_least, check_choice, check_positive
+from optimizers.shared.base import Common
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["SketchyNewton"]
 
@@ -46,9 +45,7 @@ class SketchyNewton(FullBatchOptimizer):
         rho: added to their magnitudes, and the curvature that all else is taken to have; units of the matrix.
         momentum: of the average of gradients; 0 for none.
         refresh_every: steps between refreshes.
-        loss: `loss(outputs, targets)`.
-        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
-        maximize, seed: as in `FullBatchOptimizer`.
+        shared: loss, process_group, maximize, seed: see `optimizers.shared.base.Common`.
 
     Raises:
         InputError: for settings out of range.
@@ -62,39 +59,32 @@ class SketchyNewton(FullBatchOptimizer):
         True
     """
 
+    _least: ClassVar[dict[str, float]] = {"rank": 1, "refresh_every": 1}
+    _positive = ("rho",)
+
     def __init__(
         self,
         params: Any,
         lr: float = 1.0,
         *,
-        curvature: Literal["hessian", "ggn"] = "hessian",
+        curvature: Curvature = "hessian",
         rank: int = 10,
         rho: float = 1e-1,
         momentum: float = 0.0,
         refresh_every: int = 50,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        maximize: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Common],
     ) -> None:
-        check_choice("curvature", curvature, ("hessian", "ggn"))
-        if curvature == "ggn" and loss is None:
-            raise InputError('curvature="ggn" needs loss=, and a closure that returns (outputs, targets).')
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "rank": rank,
             "rho": rho,
             "momentum": momentum,
             "refresh_every": refresh_every,
-            "maximize": maximize,
-            "seed": seed,
         }
-        super().__init__(params, defaults, kind=curvature, loss=loss, process_group=process_group)
+        super().__init__(params, defaults, curvature, **shared)
 
     def _validate(self, group: dict[str, Any]) -> None:
-        check_at_least("rank", group["rank"], 1)
-        check_at_least("refresh_every", group["refresh_every"], 1)
-        check_positive("rho", group["rho"])
+        super()._validate(group)
         if not 0 <= group["momentum"] < 1:
             raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
 
@@ -102,7 +92,7 @@ class SketchyNewton(FullBatchOptimizer):
     def _matrix_is_needed(self) -> bool:
         return sketch_is_due(self, self._flat())
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         group, flat = self.param_groups[0], evaluations.flat
         values, U = largest_pairs(self, flat, here.matrix, self._generator(flat, 14))
         rho = float(group["rho"])
@@ -120,13 +110,7 @@ class SketchyNewton(FullBatchOptimizer):
         d = factor * _power(values, U, rho, -1.0, m)
         if m is not here.gradient and not float(here.gradient @ d) < 0:
             d = factor * _power(values, U, rho, -1.0, here.gradient)
-        line = Line(
-            value=lambda t: evaluations.value(start + t * d),
-            start=here.loss,
-            slope=float(here.gradient @ d),
-            noise=4 * torch.finfo(flat.dtype).eps * abs(here.loss),
-        )
-        searched = Armijo()(line, 1.0)
+        searched = Armijo()(evaluations.line(here, d), 1.0)
         solver = "sketch refreshed" if here.matrix is not None else "sketch kept"
         step = searched.step * d if searched.success else None
         return Move(step=step, loss=searched.value, solver=solver, message=searched.message)

@@ -6,22 +6,20 @@ algorithm 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg.systems.gltr import gltr
 from curvature.linalg.systems.trust_region import trust_region
-from optimizers.newton.damping import RadiusRule, reduction_ratio
+from optimizers.newton.damping import RadiusRule
 from optimizers.newton.evaluations import Evaluations, Linearised
-from optimizers.newton.full_batch import FullBatchOptimizer, Move
-from optimizers.shared.validate import check_at_least, check_choice, check_positive
+from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move, Proposal
+from optimizers.shared.base import Common
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 __all__ = ["TrustRegionNewton"]
 
@@ -48,9 +46,7 @@ class TrustRegionNewton(FullBatchOptimizer):
         rtol: residual of the subproblem relative to |g|; "superlinear" takes min(1/10, |g|^(1/2)).
         max_iterations: of the subproblem.
         max_trials: radii that one step tries.
-        loss: `loss(outputs, targets)`.
-        process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs.
-        maximize, seed: as in `FullBatchOptimizer`.
+        shared: loss, process_group, maximize, seed: see `optimizers.shared.base.Common`.
 
     Raises:
         InputError: for settings out of range.
@@ -65,13 +61,16 @@ class TrustRegionNewton(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "radius_rule")
-    _adapted = ("radius",)
+    _adapted = "radius"
+    _least: ClassVar[dict[str, float]] = {"max_trials": 1}
+    _positive = ("radius",)
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"subproblem": ("steihaug", "gltr")}
 
     def __init__(
         self,
         params: Any,
         *,
-        curvature: Literal["hessian", "ggn"] = "hessian",
+        curvature: Curvature = "hessian",
         radius: float = 1.0,
         radius_rule: RadiusRule = RadiusRule(),  # noqa: B008  a frozen value
         subproblem: Literal["steihaug", "gltr"] = "steihaug",
@@ -79,79 +78,37 @@ class TrustRegionNewton(FullBatchOptimizer):
         rtol: float | Literal["superlinear"] = "superlinear",
         max_iterations: int | None = None,
         max_trials: int = 40,
-        loss: Callable[..., Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
-        maximize: bool = False,
-        seed: int = 0,
+        **shared: Unpack[Common],
     ) -> None:
-        check_choice("curvature", curvature, ("hessian", "ggn"))
-        if curvature == "ggn" and loss is None:
-            raise InputError('curvature="ggn" needs loss=, and a closure that returns (outputs, targets).')
         self.radius_rule = radius_rule
-        defaults = {
-            "radius": radius,
-            "subproblem": subproblem,
-            "escape": escape,
-            "rtol": rtol,
-            "max_iterations": max_iterations,
-            "max_trials": max_trials,
-            "maximize": maximize,
-            "seed": seed,
-        }
-        super().__init__(params, defaults, kind=curvature, loss=loss, process_group=process_group)
+        defaults: dict[str, Any] = {"radius": radius, "subproblem": subproblem, "escape": escape, "rtol": rtol}
+        defaults |= {"max_iterations": max_iterations, "max_trials": max_trials}
+        super().__init__(params, defaults, curvature, **shared)
 
     def _validate(self, group: dict[str, Any]) -> None:
-        check_choice("subproblem", group["subproblem"], ("steihaug", "gltr"))
-        check_at_least("max_trials", group["max_trials"], 1)
+        super()._validate(group)
         check_forcing(group["rtol"])
-        check_positive("radius", group["radius"])
         if group["escape"] and group["subproblem"] != "gltr":
             raise InputError('escape=True needs subproblem="gltr": conjugate gradients see what the gradient sees.')
 
-    @property
-    def _moves_without_gradient(self) -> bool:
-        return bool(self.param_groups[0]["escape"])
+    def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
+        group, flat, g = self.param_groups[0], evaluations.flat, here.gradient
+        size, eps = float(torch.linalg.vector_norm(g)), torch.finfo(flat.dtype).eps
+        settings = {"rtol": forcing(group["rtol"], size, eps), "max_iterations": group["max_iterations"]}
+        if size > 0:  # the subproblem is scaled by the gradient, and squares its radius
+            group["radius"] = min(group["radius"], 1e100 * size)
 
-    def _move(self, evaluations: Evaluations, here: Linearised, start: Tensor) -> Move:
-        group, flat = self.param_groups[0], evaluations.flat
-        radius, eps = float(group["radius"]), torch.finfo(flat.dtype).eps
-        size = float(torch.linalg.vector_norm(here.gradient))
-        settings: dict[str, Any] = {
-            "rtol": forcing(group["rtol"], size, eps),
-            "max_iterations": group["max_iterations"],
-        }
-        message, solver = "not tried", "not run"
-        if size > 0:
-            radius = min(radius, 1e100 * size)  # the subproblem is scaled by the gradient, and squares its radius
-        for _ in range(group["max_trials"]):
+        def propose(radius: float) -> Proposal:
             if group["subproblem"] == "gltr":
                 generator = self._generator(flat, 12) if group["escape"] else None
-                found = gltr(here.operator, here.gradient, radius, generator=generator, **settings)
+                found = gltr(here.operator, g, radius, generator=generator, **settings)
             else:
-                found = trust_region(here.operator, here.gradient, radius, **settings)
-            solver = found.status.value
-            if found.model_decrease == 0 and found.step_norm == 0:
-                return Move(step=None, loss=here.loss, solver=solver, message="the model has its minimum here")
-            s = found.step
-            loss = evaluations.value(start + s)
-            ratio = reduction_ratio(here.loss, loss, found.model_decrease, eps)
-            radius = self.radius_rule(radius, ratio, found.step_norm)
-            if ratio >= self.radius_rule.accept:
-                group["radius"] = radius
-                return Move(
-                    step=s,
-                    loss=loss,
-                    solver=solver,
-                    message="accepted",
-                    model_decrease=found.model_decrease,
-                    ratio=ratio,
-                )
-            message = f"no step down to a length of {found.step_norm:.2g} lowers the loss"
-            if found.step_norm <= eps * max(float(torch.linalg.vector_norm(start)), eps):
-                message += ", below rounding of the parameters"
-                break
-        group["radius"] = max(radius, eps)
-        return Move(step=None, loss=here.loss, solver=solver, message=message)
+                found = trust_region(here.operator, g, radius, **settings)
+            return Proposal.of(found)
+
+        move = self._try(evaluations, here, propose, self.radius_rule, self.radius_rule.accept)
+        group["radius"] = max(group["radius"], eps) if move.step is None else group["radius"]
+        return move
 
 
 def forcing(rtol: float | str, size: float, eps: float) -> float:

@@ -7,7 +7,6 @@ happens to derivatives that are asked for by name.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,15 +14,15 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.backends import cuda
 
+from curvature.autograd.backward import differentiable, no_autocast, pull_back, walk
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean import LeanLayers, MustRecordAnewError
 from curvature.environment.lock import one_at_a_time
-from curvature.errors import CheckFailedError, InputError
+from curvature.errors import CheckFailedError, CurvatureError, InputError
 
-__all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "pull_back"]
+__all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "products"]
 
 T = TypeVar("T")
 
@@ -94,10 +93,10 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, ret
         )
     if create_graph:
         refuse_undifferentiable([loss])
-    return _grad([loss], params, [torch.ones_like(loss)], create_graph=create_graph, retain_graph=retain_graph)
+    return _derivatives([loss], params, create_graph=create_graph, retain_graph=retain_graph or create_graph)
 
 
-def pull_back(
+def products(
     functions: Sequence[Tensor | None], params: Sequence[Tensor], vectors: Sequence[Tensor], *, retain_graph: bool
 ) -> list[Tensor]:
     """Return sum_i vectors_i' d functions_i / d params: a Hessian product, if the functions are gradients.
@@ -107,72 +106,49 @@ def pull_back(
     Raises:
         CheckFailedError: if the model holds a function without a second derivative.
     """
-    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
-    if not pairs:
+    chosen, along = differentiable(functions, vectors)
+    if not chosen:
         return [torch.zeros_like(p) for p in params]
-    parts = _grad([f for f, _ in pairs], params, [v for _, v in pairs], create_graph=False, retain_graph=retain_graph)
+    parts = _derivatives(chosen, params, along, retain_graph=retain_graph)
     return [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the leaves that the graphs of some tensors reach: parameters, and inputs that ask for a gradient."""
-    found: list[Tensor] = []
-    seen, stack = set(), [t.grad_fn for t in tensors if t.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
+    nodes = walk([t.grad_fn for t in tensors])
+    return [node.variable for node in nodes if getattr(node, "variable", None) is not None]
 
 
-def _grad(
-    functions: list[Tensor], params: Sequence[Tensor], vectors: list[Tensor], *, create_graph: bool, retain_graph: bool
+def _derivatives(
+    functions: list[Tensor], params: Sequence[Tensor], vectors: list[Tensor] | None = None, **graphs: bool
 ) -> list[Tensor | None]:
-    """Return `torch.autograd.grad`, called past its checks, which take longer than the derivatives of a small model."""
-    device = functions[0].device.type
-    autocast = torch.is_autocast_enabled(device)  # backward passes run in the dtypes that the forward pass recorded
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        try:
-            parts = _engine_run_backward(
-                tuple(functions),
-                tuple(vectors),
-                retain_graph or create_graph,
-                create_graph,
-                tuple(params),
-                allow_unreachable=True,
-                accumulate_grad=False,
-            )
-        except RuntimeError as error:
-            raise _explained(error) from error
-    return list(parts)
+    """Return what `pull_back` does; its errors tell what to do about them."""
+    try:
+        with no_autocast(functions[0].device):
+            return list(pull_back(functions, params, vectors, **graphs))
+    except RuntimeError as error:
+        for mark, kind, advice in _CAUSES:
+            if mark in str(error):
+                raise kind(advice) from error
+        raise
 
 
-_CAUSES = (  # what torch says -> what to do about it
+_CLOSURE = "hand step() or accumulate() a closure, which is run"
+_CAUSES: tuple[tuple[str, type[CurvatureError], str], ...] = (  # what torch says -> what to do about it
     (
         "a second time",
         InputError,
         "the graph of the loss was used up: the closure must return the loss and call no backward() itself.",
     ),
     (
-        "derivative for aten::_scaled_dot_product",
+        "scaled_dot_product",
         CheckFailedError,
-        "a fused attention kernel has no second derivative: hand step() or accumulate() a closure, which is run "
-        "under the math kernel, or compute the loss under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
+        f"a fused attention kernel has no second derivative: {_CLOSURE} under the math kernel, or compute the loss "
+        "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     ),
-    (
-        "donated buffer",
-        CheckFailedError,
-        "a compiled model has no second derivative: hand step() or accumulate() a closure, which is run eagerly.",
-    ),
-    (
-        "does not currently support double backward",
-        CheckFailedError,
-        "a compiled model has no second derivative: hand step() or accumulate() a closure, which is run eagerly.",
+    *(
+        (mark, CheckFailedError, f"a compiled model has no second derivative: {_CLOSURE} eagerly.")
+        for mark in ("donated buffer", "does not currently support double backward")
     ),
     (
         "once_differentiable",
@@ -186,17 +162,4 @@ _CAUSES = (  # what torch says -> what to do about it
         "cuDNN's recurrent layers have no second derivative: compute the loss under "
         "torch.backends.cudnn.flags(enabled=False).",
     ),
-    (
-        "is not implemented",
-        CheckFailedError,
-        "the model holds a function without a second derivative: replace it, or use "
-        'curvature="gauss-newton-bartlett", which needs first derivatives only.',
-    ),
 )
-
-
-def _explained(error: RuntimeError) -> RuntimeError | ValueError:
-    for mark, kind, advice in _CAUSES:
-        if mark in str(error):
-            return kind(advice)
-    return error

@@ -62,8 +62,10 @@ def _agreement(optimizer: Any) -> RankAgreement | None:
     return None if group is None else RankAgreement(group, optimizer.param_groups[0]["params"][0].device)
 
 
-def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the means of tensors over the ranks of a group, alike on every rank."""
+def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup, share: float = 1.0) -> list[Tensor]:
+    """Return the means over the ranks of a group, alike on every rank, of tensors that count by the rank's share."""
+    if share != 1:
+        tensors = [t * share if share else torch.zeros_like(t) for t in tensors]  # a mean over no terms is 0/0
     means: list[Tensor] = list(tensors)
     for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
         here = [i for i, t in enumerate(tensors) if (t.dtype, t.device) == kind]
@@ -100,13 +102,13 @@ def _device(group: dist.ProcessGroup, outputs: Tensor | None) -> torch.device:
     return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
 
-def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace every `.grad` by its mean over the ranks of a group.
+def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup, share: float = 1.0) -> None:
+    """Replace every `.grad` by its mean over the ranks of a group, which count by their share.
 
     Waits for the device only on ranks that did not use some parameter, which must learn whether others did.
     """
     used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    local = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    local = [torch.zeros_like(p) if p.grad is None or share == 0 else p.grad * share for p in params]
     *means, shares = average_over_ranks([*local, used], group)
     anywhere = [True] * len(params) if all(p.grad is not None for p in params) else (shares > 0).tolist()
     for p, mean, is_used in zip(params, means, anywhere, strict=True):

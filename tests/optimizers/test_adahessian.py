@@ -239,7 +239,7 @@ def test_gauss_newton_curvature_trains() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, "lr must be >= 0"),
+        ({"lr": -1.0}, "lr must be a number >= 0"),
         ({"betas": (1.0, 0.9)}, "betas must be two numbers"),
         ({"betas": 0.9}, "betas must be two numbers"),
         ({"eps": -1e-8}, "eps must be a number >= 0"),

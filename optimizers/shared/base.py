@@ -1,0 +1,188 @@
+"""What all optimizers share: settings and their checks, and a state from which a run goes on bit for bit.
+
+torch keeps the averages of low-precision parameters in their dtype, shares memory with the state it loads, and leaves
+all attributes out of copies. Here averages keep their dtype, what is loaded is copied, and copies are whole.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from curvature.errors import InputError
+from curvature.losses.rules import loss_rule
+from optimizers.shared.differentiation import ClosureRecorder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["COUNTERS", "BaseOptimizer", "Common", "check_choice"]
+
+COUNTERS = ("step", "hessian_step")
+"""State that counts: float32 scalars, on the host unless `capturable`."""
+
+
+class Common(TypedDict, total=False):
+    """Arguments that optimizers share, by keyword."""
+
+    loss: Callable[..., Tensor] | None
+    """`loss(outputs, targets)`, for closures that return both. Default: None."""
+    process_group: ProcessGroup | None
+    """Ranks that hold parts of each batch. They count by their loss terms where closures return (outputs, targets), and
+    alike where they return the loss. Default: None."""
+    maximize: bool
+    """Climb instead of descend. Default: False."""
+    seed: int
+    """Of the random numbers, which are functions of (seed, step, sample). The first group's counts. Default: 0."""
+
+
+class BaseOptimizer(torch.optim.Optimizer):
+    """Settings, parameter groups and state of every optimizer here."""
+
+    _kept: tuple[str, ...] = ("loss", "_rule", "_group_name")
+    """Attributes that copies and pickles keep, beside settings and state."""
+    _late_settings: ClassVar[dict[str, Any]]
+    """Settings with defaults, which groups saved before these existed are given."""
+    _least: ClassVar[dict[str, float]] = {}
+    """Setting -> its least value."""
+    _counts: tuple[str, ...] = ()
+    """Settings that must be integers >= 1."""
+    _positive: tuple[str, ...] = ()
+    """Settings that must be positive and finite."""
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Setting -> its values."""
+    _group: ProcessGroup | None
+    _group_name: str | None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **shared: Any) -> None:
+        self.loss = shared.pop("loss", None)
+        self._rule = None if self.loss is None else loss_rule(self.loss)
+        self.process_group = shared.pop("process_group", None)
+        if unknown := shared.keys() - self._late_settings.keys():
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
+        self._forget()
+        super().__init__(params, {**self._late_settings, **defaults, **shared})
+
+    @cached_property
+    def _recorder(self) -> ClosureRecorder:
+        return ClosureRecorder()
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what was accumulated for the coming step beside `.grad`."""
+
+    # -- settings -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after a check of its settings."""
+        super().add_param_group(param_group)
+        try:
+            self._validate(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Check the settings of one group."""
+        for p in group["params"]:
+            if p.is_complex() or not p.is_floating_point():
+                raise InputError(
+                    f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
+                )
+        lr, seed = group["lr"], group["seed"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise InputError(f"a tensor lr must have one entry, got shape {tuple(lr.shape)}.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed must be an integer, got {seed!r}.")
+        for name, least in {"lr": 0.0, **self._least}.items():
+            if not _number(name, group[name]) >= least:
+                raise InputError(f"{name} must be a number >= {least:g}, got {group[name]!r}.")
+        for name in self._counts:
+            if isinstance(group[name], bool) or not isinstance(group[name], int) or group[name] < 1:
+                raise InputError(f"{name} must be an integer >= 1, got {group[name]!r}.")
+        for name in self._positive:
+            if not 0 < _number(name, group[name]) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {group[name]}.")
+        for name, allowed in self._choices.items():
+            check_choice(name, group[name], allowed)
+        betas = group.get("betas", (0.0, 0.0))
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not two or not all(0 <= _number("betas", beta) < 1 for beta in betas):
+            raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}.")
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state with its dtypes: torch would round averages to the dtype of low-precision parameters."""
+        seen: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ours = [(p, group) for group in self.param_groups for p in group["params"]]
+        theirs = [index for group in seen[-1]["param_groups"] for index in group["params"]]
+        for index, (p, group) in zip(theirs, ours, strict=True):
+            for key, value in seen[-1]["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    on_host = key in COUNTERS and not group.get("capturable", False)
+                    self.state[p][key] = value.detach().to("cpu" if on_host else p.device, copy=True)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep what torch leaves out, but for what belongs to a step half taken."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for counters in self.state.values():  # states saved with plain numbers
+            for key in COUNTERS:
+                if key in counters and not isinstance(counters[key], Tensor):
+                    counters[key] = torch.tensor(float(counters[key]), dtype=torch.float32)
+        for group in self.param_groups:
+            for name, value in self._late_settings.items():
+                group.setdefault(name, value)
+        if "_group" not in self.__dict__:
+            self._group = None
+            self._forget()
+
+    # -- ranks --------------------------------------------------------------------------------------------------------
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that are averaged over. A copy or a pickle finds its group again by name."""
+        if self._group is None and self._group_name is not None:
+            if not dist.is_initialized():
+                raise InputError(
+                    f"the optimizer belongs to the process group {self._group_name!r} and torch.distributed is not "
+                    "initialised; initialise it, or set optimizer.process_group = None."
+                )
+            from torch._C._distributed_c10d import _resolve_process_group  # not in every build
+
+            self._group = _resolve_process_group(self._group_name)  # type: ignore[arg-type]
+        return self._group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        self._group = group
+        self._group_name = None if group is None else group.group_name
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Refuse what is not among the allowed names."""
+    if value not in tuple(allowed):
+        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be one number, got {value!r}.") from None
