@@ -38,9 +38,8 @@ class CountEstimate(BoundedEstimate):
     """... and no more."""
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return the whole numbers within the bounds, widened by the chance of the probes, but by nothing certain."""
-        low, high = super().interval(confidence)
-        low, high = low.clamp_min(self.at_least), high.clamp_max(self.at_most)
+        """Return the whole numbers within the bounds, widened by the chance of the probes and cut to what is certain."""
+        low, high = (end.clamp(self.at_least, self.at_most) for end in super().interval(confidence))
         first, last = (low - _ROUNDING * (1 + low.abs())).ceil(), (high + _ROUNDING * (1 + high.abs())).floor()
         return (first, last) if first <= last else (low, high)
 
@@ -83,7 +82,8 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
         lower, upper = (bounds + sure).tolist()
         mean = float((n * rule.weights * ((nodes >= low) & (nodes <= high))).sum(dim=1).mean())
         value, stderr = mean, float(spread.max()) if len(parts) > 1 else math.inf
-    tensor = torch.tensor([min(max(value, lower), upper), stderr, lower, upper], dtype=torch.float64)
+    value = min(max(value, lower, at_least), max(upper, at_least), at_most)
+    tensor = torch.tensor([value, stderr, lower, upper], dtype=torch.float64)
     return CountEstimate(
         value=tensor[0],
         stderr=tensor[1],

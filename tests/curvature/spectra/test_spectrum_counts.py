@@ -77,3 +77,14 @@ def test_mass_bounds_are_those_of_chebyshev_markov_and_stieltjes() -> None:
     fine = torch.linspace(-1, 1, 2001, dtype=F64)
     lower, upper = mass_below(fine, torch.full_like(fine, 1 / 2001), torch.zeros(1, dtype=F64), num_steps=3)
     assert (float(lower[0]), float(upper[0])) == pytest.approx((5 / 18, 13 / 18), abs=1e-3)
+
+
+def test_what_is_certain_corrects_what_probes_suggest() -> None:
+    """Fifteen eigenvalues of 1, found one by one with rounding: the space proves them, the probes' weights see ten."""
+    A = with_spectrum(torch.where(torch.arange(100) < 15, 1.0, 1e-4)).to(torch.float32)
+    plan = SpectrumPlan(k=1, num_bottom=1, num_probes=4, num_steps=12, num_groups=0)
+    for seed in range(12):
+        number = count_between(spectrum(A, plan, generator=generator(seed)), 0.01)
+        low, high = number.interval()
+        assert number.at_least <= low <= high <= number.at_most
+        assert number.at_least <= number.value <= number.at_most
