@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,28 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     return sorted(rows.values(), key=lambda row: list(CASES).index(row["quantity"]))
 
 
-def measured(
-    quantity: str, dtype: str, methods: Sequence[str] | None, data: Sequence[str] | None, seeds: int
-) -> list[Row]:
-    """Return the rows of a quantity in one precision, by methods and data with these beginnings and names."""
-    rows = []
-    for case in CASES[quantity](getattr(torch, dtype)):
-        if (methods and not case.method.startswith(tuple(methods))) or (data and case.data not in data):
-            continue
-        start = time.process_time()
-        row: Row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
-        found = measure(case, range(seeds))
-        if found["coverage"] < LOW:
-            found = measure(case, RECOUNT) | {"first": found["coverage"]}
-        row |= found | {"seconds": time.process_time() - start, "git": git()}
-        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    return rows
+def chosen(
+    quantity: str, dtype: str, methods: Sequence[str] | None, data: Sequence[str] | None
+) -> list[tuple[int, Case]]:
+    """Return the cases of a quantity with methods and data of these beginnings and names, and their places."""
+    cases = enumerate(CASES[quantity](getattr(torch, dtype)))
+    return [
+        (i, case)
+        for i, case in cases
+        if (not methods or case.method.startswith(tuple(methods))) and (not data or case.data in data)
+    ]
+
+
+def measured(quantity: str, dtype: str, place: int, seeds: int) -> Row:
+    """Return the row of the case at a place among those of a quantity in one precision."""
+    start = time.process_time()
+    case = next(islice(CASES[quantity](getattr(torch, dtype)), place, None))
+    found = measure(case, range(seeds))
+    if found["coverage"] < LOW:
+        found = measure(case, RECOUNT) | {"first": found["coverage"]}
+    row: Row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
+    row |= found | {"seconds": time.process_time() - start, "git": git()}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def _summary(row: Row) -> str:
@@ -94,11 +101,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     rows = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
-    tasks = [(quantity, dtype, a.methods, a.data, a.seeds) for quantity in a.quantities for dtype in a.dtypes]
-    for found in in_parallel(measured, tasks, a.processes):
-        for row in found:
-            print(_summary(row), flush=True)
-        rows = merged(rows, found)
+    tasks = [
+        (quantity, dtype, place, a.seeds)
+        for quantity in a.quantities
+        for dtype in a.dtypes
+        for place, _ in chosen(quantity, dtype, a.methods, a.data)
+    ]
+    for row in in_parallel(measured, tasks, a.processes):
+        print(_summary(row), flush=True)
+        rows = merged(rows, [row])
         write_rows(a.out, rows)
 
 

@@ -38,7 +38,7 @@ class CountEstimate(BoundedEstimate):
     """... and no more."""
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return the whole numbers within the bounds, widened by the chance of the probes and cut to what is certain."""
+        """Return the whole numbers within the bounds, widened by chance in the probes, cut to what is certain."""
         low, high = (end.clamp(self.at_least, self.at_most) for end in super().interval(confidence))
         first, last = (low - _ROUNDING * (1 + low.abs())).ceil(), (high + _ROUNDING * (1 + high.abs())).floor()
         return (first, last) if first <= last else (low, high)
