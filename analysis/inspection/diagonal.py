@@ -1,4 +1,4 @@
-"""The diagonal of the Hessian layer by layer: exact where BackPACK has rules for the model, estimated elsewhere."""
+"""The diagonal of the Hessian layer by layer: exact where columns give it, estimated elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from analysis.inspection.plan import DIAGONAL_MATVECS
+from analysis.inspection.plan import DIAGONAL_MATVECS, MOST_COLUMNS
 from analysis.inspection.results import LayerDiagonals
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
-from curvature.layerwise import backpack_refusal, exact_diagonal
+from curvature.layerwise import exact_diagonal
 from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import diagonal
 from curvature.objective.objective import Objective
@@ -19,11 +19,6 @@ from curvature.operators import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
 __all__ = ["layer_diagonals"]
-
-_MOST_COLUMNS = (
-    1000  # outputs of an example; beyond them, or without rules after all, an estimate is the better bargain
-)
-
 
 @full_precision
 @checked
@@ -37,8 +32,9 @@ def layer_diagonals(
 ) -> LayerDiagonals:
     """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
 
-    Cost: about a gradient for each output of an example where BackPACK has rules for all of the model, and the result
-    is exact; otherwise `num_matvecs` products, by sign vectors on what known eigenpairs leave over.
+    Cost: about a gradient for each output of an example and each unit of a curved activation, up to `MOST_COLUMNS`,
+    where the model allows it (`exact_diagonal`), and the result is exact; otherwise `num_matvecs` products, by sign
+    vectors on what known eigenpairs leave over.
 
     Args:
         objective: what the Hessian is of.
@@ -50,18 +46,13 @@ def layer_diagonals(
     Raises:
         NonFiniteError: if an entry or a product is not finite.
     """
-    refusal = backpack_refusal(objective, "hessian")
-    if refusal is None:
-        try:
-            exact = exact_diagonal(objective, "hessian", max_columns=_MOST_COLUMNS)
-        except InputError as error:  # what only the data could tell
-            refusal = str(error)
-    if refusal is not None:
-        return _estimated(objective, refusal.rstrip("."), top, num_matvecs, generator, progress)
+    try:
+        exact = exact_diagonal(objective, "hessian", route="rules", max_columns=MOST_COLUMNS)
+    except InputError as error:
+        return _estimated(objective, str(error).rstrip("."), top, num_matvecs, generator, progress)
     known = DiagonalEstimate(values=exact.values, stderr=exact.stderr, num_matvecs=0)
     rows = summarise_diagonal(known, objective.space).rows
-    by = "BackPACK" if exact.route == "backpack" else "autograd"
-    how = f"Exactly, by {by}, {exact.num_columns} columns propagated ({exact.reason.rstrip('.')})."
+    how = f"Exactly, from {exact.num_columns} columns propagated ({exact.reason.rstrip('.')})."
     return LayerDiagonals(rows=rows, exact=True, how=how)
 
 

@@ -10,7 +10,7 @@ from analysis.run.meter import CostEstimate
 from curvature.arguments import checked_fields
 from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
 from curvature.errors import InputError
-from curvature.layerwise import backpack_refusal
+from curvature.layerwise import num_columns
 from curvature.objective.objective import Objective
 from curvature.operators import HessianOperator
 from curvature.parameters import Block
@@ -22,6 +22,7 @@ __all__ = [
     "DIAGONAL",
     "DIAGONAL_MATVECS",
     "LAYERS",
+    "MOST_COLUMNS",
     "WHOLE",
     "InspectionPlan",
     "estimate_cost",
@@ -32,6 +33,8 @@ DIAGONAL = "the diagonal"
 COUPLING_PROBES = 8
 DIAGONAL_MATVECS = 24
 """Products that an estimate of the diagonal takes, where it cannot be had exactly."""
+MOST_COLUMNS = 1000
+"""Columns that an exact diagonal may take, about a gradient each; beyond them an estimate is the better bargain."""
 
 
 @checked_fields
@@ -112,8 +115,8 @@ class InspectionPlan:
         return sum(min(block.num_params, COUPLING_PROBES) for block in blocks)
 
     def diagonal_matvecs(self, objective: Objective) -> int:
-        """Return the products that the diagonal takes: none where BackPACK has rules for the model."""
-        if not self.layers or backpack_refusal(objective, "hessian") is None:
+        """Return the products that the diagonal takes: none where columns give it exactly."""
+        if not self.layers or _columns(objective) is not None:
             return 0
         return min(objective.num_params, DIAGONAL_MATVECS)
 
@@ -135,8 +138,8 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     total = whole * seconds
     if blocks:
         total += _layer_seconds(H, blocks, plan)
-    if plan.layers and plan.diagonal_matvecs(objective) == 0:
-        total += _columns(objective) * seconds / 2  # one a gradient, and a product is about two
+    if plan.layers:
+        total += (_columns(objective) or 0) * seconds / 2  # one a gradient, and a product is about two
     sizes = [block.num_params for block in blocks]
     held = max(plan.whole.num_bytes(H, [n]), plan.layer.num_bytes(H, sizes) if sizes else 0)
     plan.whole.check_memory(H, [n], None)
@@ -149,11 +152,13 @@ def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
     )
 
 
-def _columns(objective: Objective) -> int:
-    """Return how many columns BackPACK propagates: one for each output of an example."""
-    lin = next(objective.linearizations())
-    outputs, _ = lin.outputs_and_targets()
-    return outputs.numel() // max(1, outputs.shape[0])
+def _columns(objective: Objective) -> int | None:
+    """Return how many columns the exact diagonal takes, None if it is not to be had so or too dear."""
+    try:
+        columns = num_columns(objective, "hessian")
+    except InputError:
+        return None
+    return columns if columns <= MOST_COLUMNS else None
 
 
 def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: InspectionPlan) -> float:

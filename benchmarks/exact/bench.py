@@ -72,20 +72,11 @@ def methods(problem: Problem, objective: Objective) -> dict[str, tuple[Callable[
     e[0] = 1
     ggn, hessian = GGNOperator(objective), HessianOperator(objective)
     return {
-        "GGN diagonal, backpack": (lambda: exact_diagonal(objective, route="backpack"), 1.0, 1),
-        "GGN diagonal, func": (lambda: exact_diagonal(objective, route="func"), 1.0, 4),
+        "GGN diagonal": (lambda: exact_diagonal(objective), 1.0, 1),
+        "GGN diagonal, vmap": (lambda: exact_diagonal(objective, route="vmap"), 1.0, 4),
         "GGN diagonal, n unit products": (lambda: ggn @ e, float(problem.num_params), 1),
-        "GGN diagonal, one Monte Carlo sample, backpack": (
-            lambda: exact_diagonal(objective, "ggn-mc", route="backpack", generator=g),
-            1.0,
-            1,
-        ),
-        "GGN diagonal, one Monte Carlo sample, func": (
-            lambda: exact_diagonal(objective, "ggn-mc", route="func", generator=g),
-            1.0,
-            1,
-        ),
-        "Hessian diagonal, backpack": (lambda: exact_diagonal(objective, "hessian", route="backpack"), 1.0, 4),
+        "GGN diagonal, one Monte Carlo sample": (lambda: exact_diagonal(objective, "ggn-mc", generator=g), 1.0, 1),
+        "Hessian diagonal": (lambda: exact_diagonal(objective, "hessian"), 1.0, 4),
         "Hessian diagonal, n unit products": (lambda: hessian @ e, float(problem.num_params), 1),
         "KFLR": (lambda: kronecker_factors(objective), 1.0, 1),
         "KFAC, one sample": (lambda: kronecker_factors(objective, "kfac", generator=g), 1.0, 1),

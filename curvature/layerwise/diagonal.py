@@ -1,33 +1,45 @@
-"""Exact diagonals of curvature matrices, through BackPACK where it is right and by autograd elsewhere.
+"""Exact diagonals of curvature matrices: squares of pulled-back columns, from the layers' own forms where these serve.
 
     diag G = sum_b w_b sum_n sum_v s_v (J_n' r_vn)^2 / sum_b w_b
 
-BackPACK propagates the columns of all examples through layers it has rules for: far cheaper than autograd for linear
-layers, on convolutions not always. Which models those are is decided beforehand, and the first batch's answer is
-checked: a few entries against products of the engine, and whole tensors of Gauss-Newton diagonals against autograd on
-two examples. Where either says no, autograd does the work (`curvature.layerwise.pull_back`) and the result says why.
+with r_v the columns of the loss Hessian's root. Each is pulled back through a batch once, and told apart by example as
+per-example gradients are (`curvature.per_example`), with the checks made there. The Hessian has more columns where
+activations curve (`curvature.layerwise.bends`). Where examples meet, columns go through the graph of the batch one by
+one, or products with unit vectors do the work. Before trust, a few entries are compared with products of the engine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from curvature.arguments import checked
+from curvature.autograd.backward import no_autocast
+from curvature.engine.linearize import Linearization
 from curvature.environment.autocast import full_precision
 from curvature.environment.cost import timed
 from curvature.environment.one_matrix import one_matrix
-from curvature.errors import InputError, NonFiniteError
-from curvature.layerwise.diagonal_work import DiagonalKind, DiagonalWork, Route
+from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
+from curvature.layerwise.bends import Bend, bends
+from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
+from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
+from curvature.parameters import ParameterSpace
+from curvature.per_example.batch import Run, Splitter
 from curvature.results.estimates import _Record
 
-__all__ = ["ExactDiagonal", "backpack_refusal", "exact_diagonal"]
+__all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]
 
+DiagonalKind = Literal["ggn", "hessian", "ggn-mc", "fisher-mc"]
+Route = Literal["auto", "rules", "vmap", "loop"]
 KINDS = ("ggn", "hessian", "ggn-mc", "fisher-mc")
+NUM_CHECKED = 3  # entries compared with products
+_FAILURES = (UnsupportedError, DataError, CheckFailedError)
+"""Why examples cannot be taken one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +55,9 @@ class ExactDiagonal(_Record):
     kind: str
     """Which matrix: "ggn", "hessian", or a Monte Carlo estimate of the Gauss-Newton diagonal."""
     route: str
-    """What did the work: "backpack", "per-example", "one-by-one", "columns" or "products", or several."""
+    """What did the work: "rules" of layers, "vmap" or "loop" over examples, "columns", "products", or several."""
     reason: str
-    """Why not BackPACK, or what it was checked against."""
+    """Why not rules for all parameters, and what was checked."""
     num_columns: int
     """Columns pulled back, or products, summed over batches: about a gradient of a batch each."""
     num_samples: int
@@ -76,28 +88,28 @@ def exact_diagonal(
 ) -> ExactDiagonal:
     """Return the diagonal of the Gauss-Newton matrix or the Hessian over all data, exactly or by Monte Carlo.
 
-    Measured with ten classes, one batch, checks included (benchmarks/exact/README.md): diag G took 13 gradients for a
-    perceptron and 45 for a convolutional net through BackPACK, 980 and 25 by torch.func. "auto" takes BackPACK wherever
-    it is right, so "func" is worth a try on convolutions. Where examples meet, N C gradients; diag H takes n products
-    where BackPACK has no rules, and many columns where activations are curved. The Monte Carlo kinds cost one
-    column a sample: "ggn-mc" takes random combinations of the loss Hessian's columns and serves any loss, "fisher-mc"
-    draws targets from the model's own distribution. Both are unbiased for diag G.
+    Cost: diag G takes C columns for C outputs an example, each between a third of a gradient (linear layers on vectors)
+    and two; N C gradients where examples meet. diag H takes a column more for each unit of a curved activation (tanh,
+    GELU, ...), and n products for models with other curved functions (softmax, layer normalisation). The Monte Carlo
+    kinds cost one column a sample: "ggn-mc" takes random combinations of the loss Hessian's columns and serves any
+    loss, "fisher-mc" draws targets from the model's own distribution. Both are unbiased for diag G.
 
     Args:
         objective: the data are taken as it weights them; micro-batches are its own.
         kind: "ggn", "hessian", "ggn-mc" or "fisher-mc".
-        route: "auto", or "backpack" (an error where it has no rules), or "func" (autograd alone).
+        route: "auto", or "rules" (an error where layers have none), "vmap" or "loop" over examples, as in
+            `curvature.per_example.gradient_norms`.
         mc_samples: samples of the Monte Carlo kinds, each a pass over the data; 2 or more for a standard error.
         generator: source of the Monte Carlo kinds.
-        memory_budget: bytes that columns in flight may take. Default: half of what is free.
+        memory_budget: bytes for gradients of examples that are held. Default: half of what is free.
         max_columns: refuse work beyond so many columns (or products) instead of beginning it; None forces.
 
     Raises:
         InputError: for arguments out of range; for an objective without split (Gauss-Newton kinds); if the cost is
-            beyond `max_columns`; if route="backpack" and BackPACK is not to be used, with the reason.
+            beyond `max_columns`; if another route than "auto" does not serve, with the reason.
         NonFiniteError: if an entry is not finite.
 
-    Reference: Dangel, Kunstner and Hennig (2020), BackPACK: Packing more into backprop.
+    Reference: Dangel, Kunstner and Hennig (2020), BackPACK: Packing more into backprop (the sums over columns).
 
     Example:
         >>> import torch
@@ -107,8 +119,8 @@ def exact_diagonal(
         >>> exact_diagonal(objective).values  # of (2 / N) x'x
         tensor([1., 4.])
     """
-    _validate(objective, kind, route, mc_samples, generator, memory_budget, max_columns)
-    work = DiagonalWork(objective, kind, route, generator, memory_budget, max_columns)
+    _validate(objective, kind, mc_samples, generator, max_columns)
+    work = _Work(objective, kind, route, generator, memory_budget, max_columns)
     samples = mc_samples if kind.endswith("-mc") else 1
     n, dtype = objective.num_params, objective.dtype
     mean, squares = (torch.zeros(n, dtype=dtype, device=objective.device) for _ in range(2))
@@ -133,8 +145,8 @@ def exact_diagonal(
         values=mean,
         stderr=stderr,
         kind=kind,
-        route="+".join(work.routes),
-        reason="; ".join(work.reasons) + ".",
+        route="+".join(dict.fromkeys(work.routes)),
+        reason="; ".join([*work.reasons, work.checked]) + ".",
         num_columns=work.num_columns,
         num_samples=samples if kind.endswith("-mc") else 0,
         seconds=seconds,
@@ -143,25 +155,218 @@ def exact_diagonal(
 
 
 @checked
-def backpack_refusal(objective: Objective, kind: DiagonalKind = "ggn") -> str | None:
-    """Return why BackPACK is not to be used for the diagonal of an objective, as far as its model tells; None if it is.
+def num_columns(objective: Objective, kind: Literal["ggn", "hessian"] = "ggn") -> int:
+    """Return how many columns of a batch the exact diagonal takes by rules. Cost: up to two gradients of a batch.
 
-    Nothing is evaluated. What only the data can tell, a check of the first batch finds out when the work begins.
+    Raises:
+        InputError: if rules do not serve, as far as the graph tells, with the reason.
     """
+    _validate(objective, kind, 1, None, None)
+    work, lin = _Work(objective, kind, "rules", None, None, None), next(objective.linearizations())
     try:
-        DiagonalWork(objective, kind, "backpack", None, None, None)
-    except InputError as error:
-        return str(error.__cause__)
-    return None
+        _, root, places = work.opened(lin)
+    except _FAILURES as error:
+        raise InputError(f"rules do not serve here: {error}") from error
+    return work.count(root, places)
 
 
-def _validate(
-    objective: Objective, kind: Any, route: Any, mc_samples: Any, generator: Any, memory_budget: Any, max_columns: Any
-) -> None:
+class _Work:
+    """The diagonal of one batch after the other, and what was learnt on the way."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        kind: DiagonalKind,
+        route: Route,
+        generator: torch.Generator | None,
+        memory_budget: int | None,
+        max_columns: int | None,
+    ) -> None:
+        self.objective, self.kind, self.route, self.generator = objective, kind, route, generator
+        self.max_columns, self.num_columns, self.checked = max_columns, 0, "nothing was left to check"
+        self.routes: list[str] = []
+        self.reasons: list[str] = []
+        self.splitter = None
+        if objective.has_split:
+            self.splitter = Splitter(objective, route=route, memory_budget=memory_budget)
+        self.product: Literal["hvp", "ggnvp"] = "hvp" if kind == "hessian" else "ggnvp"
+        self.draws = kind.endswith("-mc")
+
+    def of_batch(self, lin: Linearization) -> Tensor:
+        if lin.weight == 0:
+            return self._zero()
+        try:
+            return self._by_example(lin)
+        except _FAILURES as error:
+            if self.route != "auto":
+                raise InputError(f"route={self.route!r} does not serve here: {error}") from error
+            reason = f"not example by example: {str(error).rstrip('.')}"
+            if reason not in self.reasons:
+                self.reasons.append(reason)
+        return self._by_batch(lin)
+
+    # -- example by example -------------------------------------------------------------------------------------------
+
+    def opened(self, lin: Linearization) -> tuple[Run, LossRoot, list[Bend]]:
+        """Evaluate a batch and find the columns."""
+        if self.splitter is None:
+            raise UnsupportedError("model and loss are not known apart")
+        run = self.splitter.open(lin._batch, lin.index)
+        outputs, rule = run.evaluation.outputs, self.objective._rule
+        assert rule is not None
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != run.num_examples:
+            raise UnsupportedError("outputs and inputs do not share a first dimension that counts examples")
+        root = loss_root(rule, outputs, run.evaluation.targets)
+        if run.num_examples > 1:
+            refuse_coupling(self.objective, run.batch, run.index)
+        if self.kind != "hessian":
+            return run, root, []
+        with lin._session(), no_autocast(self.objective.device):
+            places = bends(outputs, run.evaluation.loss)
+        edges, shapes = [bend.edge for bend in places], [tuple(bend.second.shape) for bend in places]
+        if places and not self.splitter.holds_examples(run, edges, shapes):
+            raise UnsupportedError("examples do not lie along the first dimension where activations curve")
+        if self.count(root, places) > self.objective.num_params:
+            raise UnsupportedError("there are fewer parameters than columns")
+        return run, root, places
+
+    def count(self, root: LossRoot, places: list[Bend]) -> int:
+        if self.draws:
+            return 1
+        return root.num_columns + sum(bend.second[0].numel() for bend in places if len(bend.second))
+
+    def _by_example(self, lin: Linearization) -> Tensor:
+        run, root, places = self.opened(lin)
+        assert self.splitter is not None
+        columns = self.count(root, places)
+        self._afford(columns, "columns of every example")
+        outputs = run.evaluation.outputs
+        assert isinstance(outputs, Tensor)
+        if not outputs.requires_grad:
+            return self._zero()
+        probe = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+        parts, *_ = self.splitter.split(run, probe)
+        if places and run.left:
+            raise UnsupportedError(f"{', '.join(self._names(run))}: {'; '.join({*run.left.values()})}")
+        total = self.splitter.sum_of_squares(run, self._columns(root, outputs.dtype))
+        for bend in places:
+            total += self.splitter.sum_of_squares(run, bend.columns(), bend.edge)
+        if not self.draws:
+            self._check_entries(total, lin)
+        self.checked = "checked against autograd on a random vector" + ("" if self.draws else " and unit vectors")
+        for part in parts:
+            route, _, why = part.route.partition(": ")
+            self.routes.append(route if route in ("vmap", "loop") else "rules")
+            if why and f"{route}: {why}" not in self.reasons:
+                self.reasons.append(f"{route}: {why}")
+        self.num_columns += columns
+        return total
+
+    def _names(self, run: Run) -> list[str]:
+        return [self.objective.space.names[i] for i in run.left]
+
+    def _columns(self, root: LossRoot, dtype: torch.dtype) -> Iterator[tuple[Tensor, float]]:
+        if self.draws:
+            assert self.generator is not None
+            draws = root.draw(self.kind, self.generator)  # type: ignore[arg-type]
+            yield from ((column.to(dtype), sign) for column, sign in draws)
+            return
+        for start, stop, sign in root.bounds(1):
+            yield root.columns(start, stop)[0].to(dtype), sign
+
+    def _check_entries(self, diagonal: Tensor, lin: Linearization) -> None:
+        """Compare a few entries, the largest and random ones, with products of the engine; once."""
+        if self.routes:
+            return
+        n = len(diagonal)
+        generator = torch.Generator().manual_seed(0)
+        chosen = [int(diagonal.abs().argmax()), *torch.randint(n, (NUM_CHECKED - 1,), generator=generator).tolist()]
+        expected = _products(lin, self.objective.space, self.product, chosen)
+        eps = max(torch.finfo(t.dtype).eps for t in self.objective.space.tensors.values())
+        scale = expected.abs() + eps**0.5 * expected.abs().max()
+        if not bool(((diagonal[chosen] - expected).abs() <= 10 * eps**0.5 * scale).all()):
+            raise UnsupportedError("entries differ from products with unit vectors")
+
+    # -- where examples meet ------------------------------------------------------------------------------------------
+
+    def _by_batch(self, lin: Linearization) -> Tensor:
+        n = self.objective.num_params
+        if self.kind == "hessian":
+            self._afford(n, "Hessian products")
+            return self._by_products(lin)
+        outputs, targets = lin.outputs_and_targets()
+        assert self.objective._rule is not None
+        try:
+            root = loss_root(self.objective._rule, outputs, targets)
+        except UnsupportedError as error:
+            if self.draws:
+                raise InputError(
+                    f"kind={self.kind!r} draws a column an example, but {error}; use kind='ggn'."
+                ) from error
+            self._afford(n, "products")
+            return self._by_products(lin)
+        columns = (1 if self.draws else root.num_columns) * (len(outputs) if outputs.ndim else 1)
+        if not self.draws and 2 * n < columns:
+            self._afford(n, "products")
+            return self._by_products(lin)
+        self._afford(columns, "columns, one of one example at a time")
+        self.routes.append("columns")
+        self.num_columns += columns
+        total = self._zero()
+        for column, sign in self._columns(root, outputs.dtype):
+            for n_th in range(len(outputs) if outputs.ndim else 1):
+                single = torch.zeros_like(column)
+                single[... if outputs.ndim == 0 else n_th] = column[... if outputs.ndim == 0 else n_th]
+                total += sign * lin.vjp(single.reshape(1, -1).to(self.objective.dtype))[0].square()
+        return total
+
+    def _by_products(self, lin: Linearization) -> Tensor:
+        n = self.objective.num_params
+        self.routes.append("products")
+        self.num_columns += n
+        return _products(lin, self.objective.space, self.product, range(n))
+
+    # -- accounts -----------------------------------------------------------------------------------------------------
+
+    def _afford(self, cost: int, what: str) -> None:
+        if self.max_columns is not None and cost > self.max_columns:
+            cheaper = (
+                "kind='ggn-mc' estimates the Gauss-Newton diagonal at the price of a gradient a sample"
+                if self.kind != "hessian"
+                else "hutchinson_diagonal(HessianOperator(objective), ...) estimates it"
+            )
+            raise InputError(
+                f"the exact diagonal takes {cost} {what}, about as many gradients, and max_columns={self.max_columns}; "
+                f"{cheaper}; max_columns=None computes it all the same."
+            )
+
+    def _zero(self) -> Tensor:
+        return torch.zeros(self.objective.num_params, dtype=self.objective.dtype, device=self.objective.device)
+
+
+def _products(
+    lin: Linearization, space: ParameterSpace, product: Literal["hvp", "ggnvp"], entries: Sequence[int]
+) -> Tensor:
+    """Return entries of the diagonal of a batch's matrix from its products with unit vectors.
+
+    Each is restricted to the tensor that the entry lies in: what a product with a block costs is less.
+    """
+    found = torch.zeros(len(entries), dtype=space.dtype, device=space.device)
+    start = 0
+    for name, size in zip(space.names, space.numels, strict=True):
+        block = space.block({name: space.tensors[name]})
+        inside = [(k, entry - start) for k, entry in enumerate(entries) if start <= entry < start + size]
+        for k, place in inside:
+            unit = torch.zeros(1, size, dtype=space.dtype, device=space.device)
+            unit[0, place] = 1
+            found[k] = getattr(lin, product)(unit, block)[0, place]
+        start += size
+    return found
+
+
+def _validate(objective: Objective, kind: Any, mc_samples: Any, generator: Any, max_columns: Any) -> None:
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
-    if route not in ("auto", "backpack", "func"):
-        raise InputError(f"route must be 'auto', 'backpack' or 'func', got {route!r}.")
     if kind != "hessian" and not objective.has_split:
         raise InputError(
             f"kind={kind!r} needs the split between model and loss: give the objective loss= and a forward that "
@@ -171,7 +376,5 @@ def _validate(
         raise InputError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
     if kind.endswith("-mc") and generator is None:
         raise InputError(f"kind={kind!r} draws at random: pass generator=, e.g. torch.Generator().manual_seed(0).")
-    if memory_budget is not None and memory_budget < 1:
-        raise InputError(f"memory_budget must be a number of bytes >= 1, got {memory_budget!r}.")
     if max_columns is not None and max_columns < 1:
         raise InputError(f"max_columns must be at least 1, or None, got {max_columns!r}.")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +68,6 @@ class KroneckerFactors(_Record):
     """"kflr", "kfac" or "kfra"."""
     uncovered: dict[str, str]
     """Parameters that have no factors, and why; `matvec` gives zeros for them."""
-    route: str
-    """What did the work: "hooks" (autograd) or "backpack"."""
     num_columns: int
     """Columns pulled back, summed over batches: about a gradient of a batch each."""
     seconds: float
@@ -125,7 +123,6 @@ def kronecker_factors(
     objective: Objective,
     kind: KroneckerKind = "kflr",
     *,
-    route: Literal["auto", "backpack", "func"] = "auto",
     mc_samples: int = 1,
     generator: torch.Generator | None = None,
     max_columns: int | None = 10_000,
@@ -135,24 +132,22 @@ def kronecker_factors(
     - "kflr": all columns of the loss Hessian; C gradients for C outputs an example, no randomness.
     - "kfac": columns of targets drawn from the model's distribution (random combinations of columns for losses that
       are no likelihood); a gradient a sample.
-    - "kfra": the matrix that is propagated is averaged over the batch at every layer (through BackPACK, chains of
-      nn.Linear with ReLU, Tanh or Sigmoid only); depends on how the data are cut into batches.
+    - "kfra": the matrix that is propagated is averaged over the batch at every layer (chains of nn.Linear
+      with ReLU, Tanh or Sigmoid only); depends on how the data are cut into batches.
 
     Factors of several batches are combined as the objective weights the batches; A weighs all examples the same.
 
     Args:
         objective: one with split between model and loss.
         kind: "kflr", "kfac" or "kfra".
-        route: "auto" and "func" capture inputs and output gradients of the layers by hooks, in any model whose
-            examples do not meet; "backpack" propagates through BackPACK (chains of linear layers on vectors), which is
-            the only route of "kfra".
         mc_samples: targets an example for "kfac".
         generator: source of "kfac".
         max_columns: refuse more columns a batch than this; None forces.
 
     Raises:
-        InputError: for arguments out of range, for an objective without split, if examples meet (batch normalisation
-            in train mode), if no layer is of a kind that has factors, or if BackPACK is asked for and has no rule.
+        InputError: for arguments out of range, for an objective without split, or if no layer is of a kind that has
+            factors.
+        DataError: if examples meet (batch normalisation in train mode).
         NonFiniteError: if a factor is not finite.
 
     Reference: Botev, Ritter and Barber (2017), Practical Gauss-Newton optimisation for deep learning (KFLR, KFRA);
@@ -167,8 +162,8 @@ def kronecker_factors(
         tensor([[1., 0.],
                 [0., 4.]])
     """
-    _validate(objective, kind, route, mc_samples, generator, max_columns)
-    work = KroneckerWork(objective, kind, route, mc_samples, generator, max_columns)
+    _validate(objective, kind, mc_samples, generator, max_columns)
+    work = KroneckerWork(objective, kind, mc_samples, generator, max_columns)
     total, seconds = timed(lambda: objective.reduce(work.of_batch), objective.device)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteError("the factors are not finite: activations or columns overflow; use a wider dtype.")
@@ -180,7 +175,6 @@ def kronecker_factors(
         layers=dict(_unpack(work.uses, total)),
         kind=kind,
         uncovered=work.uncovered,
-        route=work.route,
         num_columns=work.num_columns,
         seconds=seconds,
         slices=slices,
@@ -213,13 +207,9 @@ def _unpack(uses: list[LayerUse], total: Tensor) -> Iterator[tuple[str, LayerFac
         )
 
 
-def _validate(objective: Objective, kind: Any, route: Any, mc_samples: Any, generator: Any, max_columns: Any) -> None:
+def _validate(objective: Objective, kind: Any, mc_samples: Any, generator: Any, max_columns: Any) -> None:
     if kind not in ("kflr", "kfac", "kfra"):
         raise InputError(f"kind must be 'kflr', 'kfac' or 'kfra', got {kind!r}.")
-    if route not in ("auto", "backpack", "func"):
-        raise InputError(f"route must be 'auto', 'backpack' or 'func', got {route!r}.")
-    if kind == "kfra" and route == "func":
-        raise InputError("kind='kfra' has no other route than BackPACK's; use route='auto' or kind='kflr'.")
     if not objective.has_split:
         raise InputError(
             "Kronecker factors need the split between model and loss: give the objective loss= and a forward that "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,15 @@ from curvature.autograd.backward import no_autocast, pull_back
 from curvature.engine.evaluation import _seeded
 from curvature.engine.linearize import Linearization
 from curvature.errors import InputError
-from curvature.layerwise.backpack_access import open_session
-from curvature.layerwise.loss_root import LossRoot, loss_root
-from curvature.layerwise.pull_back import check_separable
-from curvature.layerwise.support import UnsupportedError
+from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
+from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
 from curvature.parameters import ROOT
-
-if TYPE_CHECKING:
-    from curvature.layerwise.backpack_session import BackpackSession
 
 __all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]
 
 KroneckerKind = Literal["kflr", "kfac", "kfra"]
+_ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.Sigmoid)
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,12 @@ class LayerUse:
 
 
 class KroneckerWork:
-    """Sums over one batch, by hooks or by BackPACK."""
+    """Sums over one batch."""
 
     def __init__(
         self,
         objective: Objective,
         kind: KroneckerKind,
-        route: str,
         mc_samples: int,
         generator: torch.Generator | None,
         max_columns: int | None,
@@ -76,39 +71,22 @@ class KroneckerWork:
         self.objective, self.kind, self.generator = objective, kind, generator
         self.mc_samples, self.max_columns = mc_samples, max_columns
         self.num_columns = 0
-        self.route = "backpack" if kind == "kfra" or route == "backpack" else "hooks"
         self.uses, self.uncovered = layer_uses(objective)
         if not self.uses:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.uncovered.items())[:3])
             raise InputError(f"no layer has Kronecker factors ({why}); exact_diagonal serves all layers.")
-        self._checked = False
-        self._session: BackpackSession | None = None
-        if self.route == "backpack":
-            try:
-                self._session = open_session(objective, "kron")
-            except UnsupportedError as error:
-                raise self._refusal(error) from error
+        self._chain = _chain_of(objective) if kind == "kfra" else []
 
     def of_batch(self, lin: Linearization) -> Tensor:
         """Return the sums of one batch, flat, divided by its weight as far as they do not depend on it."""
         if lin.weight == 0:
             sizes = [size for use in self.uses for size in use.sizes]
             return torch.zeros(sum(sizes), dtype=self.objective.dtype, device=self.objective.device)
-        if not self._checked and not lin.drew_random_numbers:
-            try:
-                check_separable(self.objective, lin)
-            except UnsupportedError as error:
-                raise InputError(
-                    f"Kronecker factors are of single examples, and {error}; call model.eval(), or use "
-                    "exact_diagonal or GGNOperator."
-                ) from error
-        self._checked = True
-        parts = self._by_hooks(lin) if self._session is None else self._by_backpack(self._session, lin)
-        return torch.cat([p.reshape(-1).to(self.objective.dtype) for p in parts])
+        if len(lin.outputs_and_targets()[0]) > 1:
+            refuse_coupling(self.objective, lin._batch, lin.index)
+        return torch.cat([p.reshape(-1).to(self.objective.dtype) for p in self._sums(lin)])
 
-    # -- hooks --------------------------------------------------------------------------------------------------------
-
-    def _by_hooks(self, lin: Linearization) -> list[Tensor]:
+    def _sums(self, lin: Linearization) -> list[Tensor]:
         evaluator, rule = self.objective._evaluator, self.objective._rule
         assert rule is not None
         parts: list[Tensor] = []
@@ -124,7 +102,10 @@ class KroneckerWork:
             dtype = self.objective.dtype  # that of activations may be narrower, by autocast
             S = [torch.zeros(u.num_outputs, u.num_outputs, dtype=dtype, device=outputs.device) for u in self.uses]
             reached = [k for k, call in enumerate(calls) if call and call[0][1].requires_grad]
-            for column, sign in self._columns(root):
+            if self.kind == "kfra":
+                of_layer = self._propagate(lin, root)
+                S, reached = [of_layer[id(use.module)].detach().to(dtype) for use in self.uses], []
+            for column, sign in self._columns(root) if self.kind != "kfra" else ():
                 places = [calls[k][0][1] for k in reached]
                 arrived = pull_back([outputs], places, [column.to(outputs.dtype)]) if places else ()
                 for k, d in zip(reached, arrived, strict=True):
@@ -167,48 +148,30 @@ class KroneckerWork:
                     "defined; leave it out by params=, or use exact_diagonal or GGNOperator."
                 )
 
-    # -- BackPACK -----------------------------------------------------------------------------------------------------
-
-    def _by_backpack(self, session: BackpackSession, lin: Linearization) -> list[Tensor]:
-        outputs, targets = lin.outputs_and_targets()
-        rule = self.objective._rule
-        assert rule is not None
-        root = loss_root_of_examples(rule, outputs, targets, self.kind)
-        try:
-            if root.num_positive < root.num_columns:
-                raise UnsupportedError("the loss is not convex in the outputs")  # noqa: TRY301
-            inputs: list[Tensor] = []
-            columns = [(c * w**0.5, w) for c, w in self._columns(root)] if self.kind != "kfra" else []
-            if self.kind == "kfra":
-                flat = root.columns(0, root.num_columns).reshape(root.num_columns, -1, outputs[0].numel())
-                handed = torch.einsum("vni,vnj->ij", flat, flat)
-                self.num_columns += root.num_columns
-            else:
-                handed = torch.stack([c for c, _ in columns])
-            with session.watched(inputs):
-                found = session.run(
-                    lin._batch[0],
-                    self.objective._evaluator.seed + lin.index,
-                    "kfra" if self.kind == "kfra" else "kflr",
-                    torch.zeros_like(outputs),
-                    handed.to(outputs.dtype),
-                    expected=outputs,
-                )
-        except (UnsupportedError, NotImplementedError, RuntimeError, ValueError, AssertionError, TypeError) as error:
-            raise self._refusal(error) from error
-        parts: list[Tensor] = []
-        for use, x in zip(self.uses, inputs, strict=True):
-            factors = found[use.weight] if use.weight is not None else found[str(use.bias)]
-            if x.ndim != 2 or factors is None:
-                raise self._refusal(UnsupportedError(f"layer {use.name!r} does not work on vectors"))
-            counts = x.new_tensor([len(x), len(x)])
-            parts += [factors[0].detach(), *(p / lin.weight for p in (x.T @ x, x.sum(0), counts))]
-        return parts
-
-    def _refusal(self, error: Exception) -> InputError:
-        first = str(error).strip().split("\n")[0].rstrip(".")
-        other = "kind='kflr' or 'kfac' with route='auto'" if self.kind == "kfra" else "route='auto'"
-        return InputError(f"BackPACK is not to be used here: {first}. {other} works for any nn.Linear and nn.Conv2d.")
+    def _propagate(self, lin: Linearization, root: LossRoot) -> dict[int, Tensor]:
+        """Return by module the matrices of Botev et al., from the outputs down: W'H W, and H o mean_n s'(z) s'(z)'."""
+        flat = root.columns(0, root.num_columns).flatten(2)
+        signs = flat.new_ones(root.num_columns)
+        signs[root.num_positive :] = -1
+        H = torch.einsum("v,vni,vnj->ij", signs, flat, flat)
+        self.num_columns += root.num_columns
+        z, inputs = lin._batch[0], []
+        for layer in self._chain:
+            inputs.append(z.detach())
+            z = layer(z)
+        found = {}
+        for layer, z in zip(reversed(self._chain), reversed(inputs), strict=True):
+            if z.ndim != 2 and not isinstance(layer, nn.Flatten):
+                raise InputError("kind='kfra' takes layers that work on vectors; kind='kflr' serves others.")
+            if isinstance(layer, nn.Linear):
+                found[id(layer)] = H
+                H = layer.weight.T @ H @ layer.weight
+            elif isinstance(layer, _ACTIVATIONS):
+                with torch.enable_grad():
+                    leaf = z.requires_grad_()
+                    (slope,) = torch.autograd.grad(layer(leaf).sum(), leaf)
+                H = H * (slope.T @ slope / len(slope))
+        return found
 
 
 def loss_root_of_examples(rule: Any, outputs: Any, targets: Any, kind: str) -> LossRoot:
@@ -256,6 +219,34 @@ def layer_uses(objective: Objective) -> tuple[list[LayerUse], dict[str, str]]:
     held = {id(p) for p in objective.model.parameters()}
     uncovered |= {name: "is not a parameter of the model" for key, name in names.items() if key not in held}
     return uses, uncovered
+
+
+def _chain_of(objective: Objective) -> list[nn.Module]:
+    """Return the layers of a model that is a chain of linear layers and activations, for KFRA.
+
+    Raises:
+        InputError: at the first layer that is another.
+    """
+    if objective._evaluator.forward is not None:
+        raise InputError("kind='kfra' takes models that are fed as model(inputs), without forward=; kind='kflr' any.")
+    chain: list[nn.Module] = []
+
+    def collect(name: str, module: nn.Module) -> None:
+        if type(module) is nn.Sequential:
+            for key, child in module.named_children():
+                collect(f"{name}.{key}" if name else key, child)
+        elif type(module) in (nn.Linear, *_ACTIVATIONS, nn.Flatten, nn.Identity) or (
+            type(module) is nn.Dropout and not module.training
+        ):
+            chain.append(module)
+        else:
+            raise InputError(
+                f"kind='kfra' takes chains of nn.Linear with ReLU, Tanh or Sigmoid: layer {name or ROOT!r} is a "
+                f"{type(module).__name__}; kind='kflr' or 'kfac' serves any nn.Linear and nn.Conv2d."
+            )
+
+    collect("", objective.model)
+    return chain
 
 
 @contextlib.contextmanager

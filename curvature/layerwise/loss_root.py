@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.layerwise.support import UnsupportedError
 from curvature.losses.rules import BinaryCrossEntropyWithLogits, CrossEntropy, LossRule, SquaredError
 
-__all__ = ["LossRoot", "loss_root"]
+__all__ = ["LossRoot", "UnsupportedError", "loss_root"]
 
 Draw = Literal["ggn-mc", "fisher-mc"]
+
+
+class UnsupportedError(Exception):
+    """Why a way to compute something does not serve here. Never leaves the package."""
 
 
 class LossRoot(ABC):

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
-from curvature.engine.kept_graphs import BUDGET_SHARE
 from curvature.environment.autocast import full_precision
-from curvature.environment.memory import available_memory
 from curvature.errors import DataError, InputError
 from curvature.objective.objective import Objective
 from curvature.objective.ranks import together
@@ -29,8 +27,6 @@ __all__ = ["gradient_dots", "gradient_moments", "gradient_norms", "per_example_g
 
 Per = Literal["sequence", "target"]
 Route = Literal["auto", "rules", "vmap", "loop"]
-
-CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
 
 
 @together
@@ -161,9 +157,8 @@ def per_example_gradients(
     """
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"chunk_size must be at least 1, got {chunk_size}.")
-    budget = _budget(objective, memory_budget)
-    walk = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
-    return _rows(objective, walk, chunk_size or max(1, budget // 4 // (8 * objective.num_params)))
+    walk = Walk(objective, per=per, route=route, memory_budget=memory_budget)
+    return _rows(objective, walk, chunk_size or max(1, walk.budget // 4 // (8 * objective.num_params)))
 
 
 def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,18 +241,17 @@ def _collect(
     if dots and objective.process_group is not None:
         raise InputError("inner products of examples on different ranks are not computed; gather the data on one.")
     clock = time.perf_counter()
-    budget = _budget(objective, memory_budget)
-    walk = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
+    walk = Walk(objective, per=per, route=route, memory_budget=memory_budget)
     space = objective.space
     starts = torch.tensor([0, *space.numels]).cumsum(0).tolist()
     zeros = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
     sums = _Sums(zeros, zeros.clone() if moments else None)
-    gram = Gram(budget) if dots else None
+    gram = Gram(walk.budget) if dots else None
     alone = along_mean and objective.process_group is None and objective.num_batches in (1, None)
     share = 0.0
     for group in walk:
         share = group.share
-        sums.add(group, starts, _chunk(budget), norms=norms, along=alone and walk.num_groups == 1)
+        sums.add(group, starts, walk.chunk_bytes, norms=norms, along=alone and walk.num_groups == 1)
         if gram is not None:
             for part in group.parts:
                 gram.add(part.positions, part.form, group.scale, group.places)
@@ -276,8 +270,8 @@ def _collect(
     if along_mean and len(sums.along) == walk.num_groups == 1:  # the mean is this group's gradient, but for a factor
         inner = sums.along[0] * unit * (share if objective.sums else share / total)
     elif along_mean:
-        again = Walk(objective, per=per, route=route, chunk_bytes=_chunk(budget), hold_bytes=budget // 4)
-        inner = _along(again, mean, starts, _chunk(budget))[order] * unit
+        again = Walk(objective, per=per, route=route, memory_budget=memory_budget)
+        inner = _along(again, mean, starts)[order] * unit
     layers = space.blocks
     by_layer = [list(block.positions) for block in layers]
     of_mean = torch.stack([block.take(mean).norm().square() for block in layers])
@@ -328,13 +322,13 @@ def _over_ranks(
     return gradient, squares, weight, squared, norms, losses
 
 
-def _along(walk: Walk, vector: Tensor, starts: list[int], chunk_bytes: int) -> Tensor:
+def _along(walk: Walk, vector: Tensor, starts: list[int]) -> Tensor:
     """Return scale_i h_i'v for all examples of another pass, (N,), float64, in the order of the groups."""
     found = []
     for group in walk:
         inner = torch.zeros(len(group.places), dtype=torch.float64, device=vector.device)
         for part in group.parts:
-            inner += part.form.along(_at(vector, part.positions, starts), chunk_bytes).double()
+            inner += part.form.along(_at(vector, part.positions, starts), walk.chunk_bytes).double()
         found.append(inner * group.scale.double())
     return torch.cat(found)
 
@@ -343,13 +337,3 @@ def _at(vector: Tensor, positions: Sequence[int], starts: list[int]) -> Tensor:
     """Return the entries of a vector (n,) that belong to these parameters."""
     pieces = [vector[starts[i] : starts[i + 1]] for i in positions]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _budget(objective: Objective, memory_budget: int | None) -> int:
-    if memory_budget is not None and memory_budget <= 0:
-        raise InputError(f"memory_budget must be a positive number of bytes, got {memory_budget}.")
-    return int(BUDGET_SHARE * available_memory(objective.device)) if memory_budget is None else memory_budget
-
-
-def _chunk(budget: int) -> int:
-    return min(CHUNK_BYTES, max(1, budget // 4))

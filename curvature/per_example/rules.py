@@ -111,6 +111,34 @@ def _convolution(spatial: int) -> Callable[..., list[Claim]]:
     return rule
 
 
+def _transposed_convolution(spatial: int) -> Callable[..., list[Claim]]:
+    """The adjoint of a convolution: input and gradient in the output change places."""
+
+    def rule(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> list[Claim]:
+        steps, sides, spread = (_tuple(value, spatial) for value in (stride, padding, dilation))
+
+        def of_weight(d: Tensor, ex: Examples) -> Form | None:
+            N = ex.count
+            if input.ndim != spatial + 2 or input.shape[0] != N or ex.layout is Layout.SECOND:
+                return None
+            padded = F.pad(d, [n for side in reversed(sides) for n in (side, side)])
+            windows = Windows(padded, tuple(weight.shape[2:]), steps, spread, groups, tuple(input.shape[2:]))
+            return Factors(input.to(d.dtype).reshape(N, groups, input.shape[1] // groups, -1).mT, windows)
+
+        return [Claim(weight, of_weight), Claim(bias, _per_channel)]
+
+    return rule
+
+
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -256,6 +284,9 @@ RULES: dict[Any, Callable[..., list[Claim]]] = {
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
     torch.conv3d: _convolution(3),
+    torch.conv_transpose1d: _transposed_convolution(1),
+    torch.conv_transpose2d: _transposed_convolution(2),
+    torch.conv_transpose3d: _transposed_convolution(3),
     torch.addmm: _addmm,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
     **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm), _matmul),

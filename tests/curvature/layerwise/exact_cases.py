@@ -1,4 +1,4 @@
-"""Layers, losses and dense references that exact quantities are tried on, and `docs/backpack_support.md` is made of."""
+"""Layers, losses and dense references that exact quantities are tried on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense diagonals against BackPACK, which computes them by rules of its own."""
+"""Diagonals and Kronecker factors against BackPACK, which computes them by rules of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from curvature import GGNOperator, HessianOperator, Objective
+from curvature.layerwise import exact_diagonal, kronecker_factors
 from tests.checks import assert_close
 
 backpack = pytest.importorskip("backpack")
@@ -29,9 +30,28 @@ def test_diagonals(activation: type[nn.Module], loss: type[nn.Module]) -> None:
     y = TARGETS[loss]
     objective = Objective(model, loss(), list(zip(X.split((4, 2, 1)), y.split((4, 2, 1)), strict=True)))
     ours = [operator(objective).to_dense().diagonal() for operator in (HessianOperator, GGNOperator)]
+    for kind, diagonal in zip(("hessian", "ggn"), ours, strict=True):
+        assert_close(exact_diagonal(objective, kind).values, diagonal)  # type: ignore[arg-type]
 
     extended, criterion = backpack.extend(model), backpack.extend(loss())
     with backpack.backpack(extensions.DiagHessian(), extensions.DiagGGNExact()):
         criterion(extended(X.clone().requires_grad_()), y).backward()  # hooks on inputs without gradient warn
     for name, diagonal in zip(("diag_h", "diag_ggn_exact"), ours, strict=True):
         assert_close(diagonal, torch.cat([getattr(p, name).reshape(-1) for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("kind", ["kflr", "kfra"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kronecker_factors(activation: type[nn.Module], kind: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 3)).double()
+    y = TARGETS[nn.CrossEntropyLoss]
+    factors = kronecker_factors(Objective(model, nn.CrossEntropyLoss(), (X, y)), kind)  # type: ignore[arg-type]
+    extended, criterion = backpack.extend(model), backpack.extend(nn.CrossEntropyLoss())
+    with backpack.backpack({"kflr": extensions.KFLR, "kfra": extensions.KFRA}[kind]()):
+        criterion(extended(X.clone().requires_grad_()), y).backward()
+    for name, found in factors.layers.items():
+        B, A = getattr(model.get_submodule(name).weight, kind)
+        assert_close(found.B, B)
+        assert_close(found.A[:-1, :-1], A)
