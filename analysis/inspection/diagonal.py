@@ -20,6 +20,7 @@ from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
 __all__ = ["layer_diagonals"]
 
+
 @full_precision
 @checked
 def layer_diagonals(

@@ -54,10 +54,10 @@ def inspect_model(
     """Measure loss, gradient and the spectrum of the Hessian of an objective, each with its uncertainty and its price.
 
     Cost: one gradient; about num_probes x num_steps Hessian products; with `layers` two thirds as many products with
-    each layer's block, which cost less, and for the diagonal a gradient for each output of an example and each unit of a
-    curved activation, else `DIAGONAL_MATVECS` products. A matrix with fewer columns than that is built entry by entry.
-    Memory: the kept graphs and as many vectors. `analysis.inspection.plan.estimate_cost` says what it comes to in
-    seconds and bytes.
+    each layer's block, which cost less, and for the diagonal a gradient for each output of an example and each unit
+    of a curved activation, else `DIAGONAL_MATVECS` products. A matrix with fewer columns than that is built entry by
+    entry. Memory: the kept graphs and as many vectors. `analysis.inspection.plan.estimate_cost` says what it comes to
+    in seconds and bytes.
 
     Args:
         objective: what to inspect; its `check()` is the caller's choice. Data in four batches or more (`micro_batch=`
