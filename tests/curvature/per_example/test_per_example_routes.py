@@ -83,6 +83,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d same": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same", dilation=(1, 2)), (2, 6, 6)),
     "conv2d valid": (lambda: nn.Conv2d(2, 3, 2, padding="valid"), (2, 3, 3)),
     "conv2d circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 4, 4)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, output_padding=1), (2, 4)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2, dilation=(1, 2)), (4, 3, 3)),
     "conv2d of one window": (lambda: nn.Conv2d(2, 3, 3), (2, 3, 3)),
     "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 3, 5, 4)),
     "layer norm": (lambda: nn.LayerNorm(4), (4,)),
@@ -275,7 +277,6 @@ def test_chosen_parameters() -> None:
 # -- parameters without a rule ----------------------------------------------------------------------------------------
 
 ONE_BY_ONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
-    "transposed convolution": (lambda: nn.ConvTranspose2d(2, 3, 2), (2, 3, 3), "vmap"),
     "bilinear": (lambda: Own(lambda m, x: F.bilinear(x, x.cos(), m.w), w=(2, 4, 4)), (4,), "loop"),
     "PReLU": (lambda: nn.PReLU(3), (3, 2), "vmap"),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (4,), "vmap"),
