@@ -14,7 +14,6 @@ MAX_LINES = 400
 LONGER = {  # to be split
     "curvature/linalg/krylov/thick_restart.py",
     "curvature/per_example/forms.py",
-    "optimizers/checks/battery.py",
     "optimizers/diagonal/shell.py",
 }
 

@@ -207,7 +207,7 @@ def train_row(problem_name: str, method_name: str, *, seeds: int, steps: int | N
 
 def check_row(method_name: str, *, only: str | None = None) -> Row:
     """Return what `check_optimizer` says of a method."""
-    from optimizers.checks.check import check_optimizer
+    from optimizers import check_optimizer
 
     method = METHODS[method_name]
     assert method.form != "calls"

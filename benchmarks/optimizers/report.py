@@ -125,7 +125,7 @@ def check_page(rows: Sequence[Row]) -> str:
     lines = [
         "# Which conventions optimizers keep",
         "",
-        "`optimizers.checks.check.check_optimizer(MyOptimizer)` runs these checks on any optimizer; its",
+        "`optimizers.check_optimizer(MyOptimizer)` runs these checks on any optimizer; its",
         "documentation says what they stand for. Here is what it says of those that the benchmark compares, each",
         "stepped as its own documentation asks for. Made by `python -m benchmarks.optimizers.bench checks` and",
         "`report`.",

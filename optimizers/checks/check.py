@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from curvature.data.random_states import RandomStates
-from optimizers.checks import battery
-from optimizers.checks.battery import NotApplicable, StepForm, Subject
+from curvature.errors import InputError
+from optimizers.checks.battery import CHECKS, NotApplicable, StepForm, Subject
 
 __all__ = ["CheckOutcome", "OptimizerReport", "check_optimizer"]
 
@@ -83,12 +83,13 @@ def check_optimizer(
         True
     """
     skip = dict(skip or {})
-    battery.refuse_unknown(skip)
+    if unknown := sorted(skip.keys() - CHECKS.keys()):
+        raise InputError(f"skip names checks that do not exist: {unknown}; there are {', '.join(CHECKS)}.")
     name = getattr(optimizer, "__name__", repr(optimizer))
     subject = Subject(make=optimizer, form=form, settings=dict(settings or {}))
     outcomes = [
         CheckOutcome(name=check, status="skipped", reason=skip[check]) if check in skip else _outcome(check, subject)
-        for check in battery.CHECKS
+        for check in CHECKS
         if only is None or only in check
     ]
     return OptimizerReport(optimizer=name, outcomes=tuple(outcomes))
@@ -99,7 +100,7 @@ def _outcome(check: str, subject: Subject) -> CheckOutcome:
     try:
         with contextlib.ExitStack() as stack:
             stack.callback(states.restore)
-            battery.CHECKS[check](subject)
+            CHECKS[check](subject)
     except NotApplicable as reason:
         return CheckOutcome(name=check, status="skipped", reason=str(reason))
     except Exception as error:  # whatever an optimizer of others raises is the answer

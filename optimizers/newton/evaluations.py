@@ -154,7 +154,7 @@ class Evaluations:
         self.num_evaluations = self.num_gradients = 0
         self.unused = [False] * len(flat.params)
         self._repeated = RepeatedEvaluation(flat.params)
-        self.watched = self._repeated.watched
+        self.watched: Callable[[], contextlib.AbstractContextManager[None]] = self._repeated.watched
 
     def linearise(self, *, with_matrix: bool = True) -> Linearised:
         """Return loss, gradient and, if asked for, matrix at the parameters as they are.

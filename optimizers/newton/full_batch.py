@@ -18,10 +18,12 @@ from torch._compile import _disable_dynamo
 
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.objective.objective import Objective
 from curvature.results.solves import SubproblemResult
 from optimizers.newton.damping import reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Kind, Linearised, Mean
 from optimizers.newton.flat import FlatParams
+from optimizers.newton.functions import Function, FunctionEvaluations, function_of
 from optimizers.newton.step_report import StepReport
 from optimizers.shared.base import BaseOptimizer, Common, check_choice
 from optimizers.shared.differentiation import curvature_session
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-__all__ = ["Curvature", "FullBatchOptimizer", "Move", "Proposal"]
+__all__ = ["Curvature", "Evaluated", "FullBatchOptimizer", "Move", "Proposal"]
 
 Curvature = Literal["hessian", "ggn"]
+Evaluated = Callable[[], Any] | Objective | Function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +142,13 @@ class FullBatchOptimizer(BaseOptimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, curvature_closure: Callable[[], Any] | None = None
+        self, closure: Evaluated | None = None, curvature_closure: Callable[[], Any] | None = None
     ) -> Tensor | None:
         """Take one step and return the loss before it, detached.
 
         Args:
             closure: returns what the method takes: the loss, (outputs, targets) where `loss=` was given, or residuals.
+                Or a `curvature.Objective` of the parameters, whose batches are walked for each evaluation and product.
             curvature_closure: evaluated in place of `closure` for the matrix: a smaller or another batch.
         """
         return self._step(closure, curvature_closure, 0.0)
@@ -153,7 +157,7 @@ class FullBatchOptimizer(BaseOptimizer):
     @on_all_ranks
     def _step(
         self,
-        closure: Callable[[], Any] | None,
+        closure: Evaluated | None,
         curvature_closure: Callable[[], Any] | None,
         gtol: float,
         *,
@@ -232,8 +236,15 @@ class FullBatchOptimizer(BaseOptimizer):
         return FlatParams(params)
 
     def _evaluations(
-        self, flat: FlatParams, closure: Callable[[], Any], curvature_closure: Callable[[], Any] | None, kind: Kind
+        self, flat: FlatParams, closure: Evaluated, curvature_closure: Callable[[], Any] | None, kind: Kind
     ) -> Evaluations:
+        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
+        if isinstance(closure, Objective):
+            closure = function_of(closure, flat.params)
+        if isinstance(closure, Function):
+            if curvature_closure is not None:
+                raise InputError("an objective has its own matrix: leave curvature_closure out.")
+            return FunctionEvaluations(flat, closure, kind, sign)
         return Evaluations(
             flat,
             closure,
@@ -241,7 +252,7 @@ class FullBatchOptimizer(BaseOptimizer):
             kind=kind,
             loss=self.loss,
             rule=self._rule,
-            sign=-1.0 if self.param_groups[0]["maximize"] else 1.0,
+            sign=sign,
             mean_of=None if self.process_group is None else self._mean_over_ranks,
             recorder=self._recorder,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from curvature.errors import CurvatureError, InputError, RankError
+from curvature.objective.objective import Objective
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import DampingRule
-from optimizers.newton.full_batch import FullBatchOptimizer
+from optimizers.newton.full_batch import Evaluated, FullBatchOptimizer
+from optimizers.newton.functions import Function
 from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
 from optimizers.newton.newton_cg import NewtonCG
 from optimizers.newton.saddle_free import SaddleFreeNewton
@@ -103,7 +105,7 @@ class _Progress:
 
 
 def minimize(
-    objective: Callable[..., Any],
+    objective: Callable[..., Any] | Objective | Function,
     x0: Tensor | None = None,
     *,
     params: Sequence[Tensor] | None = None,
@@ -116,7 +118,7 @@ def minimize(
     callback: Callable[[StepReport], bool | None] | None = None,
     options: dict[str, Any] | None = None,
 ) -> MinimizeResult:
-    """Minimise objective(x) from x0, or a closure objective() in parameters that it uses.
+    """Minimise objective(x) from x0, a closure objective() in `params`, or a `curvature.Objective` in its own.
 
     Ends when the largest entry of the gradient is at most `gtol`; when a step lowers the loss by at most ftol |loss|,
     or is no longer than xtol (xtol + |x|); when a budget is spent; or when no step lowers the loss beyond rounding.
@@ -128,7 +130,8 @@ def minimize(
     are not seen.
 
     Args:
-        objective: returns the loss, or residuals for "levenberg-marquardt".
+        objective: returns the loss, or residuals for "levenberg-marquardt"; or an `Objective`, the loss over a whole
+            data set, whose batches are walked for each evaluation and product.
         x0: start of a function; it is not changed.
         params: parameters of a closure, changed in place.
         method: one of `METHODS`.
@@ -151,16 +154,18 @@ def minimize(
     """
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    if isinstance(objective, Objective):
+        if x0 is not None or params is not None:
+            raise InputError("an objective has its own parameters, changed in place: leave x0 and params out.")
+        params = list(objective.space.tensors.values())
     if (x0 is None) == (params is None):
         raise InputError("give x0 for a function of x, or params for a closure: one of them, not both.")
-    closure: Callable[[], Any]
+    closure: Evaluated = objective
     if x0 is not None and x0.numel() == 0:
         raise InputError("x0 must have at least one entry, got none.")
     if x0 is not None:
-        x = x0.detach().clone().requires_grad_()
-        params, closure = [x], lambda: objective(x)
-    else:
-        closure = objective
+        x, of_x = x0.detach().clone().requires_grad_(), cast("Callable[..., Any]", objective)
+        params, closure = [x], lambda: of_x(x)
     assert params is not None
     make, settings = METHODS[method]
     optimizer = make(list(params), **{**settings, **(options or {})})
@@ -275,21 +280,23 @@ def to_scipy(method: str, **options: Any) -> Callable[..., OptimizeResult]:
             return hessp(x, v, *args) if callable(hessp) else hess(x, *args) @ v
 
         x = torch.tensor(np.asarray(x0, dtype=np.float64), requires_grad=True)
-        functions = _Functions(lambda x: fun(x, *args), lambda x: jac(x, *args), product)
-        names = {
-            "gtol": "gtol",
-            "ftol": "ftol",
-            "xtol": "xtol",
-            "maxiter": "max_steps",
-            "max_gradients": "max_gradients",
-        }
+
+        def at_x(f: Callable[..., Any], *more: Any) -> Any:
+            return f(x.detach().numpy().copy(), *more)
+
+        function = Function(
+            value=lambda: float(at_x(fun, *args)),
+            value_and_gradient=lambda: (float(at_x(fun, *args)), _double(at_x(jac, *args))),
+            product=lambda _, v: _double(at_x(product, v.numpy().copy())),
+        )
+        names = {"maxiter": "max_steps"} | {name: name for name in ("gtol", "ftol", "xtol", "max_gradients")}
         known = {names[name]: value for name, value in others.items() if name in names and value is not None}
         result = minimize(
-            lambda: _Value.apply(x, functions),
+            function,
             params=[x],
             method=method,
             options=options,
-            callback=None if callback is None else (lambda _: callback(x.detach().numpy().copy())),
+            callback=None if callback is None else (lambda _: at_x(callback)),
             **known,
         )
         found = {name: getattr(result, name) for name in ("fun", "nit", "nfev", "njev", "nhev", "status", "message")}
@@ -298,44 +305,5 @@ def to_scipy(method: str, **options: Any) -> Callable[..., OptimizeResult]:
     return run
 
 
-class _Functions:
-    """NumPy functions of one vector: value, gradient and Hessian product."""
-
-    def __init__(
-        self,
-        value: Callable[[np.ndarray], Any],
-        gradient: Callable[[np.ndarray], Any],
-        product: Callable[[np.ndarray, np.ndarray], Any],
-    ) -> None:
-        self.value, self.gradient, self.product = value, gradient, product
-
-
-class _Value(torch.autograd.Function):
-    """fun as a function whose derivative is `_Gradient`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, functions: _Functions) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.functions = functions
-        return x.new_tensor(float(functions.value(x.detach().numpy().copy())))
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return weight * _Gradient.apply(x, ctx.functions), None
-
-
-class _Gradient(torch.autograd.Function):
-    """Jac as a function whose derivative along v is the Hessian product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, functions: _Functions) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.functions = functions
-        return torch.tensor(np.asarray(functions.gradient(x.detach().numpy().copy()), dtype=np.float64))
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        Hv = ctx.functions.product(x.detach().numpy().copy(), v.detach().numpy().copy())
-        return torch.tensor(np.asarray(Hv, dtype=np.float64)), None
+def _double(array: Any) -> Tensor:
+    return torch.tensor(np.asarray(array, dtype=np.float64))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from curvature.environment.autocast import full_precision
 from curvature.linalg.systems.gltr import lowest_pair
-from optimizers.newton.full_batch import FullBatchOptimizer
+from optimizers.newton.full_batch import Evaluated, FullBatchOptimizer
 from optimizers.shared.closures import residuals_of
 from optimizers.shared.differentiation import curvature_session
 from optimizers.shared.ranks import on_all_ranks
@@ -56,7 +56,7 @@ class Look:
 @torch.no_grad()
 @full_precision
 @on_all_ranks
-def look_for_saddle(optimizer: FullBatchOptimizer, closure: Callable[[], Any], most: int) -> Look:
+def look_for_saddle(optimizer: FullBatchOptimizer, closure: Evaluated, most: int) -> Look:
     """Spend up to `most` products on the lowest eigenpair of the loss's Hessian; leave a saddle along it.
 
     Steps of 4^-k max(|x|, 1), k = 0, 1, ..., are tried in both directions until the loss falls by a hundredth of what
@@ -64,9 +64,10 @@ def look_for_saddle(optimizer: FullBatchOptimizer, closure: Callable[[], Any], m
     """
     flat = optimizer._flat()
 
-    def loss() -> Any:
-        return residuals_of(closure()).square().sum() / 2 if optimizer.kind == "residuals" else closure()
+    def half_square() -> Any:
+        return residuals_of(cast("Callable[[], Any]", closure)()).square().sum() / 2
 
+    loss = half_square if optimizer.kind == "residuals" else closure
     evaluations = optimizer._evaluations(flat, loss, None, "hessian")
     left, eps = False, torch.finfo(flat.dtype).eps
     try:

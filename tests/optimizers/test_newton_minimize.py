@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvature import Objective
 from curvature.errors import InputError
 from optimizers.newton.minimize import METHODS, minimize, to_scipy
+from optimizers.newton.newton_cg import NewtonCG
 from tests.optimizers.mgh import PROBLEMS
 from tests.optimizers.published import PUBLISHED
 
@@ -124,6 +128,44 @@ def test_closures_and_parameters() -> None:
     assert result.success
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))
     assert result.x.shape == (4,)
+
+
+@pytest.mark.parametrize("method", ["newton-cg", "trust-region", "cubic", "saddle-free"])
+def test_objectives(method: str) -> None:
+    """A ridge of several batches, whose minimum is that of the normal equations."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)).double().eval()
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    objective = Objective(model, nn.MSELoss(), [(x[:7], y[:7]), (x[7:], y[7:])])
+    result = minimize(objective, method=method)
+    assert result.success, result
+    assert result.second_order == "minimum"
+    one = torch.cat([x, torch.ones(20, 1, dtype=torch.float64)], dim=1)
+    expected = torch.linalg.lstsq(one, y).solution
+    torch.testing.assert_close(result.x[:, None], expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(torch.cat([p.detach().reshape(-1) for p in model.parameters()]), result.x)
+    assert result.fun == pytest.approx(float((one @ expected - y).square().mean()))
+    for bad in ({"x0": torch.zeros(4)}, {"params": list(model.parameters())}, {"method": "levenberg-marquardt"}):
+        with pytest.raises(InputError, match="objective"):
+            minimize(objective, **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_steps_on_an_objective_are_those_of_its_closure(curvature: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 2, dtype=torch.float64), torch.randint(3, (12,))
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    twin = copy.deepcopy(model)
+    objective = Objective(model, F.cross_entropy, [(x[:5], y[:5]), (x[5:], y[5:])])
+    optimizers = [NewtonCG(m.parameters(), curvature=curvature, loss=F.cross_entropy) for m in (model, twin)]
+    for _ in range(4):
+        losses = [optimizers[0].step(objective), optimizers[1].step(lambda: (twin(x), y))]
+        torch.testing.assert_close(*losses)
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="parameters in its order"):
+        optimizers[1].step(objective)
+    with pytest.raises(InputError, match="leave curvature_closure out"):
+        optimizers[0].step(objective, lambda: (model(x), y))
 
 
 def test_budgets_tolerances_and_callbacks() -> None:
