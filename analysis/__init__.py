@@ -1,1 +1,89 @@
-"""Analyses of trained models: measurements, their figures and reports, and the `curvature` command."""
+"""Analyses of trained models: measurements, their records, figures and reports, and the command `curvature`.
+
+    run = analysis.inspect(objective, generator=0)        # the record that `curvature inspect` makes of a task
+    run.inspection.sharpness                              # a number with its errors
+    run.save("runs/mine")                                 # the command's folder, with the same page
+    analysis.measure("noise", objective, generator=0)     # likewise every other study
+    analysis.load_run("runs/mine")                        # bit for bit, without the model
+
+Names are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PLACES = {
+    "registry": "inspect load_run measure",
+    "alignment.class_structure": "class_structure",
+    "alignment.figures": "plot_alignment plot_class_structure plot_overlaps",
+    "alignment.measure": "gradient_alignment overlap_over_time subspace_overlap",
+    "alignment.results": "ClassStructure GradientAlignment SubspaceOverlap VectorAlignment",
+    "compare.figures": "plot_comparison",
+    "compare.measure": "compare_results",
+    "compare.results": "Compared Comparison",
+    "compare.study": "ComparisonRun compare_runs",
+    "conditioning.figures": "plot_conditioning plot_effective_dimension",
+    "conditioning.measure": "ConditioningPlan compare_conditioning measure_conditioning",
+    "conditioning.results": "Condition Conditioning ConditioningComparison",
+    "conditioning.study": "ConditioningRun",
+    "critical.figures": "plot_escape",
+    "critical.measure": "CriticalPlan critical_points",
+    "critical.results": "CriticalPoint EscapeLine Symmetry",
+    "critical.study": "CriticalRun",
+    "critical.symmetries": "rescaling_symmetries",
+    "implicit.backward_error": "backward_error",
+    "implicit.figures": "plot_backward_error plot_penalties plot_penalty_by_batch_size",
+    "implicit.measure": "adam_correction implicit_regularization penalty_gradients",
+    "implicit.plan": "ImplicitPlan",
+    "implicit.results": "BackwardError ImplicitRegularization PenaltyDirection",
+    "implicit.study": "ImplicitRun ImplicitStudy measure_implicit",
+    "inspection.coupling": "layer_coupling",
+    "inspection.diagonal": "layer_diagonals",
+    "inspection.figures": "plot_eigenvalues plot_layers plot_spectral_density",
+    "inspection.low_rank": "low_rank_error",
+    "inspection.figures_layers": "plot_layer_coupling plot_layer_diagonals",
+    "inspection.measure": "inspect_model",
+    "inspection.figures_low_rank": "plot_low_rank_error",
+    "inspection.plan": "InspectionPlan",
+    "inspection.results": "DataErrors Inspection LayerCoupling LayerCurvature LayerDiagonals LowRankError",
+    "inspection.study": "InspectionRun",
+    "landscape.directions": "custom_direction direction_to eigenvector_directions gradient_direction random_direction "
+    "trajectory_directions",
+    "landscape.figures": "plot_paths plot_plane plot_slice plot_surface",
+    "landscape.look": "look_around",
+    "landscape.measure": "loss_along loss_on_plane",
+    "landscape.paths": "Place bend_towards loss_along_path present_place read_place",
+    "landscape.plan": "LandscapePlan",
+    "landscape.results": "Direction Landscape LossPath LossPlane LossSlice Trajectory",
+    "landscape.study": "LandscapeRun",
+    "noise.curvature": "curvature_noise tail_index",
+    "noise.figures": "plot_batch_sizes plot_layer_noise",
+    "noise.measure": "gradient_noise noise_scale_from_two_sizes",
+    "noise.results": "CurvatureNoise GradientNoise NoiseScale",
+    "noise.study": "NoisePlan NoiseRun NoiseStudy measure_noise",
+    "records.measured": "Bounded Measured",
+    "sharpness.figures": "plot_sharpness",
+    "sharpness.measure": "SHARPNESS_MEASURES SharpnessPlan measure_sharpness",
+    "sharpness.results": "SharpnessRow SharpnessTable",
+    "sharpness.study": "SharpnessRun",
+    "tasks": "Task load_task",
+    "training.figures": "plot_training",
+    "training.gradient_penalty": "GradientPenalty",
+    "training.measure": "TrainingMonitor",
+    "training.results": "TrainingReading TrainingRecord",
+}
+_HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'analysis' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"analysis.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

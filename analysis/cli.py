@@ -4,33 +4,76 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from analysis import commands
-from analysis.run.options import (
-    AsJson,
-    Checkpoint,
-    CheckpointKey,
-    Device,
-    MicroBatch,
-    NoCheck,
-    Out,
-    Overwrite,
-    Params,
-    Seed,
-    TaskName,
-    errors_as_sentences,
-    request_of,
-)
+from analysis.records.plan import setting
+from analysis.registry import STUDIES
+from analysis.run.options import command, errors_as_sentences, made
 from analysis.run.signals import ends_as_interrupt, open_closed_streams
-from curvature.errors import InputError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """Where results go."""
+
+    out: Path | None = setting(None, "The run folder. Default: a new one in runs.", flag="--out DIR")
+    overwrite: bool = setting(False, "Replace an earlier run in --out.")
+    as_json: bool = setting(False, "Print the results as JSON on stdout, and nothing else there.", flag="--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resumed(_Output):
+    resume: bool = setting(False, "Go on with what was interrupted.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """What is compared."""
+
+    what: tuple[str, ...] = setting(
+        flag="RUN...", text="Run folders of one kind; or a task, with several of --checkpoint."
+    )
+    checkpoint: tuple[Path, ...] = setting(
+        (), "Measure the task with these parameters; may be given several times.", flag="--checkpoint FILE"
+    )
+    of: str = setting("inspect", "What to measure of checkpoints: inspect, sharpness, noise or another command.")
+    level: float = setting(0.05, "Family-wise error level.")
+
+
+_SUMMARIES = {kind: summary for kind, (_, summary) in STUDIES.items()}
+_SUMMARIES["compare"] = (
+    "Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."
+)
+
+
+class _Commands(TyperGroup):
+    """The commands that have the options of plans, which are imported when one of them is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*_SUMMARIES, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command to be listed."""
+        if cmd_name in _SUMMARIES:
+            return TyperCommand(cmd_name, help=_SUMMARIES[cmd_name])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return a command to be run."""
+        name, found, rest = super().resolve_command(ctx, args)
+        if name in _SUMMARIES:
+            found = _compare_command() if name == "compare" else _study_command(str(name))
+        return name, found, rest
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 def main() -> None:
@@ -64,190 +107,71 @@ def curvature(
     del version
 
 
-@app.command()
-def inspect(
-    task: TaskName,
-    checkpoint: Checkpoint = None,
-    checkpoint_key: CheckpointKey = None,
-    params: Params = None,
-    k: Annotated[int, typer.Option("--k", help="How many of the largest eigenvalues.")] = 10,
-    rtol: Annotated[float, typer.Option(help="Residual of the largest eigenpairs, relative to the eigenvalue.")] = 1e-3,
-    device: Device = None,
-    seed: Seed = 0,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    no_check: NoCheck = False,
-    no_layers: Annotated[bool, typer.Option("--no-layers", help="Inspect the whole only, not each layer.")] = False,
-    coupling: Annotated[
-        bool, typer.Option("--coupling", help="Measure how strongly layers act on each other, too.")
-    ] = False,
-    micro_batch: MicroBatch = None,
-) -> None:
-    """Inspect the curvature of a trained model: print a table, and write a run folder with a report."""
-    with errors_as_sentences():
-        from analysis.inspection.plan import InspectionPlan
-        from analysis.inspection.report import write_report
-        from analysis.inspection.screen import show_inspection
-        from analysis.inspection.study import run_inspection
+def _line() -> str:
+    return shlex.join(["curvature", *sys.argv[1:]])
+
+
+def _study_command(kind: str) -> TyperCommand:
+    from analysis.registry import study
+    from analysis.run.preparation import Request
+    from curvature.errors import InputError
+
+    found = study(kind)
+
+    def run(given: dict[str, Any]) -> None:
+        from analysis.run.delivery import Delivery
+        from analysis.run.study import run_study
+        from analysis.show.screen import Screen
+
+        plan, request = made(found.plan, given), made(Request, given, command=_line())
+        if request.checkpoint_key and not request.checkpoint and not {"to", "trajectory"} & given.keys():
+            raise InputError("--checkpoint-key chooses within a checkpoint; name its file, or leave the key out.")
+        screen, suffix = Screen(stderr=given["as_json"]), "" if kind == "inspect" else f"-{kind}"
+        with Delivery(
+            screen, **vars(made(output, given)), suffix=suffix, num_vectors=found.num_vectors(plan)
+        ) as delivery:
+            with screen:
+                draft = delivery.draft if found.resumable else lambda: None
+                record = run_study(found, request, plan, draft=draft, listener=screen)
+            delivery.deliver(record)
+
+    output = _Resumed if found.resumable else _Output
+    return command(kind, _SUMMARIES[kind], (found.plan, Request, output), run)
+
+
+def _compare_command() -> TyperCommand:
+    from analysis.run.preparation import Request
+    from curvature.errors import InputError
+
+    def run(given: dict[str, Any]) -> None:
+        from analysis.compare.study import compare_runs
+        from analysis.registry import measure_checkpoints, read_runs
         from analysis.run.delivery import Delivery
         from analysis.show.screen import Screen
 
-        plan = InspectionPlan(k=k, rtol=rtol, layers=not no_layers, coupling=coupling)
-        screen = Screen(stderr=as_json)
-        vectors = plan.k + plan.num_bottom
-        with Delivery(screen, out, overwrite=overwrite, as_json=as_json, num_vectors=vectors) as delivery:
-            with screen:
-                request = request_of(task, checkpoint, checkpoint_key, params, device, micro_batch, seed, no_check)
-                run = run_inspection(request, plan, listener=screen)
-            delivery.deliver(run, write_report, lambda: show_inspection(screen, run.inspection))
-
-
-@app.command()
-def landscape(
-    task: TaskName,
-    directions: Annotated[
-        str,
-        typer.Option(help="random, eigenvectors, gradient, pca (of --trajectory) or path (of --to with --curve)."),
-    ] = "auto",
-    scaling: Annotated[str, typer.Option(help="Of random directions: filter, layer, raw or unit.")] = "filter",
-    scale_biases: Annotated[
-        bool, typer.Option("--scale-biases", help="Move biases and normalisation parameters, too.")
-    ] = False,
-    to: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="Look at the way to this checkpoint, too.")
-    ] = None,
-    curve: Annotated[
-        int, typer.Option(metavar="N", help="Spend N gradients on a curved way to --to that avoids high loss.")
-    ] = 0,
-    trajectory: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="CHECKPOINT", help="A checkpoint of the training; in order of time, several times."),
-    ] = None,
-    points: Annotated[int, typer.Option(help="Points along each axis.")] = 31,
-    radius: Annotated[
-        float | None, typer.Option(metavar="R", help="Steps run from -R to R. Default: what shows the valley.")
-    ] = None,
-    plane: Annotated[bool, typer.Option("--plane/--line", help="Look at a plane, or along lines only.")] = True,
-    checkpoint: Checkpoint = None,
-    checkpoint_key: CheckpointKey = None,
-    params: Params = None,
-    device: Device = None,
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a landscape that was interrupted.")] = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    no_check: NoCheck = False,
-    micro_batch: MicroBatch = None,
-) -> None:
-    """Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint."""
-    with errors_as_sentences():
-        from analysis.landscape.plan import LandscapePlan
-        from analysis.landscape.report import write_landscape_report
-        from analysis.landscape.screen import show_landscape
-        from analysis.landscape.store import LandscapePlace
-        from analysis.landscape.study import run_landscape
-        from analysis.run.delivery import deliver
-        from analysis.show.screen import Screen
-
-        plan = LandscapePlan(
-            directions=directions,  # type: ignore[arg-type]  # checked there
-            scaling=scaling,  # type: ignore[arg-type]  # likewise
-            scale_vectors=scale_biases,
-            points=points,
-            radius=radius,
-            plane=plane,
-            curve=curve,
-        )
-        screen = Screen(stderr=as_json)
-        with LandscapePlace(out, resume=resume, overwrite=overwrite) as place:
-            with screen:
-                request = request_of(
-                    task,
-                    checkpoint,
-                    checkpoint_key,
-                    params,
-                    device,
-                    micro_batch,
-                    seed,
-                    no_check,
-                    [*([to] if to else []), *(trajectory or ())],
-                )
-                run = run_landscape(
-                    request, plan, to=to, trajectory=trajectory or (), draft=place.draft, listener=screen
-                )
-            deliver(
-                screen,
-                place.reserved,
-                run,
-                write_landscape_report,
-                lambda: show_landscape(screen, run.landscape),
-                as_json=as_json,
-            )
-
-
-for study in (commands.sharpness, commands.conditioning, commands.critical, commands.noise, commands.implicit):
-    app.command()(study)
-
-
-@app.command()
-def compare(
-    what: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Run folders of one kind; or a task, with several of --checkpoint."),
-    ],
-    checkpoint: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Measure the task with these parameters; may be given several times."),
-    ] = None,
-    checkpoint_key: CheckpointKey = None,
-    of: Annotated[
-        str, typer.Option(help="What to measure of checkpoints: inspection, sharpness or noise.")
-    ] = "inspection",
-    level: Annotated[float, typer.Option(help="How likely any false alarm may be, over all numbers.")] = 0.05,
-    params: Params = None,
-    device: Device = None,
-    seed: Seed = 0,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    no_check: NoCheck = False,
-    micro_batch: MicroBatch = None,
-) -> None:
-    """Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."""
-    with errors_as_sentences():
-        from analysis.compare.study import account_of_comparison, compare_runs
-        from analysis.registry import KINDS, measure_checkpoints, read_runs
-        from analysis.run.delivery import Delivery
-        from analysis.show.screen import Screen
-        from analysis.show.study_screen import show_study
-
-        screen = Screen(stderr=as_json)
-        with Delivery(screen, out, overwrite=overwrite, as_json=as_json, name="comparison") as delivery:
-            if checkpoint:
-                if len(what) > 1:
-                    raise InputError(f"--checkpoint goes with one task, got {len(what)}: {', '.join(what)}.")
-                request = request_of(
-                    what[0], None, checkpoint_key, params, device, micro_batch, seed, no_check, checkpoint
-                )
+        asked, screen = made(_Compared, given), Screen(stderr=given["as_json"])
+        with Delivery(screen, **vars(made(_Output, given)), name="comparison") as delivery:
+            if asked.checkpoint:
+                if len(asked.what) > 1:
+                    raise InputError(f"--checkpoint goes with one task, got {', '.join(asked.what)}.")
+                request = made(Request, given, task=asked.what[0], checkpoint=None, command=_line())
                 try:
                     with screen:
                         runs, folders = measure_checkpoints(
-                            request, checkpoint, of, parent=Path("runs"), listener=screen
+                            request, asked.checkpoint, asked.of, parent=Path("runs"), listener=screen
                         )
                 except KeyboardInterrupt as stop:
                     raise type(stop)("checkpoints that were measured have their folders in runs.") from stop
             else:
-                if checkpoint_key is not None:
+                if "checkpoint_key" in given:
                     raise InputError("--checkpoint-key goes with --checkpoint, not with runs; leave it out.")
-                folders = [Path(folder) for folder in what]
+                folders = [Path(folder) for folder in asked.what]
                 runs = read_runs(folders)
-            command = shlex.join(["curvature", *sys.argv[1:]])
-            run = compare_runs(runs, folders, level=level, command=command)
-            delivery.deliver(
-                run, KINDS[run.kind].write_report, lambda: show_study(screen, account_of_comparison(run), None)
-            )
+            delivery.deliver(compare_runs(runs, folders, level=asked.level, command=_line()))
+
+    options = command("compare", _SUMMARIES["compare"], (_Compared, Request, _Output), run)
+    options.params = [option for option in options.params if option.name != "task"]
+    return options
 
 
 @app.command()
@@ -256,12 +180,13 @@ def report(
 ) -> None:
     """Write the report of a run that is there, anew or because it is missing."""
     with errors_as_sentences():
-        from analysis.registry import KINDS, load_any
-        from analysis.run.store import add_report, kind_of
+        from analysis.registry import load_run
+        from analysis.run.report import write_report
+        from analysis.run.saving import add_report
         from analysis.show.terminal import print_results
 
-        load_any(run)
-        add_report(run, KINDS[kind_of(run)].write_report)
+        record = load_run(run)
+        add_report(run, lambda folder: write_report(record, folder))
         print_results(f"report: {run / 'report.html'}")
 
 

@@ -1,93 +1,171 @@
-"""Every kind of run there is, by name: what measures it, what reads it, and what writes its report."""
+"""Every kind of run there is, by name: what measures it and what reads it, imported when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import importlib
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from analysis.compare.study import ComparisonRun, account_of_comparison
-from analysis.conditioning.study import CONDITIONING
-from analysis.critical.study import CRITICAL
-from analysis.implicit.study import IMPLICIT
-from analysis.inspection.plan import InspectionPlan
-from analysis.inspection.record import Run
-from analysis.inspection.report import write_report
-from analysis.inspection.study import run_inspection
-from analysis.landscape.report import write_landscape_report
-from analysis.landscape.store import LandscapeRun
-from analysis.noise.study import NOISE, NoisePlan
-from analysis.run.preparation import Request
-from analysis.run.report import report_writer
-from analysis.run.reservation import Place, reserve_free
-from analysis.run.store import Record, kind_of, load_record, save_run
-from analysis.run.study import Study, run_study
-from analysis.sharpness.study import SHARPNESS, SharpnessPlan
-from analysis.show.listener import Listener
-from curvature.errors import InputError
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["KINDS", "MEASUREMENTS", "STUDIES", "Kind", "load_any", "measure_checkpoints", "read_runs"]
+    from analysis.inspection.study import InspectionRun
+    from analysis.run.preparation import Request
+    from analysis.run.reservation import Place
+    from analysis.run.study import Study, StudyRun
+    from analysis.show.listener import Listener
+    from curvature.objective.objective import Objective
 
-STUDIES: dict[str, Study[Any, Any]] = {
-    study.record.kind: study for study in (SHARPNESS, CONDITIONING, CRITICAL, NOISE, IMPLICIT)
+__all__ = ["STUDIES", "inspect", "load_run", "measure", "measure_checkpoints", "read_runs", "study"]
+
+STUDIES = {
+    "inspect": ("analysis.inspection.study", "Inspect the curvature of a trained model: its spectrum, layer by layer."),
+    "landscape": (
+        "analysis.landscape.study",
+        "Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint.",
+    ),
+    "sharpness": ("analysis.sharpness.study", "Compute 27 sharpness measures and their invariances."),
+    "conditioning": (
+        "analysis.conditioning.study",
+        "Measure how ill-conditioned a loss is, layer by layer, and what preconditioners would gain.",
+    ),
+    "critical": (
+        "analysis.critical.study",
+        "Judge whether a point is a minimum, a saddle, a plateau or none of them, and where the loss falls.",
+    ),
+    "noise": (
+        "analysis.noise.study",
+        "Measure the noise of stochastic gradients: noise scale, critical batch size, which layers carry it.",
+    ),
+    "implicit": (
+        "analysis.implicit.study",
+        "Measure what SGD adds to the loss: the penalties on the gradient and on its variance over batches.",
+    ),
 }
-"""By kind, which is also the name of the command."""
-
-MEASUREMENTS = ("inspection", "sharpness", "noise")
-"""Kinds of runs that checkpoints can be measured by with the usual settings."""
+"""By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of run."""
+def study(kind: str) -> Study[Any, Any]:
+    """Return the study of a kind.
 
-    record: type[Record]
-    """What it is read as."""
-    write_report: Callable[[Path], Path]
-    """Writes the report into its folder."""
+    Raises:
+        InputError: for an unknown kind.
+    """
+    if kind not in STUDIES:
+        from curvature.errors import InputError
 
-
-KINDS: dict[str, Kind] = {
-    Run.kind: Kind(Run, write_report),
-    LandscapeRun.kind: Kind(LandscapeRun, write_landscape_report),
-    ComparisonRun.kind: Kind(ComparisonRun, report_writer(ComparisonRun, account_of_comparison)),
-    **{kind: Kind(study.record, report_writer(study.record, study.account)) for kind, study in STUDIES.items()},
-}
-"""By the kind that is written into the folder."""
+        raise InputError(f"there is no measurement {kind!r}; there are {', '.join(STUDIES)}.")
+    found: Study[Any, Any] = importlib.import_module(STUDIES[kind][0]).STUDY
+    return found
 
 
-def load_any(folder: Path | str) -> Record:
+def measure(
+    kind: str,
+    objective: Objective,
+    plan: Any = None,
+    *,
+    generator: torch.Generator | int,
+    name: str | None = None,
+    check: bool = True,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> StudyRun:
+    """Measure an objective as a command of this kind measures a task, and return the same record.
+
+    The record holds the result under `record.result`, and what produced it: settings, seed, versions, cost. Its
+    `report()` is what there is to tell, its `save(folder)` writes the folder of the command with the same page.
+
+    Args:
+        kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit".
+        objective: the loss at its point.
+        plan: the study's settings; or pass them one by one, as its plan names them.
+        generator: source of all random numbers, on the objective's device, or a seed.
+        name: what the model is called; its class by default.
+        check: whether to run the objective's self-check first.
+        listener: told about progress.
+        **settings: fields of the study's plan.
+
+    Raises:
+        InputError: for an unknown kind, or settings out of range.
+        CurvatureError: whatever stands in the way, with the remedy.
+
+    Example:
+        >>> import torch
+        >>> from curvature import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> objective = Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1)))
+        >>> run = measure("conditioning", objective, generator=0)  # of (w_1^2 + 4 w_2^2) / 2
+        >>> run.conditioning.whole.condition.value
+        4.0
+    """
+    from analysis.run.study import study_objective
+    from curvature.errors import InputError
+
+    found = study(kind)
+    if plan is not None and settings:
+        raise InputError(f"give a plan or single settings, not both; {', '.join(settings)} came beside one.")
+    plan = found.plan(**settings) if plan is None else plan
+    return study_objective(found, objective, plan, generator=generator, name=name, check=check, listener=listener)
+
+
+def inspect(
+    objective: Objective, plan: Any = None, *, generator: torch.Generator | int, **others: Any
+) -> InspectionRun:
+    """Inspect the curvature of an objective: `measure("inspect", ...)`, with the same arguments.
+
+    Example:
+        >>> import torch
+        >>> from curvature import Objective
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> run = inspect(Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1))), generator=0)
+        >>> run.inspection.top.eigenvalues  # of (w_1^2 + 4 w_2^2) / 2
+        tensor([4., 1.])
+    """
+    run: InspectionRun = measure("inspect", objective, plan, generator=generator, **others)  # type: ignore[assignment]
+    return run
+
+
+def load_run(folder: Path | str) -> StudyRun:
     """Read a run folder of whatever kind; tensors are those that were saved, bit for bit, on the CPU.
 
     Raises:
         InputError: if the folder holds no complete run, one of an unknown kind, or one written by another version.
     """
+    from analysis.run.store import kind_of, load_record
+
     kind = kind_of(folder)
-    if kind not in KINDS:
-        raise InputError(f"{folder} holds a run of the kind {kind!r}; this version knows {', '.join(KINDS)}.")
-    return load_record(folder, KINDS[kind].record)
+    if kind in STUDIES:
+        record: type[StudyRun] = study(kind).record
+        return load_record(folder, record)
+    from analysis.compare.study import ComparisonRun
+    from curvature.errors import InputError
+
+    if kind != ComparisonRun.kind:
+        raise InputError(f"{folder} holds a run of the kind {kind!r}; this version knows {', '.join(STUDIES)}.")
+    return load_record(folder, ComparisonRun)
 
 
-def read_runs(folders: Sequence[Path]) -> list[Record]:
+def read_runs(folders: Sequence[Path]) -> list[StudyRun]:
     """Return the runs of folders.
 
     Raises:
-        InputError: for fewer than two, or as `load_any`.
+        InputError: for fewer than two, or as `load_run`.
     """
     if len(folders) < 2:
+        from curvature.errors import InputError
+
         raise InputError("give at least two run folders, or a task with at least two of --checkpoint.")
-    return [load_any(folder) for folder in folders]
+    return [load_run(folder) for folder in folders]
 
 
 def measure_checkpoints(
-    request: Request,
-    checkpoints: Sequence[Path],
-    of: str,
-    *,
-    parent: Path,
-    listener: Listener | None = None,
-) -> tuple[list[Record], list[Path]]:
+    request: Request, checkpoints: Sequence[Path], of: str, *, parent: Path, listener: Listener
+) -> tuple[list[StudyRun], list[Path]]:
     """Measure a task at several checkpoints with the usual settings, and return the runs and their folders.
 
     Each run gets a folder of its own, complete with its report, as soon as it is there.
@@ -95,7 +173,7 @@ def measure_checkpoints(
     Args:
         request: which model, on what; its checkpoint is replaced.
         checkpoints: at least two.
-        of: what to measure, out of `MEASUREMENTS`.
+        of: what to measure, a study whose settings all have defaults.
         parent: where the folders go.
         listener: told about progress.
 
@@ -103,34 +181,35 @@ def measure_checkpoints(
         InputError: for fewer than two checkpoints, or an unknown measurement.
         CurvatureError: whatever stands in the way of a measurement.
     """
+    from curvature.errors import InputError
+
     if len(checkpoints) < 2:
         raise InputError(f"a comparison needs at least two of --checkpoint, got {len(checkpoints)}.")
-    if of not in MEASUREMENTS:
-        raise InputError(f"checkpoints can be compared by {', '.join(MEASUREMENTS)}, got {of!r}.")
+    if missing := [f.name for f in fields(study(of).plan) if f.default is MISSING]:
+        raise InputError(f"{of} takes {', '.join(missing)}; measure each checkpoint, then compare the run folders.")
     runs, folders = [], []
     for checkpoint in checkpoints:
-        run, folder = _kept(replace(request, checkpoint=checkpoint), of, parent, listener or Listener())
+        run, folder = _kept(replace(request, checkpoint=checkpoint), study(of), parent, listener)
         runs.append(run)
         folders.append(folder)
     return runs, folders
 
 
-def _kept(request: Request, of: str, parent: Path, listener: Listener) -> tuple[Record, Path]:
+def _kept(request: Request, found: Study[Any, Any], parent: Path, listener: Listener) -> tuple[StudyRun, Path]:
     """Measure one checkpoint, with a folder of its own reserved before."""
+    from analysis.run.report import write_report
+    from analysis.run.reservation import reserve_free
+    from analysis.run.saving import save_run
+    from analysis.run.study import run_study
+
     assert request.checkpoint is not None
-    stem, places = request.checkpoint.stem, list[Place]()
+    stem = request.checkpoint.stem
+    places: list[Place] = []
     listener.when_loaded = lambda task, _: places.append(reserve_free(parent, f"{task.name}-{stem}"))
     try:
-        run = _measured(request, of, listener)
-        save_run(run, places[0], finish=KINDS[run.kind].write_report)
+        run: StudyRun = run_study(found, request, found.plan(), listener=listener)
+        save_run(run, places[0], finish=lambda folder: write_report(run, folder))
         return run, places[0].shown
     finally:
         for place in places:
             place.release()
-
-
-def _measured(request: Request, of: str, listener: Listener) -> Record:
-    if of == Run.kind:
-        return run_inspection(request, InspectionPlan(), listener=listener)
-    plan = SharpnessPlan() if of == "sharpness" else NoisePlan()
-    return run_study(STUDIES[of], request, plan, listener=listener)

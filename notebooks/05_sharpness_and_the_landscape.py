@@ -39,7 +39,7 @@ from analysis.landscape.figures import plot_paths, plot_plane, plot_slice
 from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.landscape.paths import Place, bend_towards, loss_along_path
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessSettings, sharpness
+from analysis.sharpness.measure import SharpnessPlan, sharpness
 from analysis.tasks import load_task
 from curvature import Objective
 
@@ -78,9 +78,9 @@ with torch.no_grad():
     twin[3].weight.div_(5)
 print(f"largest difference between the outputs: {float((net(small[0]) - twin(small[0])).detach().abs().max()):.0e}")
 either = [Objective(model, nn.CrossEntropyLoss(), small) for model in (net, twin)]
-settings = SharpnessSettings(num_probes=4, num_steps=6, piece=50)
 quick = ["trace", "sam", "worst_l2", "average", "keskar", "adaptive_trace", "asam", "adaptive_worst_l2", "fisher_rao"]
-before, after = (sharpness(o, quick if FAST else None, settings=settings, generator=generator()) for o in either)
+plan = SharpnessPlan(num_probes=4, num_steps=6, piece=50, measures=quick if FAST else None)
+before, after = (sharpness(o, plan, generator=generator()) for o in either)
 plot_sharpness(after, reference=before, ax=axes(7, 1.2 + 0.27 * len(after.rows)))
 ratios = after.ratios(before)
 for row in before.rows:  # estimates agree like exact ones: they saw the same noise, stretched
@@ -117,7 +117,7 @@ for ax, scaling in zip(axes(8.5, 3.1, 2), ("raw", "filter"), strict=True):
 task = load_task("digits-mlp")
 objective = task.objective()
 names = ["top_eigenvalue", "trace", "adaptive_trace", "sam", "average", "fisher_rao"] if FAST else None
-table = sharpness(objective, names, generator=generator())
+table = sharpness(objective, measures=names, generator=generator())
 ax = plot_sharpness(table, ax=axes(7, 1.2 + 0.27 * len(table.rows)))
 
 # %% [markdown]

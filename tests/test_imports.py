@@ -41,7 +41,7 @@ ROOMS = {
     "curvature.linalg": "systems low_rank stochastic krylov base",
     "optimizers": "checks newton diagonal shared",
     "analysis": (
-        "entry cli commands registry compare inspection landscape sharpness conditioning critical training "
+        "entry cli registry compare inspection landscape sharpness conditioning critical training "
         "implicit noise alignment run tasks show records"
     ),
 }

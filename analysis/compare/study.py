@@ -13,13 +13,13 @@ from analysis.compare.figures import plot_comparison
 from analysis.compare.measure import compare
 from analysis.compare.results import Compared, Comparison
 from analysis.records.measured import Measured
-from analysis.run.store import Record, now, versions
+from analysis.run.store import now, versions
 from analysis.run.study import StudyRun
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.errors import InputError
 
-__all__ = ["ComparisonRun", "account_of_comparison", "compare_runs"]
+__all__ = ["ComparisonRun", "compare_runs"]
 
 _MOST_CARDS = 8
 
@@ -34,9 +34,13 @@ class ComparisonRun(StudyRun):
     comparison: Comparison
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self.comparison)
+
 
 def compare_runs(
-    runs: Sequence[Record], folders: Sequence[Path], *, level: float = 0.05, command: str = ""
+    runs: Sequence[StudyRun], folders: Sequence[Path], *, level: float = 0.05, command: str = ""
 ) -> ComparisonRun:
     """Compare runs of one kind number by number; the first is what the others are compared with.
 
@@ -58,7 +62,6 @@ def compare_runs(
     results = {name: getattr(run, run.result) for name, run in zip(names, runs, strict=True)}
     found = compare(results, level=level, same_data=same)
     first = runs[0]
-    size = first if isinstance(first, StudyRun) else getattr(first, first.result)
     return ComparisonRun(
         task=", ".join(str(folder) for folder in folders),
         name=" against ".join((names[-1], names[0])) if len(names) == 2 else f"{names[0]} and {len(names) - 1} others",
@@ -72,10 +75,10 @@ def compare_runs(
         checkpoint=None,
         data_sha256=first.data_sha256 if same else None,
         check=None,
-        num_params=size.num_params,
-        total_weight=float(size.total_weight),
-        dtype=size.dtype,
-        device=size.device,
+        num_params=first.num_params,
+        total_weight=float(first.total_weight),
+        dtype=first.dtype,
+        device=first.device,
         cost=None,
         comparison=found,
     )
@@ -93,19 +96,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def account_of_comparison(run: ComparisonRun) -> Account:
-    """Return what there is to tell of a comparison."""
-    found = run.comparison
-    chapters = [_numbers(found)]
-    chapters += [_ratios(found, model) for model in range(1, len(found.names))]
+def _report(found: Comparison) -> Report:
+    sections = [_numbers(found)]
+    sections += [_ratios(found, model) for model in range(1, len(found.names))]
     if found.overlaps is not None:
-        chapters.append(_overlaps(found))
-    return Account(
+        sections.append(_overlaps(found))
+    return Report(
         title="Comparison",
         facts=(f"{len(found.names)} models",),
         cards=_cards(found),
         findings=_findings(found),
-        chapters=tuple(chapters),
+        sections=tuple(sections),
         terms=_TERMS,
         method=(
             f"Differences to {found.names[0]}, divided by the root of the sum of squared errors, under Student's "
@@ -169,7 +170,7 @@ def _change(row: Compared, place: int) -> str:
     return f"{row.name} {direction}{by}"
 
 
-def _numbers(found: Comparison) -> Chapter:
+def _numbers(found: Comparison) -> Section:
     columns = ["number", *found.names]
     for name in found.names[1:]:
         columns += ["ratio", "p", f"{name}" if len(found.names) > 2 else "verdict"]
@@ -184,7 +185,7 @@ def _numbers(found: Comparison) -> Chapter:
         "Numbers with one standard error of the solver and, after the semicolon, over other data of the same size "
         "where it is known; p-values of the differences before the correction for their number."
     )
-    return Chapter(title="Number by number", sheets=(Sheet(caption=caption, columns=tuple(columns), rows=tuple(rows)),))
+    return Section(title="Number by number", tables=(Table(caption=caption, columns=tuple(columns), rows=tuple(rows)),))
 
 
 def _value(measured: Measured) -> str:
@@ -204,12 +205,12 @@ def _p(row: Compared, place: int) -> str:
     return "< 10⁻⁶" if value < 1e-6 else wording.number(value, 2)
 
 
-def _ratios(found: Comparison, model: int) -> Chapter:
+def _ratios(found: Comparison, model: int) -> Section:
     num_rows = sum(math.isfinite(row.ratios[model]) for row in found.rows)
-    return Chapter(
+    return Section(
         title=f"{found.names[model]} over {found.names[0]}",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name=f"ratios-{model}",
                 label=f"Ratios of the numbers of {found.names[model]} to those of {found.names[0]}, on a logarithmic "
                 "axis.",
@@ -226,19 +227,19 @@ def _draw(found: Comparison, model: int, ax: Any, colors: Any) -> object:
     return plot_comparison(found, model=model, ax=ax, colors=colors)
 
 
-def _overlaps(found: Comparison) -> Chapter:
+def _overlaps(found: Comparison) -> Section:
     assert found.overlaps is not None
     rows = tuple(
         (name, *(wording.number(v, 2) for v in row))
         for name, row in zip(found.names, found.overlaps.tolist(), strict=True)
     )
-    sheet = Sheet(
+    table = Table(
         caption="Overlap of the spaces that the largest eigenvectors span, |U'V|²/k: 1 for the same space, about "
         "k/n for unrelated ones. It says something of checkpoints of one run.",
         columns=("", *found.names),
         rows=rows,
     )
-    return Chapter(title="Do the sharpest directions stay?", sheets=(sheet,))
+    return Section(title="Do the sharpest directions stay?", tables=(table,))
 
 
 _TERMS = (

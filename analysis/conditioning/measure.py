@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from analysis.conditioning.results import Condition, Conditioning, ConditioningComparison
 from analysis.records.measured import Bounded, Measured
-from curvature.arguments import checked
+from analysis.records.plan import Plan, from_plan, setting
+from analysis.show.listener import Progress, stages
+from curvature.arguments import checked, checked_fields
 from curvature.environment.autocast import full_precision
-from curvature.errors import InputError
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
@@ -33,26 +34,36 @@ from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.spectrum import layer_spectra, spectrum
 
-__all__ = ["compare_conditioning", "conditioning"]
+__all__ = ["ConditioningPlan", "compare_conditioning", "conditioning"]
 
 _POINTS = 25  # of the effective dimension
 
 
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class ConditioningPlan(Plan):
+    """What to measure of the conditioning."""
+
+    matrix: Literal["hessian", "ggn"] = setting("hessian", "The Hessian, or the Gauss-Newton matrix.")
+    floor: float = setting(1e-6, "Leave out eigenvalues below this share of the largest.", above=0, below=1)
+    jacobi: bool = setting(True, "Try the diagonal as a preconditioner.")
+    block_diagonal: bool = setting(False, "Try the layers' own blocks as a preconditioner, built in full.")
+    layers: bool = setting(True, "Look at each layer, too.")
+    num_probes: int = setting(4, "Probes of each spectrum.", least=1)
+    num_steps: int = setting(30, "Block Lanczos steps of each spectrum.", least=1)
+    diagonal_matvecs: int = setting(64, "Products for the diagonal.", least=1)
+
+
+@from_plan(ConditioningPlan)
 @full_precision
 @checked
 def conditioning(
     objective: Objective,
+    plan: ConditioningPlan,
     *,
-    matrix: Literal["hessian", "ggn"] = "hessian",
-    floor: float = 1e-6,
-    jacobi: bool = True,
-    block_diagonal: bool = False,
     optimizers: Mapping[str, Any] | None = None,
-    layers: bool = True,
-    num_probes: int = 4,
-    num_steps: int = 30,
-    diagonal_matvecs: int = 64,
     generator: torch.Generator,
+    progress: Progress | None = None,
 ) -> Conditioning:
     """Measure condition numbers and ranks of a loss, of its layers, and with preconditioners.
 
@@ -73,19 +84,13 @@ def conditioning(
 
     Args:
         objective: the loss.
-        matrix: the Hessian, or the Gauss-Newton matrix.
-        floor: share of the largest |eigenvalue| that bounds the numerical range, in (0, 1).
-        jacobi: whether to try the diagonal.
-        block_diagonal: whether to try the layers' own blocks.
+        plan: settings; or pass them one by one.
         optimizers: by name, optimizers with state that hold these parameters.
-        layers: whether to look at each layer's block.
-        num_probes: of each spectrum.
-        num_steps: block Lanczos steps of each.
-        diagonal_matvecs: products for the diagonal.
         generator: source of the probes, on the objective's device.
+        progress: told the spectra as they are done.
 
     Raises:
-        InputError: for arguments out of range, or an optimizer of an unknown kind.
+        InputError: for settings out of range, or an optimizer of an unknown kind.
         NonFiniteError: if a product is not finite.
 
     Example:
@@ -97,47 +102,46 @@ def conditioning(
         >>> round(found.whole.condition.value, 3), round(found.gains["jacobi"].value, 3), round(found.max_stable_lr, 4)
         (100.0, 100.0, 0.02)
     """
-    if matrix not in ("hessian", "ggn"):
-        raise InputError(f"matrix must be 'hessian' or 'ggn', got {matrix!r}.")
-    if not 0 < floor < 1:
-        raise InputError(f"floor must lie in (0, 1), got {floor}.")
-    A = HessianOperator(objective) if matrix == "hessian" else GGNOperator(objective)
-    plan = SpectrumPlan(k=1, num_bottom=1, num_probes=num_probes, num_steps=num_steps, num_groups=0)
-    found = spectrum(A, plan, generator=generator)
+    floor = plan.floor
+    A = HessianOperator(objective) if plan.matrix == "hessian" else GGNOperator(objective)
+    settings = SpectrumPlan(k=1, num_bottom=1, num_probes=plan.num_probes, num_steps=plan.num_steps, num_groups=0)
+    tell = stages(progress, 1 + plan.jacobi + plan.block_diagonal + len(optimizers or {}) + plan.layers)
+    tell("the whole")
+    found = spectrum(A, settings, generator=generator)
     whole = _condition(found, "none", floor)
     notes = list(found.notes)
     changed: dict[str, MatrixLike] = {}
     diagonal_noise = 0.0
     if whole.largest.value > 0:
-        if jacobi:
-            estimate = diagonal(A, num_matvecs=diagonal_matvecs, generator=generator)
+        if plan.jacobi:
+            estimate = diagonal(A, num_matvecs=plan.diagonal_matvecs, generator=generator)
             changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.values.abs(), floor).to(A.dtype))
             if estimate.method != "exact":
                 diagonal_noise = float(estimate.stderr.norm() / estimate.values.norm())
                 notes.append(
                     f"The diagonal of the Jacobi preconditioner is estimated; relative noise {diagonal_noise:.2g}."
                 )
-        if block_diagonal:
+        if plan.block_diagonal:
             changed["block diagonal"] = _WithBlocks(A, _inverse_roots(A, floor))
-    elif jacobi or block_diagonal:
+    elif plan.jacobi or plan.block_diagonal:
         notes.append("The matrix is zero, so that it has no preconditioner.")
     for name, optimizer in (optimizers or {}).items():
         changed[name] = PreconditionedOperator.from_optimizer(A, optimizer, missing="identity")
-    preconditioned = [
-        replace(
-            _condition(spectrum(P, plan, generator=generator), name, floor),
-            estimated=name == "jacobi" and diagonal_noise > 0,
-        )
-        for name, P in changed.items()
-    ]
-    blocks = layer_spectra(A, plan, generator=generator) if layers else {}
+    preconditioned = []
+    for name, P in changed.items():
+        tell(f"with {name}")
+        condition = _condition(spectrum(P, settings, generator=generator), name, floor)
+        preconditioned.append(replace(condition, estimated=name == "jacobi" and diagonal_noise > 0))
+    if plan.layers:
+        tell("layer by layer")
+    blocks = layer_spectra(A, settings, generator=generator) if plan.layers else {}
     top = float(found.top.eigenvalues[0])
     damping = max(whole.largest.value, torch.finfo(torch.float32).tiny) * torch.logspace(
         math.log10(floor), 1, _POINTS, dtype=torch.float64
     )
     dimension = found.estimate(lambda x, w: found.density.dimension * (w @ _shares(x, damping)))
     return Conditioning(
-        matrix=matrix,
+        matrix=plan.matrix,
         floor=floor,
         whole=whole,
         preconditioned=tuple(preconditioned),

@@ -5,54 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import ClassVar
 
 from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
-from analysis.conditioning.measure import conditioning
+from analysis.conditioning.measure import ConditioningPlan, conditioning
 from analysis.conditioning.results import Condition, Conditioning
 from analysis.records.measured import Bounded, Measured
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
-from analysis.show.listener import Progress
-from curvature.arguments import checked_fields
-from curvature.errors import InputError
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
 
-__all__ = ["CONDITIONING", "ConditioningPlan", "ConditioningRun"]
+__all__ = ["STUDY", "ConditioningRun"]
 
 _ACCURACY = 0.01  # of the steps that are spoken of: to a hundredth of the distance
-
-
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class ConditioningPlan:
-    """What to measure.
-
-    Raises:
-        InputError: for a matrix of another name, or a floor out of range.
-    """
-
-    matrix: Literal["hessian", "ggn"] = "hessian"
-    """Of the loss."""
-    floor: float = 1e-6
-    """Share of the largest |eigenvalue| that bounds the numerical range."""
-    block_diagonal: bool = False
-    """Whether to try the layers' own blocks as a preconditioner, built in full."""
-    layers: bool = True
-    """Whether to look at each layer."""
-    num_probes: int = 4
-    """Of each spectrum."""
-    num_steps: int = 30
-    """Block Lanczos steps of each."""
-
-    def __post_init__(self) -> None:
-        if self.matrix not in ("hessian", "ggn"):
-            raise InputError(f"the matrix must be 'hessian' or 'ggn', got {self.matrix!r}.")
-        if not 0 < self.floor < 1:
-            raise InputError(f"the floor must lie between 0 and 1, got {self.floor}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,34 +31,22 @@ class ConditioningRun(StudyRun):
     conditioning: Conditioning
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self.conditioning)
+
 
 def _price(objective: Objective, plan: ConditioningPlan) -> float:
     spectrum = 2.0 * plan.num_probes * plan.num_steps
     blocks = max(block.num_params for block in objective.space.blocks) if plan.block_diagonal else 0
-    return spectrum * (2 + plan.layers + plan.block_diagonal) + 128.0 + 2.0 * blocks
-
-
-def _measure(
-    objective: Objective, plan: ConditioningPlan, generator: torch.Generator, progress: Progress
-) -> Conditioning:
-    progress("spectra", 0, 1)
-    return conditioning(
-        objective,
-        matrix=plan.matrix,
-        floor=plan.floor,
-        block_diagonal=plan.block_diagonal,
-        layers=plan.layers,
-        num_probes=plan.num_probes,
-        num_steps=plan.num_steps,
-        generator=generator,
-    )
+    each = 1 + plan.jacobi + plan.layers + plan.block_diagonal
+    return spectrum * each + 2.0 * plan.diagonal_matvecs * plan.jacobi + 2.0 * blocks
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _account(run: ConditioningRun) -> Account:
-    found = run.conditioning
+def _report(found: Conditioning) -> Report:
     matrix = "Hessian" if found.matrix == "hessian" else "Gauss-Newton matrix"
     exact = (
         "The matrix was small enough to be built in full."
@@ -103,12 +57,12 @@ def _account(run: ConditioningRun) -> Account:
             "without a gap, a condition number is known from below only."
         )
     )
-    return Account(
+    return Report(
         title="Conditioning",
         facts=(matrix,),
         cards=_cards(found),
         findings=_findings(found, matrix),
-        chapters=(_conditions(found), _dimension(found)),
+        sections=(_conditions(found), _dimension(found)),
         terms=_TERMS,
         method=exact,
         notes=found.notes,
@@ -211,13 +165,13 @@ def _steps(condition: Condition, found: Conditioning) -> str:
     return _kappa(condition.condition, found, lambda kappa: kappa * math.log(1 / _ACCURACY))
 
 
-def _conditions(found: Conditioning) -> Chapter:
+def _conditions(found: Conditioning) -> Section:
     rows = (("loss", found.whole), *((c.name, c) for c in (*found.preconditioned, *found.layers)))
     num_rows = 1 + len(found.preconditioned) + len(found.layers)
-    return Chapter(
+    return Section(
         title="Condition numbers",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="conditions",
                 label="Condition numbers of the whole, under preconditioners and of the layers; the table has the "
                 "numbers.",
@@ -227,8 +181,8 @@ def _conditions(found: Conditioning) -> Chapter:
                 height=1.3 + 0.28 * num_rows,
             ),
         ),
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="The same in numbers. Steps are those of gradient descent to a hundredth of the distance.",
                 columns=("matrix", "largest", "smallest", "condition", "effective rank", "stable rank", "steps"),
                 rows=tuple(_cells(name, condition, found) for name, condition in rows),
@@ -249,11 +203,11 @@ def _cells(name: str, c: Condition, found: Conditioning) -> tuple[str, ...]:
     )
 
 
-def _dimension(found: Conditioning) -> Chapter:
-    return Chapter(
+def _dimension(found: Conditioning) -> Section:
+    return Section(
         title="How many directions the data determine",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="effective-dimension",
                 label="Effective dimension against damping.",
                 caption="Sum of λ/(λ + z) over the positive eigenvalues: directions that the data determine beyond a "
@@ -281,4 +235,4 @@ _TERMS = (
 )
 
 
-CONDITIONING = Study(record=ConditioningRun, price=_price, measure=_measure, account=_account)
+STUDY = Study(record=ConditioningRun, plan=ConditioningPlan, measure=conditioning, price=_price)

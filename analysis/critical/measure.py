@@ -17,7 +17,9 @@ from torch import Tensor
 from analysis.critical.results import CriticalPoint, EscapeLine, PointKind
 from analysis.critical.symmetries import rescaling_symmetries
 from analysis.records.measured import Bounded, Measured
-from curvature.arguments import checked
+from analysis.records.plan import Plan, from_plan, setting
+from analysis.show.listener import Progress, stages
+from curvature.arguments import checked, checked_fields
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective.objective import Objective
@@ -28,7 +30,7 @@ from curvature.spectra.counts import count_between
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 
-__all__ = ["NoiseLaw", "critical_points", "gradient_p_value", "noise_law"]
+__all__ = ["CriticalPlan", "NoiseLaw", "critical_points", "gradient_p_value", "noise_law"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +69,33 @@ def gradient_p_value(ratio: float, law: NoiseLaw | None = None) -> float:
     return float(fdtrc(nu, law.count / law.second, scaled)) if scaled > 0 else 1.0
 
 
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class CriticalPlan(Plan):
+    """What to judge a point by."""
+
+    significance: float = setting(0.01, "p-value below which the gradient counts as not zero.", above=0, below=1)
+    gradient_tolerance: float | None = setting(
+        None, "Length up to which the gradient counts as zero, loss / parameter. Default: rounding.", least=0
+    )
+    flatness: float = setting(
+        1e-3, "Share of the largest |eigenvalue| within which one counts as zero.", above=0, below=1
+    )
+    num_bottom: int = setting(5, "Smallest eigenpairs to find.", least=1)
+    num_probes: int = setting(4, "Probes of the density.", least=1)
+    num_steps: int = setting(30, "Block Lanczos steps.", least=1)
+    reach: float | None = setting(
+        None, "Longest step along the escape line. Default: a tenth of |theta|, or 1 at zero.", above=0
+    )
+    num_points: int = setting(21, "Losses along it, made odd.", least=3)
+    symmetries: bool = setting(True, "Try scales of layers.")
+
+
+@from_plan(CriticalPlan)
 @full_precision
 @checked
 def critical_points(
-    objective: Objective,
-    *,
-    significance: float = 0.01,
-    gradient_tolerance: float | None = None,
-    flatness: float = 1e-3,
-    num_bottom: int = 5,
-    num_probes: int = 4,
-    num_steps: int = 30,
-    reach: float | None = None,
-    num_points: int = 21,
-    symmetries: bool = True,
-    generator: torch.Generator,
+    objective: Objective, plan: CriticalPlan, *, generator: torch.Generator, progress: Progress | None = None
 ) -> CriticalPoint:
     """Judge the objective's point: critical or not, and of which kind.
 
@@ -104,21 +118,14 @@ def critical_points(
 
     Args:
         objective: the loss at its point.
-        significance: p-value below which the gradient counts as not zero.
-        gradient_tolerance: |g| at most this counts as zero whatever the noise, loss / parameter. Default: what rounding
-            leaves of it: 10 eps^(1/2) times the root mean square of per-example gradients, or 10 eps |H| |theta| if
-            that is larger; needed where single gradients are not to be had.
-        flatness: tolerance of the curvature as a share of the largest |eigenvalue|.
-        num_bottom: smallest eigenpairs to find.
-        num_probes: of the density.
-        num_steps: block Lanczos steps.
-        reach: longest step along the escape line. Default: a tenth of |theta|, or 1 at zero.
-        num_points: losses along it; made odd.
-        symmetries: whether to try scales of layers.
+        plan: settings; or pass them one by one. What rounding leaves of |g| is 10 eps^(1/2) times the root mean square
+            of per-example gradients, or 10 eps |H| |theta| if that is larger; a `gradient_tolerance` is needed where
+            single gradients are not to be had.
         generator: source of the probes, on the objective's device.
+        progress: told the stages.
 
     Raises:
-        InputError: for arguments out of range, or without per-example gradients and without `gradient_tolerance`.
+        InputError: for settings out of range, or without per-example gradients and without `gradient_tolerance`.
         NonFiniteError: if a product is not finite.
 
     Example:
@@ -131,24 +138,30 @@ def critical_points(
         >>> point.kind, point.index_at_least, point.escape.drop > 0  # of (1 - v w)^2
         ('saddle', 1, True)
     """
-    _check(significance, gradient_tolerance, flatness, reach, num_points)
     notes: list[str] = []
+    tell = stages(progress, 3 + plan.symmetries)
+    tell("gradient and its noise")
     loss, gradient = objective.loss_and_gradient()
     norm = float(gradient.norm())
-    noise, floor, law = _noise(objective, gradient_tolerance, notes)
+    noise, floor, law = _noise(objective, plan.gradient_tolerance, notes)
     p_value = None
     if noise is not None:
         p_value = gradient_p_value((norm / noise) ** 2, law) if noise > 0 else float(norm == 0)
-    plan = SpectrumPlan(
-        k=1, num_bottom=min(num_bottom, objective.num_params), num_probes=num_probes, num_steps=num_steps, num_groups=0
+    tell("spectrum")
+    settings = SpectrumPlan(
+        k=1,
+        num_bottom=min(plan.num_bottom, objective.num_params),
+        num_probes=plan.num_probes,
+        num_steps=plan.num_steps,
+        num_groups=0,
     )
-    found = spectrum(HessianOperator(objective), plan, generator=generator)
+    found = spectrum(HessianOperator(objective), settings, generator=generator)
     notes += found.notes
     low, high = found.bottom.eigenvalues, found.top.eigenvalues
     lowest = Measured(value=float(low[-1]), stderr=float(found.bottom.residual_norms[-1]), residual=True)
     largest = Measured(value=float(high[0]), stderr=float(found.top.residual_norms[0]), residual=True)
-    tolerance = flatness * max(abs(lowest.value), abs(largest.value))
-    if gradient_tolerance is None:  # what rounding of theta makes of the gradient, where single ones vanish, too
+    tolerance = plan.flatness * max(abs(lowest.value), abs(largest.value))
+    if plan.gradient_tolerance is None:  # what rounding of theta makes of the gradient, where single ones vanish, too
         bend = max(abs(lowest.value), abs(largest.value))
         floor = max(floor, 10 * torch.finfo(objective.dtype).eps * bend * float(objective.space.current().norm()))
     at_least = int((low < -tolerance).sum())
@@ -158,10 +171,15 @@ def critical_points(
     index = Bounded.between(max(least, at_least), max(most, at_least))
     direction = found.bottom.eigenvectors[:, -1].to(gradient)
     direction = -direction if float(gradient @ direction) > 0 else direction
-    escape = _escape(objective, direction, float(gradient @ direction), lowest.value, reach, num_points)
+    tell("along the least curvature")
+    escape = _escape(objective, direction, float(gradient @ direction), lowest.value, plan)
     falls = escape.falls(tolerance, torch.finfo(objective.dtype).eps)
-    kind, why = _judge(norm, floor, p_value, significance, lowest, largest, tolerance, at_least, found.exact, falls)
-    trials, flat = rescaling_symmetries(objective) if symmetries else ((), None)
+    kind, why = _judge(
+        norm, floor, p_value, plan.significance, lowest, largest, tolerance, at_least, found.exact, falls
+    )
+    if plan.symmetries:
+        tell("symmetries")
+    trials, flat = rescaling_symmetries(objective) if plan.symmetries else ((), None)
     if flat is not None and flat.shape[1] > 1 and int(torch.linalg.matrix_rank(flat)) < flat.shape[1]:
         notes.append("Some of the symmetries that hold are combinations of others.")
     return CriticalPoint(
@@ -275,27 +293,11 @@ def _judge(
     )
 
 
-def _escape(
-    objective: Objective, u: Tensor, slope: float, curvature: float, reach: float | None, num_points: int
-) -> EscapeLine:
+def _escape(objective: Objective, u: Tensor, slope: float, curvature: float, plan: CriticalPlan) -> EscapeLine:
     theta = objective.space.current()
-    reach = reach or 0.1 * float(theta.norm()) or 1.0
-    half = num_points // 2
+    reach = plan.reach or 0.1 * float(theta.norm()) or 1.0
+    half = plan.num_points // 2
     steps = torch.linspace(-1, 1, 2 * half + 1, dtype=torch.float64) * reach
     steps[half] = 0.0
     losses = [loss_at(objective, theta + t * u.to(theta)).value for t in steps.tolist()]
     return EscapeLine(steps=steps, losses=torch.tensor(losses, dtype=torch.float64), slope=slope, curvature=curvature)
-
-
-def _check(
-    significance: float, gradient_tolerance: float | None, flatness: float, reach: float | None, num_points: int
-) -> None:
-    for name, value in (("significance", significance), ("flatness", flatness)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} must lie in (0, 1), got {value}.")
-    if gradient_tolerance is not None and not gradient_tolerance >= 0:
-        raise InputError(f"gradient_tolerance must not be negative, got {gradient_tolerance}.")
-    if reach is not None and not (reach > 0 and math.isfinite(reach)):
-        raise InputError(f"reach must be positive and finite, got {reach}.")
-    if num_points < 3:
-        raise InputError(f"num_points must be at least 3, got {num_points}.")

@@ -5,52 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from analysis.critical.figures import plot_escape
-from analysis.critical.measure import critical_points
+from analysis.critical.measure import CriticalPlan, critical_points
 from analysis.critical.results import CriticalPoint
 from analysis.records.measured import Bounded
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
-from analysis.show.listener import Progress
-from curvature.arguments import checked_fields
-from curvature.errors import InputError
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
 
-__all__ = ["CRITICAL", "CriticalPlan", "CriticalRun"]
-
-
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class CriticalPlan:
-    """What to judge by.
-
-    Raises:
-        InputError: for values out of range.
-    """
-
-    significance: float = 0.01
-    """p-value below which the gradient counts as not zero."""
-    gradient_tolerance: float | None = None
-    """Length up to which it counts as zero whatever its noise; None for what rounding leaves."""
-    flatness: float = 1e-3
-    """Share of the largest |eigenvalue| within which one counts as zero."""
-    num_bottom: int = 5
-    """Smallest eigenpairs to find."""
-    num_probes: int = 4
-    """Of the density."""
-    num_steps: int = 30
-    """Block Lanczos steps."""
-    symmetries: bool = True
-    """Whether to try scales of layers."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.significance < 1:
-            raise InputError(f"the significance must lie between 0 and 1, got {self.significance}.")
-        if not 0 < self.flatness < 1:
-            raise InputError(f"the flatness must lie between 0 and 1, got {self.flatness}.")
+__all__ = ["STUDY", "CriticalRun"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,41 +27,29 @@ class CriticalRun(StudyRun):
     critical: CriticalPoint
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self.critical, self.num_params)
+
 
 def _price(objective: Objective, plan: CriticalPlan) -> float:
     symmetries = 6.0 * len(objective.space.blocks) if plan.symmetries else 0.0
     return 2.0 * plan.num_probes * plan.num_steps + 12.0 + symmetries
 
 
-def _measure(objective: Objective, plan: CriticalPlan, generator: torch.Generator, progress: Progress) -> CriticalPoint:
-    progress("gradient and spectrum", 0, 1)
-    return critical_points(
-        objective,
-        significance=plan.significance,
-        gradient_tolerance=plan.gradient_tolerance,
-        flatness=plan.flatness,
-        num_bottom=plan.num_bottom,
-        num_probes=plan.num_probes,
-        num_steps=plan.num_steps,
-        symmetries=plan.symmetries,
-        generator=generator,
-    )
-
-
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _account(run: CriticalRun) -> Account:
-    found = run.critical
-    chapters = [_escape(found)]
+def _report(found: CriticalPoint, num_params: int) -> Report:
+    sections = [_escape(found)]
     if found.symmetries:
-        chapters.append(_symmetries(found))
-    return Account(
+        sections.append(_symmetries(found))
+    return Report(
         title="Critical point",
         facts=(f"{wording.count(found.num_matvecs)} Hessian products",),
         cards=_cards(found),
-        findings=_findings(found, run.num_params),
-        chapters=tuple(chapters),
+        findings=_findings(found, num_params),
+        sections=tuple(sections),
         terms=_TERMS,
         method=(
             "The Hessian was built in full: both counts are certain."
@@ -188,11 +140,11 @@ def _way_down(found: CriticalPoint) -> str:
     return f"{text}."
 
 
-def _escape(found: CriticalPoint) -> Chapter:
-    return Chapter(
+def _escape(found: CriticalPoint) -> Section:
+    return Section(
         title="The way of least curvature",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="escape",
                 label="The loss along the direction of least curvature, and its quadratic model.",
                 caption="The loss along the eigenvector of the smallest eigenvalue (dots), and what slope and "
@@ -203,7 +155,7 @@ def _escape(found: CriticalPoint) -> Chapter:
     )
 
 
-def _symmetries(found: CriticalPoint) -> Chapter:
+def _symmetries(found: CriticalPoint) -> Section:
     rows = tuple(
         (
             s.name,
@@ -214,13 +166,13 @@ def _symmetries(found: CriticalPoint) -> Chapter:
         )
         for s in found.symmetries
     )
-    sheet = Sheet(
+    table = Table(
         caption="Scales of layers that were tried: relative change of the loss, and what is left of the identities "
         "that gradient and Hessian obey where the change is a symmetry.",
         columns=("scales", "loss", "gradient", "Hessian", "symmetry"),
         rows=rows,
     )
-    return Chapter(title="Directions that are flat whatever the data", sheets=(sheet,))
+    return Section(title="Directions that are flat whatever the data", tables=(table,))
 
 
 _TERMS = (
@@ -238,4 +190,4 @@ _TERMS = (
 )
 
 
-CRITICAL = Study(record=CriticalRun, price=_price, measure=_measure, account=_account)
+STUDY = Study(record=CriticalRun, plan=CriticalPlan, measure=critical_points, price=_price)

@@ -12,7 +12,6 @@ with C_k the loss of batch k and C their mean (Smith, Dherin, Barrett and De 202
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from analysis.implicit.results import (
     penalty_factors,
 )
 from analysis.noise.measure import HEAVY_TAILS, inner_products, is_one_batch
+from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import DataError, InputError
@@ -37,6 +37,9 @@ from curvature.results.estimates import EigenPairs
 from curvature.results.intervals import LIGHT_TAILS, spread_of, tail_exponent
 
 __all__ = ["adam_correction", "example_trace_gradient", "implicit_regularization", "penalty_gradients"]
+
+
+_STAGE = "penalties"
 
 
 @full_precision
@@ -52,7 +55,7 @@ def implicit_regularization(
     directions: bool = False,
     top: EigenPairs | None = None,
     norms: GradientNorms | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ImplicitRegularization:
     """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
 
@@ -150,7 +153,7 @@ def implicit_regularization(
 @full_precision
 @checked
 def penalty_gradients(
-    objective: Objective, *, weight_decay: float = 0.0, progress: Callable[[int], None] | None = None
+    objective: Objective, *, weight_decay: float = 0.0, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (n,) of |g|^2 and of (1/m) sum_k |g_k - g|^2 over the objective's batches, and g, (n,).
 
@@ -169,21 +172,22 @@ def penalty_gradients(
         own += products[1]
         count += 1
         if progress is not None:
-            progress(count)
+            progress(_STAGE, count, objective.num_batches or count)
     # sum_k H_k g_k / m - H g = sum_k H_k (g_k - g) / m, decay and all: its terms lambda (g_k - g) add up to zero
     return 2 * (Hg / count + weight_decay * whole), 2 * own / count, whole
 
 
 @full_precision
 @checked
-def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Callable[[int], None] | None = None) -> Tensor:
+def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Progress | None = None) -> Tensor:
     """Return the gradient (n,) of Gamma = (1/N) sum_i (w_i / w)^2 |g_i - g|^2, g the objective's gradient.
 
     (2/N) sum_i (w_i / w)^2 (H_i - H)(g_i - g): a gradient and a Hessian product an example, each on its own graph.
     """
     count, total = 0, 0.0
     own, rest = torch.zeros_like(g, dtype=torch.float64), torch.zeros_like(g, dtype=torch.float64)
-    for lin in objective.cut(1).linearizations():
+    pieces = objective.cut(1)
+    for lin in pieces.linearizations():
         count += 1
         if lin.weight != 0:
             total += lin.weight
@@ -191,7 +195,7 @@ def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Callabl
             own += lin.weight**2 * lin.hvp(apart[None])[0].double()
             rest += lin.weight**2 * apart.double()
         if progress is not None:
-            progress(count)
+            progress(_STAGE, count, pieces.num_batches or count)
     rest = rest.to(g)  # zero but for rounding where all examples count alike
     return (2 * count / total**2 * (own - (HessianOperator(objective) @ rest).double())).to(g)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from analysis.implicit.measure import example_trace_gradient
+from analysis.records.plan import Plan, setting
 from curvature.arguments import checked_fields
 from curvature.data.tensors import tensors_in
 from curvature.environment.cost import median_seconds
-from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
 __all__ = ["ImplicitPlan", "num_pieces", "num_products", "price"]
@@ -21,33 +20,16 @@ _SAMPLE = 4  # pieces that are timed
 
 @checked_fields
 @dataclass(frozen=True, kw_only=True)
-class ImplicitPlan:
-    """How the model was, or would be, trained.
+class ImplicitPlan(Plan):
+    """How the model was, or would be, trained."""
 
-    Raises:
-        InputError: for values out of range.
-    """
-
-    lr: float
-    """Learning rate."""
-    batch_size: int | None = None
-    """In examples; None takes the batches of the task as they are."""
-    drop_last: bool = False
-    """Whether examples that fill no batch are left out of an epoch, rather than a short batch."""
-    momentum: float = 0.0
-    """Heavy-ball momentum."""
-    weight_decay: float = 0.0
-    """Of `torch.optim.SGD`."""
-    directions: bool = True
-    """Whether to look where the penalties push, too."""
-    k: int = 3
-    """Against how many of the sharpest directions."""
-
-    def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise InputError(f"the learning rate must be positive and finite, got {self.lr}.")
-        if self.k < 1:
-            raise InputError(f"at least one of the sharpest directions must be looked at, got {self.k}.")
+    lr: float = setting(text="Learning rate of SGD.", above=0)
+    batch_size: int | None = setting(None, "In examples. Default: the batches of the task as they are.")
+    drop_last: bool = setting(False, "An epoch leaves out the examples that fill no batch.")
+    momentum: float = setting(0.0, "Heavy-ball momentum of SGD.", least=0, below=1)
+    weight_decay: float = setting(0.0, "Weight decay of SGD.", least=0)
+    directions: bool = setting(True, "Look where the penalties push, too.")
+    k: int = setting(3, "How many of the sharpest directions to look against.", least=1)
 
 
 def price(objective: Objective, plan: ImplicitPlan) -> float:

@@ -14,14 +14,15 @@ from analysis.implicit.measure import implicit_regularization
 from analysis.implicit.plan import ImplicitPlan, num_pieces, num_products, price
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
 from analysis.records.measured import Measured
+from analysis.records.plan import from_plan
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
 from analysis.show.listener import Progress
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
 from curvature.spectra.top_eigenpairs import top_eigenpairs
 
-__all__ = ["IMPLICIT", "ImplicitPlan", "ImplicitRun", "ImplicitStudy"]
+__all__ = ["STUDY", "ImplicitRun", "ImplicitStudy", "measure_implicit"]
 
 _SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
 
@@ -48,8 +49,21 @@ class ImplicitRun(StudyRun):
     implicit: ImplicitStudy
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self)
 
-def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generator, progress: Progress) -> ImplicitStudy:
+
+@from_plan(ImplicitPlan)
+def measure_implicit(
+    objective: Objective,
+    plan: ImplicitPlan,
+    *,
+    generator: torch.Generator,
+    progress: Progress | None = None,
+) -> ImplicitStudy:
+    """Measure both penalties that SGD adds to the loss, and where they push against the sharpest directions."""
+    progress = progress or (lambda *_: None)
     top, products = None, num_products(plan.k) * plan.directions
     total = products + num_pieces(objective, plan.batch_size)
     if plan.directions:
@@ -70,7 +84,7 @@ def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generato
         weight_decay=plan.weight_decay,
         directions=plan.directions,
         top=top,
-        progress=lambda done: progress("penalties", products + done, total),
+        progress=lambda stage, done, _: progress(stage, products + done, total),
     )
     largest = found.layers[int(found.layer_batch_variances.argmax())]
     values = () if top is None else tuple(top.eigenvalues.tolist())
@@ -80,19 +94,19 @@ def _measure(objective: Objective, plan: ImplicitPlan, generator: torch.Generato
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _account(run: ImplicitRun) -> Account:
+def _report(run: ImplicitRun) -> Report:
     found = run.implicit.regularization
-    chapters = [_layers(found)]
+    sections = [_layers(found)]
     if math.isfinite(found.num_examples):
-        chapters.append(_batch_sizes(found))
+        sections.append(_batch_sizes(found))
     if found.batch is not None and found.full is not None:
-        chapters.append(_directions(run.implicit, found.full, found.batch))
-    return Account(
+        sections.append(_directions(run.implicit, found.full, found.batch))
+    return Report(
         title="Implicit regularization",
         facts=(f"lr {found.lr:g}", f"batches of {wording.count(found.batch_size)}"),
         cards=_cards(run.implicit, decay=bool(run.settings["weight_decay"])),
         findings=_findings(run.implicit),
-        chapters=tuple(chapters),
+        sections=tuple(sections),
         terms=_TERMS,
         method=_method(found),
         notes=_notes(run.implicit),
@@ -213,17 +227,17 @@ def _elsewhere(found: ImplicitRegularization) -> str:
         if 1 <= size <= N
     ]
     text = f"The variance penalty would be {' and '.join(parts)}. " if parts else ""
-    least = bisect.bisect_left(range(1, N), True, key=lambda size: _whole(found, size) <= 0.01 * found.loss) + 1
+    least = (
+        bisect.bisect_left(
+            range(1, N), True, key=lambda size: found.batch_penalty_at(size, drop_last=True) <= 0.01 * found.loss
+        )
+        + 1
+    )
     if least == 1:
         return text + "It is below 1 % of the loss at every batch size."
     if least == N:
         return text + "It is above 1 % of the loss at every batch size short of all examples."
     return text + f"From a batch of {wording.count(least)} on, whole batches keep it below 1 % of the loss."
-
-
-def _whole(found: ImplicitRegularization, size: int) -> float:
-    """Return the penalty of an epoch without a short batch."""
-    return found.batch_penalty_at(size, drop_last=True)
 
 
 def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
@@ -261,7 +275,7 @@ def _validity(study: ImplicitStudy) -> str:
     )
 
 
-def _layers(found: ImplicitRegularization) -> Chapter:
+def _layers(found: ImplicitRegularization) -> Section:
     columns = (found.layer_full_penalties, found.layer_batch_penalties)
     total = found.batch_penalty
     rows = tuple(
@@ -273,10 +287,10 @@ def _layers(found: ImplicitRegularization) -> Chapter:
         )
         for name, full, noise in zip(found.layers, *(c.tolist() for c in columns), strict=True)
     )
-    return Chapter(
+    return Section(
         title="Layers",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="penalties",
                 label="Both penalties layer by layer as bars; the table below has the numbers.",
                 caption="What each layer adds to both penalties, in units of the loss.",
@@ -284,8 +298,8 @@ def _layers(found: ImplicitRegularization) -> Chapter:
                 height=1.3 + 0.3 * len(found.layers),
             ),
         ),
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="Penalties by layer, in units of the loss.",
                 columns=("layer", "full gradient", "variance", "share"),
                 rows=rows,
@@ -294,11 +308,11 @@ def _layers(found: ImplicitRegularization) -> Chapter:
     )
 
 
-def _batch_sizes(found: ImplicitRegularization) -> Chapter:
-    return Chapter(
+def _batch_sizes(found: ImplicitRegularization) -> Section:
+    return Section(
         title="Batch sizes",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="penalty-by-batch-size",
                 label="Loss, full-gradient penalty and variance penalty against the batch size.",
                 caption="The variance penalty of whole batches against their size, from the same pass: it falls as "
@@ -310,7 +324,7 @@ def _batch_sizes(found: ImplicitRegularization) -> Chapter:
     )
 
 
-def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDirection) -> Chapter:
+def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDirection) -> Section:
     found = study.regularization
     rows = []
     for name, direction in (("full gradient", full), ("variance", batch)):
@@ -323,10 +337,10 @@ def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDire
         ]
         rows.append((*cells, wording.number(rate, 3)))
     tops = tuple(f"with u{wording.subscript(i)}" for i in range(1, len(study.eigenvalues) + 1))
-    return Chapter(
+    return Section(
         title="Where the penalties push",
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="Gradients of the penalties: length, cosine with the loss gradient, with the sharpest "
                 f"directions (λ = {', '.join(wording.number(v, 3) for v in study.eigenvalues)}), and the change of the "
                 "largest eigenvalue that descending it for an epoch brings, to first order.",
@@ -363,13 +377,9 @@ _TERMS = (
 
 def _method(found: ImplicitRegularization) -> str:
     if math.isfinite(found.num_examples):
-        text = (
-            "The variance of single examples' gradients from one pass over them gives the penalty at every batch size."
-        )
+        text = "The variance of single examples' gradients, from one pass, gives the penalty at every batch size."
     else:
-        text = (
-            "Gradients of the batches as they are gave both penalties; without --batch-size other sizes are not known."
-        )
+        text = "Gradients of the batches gave both penalties; without --batch-size other sizes are not known."
     if found.batch is not None:
         each = "example" if math.isfinite(found.num_examples) else "batch"
         text += f" Gradients of the penalties are Hessian products of each {each} with its own gradient, 2 H g."
@@ -389,4 +399,4 @@ def _notes(study: ImplicitStudy) -> tuple[str, ...]:
     return tuple(notes)
 
 
-IMPLICIT = Study(record=ImplicitRun, price=price, measure=_measure, account=_account)
+STUDY = Study(record=ImplicitRun, plan=ImplicitPlan, measure=measure_implicit, price=price)

@@ -6,12 +6,12 @@ product with z tells of the blocks between b and every layer a at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from analysis.inspection.plan import COUPLING
 from analysis.inspection.results import LayerCoupling
+from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
@@ -30,7 +30,7 @@ def layer_coupling(
     *,
     num_probes: int = 8,
     generator: torch.Generator,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LayerCoupling:
     """Estimate |H_ab|_F for every pair of layers.
 
@@ -46,7 +46,7 @@ def layer_coupling(
         objective: its layers are `objective.space.blocks`; a tensor that modules share belongs to the first of them.
         num_probes: for each layer, at least 2. The relative error of a norm is at most about (2 num_probes)^(-1/2).
         generator: source of the probes, on the objective's device.
-        progress: told the number of columns after each product.
+        progress: told after each layer how many products are done.
 
     Raises:
         InputError: for too few probes or a generator elsewhere.
@@ -82,7 +82,7 @@ def layer_coupling(
         else:
             squares[:, b], errors[:, b] = mean_and_stderr(samples, dim=1)
         if progress is not None:
-            progress(Z.shape[1])
+            progress(COUPLING, done, sum(min(block.num_params, num_probes) for block in blocks))
     squares, errors = _of_both_sides(squares, errors, exact)
     norms = squares.sqrt()
     return LayerCoupling(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from analysis.inspection.plan import DIAGONAL_MATVECS, MOST_COLUMNS
+from analysis.inspection.plan import DIAGONAL, DIAGONAL_MATVECS, MOST_COLUMNS
 from analysis.inspection.results import LayerDiagonals
+from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
@@ -29,7 +28,7 @@ def layer_diagonals(
     top: EigenPairs | None = None,
     num_matvecs: int = DIAGONAL_MATVECS,
     generator: torch.Generator,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LayerDiagonals:
     """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
 
@@ -42,7 +41,7 @@ def layer_diagonals(
         top: eigenpairs that are known; they are taken out of the estimate at no product.
         num_matvecs: products to spend where the diagonal has to be estimated.
         generator: source of the sign vectors, on the objective's device.
-        progress: told the number of columns after each product.
+        progress: told after each product how many are done.
 
     Raises:
         NonFiniteError: if an entry or a product is not finite.
@@ -63,23 +62,15 @@ def _estimated(
     top: EigenPairs | None,
     num_matvecs: int,
     generator: torch.Generator,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
 ) -> LayerDiagonals:
-    before = 0
-
-    def callback(spent: int, _: str) -> None:
-        nonlocal before
-        if progress is not None:
-            progress(spent - before)
-        before = spent
-
     estimate = diagonal(
         HessianOperator(objective),
         num_matvecs=max(4, num_matvecs),  # the least it takes; never more than parameters are spent
         eigenpairs=top,
         generator=generator,
         keep_samples=True,
-        callback=callback,
+        callback=None if progress is None else lambda spent, _: progress(DIAGONAL, spent, num_matvecs),
     )
     rows = summarise_diagonal(estimate, objective.space).rows
     exact = not bool(estimate.stderr.any())

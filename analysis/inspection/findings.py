@@ -6,7 +6,7 @@ import math
 
 from analysis.inspection.results import Inspection, LayerCurvature
 from analysis.records.measured import Measured
-from analysis.show.account import Finding
+from analysis.show.report import Finding
 from analysis.show.wording import THIN, count, number, quantity, share
 
 __all__ = ["findings"]

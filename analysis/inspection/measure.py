@@ -22,6 +22,7 @@ from analysis.inspection.low_rank import low_rank_error
 from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.records.measured import Measured
+from analysis.records.plan import from_plan
 from analysis.run.meter import Meter
 from analysis.show.listener import Progress
 from curvature.arguments import checked
@@ -36,20 +37,11 @@ from curvature.spectra.spectrum import layer_spectra, spectrum
 __all__ = ["inspect_model"]
 
 
+@from_plan(InspectionPlan)
 @full_precision
 @checked
 def inspect_model(
-    objective: Objective,
-    *,
-    k: int = 10,
-    num_bottom: int = 3,
-    rtol: float = 1e-3,
-    num_probes: int = 4,
-    num_steps: int = 24,
-    layers: bool = True,
-    coupling: bool = False,
-    generator: torch.Generator,
-    progress: Progress | None = None,
+    objective: Objective, plan: InspectionPlan, *, generator: torch.Generator, progress: Progress | None = None
 ) -> Inspection:
     """Measure loss, gradient and the spectrum of the Hessian of an objective, each with its uncertainty and its price.
 
@@ -62,14 +54,7 @@ def inspect_model(
     Args:
         objective: what to inspect; its `check()` is the caller's choice. Data in four batches or more (`micro_batch=`
             cuts them) yield errors over the data.
-        k: how many of the largest eigenvalues.
-        num_bottom: how many of the smallest.
-        rtol: residual of the largest eigenpairs relative to the eigenvalue; those of layers have ten times that, the
-            smallest thirty times.
-        num_probes: random start vectors, at least 2; uncertainties fall as their square root.
-        num_steps: block Lanczos steps, at least 4.
-        layers: whether to inspect each module's own block, too, and its part of the diagonal.
-        coupling: whether to measure how strongly layers act on each other: `COUPLING_PROBES` products more a layer.
+        plan: settings; or pass them one by one.
         generator: source of all probes, on the objective's device.
         progress: called after each product with what is being computed and the products done and planned.
 
@@ -77,15 +62,6 @@ def inspect_model(
         InputError: for settings out of range, or vectors that do not fit into memory.
         NonFiniteError: if the loss, the gradient or a product is not finite.
     """
-    plan = InspectionPlan(
-        k=k,
-        num_bottom=num_bottom,
-        rtol=rtol,
-        num_probes=num_probes,
-        num_steps=num_steps,
-        layers=layers,
-        coupling=coupling,
-    )
     blocks = plan.layer_blocks(objective)
     planned_whole, planned_layers = plan.total_matvecs(objective)
     planned_coupling, planned_diagonal = plan.coupling_matvecs(objective), plan.diagonal_matvecs(objective)
@@ -101,11 +77,11 @@ def inspect_model(
     diagonal = None
     if plan.layers:
         with meter.stage(DIAGONAL, planned_diagonal, whole=True):
-            diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.tick)
+            diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.told)
     coupled = None
     if planned_coupling:
         with meter.stage(COUPLING, planned_coupling, whole=True):
-            coupled = layer_coupling(objective, num_probes=COUPLING_PROBES, generator=generator, progress=meter.tick)
+            coupled = layer_coupling(objective, num_probes=COUPLING_PROBES, generator=generator, progress=meter.told)
     return Inspection(
         loss=float(loss),
         gradient_norm=float(gradient.norm()),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from analysis.records.plan import Plan, setting
 from analysis.run.meter import CostEstimate
 from curvature.arguments import checked_fields
 from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
-from curvature.errors import InputError
 from curvature.layerwise import num_columns
 from curvature.objective.objective import Objective
 from curvature.operators import HessianOperator
@@ -39,7 +39,7 @@ MOST_COLUMNS = 1000
 
 @checked_fields
 @dataclass(frozen=True, kw_only=True)
-class InspectionPlan:
+class InspectionPlan(Plan):
     """How many eigenpairs, probes and steps an inspection takes, for the whole Hessian and for each layer.
 
     A matrix with fewer columns than its estimates would take products is built entry by entry: cheaper, and exact.
@@ -48,27 +48,20 @@ class InspectionPlan:
         InputError: for values out of range.
     """
 
-    k: int = 10
-    """Largest eigenvalues of the whole Hessian to compute (all, if there are fewer). Layers: one."""
-    num_bottom: int = 3
-    """Smallest eigenvalues of the whole Hessian to compute (all, if there are fewer). Layers: one."""
-    rtol: float = 1e-3
-    """Residual of the largest eigenpairs, relative to the eigenvalue. Layers: ten, smallest: thirty times that."""
-    num_probes: int = 4
-    """Probes, for the whole Hessian and for each layer."""
-    num_steps: int = 24
-    """Block Lanczos steps of all probes on the whole Hessian. Layers: two fifths. More where eigenpairs need them."""
-    layers: bool = True
-    """Whether each layer is inspected too."""
-    coupling: bool = False
-    """Whether it is measured how strongly layers act on each other."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("num_bottom", 1), ("num_probes", 2), ("num_steps", 4)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 < self.rtol <= 0.1:
-            raise InputError(f"rtol must lie in (0, 0.1], got {self.rtol}.")
+    k: int = setting(10, "How many of the largest eigenvalues (all, if there are fewer); of a layer one.", least=1)
+    num_bottom: int = setting(3, "How many of the smallest eigenvalues; of a layer one.", least=1)
+    rtol: float = setting(
+        1e-3,
+        "Residual of the largest eigenpairs, relative to the eigenvalue; of layers ten, of the smallest thirty times.",
+        above=0,
+        most=0.1,
+    )
+    num_probes: int = setting(4, "Probes, for the whole and for each layer.", least=2)
+    num_steps: int = setting(
+        24, "Block Lanczos steps on the whole, for layers two fifths; more where eigenpairs need them.", least=4
+    )
+    layers: bool = setting(True, "Inspect each layer, too.")
+    coupling: bool = setting(False, "Measure how strongly layers act on each other, too.")
 
     @property
     def whole(self) -> SpectrumPlan:

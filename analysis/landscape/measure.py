@@ -8,13 +8,15 @@ statistics, masks and hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from analysis.landscape.point_log import PointLog, fingerprint
+from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import Direction, LossPlane, LossSlice, Trajectory
+from analysis.run.draft import fingerprint
+from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
@@ -23,10 +25,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
 from curvature.operators import HessianOperator
 
-__all__ = ["Tick", "evaluate_points", "loss_along", "loss_on_plane"]
-
-Tick = Callable[[bool], object]
-"""Told after each point whether it was known from an earlier call."""
+__all__ = ["evaluate_points", "loss_along", "loss_on_plane"]
 
 
 @full_precision
@@ -37,7 +36,7 @@ def loss_along(
     steps: Tensor,
     *,
     log: PointLog | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> LossSlice:
     """Return L(theta + t d) at each step t, with errors over the data, and the quadratic model in t.
 
@@ -49,7 +48,7 @@ def loss_along(
         direction: d.
         steps: t, (P,), finite and ascending.
         log: where points are noted as they are found, and known ones are taken from.
-        tick: told after each point.
+        progress: told after each point.
 
     Raises:
         InputError: for steps that are not finite and ascending, or a direction of another space.
@@ -65,10 +64,11 @@ def loss_along(
         losses, stderr = evaluate_points(
             objective,
             ((here + s * d, None) for s in t.tolist()),
+            total=len(t),
             section=f"along {direction.name}",
             key=fingerprint(here, d, t, torch.tensor([centre])),
             log=log,
-            tick=tick,
+            progress=progress,
         )
     return LossSlice(
         direction=direction,
@@ -93,7 +93,7 @@ def loss_on_plane(
     *,
     trajectory: Trajectory | None = None,
     log: PointLog | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> LossPlane:
     """Return L(theta + x d1 + y d2) on a grid, with errors over the data, and the quadratic model in the plane.
 
@@ -107,7 +107,7 @@ def loss_on_plane(
         y: (Q,), likewise.
         trajectory: checkpoints in this plane, to be kept with the result.
         log: where points are noted as they are found, and known ones are taken from.
-        tick: told after each point.
+        progress: told after each point.
 
     Raises:
         InputError: for grids that are not finite and ascending, parallel directions, or those of another space.
@@ -128,10 +128,11 @@ def loss_on_plane(
         losses, stderr = evaluate_points(
             objective,
             points,
+            total=len(x) * len(y),
             section=f"plane of {first.name} and {second.name}",
             key=fingerprint(here, D, x, y, torch.tensor([centre])),
             log=log,
-            tick=tick,
+            progress=progress,
         )
     return LossPlane(
         first=first,
@@ -154,20 +155,22 @@ def evaluate_points(
     objective: Objective,
     points: Iterable[tuple[Tensor, Mapping[str, Tensor] | None]],
     *,
+    total: int,
     section: str,
     key: str,
     log: PointLog | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return losses and standard errors over the data, (P,) each in float64, at points (n,) with their buffers.
 
     Args:
         objective: the function.
         points: parameters and, if other than the model's own, buffers.
-        section: what the points are called in the log.
+        total: their number.
+        section: what the points are called in the log and in the news.
         key: fingerprint of all that determines them.
         log: where they are noted as they are found, and known ones are taken from.
-        tick: told after each point.
+        progress: told after each point.
     """
     known = {} if log is None else log.known(section, key)
     losses, stderr = [], []
@@ -181,8 +184,8 @@ def evaluate_points(
                 log.note(section, key, i, value, error)
         losses.append(value)
         stderr.append(error)
-        if tick is not None:
-            tick(i in known)
+        if progress is not None:
+            progress(section, i + 1, total)
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(stderr, dtype=torch.float64)
 
 

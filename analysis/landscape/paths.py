@@ -10,16 +10,18 @@ ensembling of DNNs, arXiv 1802.10026.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from analysis.landscape.measure import Tick, evaluate_points
-from analysis.landscape.point_log import PointLog, fingerprint
+from analysis.landscape.measure import evaluate_points
+from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import LossPath
+from analysis.run.draft import fingerprint
+from analysis.show.listener import Progress
 from analysis.tasks.checkpoint import read_checkpoint
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
@@ -82,7 +84,7 @@ def loss_along_path(
     bend: Tensor | None = None,
     num_gradients: int = 0,
     log: PointLog | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> LossPath:
     """Return L along (1 - t) a + t b, or along the Bezier curve (1 - t)^2 a + 2 t (1 - t) c + t^2 b through a bend c.
 
@@ -97,7 +99,7 @@ def loss_along_path(
         bend: c, (n,); None for a straight path.
         num_gradients: what the bend took, for the record.
         log: where points are noted as they are found, and known ones are taken from.
-        tick: told after each point.
+        progress: told after each point.
 
     Raises:
         InputError: for positions that do not ascend from 0 to 1, or places of another space.
@@ -111,7 +113,9 @@ def loss_along_path(
     kind = "straight" if bend is None else "curved"
     key = fingerprint(a, middle, b, t, *start.buffers.values(), *end.buffers.values())
     points = ((_curve(a, middle, b, s, bend is not None), _mixed(start, end, s)) for s in t.tolist())
-    losses, stderr = evaluate_points(objective, points, section=f"{kind} path", key=key, log=log, tick=tick)
+    losses, stderr = evaluate_points(
+        objective, points, total=len(t), section=f"{kind} path", key=key, log=log, progress=progress
+    )
     return LossPath(
         kind=kind,
         start=start.name,
@@ -134,7 +138,7 @@ def bend_towards(
     num_gradients: int,
     lr: float = 0.1,
     generator: torch.Generator,
-    tick: Callable[[], object] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Return the bend c (n,) of a Bezier curve along which the mean loss, integral_0^1 L(phi(t)) dt, was made small.
 
@@ -149,7 +153,7 @@ def bend_towards(
         num_gradients: steps, each a gradient over all data.
         lr: step size, in units of the root mean square of the entries of b - a.
         generator: for the start of the positions.
-        tick: told after each step.
+        progress: told after each step.
 
     Raises:
         InputError: for settings out of range, ends that are the same, or places of another space.
@@ -174,8 +178,8 @@ def bend_towards(
         size = lr * scale * (1 + math.cos(math.pi * (step - 1) / num_gradients)) / 2
         unbiased = (square / (1 - _BETAS[1] ** step)).sqrt()
         bend = bend - size * mean / (1 - _BETAS[0] ** step) / (unbiased + _EPS * unbiased.max())
-        if tick is not None:
-            tick()
+        if progress is not None:
+            progress("bending the path", step, num_gradients)
     return bend
 
 

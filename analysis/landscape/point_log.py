@@ -8,28 +8,14 @@ equals one that was not, bit for bit.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from curvature.errors import InputError
 
-__all__ = ["PointLog", "fingerprint"]
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """Return a digest of shapes, dtypes and all bits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+__all__ = ["PointLog"]
 
 
 class PointLog:
@@ -47,6 +33,8 @@ class PointLog:
         self._points: dict[str, dict[int, tuple[float, float]]] = {}
         self._keys: dict[str, str] = {}
         self.num_points = 0
+        self.num_known = 0
+        """How many were taken from an earlier call."""
         self.failed = False
         """Whether the file took no more points."""
         if path.exists():
@@ -63,7 +51,9 @@ class PointLog:
                 f"{self.path} holds points of another landscape ({section}: other parameters, data, directions or "
                 "grid); give the settings it was begun with, or delete it and begin again."
             )
-        return dict(self._points.get(section, {}))
+        points = dict(self._points.get(section, {}))
+        self.num_known += len(points)
+        return points
 
     def note(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
         """Add a point. Where the file can be written to no more, points are kept in memory alone.

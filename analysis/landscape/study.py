@@ -1,326 +1,316 @@
-"""From a task's name to its landscape: load, check, estimate, choose directions, look, and record what it rests on."""
+"""`curvature landscape`: the loss around a point beside its quadratic model, and what it tells."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from analysis.landscape.figures import color_stops, is_logarithmic, plot_paths, plot_plane, plot_slice, plot_surface
+from analysis.landscape.look import landscape
+from analysis.landscape.plan import LandscapePlan
+from analysis.landscape.results import Landscape, LossPath, LossPlane, LossSlice, Trajectory
+from analysis.records.plain import to_plain
+from analysis.run.study import Study, StudyRun
+from analysis.show.drawing import to_numpy
+from analysis.show.report import Card, Figure, Finding, Report, Section, Surface, Table
+from analysis.show.wording import count, number
 
-from analysis.landscape.directions import (
-    custom_direction,
-    direction_to,
-    eigenvector_directions,
-    gradient_direction,
-    random_direction,
-    trajectory_directions,
-)
-from analysis.landscape.measure import loss_along, loss_on_plane
-from analysis.landscape.paths import Place, bend_towards, loss_along_path, present_place, read_place
-from analysis.landscape.plan import LandscapePlan, estimate_landscape, resolved
-from analysis.landscape.point_log import PointLog, fingerprint
-from analysis.landscape.results import Direction, Landscape, LandscapeCost, LossPath, Trajectory
-from analysis.landscape.store import Draft, LandscapeEstimate, LandscapeRun
-from analysis.run.preparation import Request, data_sha256, load, prepare
-from analysis.show.listener import Listener
-from analysis.show.wording import count, duration
-from curvature.errors import InputError
-from curvature.objective.objective import Objective
-from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
-
-__all__ = ["run_landscape"]
-
-_MARGIN = 0.2  # of the box around a trajectory, on each side
-_SLIMMEST = 0.5  # shorter side of that box, of the longer
+__all__ = ["STUDY", "LandscapeRun"]
 
 
-def run_landscape(
-    request: Request,
-    plan: LandscapePlan,
-    *,
-    to: Path | None = None,
-    trajectory: Sequence[Path] = (),
-    draft: Callable[[str], Draft] | None = None,
-    listener: Listener | None = None,
-) -> LandscapeRun:
-    """Look at the loss around the model of a task, and return the results with all that produced them.
+@dataclass(frozen=True, kw_only=True)
+class LandscapeRun(StudyRun):
+    """One landscape, with what produced it."""
 
-    Args:
-        request: which model, on what; its checkpoint is the point that is looked around from.
-        plan: where to look, and how closely.
-        to: a checkpoint of the same model, to look at the way there.
-        trajectory: checkpoints in order of time, for the plane they are nearest to.
-        draft: given the task's name, where points are kept as they are found; None keeps none.
-        listener: told about progress.
+    kind: ClassVar[str] = "landscape"
+    result: ClassVar[str] = "landscape"
 
-    Raises:
-        CurvatureError: whatever stands in the way, with the remedy.
-    """
-    listener = listener or Listener()
-    plan = resolved(plan, to, trajectory)
-    task, objective = load(request, listener)
-    with listener.doing("reading checkpoints"):
-        places = [read_place(objective, path, key=request.checkpoint_key) for path in trajectory]
-        end = None if to is None else read_place(objective, to, key=request.checkpoint_key)
-    settings = {**request.settings, **asdict(plan)}
-    if end is not None:
-        settings["to"] = dict(end.record)
-    if trajectory:
-        settings["trajectory"] = [path.name for path in trajectory]
-    kept, log = None, None
-    if draft is not None:
-        kept = draft(task.name)
-        log = kept.begin(
-            {
-                "task": request.task,
-                "seed": request.seed,
-                "checkpoint": str(request.checkpoint),
-                **settings,
-                "trajectory": [dict(place.record) for place in places],
-                "weights": fingerprint(*(t for t in task.model.state_dict().values() if isinstance(t, Tensor))),
-                "data": data_sha256(task.train_data),
-            }
+    landscape: Landscape
+    """The results."""
+
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        found, cost = self.landscape, self.landscape.cost
+        known = f" ({count(cost.num_known)} from before)" if cost.num_known else ""
+        spent = f"{count(cost.num_losses)} looks{known}, {count(cost.num_matvecs)} Hessian products"
+        return Report(
+            title="Loss landscape",
+            facts=(spent, f"{count(cost.num_gradients)} gradients"),
+            cards=_cards(found),
+            findings=tuple(_findings(found)),
+            sections=_sections(found, bool(self.settings["directions"] == "pca")),
+            terms=tuple(_terms(found, moved=bool(self.settings["scale_biases"]))),
+            method=(
+                f"Every point is the loss on all {count(found.total_weight)} terms, with the parameters set for one "
+                "forward pass and restored bit for bit; buffers and random states are left alone."
+            ),
+            notes=found.notes,
         )
-    ready = prepare(task, objective, request, listener)
-    objective = ready.objective
-    with listener.doing("timing one look"):
-        estimate = estimate_landscape(objective, plan, end, len(places))
-    listener.priced(_in_words(estimate), estimate.num_losses, "points")
-    look = _Look(objective, plan, request.seed, kept, log, listener, estimate.num_losses + (plan.curve if end else 0))
-    landscape = look.take(places, end)
-    return LandscapeRun(**ready.record(request), settings=settings, estimate=estimate, landscape=landscape)
 
 
-def _in_words(estimate: LandscapeEstimate) -> str:
-    return (
-        f"estimate: {count(estimate.num_losses)} looks at the loss, {duration(estimate.seconds_per_loss)} each, about "
-        f"{count(estimate.num_matvecs)} Hessian products and {count(estimate.num_gradients)} gradients: "
-        f"{duration(estimate.seconds)}"
+def _cards(found: Landscape) -> tuple[Card, ...]:
+    cards = [Card(label="Loss", value=number(found.loss), hint=f"mean over {count(found.total_weight)} terms")]
+    if not found.paths:
+        hint = "zero at a stationary point"
+        cards.append(Card(label="Gradient norm", value=number(found.gradient_norm), hint=hint))
+    for s in found.slices:
+        label, hint = f"Model holds, {s.direction.name}", "how far the parabola is the loss"
+        cards.append(Card(label=label, value=_radii(s)[0], error="steps, to 10 %", hint=hint))
+    for path in found.paths[-1:]:
+        straight = number(found.paths[0].barrier, 3)
+        hint = f"{straight} on the straight path" if path.kind == "curved" else f"on the way to {path.end}"
+        cards.append(Card(label=f"Barrier, {path.kind}", value=number(path.barrier, 3), hint=hint))
+    return tuple(cards)
+
+
+def _findings(found: Landscape) -> list[Finding]:
+    radii = [s.quadratic_radius(0.1) for s in found.slices]
+    parts = [
+        f"{_radii(s)[0]} steps along {s.direction.name} ({number(r * s.direction.norm, 2)} of distance)"
+        if math.isfinite(r)
+        else f"as far as was looked along {s.direction.name}"
+        for s, r in zip(found.slices, radii, strict=True)
+    ]
+    text = f"To 10 % it predicts the change of the loss up to {' and up to '.join(parts)}."
+    answers = [Finding("How far does the quadratic model hold?", text)]
+    places = [(s.losses, s.direction.name) for s in found.slices]
+    places += [] if found.plane is None else [(found.plane.losses, "the plane")]
+    least, where = min((float(losses.nan_to_num(nan=math.inf).min()), name) for losses, name in places)
+    if least < found.loss * (1 - 1e-4) - 1e-12:
+        text = f"No: {where} holds a loss of {number(least)}, {number(100 * (1 - least / found.loss), 2)} % lower."
+    else:
+        text = f"Yes: no point that was looked at lies below its loss of {number(found.loss)}."
+    answers.append(Finding("Is the model the lowest point in view?", text))
+    bends = " and ".join(s.direction.name for s in found.slices if s.curvature < 0)
+    text = "It is positive along every direction that was looked along."
+    if bends:
+        text = f"It is negative along {bends}: there the loss bends downwards."
+    answers.append(Finding("Which way does it curve?", text))
+    if found.paths:
+        straight = found.paths[0]
+        text = f"The straight path rises by {number(straight.barrier, 3)} above the line between the ends"
+        text += f", at t = {number(straight.barrier_position, 2)}" if straight.barrier > 0 else ""
+        for curved in found.paths[1:]:
+            longer = number(100 * (curved.length / straight.length - 1), 2)
+            text += f"; the curved one by {number(curved.barrier, 3)}, and is {longer} % longer"
+        answers.append(Finding(f"Is there a barrier to {straight.end}?", text + "."))
+    return answers
+
+
+def _radii(s: LossSlice) -> tuple[str, str]:
+    """Return the radii to 10 % and to 50 % as text, "> R" where the model holds as far as was looked."""
+    beyond = f"> {number(float(s.steps.abs().max()), 3)}"
+    radii = (s.quadratic_radius(deviation) for deviation in (0.1, 0.5))
+    first, second = (number(r, 3) if math.isfinite(r) else beyond for r in radii)
+    return first, second
+
+
+# -- figures and tables -----------------------------------------------------------------------------------------------
+
+
+def _sections(found: Landscape, pca: bool) -> tuple[Section, ...]:
+    sections = [] if found.plane is None else [_plane(found.plane, pca)]
+    sections.append(_lines(found))
+    if found.paths:
+        sections.append(_paths(found.paths))
+    return tuple(sections)
+
+
+def _plane(plane: LossPlane, pca: bool) -> Section:
+    aspect = float((plane.y[-1] - plane.y[0]) / (plane.x[-1] - plane.x[0]))
+    path = ""
+    if plane.trajectory is not None:
+        path = " The line is the curved path, which lies in this plane."
+        if pca:
+            path = (
+                " The line joins the feet of the checkpoints, which lie off the plane by the distances in the table "
+                "below: contours hold on the plane, not at the checkpoints."
+            )
+    angle = "The two directions are at right angles."
+    if abs(plane.cosine) >= 1e-6:
+        cosine = number(plane.cosine, 2)
+        angle = f"The cosine between the two directions is {cosine}; the picture draws them at a right angle."
+
+    def draw(axes: list[Any], colors: object) -> None:
+        del colors  # heights have colours of their own
+        plot_plane(plane, ax=axes[0])
+        plot_plane(plane, show="model", ax=axes[1])
+
+    figure = Figure(
+        name="contours",
+        label=f"Contours of the loss and of its quadratic model over {plane.first.name} and {plane.second.name}.",
+        caption="Contours of the loss (left, or above) and of its quadratic model at the star (right, or below), at "
+        f"the same levels.{path} {angle}",
+        draw=draw,
+        height=min(6.0, max(2.2, 0.8 + 2.95 * aspect)),
+        narrow_height=min(9.0, max(3.4, 1.6 + 5.4 * aspect)),
+        panels=2,
+    )
+    tables = (_checkpoints(plane.trajectory),) if plane.trajectory is not None and pca else ()
+    return Section(title="The plane", surface=_surface(plane), figures=(figure,), tables=tables)
+
+
+def _checkpoints(t: Trajectory) -> Table:
+    columns = (*t.coordinates.T.tolist(), t.distances.tolist(), t.losses.tolist())
+    shares = [number(100 * share, 3) for share in t.explained]
+    return Table(
+        caption=f"The checkpoints. The two directions hold {shares[0]} % and {shares[1]} % of the sum of squared "
+        "distances from the model.",
+        columns=("checkpoint", "first", "second", "distance from the plane", "loss"),
+        rows=tuple(
+            (name, *(number(v, 3) for v in row[:3]), number(row[3]))
+            for name, *row in zip(t.names, *columns, strict=True)
+        ),
     )
 
 
-class _Look:
-    """One landscape in the making: what it is made of, and what it has taken so far."""
+def _surface(plane: LossPlane) -> Surface:
+    def rounded(values: Any) -> Any:
+        if isinstance(values, list):
+            return [rounded(v) for v in values]
+        return None if values is None else float(f"{values:.5g}")
 
-    def __init__(
-        self,
-        objective: Objective,
-        plan: LandscapePlan,
-        seed: int,
-        kept: Draft | None,
-        log: PointLog | None,
-        listener: Listener,
-        planned: int,
-    ) -> None:
-        self.objective, self.plan, self.kept, self.log = objective, plan, kept, log
-        self._seed = seed
-        self.notes: list[str] = []
-        self._listener, self._planned, self._stage = listener, planned, ""
-        self._done, self._losses, self._known, self._matvecs, self._gradients = 0, 0, 0, 0, 0
-        self._start = time.perf_counter()
+    t, finite = plane.trajectory, plane.losses[plane.losses.isfinite()]
+    data = {
+        "x": plane.x.tolist(),
+        "y": plane.y.tolist(),
+        "loss": rounded(to_plain(plane.losses)),
+        "model": rounded(to_plain(plane.model())),
+        "centre": plane.centre,
+        "names": [plane.first.name, plane.second.name],
+        "trajectory": [] if t is None else [dict(zip("xy", t.coordinates.T.tolist(), strict=True))],
+        "logarithmic": is_logarithmic(to_numpy(plane.losses)),
+        "positive": bool((plane.losses.nan_to_num(nan=1.0) > 0).all()),
+        "colors": color_stops(),
+        "hint": "Point at the surface to read values.",
+    }
+    low, high = number(float(finite.min())), number(float(finite.max()))
+    label = (
+        f"Surface of the loss over {plane.first.name} and {plane.second.name}, from {low} to {high}; "
+        f"{number(plane.centre)} at the model."
+    )
+    return Surface(data=data, label=label, draw=lambda ax: plot_surface(plane, ax=ax))
 
-    def take(self, places: Sequence[Place], end: Place | None) -> Landscape:
-        objective, plan = self.objective, self.plan
-        loss, gradient = objective.loss_and_gradient()
-        if self.kept is not None:
-            self.kept.confirm("loss", float(loss))
-        paths, bend = self._paths(end)
-        trajectory: Trajectory | None = None
-        if plan.directions == "pca":
-            directions, trajectory = self._of_trajectory(places)
-        elif plan.directions == "path":
-            assert end is not None
-            assert bend is not None
-            directions, trajectory = self._of_path(end, bend, paths[-1])
-        else:
-            directions = self._directions()
-        x, y = self._grids(directions, trajectory)
-        slices = []
-        for d, steps in zip(directions, (x, y), strict=True):
-            self._stage = f"along {d.name}"
-            slices.append(loss_along(objective, d, steps, log=self.log, tick=self._tick))
-        plane = None
-        if plan.plane:
-            self._stage = "plane"
-            plane = loss_on_plane(objective, *directions, x, y, trajectory=trajectory, log=self.log, tick=self._tick)
-        self._matvecs += len(slices) + (2 if plan.plane else 0)
-        self._gradients += 1 + len(slices) + plan.plane
-        self._note_buffers([*places, *([end] if end is not None else [])])
-        return Landscape(
-            loss=float(loss),
-            gradient_norm=float(gradient.norm()),
-            parameter_norm=float(objective.space.current().norm()),
-            num_params=objective.num_params,
-            total_weight=objective.total_weight,
-            num_batches=objective.num_batches or 1,
-            dtype=str(objective.dtype).removeprefix("torch."),
-            device=str(objective.device),
-            slices=tuple(slices),
-            plane=plane,
-            paths=paths,
-            cost=LandscapeCost(
-                num_losses=self._losses,
-                num_known=self._known,
-                num_matvecs=self._matvecs,
-                num_gradients=self._gradients,
-                seconds=time.perf_counter() - self._start,
-            ),
-            notes=(*objective.notes, *self.notes),
-        )
 
-    # -- directions ---------------------------------------------------------------------------------------------------
+def _lines(found: Landscape) -> Section:
+    names = " and ".join(s.direction.name for s in found.slices)
+    band = ""
+    if found.num_batches > 1:
+        pieces = count(found.num_batches)
+        band = f" The coloured band is one standard error over data of the same size, from {pieces} pieces of the data."
 
-    def _directions(self) -> tuple[Direction, Direction]:
-        first, second = self._remembered(self._computed_directions)
-        return first, second
+    def draw(axes: list[Any], colors: Any) -> None:
+        for s, ax in zip(found.slices, axes, strict=True):
+            plot_slice(s, ax=ax, colors=colors)
 
-    def _remembered(self, compute: Callable[[], tuple[Direction, ...]]) -> tuple[Direction, ...]:
-        return compute() if self.kept is None else self.kept.directions(compute)
+    figure = Figure(
+        name="lines",
+        label=f"Loss along {names}, each with its quadratic model; the table below has the numbers.",
+        caption="The loss along each direction (solid) and its quadratic model at the model's point (dashed), from one "
+        "exact gradient and one exact Hessian product. In the grey strip the model predicts the change of the loss to "
+        f"10 %.{band}",
+        draw=draw,
+        height=3.0,
+        panels=len(found.slices),
+    )
+    table = Table(
+        caption="Directions d and the model L + t g·d + ½ t² d·Hd. A radius is in steps; times |d| it is a distance "
+        "between parameters.",
+        columns=(
+            "direction",
+            "scaled by",
+            "|d|",
+            "slope g·d",
+            "curvature d·Hd",
+            "holds to 10 %",
+            "to 50 %",
+            "lowest loss",
+            "at step",
+        ),
+        rows=tuple(_row(s) for s in found.slices),
+        signed=(4,),
+    )
+    return Section(title="Along directions", figures=(figure,), tables=(table,))
 
-    def _computed_directions(self) -> tuple[Direction, ...]:
-        plan, objective = self.plan, self.objective
-        if plan.directions == "random":
-            return tuple(
-                random_direction(
-                    objective,
-                    scaling=plan.scaling,
-                    scale_vectors=plan.scale_vectors,
-                    generator=self._generator(i),
-                    name=f"random {i}",
-                )
-                for i in (1, 2)
+
+def _row(s: LossSlice) -> tuple[str, ...]:
+    losses = s.losses.nan_to_num(nan=math.inf)
+    place, d = int(losses.argmin()), s.direction
+    model = (number(v, 3) for v in (d.norm, s.slope, s.curvature))
+    return (d.name, d.scaling, *model, *_radii(s), number(float(losses[place])), number(float(s.steps[place]), 2))
+
+
+def _paths(paths: tuple[LossPath, ...]) -> Section:
+    start, end = paths[0].start, paths[0].end
+    told = ", ".join(f"{path.kind} with a barrier of {number(path.barrier, 3)}" for path in paths)
+    how = " no other path was asked for"
+    if len(paths) > 1:
+        how = f" along a Bezier curve whose bend was trained with {count(paths[1].num_gradients)} gradients"
+    figure = Figure(
+        name="paths",
+        label=f"Loss along paths: {told}.",
+        caption=f"The loss on the way from {start} to {end}: straight, and{how}. The barrier is the largest height "
+        "above the dotted line between the ends.",
+        draw=lambda ax, colors: plot_paths(paths, ax=ax, colors=colors),
+    )
+    table = Table(
+        caption=f"Paths from {start} to {end}.",
+        columns=("path", "barrier", "at", "highest loss", "length"),
+        rows=tuple(
+            (
+                path.kind,
+                number(path.barrier, 3),
+                number(path.barrier_position, 2) if math.isfinite(path.barrier) else "",
+                number(float(path.losses.max())),
+                number(path.length, 3),
             )
-        if objective.num_params < 2:
-            raise InputError("one parameter is one direction: there are no two of them to look along.")
-        k = 2 if plan.directions == "eigenvectors" else 1
-        with self._listener.doing("finding eigenvectors"):
-            sharpest, spent = eigenvector_directions(objective, k, generator=self._generator(1))
-        self._matvecs += spent
-        return sharpest if plan.directions == "eigenvectors" else (gradient_direction(objective), *sharpest)
+            for path in paths
+        ),
+    )
+    return Section(title=f"To {end}", figures=(figure,), tables=(table,))
 
-    def _of_trajectory(self, places: Sequence[Place]) -> tuple[tuple[Direction, Direction], Trajectory]:
-        directions, coordinates, distances, explained = trajectory_directions(
-            self.objective, [place.vector for place in places]
+
+def _terms(found: Landscape, *, moved: bool) -> list[tuple[str, str]]:
+    terms = [
+        (
+            "A picture of few dimensions",
+            f"{count(found.num_params)} parameters are looked at along one or two directions. What is not seen here "
+            "may be anywhere else: most random directions look alike, and say little about the sharpest.",
         )
-        self._stage, losses = "checkpoints", []
-        for place in places:
-            losses.append(loss_at(self.objective, place.vector, buffers=place.buffers).value)
-            self._tick(False)
-        found = Trajectory(
-            names=tuple(place.name for place in places),
-            coordinates=coordinates,
-            distances=distances,
-            losses=torch.tensor(losses, dtype=torch.float64),
-            explained=explained,
+    ]
+    if "filter" in {s.direction.scaling for s in found.slices}:
+        meaning = (
+            "Each filter (the incoming weights of one unit) of a random direction has the norm of the same filter of "
+            f"the model; biases and normalisation parameters {'move likewise' if moved else 'stay where they are'}. A "
+            "step of 1 changes every filter by as much as it is long. Rescaling layers of a ReLU network, which does "
+            "not change what it computes, does not change the curve either (Li et al. 2018)."
         )
-        return directions, found
-
-    def _of_path(self, end: Place, bend: Tensor, curve: LossPath) -> tuple[tuple[Direction, Direction], Trajectory]:
-        """Return the plane of both ends and the bend, as an orthonormal pair, and the curve in it."""
-        here = self.objective.space.current()
-        first = direction_to(self.objective, end.vector, name=f"towards {end.name}", unit=True)
-        b = bend.to(here) - here
-        across = b - (b @ first.vector) * first.vector
-        across = across - (across @ first.vector) * first.vector  # twice, for digits that cancelled
-        second = custom_direction(self.objective, across / across.norm(), name="towards the bend")
-        second = replace(second, kind="checkpoint", scaling="unit")
-        t = curve.positions[:, None]
-        at_bend = torch.tensor([[float(b @ first.vector), float(across.norm())]], dtype=torch.float64)
-        at_end = torch.tensor([[float((end.vector.to(here) - here).norm()), 0.0]], dtype=torch.float64)
-        coordinates = 2 * t * (1 - t) * at_bend + t**2 * at_end
-        squares = coordinates.square().sum(dim=0)
-        share = float(squares[0] / squares.sum())
-        return (first, second), Trajectory(
-            names=(curve.start, *(f"t = {p:.2f}" for p in curve.positions.tolist()[1:-1]), curve.end),
-            coordinates=coordinates,
-            distances=torch.zeros(len(coordinates), dtype=torch.float64),
-            losses=curve.losses,
-            explained=(share, 1 - share),
+        terms.append(("Filter normalisation", meaning))
+    meaning = (
+        "L + t g·d + ½ t² d·Hd with the exact gradient g and Hessian H. It holds to 10 % at t if it is off by at most "
+        "a tenth of |t g·d| + ½ t² |d·Hd|, the change it predicts; the radius is the largest up to which it holds at "
+        "every step."
+    )
+    terms.append(("Quadratic model", meaning))
+    if found.paths:
+        positions = len(found.paths[0].positions)
+        terms.append(("Barrier", f"max L(t) − ((1 − t) L(0) + t L(1)) along the path, over {positions} positions."))
+    if found.num_batches > 1:
+        meaning = (
+            "One standard error of the loss over data of the same size, from its spread over pieces of the data. "
+            "Neighbouring points share the data, so the shape of a curve is known better than its height."
         )
+        terms.append(("± other data", meaning))
+    return terms
 
-    def _grids(self, directions: tuple[Direction, Direction], trajectory: Trajectory | None) -> tuple[Tensor, Tensor]:
-        """Return the steps along both directions."""
-        if trajectory is not None and self.plan.radius is None:
-            box = torch.cat([trajectory.coordinates, torch.zeros(1, 2, dtype=trajectory.coordinates.dtype)])
-            low, high = box.min(dim=0).values, box.max(dim=0).values
-            half = (0.5 + _MARGIN) * (high - low)
-            half = half.clamp_min(_SLIMMEST * float(half.max()))
-            ends = torch.stack([(low + high) / 2 - half, (low + high) / 2 + half]).double()
-            x, y = (torch.linspace(float(a), float(b), self.plan.points, dtype=torch.float64) for a, b in ends.T)
-            return x, y
-        radius = self.plan.radius or self._radius(directions)
-        last = self.plan.points - 1  # steps in which 0 is 0, where their number is odd
-        steps = radius * torch.arange(-last, last + 1, 2, dtype=torch.float64) / last
-        return steps, steps
 
-    def _radius(self, directions: tuple[Direction, Direction]) -> float:
-        """Return 1 where weights set the scale; else where the model predicts a rise that shows: see `--radius`."""
-        if all(d.scaling in ("filter", "layer") for d in directions):
-            return 1.0
-        here = self.objective.space.current()
-        D = torch.stack([d.vector.to(here) for d in directions], dim=1)
-        curvatures = (D * (HessianOperator(self.objective) @ D)).sum(dim=0).abs().tolist()
-        self._matvecs += 2
-        loss = loss_at(self.objective, here).value
-        rise = max(abs(loss), min(1.0, 10 * abs(loss)))
-        bound = max(float(here.norm()), 1e-3) / max(d.norm for d in directions)
-        reach = [math.sqrt(2 * rise / c) for c in curvatures if c > 0 and rise > 0]
-        return float(f"{min(bound, *reach, bound):.2g}") if reach else bound
-
-    # -- paths --------------------------------------------------------------------------------------------------------
-
-    def _paths(self, end: Place | None) -> tuple[tuple[LossPath, ...], Tensor | None]:
-        if end is None:
-            return (), None
-        start, plan = present_place(self.objective), self.plan
-        t = torch.linspace(0, 1, plan.points, dtype=torch.float64)
-        self._stage = "straight path"
-        paths = [loss_along_path(self.objective, start, end, t, log=self.log, tick=self._tick)]
-        if not plan.curve:
-            return tuple(paths), None
-
-        def train() -> Tensor:
-            self._stage = "bending the path"
-            self._gradients += plan.curve
-            return bend_towards(
-                self.objective, start, end, num_gradients=plan.curve, generator=self._generator(3), tick=self._advance
-            )
-
-        bend = train() if self.kept is None else self.kept.tensor("bend", train)
-        self._stage = "curved path"
-        paths.append(
-            loss_along_path(
-                self.objective, start, end, t, bend=bend, num_gradients=plan.curve, log=self.log, tick=self._tick
-            )
-        )
-        return tuple(paths), bend
-
-    def _generator(self, place: int) -> torch.Generator:
-        """Return a generator of its own for each use, so that what is not computed again leaves no gap."""
-        seeds = torch.randint(2**31, (4,), generator=torch.Generator().manual_seed(self._seed))
-        return torch.Generator(device=self.objective.device).manual_seed(int(seeds[place]))
-
-    # -- books --------------------------------------------------------------------------------------------------------
-
-    def _tick(self, known: bool) -> None:
-        self._losses += 1
-        self._known += known
-        self._advance()
-
-    def _advance(self) -> None:
-        self._done += 1
-        self._listener.advanced(self._stage, self._done, max(self._planned, self._done))
-
-    def _note_buffers(self, places: Sequence[Place]) -> None:
-        own = present_place(self.objective).buffers
-        moved = [p.name for p in places if any(not torch.equal(p.buffers[n].to(t), t) for n, t in own.items())]
-        if moved:
-            self.notes.append(
-                f"Buffers (statistics of batch normalisation) of {', '.join(moved)} differ from the model's: paths go "
-                "from one to the other, lines and the plane keep the model's."
-            )
+STUDY = Study(
+    record=LandscapeRun,
+    plan=LandscapePlan,
+    measure=landscape,
+    price=lambda objective, plan: plan.price(objective),
+    groups=True,
+    num_vectors=lambda _: 2,
+    resumable=True,
+)

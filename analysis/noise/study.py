@@ -13,46 +13,36 @@ from analysis.noise.figures import plot_batch_sizes, plot_layer_noise
 from analysis.noise.measure import gradient_noise
 from analysis.noise.results import CurvatureNoise, GradientNoise, NoiseScale
 from analysis.records.measured import Measured
+from analysis.records.plan import Plan, from_plan, setting
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
-from analysis.show.listener import Progress
+from analysis.show.listener import Progress, stages
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
-__all__ = ["NOISE", "NoisePlan", "NoiseRun", "NoiseStudy"]
+__all__ = ["STUDY", "NoisePlan", "NoiseRun", "NoiseStudy", "measure_noise"]
 
 _MOST = 0.9  # of the full gradient's progress: from where on a larger batch gives little
 
 
 @checked_fields
 @dataclass(frozen=True, kw_only=True)
-class NoisePlan:
-    """What to measure of the noise.
+class NoisePlan(Plan):
+    """What to measure of the noise."""
 
-    Raises:
-        InputError: for values out of range.
-    """
-
-    batch_size: int | None = None
-    """Of the training, in examples, to judge it; None judges none."""
-    lr: float | None = None
-    """Learning rate of the training with plain SGD, to judge its steps; None judges none."""
-    curvature: bool = True
-    """Whether to look at how noise lies against curvature, too."""
-    num_probes: int = 16
-    """For that."""
-    damping: float | None = None
-    """Of the Gauss-Newton matrix for the Takeuchi criterion; None leaves it out."""
-    confidence: float = 0.95
-    """Of the interval of the noise scale."""
+    batch_size: int | None = setting(None, "Batch size of the training, in examples, to judge it.", least=1)
+    lr: float | None = setting(None, "Learning rate of the training with plain SGD, to judge its steps.", above=0)
+    curvature: bool = setting(True, "Look at how noise lies against curvature, too.")
+    num_probes: int = setting(16, "Probes for that.", least=2)
+    damping: float | None = setting(
+        None, "Solve for the Takeuchi criterion with this much on the diagonal, too.", above=0
+    )
+    confidence: float = setting(0.95, "Confidence level of the interval of the noise scale.", above=0, below=1)
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, got {self.batch_size}.")
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise InputError(f"the learning rate must be positive and finite, got {self.lr}.")
+        super().__post_init__()
         if self.damping is not None and not self.curvature:
             raise InputError("the Takeuchi criterion needs curvature; leave out --damping or --no-curvature.")
 
@@ -81,19 +71,27 @@ class NoiseRun(StudyRun):
     noise: NoiseStudy
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self.noise)
+
 
 def _price(objective: Objective, plan: NoisePlan) -> float:
     del objective
     return 3.0 + (3.2 * plan.num_probes + 4.0 if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
 
 
-def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, progress: Progress) -> NoiseStudy:
-    stages = 1 + plan.curvature
-    progress("single examples", 0, stages)
+@from_plan(NoisePlan)
+def measure_noise(
+    objective: Objective, plan: NoisePlan, *, generator: torch.Generator, progress: Progress | None = None
+) -> NoiseStudy:
+    """Measure the noise of single examples' gradients, and how it lies against curvature."""
+    tell = stages(progress, 1 + plan.curvature)
+    tell("single examples")
     noise = gradient_noise(objective, confidence=plan.confidence)
     along = None
     if plan.curvature:
-        progress("noise against curvature", 1, stages)
+        tell("noise against curvature")
         along = curvature_noise(
             objective,
             num_probes=plan.num_probes,
@@ -107,14 +105,14 @@ def _measure(objective: Objective, plan: NoisePlan, generator: torch.Generator, 
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _account(run: NoiseRun) -> Account:
-    study, noise = run.noise, run.noise.noise
-    return Account(
+def _report(study: NoiseStudy) -> Report:
+    noise = study.noise
+    return Report(
         title="Gradient noise",
         facts=(f"{wording.count(noise.num_examples)} examples",),
         cards=_cards(study),
         findings=_findings(study),
-        chapters=(_batches(study), _layers(noise)),
+        sections=(_batches(study), _layers(noise)),
         terms=_terms(study),
         method=(
             "Every example's gradient was met once, none was kept: norms come from the activations and errors of each "
@@ -254,7 +252,7 @@ def _step(study: NoiseStudy, lr: float) -> str:
     return text
 
 
-def _batches(study: NoiseStudy) -> Chapter:
+def _batches(study: NoiseStudy) -> Section:
     noise = study.noise
     N = noise.effective_examples
     sizes = sorted({1, 8, 32, 128, 512, round(N), *([study.batch_size] if study.batch_size else [])})
@@ -269,10 +267,10 @@ def _batches(study: NoiseStudy) -> Chapter:
         for B in sizes
         if max(N, study.batch_size or 0) >= B
     )
-    return Chapter(
+    return Section(
         title="Batch sizes",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="batch-sizes",
                 label="Share of the full gradient's progress that a step makes, against the batch size.",
                 caption="How much of the full gradient's progress a step on B examples makes, 1 / (1 + scale / B), "
@@ -280,8 +278,8 @@ def _batches(study: NoiseStudy) -> Chapter:
                 draw=lambda ax, colors: plot_batch_sizes(noise, ax=ax, colors=colors),
             ),
         ),
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="What a batch of B examples knows of the mean gradient. A test holds at a batch if its number "
                 "is no larger than what is asked for: 0.9 for norm and inner product, 5.84 for orthogonality are "
                 "usual.",
@@ -292,7 +290,7 @@ def _batches(study: NoiseStudy) -> Chapter:
     )
 
 
-def _layers(noise: GradientNoise) -> Chapter:
+def _layers(noise: GradientNoise) -> Section:
     shares = noise.layer_traces / noise.layer_traces.sum()
     columns = (noise.layer_traces, shares, noise.layer_squared_norms, noise.layer_noise_scales, noise.layer_gsnr)
     rows = tuple(
@@ -306,10 +304,10 @@ def _layers(noise: GradientNoise) -> Chapter:
         )
         for name, trace, share, square, scale, gsnr in zip(noise.layers, *(c.tolist() for c in columns), strict=True)
     )
-    return Chapter(
+    return Section(
         title="Layers",
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name="layer-noise",
                 label="Noise and signal of each layer on a logarithmic axis; the table below has the numbers.",
                 caption="Variance of one example's gradient, and squared mean gradient, layer by layer. Their "
@@ -318,8 +316,8 @@ def _layers(noise: GradientNoise) -> Chapter:
                 height=1.2 + 0.26 * len(noise.layers),
             ),
         ),
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="Layers. Where the signal is not positive without bias the layer's mean gradient drowns in "
                 "noise.",
                 columns=("layer", "noise tr S", "share", "signal |G|²", "noise scale", "GSNR"),
@@ -373,4 +371,4 @@ def _batch(size: float) -> str:
     return wording.about(max(1.0, size))
 
 
-NOISE = Study(record=NoiseRun, price=_price, measure=_measure, account=_account)
+STUDY = Study(record=NoiseRun, plan=NoisePlan, measure=measure_noise, price=_price)

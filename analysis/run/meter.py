@@ -104,6 +104,15 @@ class Meter:
     def tick(self, columns: int) -> None:
         """Count products that were just made, of the stage that is open."""
         self._done += columns
+        self._tell()
+
+    def told(self, stage: str, done: int, total: int) -> None:
+        """Take the news of a measurement that is one stage of this."""
+        del stage, total
+        self._done = self._before + done
+        self._tell()
+
+    def _tell(self) -> None:
         if self._progress is not None:
             this_stage = max(self._planned, self._done - self._before)
             self._progress(self._name, self._done, self._before + this_stage + self._ahead)

@@ -1,108 +1,88 @@
-"""What several commands take, and how they answer bad input."""
+"""From dataclasses of settings to the options of a command, and how a command answers bad input."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import MISSING, Field, fields
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
+from analysis.records.plan import choices
 from analysis.run.signals import Terminated
-from curvature.errors import CurvatureError, InputError
 
-if TYPE_CHECKING:
-    from analysis.run.preparation import Request
+__all__ = ["command", "errors_as_sentences", "made"]
 
-__all__ = [
-    "AsJson",
-    "Checkpoint",
-    "CheckpointKey",
-    "Device",
-    "MicroBatch",
-    "NoCheck",
-    "Out",
-    "Overwrite",
-    "Params",
-    "Seed",
-    "TaskName",
-    "errors_as_sentences",
-    "request_of",
-]
-
-TaskName = Annotated[
-    str,
-    typer.Argument(
-        metavar="TASK", help="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
-    ),
-]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Parameters to load into the model: a file of torch.save or safetensors, or a Hugging Face folder.",
-    ),
-]
-CheckpointKey = Annotated[
-    str | None,
-    typer.Option(metavar="KEY", help="Which state dict of the checkpoint, if it holds several: state_dict_ema."),
-]
-Params = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Only parameters or modules that match; may be given several times."),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model.")
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random numbers.")]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder. Default: a new one in runs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout, and nothing else there.")]
-NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the self-check of model, loss and data.")]
-MicroBatch = Annotated[
-    int | None, typer.Option(metavar="N", help="Cut batches into pieces of at most N examples, to save memory.")
-]
+T = TypeVar("T")
 
 
-def request_of(
-    task: str,
-    checkpoint: Path | None,
-    checkpoint_key: str | None,
-    params: list[str] | None,
-    device: str | None,
-    micro_batch: int | None,
-    seed: int,
-    no_check: bool,
-    others: Sequence[Path] = (),
-) -> Request:
-    """Return the request that the options of a command make; `others` are checkpoints of other options.
+def command(name: str, summary: str, settings: tuple[type, ...], run: Callable[[dict[str, Any]], None]) -> TyperCommand:
+    """Return a command whose options are the fields of dataclasses that `setting` made; the first of a name counts.
 
-    Raises:
-        InputError: for a key without a checkpoint.
+    Args:
+        name: of the command.
+        summary: its help.
+        settings: the dataclasses, in the order of their options.
+        run: called with what was given, by name; what was left out is not among it.
     """
-    from analysis.run.preparation import Request
 
-    if checkpoint_key is not None and checkpoint is None and not others:
-        raise InputError("--checkpoint-key chooses within a checkpoint; name its file, or leave the key out.")
-    return Request(
-        task=task,
-        checkpoint=checkpoint,
-        checkpoint_key=checkpoint_key,
-        params=params,
-        device=device,
-        micro_batch=micro_batch,
-        seed=seed,
-        check=not no_check,
-        command=shlex.join(["curvature", *sys.argv[1:]]),
+    def call(**given: Any) -> None:
+        with errors_as_sentences():
+            run({key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None and v != []})
+
+    options = {f.name: _option(cls, f) for cls in reversed(settings) for f in fields(cls) if "text" in f.metadata}
+    order = dict.fromkeys(f.name for cls in settings for f in fields(cls) if f.name in options)
+    call.__signature__ = inspect.Signature([options[key] for key in order])  # type: ignore[attr-defined]
+    call.__annotations__ = {key: options[key].annotation for key in order}
+    call.__doc__ = summary
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name)(call)
+    made_of_it = typer.main.get_command(app)
+    assert isinstance(made_of_it, TyperCommand)
+    return made_of_it
+
+
+def made(cls: type[T], given: dict[str, Any], **others: Any) -> T:
+    """Return a dataclass with those of its fields that were given."""
+    return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given} | others)  # type: ignore[arg-type]
+
+
+def _option(cls: type, f: Field[Any]) -> inspect.Parameter:
+    words = (f.metadata["flag"] or "").split()
+    names = [word for word in words if word.startswith("--")]
+    about: dict[str, Any] = {"help": f.metadata["text"]}
+    about["metavar"] = next((word for word in words if word not in names), None)
+    if allowed := choices(cls, f.name):
+        about["metavar"] = "|".join(allowed)
+    if f.default is False and not names:
+        names = [f"--{f.name.replace('_', '-')}"]
+    make = typer.Option if names or not words else typer.Argument
+    hint = _kind(get_type_hints(cls)[f.name])
+    empty = inspect.Parameter.empty
+    default = empty if f.default is MISSING else None if f.default == () else f.default
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, make(*names, **about)]
     )
+
+
+def _kind(hint: Any) -> Any:
+    """Return a type as the command line knows it."""
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is UnionType:
+        return _kind(get_args(hint)[0]) | None
+    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
 
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
     """Turn what a user can mend into one sentence and exit code 2, Ctrl-C into exit code 130, and SIGTERM into 143."""
+    from curvature.errors import CurvatureError
+
     try:
         yield
     except CurvatureError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.records.plain import plain_values
+from analysis.records.plan import Plan, setting
 from analysis.run.store import now, versions
 from analysis.show.listener import Listener
 from analysis.show.wording import count
@@ -26,25 +26,31 @@ __all__ = ["Prepared", "Request", "data_sha256", "in_groups", "load", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Plan):
     """Which model to measure, on what, and how it was asked for."""
 
-    task: str
-    """A bundled name, "file.py:function" or "package.module:function"."""
-    checkpoint: Path | None = None
-    """Parameters to load into the model."""
-    checkpoint_key: str | None = None
-    """Which state dict of the checkpoints, where they hold several."""
-    params: Sequence[str] | None = None
-    """Globs over parameter and module names; None for all that require a gradient."""
-    device: str | None = None
-    """Where to compute; None for where the task has its model."""
-    micro_batch: int | None = None
-    """Cut batches into pieces of at most this many examples."""
-    seed: int = 0
-    """Of all random numbers."""
-    check: bool = True
-    """Whether to run the objective's self-check first."""
+    task: str = setting(
+        flag="TASK", text="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
+    )
+    checkpoint: Path | None = setting(
+        None,
+        "Parameters to load into the model: a file of torch.save or safetensors, or a Hugging Face folder.",
+        flag="--checkpoint FILE",
+    )
+    checkpoint_key: str | None = setting(
+        None, "Which state dict of the checkpoint, if it holds several: state_dict_ema.", flag="--checkpoint-key KEY"
+    )
+    params: tuple[str, ...] | None = setting(
+        None, "Only parameters or modules that match; may be given several times.", flag="--params GLOB"
+    )
+    device: str | None = setting(
+        None, "Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model."
+    )
+    micro_batch: int | None = setting(
+        None, "Cut batches into pieces of at most N examples, to save memory.", flag="--micro-batch N"
+    )
+    seed: int = setting(0, "Seed of all random numbers.", least=0, most=2**63 - 1)
+    check: bool = setting(True, "Check model, loss and data before the work.")
     command: str = ""
     """The command line this came from, for the record."""
 

@@ -1,61 +1,60 @@
-"""The report of a study: one HTML page that needs nothing beside it, and its figures as PDF for papers."""
+"""The report of a run: one HTML page that needs nothing beside it, and its figures as PDF for papers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from analysis.run.saving import write_figure, write_text
-from analysis.run.store import load_record
-from analysis.run.study import StudyRun
-from analysis.show.account import Account, Picture
 from analysis.show.drawing import Colors
-from analysis.show.page import COLORS, templates, two_sizes
+from analysis.show.page import COLORS, figure_html, panels, surface_html, surface_panel, templates
+from analysis.show.report import Figure, Report
 
-__all__ = ["build_account_report", "report_writer"]
+if TYPE_CHECKING:
+    from analysis.run.store import Record
 
-R = TypeVar("R", bound=StudyRun)
-
-
-def report_writer(record: type[R], tell: Callable[[R], Account]) -> Callable[[Path], Path]:
-    """Return what writes report.html and the figures as PDF into a run folder of this kind."""
-
-    def write(folder: Path) -> Path:
-        run = load_record(folder, record)
-        account = tell(run)
-        path = folder / "report.html"
-        write_text(path, build_account_report(run, account))
-        for chapter in account.chapters:
-            for picture in chapter.pictures:
-                _to_paper(picture, folder / f"{picture.name}.pdf")
-        return path
-
-    return write
+__all__ = ["page_of", "write_report"]
 
 
-def build_account_report(run: StudyRun, account: Account) -> str:
-    """Return the report of a study as one self-contained HTML page."""
+def write_report(run: Record, folder: Path) -> Path:
+    """Write report.html and the figures as PDF into a run's folder, and return the page's path."""
+    report, path = run.report(), folder / "report.html"
+    write_text(path, page_of(run, report))
+    for section in report.sections:
+        for figure in section.figures:
+            _on_paper(folder, figure)
+        if section.surface is not None:
+            _to_pdf(folder / "surface.pdf", (5.2, 4.4), partial(surface_panel, section.surface))
+    return path
+
+
+def page_of(run: Record, report: Report | None = None) -> str:
+    """Return the report of a run as one self-contained HTML page."""
     figures, tables = count(1), count(1)
-    chapters = [
+    report = run.report() if report is None else report
+    sections = [
         {
-            "title": chapter.title,
-            "pictures": [(next(figures), p, _on_page(p)) for p in chapter.pictures],
-            "sheets": [(next(tables), sheet) for sheet in chapter.sheets],
+            "told": section,
+            "still": section.surface and surface_html(section.surface),
+            "figures": [(next(figures), figure, figure_html(figure, COLORS)) for figure in section.figures],
+            "tables": [(next(tables), table) for table in section.tables],
         }
-        for chapter in account.chapters
+        for section in report.sections
     ]
-    return templates().get_template("account.html").render(run=run, account=account, chapters=chapters)
+    return templates().get_template("report.html").render(run=run, report=report, sections=sections, tables=tables)
 
 
-def _on_page(picture: Picture) -> Any:
-    return two_sizes(picture.name, picture.label, lambda ax: picture.draw(ax, COLORS), height=picture.height)
+def _on_paper(folder: Path, figure: Figure) -> None:
+    size = (4.8 * figure.panels, figure.height)
+    _to_pdf(folder / f"{figure.name}.pdf", size, lambda f: panels(f, figure, Colors(), wide=True))
 
 
-def _to_paper(picture: Picture, path: Path) -> None:
-    from matplotlib.figure import Figure
+def _to_pdf(path: Path, size: tuple[float, float], draw: Callable[[Any], object]) -> None:
+    from matplotlib.figure import Figure as Canvas
 
-    figure = Figure(figsize=(4.8, picture.height), layout="constrained")
-    picture.draw(figure.subplots(), Colors())
-    write_figure(path, figure)
+    canvas = Canvas(figsize=size, layout="constrained")
+    draw(canvas)
+    write_figure(path, canvas)

@@ -30,24 +30,12 @@ from torch import Tensor
 
 from analysis.records.plain import to_plain
 from analysis.run.folder import ARRAYS, CONFIG, FORMAT, RESULTS, locate
-from analysis.run.reservation import check_destination, free_folder, reserve, reserve_free
-from analysis.run.saving import add_report, save_run, stored
+from analysis.run.saving import save_run, stored
 from analysis.run.seal import broken_seal
+from analysis.show.report import Report
 from curvature.errors import InputError
 
-__all__ = [
-    "Record",
-    "add_report",
-    "check_destination",
-    "free_folder",
-    "kind_of",
-    "load_record",
-    "now",
-    "reserve",
-    "reserve_free",
-    "save_run",
-    "versions",
-]
+__all__ = ["Record", "kind_of", "load_record", "now", "save_run", "versions"]
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
@@ -86,6 +74,25 @@ class Record:
     """Digest of the training data, if they are tensors in memory."""
     check: tuple[str, ...] | None
     """What the self-check of the objective found; None if it was switched off."""
+
+    def report(self) -> Report:
+        """Return what there is to tell of it: what the terminal and the page show."""
+        raise NotImplementedError
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the folder that the command writes: numbers, arrays, the page and its figures; and return its path.
+
+        Args:
+            folder: where; it must not exist, be empty, or hold a run that `overwrite` gives up.
+            overwrite: replace a run that is there.
+
+        Raises:
+            InputError: if the folder holds something that may not be replaced, or cannot be written to.
+            WriteError: if something could not be written; its `folder` says where the numbers are.
+        """
+        from analysis.run.report import write_report
+
+        return save_run(self, Path(folder), overwrite=overwrite, finish=lambda draft: write_report(self, draft))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the large arrays as plain Python values that JSON can hold."""

@@ -1,48 +1,64 @@
-"""A study: what a command measures, and from a task's name to its complete record.
+"""A study: what a command measures, and from a task's name, or an objective, to its complete record.
 
-A new one needs a plan (its settings), a record (`StudyRun` with the result), a price in gradients, the measurement, and
-the account of it; loading, checking, timing, storing, the terminal's tables and the report are the same for all.
+A new one needs a plan (its settings), a record (`StudyRun` with the result and its report), a price, and the
+measurement; options, loading, checking, timing, storing, the terminal's tables and the page are the same for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from analysis.records.plan import Plan
+from analysis.run.draft import Draft
 from analysis.run.preparation import Request, load, prepare
 from analysis.run.store import Record
-from analysis.show.account import Account
-from analysis.show.listener import Listener, Progress
+from analysis.show.listener import Listener
 from analysis.show.wording import duration, number
+from analysis.tasks import Task
+from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.environment.cost import median_seconds, timed
 from curvature.objective.objective import Objective
 
-__all__ = ["Study", "StudyCost", "StudyRun", "run_study"]
+__all__ = ["Price", "Study", "StudyCost", "StudyRun", "run_study", "study_objective"]
 
-P = TypeVar("P")
+P = TypeVar("P", bound=Plan)
 R = TypeVar("R", bound="StudyRun")
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a measurement will cost, before it is paid."""
+
+    text: str
+    """In words: "about 12 gradients of 3 ms each"."""
+    seconds: float
+    """Wall clock."""
+    total: int = 1
+    """Units of work that progress is told in."""
+    unit: str = "stages"
+    """What these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyCost:
     """What a study was expected to cost, and what it did."""
 
-    num_gradients: float
-    """Expected price in gradients of the loss over all data; a Hessian product counts as two."""
-    seconds_per_gradient: float
-    """Wall clock of the one that was timed."""
+    expected: str
+    """The price in words, as it was told before."""
     expected_seconds: float
-    """The product of both."""
+    """Wall clock that was expected."""
     seconds: float
-    """Wall clock that was spent; NaN before."""
+    """Wall clock that was spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun(Record):
-    """The record of a study; a subclass adds its result."""
+    """The record of a study; a subclass adds its result, and the report of it."""
 
     num_params: int
     """Number of parameters the loss is a function of."""
@@ -61,51 +77,124 @@ class Study(Generic[P, R]):
     """What makes one kind of measurement."""
 
     record: type[R]
-    """Its record, with kind and result."""
-    price: Callable[[Objective, P], float]
-    """Expected gradients of the loss over all data."""
-    measure: Callable[[Objective, P, torch.Generator, Progress], Any]
-    """The measurement; told are the stage, how many stages are done, and how many there are."""
-    account: Callable[[R], Account]
-    """What there is to tell of it."""
+    """Its record, with kind, result and report."""
+    plan: type[P]
+    """Its settings."""
+    measure: Callable[..., Any]
+    """`measure(objective, plan, *, generator, progress)` -> the result; with `resumable` also `draft`."""
+    price: Callable[[Objective, P], Price | float]
+    """What that costs; a number counts gradients of the loss over all data, a Hessian product as two."""
+    groups: bool = False
+    """Whether data in one piece are cut into groups, for errors over the data."""
+    num_vectors: Callable[[P], int] = lambda _: 0
+    """How many vectors as long as the parameters the record holds."""
+    resumable: bool = False
+    """Whether it keeps what it finds in a draft, from which an interrupted run goes on."""
 
 
-def run_study(study: Study[P, R], request: Request, plan: P, *, listener: Listener | None = None) -> R:
+def run_study(
+    study: Study[P, R],
+    request: Request,
+    plan: P,
+    *,
+    draft: Callable[[], Draft | None] = lambda: None,
+    listener: Listener | None = None,
+) -> R:
     """Measure a task's model and return the results with all that produced them. Nothing is written.
 
     Args:
         study: what to measure.
         request: which model, on what.
-        plan: the study's settings, a dataclass.
+        plan: the study's settings.
+        draft: of a resumable study, where it keeps what it finds; asked for once the task is there.
         listener: told about progress.
 
     Raises:
         CurvatureError: whatever stands in the way, with the remedy.
     """
     listener = listener or Listener()
-    ready = prepare(*load(request, listener), request, listener, groups=False)
-    objective = ready.objective
-    with listener.doing("timing one gradient"):
-        seconds = _seconds_per_gradient(objective)
-    gradients = study.price(objective, plan)
-    cost = {"num_gradients": gradients, "seconds_per_gradient": seconds, "expected_seconds": gradients * seconds}
-    each, total = duration(seconds), duration(gradients * seconds)
-    listener.priced(f"estimate: about {number(gradients, 2)} gradients of {each} each, {total}", 1, "stages")
+    task, objective = load(request, listener)
     generator = torch.Generator(device=objective.device).manual_seed(request.seed)
-    result, spent = timed(lambda: study.measure(objective, plan, generator, listener.advanced), objective.device)
+    return _studied(study, request, task, objective, plan, generator, draft(), listener)
+
+
+def study_objective(
+    study: Study[P, R],
+    objective: Objective,
+    plan: P,
+    *,
+    generator: torch.Generator | int,
+    name: str | None = None,
+    check: bool = True,
+    listener: Listener | None = None,
+) -> R:
+    """Measure an objective and return the same record that the command makes of a task; `save` writes its folder.
+
+    Args:
+        study: what to measure.
+        objective: the loss at its point.
+        plan: the study's settings.
+        generator: source of all random numbers, on the objective's device, or a seed.
+        name: what the model is called; its class by default.
+        check: whether to run the objective's self-check first.
+        listener: told about progress.
+
+    Raises:
+        CurvatureError: whatever stands in the way, with the remedy.
+    """
+    if isinstance(generator, int):
+        generator = torch.Generator(device=objective.device).manual_seed(generator)
+    call = f"analysis.measure({study.record.kind!r}, objective, generator={generator.initial_seed()})"
+    request = Request(task="", seed=generator.initial_seed(), check=check, command=call)
+    task = Task(name=name or type(objective.model).__name__, model=objective.model, prepared=objective)
+    return _studied(study, request, task, objective, plan, generator, None, listener or Listener())
+
+
+def _studied(
+    study: Study[P, R],
+    request: Request,
+    task: Task,
+    objective: Objective,
+    plan: P,
+    generator: torch.Generator,
+    draft: Draft | None,
+    listener: Listener,
+) -> R:
+    settings = {**request.settings, **{f.name: _plain(getattr(plan, f.name)) for f in fields(plan)}}  # type: ignore[arg-type]
+    if draft is not None:
+        draft.begin(task, request, settings)
+    ready = prepare(task, objective, request, listener, groups=study.groups)
+    objective = ready.objective
+    with listener.doing("timing"):
+        price = study.price(objective, plan)
+        price = price if isinstance(price, Price) else _in_gradients(objective, price)
+    listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
+    kept = {"draft": draft} if study.resumable else {}
+    result, seconds = timed(
+        lambda: study.measure(objective, plan, generator=generator, progress=listener.advanced, **kept),
+        objective.device,
+    )
     return study.record(
         **ready.record(request),
-        settings={**request.settings, **asdict(plan)},  # type: ignore[call-overload]
+        settings=settings,
         num_params=objective.num_params,
         total_weight=objective.total_weight,
         dtype=str(objective.dtype).removeprefix("torch."),
         device=str(objective.device),
-        cost=StudyCost(**cost, seconds=spent),
+        cost=StudyCost(expected=price.text, expected_seconds=price.seconds, seconds=seconds),
         **{study.record.result: result},
     )
 
 
-def _seconds_per_gradient(objective: Objective) -> float:
-    """Return the wall clock of one gradient over all data; the first, which also loads and warms up, does not count."""
+def _in_gradients(objective: Objective, count: float) -> Price:
+    """Return a price in gradients, one of which is timed; the first, which also loads and warms up, does not count."""
     objective.loss_and_gradient()
-    return median_seconds(objective.loss_and_gradient, objective.device)
+    each = median_seconds(objective.loss_and_gradient, objective.device)
+    return Price(f"about {number(count, 2)} gradients of {duration(each)} each", count * each)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as a record has it: of a file its name and digest."""
+    if isinstance(value, Path):
+        return {"file": value.name, "sha256": sha256_of(files_of(value))}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

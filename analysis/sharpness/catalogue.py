@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from analysis.records.plan import Plan, setting
 from analysis.sharpness.ascent import Ball, ScaleKind, perturbation_scale, worst_case
 from analysis.sharpness.computations import (
     Found,
@@ -24,7 +25,7 @@ from analysis.sharpness.computations import (
     tolerated_noise,
 )
 from analysis.sharpness.results import Kind
-from curvature.errors import InputError
+from curvature.arguments import checked_fields
 from curvature.linalg import frobenius_norm, trace
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
@@ -35,67 +36,48 @@ from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 from curvature.spectra.top_eigenpairs import top_eigenpairs
 
-__all__ = ["MEASURES", "Measure", "SharpnessSettings"]
+__all__ = ["MEASURES", "Measure", "SharpnessPlan"]
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
-class SharpnessSettings:
-    """Sizes and budgets that the measures share.
+class SharpnessPlan(Plan):
+    """Which measures to take, and the sizes and budgets that they share."""
 
-    Raises:
-        InputError: for values out of range.
-    """
-
-    rho: float = 0.05
-    """Length of a perturbation; for linf the cube inside that ball, for averages the root mean square length."""
-    adaptive_rho: float = 0.5
-    """The same where perturbations are stretched with the parameters: a relative size."""
-    num_steps: int = 20
-    """Gradients of an ascent, at most, for each start."""
-    num_restarts: int = 2
-    """Starts of an ascent."""
-    ascent_rtol: float = 1e-3
-    """Share of the rise below which steps of an ascent count as idle; two of them in succession end a start."""
-    num_probes: int = 16
-    """Pairs of noise."""
-    num_matvecs: int = 32
-    """Products for a trace, a norm, or each layer's relative flatness."""
-    rtol: float = 1e-3
-    """Residual of eigenvalues, relative."""
-    piece: int = 32
-    """m of m-sharpness, examples."""
-    rise: float = 0.1
-    """Rise of the loss that noise is allowed in the PAC-Bayes search, units of the loss."""
-    epsilon: float = 1e-3
-    """Keskar's box."""
-    box_iterations: int = 10
-    """Iterations of L-BFGS-B in it."""
-    damping: float = 1e-3
-    """Prior precision of the local volume, per loss term; units of the Hessian."""
-
-    def __post_init__(self) -> None:
-        for name in ("rho", "adaptive_rho", "rtol", "ascent_rtol", "rise", "epsilon", "damping"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be positive and finite, got {value}.")
-        least = {"num_probes": 2, "num_matvecs": 4}
-        for name in ("num_steps", "num_restarts", "num_probes", "num_matvecs", "piece", "box_iterations"):
-            if getattr(self, name) < least.get(name, 1):
-                raise InputError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}.")
+    measures: tuple[str, ...] | None = setting(
+        None, "Only this measure; may be given several times.", flag="--measure NAME"
+    )
+    rho: float = setting(
+        0.05, "Length of a perturbation; for linf the cube inside that ball, for averages the rms length.", above=0
+    )
+    adaptive_rho: float = setting(0.5, "The same, relative to the parameters.", above=0)
+    num_steps: int = setting(20, "Gradients of an ascent, at most, for each start.", least=1)
+    num_restarts: int = setting(2, "Starts of an ascent.", least=1)
+    ascent_rtol: float = setting(
+        1e-3, "Share of the rise below which steps of an ascent are idle; two in succession end a start.", above=0
+    )
+    num_probes: int = setting(16, "Pairs of noise for averages.", least=2)
+    num_matvecs: int = setting(32, "Products for a trace, a norm, or each layer's relative flatness.", least=4)
+    rtol: float = setting(1e-3, "Residual of eigenvalues, relative.", above=0)
+    piece: int = setting(32, "Examples of a piece of m-sharpness.", least=1)
+    rise: float = setting(0.1, "Rise of the loss that noise is allowed in the PAC-Bayes search.", above=0)
+    epsilon: float = setting(1e-3, "Size of Keskar's box.", above=0)
+    box_iterations: int = setting(10, "Iterations of L-BFGS-B in it.", least=1)
+    damping: float = setting(1e-3, "Prior precision of the local volume, per loss term.", above=0)
 
 
-def _scaled(objective: Objective, settings: SharpnessSettings, scale: ScaleKind) -> tuple[Tensor, float]:
+def _scaled(objective: Objective, settings: SharpnessPlan, scale: ScaleKind) -> tuple[Tensor, float]:
     return perturbation_scale(objective, scale), settings.rho if scale == "raw" else settings.adaptive_rho
 
 
-def _top(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
+def _top(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
     pairs = top_eigenpairs(A if scale != "raw" else objective, 1, rtol=s.rtol, generator=g)
     value, residual = float(pairs.eigenvalues[0]), float(pairs.residual_norms[0])
     return Found(value=value, stderr=residual, num_matvecs=pairs.num_matvecs)
 
 
-def _trace(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
+def _trace(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
     found = trace(A, num_matvecs=s.num_matvecs, generator=g)
     stderr, lopsided = float(found.stderr), 0.0 if found.method == "exact" else float(skewness(found.samples))
@@ -104,12 +86,12 @@ def _trace(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale
     )
 
 
-def _frobenius(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
+def _frobenius(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     found = frobenius_norm(HessianOperator(objective), num_matvecs=s.num_matvecs, generator=g)
     return Found(value=float(found.value), stderr=float(found.stderr), dof=found.dof, num_matvecs=found.num_matvecs)
 
 
-def _one_step(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:  # noqa: ARG001
+def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:  # noqa: ARG001
     """Rise at the point that a training step of SAM or ASAM looks at; 0 where the gradient is 0."""
     c, rho = _scaled(objective, s, scale)
     theta = objective.space.current()
@@ -122,7 +104,7 @@ def _one_step(objective: Objective, s: SharpnessSettings, g: torch.Generator, sc
 
 
 def _worst(
-    objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw", ball: Ball = "l2"
+    objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw", ball: Ball = "l2"
 ) -> Found:
     c, rho = _scaled(objective, s, scale)
     radius = rho if ball == "l2" else rho / objective.num_params**0.5
@@ -141,18 +123,18 @@ def _worst(
     return Found(value=found.rise, stderr=math.nan, num_gradients=found.num_gradients, details=details)
 
 
-def _average(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
+def _average(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     c, rho = _scaled(objective, s, scale)
     return average_rise(objective, c, rho=rho, num_probes=s.num_probes, generator=g)
 
 
 def _normalised(
-    objective: Objective, s: SharpnessSettings, g: torch.Generator, of: Callable[..., Found], **how: str
+    objective: Objective, s: SharpnessPlan, g: torch.Generator, of: Callable[..., Found], **how: str
 ) -> Found:
     return of(logit_normalised(objective), s, g, **how)
 
 
-def _in_pieces(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
+def _in_pieces(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     """The mean of the one-step rise over pieces of m examples, each moved along its own gradient."""
     parts = pieces(objective, s.piece)
     found = [_one_step(part, s, g, scale) for part in parts]
@@ -171,26 +153,26 @@ def _in_pieces(objective: Objective, s: SharpnessSettings, g: torch.Generator, s
     return Found(value=value, stderr=stderr, dof=len(parts) - 1.0, num_gradients=1, num_losses=1, details=details)
 
 
-def _tolerance(objective: Objective, s: SharpnessSettings, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
+def _tolerance(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     c = perturbation_scale(objective, scale)
     return tolerated_noise(objective, c, rise=s.rise, num_probes=s.num_probes, generator=g)
 
 
-def _flatness(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
+def _flatness(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     return relative_flatness(objective, num_matvecs=s.num_matvecs, generator=g)
 
 
-def _fisher_rao(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:  # noqa: ARG001
+def _fisher_rao(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:  # noqa: ARG001
     return fisher_rao(objective)
 
 
-def _box(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
+def _box(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     return box_rise(
         objective, epsilon=s.epsilon, max_iterations=s.box_iterations, num_restarts=s.num_restarts, generator=g
     )
 
 
-def _volume(objective: Objective, s: SharpnessSettings, g: torch.Generator) -> Found:
+def _volume(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     plan = SpectrumPlan(k=0, num_bottom=0, num_groups=0, num_probes=6, num_steps=12)
     found = spectrum(GGNOperator(objective), plan, generator=g)
     log = found.spectral_sum(lambda x: 0.5 * torch.log1p(x.clamp_min(0) / s.damping))
@@ -214,7 +196,7 @@ Invariance = Literal["layers", "units"]
 class Measure:
     """How to compute a measure, and what a row says of it."""
 
-    compute: Callable[[Objective, SharpnessSettings, torch.Generator], Found]
+    compute: Callable[[Objective, SharpnessPlan, torch.Generator], Found]
     formula: str
     source: str
     invariant: Invariance | None

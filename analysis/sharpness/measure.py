@@ -8,12 +8,14 @@ deep nets, arXiv 1703.04933, for why invariance matters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from analysis.sharpness.catalogue import MEASURES, SharpnessSettings
+from analysis.records.plan import from_plan
+from analysis.sharpness.catalogue import MEASURES, SharpnessPlan
 from analysis.sharpness.results import SharpnessRow, SharpnessTable
+from analysis.show.listener import Progress, stages
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.environment.cost import synchronize
@@ -22,21 +24,17 @@ from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
 
-__all__ = ["SHARPNESS_MEASURES", "SharpnessSettings", "measures_for", "sharpness"]
+__all__ = ["SHARPNESS_MEASURES", "SharpnessPlan", "measures_for", "sharpness"]
 
 SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 """Names of all measures."""
 
 
+@from_plan(SharpnessPlan)
 @full_precision
 @checked
 def sharpness(
-    objective: Objective,
-    measures: Sequence[str] | None = None,
-    *,
-    settings: SharpnessSettings | None = None,
-    generator: torch.Generator,
-    progress: Callable[[str], None] | None = None,
+    objective: Objective, plan: SharpnessPlan, *, generator: torch.Generator, progress: Progress | None = None
 ) -> SharpnessTable:
     """Measure sharpness at the objective's point by several measures.
 
@@ -49,10 +47,9 @@ def sharpness(
 
     Args:
         objective: the loss. Logit-normalised measures, Fisher-Rao and local volume need `loss=`.
-        measures: names out of `SHARPNESS_MEASURES`. Default: all that this objective allows.
-        settings: sizes and budgets.
+        plan: settings; or pass them one by one. Without `measures` all that this objective allows.
         generator: source of all random numbers, on the objective's device.
-        progress: told the name of each measure before it is computed.
+        progress: told each measure before it is computed.
 
     Raises:
         InputError: for an unknown name, or one that the objective does not allow.
@@ -64,27 +61,27 @@ def sharpness(
         >>> _ = nn.init.zeros_(model.weight)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> objective = Objective(model, nn.MSELoss(), (x, torch.zeros(2, 1)))  # of (w_1^2 + 4 w_2^2) / 2
-        >>> table = sharpness(objective, ["top_eigenvalue", "trace"], generator=torch.Generator().manual_seed(0))
+        >>> names = ("top_eigenvalue", "trace")
+        >>> table = sharpness(objective, measures=names, generator=torch.Generator().manual_seed(0))
         >>> [(row.name, row.value, row.rescaling_invariant) for row in table.rows]
         [('top_eigenvalue', 4.0, False), ('trace', 5.0, False)]
     """
-    settings = settings or SharpnessSettings()
     if generator.device.type != objective.device.type:
         raise InputError(
             f"generator lives on {generator.device} but the objective on {objective.device}; make it with "
             f"torch.Generator({str(objective.device)!r})."
         )
-    measures = measures_for(objective, measures)
+    measures = measures_for(objective, plan.measures)
+    tell = stages(progress, len(measures))
     seeds = torch.randint(2**62, (len(MEASURES),), generator=generator, device=generator.device).tolist()
     rows = []
     with fast_layout(objective):
         for name, seed in zip(MEASURES, seeds, strict=True):
             if name not in measures:
                 continue
-            if progress is not None:
-                progress(name)
+            tell(name.replace("_", " "))
             spec, start = MEASURES[name], time.perf_counter()
-            found = spec.compute(objective, settings, torch.Generator(generator.device).manual_seed(seed))
+            found = spec.compute(objective, plan, torch.Generator(generator.device).manual_seed(seed))
             synchronize(objective.device)
             rows.append(
                 SharpnessRow(

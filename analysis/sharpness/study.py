@@ -14,18 +14,16 @@ from analysis.records.measured import Measured
 from analysis.run.study import Study, StudyRun
 from analysis.sharpness.catalogue import MEASURES
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessSettings, measures_for, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measures_for, sharpness
 from analysis.sharpness.results import SharpnessRow, SharpnessTable
 from analysis.show import wording
-from analysis.show.account import Account, Card, Chapter, Finding, Picture, Sheet
-from analysis.show.listener import Progress
-from curvature.arguments import checked_fields
+from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import median_seconds
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators import HessianOperator
 
-__all__ = ["SHARPNESS", "SharpnessPlan", "SharpnessRun"]
+__all__ = ["STUDY", "SharpnessRun"]
 
 _CARDS = {
     "top_eigenvalue": "largest eigenvalue λ of the Hessian",
@@ -41,42 +39,6 @@ _CARDS = {
 _SAMPLE = 4  # pieces that are timed
 
 
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class SharpnessPlan:
-    """What to measure."""
-
-    measures: tuple[str, ...] | None = None
-    """Names; None for all that the objective allows."""
-    rho: float = SharpnessSettings.rho
-    """Length of a perturbation."""
-    adaptive_rho: float = SharpnessSettings.adaptive_rho
-    """The same, relative to the parameters."""
-    num_probes: int = SharpnessSettings.num_probes
-    """Pairs of noise."""
-    num_matvecs: int = SharpnessSettings.num_matvecs
-    """Products for a trace or a norm."""
-    piece: int = SharpnessSettings.piece
-    """Examples of a piece of m-sharpness."""
-
-    def __post_init__(self) -> None:
-        self.settings()
-
-    def settings(self) -> SharpnessSettings:
-        """Return sizes and budgets.
-
-        Raises:
-            InputError: for values out of range.
-        """
-        return SharpnessSettings(
-            rho=self.rho,
-            adaptive_rho=self.adaptive_rho,
-            num_probes=self.num_probes,
-            num_matvecs=self.num_matvecs,
-            piece=self.piece,
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class SharpnessRun(StudyRun):
     """One table of sharpness, with what produced it."""
@@ -87,10 +49,14 @@ class SharpnessRun(StudyRun):
     sharpness: SharpnessTable
     """The results."""
 
+    def report(self) -> Report:
+        """Return what there is to tell of it."""
+        return _report(self.sharpness)
+
 
 def _price(objective: Objective, plan: SharpnessPlan) -> float:
     """Return the price in gradients at the point itself, from timed looks: those at other points build all anew."""
-    settings, device, here = plan.settings(), objective.device, objective.space.current()
+    device, here = objective.device, objective.space.current()
     names = measures_for(objective, plan.measures)
     one = median_seconds(objective.loss_and_gradient, device)
     H, v = HessianOperator(objective), torch.ones_like(here)
@@ -100,12 +66,12 @@ def _price(objective: Objective, plan: SharpnessPlan) -> float:
         "gradients": median_seconds(lambda: gradient_at(objective, here), device),
         "losses": median_seconds(lambda: loss_at(objective, here), device),
     }
-    total = sum(count * seconds[unit] for name in names for unit, count in _spent(name, objective, settings).items())
+    total = sum(count * seconds[unit] for name in names for unit, count in _spent(name, objective, plan).items())
     in_pieces = sum("m_sharpness" in name for name in names)
-    return (total + (in_pieces * _seconds_in_pieces(objective, settings) if in_pieces else 0.0)) / one
+    return (total + (in_pieces * _seconds_in_pieces(objective, plan) if in_pieces else 0.0)) / one
 
 
-def _spent(name: str, objective: Objective, s: SharpnessSettings) -> dict[str, float]:
+def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float]:
     """Return about how many products, gradients and losses away from the point a measure takes."""
     if "top_eigenvalue" in name:
         return {"products": 16.0}
@@ -127,7 +93,7 @@ def _spent(name: str, objective: Objective, s: SharpnessSettings) -> dict[str, f
     return other.get(name, {} if "m_sharpness" in name else {"gradients": 1.0, "losses": 1.0})
 
 
-def _seconds_in_pieces(objective: Objective, s: SharpnessSettings) -> float:
+def _seconds_in_pieces(objective: Objective, s: SharpnessPlan) -> float:
     """Return what a measure over all pieces of the data takes, from a few of them."""
     cut = objective.cut(s.piece)
     sample = list(itertools.islice(cut.batches(), _SAMPLE))
@@ -137,31 +103,16 @@ def _seconds_in_pieces(objective: Objective, s: SharpnessSettings) -> float:
     return seconds / len(sample) * sum(1 for _ in cut.batches())
 
 
-def _measure(
-    objective: Objective, plan: SharpnessPlan, generator: torch.Generator, progress: Progress
-) -> SharpnessTable:
-    names = measures_for(objective, plan.measures)
-    done = iter(range(len(names)))
-    return sharpness(
-        objective,
-        names,
-        settings=plan.settings(),
-        generator=generator,
-        progress=lambda name: progress(name.replace("_", " "), next(done), len(names)),
-    )
-
-
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _account(run: SharpnessRun) -> Account:
-    table = run.sharpness
-    return Account(
+def _report(table: SharpnessTable) -> Report:
+    return Report(
         title="Sharpness",
         facts=(f"loss {wording.number(table.loss)}",),
         cards=tuple(_card(table[name], hint) for name, hint in _CARDS.items() if _has(table, name)),
         findings=_findings(table),
-        chapters=(
+        sections=(
             *_chapters("Measures that rescaling of layers leaves alone", table, invariant=True),
             *_chapters("Measures that rescaling of layers moves", table, invariant=False),
             _definitions(table),
@@ -219,7 +170,7 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
         sigma = table["adaptive_pac_bayes"].value ** -0.5 if table["adaptive_pac_bayes"].value > 0 else math.inf
         text = (
             f"Relative noise of {wording.number(100 * sigma, 2)}{wording.THIN}% on every parameter raises it by "
-            f"{SharpnessSettings.rise:g}."
+            f"{SharpnessPlan.rise:g}."
         )
         found.append(Finding("How much noise does the loss bear?", text))
     bounds = [row for row in table.rows if row.kind == "lower bound"]
@@ -232,17 +183,17 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Chapter, ...]:
+def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Section, ...]:
     rows = tuple(row for row in table.rows if row.rescaling_invariant == invariant)
     if not rows:
         return ()
     part = SharpnessTable(rows=rows, loss=table.loss, num_params=table.num_params)
     name = "invariant" if invariant else "variant"
     what = "do not move" if invariant else "move"
-    chapter = Chapter(
+    section = Section(
         title=title,
-        pictures=(
-            Picture(
+        figures=(
+            Figure(
                 name=f"sharpness-{name}",
                 label="The measures on a logarithmic axis; the table below has the numbers.",
                 caption=f"Measures that {what} when a ReLU network is written otherwise, one layer's weights times a, "
@@ -251,8 +202,8 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Ch
                 height=1.4 + 0.27 * len(rows),
             ),
         ),
-        sheets=(
-            Sheet(
+        tables=(
+            Table(
                 caption="Values with one standard error (of an eigenvalue: its residual); worst cases are lower "
                 "bounds. Scales that do not matter: of whole layers, or of every unit. Cost in passes over the data.",
                 columns=("measure", "value", "unit", "scales", "products", "gradients", "losses", "time"),
@@ -260,7 +211,7 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Ch
             ),
         ),
     )
-    return (chapter,)
+    return (section,)
 
 
 def _draw(part: SharpnessTable, ax: object, colors: object) -> object:
@@ -276,16 +227,16 @@ def _cells(row: SharpnessRow) -> tuple[str, ...]:
     return (row.label, value, unit, free, *costs, wording.duration(row.seconds))
 
 
-def _definitions(table: SharpnessTable) -> Chapter:
+def _definitions(table: SharpnessTable) -> Section:
     rows = tuple((row.label, row.formula, row.source) for row in table.rows)
-    sheet = Sheet(
+    sources = Table(
         caption="What was computed, and who defined it.",
         columns=("measure", "formula", "source"),
         rows=rows,
         num_prose=2,
         on_screen=False,
     )
-    return Chapter(title="Definitions", sheets=(sheet,))
+    return Section(title="Definitions", tables=(sources,))
 
 
 _TERMS = (
@@ -303,10 +254,10 @@ _TERMS = (
     ("Average case", "The mean rise under normal noise, in pairs of opposite sign, with its standard error."),
     (
         "PAC-Bayes",
-        f"1/σ² of the largest noise under which the loss rises by no more than {SharpnessSettings.rise:g} on average.",
+        f"1/σ² of the largest noise under which the loss rises by no more than {SharpnessPlan.rise:g} on average.",
     ),
     ("± (uncertainty)", "One standard error over probes or pieces of the data; of an eigenvalue, its residual."),
 )
 
 
-SHARPNESS = Study(record=SharpnessRun, price=_price, measure=_measure, account=_account)
+STUDY = Study(record=SharpnessRun, plan=SharpnessPlan, measure=sharpness, price=_price)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from typing import Any
 
-__all__ = ["Listener", "Progress"]
+__all__ = ["Listener", "Progress", "stages"]
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how many units of work are done, and how many there are."""
+
+
+def stages(progress: Progress | None, total: int) -> Callable[[str], None]:
+    """Return what is told each stage as it begins, and tells how many of all are done."""
+    done = count()
+
+    def tell(stage: str) -> None:
+        if progress is not None:
+            progress(stage, next(done), total)
+
+    return tell
 
 
 class Listener:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from analysis.show import wording
@@ -17,10 +18,11 @@ from analysis.show.drawing import Colors
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-__all__ = ["COLORS", "NARROW", "STYLE", "WIDE", "svg", "templates", "two_sizes"]
+    from analysis.show.report import Figure, Surface
+
+__all__ = ["COLORS", "NARROW", "WIDE", "figure_html", "panels", "surface_html", "surface_panel", "templates"]
 
 # Colours no figure would use by itself, and the CSS variables that take their place.
 INK, RULE = "#010203", "#010206"
@@ -68,16 +70,8 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": wording.count,
-        "duration": wording.duration,
-        "memory": wording.memory,
-        "number": wording.number,
-        "quantity": wording.quantity,
-        "prose": wording.prose,
-        "unbroken": _unbroken,
-        "share": wording.share,
-    }
+    environment.filters |= {"count": wording.count, "duration": wording.duration, "prose": wording.prose}
+    environment.filters["unbroken"] = _unbroken
     return environment
 
 
@@ -89,24 +83,50 @@ def _unbroken(text: str) -> Markup:
     return Markup(re.sub(pattern, r'<span class="unbroken">\1</span>', str(escape(text))))
 
 
-def two_sizes(name: str, label: str, draw: Callable[[Axes], object], *, height: float) -> Markup:
-    """Return a figure of one pair of axes as HTML: a wide and a narrow rendering; the page shows one of them."""
+def figure_html(figure: Figure, colors: Colors) -> Markup:
+    """Return a figure as HTML: a wide and a narrow rendering; the page shows one of them."""
     from markupsafe import Markup
 
-    wide = svg(f"{name}-wide", label, lambda figure: draw(figure.subplots()), (WIDE, height))
-    narrow = svg(f"{name}-narrow", label, lambda figure: draw(figure.subplots()), (NARROW, max(2.9, height)))
-    return Markup(wide + narrow)  # made here, of numbers and escaped names
+    def drawn(kind: str, height: float) -> str:
+        wide = kind == "wide"
+        size = (WIDE if wide else NARROW, height)
+        return svg(f"{figure.name}-{kind}", figure.label, lambda f: panels(f, figure, colors, wide=wide), size)
+
+    tall = max(2.9 * figure.panels, figure.height) if figure.narrow_height is None else figure.narrow_height
+    return Markup(drawn("wide", figure.height) + drawn("narrow", tall))  # made here, of numbers and escaped names
 
 
-def svg(name: str, label: str, draw: Callable[[Figure], object], size: tuple[float, float]) -> str:
+def panels(canvas: Canvas, figure: Figure, colors: Colors, *, wide: bool) -> None:
+    """Draw a figure: its panels side by side if there is room, else one below the other."""
+    if figure.panels == 1:
+        figure.draw(canvas.subplots(), colors)
+    else:
+        shape = (1, figure.panels) if wide else (figure.panels, 1)
+        figure.draw(list(canvas.subplots(*shape, sharey=wide and figure.share_y).flat), colors)
+
+
+def surface_panel(surface: Surface, canvas: Canvas) -> None:
+    """Draw a surface as it lies on paper."""
+    surface.draw(canvas.add_subplot(projection="3d"))
+
+
+def surface_html(surface: Surface) -> Markup:
+    """Return a picture of a surface, for where there are no scripts."""
+    from markupsafe import Markup
+
+    still = svg("surface-wide", surface.label, partial(surface_panel, surface), (WIDE, 5.0))
+    return Markup(still.replace('class="wide"', 'class="still"', 1))
+
+
+def svg(name: str, label: str, draw: Callable[[Any], object], size: tuple[float, float]) -> str:
     """Draw a figure and return it as an SVG element that takes colours and fonts from the page."""
     import matplotlib as mpl
     from markupsafe import escape
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
     buffer = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Canvas(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as Grid
 
 from analysis.show.listener import Listener
+from analysis.show.report import Report, Table
 from analysis.show.terminal import Output
+from analysis.show.wording import duration
 
-__all__ = ["Screen", "new_table"]
+__all__ = ["Screen", "show_report"]
 
 _PLAIN_WIDTH = 132  # of files and pipes, which have no width of their own
 
@@ -61,7 +64,7 @@ class Screen(Listener):
         self._progress.update(self._bar, total=total, visible=True, unit=unit)
         self._progress.start()
 
-    def say(self, what: str | Table) -> None:
+    def say(self, what: str | Grid) -> None:
         """Print a line or a table."""
         self._console.print(what)
 
@@ -73,9 +76,42 @@ class Screen(Listener):
         self._console.print(text, soft_wrap=True)
 
 
-def new_table(title: str, *columns: str) -> Table:
+def show_report(screen: Screen, report: Report, seconds: float | None) -> None:
+    """Print all there is to tell but the figures, and what it took where something was measured."""
+    moved = any(card.data for card in report.cards)
+    table = _new_table(report.title, "", "value", "uncertainty", *(["other data"] if moved else []), "")
+    table.columns[-1].justify = "left"
+    for card in report.cards:
+        table.add_row(card.label, card.value, card.error, *([card.data] if moved else []), card.hint)
+    screen.say(table)
+    for section in report.sections:
+        for part in section.tables:
+            if part.on_screen:
+                screen.say(_table(section.title, part))
+    answers = Grid.grid(padding=(0, 2, 0, 0))
+    answers.add_column(overflow="fold", ratio=1)
+    for finding in report.findings:
+        answers.add_row(f"\n{finding.question}\n  {finding.answer}")
+    screen.say(answers)
+    for note in report.notes:
+        screen.say(f"note: {note}")
+    if seconds is not None:
+        screen.say(f"\nspent: {', '.join((*report.facts, duration(seconds)))}")
+
+
+def _table(title: str, table: Table) -> Grid:
+    grid = _new_table(title, *table.columns)
+    for column in grid.columns[len(table.columns) - table.num_prose :]:
+        column.justify = "left"
+    for row in table.rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _new_table(title: str, *columns: str) -> Grid:
     """Return a table of the kind all commands print: names to the left, numbers to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    style: Any = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
+    table = Grid(title=f"\n{title}", header_style="dim", **style)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return table

@@ -75,7 +75,7 @@ def _implicit(objective: Objective, generator: torch.Generator) -> Result:
 
 KINDS: dict[str, tuple[Callable[[Objective, torch.Generator], Result], tuple[bool, ...]]] = {
     "inspection": (lambda o, g: inspect_model(o, layers=False, num_probes=6, num_steps=6, generator=g), (False, True)),
-    "sharpness": (lambda o, g: sharpness(o, MEASURES, generator=g), (False,)),
+    "sharpness": (lambda o, g: sharpness(o, measures=MEASURES, generator=g), (False,)),
     "conditioning": (lambda o, g: conditioning(o, layers=False, num_probes=6, num_steps=6, generator=g), (False,)),
     "critical": (
         lambda o, g: critical_points(o, num_probes=6, num_steps=6, symmetries=False, generator=g),

@@ -14,7 +14,7 @@ from analysis.implicit.measure import implicit_regularization
 from analysis.noise.measure import gradient_noise
 from analysis.noise.results import GradientNoise
 from analysis.sharpness.computations import tolerated_noise
-from analysis.sharpness.measure import SharpnessSettings, sharpness
+from analysis.sharpness.measure import SharpnessPlan, sharpness
 from benchmarks.coverage.cases import Case, Interval
 from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, spectrum
 from curvature.results.intervals import mean_interval
@@ -165,7 +165,7 @@ def _sharpness_case(activation: str, dtype: torch.dtype, measure: str, truth: fl
 
     def run(seed: int) -> Interval:
         objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
-        row = sharpness(objective, [measure], generator=torch.Generator().manual_seed(seed)).rows[0]
+        row = sharpness(objective, measures=[measure], generator=torch.Generator().manual_seed(seed)).rows[0]
         return Interval.between(row.value, row.interval(), products=row.num_matvecs + row.num_losses)
 
     return Case(measure.replace("_", " "), f"{activation} network", torch.tensor(truth).double(), run, 0)
@@ -177,7 +177,7 @@ def log_volume_cases(dtype: torch.dtype) -> Iterator[Case]:
         model, x, y = small_network(activation, dtype)
         G = GGNOperator(Objective(model, nn.CrossEntropyLoss(), (x, y))).to_dense().double()
         values = torch.linalg.eigvalsh(G).clamp_min(0)
-        truth = float(0.5 * torch.log1p(values / SharpnessSettings().damping).sum())
+        truth = float(0.5 * torch.log1p(values / SharpnessPlan().damping).sum())
         yield _sharpness_case(activation, dtype, "log_volume", truth)
 
 
@@ -189,7 +189,7 @@ def pac_bayes_cases(dtype: torch.dtype) -> Iterator[Case]:
         theta = objective.space.current()
         for measure, scale in (("pac_bayes", torch.ones_like(theta)), ("adaptive_pac_bayes", theta.abs())):
             g = torch.Generator().manual_seed(10**6)
-            truth = tolerated_noise(objective, scale, rise=SharpnessSettings().rise, num_probes=500, generator=g).value
+            truth = tolerated_noise(objective, scale, rise=SharpnessPlan().rise, num_probes=500, generator=g).value
             yield _sharpness_case(activation, dtype, measure, truth)
 
 

@@ -25,7 +25,7 @@ from analysis.conditioning.measure import conditioning
 from analysis.landscape.directions import Scaling, random_direction
 from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.run.saving import write_text
-from analysis.sharpness.measure import SharpnessSettings, sharpness
+from analysis.sharpness.measure import SharpnessPlan, sharpness
 from benchmarks.relations import networks
 from curvature import GGNOperator, HessianOperator, Objective, top_eigenpairs
 from curvature.linalg import frobenius_norm
@@ -124,13 +124,13 @@ def rescaling(seed: int) -> Iterator[Row]:
     model = networks.relu(seed)
     networks.train(model, (images.double(), labels), steps=300, rate=0.1, batch=20, seed=seed)
     tables = []
-    settings = SharpnessSettings(num_probes=4, num_steps=6, num_matvecs=1000, piece=50)
+    settings = SharpnessPlan(num_probes=4, num_steps=6, num_matvecs=1000, piece=50)
     for factor in (1.0, 5.0, 5.0 ** torch.linspace(-1, 1, 8, dtype=torch.float64)):
         other = networks.relu(seed)
         other.load_state_dict(model.state_dict())
         networks.rescale(other, factor)
         objective = _objective(other, (images.double(), labels))
-        tables.append(sharpness(objective, settings=settings, generator=generator(seed)))
+        tables.append(sharpness(objective, settings, generator=generator(seed)))
     for table, scales in zip(tables[1:], ("layers", "units"), strict=True):
         for name, ratio in table.ratios(tables[0]).items():
             row = tables[0][name]
@@ -173,7 +173,7 @@ def skips(seed: int) -> Iterator[Row]:
         axis = torch.linspace(-1, 1, 21)
         plane = loss_on_plane(objective, first, second, axis, axis)
         names = ["top_eigenvalue", "adaptive_top_eigenvalue", "filter_average"]
-        table = sharpness(objective, names, generator=generator(seed))
+        table = sharpness(objective, measures=names, generator=generator(seed))
         yield {
             "skip": skip,
             "loss": plane.centre,
@@ -219,7 +219,7 @@ def _batch_sizes(seed: int, *, epochs: int = 0, steps: int = 0) -> Iterator[Row]
         model, count = networks.classifier(seed), steps or epochs * (len(data[1]) // batch)
         networks.train(model, data, steps=count, rate=0.1, batch=batch, seed=seed)
         objective = _objective(model, data)
-        table = sharpness(objective, names, generator=generator(seed))
+        table = sharpness(objective, measures=names, generator=generator(seed))
         yield {
             "batch": batch,
             "steps": count,

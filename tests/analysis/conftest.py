@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from analysis.inspection.plan import InspectionPlan
-from analysis.inspection.record import Run
-from analysis.inspection.study import run_inspection
+from analysis.inspection.study import STUDY, InspectionRun
 from analysis.run.preparation import Request
+from analysis.run.study import run_study
 
 TASK = """
 import torch
@@ -28,13 +28,13 @@ def task():
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> InspectionRun:
     """Return a run whose density is estimated, with one layer estimated and one built entry by entry."""
     file = tmp_path_factory.mktemp("task") / "toy_task.py"
     file.write_text(TASK)
     plan = InspectionPlan(k=4, num_probes=3, num_steps=16)
     request = Request(task=f"{file}:task", seed=1, command="curvature inspect toy_task.py:task --seed 1")
-    return run_inspection(request, plan)
+    return run_study(STUDY, request, plan)
 
 
 @pytest.fixture

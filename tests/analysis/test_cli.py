@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.inspection.record import load_run
+from analysis.registry import load_run
 from analysis.show.terminal import Output
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +121,10 @@ def test_a_users_own_objective_from_the_first_line_to_the_report(folder: Path) -
         "results.json",
         "arrays.npz",
         "report.html",
+        "density.pdf",
+        "eigenvalues.pdf",
+        "low-rank.pdf",
+        "diagonal.pdf",
     }
     report = (folder / "here" / "report.html").read_text(encoding="utf-8")
     assert "http://" not in report.replace("http://www.w3.org", "")
@@ -130,7 +134,7 @@ def test_a_users_own_objective_from_the_first_line_to_the_report(folder: Path) -
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report, which takes longer than the inspection of a small model."""
-    monkeypatch.setattr("analysis.inspection.report.write_report", lambda folder: folder)
+    monkeypatch.setattr("analysis.run.delivery.write_report", lambda _, folder: folder)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -230,7 +234,7 @@ def test_settings_reach_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.checkpoint is not None
     assert run.checkpoint["file"] == "digits-mlp.pt"
     assert run.check
-    for name in ("loss", "gradient norm", "largest eigenvalue", "trace", "effective condition", "hidden2", "spent"):
+    for name in ("Loss", "Gradient norm", "Sharpness", "Trace", "Effective condition", "hidden2", "spent"):
         assert name in done.stdout
     assert done.stdout.splitlines()[-1] == "report: runs/digits-mlp-1/report.html"
 

@@ -21,11 +21,11 @@ from analysis.cli import app
 from analysis.compare.figures import plot_comparison
 from analysis.compare.measure import compare, quantities
 from analysis.compare.study import ComparisonRun
-from analysis.inspection.record import Run
 from analysis.inspection.results import Inspection
-from analysis.inspection.study import run_inspection
+from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Bounded, Measured
-from analysis.registry import load_any
+from analysis.registry import load_run
+from analysis.run.study import run_study
 from analysis.sharpness.results import Kind, SharpnessRow, SharpnessTable
 from curvature.errors import InputError
 
@@ -189,7 +189,7 @@ def test_false_alarms_are_as_rare_as_promised(probes: int | None) -> None:
     assert 0.03 < alarms / 2000 < (0.07 if probes == 4 else 0.06)
 
 
-def test_inspections_bring_their_errors_and_their_eigenvectors(run: Run) -> None:
+def test_inspections_bring_their_errors_and_their_eigenvectors(run: InspectionRun) -> None:
     inspection = run.inspection
     larger = replace(inspection, top=replace(inspection.top, eigenvalues=2 * inspection.top.eigenvalues))
     found = compare({"a": inspection, "b": larger})
@@ -227,7 +227,7 @@ def test_sharpness_of_pieces_has_its_error_over_data() -> None:
     assert math.isnan(found["worst ℓ₂"][0].stderr)
 
 
-def test_refusals(run: Run) -> None:
+def test_refusals(run: InspectionRun) -> None:
     one = Numbers(x=of(1.0))
     with pytest.raises(InputError, match="at least two"):
         compare({"a": one})
@@ -289,12 +289,12 @@ def test_checkpoints_are_measured_kept_and_compared(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     for text in ("toy-0-1", "toy-1-1", "largest eigenvalue", "How does toy-1-1 differ", "same data"):
         assert text in done.stdout
-    run = load_any(folder / "both")
+    run = load_run(folder / "both")
     assert isinstance(run, ComparisonRun)
     assert run.comparison.names == ("toy-0-1", "toy-1-1")
     assert run.comparison.same_data is True
-    assert isinstance(load_any(folder / "runs" / "toy-0-1"), Run)
-    assert isinstance(getattr(load_any(folder / "runs" / "toy-0-1"), "inspection"), Inspection)  # noqa: B009
+    assert isinstance(load_run(folder / "runs" / "toy-0-1"), InspectionRun)
+    assert isinstance(getattr(load_run(folder / "runs" / "toy-0-1"), "inspection"), Inspection)  # noqa: B009
     page = (folder / "both" / "report.html").read_text()
     assert "<svg" in page
     assert "nan" not in page.lower()
@@ -308,14 +308,14 @@ def test_checkpoints_are_measured_kept_and_compared(folder: Path) -> None:
 def test_what_was_measured_before_ctrl_c_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
-    def stops(*args: Any, **settings: Any) -> Run:
+    def stops(*args: Any, **settings: Any) -> InspectionRun:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return run_inspection(*args, **settings)
+        return run_study(*args, **settings)
 
-    monkeypatch.setattr("analysis.registry.run_inspection", stops)
+    monkeypatch.setattr("analysis.run.study.run_study", stops)
     done = call("compare", "toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--no-check")
     assert done.exit_code == 130
     assert "have their folders in runs" in done.output
@@ -328,7 +328,7 @@ def test_what_was_measured_before_ctrl_c_is_kept(folder: Path, monkeypatch: pyte
         (["toy.py:task", "--checkpoint", "0.pt"], "at least two of --checkpoint"),
         (
             ["toy.py:task", "--checkpoint", "0.pt", "--checkpoint", "1.pt", "--of", "size"],
-            "inspection, sharpness, noise",
+            "there are inspect, landscape, sharpness",
         ),
         (["a", "b", "--checkpoint", "0.pt", "--checkpoint", "1.pt"], "goes with one task"),
         (["0.pt"], "at least two run folders"),

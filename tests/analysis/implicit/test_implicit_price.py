@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from analysis.implicit import plan as implicit_plan
 from analysis.implicit.plan import ImplicitPlan, num_pieces, price
-from analysis.implicit.study import IMPLICIT
+from analysis.implicit.study import STUDY
 from curvature import Objective
 from curvature.engine.linearize import Linearization
 from curvature.parameters import Block
@@ -39,9 +39,8 @@ def test_the_price_is_that_of_every_piece(size: int | None, pieces: int, monkeyp
         return hvp(lin, X, block)
 
     monkeypatch.setattr(Linearization, "hvp", watched)
-    IMPLICIT.measure(
-        objective, plan, torch.Generator().manual_seed(0), lambda _, done, total: seen.append((done, total))
-    )
+    generator = torch.Generator().manual_seed(0)
+    STUDY.measure(objective, plan, generator=generator, progress=lambda _, done, total: seen.append((done, total)))
     assert seen[-1] == (20 + pieces, 20 + pieces)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert counted.count(2 if size is None else 1) >= pieces  # two products a batch, or one an example

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.inspection.record import Run
-from analysis.inspection.report import write_report
-from analysis.run.store import save_run
+from analysis.inspection.study import InspectionRun
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -21,8 +19,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def report(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_run(run, tmp_path_factory.mktemp("runs") / "run", finish=write_report)
+def report(run: InspectionRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run.save(tmp_path_factory.mktemp("runs") / "run")
     return folder / "report.html"
 
 

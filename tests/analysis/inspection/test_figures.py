@@ -12,15 +12,15 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.inspection.figures import plot_eigenvalues, plot_layers, plot_spectral_density
-from analysis.inspection.record import Run
 from analysis.inspection.results import Inspection
+from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.show.drawing import Colors
 from curvature.results.estimates import EigenPairs, SpectralDensity, Status
 
 
 @pytest.fixture
-def inspection(run: Run) -> Inspection:
+def inspection(run: InspectionRun) -> Inspection:
     return run.inspection
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from analysis.inspection.findings import findings
-from analysis.inspection.record import Run
-from analysis.inspection.report import build_report
 from analysis.inspection.results import Inspection
+from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
+from analysis.run.report import page_of
 from analysis.run.store import save_run
 from analysis.show import wording
 from curvature.results.estimates import EigenPairs
@@ -80,15 +80,14 @@ def with_lowest(inspection: Inspection, value: float, residual: float) -> Inspec
 
 
 @pytest.fixture(scope="module")
-def page(run: Run) -> str:
-    return build_report(run)
+def page(run: InspectionRun) -> str:
+    return page_of(run)
 
 
-def test_it_needs_the_folder_only(run: Run, page: str, folder: Path) -> None:
+def test_it_needs_the_folder_only(run: InspectionRun, page: str, folder: Path) -> None:
     """Another process, which has neither the task nor its module, writes the same page."""
     save_run(run, folder)
-    code = "from pathlib import Path; from analysis.inspection.report import write_report; "
-    code += f"write_report(Path({str(folder)!r}))"
+    code = f"from analysis.cli import main; import sys; sys.argv[1:] = ['report', {str(folder)!r}]; main()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
@@ -114,7 +113,7 @@ def test_colours_follow_the_page(page: str) -> None:
         assert "font-family" not in svg
 
 
-def test_numbers_stand_with_their_uncertainty(run: Run, page: str) -> None:
+def test_numbers_stand_with_their_uncertainty(run: InspectionRun, page: str) -> None:
     text, inspection = outline(page).text, run.inspection
     value, error = wording.value_and_error(inspection.negative_share, percent=True)
     assert value in text
@@ -129,17 +128,17 @@ def test_numbers_stand_with_their_uncertainty(run: Run, page: str) -> None:
         assert stage.name in text
 
 
-def test_what_the_task_says_is_text_not_markup(run: Run, page: str) -> None:
+def test_what_the_task_says_is_text_not_markup(run: InspectionRun, page: str) -> None:
     assert "A &lt;b&gt;toy&lt;/b&gt; &amp; nothing else." in page
     hostile = replace(run.inspection.layers[0], name='"><script>alert(1)</script>')
     inspection = replace(run.inspection, layers=(hostile,))
-    page = build_report(replace(run, name="</style><script>alert(1)</script>", inspection=inspection))
+    page = page_of(replace(run, name="</style><script>alert(1)</script>", inspection=inspection))
     assert "<script" not in page
     outline(page)
 
 
-def test_it_renders_without_layers_check_and_checkpoint(run: Run) -> None:
-    page = build_report(replace(run, inspection=replace(run.inspection, layers=()), check=None, metadata={}))
+def test_it_renders_without_layers_check_and_checkpoint(run: InspectionRun) -> None:
+    page = page_of(replace(run, inspection=replace(run.inspection, layers=()), check=None, metadata={}))
     assert "Layer by layer" not in page
     assert "switched off" in page
     outline(page)
@@ -153,22 +152,22 @@ def test_it_renders_without_layers_check_and_checkpoint(run: Run) -> None:
         (-0.01, 1.0, "No curvature was found that is negative beyond its own uncertainty"),
     ],
 )
-def test_is_it_a_minimum(run: Run, value: float, residual: float, answer: str) -> None:
+def test_is_it_a_minimum(run: InspectionRun, value: float, residual: float, answer: str) -> None:
     found = {f.question: f.answer for f in findings(with_lowest(run.inspection, value, residual))}
     assert found["Is this a minimum?"].startswith(answer)
 
 
-def test_largest_stable_step(run: Run) -> None:
+def test_largest_stable_step(run: InspectionRun) -> None:
     found = {f.question: f.answer for f in findings(run.inspection)}
     assert wording.number(2 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
     assert wording.number(3.8 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
 
 
-def test_where_nothing_curves(run: Run) -> None:
+def test_where_nothing_curves(run: InspectionRun) -> None:
     undefined = Measured(value=float("nan"), stderr=float("nan"))
     top = replace(run.inspection.top, eigenvalues=torch.zeros(4), residual_norms=torch.zeros(4))
     flat = replace(run.inspection, top=top, effective_condition=undefined, negative_share=undefined)
-    page = build_report(replace(run, inspection=flat))
+    page = page_of(replace(run, inspection=flat))
     assert "There is no curvature" in page
     assert "No direction curves upwards" in page
 

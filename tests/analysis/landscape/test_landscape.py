@@ -250,21 +250,21 @@ def test_an_interrupted_plane_goes_on_where_it_stopped(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     d1, d2 = (random_direction(objective, generator=generator, name=f"random {i}") for i in (1, 2))
     whole = loss_on_plane(objective, d1, d2, STEPS, STEPS)
-    file, seen = tmp_path / "points.jsonl", 0
+    file = tmp_path / "points.jsonl"
 
-    def stop(known: bool) -> None:
-        nonlocal seen
-        seen += not known
-        if seen == 30:
+    def stop(stage: str, done: int, total: int) -> None:
+        assert (stage, total) == ("plane of random 1 and random 2", 81)
+        if done == 30:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loss_on_plane(objective, d1, d2, STEPS, STEPS, log=PointLog(file), tick=stop)
+        loss_on_plane(objective, d1, d2, STEPS, STEPS, log=PointLog(file), progress=stop)
     with file.open("a") as f:
         f.write('{"section": "plane of random 1 and')  # cut off while it was written
-    known: list[bool] = []
-    again = loss_on_plane(objective, d1, d2, STEPS, STEPS, log=PointLog(file), tick=known.append)
-    assert known == [True] * 30 + [False] * 51
+    log = PointLog(file)
+    assert log.num_points == 30
+    again = loss_on_plane(objective, d1, d2, STEPS, STEPS, log=log)
+    assert (log.num_known, log.num_points) == (30, 81)
     torch.testing.assert_close(again.losses, whole.losses, rtol=0, atol=0)
     torch.testing.assert_close(again.stderr, whole.stderr, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(InputError, match="another landscape"):

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from analysis.landscape.plan import LandscapePlan
-from analysis.landscape.report import build_landscape_report
-from analysis.landscape.study import run_landscape
+from analysis.landscape.study import STUDY
 from analysis.run.preparation import Request
+from analysis.run.report import page_of
+from analysis.run.study import run_study
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,11 +41,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("landscape")
     (folder / "toy.py").write_text(TASK)
     torch.save(nn.Linear(5, 3).state_dict(), folder / "end.pt")
-    plan = LandscapePlan(points=9, curve=5, directions="path")
+    plan = LandscapePlan(points=9, curve=5, directions="path", to=folder / "end.pt")
     request = Request(task=f"{folder}/toy.py:task", check=False, command="curvature landscape")
-    run = run_landscape(request, plan, to=folder / "end.pt")
+    run = run_study(STUDY, request, plan)
     path = folder / "report.html"
-    path.write_text(build_landscape_report(run), encoding="utf-8")
+    path.write_text(page_of(run), encoding="utf-8")
     return path
 
 

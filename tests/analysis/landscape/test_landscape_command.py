@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from analysis.cli import app
-from analysis.inspection.record import load_run
-from analysis.landscape import report as landscape_report
-from analysis.landscape import study as landscape_workflow
+from analysis.inspection.study import InspectionRun
+from analysis.landscape import look
 from analysis.landscape.plan import LandscapePlan
-from analysis.landscape.report import build_landscape_report
 from analysis.landscape.results import Landscape
-from analysis.landscape.store import load_landscape
-from analysis.landscape.study import run_landscape
+from analysis.landscape.study import STUDY
+from analysis.registry import load_run
 from analysis.run.preparation import Request
+from analysis.run.report import page_of
+from analysis.run.store import load_record
+from analysis.run.study import run_study
 from curvature.errors import InputError
 
 TASK = """
@@ -68,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report, which takes longer than the landscapes of a toy."""
-    monkeypatch.setattr(landscape_report, "write_landscape_report", lambda folder: folder)
+    monkeypatch.setattr("analysis.run.delivery.write_report", lambda _, folder: folder)
 
 
 def landscape(*arguments: str) -> Result:
@@ -79,12 +80,12 @@ def test_from_the_command_to_the_report(folder: Path) -> None:
     done = landscape("digits-mlp", "--points", "7", "--no-check", "--out", "here")
     assert done.exit_code == 0, done.output
     assert done.stdout.rstrip().endswith(str(Path("here") / "report.html"))
-    for text in ("estimate: 63 looks", "random 1", "random 2", "curvature d'Hd", "plane: 7 x 7", "spent: 63 looks"):
+    for text in ("estimate: 63 looks", "random 1", "random 2", "curvature d·Hd", "spent: 63 looks"):
         assert text in done.stdout
     names = {path.name for path in (folder / "here").iterdir()}
     assert names >= {"config.json", "results.json", "arrays.npz", "report.html", "contours.pdf", "surface.pdf"}
     assert not list((folder / "here").glob(".*"))
-    run = load_landscape(folder / "here")
+    run = load_run(folder / "here")
     assert run.landscape.plane is not None
     assert run.landscape.plane.losses[3, 3] == pytest.approx(run.landscape.loss, rel=1e-6)
     assert run.landscape.num_batches == 16
@@ -97,7 +98,7 @@ def test_from_the_command_to_the_report(folder: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
     assert re.findall(r'<script src|<link rel="stylesheet', page) == []
     with pytest.raises(InputError, match="another kind"):
-        load_run(folder / "here")
+        load_record(folder / "here", InspectionRun)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -108,7 +109,7 @@ def test_to_another_checkpoint_along_a_curve(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["landscape"]
     assert [path["kind"] for path in found["paths"]] == ["straight", "curved"]
-    run = load_landscape(folder / "runs" / "toy-landscape-1")
+    run = load_run(folder / "runs" / "toy-landscape-1")
     straight, curved = run.landscape.paths
     assert straight.losses[[0, -1]].tolist() == curved.losses[[0, -1]].tolist()
     assert straight.length < curved.length
@@ -124,7 +125,7 @@ def test_a_trajectory_and_its_plane(folder: Path) -> None:
     paths = [argument for seed in range(3) for argument in ("--trajectory", f"{seed}.pt")]
     done = landscape("toy.py:task", *paths, "--points", "5", "--no-check", "--out", "here")
     assert done.exit_code == 0, done.output
-    run = load_landscape(folder / "here")
+    run = load_run(folder / "here")
     plane = run.landscape.plane
     assert plane is not None
     assert plane.trajectory is not None
@@ -141,7 +142,7 @@ def test_lines_only(folder: Path, directions: str) -> None:
         "toy.py:task", "--directions", directions, "--line", "--points", "9", "--no-check", "--out", "here"
     )
     assert done.exit_code == 0, done.output
-    run = load_landscape(folder / "here")
+    run = load_run(folder / "here")
     assert run.landscape.plane is None
     assert "<canvas" not in (folder / "here" / "report.html").read_text()
     sharp = run.landscape.slices[0 if directions == "eigenvectors" else 1]
@@ -186,17 +187,17 @@ def test_what_was_interrupted_is_continued_and_comes_out_the_same(
         "4",
     )
     assert landscape(*settings, "--out", "whole").exit_code == 0
-    real, looks = landscape_workflow._Look._tick, 0
+    real, looks = look._Look._tell, 0
 
-    def tick(self: object, known: bool) -> None:
+    def tick(self: object, *news: object) -> None:
         nonlocal looks
         looks += 1
-        if looks == 22:
+        if looks == 26:  # four of them bend the path
             raise KeyboardInterrupt
-        real(self, known)  # type: ignore[arg-type]
+        real(self, *news)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(landscape_workflow._Look, "_tick", tick)
+        patch.setattr(look._Look, "_tell", tick)
         stopped = landscape(*settings, "--out", "here")
     assert stopped.exit_code == 130
     assert stopped.stderr == "stopped; what was found is kept: go on with --resume --out here\n"
@@ -221,7 +222,7 @@ def test_what_was_interrupted_is_continued_and_comes_out_the_same(
     done = landscape(*settings, "--out", "here", "--resume")
     assert done.exit_code == 0, done.output
     assert not list((folder / "here").glob(".*"))
-    one, two = (load_landscape(folder / name).landscape for name in ("whole", "here"))
+    one, two = (load_run(folder / name).landscape for name in ("whole", "here"))
     assert two.cost.num_known == 22
     assert "22 from before" in done.stdout
     assert differences(one, two) == []
@@ -230,19 +231,19 @@ def test_what_was_interrupted_is_continued_and_comes_out_the_same(
 
 @pytest.mark.usefixtures("no_report")
 def test_unfinished_runs_without_a_name_are_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = landscape_workflow._Look._tick
+    real = look._Look._tell
 
-    def stop(self: object, known: bool) -> None:
-        real(self, known)  # type: ignore[arg-type]
+    def stop(self: object, *news: object) -> None:
+        real(self, *news)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(landscape_workflow._Look, "_tick", stop)
+        patch.setattr(look._Look, "_tell", stop)
         assert landscape("toy.py:task", "--points", "5", "--no-check").exit_code == 130
     assert landscape("toy.py:task", "--points", "5", "--no-check").exit_code == 0
     assert landscape("toy.py:task", "--points", "5", "--no-check", "--resume").exit_code == 0
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["toy-landscape-1", "toy-landscape-2"]
-    assert load_landscape(folder / "runs" / "toy-landscape-1").landscape.cost.num_known == 1
+    assert load_run(folder / "runs" / "toy-landscape-1").landscape.cost.num_known == 1
 
 
 @pytest.mark.parametrize(
@@ -252,11 +253,11 @@ def test_unfinished_runs_without_a_name_are_found_again(folder: Path, monkeypatc
         (["toy.py:task", "--directions", "up"], "directions must be one of"),
         (["toy.py:task", "--scaling", "row"], "scaling must be one of"),
         (["toy.py:task", "--points", "2"], "points must be at least 5"),
-        (["toy.py:task", "--radius", "-1"], "radius must be positive"),
+        (["toy.py:task", "--radius", "-1"], "radius must be above 0"),
         (["toy.py:task", "--directions", "pca"], "--trajectory"),
         (["toy.py:task", "--directions", "path"], "--curve"),
         (["toy.py:task", "--curve", "3"], "--to"),
-        (["toy.py:task", "--curve", "-3", "--to", "1.pt"], "curve must be"),
+        (["toy.py:task", "--curve", "-3", "--to", "1.pt"], "curve must be at least 0"),
         (["toy.py:task", "--to", "missing.pt"], "missing.pt"),
         (["toy.py:task", "--to", "other.pt"], "does not fit"),
         (["toy.py:task", "--trajectory", "1.pt"], "two or more"),
@@ -279,8 +280,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder: Path, arguments: list
 
 
 def test_the_page_escapes_and_reads_well(folder: Path) -> None:
-    run = run_landscape(Request(task=f"{folder}/toy.py:task", check=False), LandscapePlan(points=5))
-    page = build_landscape_report(run)
+    run = run_study(STUDY, Request(task=f"{folder}/toy.py:task", check=False), LandscapePlan(points=5))
+    page = page_of(run)
     assert "A &lt;b&gt;toy&lt;/b&gt;." in page
     assert "nan" not in re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL).lower().replace("finance", "")
     data = json.loads(re.search(r'id="surface-data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]

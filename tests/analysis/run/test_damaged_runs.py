@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.inspection.record import Run, load_run
-from analysis.registry import load_any
+from analysis.inspection.study import InspectionRun
+from analysis.registry import load_run
 from analysis.run.store import save_run
 from curvature.errors import InputError
 
@@ -56,7 +56,7 @@ def rewritten(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("with_digests", [True, False])
-def test_nothing_but_a_sentence(run: Run, folder: Path, with_digests: bool) -> None:
+def test_nothing_but_a_sentence(run: InspectionRun, folder: Path, with_digests: bool) -> None:
     save_run(run, folder)
     if not with_digests:  # as runs were written once
         config = json.loads((folder / "config.json").read_text())
@@ -93,11 +93,11 @@ def test_nothing_but_a_sentence(run: Run, folder: Path, with_digests: bool) -> N
     load_run(folder)
 
 
-def test_numbers_of_another_run_are_found_out(run: Run, folder: Path) -> None:
+def test_numbers_of_another_run_are_found_out(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     save_run(replace(run, inspection=replace(run.inspection, loss=3.0)), folder.parent / "other")
     (folder / "results.json").write_bytes((folder.parent / "other" / "results.json").read_bytes())
-    for read in (load_run, load_any):
+    for read in (load_run, load_run):
         with pytest.raises(InputError, match=r"is damaged: results.json is not as it was written; repeat it"):
             read(folder)
 
@@ -106,4 +106,4 @@ def test_odd_places_hold_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     for odd in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), Path("a\0b"), Path("/dev/null")):
         with pytest.raises(InputError):
-            load_any(odd)
+            load_run(odd)

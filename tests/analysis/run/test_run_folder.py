@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.inspection.record import Run, load_run
+from analysis.inspection.study import InspectionRun
 from analysis.landscape.point_log import PointLog
+from analysis.registry import load_run
 from analysis.run.reservation import check_destination, free_folder, reserve, reserve_free
 from analysis.run.signals import uninterrupted
 from analysis.run.store import save_run
@@ -33,7 +34,7 @@ def names(folder: Path) -> set[str]:
 # -- reservations -----------------------------------------------------------------------------------------------------
 
 
-def test_a_place_is_taken_once(run: Run, tmp_path: Path) -> None:
+def test_a_place_is_taken_once(run: InspectionRun, tmp_path: Path) -> None:
     with reserve(tmp_path / "a" / "b") as place:
         with pytest.raises(InputError, match=f"is being written by process {os.getpid()}"):
             reserve(tmp_path / "a" / "b", overwrite=True)
@@ -53,7 +54,7 @@ def test_a_place_that_is_not_used_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "mine") == set()
 
 
-def test_what_a_killed_process_reserved_is_free(run: Run, tmp_path: Path) -> None:
+def test_what_a_killed_process_reserved_is_free(run: InspectionRun, tmp_path: Path) -> None:
     code = (
         "import os, signal; from pathlib import Path; from analysis.run.reservation import reserve_free; "
         "places = [reserve_free(Path('runs'), 'toy') for _ in range(2)]; os.kill(os.getpid(), signal.SIGKILL)"
@@ -67,7 +68,7 @@ def test_what_a_killed_process_reserved_is_free(run: Run, tmp_path: Path) -> Non
     assert names(tmp_path / "runs" / "toy-1") == {"config.json", "results.json", "arrays.npz"}
 
 
-def test_places_that_cannot_be(run: Run, tmp_path: Path) -> None:
+def test_places_that_cannot_be(run: InspectionRun, tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for link in ("dangling", "loop"):
@@ -88,7 +89,7 @@ def test_places_that_cannot_be(run: Run, tmp_path: Path) -> None:
         assert load_run(tmp_path / name).seed == 1
 
 
-def test_a_link_stays_a_link(run: Run, tmp_path: Path) -> None:
+def test_a_link_stays_a_link(run: InspectionRun, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for seed in (1, 2):
@@ -105,7 +106,7 @@ MOVES = 6  # of an earlier run with three files, and of the new one
 @pytest.mark.parametrize("number", range(MOVES))
 @pytest.mark.parametrize("after", [False, True])
 def test_a_kill_between_any_two_moves_loses_nothing(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
+    run: InspectionRun, folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
 ) -> None:
     """The process is as good as dead: nothing is undone, and its lock is gone."""
     save_run(run, folder)
@@ -141,7 +142,7 @@ def failing(number: int) -> Callable[[Path, bytes], int]:
     def write(self: Path, data: bytes) -> int:
         nonlocal count
         count += 1
-        if count >= number and "curvature-inspection" not in str(self):
+        if count >= number and "curvature-inspect-" not in str(self):
             real(self, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(self, data)
@@ -151,7 +152,7 @@ def failing(number: int) -> Callable[[Path, bytes], int]:
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_where_the_disk_is_full_the_run_goes_elsewhere(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    run: InspectionRun, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     save_run(run, folder)
     (tmp_path / "temporary").mkdir()
@@ -166,7 +167,9 @@ def test_where_the_disk_is_full_the_run_goes_elsewhere(
     assert names(folder) == {"config.json", "results.json", "arrays.npz"}
 
 
-def test_a_folder_that_went_while_it_was_measured(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_went_while_it_was_measured(
+    run: InspectionRun, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(folder.parents[1]))
     with reserve(folder) as place:
         for file in folder.iterdir():
@@ -181,7 +184,9 @@ def test_a_folder_that_went_while_it_was_measured(run: Run, folder: Path, monkey
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_control_c_waits_until_the_numbers_are_written(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_c_waits_until_the_numbers_are_written(
+    run: InspectionRun, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Path.write_bytes
 
     def write(self: Path, data: bytes) -> int:

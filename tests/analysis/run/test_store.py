@@ -14,15 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.inspection.record import Run, load_run
+from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
-from analysis.run.store import (
-    add_report,
-    check_destination,
-    free_folder,
-    save_run,
-    versions,
-)
+from analysis.registry import load_run
+from analysis.run.reservation import check_destination, free_folder
+from analysis.run.saving import add_report, save_run
+from analysis.run.store import versions
 from analysis.tasks.checkpoint_files import file_sha256
 from curvature.errors import InputError, WriteError
 
@@ -50,14 +47,14 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_round_trip(run: Run, folder: Path) -> None:
+def test_round_trip(run: InspectionRun, folder: Path) -> None:
     assert save_run(run, folder) == folder
     assert names(folder) == {"config.json", "results.json", "arrays.npz"}
     assert names(folder.parent) == {"toy"}
     assert_same(run, load_run(folder))
 
 
-def test_what_is_undefined_stays_undefined(run: Run, folder: Path) -> None:
+def test_what_is_undefined_stays_undefined(run: InspectionRun, folder: Path) -> None:
     odd = replace(run.inspection, negative_share=Measured(value=float("nan"), stderr=float("nan")))
     save_run(replace(run, inspection=odd, check=None, checkpoint=None), folder)
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
@@ -66,7 +63,7 @@ def test_what_is_undefined_stays_undefined(run: Run, folder: Path) -> None:
     assert again.check is None
 
 
-def test_infinities_come_back(run: Run, folder: Path) -> None:
+def test_infinities_come_back(run: InspectionRun, folder: Path) -> None:
     inf = float("inf")
     odd = replace(run.inspection, negative_share=Measured(value=-inf, stderr=inf), loss=float("nan"))
     metadata = {"best": [inf, -inf, 1.5], "word": "inf", "deep": {"none": None}}
@@ -79,13 +76,13 @@ def test_infinities_come_back(run: Run, folder: Path) -> None:
     assert again.metadata == metadata
 
 
-def test_what_json_does_not_know_is_kept_as_text(run: Run, folder: Path) -> None:
+def test_what_json_does_not_know_is_kept_as_text(run: InspectionRun, folder: Path) -> None:
     metadata: dict[Any, Any] = {1: np.float32(0.5), "where": Path("a"), "dtype": torch.float32, "name": "\udcff"}
     save_run(replace(run, metadata=metadata), folder)
     assert load_run(folder).metadata == {"1": 0.5, "where": "a", "dtype": "torch.float32", "name": "\udcff"}
 
 
-def test_files_are_for_reading(run: Run, folder: Path) -> None:
+def test_files_are_for_reading(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     results = json.loads((folder / "results.json").read_text())
     assert results["trace"]["value"] == pytest.approx(float(run.inspection.trace.value))
@@ -99,7 +96,7 @@ def test_files_are_for_reading(run: Run, folder: Path) -> None:
         assert arrays["top.eigenvectors"].shape == (run.inspection.num_params, 4)
 
 
-def test_nothing_names_the_machine(run: Run, folder: Path) -> None:
+def test_nothing_names_the_machine(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     text = (folder / "config.json").read_text() + (folder / "results.json").read_text()
     assert socket.gethostname() not in text
@@ -108,7 +105,7 @@ def test_nothing_names_the_machine(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize(("error", "said"), [(RuntimeError, WriteError), (KeyboardInterrupt, KeyboardInterrupt)])
 def test_a_report_that_fails_leaves_the_numbers(
-    run: Run, folder: Path, error: type[BaseException], said: type[BaseException]
+    run: InspectionRun, folder: Path, error: type[BaseException], said: type[BaseException]
 ) -> None:
     def interrupt(draft: Path) -> None:
         (draft / ".report.html").write_text("half of it")
@@ -124,7 +121,7 @@ def test_a_report_that_fails_leaves_the_numbers(
     assert names(folder) == {"config.json", "results.json", "arrays.npz"}
 
 
-def test_an_earlier_run_goes_only_when_told(run: Run, folder: Path) -> None:
+def test_an_earlier_run_goes_only_when_told(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     with pytest.raises(InputError, match=r"holds an earlier run.*--overwrite"):
         save_run(replace(run, seed=2), folder)
@@ -134,7 +131,7 @@ def test_an_earlier_run_goes_only_when_told(run: Run, folder: Path) -> None:
     assert names(folder.parent) == {"toy"}
 
 
-def test_files_beside_a_run_stay(run: Run, folder: Path) -> None:
+def test_files_beside_a_run_stay(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     (folder / "thesis.tex").write_text("years of work")
     save_run(replace(run, seed=2), folder, overwrite=True)
@@ -146,7 +143,7 @@ def test_files_beside_a_run_stay(run: Run, folder: Path) -> None:
     assert (folder / "report.html").read_text() == "mine"
 
 
-def test_folders_of_other_tools_stay(run: Run, folder: Path) -> None:
+def test_folders_of_other_tools_stay(run: InspectionRun, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("config.json", "results.json"):
         (folder / name).write_text('{"format": 3}')
@@ -156,7 +153,7 @@ def test_folders_of_other_tools_stay(run: Run, folder: Path) -> None:
     assert names(folder) == {"config.json", "results.json", "weights.pt"}
 
 
-def test_files_that_a_run_claims_elsewhere_stay(run: Run, folder: Path) -> None:
+def test_files_that_a_run_claims_elsewhere_stay(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     (folder.parent / "mine").write_text("x")
     config = json.loads((folder / "config.json").read_text())
@@ -166,7 +163,7 @@ def test_files_that_a_run_claims_elsewhere_stay(run: Run, folder: Path) -> None:
     assert names(folder.parent) == {"toy", "mine"}
 
 
-def test_other_files_are_never_overwritten(run: Run, folder: Path) -> None:
+def test_other_files_are_never_overwritten(run: InspectionRun, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="no run"):
@@ -174,7 +171,7 @@ def test_other_files_are_never_overwritten(run: Run, folder: Path) -> None:
     assert names(folder) == {"thesis.tex"}
 
 
-def test_an_empty_folder_will_do(run: Run, folder: Path) -> None:
+def test_an_empty_folder_will_do(run: InspectionRun, folder: Path) -> None:
     folder.mkdir(parents=True)
     save_run(run, folder)
     assert load_run(folder).seed == 1
@@ -195,7 +192,7 @@ def test_free_folder_counts_on(tmp_path: Path) -> None:
     assert free_folder(tmp_path, "dir/my task.py:make").name == "dir-my-task.py-make-1"
 
 
-def test_damaged_folders_are_told(run: Run, folder: Path) -> None:
+def test_damaged_folders_are_told(run: InspectionRun, folder: Path) -> None:
     with pytest.raises(InputError, match="no complete run"):
         load_run(folder)
     save_run(run, folder)
@@ -204,7 +201,7 @@ def test_damaged_folders_are_told(run: Run, folder: Path) -> None:
         load_run(folder)
 
 
-def test_a_format_of_the_future(run: Run, folder: Path) -> None:
+def test_a_format_of_the_future(run: InspectionRun, folder: Path) -> None:
     save_run(run, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "format": 99}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,25 @@ from typer.testing import CliRunner, Result
 from analysis.cli import app
 from analysis.conditioning.measure import conditioning
 from analysis.conditioning.study import ConditioningRun
-from analysis.critical.measure import critical_points
-from analysis.critical.study import CRITICAL, CriticalPlan, CriticalRun
+from analysis.critical.measure import CriticalPlan, critical_points
+from analysis.critical.study import STUDY as CRITICAL
+from analysis.critical.study import CriticalRun
 from analysis.implicit.measure import implicit_regularization
-from analysis.implicit.study import IMPLICIT, ImplicitPlan, ImplicitRun
+from analysis.implicit.plan import ImplicitPlan
+from analysis.implicit.study import STUDY as IMPLICIT
+from analysis.implicit.study import ImplicitRun
 from analysis.noise.curvature import curvature_noise
 from analysis.noise.measure import gradient_noise
-from analysis.noise.study import NOISE, NoisePlan, NoiseRun
-from analysis.registry import KINDS, STUDIES, load_any
+from analysis.noise.study import STUDY as NOISE
+from analysis.noise.study import NoisePlan, NoiseRun
+from analysis.registry import STUDIES, load_run, study
 from analysis.run.preparation import Request
-from analysis.run.report import build_account_report
-from analysis.run.store import save_run
+from analysis.run.report import page_of
+from analysis.run.store import Record
 from analysis.run.study import run_study
-from analysis.sharpness.measure import sharpness
-from analysis.sharpness.study import SHARPNESS, SharpnessPlan, SharpnessRun
+from analysis.sharpness.measure import SharpnessPlan, sharpness
+from analysis.sharpness.study import STUDY as SHARPNESS
+from analysis.sharpness.study import SharpnessRun
 from analysis.show.listener import Listener
 from analysis.tasks import load_task
 from curvature import Objective
@@ -110,7 +116,7 @@ def check_report(folder: Path, *texts: str) -> None:
     assert "nan" not in text.lower().replace("dominant", "")
     for expected in texts:
         assert expected in text
-    for name in re.findall(r'id="(?!chapter)[\w-]+"', page):
+    for name in re.findall(r'id="(?!section)[\w-]+"', page):
         assert page.count(name) == 1, name
 
 
@@ -120,7 +126,7 @@ def test_noise_from_the_command_to_the_report(folder: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert done.stdout.rstrip().endswith(str(Path("here") / "report.html"))
-    run = load_any("here")
+    run = load_run("here")
     assert isinstance(run, NoiseRun)
     noise, along = run.noise.noise, run.noise.curvature
     reference = gradient_noise(objective())
@@ -140,8 +146,8 @@ def test_noise_from_the_command_to_the_report(folder: Path) -> None:
 def test_noise_that_drowns_the_gradient_is_said_and_infinities_survive(folder: Path) -> None:
     run = run_study(NOISE, Request(task="toy.py:minimum", check=False), NoisePlan(batch_size=8))
     assert run.noise.noise.noise_scale.upper == math.inf
-    save_run(run, folder / "here", finish=KINDS["noise"].write_report)
-    kept = load_any(folder / "here")
+    run.save(folder / "here")
+    kept = load_run(folder / "here")
     assert isinstance(kept, NoiseRun)
     assert kept.noise.noise.noise_scale == run.noise.noise.noise_scale
     text = " ".join(visible((folder / "here" / "report.html").read_text()).split())
@@ -152,7 +158,7 @@ def test_noise_that_drowns_the_gradient_is_said_and_infinities_survive(folder: P
 def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
     done = call("implicit", "toy.py:task", "--lr", "0.1", "--batch-size", "6", "--k", "2", "--out", "here")
     assert done.exit_code == 0, done.output
-    run = load_any("here")
+    run = load_run("here")
     assert isinstance(run, ImplicitRun)
     found, reference = run.implicit.regularization, implicit_regularization(objective(), lr=0.1, batch_size=6)
     expected = (reference.batch_penalty, reference.full_penalty)
@@ -174,19 +180,19 @@ def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
 def test_implicit_of_the_batches_as_they_are() -> None:
     plan = ImplicitPlan(lr=0.1, momentum=0.9, directions=False)
     run = run_study(IMPLICIT, Request(task="toy.py:task", check=False, micro_batch=15), plan)
-    account = IMPLICIT.account(run)
+    report = run.report()
     assert run.implicit.regularization.num_batches == 4
-    assert [chapter.title for chapter in account.chapters] == ["Layers"]
-    assert any("Momentum" in note for note in account.notes)
-    assert any("as the task has them" in note for note in account.notes)
-    assert "nan" not in visible(build_account_report(run, account)).lower()
+    assert [section.title for section in report.sections] == ["Layers"]
+    assert any("Momentum" in note for note in report.notes)
+    assert any("as the task has them" in note for note in report.notes)
+    assert "nan" not in visible(page_of(run, report)).lower()
 
 
 @pytest.mark.usefixtures("folder")
 def test_the_edge_of_the_theory_is_said() -> None:
     for lr, said in ((1e-4, ": small"), (1e3, "beyond 2")):
         run = run_study(IMPLICIT, Request(task="toy.py:task", check=False), ImplicitPlan(lr=lr, batch_size=6))
-        answers = {finding.question: finding.answer for finding in IMPLICIT.account(run).findings}
+        answers = {finding.question: finding.answer for finding in run.report().findings}
         assert said in answers["Does the theory hold here?"]
 
 
@@ -195,10 +201,9 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
     options = [part for name in names for part in ("--measure", name)]
     done = call("sharpness", "toy.py:task", *options, "--piece", "10", "--seed", "3", "--out", "here")
     assert done.exit_code == 0, done.output
-    run = load_any("here")
+    run = load_run("here")
     assert isinstance(run, SharpnessRun)
-    plan = SharpnessPlan(piece=10)
-    reference = sharpness(objective(), names, settings=plan.settings(), generator=generator())
+    reference = sharpness(objective(), measures=names, piece=10, generator=generator())
     assert [row.name for row in run.sharpness.rows] == [row.name for row in reference.rows]
     assert [row.value for row in run.sharpness.rows] == pytest.approx([row.value for row in reference.rows], rel=1e-4)
     told = ("1 of 5 measures are worst cases", "Measures that rescaling of layers moves", "Definitions")
@@ -210,7 +215,7 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
 def test_conditioning_from_the_command_to_the_report(folder: Path) -> None:
     done = call("conditioning", "toy.py:task", "--block-diagonal", "--seed", "3", "--out", "here")
     assert done.exit_code == 0, done.output
-    run = load_any("here")
+    run = load_run("here")
     assert isinstance(run, ConditioningRun)
     reference = conditioning(objective(), block_diagonal=True, generator=generator())
     assert run.conditioning.whole.condition.value == pytest.approx(reference.whole.condition.value, rel=1e-3)
@@ -222,7 +227,7 @@ def test_conditioning_from_the_command_to_the_report(folder: Path) -> None:
 def test_critical_from_the_command_to_the_report(folder: Path) -> None:
     done = call("critical", "toy.py:task", "--seed", "3", "--out", "here")
     assert done.exit_code == 0, done.output
-    run = load_any("here")
+    run = load_run("here")
     assert isinstance(run, CriticalRun)
     reference = critical_points(objective(), generator=generator())
     assert (run.critical.kind, run.critical.index_at_least) == (reference.kind, reference.index_at_least)
@@ -235,7 +240,7 @@ def test_critical_from_the_command_to_the_report(folder: Path) -> None:
 @pytest.mark.usefixtures("folder")
 def test_a_minimum_is_called_one() -> None:
     run = run_study(CRITICAL, Request(task="toy.py:minimum", check=False), CriticalPlan())
-    answers = {finding.question: finding.answer for finding in CRITICAL.account(run).findings}
+    answers = {finding.question: finding.answer for finding in run.report().findings}
     assert answers["Is this a minimum?"].startswith("A minimum")
     assert answers["Is there a way down?"].startswith("The loss rises")
     assert answers["Is there a way down?"].endswith("both ways.")
@@ -256,7 +261,7 @@ def test_where_there_is_nothing_to_measure_it_says_so(
     folder: Path, task: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if task != "flat":  # the figures for paper are drawn of all three, those of the page of one
-        monkeypatch.setattr("analysis.run.report._on_page", lambda picture: picture.label)
+        monkeypatch.setattr("analysis.run.report.figure_html", lambda figure, _: figure.label)
     done = call(command[0], f"toy.py:{task}", *command[1:], "--no-check", "--out", "here")
     assert done.exit_code == 0, done.output
     page = visible((folder / "here" / "report.html").read_text())
@@ -286,15 +291,15 @@ def test_results_as_json_and_nothing_else(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["noise", "toy.py:task", "--batch-size", "0"], "batch size must be at least 1"),
+        (["noise", "toy.py:task", "--batch-size", "0"], "batch_size must be at least 1"),
         (["noise", "toy.py:task", "--no-curvature", "--damping", "1"], "needs curvature"),
-        (["implicit", "toy.py:task", "--lr", "0"], "learning rate must be positive"),
+        (["implicit", "toy.py:task", "--lr", "0"], "lr must be above 0"),
         (["implicit", "toy.py:task", "--lr", "1", "--batch-size", "61"], "from 1 to 60 (examples)"),
         (["sharpness", "toy.py:task", "--measure", "flatness"], "distinct names out of"),
-        (["sharpness", "toy.py:task", "--rho", "-1"], "rho must be positive"),
-        (["conditioning", "toy.py:task", "--matrix", "jacobian"], "'hessian' or 'ggn'"),
-        (["conditioning", "toy.py:task", "--floor", "2"], "between 0 and 1"),
-        (["critical", "toy.py:task", "--significance", "0"], "between 0 and 1"),
+        (["sharpness", "toy.py:task", "--rho", "-1"], "rho must be above 0"),
+        (["conditioning", "toy.py:task", "--matrix", "jacobian"], "one of hessian, ggn"),
+        (["conditioning", "toy.py:task", "--floor", "2"], "floor must be above 0 and below 1"),
+        (["critical", "toy.py:task", "--significance", "0"], "significance must be above 0 and below 1"),
         (["noise", "toy.py:task", "--out", "toy.py"], "is a file"),
     ],
 )
@@ -306,9 +311,17 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(folder: Path, arguments: lis
     assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["toy.py"]
 
 
-def test_every_study_has_a_record_of_its_name_and_a_report() -> None:
-    assert set(STUDIES) == {"sharpness", "conditioning", "critical", "noise", "implicit"}
-    assert all(STUDIES[kind].record.kind == kind and kind in KINDS for kind in STUDIES)
+@pytest.mark.parametrize("kind", STUDIES)
+def test_every_study_has_a_record_of_its_name_and_options_that_say_what_they_mean(kind: str) -> None:
+    found = study(kind)
+    assert found.record.kind == kind
+    assert found.record.report is not Record.report
+    assert found.record.result in {field.name for field in fields(found.record)}
+    told = [field.metadata.get("text", "") for field in fields(found.plan) if field.name != "checkpoint_key"]
+    assert all(len(text) > 10 and text.endswith((".", ").")) for text in told)
+    page = call(kind, "--help").stdout
+    for field in fields(found.plan):
+        assert (field.metadata.get("flag") or f"--{field.name.replace('_', '-')}").split()[0].split("/")[0] in page
 
 
 def test_progress_and_price_are_told(folder: Path) -> None:
@@ -326,7 +339,7 @@ def test_progress_and_price_are_told(folder: Path) -> None:
     assert run.cost is not None
     assert run.cost.seconds > 0
     with pytest.raises(InputError, match="holds no complete run"):
-        load_any(folder)
+        load_run(folder)
 
 
 def test_price_grows_with_what_is_asked_for() -> None:

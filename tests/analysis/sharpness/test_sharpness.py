@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 from analysis.sharpness.ascent import perturbation_scale, worst_case
 from analysis.sharpness.computations import average_rise, logit_normalised, relative_flatness, tolerated_noise
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessSettings, sharpness
+from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, sharpness
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.objective.shift import PointLoss
 from tests.cases import BY_NAME
 from tests.checks import assert_close, assert_untouched
 
-QUICK = SharpnessSettings(num_steps=6, num_probes=3, num_matvecs=400, piece=20)
+QUICK = SharpnessPlan(num_steps=6, num_probes=3, num_matvecs=400, piece=20)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -57,7 +58,7 @@ def network(factor: float | Tensor = 1.0) -> Objective:
 def tables():
     """Of the network, rescaled by layers, and by units, each with an a of its own."""
     factors = (1.0, 5.0, torch.logspace(-1, 1, 6, dtype=torch.float64))
-    return [sharpness(network(factor), settings=QUICK, generator=generator()) for factor in factors]
+    return [sharpness(network(factor), QUICK, generator=generator()) for factor in factors]
 
 
 @pytest.mark.parametrize("name", SHARPNESS_MEASURES)
@@ -197,7 +198,7 @@ def test_fisher_rao_norm_of_a_homogeneous_network_follows_from_its_outputs() -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
     x, y = torch.randn(20, 4).double(), torch.randint(3, (20,))
-    row = sharpness(Objective(model, nn.CrossEntropyLoss(), (x, y)), ["fisher_rao"], generator=generator())
+    row = sharpness(Objective(model, nn.CrossEntropyLoss(), (x, y)), measures=["fisher_rao"], generator=generator())
     f = model(x).detach()
     p = f.softmax(1)
     expected = 4 * ((p * f.square()).sum(1) - (p * f).sum(1).square()).mean()  # layers^2 E f'(diag p - pp') f
@@ -263,11 +264,11 @@ def test_sam_and_its_pieces_are_rises_at_one_step() -> None:
     objective, H = quadratic(offset=0.3)
     g = objective.gradient()
     d = 0.05 * g / g.norm()
-    table = sharpness(objective, ["sam", "m_sharpness"], settings=QUICK, generator=generator())
+    table = sharpness(objective, replace(QUICK, measures=["sam", "m_sharpness"]), generator=generator())
     assert table["sam"].value == pytest.approx(float(d @ g + d @ H @ d / 2), rel=1e-9)
     assert table["m_sharpness"].value == pytest.approx(table["sam"].value, rel=1e-12)  # one piece holds all
     x, y = next(iter(objective.batches()))
-    small = sharpness(objective, ["m_sharpness"], settings=SharpnessSettings(piece=4), generator=generator())
+    small = sharpness(objective, measures=["m_sharpness"], piece=4, generator=generator())
     rises = []
     for rows, targets in zip(x.split(4), y.split(4), strict=True):
         r = rows @ objective.model.weight.detach().T - targets
@@ -281,8 +282,8 @@ def test_sam_and_its_pieces_are_rises_at_one_step() -> None:
 def test_a_box_of_any_size_is_searched() -> None:
     """So small a rise that scipy's absolute tolerances would end the search at its start."""
     objective, _ = quadratic(offset=0.2)
-    settings = SharpnessSettings(epsilon=1e-7, num_restarts=1)
-    row = sharpness(objective, ["keskar"], settings=settings, generator=generator())["keskar"]
+    settings = SharpnessPlan(epsilon=1e-7, num_restarts=1)
+    row = sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
     slope = 1e-7 * ((objective.space.current().abs() + 1) * objective.gradient().abs()).sum()
     assert row.value == pytest.approx(100 * float(slope / (1 + objective.loss())), rel=1e-5)
 
@@ -293,8 +294,8 @@ def test_keskars_box_is_maximised() -> None:
     g = objective.gradient()
     corners = reach * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
     rise = float((corners @ g + ((corners @ H) * corners).sum(1) / 2).max())
-    settings = SharpnessSettings(epsilon=0.05, num_restarts=6)
-    row = sharpness(objective, ["keskar"], settings=settings, generator=generator())["keskar"]
+    settings = SharpnessPlan(epsilon=0.05, num_restarts=6)
+    row = sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
     assert row.value == pytest.approx(100 * rise / (1 + float(objective.loss())), rel=1e-6)
     assert row.kind == "lower bound"
 
@@ -338,7 +339,7 @@ def test_a_flat_loss_tolerates_all_noise() -> None:
     model = nn.Linear(3, 1).double()
     objective = Objective(model, nn.MSELoss(), (torch.zeros(4, 3).double(), torch.zeros(4, 1).double()))
     flat = objective.restrict("weight")
-    table = sharpness(flat, settings=QUICK, generator=generator())
+    table = sharpness(flat, QUICK, generator=generator())
     for row in table.rows:
         if "normalised" not in row.name:
             assert row.value == 0, row.name
@@ -377,9 +378,9 @@ def test_scales_have_the_length_of_the_parameters() -> None:
 def test_numbers_do_not_depend_on_company_and_the_model_is_left_alone() -> None:
     objective = network()
     with assert_untouched(objective.model):
-        alone = sharpness(objective, ["average"], settings=QUICK, generator=generator())
+        alone = sharpness(objective, replace(QUICK, measures=["average"]), generator=generator())
         names = ["worst_linf", "average", "keskar", "pac_bayes"]
-        many = sharpness(objective, names, settings=QUICK, generator=generator())
+        many = sharpness(objective, replace(QUICK, measures=names), generator=generator())
     assert alone["average"].value == many["average"].value
     assert [row.name for row in many.rows] == names
     assert all(row.num_losses + row.num_gradients > 0 for row in many.rows)
@@ -388,11 +389,11 @@ def test_numbers_do_not_depend_on_company_and_the_model_is_left_alone() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     objective, _ = quadratic()
     with pytest.raises(InputError, match="distinct names"):
-        sharpness(objective, ["flatness"], generator=generator())
+        sharpness(objective, measures=["flatness"], generator=generator())
     with pytest.raises(InputError, match="rho must be positive"):
-        SharpnessSettings(rho=0)
+        SharpnessPlan(rho=0)
     with pytest.raises(InputError, match="num_probes must be at least 2"):
-        SharpnessSettings(num_probes=1)
+        SharpnessPlan(num_probes=1)
     with pytest.raises(InputError, match="scale must hold 5"):
         worst_case(objective, rho=1.0, scale=-torch.ones(5), generator=generator())
     with pytest.raises(InputError, match="ball must be"):
@@ -406,7 +407,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     )
     with pytest.raises(InputError, match="loss="):
         logit_normalised(scalar)
-    rows = sharpness(scalar, settings=QUICK, generator=generator()).rows
+    rows = sharpness(scalar, QUICK, generator=generator()).rows
     assert "fisher_rao" not in [row.name for row in rows]
 
 

@@ -1,0 +1,143 @@
+"""What an unfinished measurement leaves behind for the next call to go on with.
+
+While it works, a hidden folder in that of the run holds what it depends on and all that was found; it is gone when the
+run is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.records.plain import to_plain
+from analysis.run.preparation import Request, data_sha256
+from analysis.run.saving import write_text
+from analysis.tasks import Task
+from curvature.errors import InputError
+
+__all__ = ["POINTS", "Draft", "fingerprint"]
+
+POINTS = "points.jsonl"
+"""Where what was found is noted; a folder without it is worth nothing."""
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Return a digest of shapes, dtypes and all bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Draft:
+    """The folder of an unfinished measurement.
+
+    Args:
+        path: of the folder; it is made when there is something to keep.
+    """
+
+    _CONFIRMED = frozenset({"loss"})  # by `confirm`
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def begin(self, task: Task, request: Request, settings: dict[str, Any]) -> None:
+        """Make the folder, or open it and compare what it was begun with.
+
+        Raises:
+            InputError: if it was begun with other settings, cannot be read, or cannot be written.
+        """
+        weights = fingerprint(*(t for t in task.model.state_dict().values() if isinstance(t, Tensor)))
+        about = {
+            "task": request.task,
+            "seed": request.seed,
+            "checkpoint": str(request.checkpoint),
+            **settings,
+            "weights": weights,
+            "data": data_sha256(task.train_data),
+        }
+        try:
+            if self._settings.is_file():
+                self._confirm(about, whole=True)
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self._settings, _json(about))
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be used ({error}); delete it and begin again.") from error
+
+    def confirm(self, name: str, value: object) -> None:
+        """Keep something else that all points depend on, or compare it with what was kept.
+
+        Raises:
+            InputError: if it was another one.
+        """
+        before = self._confirm({name: value}, whole=False)
+        if name not in before:
+            with contextlib.suppress(OSError):  # it cannot be compared later; nothing else depends on it
+                write_text(self._settings, _json({**before, name: value}))
+
+    @property
+    def _settings(self) -> Path:
+        return self.path / "settings.json"
+
+    def _confirm(self, settings: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+        """Compare settings with those that were kept, and return these."""
+        try:
+            before, now = json.loads(self._settings.read_text(encoding="utf-8")), json.loads(_json(settings))
+            common = now.keys() & before.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{self._settings} cannot be read ({error}); begin again with --overwrite.") from error
+        names = (now.keys() | before.keys()) - self._CONFIRMED if whole else common
+        if other := sorted(name for name in names if before.get(name) != now.get(name)):
+            raise InputError(
+                f"{self.path.parent} was begun with another {', '.join(other)}; repeat the command as it was, or "
+                "begin again with --overwrite."
+            )
+        return dict(before)
+
+    def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors that were kept, or compute and keep them: another solve may end at other bits."""
+        file, half = self.path / f"{name}.npz", self.path / f".{name}.npz"  # whole or not at all
+        if not file.is_file():
+            found = {key: tensor.cpu() for key, tensor in compute().items()}
+            try:
+                np.savez(half, allow_pickle=False, **{key: tensor.numpy() for key, tensor in found.items()})
+                half.rename(file)
+            except OSError:  # what was computed is used all the same; it cannot be continued from
+                with contextlib.suppress(OSError):
+                    half.unlink(missing_ok=True)
+            return found
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                return {key: torch.from_numpy(kept[key]) for key in kept.files}
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} cannot be read ({error}); begin again with --overwrite.") from error
+
+    def remove_if_empty(self) -> None:
+        """Delete the folder if it holds no point that was found."""
+        if not (self.path / POINTS).is_file():
+            self.remove()
+
+    def remove(self) -> None:
+        """Delete the folder, if there is one."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _json(settings: dict[str, Any]) -> str:
+    return json.dumps(to_plain(settings, number=str), sort_keys=True)
