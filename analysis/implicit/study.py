@@ -13,7 +13,6 @@ from analysis.implicit.figures import plot_penalties, plot_penalty_by_batch_size
 from analysis.implicit.measure import implicit_regularization
 from analysis.implicit.plan import ImplicitPlan, num_pieces, num_products, price
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
-from analysis.records.measured import Measured
 from analysis.records.plan import from_plan
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
@@ -124,15 +123,10 @@ def _of_loss(part: float, found: ImplicitRegularization) -> str:
     return f"{_relative(part, found.loss)} of the loss; " if found.loss > 0 else ""
 
 
-def _penalty(found: ImplicitRegularization) -> Measured:
-    stderr = found.batch_factor * found.batch_variance_stderr
-    return Measured(value=found.batch_penalty, stderr=stderr if math.isfinite(stderr) else math.nan)
-
-
 def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
     found, number = study.regularization, wording.number
-    penalty = _penalty(found)
-    error = f"± {number(penalty.stderr, 2)} with other data" if penalty.stderr > 0 else ""
+    stderr = found.batch_factor * found.batch_variance_stderr
+    error = f"± {number(stderr, 2)} with other data" if 0 < stderr < math.inf else ""
     cards = [
         Card(label="Loss C", value=number(found.loss), hint="weight decay included" if decay else ""),
         Card(
@@ -227,12 +221,8 @@ def _elsewhere(found: ImplicitRegularization) -> str:
         if 1 <= size <= N
     ]
     text = f"The variance penalty would be {' and '.join(parts)}. " if parts else ""
-    least = (
-        bisect.bisect_left(
-            range(1, N), True, key=lambda size: found.batch_penalty_at(size, drop_last=True) <= 0.01 * found.loss
-        )
-        + 1
-    )
+    low = 0.01 * found.loss
+    least = 1 + bisect.bisect_left(range(1, N), True, key=lambda B: found.batch_penalty_at(B, drop_last=True) <= low)
     if least == 1:
         return text + "It is below 1 % of the loss at every batch size."
     if least == N:

@@ -10,6 +10,7 @@ from analysis.records.plan import Plan, setting
 from analysis.run.meter import CostEstimate
 from curvature.arguments import checked_fields
 from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
+from curvature.errors import InputError
 from curvature.layerwise import num_columns
 from curvature.objective.objective import Objective
 from curvature.operators import HessianOperator

@@ -102,10 +102,11 @@ def test_error_bars_cover_the_truth_as_often_as_they_should() -> None:
 
 def test_the_products_are_counted_and_told_of() -> None:
     objective = objective_of("MLP tanh")
-    told: list[int] = []
-    result = layer_coupling(objective, num_probes=4, generator=generator(), progress=told.append)
-    assert told == [4] * len(result.names)
-    assert result.num_matvecs == sum(told)
+    told: list[tuple[str, int, int]] = []
+    result = layer_coupling(objective, num_probes=4, generator=generator(), progress=lambda *news: told.append(news))
+    total = 4 * len(result.names)
+    assert told == [("coupling of layers", 4 * (i + 1), total) for i in range(len(result.names))]
+    assert result.num_matvecs == total
     again = layer_coupling(objective, num_probes=4, generator=generator())
     assert torch.equal(result.norms, again.norms)
 
