@@ -13,7 +13,6 @@ PACKAGES = ("curvature", "optimizers", "analysis")
 MAX_LINES = 400
 LONGER = {  # to be split
     "curvature/linalg/krylov/thick_restart.py",
-    "curvature/per_example/forms.py",
     "optimizers/diagonal/shell.py",
 }
 

@@ -1,12 +1,8 @@
 """What is kept of the per-example gradients of a parameter, and the sums that can be had without writing them out.
 
-A batch of N examples has N gradients of the size of the model. Few questions need them as such: a linear map's gradient
-of example i is a sum over its rows t (tokens, places of an image) of outer products d_it a_it', and its squared norm is
-
-    sum_ts (d_it' d_is) (a_it' a_is),
-
-the weighted sum of its squares, where there is one row, the product of the squared factors. Each `Form` knows the
-gradients of one use of a parameter, or of several, in the cheapest way to hold them.
+A linear map's gradient of example i is a sum over its rows t (tokens, places of an image) of outer products d_it a_it',
+with squared norm sum_ts (d_it' d_is) (a_it' a_is); the weighted sum of its squares, where there is one row, is the
+product of the squared factors. Each `Form` holds the gradients of one or several uses of a parameter.
 
 Reference: Goodfellow (2015), Efficient per-example gradient computations; Dangel, Kunstner and Hennig (2020), BackPACK;
 Li, Tramer, Liang and Hashimoto (2022), Large language models can be strong differentially private learners.
@@ -15,7 +11,7 @@ Li, Tramer, Liang and Hashimoto (2022), Large language models can be strong diff
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +21,6 @@ from torch import Tensor
 
 __all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Squares", "Sum", "Windows", "merge"]
 
-
 CACHE_BYTES = 2**22  # of temporaries on a CPU that are filled again and again: more leaves the caches
 
 
@@ -34,10 +29,9 @@ class Probe:
     """A rank-one array `left right'` in a parameter's shape, seen as a matrix of its first dimension by the others."""
 
     left: Tensor
-    right: Tensor
-    """Itself an outer product, of `inner` over the second dimension and `outer` over all further ones."""
-    inner: Tensor
-    outer: Tensor
+    right: Tensor  # itself an outer product, of
+    inner: Tensor  # over the second dimension, and
+    outer: Tensor  # over all further ones
 
     @classmethod
     def draw(cls, shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Probe:
@@ -58,22 +52,17 @@ class Probe:
 class Squares(NamedTuple):
     """Sums over entries of the gradients h_i of one parameter, or of several in a row."""
 
-    total: Tensor | None
-    """(numel,), sum_i factors_i h_i^2; None unless asked for."""
-    norms: Tensor
-    """(number of parameters, N), |h_i|^2 of each."""
-    along: Tensor | None
-    """(N,), inner products with a vector; None unless asked for."""
+    total: Tensor | None  # (numel,), sum_i factors_i h_i^2; None unless asked for
+    norms: Tensor  # (number of parameters, N), |h_i|^2 of each
+    along: Tensor | None  # (N,), inner products with a vector; None unless asked for
 
 
 class Form(ABC):
     """Gradients h_i, i < N, of one parameter, or of several in a row."""
 
     num_examples: int
-    numels: tuple[int, ...]
-    """Entries of each parameter."""
-    route: str
-    """How they are held, as results report it."""
+    numels: tuple[int, ...]  # entries of each parameter
+    route: str  # how they are held, as results report it
 
     @property
     def numel(self) -> int:
@@ -88,20 +77,14 @@ class Form(ABC):
         """Return sum_i <h_i, probe> and the sum of the magnitudes of the terms it is made of, both ()."""
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
-        """Return what is quadratic in the gradients.
-
-        Args:
-            factors: (N,), of the squares' sum; None leaves it out.
-            chunk_bytes: size of temporary tensors.
-            along: (numel,), a vector for inner products; None leaves them out.
-        """
+        """Return sums of squares, a chunk at a time; None for factors (N,) or along (numel,) leaves theirs out."""
         total, norms, dots = None, [], []
         for start, stop in self.chunks(chunk_bytes):
             dense = self.dense(start, stop)
             norms.append(torch.stack([_squared_norms(part) for part in dense.split(self.numels, dim=1)]))
             if factors is not None:
-                part = factors[start:stop] @ dense.square()
-                total = part if total is None else total.add_(part)
+                squares = factors[start:stop] @ dense.square()
+                total = squares if total is None else total.add_(squares)
             if along is not None:
                 dots.append(dense @ along)
         return Squares(total, torch.cat(norms, dim=1), torch.cat(dots) if along is not None else None)
@@ -123,21 +106,11 @@ class Direct(Form):
     route = "direct"
 
     def __init__(self, values: Tensor, numels: tuple[int, ...] | None = None, route: str = "direct") -> None:
-        self.values = values
-        self.num_examples = len(values)
+        self.values, self.num_examples, self.route = values, len(values), route
         self.numels = (values.shape[1],) if numels is None else numels
-        self.route = route
 
     def dense(self, start: int, stop: int) -> Tensor:
         return self.values[start:stop]
-
-    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
-        if self.values.numel() * 8 > chunk_bytes:
-            return super().squares(factors, chunk_bytes, along)
-        squares = self.values.square()
-        norms = [part.sum(1) for part in squares.split(self.numels, dim=1)]
-        total, dots = (None if v is None else f @ v for f, v in ((squares.T, factors), (self.values, along)))
-        return Squares(total, torch.stack(norms), dots)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         flat = probe.flat
@@ -148,8 +121,7 @@ class Rows:
     """The right factor of a linear map: a, (N, G, T, p)."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.shape = tuple(values.shape)
+        self.values, self.shape = values, tuple(values.shape)
 
     def take(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:  # noqa: ARG002 - there already
         """Return the rows of some examples, (stop - start, G, T, p)."""
@@ -168,13 +140,9 @@ class Rows:
 
 
 class Windows:
-    """The right factor of a convolution: the windows of x (N, C, ...) that each output place sees.
+    """The right factor of a convolution: the windows of padded x (N, C, *sizes) that each output place sees.
 
-    Args:
-        x: padded input, (N, C, *sizes).
-        kernel, stride, dilation: one number a dimension of `sizes`.
-        groups: G, which divides C.
-        places: sizes of the output.
+    Kernel, stride, dilation and places (sizes of the output) have a number for each of the `sizes`; groups divide C.
     """
 
     def __init__(
@@ -186,9 +154,8 @@ class Windows:
         groups: int,
         places: tuple[int, ...],
     ) -> None:
-        self.x = x.contiguous()
+        self.x, self.kernel, self.places = x.contiguous(), kernel, places
         self.geometry = (stride, dilation, groups)
-        self.kernel, self.places = kernel, places
         N, C = x.shape[:2]
         self.shape = (N, groups, torch.Size(places).numel(), C // groups * torch.Size(kernel).numel())
 
@@ -226,12 +193,7 @@ class Windows:
 
 
 class Factors(Form):
-    """h_i = sum_t left_it right_it' in each of G groups, as a (G q, p) matrix.
-
-    Args:
-        left: d, (N, G, T, q).
-        right: a, (N, G, T, p), or the windows that stand for it.
-    """
+    """h_i = sum_t left_it right_it' in each of G groups, a (G q, p) matrix; left (N, G, T, q), right (N, G, T, p)."""
 
     def __init__(self, left: Tensor, right: Rows | Windows) -> None:
         self.left, self.right = left, right
@@ -241,11 +203,8 @@ class Factors(Form):
 
     @property
     def route(self) -> str:  # type: ignore[override]
-        return "ghost" if self._ghost_is_cheaper else "factorised"
-
-    @property
-    def _ghost_is_cheaper(self) -> bool:
-        return self.rows * (self.p + self.q) <= max(self.p * self.q, self.p + self.q)
+        cheaper = self.rows * (self.p + self.q) <= max(self.p * self.q, self.p + self.q)
+        return "ghost" if cheaper else "factorised"
 
     def dense(self, start: int, stop: int) -> Tensor:
         return (self.left[start:stop].mT @ self.right.take(start, stop)).reshape(stop - start, -1)
@@ -258,7 +217,7 @@ class Factors(Form):
         return _sums(on_left.mul_(self.right.times(probe)))
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
-        if self.rows > 1 and (factors is not None or not self._ghost_is_cheaper):
+        if self.rows > 1 and (factors is not None or self.route != "ghost"):
             return self._written_out(factors, chunk_bytes, along)
         dots = None if along is None else self.along(along, chunk_bytes)
         if self.rows > 1:
@@ -313,16 +272,12 @@ class Factors(Form):
 
 
 class Indexed(Form):
-    """An embedding: row index_it of the (V, d) table receives values_it.
-
-    Sums of squares add what meets in one row of the table first, in the space of rows that are met at all.
-    """
+    """An embedding: row index_it of the (V, d) table receives values_it; what meets in a row adds up before squares."""
 
     route = "indexed"
 
     def __init__(self, index: Tensor, values: Tensor, num_rows: int) -> None:
-        self.index, self.values, self.num_rows = index, values, num_rows
-        self.num_examples = len(index)
+        self.index, self.values, self.num_rows, self.num_examples = index, values, num_rows, len(index)
         self.numels = (num_rows * values.shape[-1],)
 
     def dense(self, start: int, stop: int) -> Tensor:
@@ -360,13 +315,7 @@ class Indexed(Form):
 
 
 class Scattered(Form):
-    """Gradients of a part of a parameter (a slice, an expanded row), put where that part lies.
-
-    Args:
-        inner: the gradients of the part.
-        index: (inner.numel,), places of the part's entries in the parameter.
-        numel: of the parameter.
-    """
+    """Gradients of a part of a parameter (a slice, an expanded row), put at its places `index` (inner.numel,)."""
 
     def __init__(self, inner: Form, index: Tensor, numel: int) -> None:
         self.inner, self.index = inner, index
@@ -380,9 +329,7 @@ class Scattered(Form):
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         part = probe.flat[self.index]
-        dense = [self.inner.dense(*chunk) for chunk in self.inner.chunks(2**24)]
-        values = [_sums(rows * part) for rows in dense]
-        return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
+        return _added(_sums(self.inner.dense(*chunk) * part) for chunk in self.inner.chunks(2**24))
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
         if not self._injective:
@@ -405,14 +352,10 @@ class Sum(Form):
         self.route = "factorised"
 
     def dense(self, start: int, stop: int) -> Tensor:
-        total = self.forms[0].dense(start, stop)
-        for form in self.forms[1:]:
-            total = total + form.dense(start, stop)
-        return total
+        return torch.stack([form.dense(start, stop) for form in self.forms]).sum(0)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        values = [form.project(probe) for form in self.forms]
-        return torch.stack([v for v, _ in values]).sum(), torch.stack([s for _, s in values]).sum()
+        return _added(form.project(probe) for form in self.forms)
 
     def along(self, vector: Tensor, chunk_bytes: int) -> Tensor:
         return torch.stack([form.along(vector, chunk_bytes) for form in self.forms]).sum(0)
@@ -427,11 +370,10 @@ def merge(forms: Sequence[Form], chunk_bytes: int) -> Form:
         return forms[0]
     if all(isinstance(form, Direct) for form in forms):
         return Direct(torch.stack([form.dense(0, form.num_examples) for form in forms]).sum(0))
-    linear = [_as_rows(form, chunk_bytes) for form in forms]
-    if all(form is not None for form in linear):
-        left = torch.cat([form.left for form in linear if form is not None], dim=2)
-        right = torch.cat([form.right.values for form in linear if form is not None], dim=2)  # type: ignore[union-attr]
-        merged = Factors(left, Rows(right))
+    linear = [rows for form in forms if (rows := _as_rows(form, chunk_bytes)) is not None]
+    if len(linear) == len(forms):
+        left = torch.cat([form.left for form in linear], dim=2)
+        merged = Factors(left, Rows(torch.cat([form.right.take(0, form.num_examples) for form in linear], dim=2)))
         if merged.route == "ghost" or not any(isinstance(form, Indexed) for form in forms):
             return merged
     return Sum(forms)
@@ -441,8 +383,7 @@ def _as_rows(form: Form, max_bytes: int) -> Factors | None:
     """Return factors that can be joined to others along their rows, if `form` has them."""
     if isinstance(form, Indexed) and 8 * form.index.numel() * form.num_rows <= max_bytes:
         return form.as_factors()
-    plain = isinstance(form, Factors) and form.groups == 1 and isinstance(form.right, Rows)
-    return form if plain else None  # type: ignore[return-value]
+    return form if isinstance(form, Factors) and form.groups == 1 and isinstance(form.right, Rows) else None
 
 
 def _squared_norms(x: Tensor) -> Tensor:
@@ -452,3 +393,8 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:
     return terms.sum(), terms.abs().sum()
+
+
+def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    values, sizes = zip(*pairs, strict=True)
+    return torch.stack(values).sum(), torch.stack(sizes).sum()
