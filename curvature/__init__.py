@@ -1,6 +1,7 @@
 """Second-order information about PyTorch models: objectives, curvature operators and estimators with error bars."""
 
 from curvature.errors import CurvatureError as CurvatureError
+from curvature.linalg.krylov.eigsh import eigsh as eigsh
 from curvature.linop import LinearOperator as LinearOperator
 from curvature.objective.objective import Objective as Objective
 from curvature.operators import BlockDiagonalOperator as BlockDiagonalOperator
@@ -31,7 +32,6 @@ from curvature.spectra.planning import plan as plan
 from curvature.spectra.results import Spectrum as Spectrum
 from curvature.spectra.spectrum import layer_spectra as layer_spectra
 from curvature.spectra.spectrum import spectrum as spectrum
-from curvature.spectra.top_eigenpairs import top_eigenpairs as top_eigenpairs
 
 __all__ = [
     "Block",
@@ -60,10 +60,10 @@ __all__ = [
     "SubmatrixOperator",
     "SubproblemResult",
     "TraceEstimate",
+    "eigsh",
     "layer_spectra",
     "optimizer_preconditioner",
     "plan",
     "solve",
     "spectrum",
-    "top_eigenpairs",
 ]

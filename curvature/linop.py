@@ -1,15 +1,14 @@
-"""Linear operators: matrices known through their products, and the algebra on them.
+"""Linear operators: matrices known through their products, and the lazy algebra on them.
 
 Every algorithm of `curvature.linalg` needs only `shape`, `dtype`, `device` and `@`, so it takes a dense tensor as
-readily as a Hessian. `LinearOperator` is the base class for matrices that are not tensors: a subclass implements one
-product with a block of columns and inherits checks, sums, scalings, shifts, compositions and projections, all of them
-lazy.
+readily as a Hessian. A subclass of `LinearOperator` implements one product with a block of columns.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,16 +20,22 @@ from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 
 __all__ = [
+    "AnyMatrix",
     "Composed",
     "Counting",
     "LinearOperator",
     "MatrixLike",
+    "MatrixName",
     "Projected",
     "Scaled",
     "Shifted",
     "Sum",
+    "SymmetricOperator",
+    "Transposed",
+    "as_matrix",
     "to_dense",
     "to_scipy",
+    "transpose",
 ]
 
 
@@ -47,6 +52,50 @@ class MatrixLike(Protocol):
     def __matmul__(self, X: Tensor, /) -> Tensor: ...
 
 
+class _HasMatrices(Protocol):
+    """An `Objective`, which lies above this module."""
+
+    @property
+    def num_params(self) -> int: ...
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]: ...
+
+
+AnyMatrix: TypeAlias = MatrixLike | np.ndarray | _HasMatrices
+"""What stands for a matrix: a tensor, a NumPy array, an operator, or an objective, whose matrix is then named."""
+MatrixName: TypeAlias = Literal["hessian", "ggn", "fisher", "empirical_fisher", "gradient_covariance", "ntk"]
+"""A matrix of an objective: those of `HessianOperator`, `GGNOperator`, `FisherOperator`, ..."""
+
+
+@functools.singledispatch
+def as_matrix(A: Any, matrix: MatrixName = "hessian") -> MatrixLike:
+    """Return the matrix that algorithms multiply with.
+
+    Args:
+        A: a tensor or an operator, returned as it is; a NumPy array, of which a tensor on the CPU is made; or an
+            objective.
+        matrix: which matrix of an objective; of no account for others.
+
+    Raises:
+        InputError: for anything else.
+    """
+    del matrix  # of objectives: `curvature.operators` says how
+    if isinstance(A, np.ndarray) and A.ndim == 2 and A.dtype.kind == "f":
+        return torch.from_numpy(np.ascontiguousarray(A, dtype=A.dtype.newbyteorder("=")))
+    if isinstance(A, Tensor):
+        usable = not (A.is_meta or A.is_nested)
+    else:
+        usable = not isinstance(A, type) and isinstance(A, MatrixLike) and isinstance(A.dtype, torch.dtype)
+    if not usable:
+        got = f"the class {A.__name__}" if isinstance(A, type) else f"a {type(A).__name__}"
+        got += f" of shape {tuple(A.shape)} and {A.dtype}" if isinstance(A, (np.ndarray, Tensor)) else ""
+        raise InputError(
+            "A must be a matrix as a tensor or a NumPy array of floating-point numbers, an operator with shape, dtype, "
+            f"device and @, or an Objective, got {got}."
+        )
+    found: MatrixLike = A
+    return found
+
+
 class LinearOperator(ABC):
     """A real matrix of shape (m, n), known through its products with vectors (n,) and blocks (n, k).
 
@@ -55,38 +104,54 @@ class LinearOperator(ABC):
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
-        self._shape = (int(shape[0]), int(shape[1]))
-        self._dtype = dtype
-        self._device = torch.device(device)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.dtype = dtype
+        self.device = torch.device(device)
 
     @abstractmethod
     def _matmat(self, X: Tensor) -> Tensor:
         """Return A @ X, shape (m, k), for X of shape (n, k) that has passed the checks of `__matmul__`."""
 
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose, (n, m). Products with it raise an `InputError` where only those with A are known."""
+        return Transposed(self)
+
+    @property
+    def overhead(self) -> float:
+        """What a product costs whatever its columns, in columns: 0 where a block saves nothing."""
+        return 0.0
+
+    def agree(self, call: str, **settings: Any) -> None:
+        """Compare the settings of a call over the ranks that hold parts of the matrix, where there are any.
+
+        Raises:
+            RankError: on all ranks, if they differ.
+        """
+        del call, settings
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        """Return A' @ X, (n, k), for X of shape (m, k)."""
+        raise InputError(f"{type(self).__name__} knows products with A only, not with A' {tuple(X.shape)}.")
+
     @overload
     def __matmul__(self, X: Tensor, /) -> Tensor: ...
     @overload
+    def __matmul__(self, X: np.ndarray, /) -> np.ndarray: ...
+    @overload
     def __matmul__(self, X: LinearOperator, /) -> Composed: ...
-    def __matmul__(self, X: Tensor | LinearOperator, /) -> Tensor | LinearOperator:
+    def __matmul__(self, X: Tensor | np.ndarray | LinearOperator, /) -> Tensor | np.ndarray | LinearOperator:
         """Return A @ x (m,) for a vector (n,), A @ X (m, k) for a block (n, k), or the composition with an operator.
+
+        A NumPy array, of any kind of number, is converted to A's dtype, and its product is an array.
 
         Raises:
             InputError: if shape, dtype or device of X do not match.
         """
         if isinstance(X, LinearOperator):
             return Composed(self, X)
+        if isinstance(X, np.ndarray):
+            return (self @ _from_numpy(X, self)).cpu().numpy()
         _check_operand(self, X)
         return self._applied(X[:, None])[:, 0] if X.ndim == 1 else self._applied(X)
 
@@ -127,10 +192,51 @@ class LinearOperator(ABC):
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device})"
 
 
+class SymmetricOperator(LinearOperator):
+    """A matrix that is its own transpose."""
+
+    @property
+    def T(self) -> LinearOperator:
+        """The matrix itself."""
+        return self
+
+
+class Transposed(LinearOperator):
+    """A'."""
+
+    def __init__(self, A: LinearOperator) -> None:
+        super().__init__((A.shape[1], A.shape[0]), A.dtype, A.device)
+        self.A = A
+
+    @property
+    def T(self) -> LinearOperator:
+        """A."""
+        return self.A
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self.A._rmatmat(X)
+
+
+def transpose(A: MatrixLike) -> MatrixLike:
+    """Return A', of whatever has an attribute `T`."""
+    transpose: MatrixLike | None = getattr(A, "T", None)
+    if transpose is None:
+        raise InputError(f"a transpose needs that of {type(A).__name__}, which has no attribute T.")
+    return transpose
+
+
+def _from_numpy(x: np.ndarray, A: MatrixLike) -> Tensor:
+    if x.dtype.kind not in "biuf":
+        raise InputError(f"{type(A).__name__} @ x needs real numbers, got an array of {x.dtype}.")
+    return torch.as_tensor(np.ascontiguousarray(x), dtype=A.dtype, device=A.device)
+
+
 def _check_operand(A: LinearOperator, X: Tensor) -> None:
     n = A.shape[1]
     if not isinstance(X, Tensor):
-        raise InputError(f"{type(A).__name__} @ X needs a torch.Tensor or an operator, got {type(X).__name__}.")
+        raise InputError(
+            f"{type(A).__name__} @ X needs a tensor, a NumPy array or an operator, got {type(X).__name__}."
+        )
     if X.ndim not in (1, 2) or X.shape[0] != n:
         raise InputError(f"{type(A).__name__} @ X needs X of shape ({n},) or ({n}, k), got {tuple(X.shape)}.")
     if X.layout is not torch.strided:
@@ -171,6 +277,9 @@ class Sum(LinearOperator):
     def _matmat(self, X: Tensor) -> Tensor:
         return self.A @ X + self.B @ X
 
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        return transpose(self.A) @ X + transpose(self.B) @ X
+
 
 class Scaled(LinearOperator):
     """factor * A."""
@@ -181,6 +290,9 @@ class Scaled(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.factor * (self.A @ X)
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        return self.factor * (transpose(self.A) @ X)
 
 
 class Shifted(LinearOperator):
@@ -193,6 +305,9 @@ class Shifted(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.A @ X + self.shift * X
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        return transpose(self.A) @ X + self.shift * X
 
 
 class Composed(LinearOperator):
@@ -210,8 +325,11 @@ class Composed(LinearOperator):
     def _matmat(self, X: Tensor) -> Tensor:
         return self.A @ (self.B @ X)
 
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        return transpose(self.B) @ (transpose(self.A) @ X)
 
-class Projected(LinearOperator):
+
+class Projected(SymmetricOperator):
     """P A P with P = I - U U': a symmetric A with the directions U, orthonormal columns (n, k), taken out."""
 
     def __init__(self, A: MatrixLike, U: Tensor) -> None:
@@ -240,6 +358,10 @@ class Counting(LinearOperator):
         self.num_matvecs += X.shape[1]
         return self.A @ X
 
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        self.num_matvecs += X.shape[1]
+        return transpose(self.A) @ X
+
 
 @one_matrix
 @full_precision
@@ -253,16 +375,28 @@ def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
 
 
 def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
-    """Return a `scipy.sparse.linalg.LinearOperator` that computes with a symmetric A on A's own device.
+    """Return a `scipy.sparse.linalg.LinearOperator` that computes with A, and with A' for `rmatvec`, on A's own device.
 
     NumPy arrays of any float dtype are converted to A's dtype and back; the declared dtype is A's, so that SciPy works
     in the precision the products have.
     """
 
-    def product(x: np.ndarray) -> np.ndarray:
-        X = torch.as_tensor(np.ascontiguousarray(x), dtype=A.dtype, device=A.device)
+    def product(B: MatrixLike, x: np.ndarray) -> np.ndarray:
+        X = _from_numpy(x, A)
         X = X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
-        return (A @ X).cpu().numpy().reshape(-1, *x.shape[1:])
+        return (B @ X).cpu().numpy().reshape(-1, *x.shape[1:])
 
-    dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
-    return ScipyLinearOperator(tuple(A.shape), matvec=product, matmat=product, dtype=dtype)
+    def forward(x: np.ndarray) -> np.ndarray:
+        return product(A, x)
+
+    def backward(x: np.ndarray) -> np.ndarray:
+        return product(transpose(A), x)
+
+    return ScipyLinearOperator(
+        tuple(A.shape),
+        matvec=forward,
+        matmat=forward,
+        rmatvec=backward,
+        rmatmat=backward,
+        dtype=torch.empty(0, dtype=A.dtype).numpy().dtype,
+    )

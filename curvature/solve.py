@@ -8,13 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.systems.cg import cg
 from curvature.linalg.systems.minres import minres
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.objective.objective import Objective
 from curvature.operators import (
     EmpiricalFisherOperator,
@@ -30,9 +28,8 @@ from curvature.parameters import ParameterSpace
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
-__all__ = ["Curvature", "SolveMethod", "solve"]
+__all__ = ["SolveMethod", "solve"]
 
-Curvature: TypeAlias = Literal["ggn", "hessian"]
 SolveMethod: TypeAlias = Literal["auto", "cg", "minres"]
 
 _SEMI_DEFINITE = (
@@ -45,15 +42,13 @@ _SEMI_DEFINITE = (
 )
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def solve(
-    A: Objective | MatrixLike,
+    A: AnyMatrix,
     rhs: Tensor | Mapping[str, Tensor],
     *,
     damping: float = 0.0,
-    curvature: Curvature = "ggn",
+    matrix: MatrixName | None = None,
     method: SolveMethod = "auto",
     preconditioner: Any = None,
     x0: Tensor | None = None,
@@ -78,7 +73,8 @@ def solve(
         A: symmetric, (n, n), or an objective.
         rhs: (n,), (n, k), or a tensor for every parameter by name, for the matrices of an objective.
         damping: added to A's diagonal; units of A.
-        curvature: which matrix of an objective: "ggn" or "hessian". Any other A is taken as it is.
+        matrix: which one of an objective, "ggn" or "hessian" as a rule. There is no default, as steps and influences
+            mostly want the Gauss-Newton matrix, where other functions take the Hessian.
         method: "cg" or "minres" fixes the choice.
         preconditioner: symmetric positive definite P near A + damping I, as an object whose `@` applies P^-1 to (n, k).
         x0: starts, flat, of the shape of the right-hand sides.
@@ -101,12 +97,13 @@ def solve(
         >>> result.x.round(decimals=3), result.method
         (tensor([ 1.0000, -0.5000]), 'MINRES: conjugate gradients met a direction of negative curvature')
     """
-    if curvature not in get_args(Curvature):
-        raise InputError(f"curvature must be one of {', '.join(get_args(Curvature))}, got {curvature!r}.")
+    if isinstance(A, Objective) and matrix is None:
+        raise InputError(
+            'say which matrix of the objective to solve with: matrix="ggn" or matrix="hessian", as a rule.'
+        )
+    A = as_matrix(A, matrix or "hessian")
     if method not in get_args(SolveMethod):
         raise InputError(f"method must be one of {', '.join(get_args(SolveMethod))}, got {method!r}.")
-    if isinstance(A, Objective):
-        A = GGNOperator(A) if curvature == "ggn" else HessianOperator(A)
     space = None
     if isinstance(rhs, Mapping):
         space = _space(A)

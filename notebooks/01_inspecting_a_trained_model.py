@@ -31,7 +31,7 @@ import torch
 from analysis.inspection.figures import plot_spectral_density
 from analysis.tasks import load_task
 from curvature import GGNOperator, HessianOperator, Objective
-from curvature.linalg import eigsh, hutchinson_trace, spectral_density
+from curvature.linalg import eigsh, spectral_density, trace
 
 FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer probes and images
 
@@ -142,18 +142,18 @@ assert abs(bottom.eigenvalues[-1] - exact[-1]) <= bottom.residual_norms[-1] + ro
 
 # %%
 num_probes = 40 if FAST else 400
-trace = hutchinson_trace(H, num_probes=num_probes, generator=generator(2))
+estimate = trace(H, method="hutchinson", num_matvecs=num_probes, generator=generator(2))
 counts = torch.arange(5, num_probes + 1, 5)
-means = torch.stack([trace.samples[:k].mean() for k in counts])
-bars = torch.stack([trace.samples[:k].std() / k**0.5 for k in counts])
+means = torch.stack([estimate.samples[:k].mean() for k in counts])
+bars = torch.stack([estimate.samples[:k].std() / k**0.5 for k in counts])
 fig, ax = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
 ax.fill_between(counts, means - bars, means + bars, alpha=0.3, label="one standard error")
 ax.plot(counts, means, label="estimate")
 ax.axhline(exact.sum(), color="k", lw=1, label="exact trace")
 ax.set(xlabel="probes (products)", ylabel="tr H")
 ax.legend()
-z = ((trace.value - exact.sum()) / trace.stderr).item()
-print(f"tr H = {trace.value:.3f} +- {trace.stderr:.3f}; exact {exact.sum():.3f}, {z:+.1f} standard errors away")
+z = ((estimate.value - exact.sum()) / estimate.stderr).item()
+print(f"tr H = {estimate.value:.3f} +- {estimate.stderr:.3f}; exact {exact.sum():.3f}, {z:+.1f} standard errors away")
 assert abs(z) < 4
 
 # %% [markdown]

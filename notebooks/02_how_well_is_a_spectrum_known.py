@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from analysis.tasks import load_task
-from curvature import HessianOperator, Objective, SpectrumPlan, plan, spectrum, top_eigenpairs
+from curvature import HessianOperator, Objective, SpectrumPlan, eigsh, plan, spectrum
 from curvature.linalg import effective_dimension, spectral_density, wasserstein
 
 FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with fewer groups and repetitions
@@ -138,13 +138,13 @@ ax.legend()
 #
 # ## Only the largest
 #
-# Where nothing but the largest pairs is wanted, `top_eigenpairs` chooses the solver and says why.
+# Where nothing but the largest pairs is wanted, `eigsh` chooses the method and says why.
 
 # %%
-pairs = top_eigenpairs(objective, 3, generator=generator(1))
+pairs = eigsh(objective, 3, generator=generator(1))
 print(pairs.method)
 print(f"{pairs.num_matvecs} products: {[f'{v:.4f}' for v in pairs.eigenvalues]}")
-bias = top_eigenpairs(objective.restrict("*.bias"), 3, generator=generator(1))
+bias = eigsh(objective.restrict("*.bias"), 3, generator=generator(1))
 print(bias.method)
 assert torch.allclose(pairs.eigenvalues.double(), exact[:3], rtol=1e-3)
 
@@ -156,8 +156,8 @@ moved = 0.002 * torch.randn(objective.num_params, generator=generator(2))
 with torch.no_grad():
     for p, step in zip(objective.space.tensors.values(), objective.space.to_dict(moved).values(), strict=True):
         p.add_(step)
-warm = top_eigenpairs(objective, 3, v0=pairs.eigenvectors, generator=generator(3))
-cold = top_eigenpairs(objective, 3, generator=generator(3))
+warm = eigsh(objective, 3, v0=pairs.eigenvectors, generator=generator(3))
+cold = eigsh(objective, 3, generator=generator(3))
 print(f"after a step of training: {warm.num_matvecs} products warm, {cold.num_matvecs} cold")
 assert warm.num_matvecs < cold.num_matvecs
 assert torch.allclose(warm.eigenvalues, cold.eigenvalues, rtol=1e-3)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from curvature.linalg import eigsh
 from curvature.results.estimates import EigenPairs
 
 F64 = torch.float64
+lanczos_pairs = partial(eigsh, method="lanczos")
 
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:

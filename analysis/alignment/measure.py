@@ -16,9 +16,9 @@ from analysis.alignment.results import GradientAlignment, SubspaceOverlap, Vecto
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
 from curvature.operators import HessianOperator
-from curvature.spectra.top_eigenpairs import top_eigenpairs
 
 __all__ = ["gradient_alignment", "overlap_over_time", "subspace_overlap"]
 
@@ -68,7 +68,7 @@ def gradient_alignment(
         if update.shape != (n,) or not bool(update.isfinite().all()):
             raise InputError(f"update {name!r} must be a finite vector of shape ({n},), got {tuple(update.shape)}.")
     gradient = objective.gradient()
-    pairs = top_eigenpairs(objective, min(k + 1, n), rtol=rtol, generator=generator).raise_if_failed()
+    pairs = eigsh(objective, min(k + 1, n), rtol=rtol, generator=generator).raise_if_failed()
     values, residuals = pairs.eigenvalues.double().cpu(), pairs.residual_norms.double().cpu()
     U = pairs.eigenvectors[:, :k]
     vectors = {"gradient": gradient} | {name: u.to(gradient) for name, u in (updates or {}).items()}

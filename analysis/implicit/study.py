@@ -18,8 +18,8 @@ from analysis.run.study import Study, StudyRun
 from analysis.show import wording
 from analysis.show.listener import Progress
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
+from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
-from curvature.spectra.top_eigenpairs import top_eigenpairs
 
 __all__ = ["STUDY", "ImplicitRun", "ImplicitStudy", "measure_implicit"]
 
@@ -67,7 +67,7 @@ def measure_implicit(
     total = products + num_pieces(objective, plan.batch_size)
     if plan.directions:
         progress("sharpest directions", 0, total)
-        top = top_eigenpairs(
+        top = eigsh(
             objective,
             min(plan.k, objective.num_params),
             generator=generator,

@@ -67,7 +67,7 @@ def _estimated(
     estimate = diagonal(
         HessianOperator(objective),
         num_matvecs=max(4, num_matvecs),  # the least it takes; never more than parameters are spent
-        eigenpairs=top,
+        deflate=top,
         generator=generator,
         keep_samples=True,
         callback=None if progress is None else lambda spent, _: progress(DIAGONAL, spent, num_matvecs),

@@ -20,8 +20,8 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.layerwise.filters import filter_dims
+from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
-from curvature.spectra.top_eigenpairs import top_eigenpairs
 
 __all__ = [
     "Scaling",
@@ -110,7 +110,7 @@ def eigenvector_directions(
         InputError: for arguments out of range.
         NotConvergedError: if the tolerance was not reached.
     """
-    pairs = top_eigenpairs(objective, k, which=which, rtol=rtol, generator=generator).raise_if_failed()
+    pairs = eigsh(objective, k, which=which, rtol=rtol, generator=generator).raise_if_failed()
     found = []
     for i, u in enumerate(pairs.eigenvectors.unbind(1), start=1):
         sign = torch.sign(u[u.abs().argmax()])

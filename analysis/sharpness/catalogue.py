@@ -26,7 +26,7 @@ from analysis.sharpness.computations import (
 )
 from analysis.sharpness.results import Kind
 from curvature.arguments import checked_fields
-from curvature.linalg import frobenius_norm, trace
+from curvature.linalg import eigsh, frobenius_norm, trace
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators import GGNOperator, HessianOperator
@@ -34,7 +34,6 @@ from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import skewness
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
-from curvature.spectra.top_eigenpairs import top_eigenpairs
 
 __all__ = ["MEASURES", "Measure", "SharpnessPlan"]
 
@@ -72,7 +71,7 @@ def _scaled(objective: Objective, settings: SharpnessPlan, scale: ScaleKind) -> 
 
 def _top(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
-    pairs = top_eigenpairs(A if scale != "raw" else objective, 1, rtol=s.rtol, generator=g)
+    pairs = eigsh(A if scale != "raw" else objective, 1, rtol=s.rtol, generator=g)
     value, residual = float(pairs.eigenvalues[0]), float(pairs.residual_norms[0])
     return Found(value=value, stderr=residual, num_matvecs=pairs.num_matvecs)
 

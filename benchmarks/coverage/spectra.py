@@ -78,7 +78,7 @@ def trace_cases(dtype: torch.dtype) -> Iterator[Case]:
                 yield _trace_case(A, name, method, how)
 
 
-def _trace_case(A: Tensor, name: str, method: str, how: dict[str, Any]) -> Case:
+def _trace_case(A: Tensor, name: str, method: Any, how: dict[str, Any]) -> Case:
     def run(seed: int) -> Interval:
         generator = torch.Generator().manual_seed(seed)
         found = trace(A, method=method, generator=generator, block_size=16, **how)
@@ -98,7 +98,7 @@ def diagonal_cases(dtype: torch.dtype) -> Iterator[Case]:
                 yield _diagonal_case(A, name, method, how)
 
 
-def _diagonal_case(A: Tensor, name: str, method: str, how: dict[str, Any]) -> Case:
+def _diagonal_case(A: Tensor, name: str, method: Any, how: dict[str, Any]) -> Case:
     def run(seed: int) -> Interval:
         found = diagonal(A, method=method, generator=torch.Generator().manual_seed(seed), block_size=16, **how)
         return Interval.around(found.values, found.half_width(), products=found.num_matvecs)

@@ -120,7 +120,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _our_trace(method: str) -> Estimate:
+def _our_trace(method: Any) -> Estimate:
     def estimate(A: Any, num_matvecs: int, seed: int) -> Answer:
         from curvature.linalg import trace
 
@@ -130,7 +130,7 @@ def _our_trace(method: str) -> Estimate:
     return estimate
 
 
-def _our_diagonal(method: str) -> Estimate:
+def _our_diagonal(method: Any) -> Estimate:
     def estimate(A: Any, num_matvecs: int, seed: int) -> Answer:
         from curvature.linalg import diagonal
 

@@ -27,7 +27,7 @@ from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.run.saving import write_text
 from analysis.sharpness.measure import SharpnessPlan, sharpness
 from benchmarks.relations import networks
-from curvature import GGNOperator, HessianOperator, Objective, top_eigenpairs
+from curvature import GGNOperator, HessianOperator, Objective, eigsh
 from curvature.linalg import frobenius_norm
 from curvature.linop import Scaled, Sum
 from curvature.objective.shift import gradient_at
@@ -71,7 +71,7 @@ def training(seed: int, steps: Sequence[int] = MARKS) -> Iterator[Row]:
         ratio = float(residual.value / whole.value)
         parts = [float(f.stderr / f.value) for f in (residual, whole)]
         aligned = gradient_alignment(objective, TOP, generator=generator(seed))
-        pairs = top_eigenpairs(objective, TOP + 1, rtol=1e-4, generator=generator(seed))
+        pairs = eigsh(objective, TOP + 1, rtol=1e-4, generator=generator(seed))
         bases.append(pairs.eigenvectors[:, :TOP])
         values = pairs.eigenvalues
         classes = class_structure(objective, top=bases[-1])

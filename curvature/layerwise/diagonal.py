@@ -333,7 +333,7 @@ class _Work:
             cheaper = (
                 "kind='ggn-mc' estimates the Gauss-Newton diagonal at the price of a gradient a sample"
                 if self.kind != "hessian"
-                else "hutchinson_diagonal(HessianOperator(objective), ...) estimates it"
+                else "curvature.linalg.diagonal(objective, ...) estimates it"
             )
             raise InputError(
                 f"the exact diagonal takes {cost} {what}, about as many gradients, and max_columns={self.max_columns}; "

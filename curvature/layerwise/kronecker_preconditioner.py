@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 
 if TYPE_CHECKING:
     from curvature.layerwise.kronecker import KroneckerFactors
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["KroneckerPreconditioner"]
 
 
-class KroneckerPreconditioner(LinearOperator):
+class KroneckerPreconditioner(SymmetricOperator):
     """P = blockdiag(B (x) A) + damping I, as its inverse: `@` applies P^-1.
 
     With B = U b U' and A = V a V', P^-1 X = U ((U'XV) / (b a' + damping)) V' for a layer's X (o, i + 1): the damping is

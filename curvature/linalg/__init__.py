@@ -14,7 +14,6 @@ from curvature.linalg.low_rank.low_rank import LowRank as LowRank
 from curvature.linalg.low_rank.nystrom import nystrom as nystrom
 from curvature.linalg.low_rank.randomized_eigh import randomized_eigh as randomized_eigh
 from curvature.linalg.stochastic.diagonal import diagonal as diagonal
-from curvature.linalg.stochastic.diagonal import hutchinson_diagonal as hutchinson_diagonal
 from curvature.linalg.stochastic.distribution import cdf as cdf
 from curvature.linalg.stochastic.distribution import count as count
 from curvature.linalg.stochastic.distribution import quantile as quantile
@@ -23,17 +22,13 @@ from curvature.linalg.stochastic.functionals import effective_dimension as effec
 from curvature.linalg.stochastic.functionals import logdet as logdet
 from curvature.linalg.stochastic.functionals import moments as moments
 from curvature.linalg.stochastic.functionals import spectral_sum as spectral_sum
-from curvature.linalg.stochastic.hutchpp import hutchpp as hutchpp
 from curvature.linalg.stochastic.norms import frobenius_norm as frobenius_norm
 from curvature.linalg.stochastic.norms import spectral_norm as spectral_norm
 from curvature.linalg.stochastic.probes import normal as normal
 from curvature.linalg.stochastic.probes import rademacher as rademacher
 from curvature.linalg.stochastic.probes import sphere as sphere
 from curvature.linalg.stochastic.slq import spectral_density as spectral_density
-from curvature.linalg.stochastic.trace import hutchinson_trace as hutchinson_trace
 from curvature.linalg.stochastic.trace import trace as trace
-from curvature.linalg.stochastic.xnystrace import xnystrace as xnystrace
-from curvature.linalg.stochastic.xtrace import xtrace as xtrace
 from curvature.linalg.systems.cg import cg as cg
 from curvature.linalg.systems.gltr import cubic_subproblem as cubic_subproblem
 from curvature.linalg.systems.gltr import gltr as gltr
@@ -42,6 +37,7 @@ from curvature.linalg.systems.minres import minres as minres
 from curvature.linalg.systems.preconditioner import DiagonalPreconditioner as DiagonalPreconditioner
 from curvature.linalg.systems.stopping import RelativeProgress as RelativeProgress
 from curvature.linalg.systems.trust_region import trust_region as trust_region
+from curvature.linop import as_matrix as as_matrix
 
 __all__ = [
     "DiagonalPreconditioner",
@@ -51,6 +47,7 @@ __all__ = [
     "LowRank",
     "RelativeProgress",
     "ThickRestartLanczos",
+    "as_matrix",
     "cdf",
     "cg",
     "count",
@@ -60,9 +57,6 @@ __all__ = [
     "eigsh",
     "frobenius_norm",
     "gltr",
-    "hutchinson_diagonal",
-    "hutchinson_trace",
-    "hutchpp",
     "lanczos",
     "lanczos_runs",
     "lobpcg",
@@ -84,6 +78,4 @@ __all__ = [
     "trace",
     "trust_region",
     "wasserstein",
-    "xnystrace",
-    "xtrace",
 ]

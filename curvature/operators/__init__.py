@@ -1,5 +1,6 @@
 """Matrices of an objective, known through their products."""
 
+from curvature.operators import by_name as by_name
 from curvature.operators.block_diagonal import BlockDiagonalOperator as BlockDiagonalOperator
 from curvature.operators.empirical_fisher import EmpiricalFisherOperator as EmpiricalFisherOperator
 from curvature.operators.fisher import FisherOperator as FisherOperator

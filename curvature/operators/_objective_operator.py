@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ from typing_extensions import Self
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import OutputMetric
-from curvature.environment.cost import timed
 from curvature.errors import InputError, ParameterSelectionError
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 from curvature.objective.objective import Objective
+from curvature.objective.ranks import agree_on
 from curvature.parameters import Block, Selection
 
 __all__: list[str] = []
 
 
-class ObjectiveOperator(LinearOperator):
+class ObjectiveOperator(SymmetricOperator):
     """A symmetric matrix that is a weighted sum over batches; a subclass names the product of a linearised batch."""
 
     _product: ClassVar[Literal["hvp", "ggnvp"]]
@@ -72,24 +72,17 @@ class ObjectiveOperator(LinearOperator):
         told = None if observe is None else pass_on
         return split(self.objective.reduce(of_batch, observe=told, vectors=rows))
 
-    def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
-        """Return A x for a vector (n,), the seconds that any block would have taken, and those of a column.
+    @property
+    def overhead(self) -> float:
+        """What a product costs whatever its columns, in columns: graphs that are not kept, built once for all."""
+        objective = self.objective
+        if objective.may_keep_graphs and (objective._ranks is not None or not objective.keeps_all_graphs):
+            objective.loss()  # builds what can be kept
+        kept = objective.keeps_all_graphs
+        return 1.0 - float(kept if objective._ranks is None else objective._ranks.everywhere(kept))
 
-        The first are spent on data and on graphs that are not kept; they are paid once for all columns.
-        """
-        seconds = 0.0
-
-        def of_batch(lin: Linearization) -> Tensor:
-            nonlocal seconds
-            self._prepare(lin)
-            part, spent = timed(lambda: self._of_batch(lin, x[None], self.block), self.device)
-            seconds += spent
-            return part
-
-        product, total = timed(lambda: self.objective.reduce(of_batch, vectors=[x])[0], self.device)
-        if self.objective._ranks is not None:  # what is decided by them is decided alike on all ranks
-            seconds, total = self.objective._ranks.mean(seconds, total)
-        return product, max(total - seconds, 0.0), seconds
+    def agree(self, call: str, **settings: Any) -> None:
+        agree_on(self, call, **settings)
 
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.
@@ -107,17 +100,13 @@ class ObjectiveOperator(LinearOperator):
         block = block_within(self.objective, self.block, selection)
         restricted = copy.copy(self)
         restricted.block = block
-        restricted._shape = (block.num_params, block.num_params)
+        restricted.shape = (block.num_params, block.num_params)
         return restricted
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         """Return the product of one batch's matrix, or its diagonal block, with X (k, m), one vector a row."""
         product: Tensor = getattr(lin, self._product)(X, block)
         return product
-
-    def _prepare(self, lin: Linearization) -> None:
-        """Build what a batch keeps between products."""
-        lin.prepare(self._product)
 
 
 class MetricOperator(ObjectiveOperator):
@@ -129,9 +118,6 @@ class MetricOperator(ObjectiveOperator):
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         return lin.metric_product(X, self._metric, block)
-
-    def _prepare(self, lin: Linearization) -> None:
-        lin.prepare(self._metric)
 
 
 def block_within(objective: Objective, block: Block | None, selection: Selection) -> Block:

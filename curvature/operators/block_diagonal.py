@@ -9,14 +9,14 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.errors import InputError
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 
 __all__ = ["BlockDiagonalOperator"]
 
 
-class BlockDiagonalOperator(LinearOperator):
+class BlockDiagonalOperator(SymmetricOperator):
     """B = diag(A_11, ..., A_LL): y_l = A_ll x_l for every block l of parameters, and zero between blocks.
 
     Symmetric; every eigenpair of a block is one of B. A product equals those with `A.restrict(block)`, number for

@@ -81,10 +81,6 @@ class EmpiricalFisherOperator(MetricOperator):
         self._before_walk()
         return super().products(*args, **kwargs)
 
-    def timed(self, x: Tensor) -> tuple[Tensor, float, float]:
-        self._before_walk()
-        return super().timed(x)
-
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         part = super()._of_batch(lin, X, block)
         refuse_coupling(self.objective, lin._batch, lin.index)

@@ -71,11 +71,6 @@ class JacobianOperator(LinearOperator):
         self.objective = objective
         self.block = block
 
-    @property
-    def T(self) -> LinearOperator:
-        """The transposed operator, (n, M)."""
-        return _Transposed(self)
-
     def restrict(self, selection: Selection) -> Self:
         """Return the columns of some parameters, on the same graphs; see `HessianOperator.restrict`.
 
@@ -84,7 +79,7 @@ class JacobianOperator(LinearOperator):
         """
         restricted = copy.copy(self)
         restricted.block = block_within(self.objective, self.block, selection)
-        restricted._shape = (self.shape[0], restricted.block.num_params)
+        restricted.shape = (self.shape[0], restricted.block.num_params)
         return restricted
 
     def to_dense(self) -> Tensor:
@@ -99,7 +94,7 @@ class JacobianOperator(LinearOperator):
             self._check_size(len(parts) - 1, lin.num_outputs)
         return torch.cat(parts, dim=1).T
 
-    def _transposed_matmat(self, U: Tensor) -> Tensor:
+    def _rmatmat(self, U: Tensor) -> Tensor:
         total = U.new_zeros(U.shape[1], self.shape[1])
         start = 0
         for place, lin in enumerate(ordered_linearizations(self.objective, _WHY)):
@@ -113,14 +108,3 @@ class JacobianOperator(LinearOperator):
             raise DataError(
                 f"batch {place} has {size} outputs, other than when the operator was built; build a new one."
             )
-
-
-class _Transposed(LinearOperator):
-    """J', (n, M)."""
-
-    def __init__(self, J: JacobianOperator) -> None:
-        super().__init__((J.shape[1], J.shape[0]), J.dtype, J.device)
-        self.T = J
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        return self.T._transposed_matmat(X)

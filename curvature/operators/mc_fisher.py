@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import SampledFisher
 from curvature.errors import DataError, InputError
+from curvature.generators import AnyGenerator, spawn
 from curvature.objective.objective import Objective
 from curvature.objective.ranks import agree_on
 from curvature.operators._fixed_order import check_fixed_order
@@ -39,8 +39,8 @@ class MCFisherOperator(MetricOperator):
     Args:
         objective: one with cross-entropy, squared error or binary cross-entropy with logits, over data in fixed order.
         num_samples: S, draws a target.
-        generator: where the draws come from; one number is taken of it. Draws differ between kinds of device. With a
-            `process_group` the ranks pass generators in the same state and draw differently all the same.
+        generator: where the draws come from, or a seed; one number is taken of it. Draws differ between kinds of
+            device. With a `process_group` the ranks pass generators in the same state and draw differently nonetheless.
         block: restricts the matrix to some parameters; see `restrict`.
 
     Raises:
@@ -62,13 +62,13 @@ class MCFisherOperator(MetricOperator):
 
     @checked
     def __init__(
-        self, objective: Objective, *, num_samples: int = 1, generator: torch.Generator, block: Block | None = None
+        self, objective: Objective, *, num_samples: int = 1, generator: AnyGenerator, block: Block | None = None
     ) -> None:
         check_likelihood(objective, "the Fisher matrix")
         if num_samples < 1:
             raise InputError(f"num_samples must be at least 1, got {num_samples}.")
         check_fixed_order(objective, _WHY)
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        seed = spawn(generator, 1)[0].initial_seed()
         agree_on(objective, "MCFisherOperator", generator=seed, num_samples=num_samples)
         rank = 0 if objective.process_group is None else dist.get_rank(objective.process_group)
         super().__init__(objective, SampledFisher(num_samples, seed, rank), block)

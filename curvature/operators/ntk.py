@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from curvature.arguments import checked
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 from curvature.objective.objective import Objective
 from curvature.operators.jacobian import JacobianOperator
 from curvature.parameters import Block, Selection
@@ -16,7 +16,7 @@ from curvature.parameters import Block, Selection
 __all__ = ["NTKOperator"]
 
 
-class NTKOperator(LinearOperator):
+class NTKOperator(SymmetricOperator):
     """K = J J', (M, M), with J the Jacobian of all M outputs on the data (`JacobianOperator`): the empirical NTK.
 
     Entry (i, j) is the inner product of the gradients of outputs i and j, rows in the order of the data. Symmetric and

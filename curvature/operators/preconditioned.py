@@ -11,14 +11,14 @@ from typing_extensions import Self
 
 from curvature.arguments import checked
 from curvature.errors import InputError
-from curvature.linop import LinearOperator, MatrixLike
+from curvature.linop import MatrixLike, SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator, block_within
 from curvature.parameters import Block, ParameterSpace, Selection
 
 __all__ = ["PreconditionedOperator", "optimizer_preconditioner"]
 
 
-class PreconditionedOperator(LinearOperator):
+class PreconditionedOperator(SymmetricOperator):
     """P^-1/2 A P^-1/2 for a diagonal P > 0: symmetric, with the eigenvalues of P^-1 A.
 
     With A the Hessian and P an optimizer's preconditioner (`from_optimizer`) the largest eigenvalue is the
@@ -70,6 +70,10 @@ class PreconditionedOperator(LinearOperator):
         self.A = A
         self.preconditioner = preconditioner.detach().to(A.dtype)
         self._factor = self.preconditioner.rsqrt()
+
+    @property
+    def overhead(self) -> float:
+        return float(getattr(self.A, "overhead", 0.0))
 
     @classmethod
     def from_optimizer(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.errors import InputError
-from curvature.linop import LinearOperator, MatrixLike
+from curvature.linop import LinearOperator, MatrixLike, transpose
 from curvature.parameters import Block
 
 __all__ = ["SubmatrixOperator"]
@@ -41,3 +41,6 @@ class SubmatrixOperator(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.rows.take(self.A @ self.cols.embed(X, self.A.shape[1]))
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        return self.cols.take(transpose(self.A) @ self.rows.embed(X, self.A.shape[0]))

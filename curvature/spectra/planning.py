@@ -16,13 +16,12 @@ from curvature.arguments import checked, checked_fields
 from curvature.environment.cost import check_fits, current_memory, peak_memory, timed
 from curvature.errors import InputError
 from curvature.linalg.base.validate import check_confidence, check_square, working_dtype
-from curvature.linop import MatrixLike
-from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.linalg.krylov.eigsh import block_penalty
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.spectra.product_cost import predicted_product
 
-__all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "block_penalty", "plan"]
+__all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
 
 Quantity = Literal[
     "top", "bottom", "trace", "frobenius_norm", "moments", "density", "effective_dimension", "logdet", "layer_traces"
@@ -158,9 +157,10 @@ class PlannedCost:
 
 @checked
 def plan(
-    A: MatrixLike | Objective,
+    A: AnyMatrix,
     quantities: Collection[Quantity] = ("top", "bottom", "trace", "density"),
     *,
+    matrix: MatrixName = "hessian",
     k: int = 10,
     num_bottom: int = 3,
     rtol: float = 1e-3,
@@ -177,7 +177,8 @@ def plan(
     as the spectra of trained networks take, which the truth may exceed.
 
     Args:
-        A: the matrix; for an objective its Hessian.
+        A: the matrix.
+        matrix: which one of an objective; see `as_matrix`.
         quantities: what is wanted.
         k: how many of the largest eigenpairs.
         num_bottom: how many of the smallest.
@@ -194,7 +195,7 @@ def plan(
         >>> plan(A, ["trace"]).num_matvecs, plan(A, ["trace", "density"]).num_matvecs
         (4, 120)
     """
-    A = HessianOperator(A) if isinstance(A, Objective) else A
+    A = as_matrix(A, matrix)
     n = check_square(A)
     unknown = sorted(set(quantities) - set(get_args(Quantity)))
     if unknown or not quantities:
@@ -229,15 +230,6 @@ def plan(
         seconds=spent * seconds / width,
         peak_bytes=max(peak_memory(A.device), current_memory(A.device) + graphs + made.num_bytes(A, [n])),
     )
-
-
-def block_penalty(k: int, width: int) -> float:
-    """Return about how many times the products of single-vector Lanczos a block of `width` takes for k eigenpairs.
-
-    Medians over twenty spectra: 1.6, 2.6, 4.3 for k = 1 and width 2, 4, 8; 1.2, 1.5, 2.0 for k = 10; 1.1, 1.2, 1.4 for
-    k = 50.
-    """
-    return 1 + 0.55 * (width - 1) / k**0.55
 
 
 def _top_matvecs(k: int) -> int:

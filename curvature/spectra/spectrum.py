@@ -18,8 +18,10 @@ import torch
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.environment.cost import synchronize
-from curvature.linalg.base.validate import check_generator, check_square
-from curvature.linop import MatrixLike
+from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator, spawn
+from curvature.linalg.base.validate import check_square
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.spectra.analysis import SpectrumAnalysis
@@ -33,10 +35,11 @@ __all__ = ["layer_spectra", "spectrum"]
 @full_precision
 @checked
 def spectrum(
-    A: MatrixLike,
+    A: AnyMatrix,
     plan: SpectrumPlan | None = None,
     *,
-    generator: torch.Generator,
+    matrix: MatrixName = "hessian",
+    generator: AnyGenerator,
     basis_device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spectrum:
@@ -47,9 +50,10 @@ def spectrum(
     Memory: as many vectors.
 
     Args:
-        A: symmetric, (n, n): an operator of an objective, any other, or a tensor.
+        A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         plan: what to compute and how well. Default: `SpectrumPlan()`.
-        generator: for the probes, on A's device.
+        generator: for the probes, on A's device, or a seed.
         basis_device: where the Krylov space is held, "cpu" for one that does not fit beside the model.
         progress: told the number of columns after each product.
 
@@ -59,24 +63,27 @@ def spectrum(
 
     Example:
         >>> A = torch.diag(torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(0, 1, 998)]))
-        >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=torch.Generator().manual_seed(0))
+        >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=0)
         >>> found.top.eigenvalues.round(decimals=3)
         tensor([50., 20.])
         >>> 120 < found.num_matvecs <= 150
         True
     """
-    (found,) = _spectra(A, [None], plan or SpectrumPlan(), [generator], basis_device, progress)
+    A = as_matrix(A, matrix)
+    generators = [as_generator(generator, A.device)]
+    (found,) = _spectra(A, [None], plan or SpectrumPlan(), generators, basis_device, progress)
     return found
 
 
 @full_precision
 @checked
 def layer_spectra(
-    A: ObjectiveOperator,
+    A: AnyMatrix,
     plan: SpectrumPlan | None = None,
     *,
+    matrix: MatrixName = "hessian",
     blocks: Sequence[Block] | None = None,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Spectrum]:
     """Return the spectrum of each layer's diagonal block, by name, all from the same walks over the data.
@@ -85,20 +92,22 @@ def layer_spectra(
     graph that is not kept is built once a step for all layers. Memory: as many vectors, of all layers together (n,).
 
     Args:
-        A: an operator of an objective.
+        A: an objective, or an operator of one.
+        matrix: which one of an objective; see `as_matrix`.
         plan: for each layer. Default: `SpectrumPlan()`.
         blocks: the layers. Default: the modules that own parameters.
-        generator: seeds one generator a layer; on A's device.
+        generator: seeds one generator a layer; on A's device, or a seed.
         progress: told the number of columns after each step.
 
     Raises:
         InputError: as for `spectrum`.
         NonFiniteError: if a product is not finite.
     """
+    A = as_matrix(A, matrix)
+    if not isinstance(A, ObjectiveOperator):
+        raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
     chosen = A.objective.space.blocks if blocks is None else tuple(blocks)
-    check_generator(A, generator)
-    seeds = torch.randint(2**62, (len(chosen),), generator=generator, device=generator.device).tolist()
-    generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    generators = spawn(as_generator(generator, A.device), len(chosen))
     found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, None, progress)
     return {block.name: each for block, each in zip(chosen, found, strict=True)}
 
@@ -116,7 +125,6 @@ def _spectra(
     plan.check_memory(A, sizes, basis_device)
     runs: list[Run] = []
     for size, generator in zip(sizes, generators, strict=True):
-        check_generator(A, generator)
         if plan.all_entries(size):
             runs.append(AllEntries(A, n=size))
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.linalg.low_rank.low_rank import DiagonalOnSubspace
 from curvature.linalg.low_rank.randomized_eigh import randomized_eigh
-from curvature.linalg.stochastic.diagonal import hutchinson_diagonal
+from curvature.linalg.stochastic.diagonal import diagonal
 from curvature.linalg.systems.preconditioner import DiagonalPreconditioner
 from curvature.linop import MatrixLike
 from optimizers.newton.flat import FlatParams
@@ -34,7 +34,7 @@ def newton_preconditioner(optimizer: FullBatchOptimizer, flat: FlatParams, A: Ma
     group = optimizer.param_groups[0]
     generator = optimizer._generator(flat, _STREAM)
     if wanted == "diagonal":
-        estimate = hutchinson_diagonal(A, num_probes=group["rank"], generator=generator)
+        estimate = diagonal(A, method="hutchinson", num_matvecs=group["rank"], generator=generator)
         d = estimate.values.abs()
         floor = torch.finfo(d.dtype).eps ** 0.5 * float(d.max()) or 1.0
         return DiagonalPreconditioner(d, damping=max(damping, floor), power=0.75)

@@ -101,7 +101,7 @@ def test_scipy_computes_with_the_operator_in_its_own_precision(dtype: torch.dtyp
             r"lives on cpu but X on meta; move it with X.to\('cpu'\)",
         ),
         (lambda: Dense(A) @ torch.ones(N, dtype=F64).to_sparse(), r"dense X, got torch.sparse_coo"),
-        (lambda: Dense(A) @ np.ones(N), "needs a torch.Tensor or an operator, got ndarray"),
+        (lambda: Dense(A) @ [1.0] * N, "needs a tensor, a NumPy array or an operator, got list"),
         (lambda: Dense(A) + Dense(matrix(3, N)), r"operators of one shape, got \(7, 7\) and \(3, 7\)"),
         (
             lambda: Dense(A) + Dense(A.float()),

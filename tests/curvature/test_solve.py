@@ -33,10 +33,10 @@ def test_gauss_newton_matrices_are_solved_by_conjugate_gradients() -> None:
     model, batches, objective = problem()
     G = dense_ggn(model, batches, CROSS_ENTROPY, list(model.parameters()))
     B = right_hand_side(len(G))
-    result = solve(objective, B, damping=DAMPING, rtol=1e-10).raise_if_failed()
+    result = solve(objective, B, damping=DAMPING, rtol=1e-10, matrix="ggn").raise_if_failed()
     assert result.method == "conjugate gradients: the matrix is positive semi-definite"
     torch.testing.assert_close(result.x, torch.linalg.solve(G + DAMPING * torch.eye(len(G), dtype=F64), B))
-    single = solve(objective, B[:, 0], damping=DAMPING, rtol=1e-10)
+    single = solve(objective, B[:, 0], damping=DAMPING, rtol=1e-10, matrix="ggn")
     torch.testing.assert_close(single.x, result.x[:, 0])
     assert single.named is None
 
@@ -46,7 +46,7 @@ def test_hessians_are_solved_by_minres() -> None:
     H = dense_hessian(lambda: total_loss(model, batches, CROSS_ENTROPY), list(model.parameters()))
     assert float(torch.linalg.eigvalsh(H)[0]) < -1e-3
     b = right_hand_side(len(H), 1)[:, 0]
-    result = solve(objective, b, damping=DAMPING, curvature="hessian", rtol=1e-10).raise_if_failed()
+    result = solve(objective, b, damping=DAMPING, matrix="hessian", rtol=1e-10).raise_if_failed()
     assert result.method == "MINRES: a Hessian may be indefinite"
     exact = torch.linalg.solve(H + DAMPING * torch.eye(len(H), dtype=F64), b)
     torch.testing.assert_close(result.x, exact, rtol=1e-6, atol=1e-7 * float(exact.abs().max()))
@@ -55,8 +55,8 @@ def test_hessians_are_solved_by_minres() -> None:
 def test_right_hand_sides_by_name_come_back_by_name() -> None:
     model, _, objective = problem()
     named = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    result = solve(objective, named, damping=DAMPING, rtol=1e-9)
-    flat = solve(objective, objective.space.to_flat(named), damping=DAMPING, rtol=1e-9)
+    result = solve(objective, named, damping=DAMPING, rtol=1e-9, matrix="ggn")
+    flat = solve(objective, objective.space.to_flat(named), damping=DAMPING, rtol=1e-9, matrix="ggn")
     assert result.named is not None
     assert {name: t.shape for name, t in result.named.items()} == {name: p.shape for name, p in named.items()}
     torch.testing.assert_close(objective.space.to_flat(result.named), flat.x)
@@ -73,7 +73,7 @@ def test_influence_is_the_change_by_retraining_in_a_linear_model() -> None:
     model.weight.data = weight.clone()
     objective = Objective(model, nn.MSELoss(), (x, y))
     removed = Objective(model, nn.MSELoss(), (x[:1], y[:1])).gradient()  # its share of the gradient, times 30
-    step = solve(objective, removed / 30, rtol=1e-12).x
+    step = solve(objective, removed / 30, rtol=1e-12, matrix="ggn").x
     retrained = torch.linalg.lstsq(x[1:], y[1:]).solution.T - weight
     leverage = float(x[0] @ torch.linalg.solve(x.T @ x, x[0]))
     torch.testing.assert_close(step, retrained[0] * (1 - leverage))  # exact by Sherman and Morrison
@@ -105,7 +105,7 @@ def test_an_undamped_gauss_newton_matrix_gives_the_shortest_least_squares_soluti
     coefficients = torch.arange(1.0, top.shape[1] + 1, dtype=F64)
     b = top @ coefficients + null.sum(dim=1)
     exact = top @ (coefficients / values[-top.shape[1] :])
-    result = solve(objective, b, rtol=1e-9)
+    result = solve(objective, b, rtol=1e-9, matrix="ggn")
     assert result.status is Status.LEAST_SQUARES
     assert result.method == "MINRES: without damping the matrix may be singular"
     torch.testing.assert_close(result.x, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
@@ -120,7 +120,7 @@ def test_no_residual_is_larger_than_that_of_zero(damping: float, why: str, dtype
     x = torch.randn(40, 12, dtype=dtype) * torch.logspace(0, -7, 12, dtype=dtype)
     objective = Objective(model, nn.CrossEntropyLoss(), (x, torch.randint(3, (40,))))
     b = torch.randn(objective.num_params, dtype=dtype)
-    result = solve(objective, b, damping=damping, rtol=1e-4, max_iterations=400)
+    result = solve(objective, b, damping=damping, rtol=1e-4, max_iterations=400, matrix="ggn")
     assert result.method.startswith(f"MINRES: {why}")
     G = GGNOperator(objective)
     residual = float((b - G @ result.x - damping * result.x).norm())
@@ -134,7 +134,7 @@ def test_losses_that_are_not_known_to_be_convex() -> None:
             return (z - nn.functional.one_hot(y, 3)).square().cos().mean()
 
     _, _, objective = problem(Wavy())
-    result = solve(objective, right_hand_side(objective.num_params), damping=1e-3, rtol=1e-7)
+    result = solve(objective, right_hand_side(objective.num_params), damping=1e-3, rtol=1e-7, matrix="ggn")
     assert result.method == "MINRES: conjugate gradients met a direction of negative curvature"
     assert result.status is Status.CONVERGED
 
@@ -153,7 +153,7 @@ def test_bad_input() -> None:
     _, _, objective = problem()
     b = right_hand_side(objective.num_params)
     with pytest.raises(InputError, match="curvature must be one of ggn, hessian, got 'fisher'"):
-        solve(objective, b, curvature="fisher")  # type: ignore[arg-type]
+        solve(objective, b, matrix="fischer")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="method must be one of auto, cg, minres, got 'lu'"):
         solve(objective, b, method="lu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="needs a matrix of an objective, got Tensor"):
@@ -163,4 +163,4 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"'0.bias' is missing"):
         solve(HessianOperator(objective), {"0.weight": torch.ones(5, 4)})
     with pytest.raises(InputError, match=r"right-hand sides must be a vector \(43,\)"):
-        solve(objective, b[:5])
+        solve(objective, b[:5], matrix="ggn")

@@ -28,33 +28,32 @@ class Known:
 
     trace: float | Tensor
     diagonal: float | Tensor
-    num_pairs: int
 
 
-def deflated(A: MatrixLike, eigenpairs: EigenPairs | None, *, definite: bool = False) -> tuple[MatrixLike, Known]:
+def deflated(A: MatrixLike, deflate: EigenPairs | None, *, definite: bool = False) -> tuple[MatrixLike, Known]:
     """Return A without its known pairs, whose products cost what those of A cost, and what was taken out.
 
     Args:
         A: symmetric, (n, n).
-        eigenpairs: those that are known.
+        deflate: those that are known.
         definite: return (I - UU') A (I - UU'), semi-definite as A is, and not A - U diag(theta) U'.
 
     Raises:
         InputError: if the eigenvectors are not of A's size, or lie on another device.
     """
-    if eigenpairs is None or not len(eigenpairs.eigenvalues):
-        return A, Known(0.0, 0.0, 0)
-    U, theta = eigenpairs.eigenvectors, eigenpairs.eigenvalues
+    if deflate is None or not len(deflate.eigenvalues):
+        return A, Known(0.0, 0.0)
+    U, theta = deflate.eigenvectors, deflate.eigenvalues
     if U.ndim != 2 or U.shape != (A.shape[0], len(theta)) or U.device != A.device:
         raise InputError(
-            f"eigenpairs must hold eigenvectors of shape ({A.shape[0]}, {len(theta)}) on {A.device}, got "
+            f"deflate must hold eigenvectors of shape ({A.shape[0]}, {len(theta)}) on {A.device}, got "
             f"{tuple(U.shape)} on {U.device}."
         )
     dtype = working_dtype(A)
     U, theta = U.to(dtype), theta.to(U.device, dtype)
     squares = U.square()
     remainder = Projected(A, U.to(A.dtype)) if definite else _Deflated(A, U, theta)
-    return remainder, Known(squares.sum(dim=0) @ theta, squares @ theta, len(theta))
+    return remainder, Known(squares.sum(dim=0) @ theta, squares @ theta)
 
 
 class _Deflated(LinearOperator):

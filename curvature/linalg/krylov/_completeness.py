@@ -34,10 +34,11 @@ from torch import Tensor
 
 from curvature.linalg.base.orthonormal import orthonormalise
 from curvature.linalg.base.validate import check_finite, rounding_level, working_dtype
+from curvature.linalg.krylov._ritz_selection import Which
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs, Status
 
-__all__ = ["Bound", "Chain", "grow_chain", "judge"]
+__all__ = ["Bound", "Chain", "bounds_of", "grow_chain", "judge"]
 
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 
@@ -57,6 +58,20 @@ class Bound:
         """Return how far the nearest of the values inside lies from the bound."""
         gaps = self.sign * (self.value - values)
         return float(gaps[gaps > 0].min()) if bool((gaps > 0).any()) else math.inf
+
+
+def bounds_of(values: Tensor, which: Which, slack: Tensor) -> tuple[Bound, ...]:
+    """Return the ends beyond which none may be missed: the last of the wanted values, ascending, and their slack."""
+    if which == "LA":
+        return (Bound(1.0, float(values[0] + slack[0])),)
+    if which == "SA":
+        return (Bound(-1.0, float(values[-1] - slack[-1])),)
+    if which == "LM":
+        last = int(values.abs().argmin())
+        magnitude = float(values[last].abs() + slack[last])
+        return Bound(1.0, magnitude), Bound(-1.0, -magnitude)
+    low, high = len(values) // 2 - 1, len(values) // 2
+    return Bound(1.0, float(values[high] + slack[high])), Bound(-1.0, float(values[low] - slack[low]))
 
 
 @dataclass

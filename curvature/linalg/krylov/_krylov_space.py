@@ -297,18 +297,6 @@ class KrylovSpace:
         if self.num_directions:
             self._sort_directions(self.C @ self._weights(torch.eye(self.count, dtype=torch.float64)))
 
-    def widen(self, width: int) -> None:
-        """Add random directions until P has `width` rows; A V has no part in them, so that nothing else changes."""
-        missing = width - self.num_directions
-        if missing <= 0:
-            return
-        self._reserve(self.first + self.count + self.num_directions + missing)
-        X = torch.randn(missing, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
-        N, R, _ = self._orthonormalise(X.to(self.rows.device), self.count + self.num_directions)
-        new = _used(R.cpu())
-        self._set_directions(N, new, after=self.num_directions)
-        self.C = torch.cat([self.C, self.C.new_zeros(len(new), self.count)])
-
     def _reserve(self, num_rows: int) -> None:
         """Make room for so many rows in all."""
         if num_rows <= len(self.rows):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from curvature.environment.cost import check_fits
 from curvature.errors import InputError
 from curvature.linalg.base.validate import check_count, working_dtype
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs
 
-__all__ = ["Which", "check_problem", "known_directions", "num_kept", "wanted"]
+__all__ = ["Look", "Which", "check_memory", "check_problem", "known_directions", "num_kept", "wanted"]
 
 Which = Literal["LA", "SA", "LM", "BE"]
+
+
+class Look(NamedTuple):
+    """What the basis says about the pairs that are wanted."""
+
+    theta: Tensor  # (m,), Ritz values, ascending
+    S: Tensor  # (m, m), their coefficients in the basis
+    values: Tensor  # (at most k,), the wanted among them, ascending
+    coefficients: Tensor  # (m, at most k)
+    residuals: Tensor  # of the same length
+    done: Tensor  # of the same length: whether the residual is below its tolerance
 
 
 def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
@@ -55,13 +67,13 @@ def known_directions(A: MatrixLike, deflate: EigenPairs | Tensor | None) -> Tens
     return torch.linalg.qr(U)[0]
 
 
-def check_problem(
-    n: int,
-    k: int,
-    which: str,
-    num_basis: int | None,
-    least: int,
-) -> None:
+def check_memory(num_bytes: int, device: torch.device, may_be_narrower: bool) -> None:
+    remedies = ["basis_dtype=torch.bfloat16 halves it at least"] if may_be_narrower else []
+    remedies += ['basis_device="cpu" holds it there'] if device.type != "cpu" else []
+    check_fits(num_bytes, device, "the basis", "; ".join([*remedies, "a smaller k or num_basis takes fewer vectors"]))
+
+
+def check_problem(n: int, k: int, which: str, num_basis: int | None, least: int) -> None:
     check_count("k", k, 1, n)
     if which not in get_args(Which):
         raise InputError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}.")

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import check_count, check_finite, check_square, unit_of, working_dtype
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 
 __all__ = ["Krylov", "KrylovRuns", "lanczos", "lanczos_runs", "ritz"]
 
@@ -45,16 +43,15 @@ class Krylov:
     """Products that were spent: m."""
 
 
-@full_precision
-@one_matrix
-@checked
-def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
+@numerics
+def lanczos(A: AnyMatrix, v0: Tensor, *, matrix: MatrixName = "hessian", num_steps: int) -> Krylov:
     """Run up to `num_steps` Lanczos steps from v0; fewer if the Krylov space is exhausted before.
 
     Cost: one product a step and 4 n m operations for keeping the basis orthonormal. Memory: m vectors.
 
     Args:
         A: symmetric, (n, n). Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         v0: (n,), not zero.
         num_steps: m, in [1, n].
 
@@ -62,6 +59,7 @@ def lanczos(A: MatrixLike, v0: Tensor, *, num_steps: int) -> Krylov:
         InputError: for shapes and counts out of range, or v0 = 0.
         NonFiniteError: if a product is not finite.
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
     if v0.shape != (n,):
         raise InputError(f"v0 must be a vector of shape ({n},), got {tuple(v0.shape)}.")
@@ -99,11 +97,10 @@ class KrylovRuns:
     """Products that were spent, over all runs."""
 
 
-@full_precision
-@one_matrix
-@checked
-def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
+@numerics
+def lanczos_runs(A: AnyMatrix, X: Tensor, *, matrix: MatrixName = "hessian", num_steps: int) -> KrylovRuns:
     """Run Lanczos from every column of X, (n, p); arguments and errors as for `lanczos`. Memory: p m vectors."""
+    A = as_matrix(A, matrix)
     n = check_square(A)
     check_count("num_steps", num_steps, 1, n)
     if X.ndim != 2 or X.shape[0] != n or X.is_complex():
@@ -153,8 +150,7 @@ def lanczos_runs(A: MatrixLike, X: Tensor, *, num_steps: int) -> KrylovRuns:
     )
 
 
-@full_precision
-@checked
+@numerics
 def ritz(krylov: Krylov | KrylovRuns) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of T, ascending (m,), and its eigenvectors as columns (m, m), in float64 on the CPU.
 

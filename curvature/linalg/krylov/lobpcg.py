@@ -18,16 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.orthonormal import orthonormalise
 from curvature.linalg.base.validate import (
     check_confidence,
     check_count,
     check_finite,
-    check_generator,
     check_range,
     check_square,
     check_start,
@@ -36,7 +34,7 @@ from curvature.linalg.base.validate import (
     working_dtype,
 )
 from curvature.linalg.krylov._completeness import Bound, grow_chain
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, Status
 
 __all__ = ["lobpcg"]
@@ -44,19 +42,18 @@ __all__ = ["lobpcg"]
 _CHAIN = 20  # products that a chain may take in any case; beyond, no more than the iteration took
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def lobpcg(
-    A: MatrixLike,
+    A: AnyMatrix,
     k: int,
     *,
+    matrix: MatrixName = "hessian",
     which: Literal["LA", "SA"] = "LA",
     rtol: float = 1e-3,
     atol: float = 0.0,
     max_matvecs: int | None = None,
     v0: Tensor | None = None,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     preconditioner: MatrixLike | None = None,
     certify: bool = False,
     confidence: float | None = 0.99,
@@ -75,6 +72,7 @@ def lobpcg(
 
     Args:
         A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         k: number of pairs, in [1, n].
         which: "LA" the largest, "SA" the smallest.
         rtol: tolerance of the residuals relative to the eigenvalue; positive.
@@ -82,7 +80,7 @@ def lobpcg(
         max_matvecs: most products to spend. Default: 10 n, at least 1000.
         v0: start vectors (n,) or (n, p), e.g. the eigenvectors of a nearby matrix. Columns beyond k are iterated too,
             which helps where the k-th eigenvalue is close to the next. Default: k random columns.
-        generator: for the start and for directions that replace dependent ones; on A's device.
+        generator: for the start and for directions that replace dependent ones; on A's device, or a seed.
         preconditioner: symmetric positive definite (n, n), near the inverse of |A - lambda I|. Default: none.
         certify: multiply the pairs once more at the end, k products, and report residuals that were computed.
         confidence: probability with which no eigenvalue may be missed, as in `eigsh`; None to do without the chain.
@@ -103,8 +101,9 @@ def lobpcg(
         >>> new.status.name, new.num_matvecs
         ('CONVERGED', 2)
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
-    check_generator(A, generator)
+    generator = as_generator(generator, A.device)
     check_count("k", k, 1, n)
     check_tolerances(rtol, atol)
     check_confidence(confidence)

@@ -23,14 +23,12 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_damping, powers_of_two, right_hand_sides
 from curvature.linalg.base.validate import check_square, check_tolerances, rounding_level
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import MatrixFunctionResult
 
@@ -62,14 +60,13 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # w(t), by which the resolv
 }
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def matrix_function(
-    A: MatrixLike,
+    A: AnyMatrix,
     V: Tensor,
     f: FunctionName | Callable[[Tensor], Tensor],
     *,
+    matrix: MatrixName = "hessian",
     rtol: float | None = 1e-5,
     num_steps: int | None = None,
     damping: float = 0.0,
@@ -89,6 +86,7 @@ def matrix_function(
 
     Args:
         A: symmetric, (n, n). Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         V: (n,) or (n, k).
         f: "inv", "sqrt", "invsqrt", "log", "exp", or a function that acts entrywise on eigenvalues, float64 on the CPU.
         rtol: tolerance relative to |f(A + damping I) v|; None spends all of num_steps.
@@ -108,6 +106,7 @@ def matrix_function(
         >>> result.values.round(decimals=4), result.num_matvecs
         (tensor([1.0000, 0.5000, 0.3333]), 3)
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
     if rtol is not None:
         check_tolerances(rtol, 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.validate import (
     check_confidence,
     check_count,
     check_finite,
-    check_generator,
     check_square,
     check_start,
     check_tolerances,
@@ -34,11 +34,19 @@ from curvature.linalg.base.validate import (
     rounding_level,
     working_dtype,
 )
-from curvature.linalg.krylov._completeness import Bound, Chain
+from curvature.linalg.krylov._completeness import Bound, Chain, bounds_of
 from curvature.linalg.krylov._krylov_space import KrylovSpace
-from curvature.linalg.krylov._ritz_selection import Which, check_problem, known_directions, num_kept, wanted
+from curvature.linalg.krylov._ritz_selection import (
+    Look,
+    Which,
+    check_memory,
+    check_problem,
+    known_directions,
+    num_kept,
+    wanted,
+)
 from curvature.linalg.krylov._rounded_space import RoundedSpace, check_basis_dtype
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, Status
 
 __all__ = ["ThickRestartLanczos", "Which"]
@@ -59,7 +67,7 @@ class ThickRestartLanczos:
 
     Example:
         >>> A = torch.diag(torch.arange(100.0))
-        >>> solver = ThickRestartLanczos(A, 2, rtol=1e-4, generator=torch.Generator().manual_seed(0))
+        >>> solver = ThickRestartLanczos(A, 2, rtol=1e-4, generator=0)
         >>> solver.run(max_matvecs=10).status.name
         'MAX_MATVECS'
         >>> state = solver.state_dict()
@@ -72,14 +80,15 @@ class ThickRestartLanczos:
     @checked
     def __init__(
         self,
-        A: MatrixLike,
+        A: AnyMatrix,
         k: int,
         *,
+        matrix: MatrixName = "hessian",
         which: Which = "LA",
         rtol: float = 1e-3,
         atol: float = 0.0,
         v0: Tensor | None = None,
-        generator: torch.Generator,
+        generator: AnyGenerator,
         num_basis: int | None = None,
         block_size: int = 1,
         deflate: EigenPairs | Tensor | None = None,
@@ -89,9 +98,10 @@ class ThickRestartLanczos:
         confidence: float | None = 0.99,
         callback: Callable[[int, str], None] | None = None,
     ) -> None:
+        A = as_matrix(A, matrix)
         n = check_square(A)
         basis_dtype = check_basis_dtype(A, basis_dtype)
-        check_generator(A, generator)
+        generator = as_generator(generator, A.device)
         known = known_directions(A, deflate)
         check_count("block_size", block_size, 1, n)
         check_tolerances(rtol, atol)
@@ -106,12 +116,15 @@ class ThickRestartLanczos:
         self.callback = callback
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
+        held = A.device if basis_device is None else torch.device(basis_device)
+        row = n * basis_dtype.itemsize
+        check_memory((self.size + start_size + 2 * k) * row, held, basis_dtype == working_dtype(A))
         measures: dict[str, Any] = {
             "size": self.size,
             "num_directions": start_size,
             "known": known,
             "generator": generator,
-            "device": A.device if basis_device is None else torch.device(basis_device),
+            "device": held,
         }
         self.space = (
             KrylovSpace(A, **measures)
@@ -119,7 +132,6 @@ class ThickRestartLanczos:
             else RoundedSpace(A, basis_dtype=basis_dtype, **measures)
         )
         self.space.start(start.T)
-        row = n * torch.empty(0, dtype=basis_dtype).element_size()
         self._room = max(self.size + start_size, min(n, _SPARE_BYTES // row))
         self._chain: Chain | None = None
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
@@ -152,16 +164,6 @@ class ThickRestartLanczos:
                 self.callback(self.space.num_matvecs, f"{int(look.done.sum())} of {self.k} eigenpairs")
         return self._result(look, limit)
 
-    def widen(self, block_size: int) -> None:
-        """Go on with blocks of so many columns, where more columns turned out to be cheap; nothing done is lost.
-
-        Raises:
-            InputError: if the basis leaves no room for them.
-        """
-        check_count("block_size", block_size, self.block_size, max(self.block_size, self.size - self.k - 1))
-        self.space.widen(block_size)
-        self.block_size = block_size
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
         own = {name: getattr(self, f"_{name}") for name in _STATE}
@@ -178,17 +180,17 @@ class ThickRestartLanczos:
             setattr(self, f"_{name}", state[name])
         self._chain = None if state["chain"] is None else Chain.from_state(state["chain"])
 
-    def _look(self) -> _Look:
+    def _look(self) -> Look:
         theta, S, residuals = self.space.ritz()
         places = wanted(theta, self.k, self.which)
         done = residuals[places] <= self._goal(theta[places])
-        look = _Look(theta, S, theta[places], S[:, places], residuals[places], done)
+        look = Look(theta, S, theta[places], S[:, places], residuals[places], done)
         if self._chain is None or self._all_done(look) or self._has_rival(look):
             return look
         # the chain came across values within the tolerance of the last wanted one: the pairs that are done stay
         values, coefficients, norms = self._held
         coefficients = torch.nn.functional.pad(coefficients, (0, 0, 0, len(theta) - len(coefficients)))
-        return _Look(theta, S, values, coefficients, norms, torch.ones(self.k, dtype=torch.bool))
+        return Look(theta, S, values, coefficients, norms, torch.ones(self.k, dtype=torch.bool))
 
     def _tolerance(self, values: Tensor) -> Tensor:
         return self._asked(values, self.space.rounding())
@@ -204,7 +206,7 @@ class ThickRestartLanczos:
         noise = self.space.noise_of(values)
         return torch.maximum((tolerance**2 - (2 * noise) ** 2).clamp_min(0).sqrt(), noise)
 
-    def _stagnated(self, look: _Look) -> bool:
+    def _stagnated(self, look: Look) -> bool:
         """Whether residuals have come near the noise of a rounded basis and no longer fall."""
         if not isinstance(self.space, RoundedSpace) or len(look.values) < self.k or bool(look.done.all()):
             return False
@@ -213,26 +215,26 @@ class ThickRestartLanczos:
             self._least, self._fell = min(ratio, self._least), self.space.num_matvecs
         return self.space.num_matvecs - self._fell >= 2 * self.size
 
-    def _finished(self, look: _Look) -> bool:
+    def _finished(self, look: Look) -> bool:
         if not self._all_done(look):
             return self._stagnated(look)
         return self._certified(look) or not self._has_room()
 
-    def _all_done(self, look: _Look) -> bool:
+    def _all_done(self, look: Look) -> bool:
         return len(look.values) == self.k and bool(look.done.all())
 
-    def _certified(self, look: _Look) -> bool:
+    def _certified(self, look: Look) -> bool:
         """Whether the chain that runs has shown that nothing was missed; or nobody asked."""
         if self.confidence is None or self.space.count == self.space.dimension:
             return True
         return self._end_certified(look) and self._miss_probability(look) <= 1 - self.confidence
 
-    def _end_certified(self, look: _Look) -> bool:
+    def _end_certified(self, look: Look) -> bool:
         """Whether the chain has shown that nothing was missed at its end of the spectrum."""
         chain = self._chain
         return chain is not None and not self._has_rival(look) and chain.miss_probability() <= self._allowed()
 
-    def _has_rival(self, look: _Look) -> bool:
+    def _has_rival(self, look: Look) -> bool:
         """Whether the chain, or the basis that holds it, has come to more Ritz values beyond the bounds."""
         more = self._num_beyond(look.theta, self._held[0]) > self._beyond
         return more or (self._chain is not None and self._chain.rival() is not None)
@@ -251,7 +253,7 @@ class ThickRestartLanczos:
         space = self.space
         return self._chain is None or space.count + space.num_directions + 1 <= self._room
 
-    def _width(self, look: _Look, limit: int) -> int:
+    def _width(self, look: Look, limit: int) -> int:
         """Return how many products come next; none if the limit or the whole space is reached."""
         space = self.space
         left, room = limit - space.num_matvecs, space.dimension - space.count
@@ -260,7 +262,7 @@ class ThickRestartLanczos:
         width = min(1 if self._all_done(look) else self.block_size, room)
         return width if width <= left else 0  # no part of a block, so that a longer run takes the same steps
 
-    def _advance(self, look: _Look, width: int) -> None:
+    def _advance(self, look: Look, width: int) -> None:
         if self._all_done(look):
             self._extend_chain(look)
             return
@@ -271,13 +273,13 @@ class ThickRestartLanczos:
             aim = self._restart(look, num_kept(self.k, int(look.done.sum()), self.size, width)).T @ aim
         space.step(width, aim)
 
-    def _restart(self, look: _Look, kept: int) -> Tensor:
+    def _restart(self, look: Look, kept: int) -> Tensor:
         """Keep the best Ritz vectors; return their coefficients."""
         basis = look.S[:, wanted(look.theta, kept, self.which)]
         self.space.restart(basis)
         return basis
 
-    def _extend_chain(self, look: _Look) -> None:
+    def _extend_chain(self, look: Look) -> None:
         """Take the next step of the chain; the first one of another if there is none, or it found something."""
         space = self.space
         if self._chain is not None and self._end_certified(look):
@@ -301,7 +303,7 @@ class ThickRestartLanczos:
             space.begin_chain(bound, self._goal)
         self._chain.add(*space.extend_chain(), space.noise())
 
-    def _open_bounds(self, look: _Look) -> list[Bound]:
+    def _open_bounds(self, look: Look) -> list[Bound]:
         """Return the bounds without a certificate, that which needs the longer chain first: it may do for both."""
         bounds = [bound for bound in self._bounds(look.values) if bound.sign not in self._closed]
         return sorted(bounds, key=lambda bound: bound.distance(look.theta))
@@ -313,19 +315,9 @@ class ThickRestartLanczos:
 
     def _bounds(self, theta: Tensor) -> tuple[Bound, ...]:
         """Return the ends beyond which no eigenvalue may be missed: the last wanted values and their tolerance."""
-        slack = self._tolerance(theta).clamp_min(self.space.noise())
-        if self.which == "LA":
-            return (Bound(1.0, float(theta[0] + slack[0])),)
-        if self.which == "SA":
-            return (Bound(-1.0, float(theta[-1] - slack[-1])),)
-        if self.which == "LM":
-            last = int(theta.abs().argmin())
-            magnitude = float(theta[last].abs() + slack[last])
-            return Bound(1.0, magnitude), Bound(-1.0, -magnitude)
-        low, high = self.k // 2 - 1, self.k // 2
-        return Bound(1.0, float(theta[high] + slack[high])), Bound(-1.0, float(theta[low] - slack[low]))
+        return bounds_of(theta, self.which, self._tolerance(theta).clamp_min(self.space.noise()))
 
-    def _result(self, look: _Look, limit: int) -> EigenPairs:
+    def _result(self, look: Look, limit: int) -> EigenPairs:
         space = self.space
         values, S = look.values.flip(0), look.coefficients.flip(1)
         norms = torch.hypot(look.residuals.flip(0), space.coupling(S)).clamp_min(space.rounding())
@@ -360,7 +352,7 @@ class ThickRestartLanczos:
             miss_probability=self._miss_probability(look),
         )
 
-    def _miss_probability(self, look: _Look) -> float:
+    def _miss_probability(self, look: Look) -> float:
         if self.confidence is None:
             return math.nan
         if not self._all_done(look):
@@ -405,14 +397,3 @@ class ThickRestartLanczos:
         """Return A U, in memory of its own."""
         AU = check_finite(self.A @ U.to(self.A.dtype), self.space.num_matvecs + U.shape[1]).to(U)
         return AU.clone() if AU.data_ptr() == U.data_ptr() else AU
-
-
-class _Look(NamedTuple):
-    """What the basis says about the pairs that are wanted."""
-
-    theta: Tensor  # (m,), Ritz values, ascending
-    S: Tensor  # (m, m), their coefficients in the basis
-    values: Tensor  # (at most k,), the wanted among them, ascending
-    coefficients: Tensor  # (m, at most k)
-    residuals: Tensor  # of the same length
-    done: Tensor  # of the same length: whether the residual is below its tolerance

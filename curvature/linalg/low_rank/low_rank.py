@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NotConvergedError
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 from curvature.results.estimates import Estimate, Status, _Record, mean_and_stderr
 
 __all__ = ["DiagonalOnSubspace", "ErrorCurve", "LowRank", "error_norms", "spectral_bound"]
 
 
-class DiagonalOnSubspace(LinearOperator):
+class DiagonalOnSubspace(SymmetricOperator):
     """U diag(values) U' + rest (I - U U'): diagonal in a few directions, a multiple of the identity in all others.
 
     Cost of a product: 4 n k operations a column, none with A.

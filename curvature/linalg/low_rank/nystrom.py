@@ -20,14 +20,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
-from curvature.linalg.base.validate import check_count, check_generator, check_range, check_square, working_dtype
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.validate import check_count, check_range, check_square, working_dtype
 from curvature.linalg.low_rank.low_rank import LowRank, error_norms, spectral_bound
 from curvature.linalg.stochastic.probes import normal
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
 __all__ = ["nystrom"]
@@ -36,19 +35,18 @@ _GROWTH = 16  # times the first rank, unless the caller says how far to grow
 _NEGATIVE = 10.0  # shifts by which a Rayleigh quotient may be negative before the matrix is called indefinite
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def nystrom(
-    A: MatrixLike,
+    A: AnyMatrix,
     rank: int,
     *,
+    matrix: MatrixName = "hessian",
     rtol: float | None = None,
     atol: float | None = None,
     max_rank: int | None = None,
     num_tests: int = 10,
     failure_probability: float = 0.01,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     callback: Callable[[int, str], None] | None = None,
 ) -> LowRank:
     """Approximate a positive semi-definite A by k eigenpairs from below, with a bound on the error.
@@ -66,13 +64,14 @@ def nystrom(
     Args:
         A: symmetric positive semi-definite, (n, n). Indefinite matrices are refused as soon as a negative Rayleigh
             quotient, or one of A - A^, shows; one too small to show does no harm beyond its size.
+        matrix: which one of an objective; see `as_matrix`.
         rank: columns of the test matrix and pairs of the result, in [1, n]; at first, where it may grow.
         rtol: tolerance of the bound relative to the largest eigenvalue; positive.
         atol: tolerance of the bound in units of A; positive.
         max_rank: largest rank to grow to. Default: 16 times `rank`, n at most.
         num_tests: fresh vectors that test the approximation; without any the bound is infinite.
         failure_probability: with which the bound may be too small, in (0, 1).
-        generator: source of all random vectors, on A's device.
+        generator: source of all random vectors, on A's device, or a seed.
         callback: called after each stage with the products so far and a word on progress.
 
     Raises:
@@ -81,12 +80,13 @@ def nystrom(
 
     Example:
         >>> A = torch.diag(2.0 ** -torch.arange(50.0))
-        >>> found = nystrom(A, 5, rtol=1e-3, generator=torch.Generator().manual_seed(0))
+        >>> found = nystrom(A, 5, rtol=1e-3, generator=0)
         >>> found.status.name, bool(found.error_bound < 1e-3)
         ('CONVERGED', True)
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
-    check_generator(A, generator)
+    generator = as_generator(generator, A.device)
     check_count("rank", rank, 1, n)
     wanted = rtol is not None or atol is not None
     limit = min(n, _GROWTH * rank) if max_rank is None else max_rank

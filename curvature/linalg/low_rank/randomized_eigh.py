@@ -20,13 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import (
     check_count,
-    check_generator,
     check_range,
     check_square,
     rounding_level,
@@ -34,25 +32,24 @@ from curvature.linalg.base.validate import (
 )
 from curvature.linalg.low_rank.low_rank import LowRank, error_norms
 from curvature.linalg.stochastic.probes import normal
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
 __all__ = ["randomized_eigh"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def randomized_eigh(
-    A: MatrixLike,
+    A: AnyMatrix,
     rank: int,
     *,
+    matrix: MatrixName = "hessian",
     oversampling: int = 10,
     power_iterations: int = 1,
     rtol: float = 1e-2,
     num_tests: int = 10,
     failure_probability: float = 0.01,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     callback: Callable[[int, str], None] | None = None,
 ) -> LowRank:
     """Return the `rank` eigenpairs of A largest in magnitude as far as a random block of products shows them.
@@ -70,13 +67,14 @@ def randomized_eigh(
 
     Args:
         A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         rank: pairs of the result, in [1, n].
         oversampling: columns besides; no more than n in all.
         power_iterations: further passes before the last, each of which lessens what is outside the block.
         rtol: residual up to which a pair is trusted, relative to its eigenvalue; positive.
         num_tests: fresh vectors that test the approximation; without any the bound is infinite.
         failure_probability: with which the bound may be too small, in (0, 1).
-        generator: source of all random vectors, on A's device.
+        generator: source of all random vectors, on A's device, or a seed.
         callback: called after each pass with the products so far and a word on progress.
 
     Raises:
@@ -85,12 +83,13 @@ def randomized_eigh(
 
     Example:
         >>> A = torch.diag(torch.tensor([9.0, -8.0, *[0.1] * 40]))
-        >>> found = randomized_eigh(A, 2, generator=torch.Generator().manual_seed(0)).raise_if_failed()
+        >>> found = randomized_eigh(A, 2, generator=0).raise_if_failed()
         >>> found.eigenvalues.round(decimals=3)
         tensor([ 9., -8.])
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
-    check_generator(A, generator)
+    generator = as_generator(generator, A.device)
     check_count("rank", rank, 1, n)
     check_count("oversampling", oversampling, 0)
     check_count("power_iterations", power_iterations, 0)

@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.orthonormal import orthonormalise
 from curvature.linalg.base.validate import (
     check_count,
     check_finite,
-    check_generator,
     check_range,
     check_square,
     working_dtype,
 )
-from curvature.linalg.stochastic.probes import DISTRIBUTIONS, draw
+from curvature.linalg.stochastic.probes import DISTRIBUTIONS, draw, one_direction
 from curvature.linop import MatrixLike
 
 __all__ = ["ProbePool"]
@@ -53,8 +53,9 @@ class ProbePool:
     Args:
         A: square, (n, n).
         distribution: a name of `curvature.linalg.stochastic.probes.DISTRIBUTIONS`.
-        generator: source of the probes, on A's device.
+        generator: source of the probes, on A's device, or a seed.
         block_size: columns multiplied at a time.
+        keep: hold probes and products; without them only the samples z'Az are left.
         callback: called after each block with the products so far and a word on progress.
 
     Raises:
@@ -66,17 +67,18 @@ class ProbePool:
         A: MatrixLike,
         *,
         distribution: str,
-        generator: torch.Generator,
+        generator: AnyGenerator,
         block_size: int = 1,
+        keep: bool = True,
         callback: Callable[[int, str], None] | None = None,
     ) -> None:
         self.n = check_square(A)
-        check_generator(A, generator)
+        generator = as_generator(generator, A.device)
         check_count("block_size", block_size, 1)
         if distribution not in DISTRIBUTIONS:
             raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
-        self.A, self.distribution, self.generator = A, distribution, generator
-        self.block_size, self.callback = block_size, callback
+        self.A, self.distribution, self.generator = A, distribution, as_generator(generator, A.device)
+        self.block_size, self.callback, self.keep = block_size, callback, keep
         empty = torch.empty(self.n, 0, dtype=working_dtype(A), device=A.device)
         self.probes, self.products = empty, empty
         """Omega and Y, (n, k)."""
@@ -85,11 +87,13 @@ class ProbePool:
         self.num_sketched = 0
         """s: of how many probes the products are in the range of the basis."""
         self.num_matvecs = 0
+        self._energies = empty[0].double()
+        self._first, self._alike = empty, True
 
     @property
     def num_probes(self) -> int:
         """How many probes there are, k."""
-        return self.probes.shape[1]
+        return self.probes.shape[1] if self.keep else len(self._energies)
 
     @property
     def rank(self) -> int:
@@ -100,12 +104,27 @@ class ProbePool:
 
     def add_probes(self, count: int) -> None:
         """Draw and multiply `count` more probes."""
-        if count <= 0:
+        for width in [] if self.keep else [self.block_size] * (count // self.block_size) + [count % self.block_size]:
+            X = self._draw(width)
+            energies = (X.to(self.basis) * self._multiply(X, "probes")).sum(dim=0)
+            self._energies = torch.cat([self._energies, energies.double()])
+            self._first = X[:, :1] if not self._first.numel() else self._first
+            self._alike = self._alike and (not width or one_direction(torch.cat([self._first, X], dim=1)))
+        if count <= 0 or not self.keep:
             return
-        X = draw(self.distribution, self.n, count, generator=self.generator, dtype=self.A.dtype, device=self.A.device)
+        X = self._draw(count)
         Y = self._multiply(X, "probes")
         self.probes = torch.cat([self.probes, X.to(Y)], dim=1)
         self.products = torch.cat([self.products, Y], dim=1)
+
+    def _draw(self, count: int) -> Tensor:
+        return draw(
+            self.distribution, self.n, count, generator=self.generator, dtype=self.A.dtype, device=self.A.device
+        )
+
+    def alike(self, count: int) -> bool:
+        """Return whether the last `count` probes are one vector up to sign, so that their samples tell no spread."""
+        return one_direction(self.probes[:, self.num_probes - count :]) if self.keep else self._alike
 
     def sketch(self, upto: int) -> None:
         """Extend the basis by the products of the probes up to number `upto`: a product for each new direction."""
@@ -141,7 +160,10 @@ class ProbePool:
                 self.callback(self.num_matvecs, what)
         if not blocks:
             return X
-        return check_range(torch.cat(blocks, dim=1), self.num_matvecs, first=self.num_probes + self.rank == 0)
+        products = torch.cat(blocks, dim=1)
+        return (
+            check_range(products, self.num_matvecs, first=self.num_probes + self.rank == 0) if self.keep else products
+        )
 
     # -- what they tell -----------------------------------------------------------------------------------------------
 
@@ -150,7 +172,7 @@ class ProbePool:
 
         The first s are leave-one-out estimates; only among these are there covariances.
         """
-        energies = (self.probes * self.products).sum(dim=0)
+        energies = (self.probes * self.products).sum(dim=0) if self.keep else self._energies
         if self.rank == 0:
             return energies, energies.new_zeros(())
         W, M, T = self.basis.T @ self.probes, self.basis.T @ self.products, self.images.T @ self.probes

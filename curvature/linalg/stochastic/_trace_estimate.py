@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator
 from curvature.linalg.base.deflation import Known, deflated
 from curvature.linalg.base.validate import check_count
 from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg.stochastic._probe_pool import ProbePool
-from curvature.linalg.stochastic.probes import one_direction
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs, Status, TraceEstimate
 
@@ -44,6 +44,8 @@ class Goal:
     rtol: float | None
     max_matvecs: int
     confidence: float
+    least: int = 4
+    """Fewest products that make an estimate with an error."""
 
     def __post_init__(self) -> None:
         if (self.num_matvecs is None) == (self.rtol is None):
@@ -53,8 +55,8 @@ class Goal:
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence must be in (0, 1), got {self.confidence}.")
         if self.num_matvecs is not None:
-            check_count("num_matvecs", self.num_matvecs, 4)
-        check_count("max_matvecs", self.max_matvecs, 4)
+            check_count("num_matvecs", self.num_matvecs, self.least)
+        check_count("max_matvecs", self.max_matvecs, self.least)
 
     @property
     def budget(self) -> int:
@@ -101,16 +103,17 @@ def open_pool(
     A: MatrixLike,
     *,
     distribution: str,
-    generator: torch.Generator,
-    eigenpairs: EigenPairs | None = None,
+    generator: AnyGenerator,
+    deflate: EigenPairs | None = None,
     definite: bool = False,
     block_size: int = 1,
+    keep: bool = True,
     callback: Callable[[int, str], None] | None = None,
 ) -> tuple[ProbePool, Known]:
     """Return an empty pool for A without its known eigenpairs, and what these explain."""
-    remainder, known = deflated(A, eigenpairs, definite=definite)
+    remainder, known = deflated(A, deflate, definite=definite)
     pool = ProbePool(
-        remainder, distribution=distribution, generator=generator, block_size=block_size, callback=callback
+        remainder, distribution=distribution, generator=generator, block_size=block_size, keep=keep, callback=callback
     )
     return pool, known
 
@@ -123,13 +126,13 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
         values, method = exact.repeat(max(len(values), 2)), "exact"
     stderr = torch.zeros_like(values[0])
     if method != "exact":
-        alike = one_direction(pool.probes[:, pool.num_probes - len(values) :])
+        alike = pool.alike(len(values))
         stderr = torch.full_like(stderr, torch.inf) if alike else samples.stderr * _selected(goal, len(values))
     estimate = TraceEstimate(
-        value=values.mean(),
-        stderr=stderr,
+        value=values.mean().to(pool.basis),
+        stderr=stderr.to(pool.basis),
         num_matvecs=pool.num_matvecs,
-        samples=values,
+        samples=values.to(pool.basis),
         status=Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS,
         method=method,
         confidence=goal.confidence,
@@ -145,7 +148,7 @@ def _selected(goal: Goal, k: int) -> float:
 def enlarge(
     pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples], *, price: int
 ) -> TraceEstimate:
-    """Run an estimator that has one size, k probes at `price` products each: the budget's, or doubled until accurate.
+    """Run an estimator that has one size, k probes at `price` products each: the budget's, or grown until accurate.
 
     Where k probes would cost what knowing all of A costs, all of A is made known.
     """
@@ -160,7 +163,8 @@ def enlarge(
         estimate = summary(pool, sample(pool), known, goal)
         if goal.rtol is None or estimate.status is Status.CONVERGED or size == goal.budget // price:
             return estimate
-        size *= 2
+        forecast = size * (float(estimate.stderr) / goal.target(estimate)) ** 2
+        size = math.ceil(min(2 * size, max(1.25 * size, forecast)))  # samples may be skewed, and looks select
 
 
 def sketch_by_pilot(pool: ProbePool, budget: int, choose: Callable[[Tensor], int], *, fewest: int) -> None:

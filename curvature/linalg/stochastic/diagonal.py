@@ -7,41 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator
 from curvature.linalg.base.deflation import Known
-from curvature.linalg.base.validate import check_count, check_finite, check_generator, check_square, working_dtype
+from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.validate import check_finite, working_dtype
 from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import FEWEST, Goal, open_pool, worth_completing
+from curvature.linalg.stochastic._xdiag import diagonal_samples, stderr_of_mean
 from curvature.linalg.stochastic.probes import one_direction, rademacher
-from curvature.linalg.stochastic.xdiag import diagonal_samples, stderr_of_mean
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import DiagonalEstimate, EigenPairs, Status
 
-__all__ = ["DIAGONAL_METHODS", "diagonal", "hutchinson_diagonal"]
+__all__ = ["DiagonalMethod", "diagonal"]
 
-DIAGONAL_METHODS = ("auto", "hutchinson", "xdiag")
+DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def diagonal(
-    A: MatrixLike,
+    A: AnyMatrix,
     *,
-    method: str = "auto",
+    matrix: MatrixName = "hessian",
+    method: DiagonalMethod = "auto",
     rtol: float | None = None,
     num_matvecs: int | None = None,
     max_matvecs: int = 10_000,
-    eigenpairs: EigenPairs | None = None,
-    generator: torch.Generator,
+    deflate: EigenPairs | None = None,
+    generator: AnyGenerator,
     block_size: int = 1,
     keep_samples: bool = False,
     callback: Callable[[int, str], None] | None = None,
@@ -58,16 +57,17 @@ def diagonal(
     Of nominal 95 % intervals 92 to 98 % cover, with "xdiag" 91 % on a spectrum that is a step.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these, and one more
-    a probe. For many probes on large models `hutchinson_diagonal` holds two vectors in all.
+    a probe; two in all for "hutchinson" on a budget, without samples.
 
     Args:
         A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         method: "auto", "hutchinson" or "xdiag".
         rtol: go on until |stderr|_2 <= rtol |values|_2, with 8 probes at least; or
-        num_matvecs: products to spend, 4 at least. Exactly one of the two.
+        num_matvecs: products to spend, 4 at least, 2 for "hutchinson". Exactly one of the two.
         max_matvecs: most products to spend on rtol.
-        eigenpairs: pairs that are known, from `eigsh`.
-        generator: source of the signs, on A's device.
+        deflate: pairs that are known, from `eigsh`.
+        generator: source of the signs, on A's device, or a seed.
         block_size: columns multiplied at a time.
         keep_samples: keep one estimate a probe, (n, k), which standard errors of sums of entries need.
         callback: called after each product with the products so far and a word on progress.
@@ -78,22 +78,26 @@ def diagonal(
 
     Example:
         >>> A = torch.outer(torch.arange(9.0), torch.arange(9.0))
-        >>> diagonal(A, num_matvecs=8, generator=torch.Generator().manual_seed(0)).values.round()
+        >>> diagonal(A, num_matvecs=8, generator=0).values.round()
         tensor([ 0.,  1.,  4.,  9., 16., 25., 36., 49., 64.])
     """
-    if method not in DIAGONAL_METHODS:
-        raise InputError(f"method must be one of {', '.join(DIAGONAL_METHODS)}, got {method!r}.")
-    goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=0.95)
+    if method not in get_args(DiagonalMethod):
+        raise InputError(f"method must be one of {', '.join(get_args(DiagonalMethod))}, got {method!r}.")
+    A = as_matrix(A, matrix)
+    least = 2 if method == "hutchinson" else 4
+    goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=0.95, least=least)
     pool, known = open_pool(
         A,
         distribution="rademacher",
         generator=generator,
-        eigenpairs=eigenpairs,
+        deflate=deflate,
         block_size=block_size,
         callback=callback,
     )
     if pool.n <= goal.budget and (goal.rtol is None or pool.n <= FEWEST):
         pool.complete()
+    elif method == "hutchinson" and goal.rtol is None and not keep_samples:
+        return _streamed(pool.A, known, goal, pool)
     elif goal.rtol is None:
         _spend_budget(pool, goal.budget, method)
     else:
@@ -170,69 +174,30 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))
 
 
-@full_precision
-@one_matrix
-@checked
-def hutchinson_diagonal(
-    A: MatrixLike,
-    *,
-    num_probes: int | None = None,
-    generator: torch.Generator | None = None,
-    probes: Tensor | None = None,
-    block_size: int = 1,
-    callback: Callable[[int, str], None] | None = None,
-) -> DiagonalEstimate:
-    """Estimate diag A as the mean of z * (A z) over random signs z, with a standard error for every entry.
+def _streamed(A: MatrixLike, known: Known, goal: Goal, pool: ProbePool) -> DiagonalEstimate:
+    """Return the mean of z * (A z) over signs z and its standard error, with two vectors held beside a block.
 
-    Variance of one probe in entry i: sum_{j != i} A_ij^2. The entries of small magnitude in rows of large ones are the
-    expensive ones; the standard errors show which. Cost: one product a probe; memory: two vectors beside a block.
-
-    Args:
-        A: square, (n, n).
-        num_probes: how many probes to spend, at least 2.
-        generator: source of the probes, on A's device; not needed with `probes`.
-        probes: (n, k) independent columns of +-1 to use instead of drawing them.
-        block_size: probes multiplied at a time.
-        callback: called after each product with the products so far and a word on progress.
-
-    Raises:
-        InputError: unless exactly one of num_probes and probes is given; for counts out of range.
-        NonFiniteError: if a product is not finite.
+    Variance of one probe in entry i: sum_{j != i} A_ij^2.
     """
-    n = check_square(A)
-    if (num_probes is None) == (probes is None):
-        raise InputError("give exactly one of num_probes (a budget) and probes (the vectors).")
-    check_count("block_size", block_size, 1)
-    if probes is not None:
-        if probes.ndim != 2 or probes.shape[0] != n or not bool((probes.abs() == 1).all()):
-            raise InputError(f"probes must be signs, +-1, of shape ({n}, k), got shape {tuple(probes.shape)}.")
-        num_probes = probes.shape[1]
-    elif generator is None:
-        raise InputError("generator is needed to draw probes, e.g. torch.Generator().manual_seed(0).")
-    else:
-        check_generator(A, generator)
-    assert num_probes is not None
-    check_count("num_probes", num_probes, 2)
-    dtype = working_dtype(A)
-    mean, squares = (torch.zeros(n, dtype=torch.float64, device=A.device) for _ in range(2))  # squares may vanish
+    dtype, budget = working_dtype(A), goal.budget
+    mean, squares = (torch.zeros(pool.n, dtype=torch.float64, device=A.device) for _ in range(2))  # squares may vanish
     spent, first, alike = 0, None, True
-    while spent < num_probes:
-        width = min(block_size, num_probes - spent)
-        if probes is not None:
-            Z = probes[:, spent : spent + width].to(A.dtype)
-        else:
-            assert generator is not None
-            Z = rademacher(n, width, generator=generator, dtype=A.dtype, device=A.device)
+    while spent < budget:
+        width = min(pool.block_size, budget - spent)
+        Z = rademacher(pool.n, width, generator=pool.generator, dtype=A.dtype, device=A.device)
         first = Z[:, :1] if first is None else first
         alike = alike and one_direction(torch.cat([first, Z], dim=1))
-        samples = Z.to(dtype) * check_finite(A @ Z, spent + width).to(dtype)
-        for sample in samples.T:  # Welford's recurrence: no cancellation
+        for sample in (Z.to(dtype) * check_finite(A @ Z, spent + width).to(dtype)).T:  # Welford: no cancellation
             spent += 1
             step = sample - mean
             mean += step / spent
             squares += step * (sample - mean)
-        if callback is not None:
-            callback(spent, f"{spent} of {num_probes} probes")
-    stderr = (squares / (num_probes - 1) / num_probes).sqrt().to(dtype)
-    stderr = torch.full_like(stderr, math.inf) if alike and n > 1 else stderr
-    return DiagonalEstimate(values=mean.to(dtype), stderr=stderr, num_matvecs=num_probes, dof=num_probes - 1.0)
+        if pool.callback is not None:
+            pool.callback(spent, f"{spent} of {budget} probes")
+    stderr = (squares / (budget - 1) / budget).sqrt().to(dtype)
+    return DiagonalEstimate(
+        values=mean.to(dtype) + known.diagonal,
+        stderr=torch.full_like(stderr, math.inf) if alike and pool.n > 1 else stderr,
+        num_matvecs=budget,
+        dof=budget - 1.0,
+    )

@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import numbers
 from curvature.linalg.stochastic._mass_bounds import with_node
 from curvature.linalg.stochastic.slq import rule_error
@@ -27,8 +26,7 @@ from curvature.results.intervals import skewness
 __all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
 
 
-@full_precision
-@checked
+@numerics
 def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:
     """Estimate tr f(A) = sum_i f(lambda_i).
 
@@ -57,8 +55,7 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
     return _estimate(density, lambda x, w: density.dimension * (w @ f(x).where(w > 0, 0)))
 
 
-@full_precision
-@checked
+@numerics
 def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     """Estimate (1/n) tr A^p for every order p, (len(orders),).
 
@@ -76,8 +73,7 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     return Estimate(value=mean, stderr=stderr, dof=len(density.weights) - 1.0)
 
 
-@full_precision
-@checked
+@numerics
 def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
     """Estimate log det(A + damping I) = sum_i log(lambda_i + damping). The rule errs upwards.
 
@@ -88,8 +84,7 @@ def logdet(density: SpectralDensity, *, damping: float = 0.0) -> Estimate:
     return spectral_sum(density, lambda x: torch.log(x + damping))
 
 
-@full_precision
-@checked
+@numerics
 def effective_dimension(density: SpectralDensity, damping: float | Sequence[float] | Tensor) -> BoundedEstimate:
     """Estimate d(z) = tr A (A + z I)^-1 = sum_i lambda_i / (lambda_i + z) for every z of a grid, of the grid's shape.
 

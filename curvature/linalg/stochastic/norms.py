@@ -25,13 +25,11 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import (
     check_count,
-    check_generator,
     check_square,
     rounding_level,
     unit_of,
@@ -40,7 +38,7 @@ from curvature.linalg.base.validate import (
 from curvature.linalg.stochastic._probe_plan import most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import FEWEST, sketch_by_pilot
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import NormBounds, NormEstimate, Status
 
 __all__ = ["frobenius_norm", "spectral_norm"]
@@ -48,14 +46,13 @@ __all__ = ["frobenius_norm", "spectral_norm"]
 _LARGEST_LOG = 700.0  # exp of more overflows
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def frobenius_norm(
-    A: MatrixLike,
+    A: AnyMatrix,
     *,
+    matrix: MatrixName = "hessian",
     num_matvecs: int,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     sketch_size: int | None = None,
     block_size: int = 1,
     callback: Callable[[int, str], None] | None = None,
@@ -74,8 +71,9 @@ def frobenius_norm(
 
     Args:
         A: symmetric, (n, n). Without symmetry the estimate is still right, but the basis does not pay.
+        matrix: which one of an objective; see `as_matrix`.
         num_matvecs: products to spend, 4 at least.
-        generator: source of the probes, on A's device.
+        generator: source of the probes, on A's device, or a seed.
         sketch_size: s, at most num_matvecs / 2 - 1. Default: chosen.
         block_size: columns multiplied at a time.
         callback: called after each product with the products so far and a word on progress.
@@ -86,10 +84,11 @@ def frobenius_norm(
 
     Example:
         >>> A = torch.diag(torch.tensor([3.0, 4.0]))
-        >>> frobenius_norm(A, num_matvecs=4, generator=torch.Generator().manual_seed(0)).value
+        >>> frobenius_norm(A, num_matvecs=4, generator=0).value
         tensor(5.)
     """
     check_count("num_matvecs", num_matvecs, 4)
+    A = as_matrix(A, matrix)
     pool = ProbePool(A, distribution="rademacher", generator=generator, block_size=block_size, callback=callback)
     if sketch_size is not None:
         check_count("sketch_size", sketch_size, 0, num_matvecs // 2 - 1)
@@ -120,17 +119,16 @@ def frobenius_norm(
     return NormEstimate(value=value, stderr=stderr, dof=len(squares) - 1.0, num_matvecs=pool.num_matvecs)
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def spectral_norm(
-    A: MatrixLike,
+    A: AnyMatrix,
     *,
+    matrix: MatrixName = "hessian",
     rtol: float = 0.01,
     failure_probability: float = 1e-3,
     psd: bool = False,
     max_matvecs: int = 1000,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     callback: Callable[[int, str], None] | None = None,
 ) -> NormBounds:
     """Return bounds on |A|_2 = max |lambda|: the lower one is certain, the upper one holds with stated probability.
@@ -144,11 +142,12 @@ def spectral_norm(
 
     Args:
         A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         rtol: run until upper <= (1 + rtol) lower.
         failure_probability: that the upper bound is too low, in (0, 1), over the random start.
         psd: A is positive semi-definite: the low end of the spectrum needs no bound. It is taken on trust.
         max_matvecs: most products to spend.
-        generator: source of the start, on A's device.
+        generator: source of the start, on A's device, or a seed.
         callback: called after each product with the products so far and a word on progress.
 
     Raises:
@@ -156,12 +155,13 @@ def spectral_norm(
         NonFiniteError: if a product is not finite.
 
     Example:
-        >>> bounds = spectral_norm(torch.diag(torch.arange(100.0) - 80), generator=torch.Generator().manual_seed(0))
+        >>> bounds = spectral_norm(torch.diag(torch.arange(100.0) - 80), generator=0)
         >>> bool(bounds.lower <= 80 <= bounds.upper)
         True
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
-    check_generator(A, generator)
+    generator = as_generator(generator, A.device)
     check_count("max_matvecs", max_matvecs, 1)
     if not rtol > 0:
         raise InputError(f"rtol must be positive, got {rtol}.")

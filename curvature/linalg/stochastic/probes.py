@@ -8,6 +8,7 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.environment.cost import check_fits
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.validate import check_count
 
 __all__ = ["DISTRIBUTIONS", "draw", "normal", "one_direction", "rademacher", "sphere"]
@@ -15,7 +16,7 @@ __all__ = ["DISTRIBUTIONS", "draw", "normal", "one_direction", "rademacher", "sp
 
 @checked
 def rademacher(
-    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+    n: int, k: int, *, generator: AnyGenerator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
     """Return k columns of independent random signs, (n, k).
 
@@ -24,27 +25,27 @@ def rademacher(
     Args:
         n: length of a probe.
         k: number of probes.
-        generator: source of randomness; it must live on `device`.
+        generator: source of randomness on `device`, or a seed.
         dtype: of the result.
         device: of the result; that of the generator by default.
     """
-    _check_room(n, k, dtype, device or generator.device)
-    bits = torch.randint(0, 2, (k, n), generator=generator, device=device or generator.device)
+    source = _source(n, k, generator, dtype, device)
+    bits = torch.randint(0, 2, (k, n), generator=source, device=device or source.device)
     return (2 * bits - 1).to(dtype).T
 
 
 @checked
 def normal(
-    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+    n: int, k: int, *, generator: AnyGenerator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
     """Return k columns of independent standard normal entries, (n, k). Var(z'Az) = 2 |A|_F^2 for symmetric A."""
-    _check_room(n, k, dtype, device or generator.device)
-    return torch.randn(k, n, generator=generator, dtype=dtype, device=device or generator.device).T
+    source = _source(n, k, generator, dtype, device)
+    return torch.randn(k, n, generator=source, dtype=dtype, device=device or source.device).T
 
 
 @checked
 def sphere(
-    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str | None = None
+    n: int, k: int, *, generator: AnyGenerator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
     """Return k independent columns, uniform on the sphere of radius sqrt(n), (n, k).
 
@@ -62,7 +63,7 @@ def draw(
     n: int,
     k: int,
     *,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> Tensor:
@@ -85,10 +86,15 @@ def one_direction(Z: Tensor) -> bool:
     return Z.shape[1] > 1 and bool((squares >= (1 - 1e-6) * Z.square().sum(dim=0) * squares[0].sqrt()).all())
 
 
-def _check_room(n: int, k: int, dtype: torch.dtype, device: torch.device | str) -> None:
+def _source(
+    n: int, k: int, generator: AnyGenerator, dtype: torch.dtype, device: torch.device | str | None
+) -> torch.Generator:
+    """Return the generator to draw from; refuse what is no probe or does not fit."""
     check_count("n", n, 0)
     check_count("k", k, 0)
     if not dtype.is_floating_point:
         raise InputError(f"dtype must be floating-point, got {dtype}.")
+    source = as_generator(generator, device or getattr(generator, "device", None) or "cpu")
     if n * k * dtype.itemsize > 2**28:
-        check_fits(n * k * dtype.itemsize, torch.device(device), f"{k} probes of length {n}", "take fewer")
+        check_fits(n * k * dtype.itemsize, source.device, f"{k} probes of length {n}", "take fewer")
+    return source

@@ -19,16 +19,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
 from curvature.environment.cost import check_fits
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
-from curvature.linalg.base.validate import check_count, check_generator, check_square, working_dtype
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.validate import check_count, check_square, working_dtype
 from curvature.linalg.krylov.lanczos import lanczos_runs, ritz
 from curvature.linalg.stochastic._mass_bounds import shortened
 from curvature.linalg.stochastic.probes import normal
-from curvature.linop import MatrixLike, Projected
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, Projected, as_matrix
 from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
 
 __all__ = ["COARSE_SHARES", "envelope", "extrapolated", "rule_error", "smoothed", "spectral_density"]
@@ -38,15 +37,14 @@ COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadra
 _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def spectral_density(
-    A: MatrixLike,
+    A: AnyMatrix,
     *,
+    matrix: MatrixName = "hessian",
     num_probes: int,
     num_steps: int,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     num_points: int = 1024,
     sigma: float | None = None,
     deflate: EigenPairs | None = None,
@@ -61,10 +59,11 @@ def spectral_density(
 
     Args:
         A: symmetric, (n, n).
+        matrix: which one of an objective; see `as_matrix`.
         num_probes: independent start vectors; the error falls as their square root, and 2 at least give an error.
         num_steps: Lanczos steps a probe, in [1, n]: features narrower than the spectrum over num_steps are not
             resolved.
-        generator: source of the probes, on A's device.
+        generator: source of the probes, on A's device, or a seed.
         num_points: points of the grid.
         sigma: standard deviation of the smoothing Gaussian, units of A. Default: 1/100 of the range of the nodes.
         deflate: eigenpairs that are known; only converged ones are used.
@@ -76,8 +75,9 @@ def spectral_density(
         InputError: for arguments out of range.
         NonFiniteError: if a product is not finite.
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
-    check_generator(A, generator)
+    generator = as_generator(generator, A.device)
     check_count("num_probes", num_probes, 1)
     check_count("num_points", num_points, 2)
     check_count("block_size", block_size, 1)

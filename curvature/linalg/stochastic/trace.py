@@ -1,85 +1,91 @@
-"""The trace of a matrix: Hutchinson's estimator, tr A = E[z'Az] for random z with E[zz'] = I, and the choice of others.
+"""The trace of a matrix: one function, and the choice among the estimators of Hutchinson, Meyer, Epperly and others.
 
-Reference: Girard (1989); Hutchinson (1990), A stochastic estimator of the trace of the influence matrix.
+Reference: Girard (1989); Hutchinson (1990), A stochastic estimator of the trace of the influence matrix; Meyer, Musco,
+Musco and Woodruff (2021), Hutch++; Epperly, Tropp and Webber (2024), XTrace (arXiv 2301.07825).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
 
-import torch
-from torch import Tensor
-
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
-from curvature.linalg.base.validate import check_count, check_finite, check_generator, check_square, working_dtype
+from curvature.generators import AnyGenerator
+from curvature.linalg.base.entry import numerics
+from curvature.linalg.stochastic._hutchpp import hutchpp
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, open_pool, spend
-from curvature.linalg.stochastic.hutchpp import hutchpp
-from curvature.linalg.stochastic.probes import draw, one_direction
-from curvature.linalg.stochastic.xnystrace import nystrom_samples, xnystrace
-from curvature.linalg.stochastic.xtrace import xtrace
-from curvature.linop import MatrixLike
-from curvature.results.estimates import EigenPairs, Status, TraceEstimate, mean_and_stderr
+from curvature.linalg.stochastic._xnystrace import nystrom_samples
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
+from curvature.results.estimates import EigenPairs, TraceEstimate
 
-__all__ = ["TRACE_METHODS", "hutchinson_trace", "trace"]
+__all__ = ["TraceMethod", "trace"]
 
-TRACE_METHODS = ("auto", "hutchinson", "hutch++", "xtrace", "xnystrace")
-
-_FEWEST = 8  # probes before a standard error is believed
+TraceMethod: TypeAlias = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def trace(
-    A: MatrixLike,
+    A: AnyMatrix,
     *,
-    method: str = "auto",
+    matrix: MatrixName = "hessian",
+    method: TraceMethod = "auto",
     rtol: float | None = None,
     num_matvecs: int | None = None,
     max_matvecs: int = 10_000,
     confidence: float = 0.95,
     psd: bool | None = None,
-    eigenpairs: EigenPairs | None = None,
+    deflate: EigenPairs | None = None,
     distribution: str | None = None,
-    generator: torch.Generator,
+    sketch_size: int | None = None,
+    generator: AnyGenerator,
     block_size: int = 1,
     callback: Callable[[int, str], None] | None = None,
 ) -> TraceEstimate:
     """Estimate tr A to an accuracy, or as well as a budget allows, with a confidence interval.
 
-    `method="auto"` draws some probes and multiplies them. These products are samples of Hutchinson's estimator, and
-    their range is where most of A is; how much of each lies outside the range of the others says what the variance
-    would be with a basis of any size s. Products then go to a basis or to further probes, whichever brings the end
-    nearer. The value is the mean over all probes, those that made the basis by leave-one-out ("mixed"; "hutchinson" and
-    "xtrace" are its two ends). With `psd=True` the same products give an estimate by XNysTrace as well, and that of the
-    smaller standard error is taken. Where all this costs no less than knowing A in full, with n products, the
-    trace is exact. No product is computed twice.
+    - "hutchinson": the mean of z'Az over probes z with E[zz'] = I. Variance of one probe, A symmetric: for signs
+      2 (|A|_F^2 - sum_i A_ii^2), normal 2 |A|_F^2. It holds a block of vectors only.
+    - "hutch++": exact on a subspace made of some probes, Hutchinson's estimator on the rest from others. The estimator
+      of choice where the error bar must hold by theorem: a budget's estimate is unbiased by construction.
+    - "xtrace": every probe serves for the subspace and, by leave-one-out, for the rest; 2 products a probe. Exact for a
+      rank of k - 1 with k probes; on a flat spectrum half of the products are wasted.
+    - "xnystrace": for positive semi-definite A, one product a probe buys what XTrace pays two for. An A is refused if
+      the probes show a negative eigenvalue; a small one that no combination of them sees goes unnoticed.
+    - "auto" draws some probes and multiplies them: samples of Hutchinson's estimator, whose range is where most of A
+      is. How much of each product lies outside the range of the others says what the variance would be with a basis of
+      any size. Products then go to a basis or to further probes, whichever brings the end nearer; the value is the mean
+      over all probes ("mixed"). With `psd=True` the same products give an estimate by XNysTrace as well, and that of
+      the smaller standard error is taken. It may be off by up to a quarter of its standard error in one direction,
+      since what the probes show decides how they are used.
 
-    The run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol |value|,
-    with 8 samples at least. For a trace near zero with terms of both signs no estimator reaches a relative accuracy;
-    the status says so. Stopping at an accuracy favours samples that happen to lie close together, for which the
-    standard error allows. Of nominal 95 % intervals 92 to 99 % cover, with the exceptions named in docs/benchmarks.md.
-    "auto" may be off by up to a quarter of its standard error in one direction, since what the probes show decides how
-    they are used; "hutch++" with a budget is unbiased by construction.
+    Where all this costs no less than knowing A in full, with n products, the trace is exact. The leave-one-out terms of
+    "xtrace" and "xnystrace" share their products; their spread alone, as published, is too small by factors of 1.2 to
+    3, and the standard errors here add the covariances, estimated from estimates that leave two probes out.
+
+    With rtol the run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol
+    |value|, with 8 samples at least. For a trace near zero with terms of both signs no estimator reaches a relative
+    accuracy; the status says so. Stopping at an accuracy favours samples that happen to lie close together, for which
+    the standard error allows. Of nominal 95 % intervals 92 to 99 % cover, with the exceptions named in
+    docs/benchmarks.md.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these.
 
     Args:
         A: square, (n, n). Its symmetry is used by "xnystrace" only, but the sizes chosen suit symmetric matrices.
-        method: "auto", "hutchinson", "hutch++", "xtrace" or "xnystrace"; see the functions of these names.
+        matrix: which one of an objective; see `as_matrix`.
+        method: one of the above.
         rtol: accuracy wanted; or
-        num_matvecs: products to spend, 4 at least. Without either, rtol = 0.01.
+        num_matvecs: products to spend, 4 at least, 2 for "hutchinson". Without either, rtol = 0.01.
         max_matvecs: most products to spend on rtol.
         confidence: level of the interval.
         psd: whether A is positive semi-definite. True lets "auto" use XNysTrace; False refuses "xnystrace"; None leaves
             it open. An A that is seen to be indefinite where it matters is refused.
-        eigenpairs: pairs that are known, from `eigsh`: their part is exact and costs no product.
-        distribution: "rademacher", "normal" or "sphere". Default: that of the method's own function.
-        generator: source of the probes, on A's device.
+        deflate: pairs that are known, from `eigsh`: their part is exact and costs no product.
+        distribution: "rademacher", "normal" or "sphere". Default: "sphere" for "xtrace" and "xnystrace", else signs.
+        sketch_size: of "hutch++" with a budget: vectors of the subspace, at most num_matvecs / 2 - 1. Default: chosen;
+            num_matvecs // 3 is published.
+        generator: source of the probes, on A's device, or a seed.
         block_size: columns multiplied at a time.
         callback: called after each product with the products so far and a word on progress.
 
@@ -91,38 +97,38 @@ def trace(
         NonFiniteError: if a product is not finite.
 
     Example:
+        >>> import torch
         >>> A = torch.diag(torch.cat([torch.tensor([100.0, 50.0]), torch.full((98,), 0.5)]))
-        >>> estimate = trace(A, rtol=0.01, generator=torch.Generator().manual_seed(0))
+        >>> estimate = trace(A, rtol=0.01, generator=0)
         >>> estimate.value.round(), estimate.status.ok
         (tensor(199.), True)
     """
-    if method not in TRACE_METHODS:
-        raise InputError(f"method must be one of {', '.join(TRACE_METHODS)}, got {method!r}.")
+    if method not in get_args(TraceMethod):
+        raise InputError(f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}.")
     if method == "xnystrace" and psd is False:
         raise InputError('method "xnystrace" needs a positive semi-definite A, but psd=False; use "auto" or "xtrace".')
+    if sketch_size is not None and method != "hutch++":
+        raise InputError(f'sketch_size goes with method="hutch++", got method={method!r}.')
     if rtol is None and num_matvecs is None:
         rtol = 0.01
-    common = {"confidence": confidence, "generator": generator, "block_size": block_size, "callback": callback}
-    common |= {"num_matvecs": num_matvecs, "rtol": rtol, "max_matvecs": max_matvecs, "eigenpairs": eigenpairs}
-    if method in _FUNCTIONS:
-        own = {} if distribution is None else {"distribution": distribution}
-        return _FUNCTIONS[method](A, **common, **own)
-    goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=confidence)
+    least = 2 if method == "hutchinson" else 4
+    goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=confidence, least=least)
     pool, known = open_pool(
-        A,
-        distribution=distribution or "rademacher",
+        as_matrix(A, matrix),
+        distribution=distribution or ("sphere" if method in ("xtrace", "xnystrace") else "rademacher"),
         generator=generator,
-        eigenpairs=eigenpairs,
-        definite=psd is True,
+        deflate=deflate,
+        definite=method == "xnystrace" or (method == "auto" and psd is True),
         block_size=block_size,
+        keep=method != "hutchinson",
         callback=callback,
     )
-    if method == "hutchinson":
-        return enlarge(pool, known, goal, _mixed, price=1)
-    return spend(pool, known, goal, _best if psd else _mixed)
-
-
-_FUNCTIONS: dict[str, Callable[..., TraceEstimate]] = {"hutch++": hutchpp, "xtrace": xtrace, "xnystrace": xnystrace}
+    if method == "hutch++":
+        return hutchpp(pool, known, goal, sketch_size)
+    if method == "auto":
+        return spend(pool, known, goal, _best if psd else _mixed)
+    sample = {"hutchinson": _mixed, "xtrace": _xtrace, "xnystrace": _xnystrace}[method]
+    return enlarge(pool, known, goal, sample, price=2 if method == "xtrace" else 1)
 
 
 def _mixed(pool: ProbePool) -> Samples:
@@ -130,87 +136,19 @@ def _mixed(pool: ProbePool) -> Samples:
     return Samples(*pool.trace_samples(), ends.get(pool.num_sketched, "mixed"))
 
 
+def _xtrace(pool: ProbePool) -> Samples:
+    pool.sketch(pool.num_probes)
+    return Samples(*pool.trace_samples(), "xtrace")
+
+
+def _xnystrace(pool: ProbePool) -> Samples:
+    return Samples(*nystrom_samples(pool), "xnystrace")
+
+
 def _best(pool: ProbePool) -> Samples:
     """Return the samples of the smaller standard error, where both kinds have come from one pool."""
     mixed = _mixed(pool)
     if pool.num_probes >= pool.n:
         return mixed
-    nystrom = Samples(*nystrom_samples(pool), "xnystrace")
+    nystrom = _xnystrace(pool)
     return nystrom if bool(nystrom.stderr < mixed.stderr) else mixed
-
-
-@full_precision
-@one_matrix
-@checked
-def hutchinson_trace(
-    A: MatrixLike,
-    *,
-    num_probes: int | None = None,
-    rtol: float | None = None,
-    max_probes: int = 10_000,
-    distribution: str = "rademacher",
-    generator: torch.Generator | None = None,
-    probes: Tensor | None = None,
-    block_size: int = 1,
-    callback: Callable[[int, str], None] | None = None,
-) -> TraceEstimate:
-    """Estimate tr A as the mean of z'Az over probes z, with its standard error.
-
-    Variance of one probe, A symmetric: Rademacher 2 (|A|_F^2 - sum_i A_ii^2), so a diagonal A is exact; normal 2
-    |A|_F^2. Cost: one product a probe. For spectra that decay fast Hutch++ and XTrace need far fewer.
-
-    Args:
-        A: square, (n, n); symmetry is not needed.
-        num_probes: how many probes to spend, at least 2; or
-        rtol: go on until stderr <= rtol |value|, after 8 probes at least.
-        max_probes: most probes to spend on rtol.
-        distribution: "rademacher", "normal" or "sphere".
-        generator: source of the probes, on A's device; not needed with `probes`.
-        probes: (n, k) independent columns to use instead of drawing them.
-        block_size: probes multiplied at a time.
-        callback: called after each product with the products so far and a word on progress.
-
-    Raises:
-        InputError: unless exactly one of num_probes, rtol and probes is given; for counts out of range.
-        NonFiniteError: if a product is not finite.
-    """
-    n = check_square(A)
-    if sum(x is not None for x in (num_probes, rtol, probes)) != 1:
-        raise InputError("give exactly one of num_probes (a budget), rtol (an accuracy) and probes (the vectors).")
-    check_count("block_size", block_size, 1)
-    if probes is not None:
-        if probes.ndim != 2 or probes.shape[0] != n:
-            raise InputError(f"probes must have shape ({n}, k), got {tuple(probes.shape)}.")
-        num_probes = probes.shape[1]
-    elif generator is None:
-        raise InputError("generator is needed to draw probes, e.g. torch.Generator().manual_seed(0).")
-    else:
-        check_generator(A, generator)
-    if rtol is not None and not rtol > 0:
-        raise InputError(f"rtol must be positive, got {rtol}.")
-    budget = max_probes if num_probes is None else num_probes
-    check_count("max_probes" if num_probes is None else "num_probes", budget, 2)
-    samples: list[Tensor] = []
-    spent, status = 0, Status.BUDGET if rtol is None else Status.MAX_PROBES
-    first, alike = None, True
-    while spent < budget:
-        width = min(block_size, budget - spent)
-        if probes is not None:
-            Z = probes[:, spent : spent + width].to(A.dtype)
-        else:
-            assert generator is not None
-            Z = draw(distribution, n, width, generator=generator, dtype=A.dtype, device=A.device)
-        AZ = check_finite(A @ Z, spent + width)
-        spent += width
-        first = Z[:, :1] if first is None else first
-        alike = alike and one_direction(torch.cat([first, Z], dim=1))
-        dtype = working_dtype(A)
-        samples.append((Z.to(dtype) * AZ.to(dtype)).sum(dim=0))
-        value, stderr = (number.to(dtype) for number in mean_and_stderr(torch.cat(samples).double()))
-        stderr = torch.full_like(stderr, torch.inf) if alike and n > 1 else stderr
-        if callback is not None:
-            callback(spent, f"{float(value):.4g} +- {float(stderr):.1g}")
-        if rtol is not None and spent >= min(_FEWEST, budget) and bool(stderr <= rtol * value.abs()):
-            status = Status.CONVERGED
-            break
-    return TraceEstimate(value=value, stderr=stderr, num_matvecs=spent, samples=torch.cat(samples), status=status)

@@ -17,26 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import Systems
 from curvature.linalg.base.validate import column_norms, non_finite_message
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import KeptIterate, SolveResult
 
 __all__ = ["cg"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def cg(
-    A: MatrixLike,
+    A: AnyMatrix,
     B: Tensor,
     *,
+    matrix: MatrixName = "hessian",
     damping: float = 0.0,
     preconditioner: Any = None,
     x0: Tensor | None = None,
@@ -62,6 +59,7 @@ def cg(
 
     Args:
         A: symmetric, (n, n). Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         B: right-hand sides, (n,) or (n, k).
         damping: added to A's diagonal; units of A.
         preconditioner: symmetric positive definite P near A + damping I, as an object whose `@` applies P^-1 to (n, k).
@@ -93,7 +91,7 @@ def cg(
     if keep is not None and not (keep > 1 and math.isfinite(keep)):
         raise InputError(f"keep must be a finite growth factor above 1, got {keep}.")
     systems = Systems(
-        A,
+        as_matrix(A, matrix),
         B,
         damping=damping,
         preconditioner=preconditioner,

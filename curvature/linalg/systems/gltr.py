@@ -20,17 +20,16 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_preconditioner, powers_of_two
-from curvature.linalg.base.validate import check_generator, check_square, check_tolerances
+from curvature.linalg.base.validate import check_square, check_tolerances
 from curvature.linalg.krylov._completeness import Bound, Chain
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.systems._secular import SecularSolution, cubic_minimiser, trust_region_minimiser
 from curvature.linalg.systems.trust_region import check_gradient, check_positive
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
 
@@ -41,19 +40,18 @@ _LOWER = 1e-3  # of |A|: what is lower than the lowest eigenvalue found by more 
 _MISSED = 0.01  # ... but with this probability
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def gltr(
-    A: MatrixLike,
+    A: AnyMatrix,
     g: Tensor,
     radius: float,
     *,
+    matrix: MatrixName = "hessian",
     preconditioner: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_iterations: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: AnyGenerator | None = None,
     callback: Callable[[int, str], None] | None = None,
 ) -> SubproblemResult:
     """Minimise g's + s'A s / 2 over |s| <= radius, |s|^2 = s'P s, to |g + (A + lambda P) s| <= max(rtol |g|, atol).
@@ -65,6 +63,7 @@ def gltr(
 
     Args:
         A: symmetric, (n, n), of any signature. Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         g: (n,).
         radius: positive; units of s.
         preconditioner: symmetric positive definite P near A, as an object whose `@` applies P^-1 to (n, k).
@@ -83,7 +82,7 @@ def gltr(
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
-        >>> result = gltr(A, torch.tensor([2.0, 0.0]), 2.0, generator=torch.Generator().manual_seed(0))
+        >>> result = gltr(A, torch.tensor([2.0, 0.0]), 2.0, generator=0)
         >>> result.step.abs().round(decimals=3), round(result.multiplier, 3), result.hard_case
         (tensor([1.0000, 1.7320]), 1.0, True)
     """
@@ -92,21 +91,23 @@ def gltr(
     def minimiser(theta: Tensor, c: Tensor) -> SecularSolution:
         return trust_region_minimiser(theta, c, radius)
 
-    return _in_lanczos_space(A, g, minimiser, 0.0, preconditioner, rtol, atol, max_iterations, generator, callback)
+    return _in_lanczos_space(
+        as_matrix(A, matrix), g, minimiser, 0.0, preconditioner, rtol, atol, max_iterations, generator, callback
+    )
 
 
-@full_precision
-@checked
+@numerics
 def cubic_subproblem(
-    A: MatrixLike,
+    A: AnyMatrix,
     g: Tensor,
     sigma: float,
     *,
+    matrix: MatrixName = "hessian",
     preconditioner: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
     max_iterations: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: AnyGenerator | None = None,
     callback: Callable[[int, str], None] | None = None,
 ) -> SubproblemResult:
     """Minimise g's + s'A s / 2 + sigma/3 |s|^3, |s|^2 = s'P s, to |g + (A + lambda P) s| <= max(rtol |g|, atol).
@@ -115,6 +116,7 @@ def cubic_subproblem(
 
     Args:
         A: as for `gltr`.
+        matrix: which one of an objective; see `as_matrix`.
         g: (n,).
         sigma: weight of the cube, positive; units of A over units of s. Below L / 2, with L the Lipschitz constant of
             the Hessian, the model may promise too much.
@@ -135,7 +137,9 @@ def cubic_subproblem(
     def minimiser(theta: Tensor, c: Tensor) -> SecularSolution:
         return cubic_minimiser(theta, c, sigma)
 
-    return _in_lanczos_space(A, g, minimiser, sigma, preconditioner, rtol, atol, max_iterations, generator, callback)
+    return _in_lanczos_space(
+        as_matrix(A, matrix), g, minimiser, sigma, preconditioner, rtol, atol, max_iterations, generator, callback
+    )
 
 
 def _in_lanczos_space(
@@ -147,7 +151,7 @@ def _in_lanczos_space(
     rtol: float,
     atol: float,
     max_iterations: int | None,
-    generator: torch.Generator | None,
+    generator: AnyGenerator | None,
     callback: Callable[[int, str], None] | None,
 ) -> SubproblemResult:
     n = check_square(A)
@@ -158,7 +162,7 @@ def _in_lanczos_space(
     if limit < 1:
         raise InputError(f"max_iterations must be at least 1, got {max_iterations}.")
     if generator is not None:
-        check_generator(A, generator)
+        generator = as_generator(generator, A.device)
     searching = not bool(g.any())
     if searching and generator is None:
         return _nothing(g)

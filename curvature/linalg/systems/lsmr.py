@@ -15,10 +15,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_damping, in_units, powers_of_two, right_hand_sides
 from curvature.linalg.base.validate import (
     check_range,
@@ -34,9 +32,7 @@ from curvature.results.solves import SolveResult
 __all__ = ["lsmr"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def lsmr(
     J: MatrixLike,
     B: Tensor,

@@ -20,26 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import Systems
 from curvature.linalg.base.validate import check_range, check_square, non_finite_message, rounding_level
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
 __all__ = ["minres"]
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def minres(
-    A: MatrixLike,
+    A: AnyMatrix,
     B: Tensor,
     *,
+    matrix: MatrixName = "hessian",
     damping: float = 0.0,
     preconditioner: Any = None,
     x0: Tensor | None = None,
@@ -62,6 +59,7 @@ def minres(
 
     Args:
         A: symmetric, (n, n). Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         B: right-hand sides, (n,) or (n, k).
         damping: added to A's diagonal; units of A.
         preconditioner: symmetric positive definite P, as an object whose `@` applies P^-1 to (n, k).
@@ -87,6 +85,7 @@ def minres(
         >>> result.x.round(decimals=3).abs(), result.status.name
         (tensor([1.0000, 0.5000, 0.0000]), 'LEAST_SQUARES')
     """
+    A = as_matrix(A, matrix)
     check_square(A)
     if null_rtol is None:
         null_rtol = torch.finfo(torch.promote_types(A.dtype, torch.float32)).eps ** (2 / 3)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.errors import InputError
-from curvature.linop import LinearOperator
+from curvature.linop import SymmetricOperator
 
 __all__ = ["DiagonalPreconditioner"]
 
 
-class DiagonalPreconditioner(LinearOperator):
+class DiagonalPreconditioner(SymmetricOperator):
     """P = diag(d + damping)^power, as its inverse: `@` applies P^-1.
 
     With d the diagonal of A it is Jacobi's preconditioner, which is within a factor n of the best diagonal one

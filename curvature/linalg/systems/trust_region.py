@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_preconditioner, powers_of_two, preconditioned, right_hand_sides
 from curvature.linalg.base.validate import check_square, check_tolerances, non_finite_message, working_dtype
-from curvature.linop import MatrixLike
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
 
@@ -32,14 +30,13 @@ __all__ = ["check_gradient", "check_positive", "trust_region"]
 _HUGE = 1e150
 
 
-@full_precision
-@one_matrix
-@checked
+@numerics
 def trust_region(
-    A: MatrixLike,
+    A: AnyMatrix,
     g: Tensor,
     radius: float,
     *,
+    matrix: MatrixName = "hessian",
     preconditioner: Any = None,
     rtol: float = 1e-5,
     atol: float = 0.0,
@@ -56,6 +53,7 @@ def trust_region(
 
     Args:
         A: symmetric, (n, n), of any signature. Its symmetry is not checked.
+        matrix: which one of an objective; see `as_matrix`.
         g: (n,).
         radius: positive; units of s.
         preconditioner: symmetric positive definite P near A, as an object whose `@` applies P^-1 to (n, k).
@@ -74,6 +72,7 @@ def trust_region(
         >>> result.status.name, round(result.step_norm, 4), result.curvature < 0
         ('BOUNDARY', 10.0, True)
     """
+    A = as_matrix(A, matrix)
     n = check_square(A)
     check_tolerances(rtol, atol)
     check_positive("radius", radius)

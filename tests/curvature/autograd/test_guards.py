@@ -21,7 +21,7 @@ from curvature import (
     HessianOperator,
     JacobianOperator,
     Objective,
-    top_eigenpairs,
+    eigsh,
 )
 from curvature.autograd import lean_functions
 from curvature.autograd.lean_trust import LeanTrust
@@ -218,7 +218,7 @@ ROUTES: dict[str, Callable[[Objective], Any]] = {
     "Fisher": lambda o: FisherOperator(o).to_dense(),
     "empirical Fisher": lambda o: EmpiricalFisherOperator(o).to_dense(),
     "Jacobian": lambda o: JacobianOperator(o).to_dense(),
-    "eigenpairs": lambda o: top_eigenpairs(o, 1, generator=torch.Generator()),
+    "eigenpairs": lambda o: eigsh(o, 1, generator=torch.Generator()),
     "third order": lambda o: curvature_gradient(o, real(o.num_params)),
     "check": lambda o: o.check(),
 }
@@ -354,7 +354,7 @@ def test_curvature_that_is_not_finite_names_batch_and_parameter() -> None:
     assert bool(objective.gradient().isfinite().all())
     calls: list[Callable[[], Any]] = [
         lambda: HessianOperator(objective) @ real(objective.num_params),
-        lambda: top_eigenpairs(objective, 1, generator=torch.Generator()),
+        lambda: eigsh(objective, 1, generator=torch.Generator()),
         lambda: curvature_gradient(objective, real(objective.num_params)),
     ]
     for call in calls:

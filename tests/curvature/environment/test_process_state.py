@@ -22,7 +22,7 @@ from curvature import (
     GradientCovarianceOperator,
     HessianOperator,
     Objective,
-    top_eigenpairs,
+    eigsh,
 )
 from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linalg import trace
@@ -64,8 +64,8 @@ MEASURED: dict[str, Callable[[Objective], Tensor]] = {
     "gradient": lambda o: o.gradient(),
     "hessian": lambda o: HessianOperator(o).to_dense(),
     "ggn": lambda o: GGNOperator(o).to_dense(),
-    "eigenpairs": lambda o: top_eigenpairs(HessianOperator(o), 2, generator=generator()).eigenvalues,
-    "eigenvectors": lambda o: top_eigenpairs(HessianOperator(o), 1, generator=generator()).eigenvectors.abs(),
+    "eigenpairs": lambda o: eigsh(HessianOperator(o), 2, generator=generator()).eigenvalues,
+    "eigenvectors": lambda o: eigsh(HessianOperator(o), 1, generator=generator()).eigenvectors.abs(),
     "trace": lambda o: torch.as_tensor(trace(HessianOperator(o), num_matvecs=60, generator=generator()).value),
     "diagonal": lambda o: exact_diagonal(o, "ggn").values,
     "factors": lambda o: next(iter(kronecker_factors(o).layers.values())).A,

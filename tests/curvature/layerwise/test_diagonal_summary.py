@@ -12,8 +12,7 @@ from torch import nn
 
 from curvature.errors import InputError
 from curvature.layerwise.diagonal_summary import LEVELS, summarise_diagonal
-from curvature.linalg import hutchinson_diagonal
-from curvature.linalg.stochastic.diagonal import diagonal
+from curvature.linalg import diagonal
 from curvature.parameters import ParameterSpace
 from curvature.results.estimates import DiagonalEstimate
 from tests.matrices import F64, generator, spectra, with_spectrum
@@ -91,7 +90,7 @@ def test_zero_diagonals_and_single_entries() -> None:
 
 
 def test_bad_input() -> None:
-    estimate = hutchinson_diagonal(torch.eye(9), num_probes=2, generator=generator())
+    estimate = diagonal(torch.eye(9), method="hutchinson", num_matvecs=2, generator=generator())
     with pytest.raises(InputError, match=r"shape \(53,\) as the parameters have, got \(9,\)"):
         summarise_diagonal(estimate, space())
     with pytest.raises(InputError, match='by must be "layer" or "parameter"'):

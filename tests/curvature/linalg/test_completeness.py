@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from curvature.errors import InputError
-from curvature.linalg import ThickRestartLanczos, eigsh, lobpcg
+from curvature.linalg import ThickRestartLanczos, lobpcg
 from curvature.linalg.krylov._completeness import Bound, Chain
 from curvature.results.estimates import Status
 from tests.matrices import F64, generator, hard_matrices, missed, true_residuals, wanted, with_spectrum
+from tests.matrices import lanczos_pairs as eigsh
 
 N = 48
 HARD = hard_matrices(N)

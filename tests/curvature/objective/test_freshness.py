@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, solve, top_eigenpairs
+from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective, eigsh, solve
 from curvature.errors import CheckFailedError, CurvatureError, InputError, ParameterSelectionError
 from curvature.layerwise import exact_diagonal
 from curvature.linalg import trace
@@ -232,7 +232,7 @@ def test_state_that_forward_changes_by_itself_costs_no_graphs(kept: bool) -> Non
 
     model = Counts()
     objective = Objective(model, nn.CrossEntropyLoss(), [(X, Y), (X, Y)], keep_graphs=kept)
-    found = top_eigenpairs(objective, 1, generator=torch.Generator().manual_seed(0))
+    found = eigsh(objective, 1, generator=torch.Generator().manual_seed(0))
     true = torch.linalg.eigvalsh(dense(model, lambda: F.cross_entropy(model(X), Y)))[-1]
     assert_close(found.eigenvalues[0], true, 1e-4)
     assert objective.keeps_all_graphs == kept
@@ -249,7 +249,7 @@ def noisy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 def test_answers_of_forwards_that_do_not_repeat_are_refused(kept: bool) -> None:
     objective = Objective(net(), nn.CrossEntropyLoss(), [(X, Y)], forward=noisy, keep_graphs=kept)
     for ask in (
-        lambda: top_eigenpairs(objective, 1, generator=torch.Generator().manual_seed(0)),
+        lambda: eigsh(objective, 1, generator=torch.Generator().manual_seed(0)),
         lambda: trace(HessianOperator(objective), num_matvecs=4, generator=torch.Generator().manual_seed(0)),
         lambda: exact_diagonal(objective),
     ):
@@ -266,7 +266,7 @@ def test_a_point_that_moves_within_a_run_is_refused() -> None:
 
     b = torch.ones(objective.num_params, dtype=torch.float64)
     with pytest.raises(CheckFailedError, match="values of parameters"):
-        solve(objective, b, damping=1.0, callback=callback)
+        solve(objective, b, matrix="ggn", damping=1.0, callback=callback)
 
 
 # -- losses that depend on nothing ------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_a_change_within_a_run_is_an_error_however_soon_it_comes(write: str) -> 
 
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(CheckFailedError, match="changed while products with one matrix went on"):
-        top_eigenpairs(objective, 3, solver="lanczos", generator=generator, callback=move)
+        eigsh(objective, 3, method="lanczos", generator=generator, callback=move)
 
 
 # -- what no look sees ------------------------------------------------------------------------------------------------

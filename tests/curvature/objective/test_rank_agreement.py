@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from curvature import EmpiricalFisherOperator, HessianOperator, MCFisherOperator, Objective, top_eigenpairs
+from curvature import EmpiricalFisherOperator, HessianOperator, MCFisherOperator, Objective, eigsh
 from curvature.linalg import diagonal
 from curvature.objective.ranks import content
 from curvature.objective.shift import loss_at
@@ -106,12 +106,12 @@ REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
         "different vectors",
         lambda r, g: diagonal(HessianOperator(objective(r, g)), num_matvecs=4, generator=generator(r)),
     ),
-    "start": ("different vectors", lambda r, g: top_eigenpairs(objective(r, g), 1, generator=generator(r))),
+    "start": ("different vectors", lambda r, g: eigsh(objective(r, g), 1, generator=generator(r))),
     "drawn targets": (
         "gave to MCFisherOperator",
         lambda r, g: MCFisherOperator(objective(r, g), generator=generator(r)),
     ),
-    "k": ("gave to top_eigenpairs", lambda r, g: top_eigenpairs(objective(r, g), 1 + r, generator=generator())),
+    "k": ("gave to eigsh", lambda r, g: eigsh(objective(r, g), 1 + r, generator=generator())),
     "calls": ("shapes", lambda r, g: objective(r, g).loss() if r else objective(r, g).gradient()),
     "NaN": ("the loss is nan", lambda r, g: objective(r, g, data=[(x / (1 - r), y)]).loss()),
     "no second": ("gave to", lambda r, g: objective(r, g, weight=(None, lambda _: 1.0)[r])),
@@ -143,7 +143,7 @@ def no_data(rank: int, group: Any, empty: Any) -> dict[str, Tensor]:
         "gradient": o.gradient(),
         "H": HessianOperator(o) @ v,
         "F": EmpiricalFisherOperator(o) @ v,
-        "top": top_eigenpairs(o, 2, generator=generator()).eigenvalues,
+        "top": eigsh(o, 2, generator=generator()).eigenvalues,
         "check": torch.tensor(float(o.check().passed)),
     }
 

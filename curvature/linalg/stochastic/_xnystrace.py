@@ -5,94 +5,25 @@ probe then sees have closed forms in column i of G^-1 =: g_i:
 
     tr_i = tr(Y G^-1 Y') - |Y g_i|^2 / g_ii + 1 / g_ii.
 
+A is shifted by eps |Y|_F / n^(1/2) for the factorisation, which is taken off again, so traces far below n eps |A|_F are
+lost in rounding.
+
 Reference: Epperly, Tropp and Webber (2024), XTrace: making the most of every sample in stochastic trace estimation
 (arXiv 2301.07825), and the authors' code for the shift and for probes on the sphere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from curvature.arguments import checked
-from curvature.environment.autocast import full_precision
-from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.linalg.base.validate import rounding_level
 from curvature.linalg.stochastic._probe_pool import ProbePool
-from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, open_pool
-from curvature.linop import MatrixLike
-from curvature.results.estimates import EigenPairs, TraceEstimate
 
-__all__ = ["nystrom_samples", "xnystrace"]
+__all__ = ["nystrom_samples"]
 
 _SHIFTS = 6  # by what powers of ten the shift may grow until the factorisation succeeds
-
-
-@full_precision
-@one_matrix
-@checked
-def xnystrace(
-    A: MatrixLike,
-    *,
-    num_matvecs: int | None = None,
-    rtol: float | None = None,
-    max_matvecs: int = 10_000,
-    confidence: float = 0.95,
-    eigenpairs: EigenPairs | None = None,
-    distribution: str = "sphere",
-    generator: torch.Generator,
-    block_size: int = 1,
-    callback: Callable[[int, str], None] | None = None,
-) -> TraceEstimate:
-    """Estimate the trace of a positive semi-definite A; one product a probe buys what XTrace pays two for.
-
-    Made for Gauss-Newton and Fisher matrices. An A is refused if Omega'A Omega has a negative eigenvalue beyond
-    rounding. The test is one-sided: a small negative part that no combination of the probes sees goes unnoticed, and
-    then the error bar does not hold; a Hessian wants `xtrace`.
-
-    The standard error allows for the covariances of the terms, as in `xtrace`; their spread alone, as published, is too
-    small by factors of 1.5 to 3.
-
-    Cost: one product a probe; n products where the budget allows as many, and then the trace is exact. Memory: 2 k
-    vectors. A is shifted by eps |Y|_F / n^(1/2) for the factorisation, which is taken off again, so traces far below
-    n eps |A|_F are lost in rounding.
-
-    Args:
-        A: symmetric positive semi-definite, (n, n).
-        num_matvecs: products to spend, 4 at least; or
-        rtol: double the probes until the half width of the confidence interval is at most rtol |value|.
-        max_matvecs: most products to spend on rtol.
-        confidence: level of that interval, by Student's t.
-        eigenpairs: pairs that are known, eigenvalues the Rayleigh quotients; taken out before and added exactly.
-        distribution: "sphere", "rademacher" or "normal".
-        generator: source of the probes, on A's device.
-        block_size: columns multiplied at a time.
-        callback: called after each product with the products so far and a word on progress.
-
-    Raises:
-        InputError: if A is seen not to be positive semi-definite; unless exactly one of num_matvecs and rtol is given;
-            for arguments out of range.
-        NonFiniteError: if a product is not finite.
-
-    Example:
-        >>> A = torch.diag(0.5 ** torch.arange(100.0))
-        >>> xnystrace(A, num_matvecs=20, generator=torch.Generator().manual_seed(0)).value.round(decimals=3)
-        tensor(2.)
-    """
-    goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=confidence)
-    pool, known = open_pool(
-        A,
-        distribution=distribution,
-        generator=generator,
-        eigenpairs=eigenpairs,
-        definite=True,
-        block_size=block_size,
-        callback=callback,
-    )
-    return enlarge(pool, known, goal, lambda p: Samples(*nystrom_samples(p), "xnystrace"), price=1)
 
 
 def nystrom_samples(pool: ProbePool) -> tuple[Tensor, Tensor]:
@@ -139,7 +70,7 @@ def nystrom_samples(pool: ProbePool) -> tuple[Tensor, Tensor]:
     return alone, (changes * changes.T).sum()
 
 
-_ADVICE = 'use xtrace, or method="auto" without psd=True, for matrices with negative eigenvalues, such as Hessians.'
+_ADVICE = 'take method="xtrace", or "auto" without psd=True, for matrices with negative eigenvalues, such as Hessians.'
 
 
 def _check_definite(G: Tensor, Omega: Tensor, size: Tensor, eps: float) -> None:
@@ -150,7 +81,7 @@ def _check_definite(G: Tensor, Omega: Tensor, size: Tensor, eps: float) -> None:
         seen = float((lowest / Omega.shape[0]).detach())
         raise InputError(f"A must be positive semi-definite, but has Rayleigh quotients near {seen:.3g}; {_ADVICE}")
     if not bool(torch.linalg.matrix_norm(G - G.T) <= 10 * rounding):
-        raise InputError("A must be symmetric, but u'Av and v'Au differ beyond rounding; use hutchinson_trace.")
+        raise InputError("A must be symmetric, but u'Av and v'Au differ beyond rounding; take method='hutchinson'.")
 
 
 def _determinants(G: Tensor) -> Tensor:
