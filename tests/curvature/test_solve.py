@@ -152,7 +152,7 @@ def test_preconditioners_and_starts_are_passed_on() -> None:
 def test_bad_input() -> None:
     _, _, objective = problem()
     b = right_hand_side(objective.num_params)
-    with pytest.raises(InputError, match="curvature must be one of ggn, hessian, got 'fisher'"):
+    with pytest.raises(InputError, match=r"matrix must be one of hessian, ggn, .*got 'fischer'"):
         solve(objective, b, matrix="fischer")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="method must be one of auto, cg, minres, got 'lu'"):
         solve(objective, b, method="lu")  # type: ignore[arg-type]

@@ -378,10 +378,7 @@ def test_parts_of_the_matrix(kind: str, keep_graphs: bool, generator: torch.Gene
         whole[inside[:, None] & inside] = dense[inside[:, None] & inside]
     check_operator(BlockDiagonalOperator(A), whole, generator, EXACT)
     v = torch.randn(A.shape[0], generator=generator, dtype=torch.float64)
-    product, overhead, seconds = A.timed(v)
-    assert_close(product, dense @ v, EXACT)
-    assert overhead >= 0
-    assert seconds > 0
+    assert A.overhead == float(not keep_graphs)
     parts: list[tuple[float, Tensor]] = []
     (total,) = A.products([v[:, None]], [None], observe=lambda _, w, p: parts.append((w, p[0])))
     by_hand = sum(w * part for w, part in parts) / sum(w for w, _ in parts)  # type: ignore[operator]
