@@ -386,17 +386,6 @@ def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
         X = X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
         return (B @ X).cpu().numpy().reshape(-1, *x.shape[1:])
 
-    def forward(x: np.ndarray) -> np.ndarray:
-        return product(A, x)
-
-    def backward(x: np.ndarray) -> np.ndarray:
-        return product(transpose(A), x)
-
-    return ScipyLinearOperator(
-        tuple(A.shape),
-        matvec=forward,
-        matmat=forward,
-        rmatvec=backward,
-        rmatmat=backward,
-        dtype=torch.empty(0, dtype=A.dtype).numpy().dtype,
-    )
+    products = {"matvec": lambda x: product(A, x), "rmatvec": lambda x: product(transpose(A), x)}
+    products |= {"matmat": products["matvec"], "rmatmat": products["rmatvec"]}
+    return ScipyLinearOperator(tuple(A.shape), dtype=torch.empty(0, dtype=A.dtype).numpy().dtype, **products)

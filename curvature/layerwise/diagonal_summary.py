@@ -63,7 +63,7 @@ def summarise_diagonal(
     """Return mean, quantiles, share of negative entries and noise of a diagonal, for each layer or parameter.
 
     Args:
-        estimate: from `diagonal` or `hutchinson_diagonal`; with `keep_samples=True` means get a standard error.
+        estimate: from `diagonal`; with `keep_samples=True` means get a standard error.
         space: the parameters whose flat vector the diagonal belongs to.
         by: "layer", all parameters of a module together, or "parameter".
 

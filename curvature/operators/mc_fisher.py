@@ -50,6 +50,7 @@ class MCFisherOperator(MetricOperator):
     Reference: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature.
 
     Example:
+        >>> import torch
         >>> from curvature import MCFisherOperator, Objective
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> data = (torch.ones(1, 1), torch.zeros(1, 2))

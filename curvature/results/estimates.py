@@ -134,7 +134,7 @@ class EigenPairs(_Record):
     rtol: float
     """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
     method: str = ""
-    """Which solver ran and why, where the choice was left to `top_eigenpairs`."""
+    """Which method ran and why, from `eigsh`."""
     miss_probability: float = math.nan
     """Bound on the probability, over a random direction, that an eigenvalue was missed that belongs among these and
     differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.

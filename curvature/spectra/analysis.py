@@ -194,6 +194,8 @@ class SpectrumAnalysis:
             self.A,
             k,
             which=which,  # type: ignore[arg-type]
+            method="lanczos",
+            block_size=1,
             rtol=rtol,
             atol=atol,
             v0=pairs.eigenvectors,

@@ -15,7 +15,6 @@ __all__ = [
     "check_confidence",
     "check_count",
     "check_finite",
-    "check_generator",
     "check_range",
     "check_square",
     "check_start",
@@ -43,15 +42,6 @@ def check_count(name: str, value: int, low: int, high: int | None = None) -> Non
     if value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise InputError(f"{name} must be {allowed}, got {value}.")
-
-
-def check_generator(A: MatrixLike, generator: torch.Generator) -> None:
-    """Refuse a generator on another device than the matrix."""
-    if generator.device.type != A.device.type:
-        raise InputError(
-            f"generator lives on {generator.device} but A on {A.device}; make it with "
-            f"torch.Generator({str(A.device)!r})."
-        )
 
 
 def check_finite(product: Tensor, num_matvecs: int) -> Tensor:
