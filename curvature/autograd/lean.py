@@ -1,16 +1,14 @@
 """Layers with a lean second derivative.
 
-Autograd's own second derivatives of convolutions, batch and layer normalisation, smooth activations and attention are
-right but wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is
-active these layers are recorded as functions whose second derivative is written out, with all such factors computed
-once:
+Autograd's own second derivatives of convolutions, batch and layer normalisation and smooth activations are right but
+wasteful: they recompute, on every product, factors that depend on the point only. While `LeanLayers` is active these
+layers are recorded as functions whose second derivative is written out, with all such factors computed once:
 
 - convolution: products and transposed products by the dedicated kernels, no more of them than are asked for;
 - batch normalisation in eval mode: folded into the weights of the convolution that it follows, so that it costs nothing
   per entry; elsewhere, an affine map;
 - layer normalisation: the closed form of its second derivative;
-- smooth activations: f' and u f'' stored, where u is the gradient that arrives;
-- attention without mask or dropout, causal or not: softmax likewise in closed form.
+- smooth activations: f' and u f'' stored, where u is the gradient that arrives.
 
 They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
 trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
@@ -34,7 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvature.autograd.backward import refuse_checkpointing
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
-from curvature.autograd.lean_functions import Activation, Convolution, Normalise, Softmax
+from curvature.autograd.lean_functions import Activation, Convolution, Normalise
 from curvature.autograd.substitutes import SUBSTITUTES
 from curvature.errors import CheckFailedError
 
@@ -197,33 +195,12 @@ class LeanLayers(TorchFunctionMode):
         kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
         return Activation.apply(input, lambda x: func(x, *args, **kwargs))
 
-    def _attention(
-        self,
-        func: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor | None:
-        if attn_mask is not None or dropout_p > 0 or enable_gqa or not _is_plain(query):
-            return None
-        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
-        if is_causal:
-            scores = scores + scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
-        return Softmax.apply(scores) @ value
-
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys(_CONVOLUTIONS, LeanLayers._convolution),
     **dict.fromkeys(_ACTIVATIONS, LeanLayers._activation),
     F.batch_norm: LeanLayers._batch_norm,
     F.layer_norm: LeanLayers._layer_norm,
-    F.scaled_dot_product_attention: LeanLayers._attention,
 }
 
 

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
-__all__ = [
-    "Activation",
-    "ActivationBackward",
-    "Convolution",
-    "ConvolutionBackward",
-    "Normalise",
-    "NormaliseBackward",
-    "Softmax",
-    "SoftmaxBackward",
-]
+__all__ = ["Activation", "ActivationBackward", "Convolution", "ConvolutionBackward", "Normalise", "NormaliseBackward"]
 
 
 def _wanted(ctx: FunctionCtx, place: int) -> bool:
@@ -181,43 +172,3 @@ class NormaliseBackward(Function):
             hPv = (Ph * v).mean(ctx.dims, keepdim=True)
             x_bar = (z * hPv).addcmul_(Ph, vz).addcmul_(Pv, hz).mul_(-r * r)
         return h_bar, x_bar, None, None, None
-
-
-class Softmax(Function):
-    """y = softmax(x) over the last dimension; 0 where all of x is -inf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.ops.aten._safe_softmax(x, -1)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, u: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return SoftmaxBackward.apply(u, y) if torch.is_grad_enabled() else _softmax_backward(u, y)
-
-
-def _softmax_backward(u: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.aten._softmax_backward_data(u, y, -1, y.dtype)
-
-
-class SoftmaxBackward(Function):
-    """(u, y) -> y (u - y'u), with y a result of `Softmax`.
-
-    Its inner product with v is v'(y u) - (y'v) (y'u), with derivative v u - (y'v) u - (y'u) v in y. A number added to
-    all of y's derivative is lost on the way through `Softmax`, so that (v - y'v) (u - y'u) serves as well.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(y, u - (y * u).sum(-1, keepdim=True))
-        return _softmax_backward(u, y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        y, centred = ctx.saved_tensors
-        u_bar = _softmax_backward(v, y) if _wanted(ctx, 0) else None
-        y_bar = (v - (y * v).sum(-1, keepdim=True)).mul_(centred) if _wanted(ctx, 1) else None
-        return u_bar, y_bar

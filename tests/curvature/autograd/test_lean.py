@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.autograd import lean_functions
@@ -70,21 +69,7 @@ ACTIVATIONS: dict[str, Layer] = {
         (F.logsigmoid, {}, ""),
     ]
 }
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):  # autograd has no second derivative of the others
-        return F.scaled_dot_product_attention(q, k, v, **options)
-
-
-ATTENTION: dict[str, Layer] = {
-    "attention": (attention, [real(2, 3, 4), real(2, 5, 4, seed=1), real(2, 5, 6, seed=2)]),
-    "attention causal": (
-        lambda *qkv: attention(*qkv, is_causal=True, scale=0.8),
-        [real(2, 2, 4, 3), real(2, 2, 3, 3, seed=1), real(2, 2, 3, 3, seed=2)],
-    ),
-}
-LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS | ATTENTION
+LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS
 
 
 def second_derivative(
@@ -140,8 +125,6 @@ def test_layers_with_nothing_lean_are_left_alone() -> None:
         F.silu(x.clone(), inplace=True)
         F.gelu(x.detach())
         F.conv1d(x, real(2, 4, 1), padding="same")
-        F.scaled_dot_product_attention(x, x, x, attn_mask=real(4, 4))
-        F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
         with torch.no_grad():
             F.gelu(x)
         with torch.autocast("cpu"):
@@ -180,7 +163,6 @@ SABOTAGE = [
     ("ActivationBackward", "MLP GELU"),
     ("NormaliseBackward", "LayerNorm"),
     ("ConvolutionBackward", "GroupNorm"),
-    ("SoftmaxBackward", "attention fused"),
     ("Activation", "MLP SiLU"),
 ]
 
