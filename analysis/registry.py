@@ -123,8 +123,8 @@ def inspect(
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> run = inspect(Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1))), generator=0)
-        >>> run.inspection.top.eigenvalues  # of (w_1^2 + 4 w_2^2) / 2
-        tensor([4., 1.])
+        >>> [round(x, 4) for x in run.inspection.top.eigenvalues.tolist()]  # of (w_1^2 + 4 w_2^2) / 2
+        [4.0, 1.0]
     """
     run: InspectionRun = measure("inspect", objective, plan, generator=generator, **others)  # type: ignore[assignment]
     return run

@@ -31,7 +31,7 @@ from scipy.stats import kendalltau
 from torch import nn
 
 from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
-from analysis.conditioning.measure import conditioning
+from analysis.conditioning.measure import measure_conditioning
 from analysis.critical.figures import plot_escape
 from analysis.critical.measure import critical_points
 from analysis.landscape.directions import eigenvector_directions, random_direction
@@ -39,7 +39,7 @@ from analysis.landscape.figures import plot_paths, plot_plane, plot_slice
 from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.landscape.paths import Place, bend_towards, loss_along_path
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessPlan, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
 from analysis.tasks import load_task
 from curvature import Objective
 
@@ -80,7 +80,7 @@ print(f"largest difference between the outputs: {float((net(small[0]) - twin(sma
 either = [Objective(model, nn.CrossEntropyLoss(), small) for model in (net, twin)]
 quick = ["trace", "sam", "worst_l2", "average", "keskar", "adaptive_trace", "asam", "adaptive_worst_l2", "fisher_rao"]
 plan = SharpnessPlan(num_probes=4, num_steps=6, piece=50, measures=quick if FAST else None)
-before, after = (sharpness(o, plan, generator=generator()) for o in either)
+before, after = (measure_sharpness(o, plan, generator=generator()) for o in either)
 plot_sharpness(after, reference=before, ax=axes(7, 1.2 + 0.27 * len(after.rows)))
 ratios = after.ratios(before)
 for row in before.rows:  # estimates agree like exact ones: they saw the same noise, stretched
@@ -117,7 +117,7 @@ for ax, scaling in zip(axes(8.5, 3.1, 2), ("raw", "filter"), strict=True):
 task = load_task("digits-mlp")
 objective = task.objective()
 names = ["top_eigenvalue", "trace", "adaptive_trace", "sam", "average", "fisher_rao"] if FAST else None
-table = sharpness(objective, measures=names, generator=generator())
+table = measure_sharpness(objective, measures=names, generator=generator())
 ax = plot_sharpness(table, ax=axes(7, 1.2 + 0.27 * len(table.rows)))
 
 # %% [markdown]
@@ -127,7 +127,7 @@ ax = plot_sharpness(table, ax=axes(7, 1.2 + 0.27 * len(table.rows)))
 # largest, and says mostly what that share is; ranks, and what preconditioners change, say more.
 
 # %%
-found = conditioning(objective, num_steps=15 if FAST else 30, generator=generator())
+found = measure_conditioning(objective, num_steps=15 if FAST else 30, generator=generator())
 plot_conditioning(found, ax=axes(7, 2.8))
 print(f"effective rank {found.whole.effective_rank.value:.0f} +- {found.whole.effective_rank.stderr:.0f}, ", end="")
 print(f"stable rank {found.whole.stable_rank.value:.1f}, of {found.whole.num_params}")

@@ -30,7 +30,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.results.intervals import combined_error
 
-__all__ = ["compare", "quantities"]
+__all__ = ["compare_results", "quantities"]
 
 Quantities = dict[str, tuple[Measured, str]]
 
@@ -45,7 +45,7 @@ _FOLLOWS = {  # lambda_1 / mean |lambda|, and the trace is 1 - 2 negative share 
 
 
 @checked
-def compare(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool | None = None) -> Comparison:
+def compare_results(results: Mapping[str, Any], *, level: float = 0.05, same_data: bool | None = None) -> Comparison:
     """Compare what was measured of several models: results of one kind, e.g. several `Inspection`.
 
     A difference d of two numbers has the p-value of |d| / s under Student's distribution, s the root of the sum of

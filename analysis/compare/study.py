@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from analysis.compare.figures import plot_comparison
-from analysis.compare.measure import compare
+from analysis.compare.measure import compare_results
 from analysis.compare.results import Compared, Comparison
 from analysis.records.measured import Measured
 from analysis.run.store import now, versions
@@ -60,7 +60,7 @@ def compare_runs(
     digests = {run.data_sha256 for run in runs}
     same = None if None in digests else len(digests) == 1
     results = {name: getattr(run, run.result) for name, run in zip(names, runs, strict=True)}
-    found = compare(results, level=level, same_data=same)
+    found = compare_results(results, level=level, same_data=same)
     first = runs[0]
     return ComparisonRun(
         task=", ".join(str(folder) for folder in folders),

@@ -34,7 +34,7 @@ from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.spectrum import layer_spectra, spectrum
 
-__all__ = ["ConditioningPlan", "compare_conditioning", "conditioning"]
+__all__ = ["ConditioningPlan", "compare_conditioning", "measure_conditioning"]
 
 _POINTS = 25  # of the effective dimension
 
@@ -57,7 +57,7 @@ class ConditioningPlan(Plan):
 @from_plan(ConditioningPlan)
 @full_precision
 @checked
-def conditioning(
+def measure_conditioning(
     objective: Objective,
     plan: ConditioningPlan,
     *,
@@ -98,7 +98,7 @@ def conditioning(
         >>> model = nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
         >>> objective = Objective(model, nn.MSELoss(), (x, torch.zeros(2, 1)))  # H = diag(1, 100)
-        >>> found = conditioning(objective, generator=torch.Generator().manual_seed(0))
+        >>> found = measure_conditioning(objective, generator=torch.Generator().manual_seed(0))
         >>> round(found.whole.condition.value, 3), round(found.gains["jacobi"].value, 3), round(found.max_stable_lr, 4)
         (100.0, 100.0, 0.02)
     """
@@ -164,7 +164,7 @@ def compare_conditioning(
     """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     found = [
-        conditioning(objective, generator=torch.Generator(generator.device).manual_seed(seed), **settings)
+        measure_conditioning(objective, generator=torch.Generator(generator.device).manual_seed(seed), **settings)
         for objective in (first, second)
     ]
     return ConditioningComparison(first=found[0], second=found[1])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
-from analysis.conditioning.measure import ConditioningPlan, conditioning
+from analysis.conditioning.measure import ConditioningPlan, measure_conditioning
 from analysis.conditioning.results import Condition, Conditioning
 from analysis.records.measured import Bounded, Measured
 from analysis.run.study import Study, StudyRun
@@ -235,4 +235,4 @@ _TERMS = (
 )
 
 
-STUDY = Study(record=ConditioningRun, plan=ConditioningPlan, measure=conditioning, price=_price)
+STUDY = Study(record=ConditioningRun, plan=ConditioningPlan, measure=measure_conditioning, price=_price)

@@ -34,7 +34,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
 from curvature.operators import HessianOperator
 
-__all__ = ["landscape"]
+__all__ = ["look_around"]
 
 _MARGIN = 0.2  # of the box around a trajectory, on each side
 _SLIMMEST = 0.5  # shorter side of that box, of the longer
@@ -43,7 +43,7 @@ _SLIMMEST = 0.5  # shorter side of that box, of the longer
 @from_plan(LandscapePlan)
 @full_precision
 @checked
-def landscape(
+def look_around(
     objective: Objective,
     plan: LandscapePlan,
     *,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from analysis.landscape.figures import color_stops, is_logarithmic, plot_paths, plot_plane, plot_slice, plot_surface
-from analysis.landscape.look import landscape
+from analysis.landscape.look import look_around
 from analysis.landscape.plan import LandscapePlan
 from analysis.landscape.results import Landscape, LossPath, LossPlane, LossSlice, Trajectory
 from analysis.records.plain import to_plain
@@ -308,7 +308,7 @@ def _terms(found: Landscape, *, moved: bool) -> list[tuple[str, str]]:
 STUDY = Study(
     record=LandscapeRun,
     plan=LandscapePlan,
-    measure=landscape,
+    measure=look_around,
     price=lambda objective, plan: plan.price(objective),
     groups=True,
     num_vectors=lambda _: 2,

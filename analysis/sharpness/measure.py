@@ -24,7 +24,7 @@ from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
 
-__all__ = ["SHARPNESS_MEASURES", "SharpnessPlan", "measures_for", "sharpness"]
+__all__ = ["SHARPNESS_MEASURES", "SharpnessPlan", "measure_sharpness", "measures_for"]
 
 SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 """Names of all measures."""
@@ -33,7 +33,7 @@ SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 @from_plan(SharpnessPlan)
 @full_precision
 @checked
-def sharpness(
+def measure_sharpness(
     objective: Objective, plan: SharpnessPlan, *, generator: torch.Generator, progress: Progress | None = None
 ) -> SharpnessTable:
     """Measure sharpness at the objective's point by several measures.
@@ -62,7 +62,7 @@ def sharpness(
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> objective = Objective(model, nn.MSELoss(), (x, torch.zeros(2, 1)))  # of (w_1^2 + 4 w_2^2) / 2
         >>> names = ("top_eigenvalue", "trace")
-        >>> table = sharpness(objective, measures=names, generator=torch.Generator().manual_seed(0))
+        >>> table = measure_sharpness(objective, measures=names, generator=torch.Generator().manual_seed(0))
         >>> [(row.name, row.value, row.rescaling_invariant) for row in table.rows]
         [('top_eigenvalue', 4.0, False), ('trace', 5.0, False)]
     """

@@ -14,7 +14,7 @@ from analysis.records.measured import Measured
 from analysis.run.study import Study, StudyRun
 from analysis.sharpness.catalogue import MEASURES
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessPlan, measures_for, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness, measures_for
 from analysis.sharpness.results import SharpnessRow, SharpnessTable
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
@@ -260,4 +260,4 @@ _TERMS = (
 )
 
 
-STUDY = Study(record=SharpnessRun, plan=SharpnessPlan, measure=sharpness, price=_price)
+STUDY = Study(record=SharpnessRun, plan=SharpnessPlan, measure=measure_sharpness, price=_price)

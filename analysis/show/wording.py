@@ -162,7 +162,7 @@ def prose(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {prose(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(prose(item) for item in value)
+        return ", ".join(prose(item) for item in value) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:.6g}" if isinstance(value, float) else str(value)

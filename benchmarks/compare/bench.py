@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from analysis.compare.measure import compare
-from analysis.conditioning.measure import conditioning
+from analysis.compare.measure import compare_results
+from analysis.conditioning.measure import measure_conditioning
 from analysis.critical.measure import critical_points
 from analysis.implicit.measure import implicit_regularization
 from analysis.inspection.measure import inspect_model
 from analysis.noise.curvature import curvature_noise
 from analysis.noise.measure import gradient_noise
 from analysis.noise.study import NoiseStudy
-from analysis.sharpness.measure import sharpness
+from analysis.sharpness.measure import measure_sharpness
 from benchmarks.common.harness import git
 from benchmarks.common.processes import in_parallel, write_rows
 from benchmarks.coverage.statistics import small_network
@@ -75,8 +75,11 @@ def _implicit(objective: Objective, generator: torch.Generator) -> Result:
 
 KINDS: dict[str, tuple[Callable[[Objective, torch.Generator], Result], tuple[bool, ...]]] = {
     "inspection": (lambda o, g: inspect_model(o, layers=False, num_probes=6, num_steps=6, generator=g), (False, True)),
-    "sharpness": (lambda o, g: sharpness(o, measures=MEASURES, generator=g), (False,)),
-    "conditioning": (lambda o, g: conditioning(o, layers=False, num_probes=6, num_steps=6, generator=g), (False,)),
+    "sharpness": (lambda o, g: measure_sharpness(o, measures=MEASURES, generator=g), (False,)),
+    "conditioning": (
+        lambda o, g: measure_conditioning(o, layers=False, num_probes=6, num_steps=6, generator=g),
+        (False,),
+    ),
     "critical": (
         lambda o, g: critical_points(o, num_probes=6, num_steps=6, symmetries=False, generator=g),
         (False,),
@@ -103,15 +106,15 @@ def measure(kind: str, other_data: bool, runs: int, processes: int = 1) -> dict[
     alarms = ("real",) if other_data else ("real", "on these data")
 
     def told(a: Result, b: Result) -> list[bool]:
-        return [row.verdicts[0] in alarms for row in compare({"a": a, "b": b}, level=LEVEL).rows]
+        return [row.verdicts[0] in alarms for row in compare_results({"a": a, "b": b}, level=LEVEL).rows]
 
     def tests(a: Result, b: Result) -> int:
-        return sum(0 < getattr(row, p_values)[0] < 1 for row in compare({"a": a, "b": b}, level=LEVEL).rows)
+        return sum(0 < getattr(row, p_values)[0] < 1 for row in compare_results({"a": a, "b": b}, level=LEVEL).rows)
 
     p_values = "p_data" if other_data else "p_solver"
     pairs = [(i, (i + step) % runs) for i in range(runs) for step in range(1, NEIGHBOURS + 1)]
     null = [told(same[i], same[j]) for i, j in pairs]
-    compared = [compare({"a": a, "b": b}, level=LEVEL).rows for a in same[:OTHERS] for b in other]
+    compared = [compare_results({"a": a, "b": b}, level=LEVEL).rows for a in same[:OTHERS] for b in other]
     apart = [row.verdicts[0] in alarms for rows in compared for row in rows if 0 < getattr(row, p_values)[0] < 1]
     return {
         "kind": kind,

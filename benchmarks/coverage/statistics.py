@@ -14,7 +14,7 @@ from analysis.implicit.measure import implicit_regularization
 from analysis.noise.measure import gradient_noise
 from analysis.noise.results import GradientNoise
 from analysis.sharpness.computations import tolerated_noise
-from analysis.sharpness.measure import SharpnessPlan, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
 from benchmarks.coverage.cases import Case, Interval
 from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, spectrum
 from curvature.results.intervals import mean_interval
@@ -165,7 +165,7 @@ def _sharpness_case(activation: str, dtype: torch.dtype, measure: str, truth: fl
 
     def run(seed: int) -> Interval:
         objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
-        row = sharpness(objective, measures=[measure], generator=torch.Generator().manual_seed(seed)).rows[0]
+        row = measure_sharpness(objective, measures=[measure], generator=torch.Generator().manual_seed(seed)).rows[0]
         return Interval.between(row.value, row.interval(), products=row.num_matvecs + row.num_losses)
 
     return Case(measure.replace("_", " "), f"{activation} network", torch.tensor(truth).double(), run, 0)

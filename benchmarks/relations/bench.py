@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from analysis.alignment.class_structure import class_structure
 from analysis.alignment.measure import gradient_alignment, overlap_over_time
-from analysis.conditioning.measure import conditioning
+from analysis.conditioning.measure import measure_conditioning
 from analysis.landscape.directions import Scaling, random_direction
 from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.run.saving import write_text
-from analysis.sharpness.measure import SharpnessPlan, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
 from benchmarks.relations import networks
 from curvature import GGNOperator, HessianOperator, Objective, eigsh
 from curvature.linalg import frobenius_norm
@@ -130,7 +130,7 @@ def rescaling(seed: int) -> Iterator[Row]:
         other.load_state_dict(model.state_dict())
         networks.rescale(other, factor)
         objective = _objective(other, (images.double(), labels))
-        tables.append(sharpness(objective, settings, generator=generator(seed)))
+        tables.append(measure_sharpness(objective, settings, generator=generator(seed)))
     for table, scales in zip(tables[1:], ("layers", "units"), strict=True):
         for name, ratio in table.ratios(tables[0]).items():
             row = tables[0][name]
@@ -173,7 +173,7 @@ def skips(seed: int) -> Iterator[Row]:
         axis = torch.linspace(-1, 1, 21)
         plane = loss_on_plane(objective, first, second, axis, axis)
         names = ["top_eigenvalue", "adaptive_top_eigenvalue", "filter_average"]
-        table = sharpness(objective, measures=names, generator=generator(seed))
+        table = measure_sharpness(objective, measures=names, generator=generator(seed))
         yield {
             "skip": skip,
             "loss": plane.centre,
@@ -219,7 +219,7 @@ def _batch_sizes(seed: int, *, epochs: int = 0, steps: int = 0) -> Iterator[Row]
         model, count = networks.classifier(seed), steps or epochs * (len(data[1]) // batch)
         networks.train(model, data, steps=count, rate=0.1, batch=batch, seed=seed)
         objective = _objective(model, data)
-        table = sharpness(objective, measures=names, generator=generator(seed))
+        table = measure_sharpness(objective, measures=names, generator=generator(seed))
         yield {
             "batch": batch,
             "steps": count,
@@ -242,7 +242,7 @@ def normalisation(seed: int) -> Iterator[Row]:
             if step:
                 networks.train(model, (images, labels), steps=step, rate=0.1, batch=50, seed=seed)
             objective = _objective(model, (images, labels))
-            found = conditioning(objective, matrix="ggn", jacobi=True, generator=generator(seed))
+            found = measure_conditioning(objective, matrix="ggn", jacobi=True, generator=generator(seed))
             loss, g = objective.loss_and_gradient()
             lengths, losses, turns = (0.05, 0.1, 0.2, 0.4), [], []
             here = objective.space.current()

@@ -22,7 +22,7 @@ import torch
 from analysis.landscape.directions import random_direction
 from analysis.landscape.measure import loss_on_plane
 from analysis.run.saving import write_text
-from analysis.sharpness.measure import sharpness
+from analysis.sharpness.measure import measure_sharpness
 from analysis.tasks import load_task
 from curvature import Objective
 
@@ -65,7 +65,7 @@ def _forward(objective: Objective, rounds: int = 7) -> list[float]:
 def _table(task: Any) -> list[Row]:
     objective = task.objective()
     clock = _Clock(objective)
-    table = sharpness(objective, generator=torch.Generator().manual_seed(0))
+    table = measure_sharpness(objective, generator=torch.Generator().manual_seed(0))
     rows = [{"what": "sharpness table", "count": len(table.rows), **clock.read()}]
     for row in table.rows:
         price = {"losses": row.num_losses, "gradients": row.num_gradients, "products": row.num_matvecs}

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from analysis.cli import app
 from analysis.compare.figures import plot_comparison
-from analysis.compare.measure import compare, quantities
+from analysis.compare.measure import compare_results, quantities
 from analysis.compare.study import ComparisonRun
 from analysis.inspection.results import Inspection
 from analysis.inspection.study import InspectionRun
@@ -49,20 +49,20 @@ def of(value: float, stderr: float = 0.0, data: float = NAN) -> Measured:
 
 
 def test_p_values_are_those_of_welchs_test() -> None:
-    found = compare({"a": Numbers(x=of(-1.0, 0.3, 0.4)), "b": Numbers(x=of(-2.0, 0.4, 1.2))})
+    found = compare_results({"a": Numbers(x=of(-1.0, 0.3, 0.4)), "b": Numbers(x=of(-2.0, 0.4, 1.2))})
     assert found["x"].p_solver[0] == pytest.approx(2 * norm.cdf(-1 / 0.5), rel=1e-4)
     assert found["x"].p_data[0] == pytest.approx(2 * norm.cdf(-1 / math.sqrt(0.25 + 1.6)), rel=1e-4)
     assert found["x"].ratios == (1.0, 2.0)
-    found = compare({"a": Numbers(x=of(1.0, 0.3)), "b": Numbers(x=of(4.0, 0.8))})  # by the roots, 1 and 2
+    found = compare_results({"a": Numbers(x=of(1.0, 0.3)), "b": Numbers(x=of(4.0, 0.8))})  # by the roots, 1 and 2
     assert found["x"].p_solver[0] == pytest.approx(2 * norm.cdf(-1 / math.hypot(0.15, 0.2)), rel=1e-4)
     g, few = np.random.default_rng(0), []
     for k in (20, 30):
         x = g.standard_normal(k)
         few.append((x, Measured(value=float(x.mean()), stderr=float(x.std(ddof=1)) / k**0.5, dof=k - 1.0)))
-    found = compare({"a": Numbers(x=few[0][1]), "b": Numbers(x=few[1][1])})
+    found = compare_results({"a": Numbers(x=few[0][1]), "b": Numbers(x=few[1][1])})
     welch = float(ttest_ind(few[0][0], few[1][0], equal_var=False).pvalue)
     assert found["x"].p_solver[0] == pytest.approx(welch, rel=0.01)
-    found = compare({"a": Numbers(x=Measured(value=0.0, stderr=1.0, dof=2.0)), "b": Numbers(x=of(-3.0))})
+    found = compare_results({"a": Numbers(x=Measured(value=0.0, stderr=1.0, dof=2.0)), "b": Numbers(x=of(-3.0))})
     assert found["x"].p_solver[0] == pytest.approx(2 * float(student.sf(3, 2)), rel=1e-4)
 
 
@@ -70,7 +70,7 @@ def test_bounds_are_taken_off_the_difference() -> None:
     def bound(value: float, error: float, data: float = NAN) -> Measured:
         return Measured(value=value, stderr=error, residual=True, data=data)
 
-    found = compare(
+    found = compare_results(
         {
             "a": Numbers(x=bound(-1.0, 0.3, 0.5), y=bound(1.0, 0.3)),
             "b": Numbers(x=bound(-2.0, 0.4, 0.5), y=bound(1.6, 0.4)),
@@ -80,7 +80,7 @@ def test_bounds_are_taken_off_the_difference() -> None:
     assert found["x"].p_data[0] == pytest.approx(2 * norm.cdf(-0.3 / 0.5**0.5), rel=1e-4)
     assert found["x"].verdicts == ("on these data",)
     assert bound(1.0, 0.3).interval() == (0.7, 1.3)
-    found = compare({"a": Numbers(x=of(1.0), y=of(1.0)), "b": Numbers(x=of(1.0 + 1e-7), y=of(1.0 + 1e-5))})
+    found = compare_results({"a": Numbers(x=of(1.0), y=of(1.0)), "b": Numbers(x=of(1.0 + 1e-7), y=of(1.0 + 1e-5))})
     assert [row.verdicts[0] for row in found.rows] == ["not told apart", "on these data"]  # what rounding explains
 
 
@@ -88,7 +88,7 @@ def test_exact_numbers_take_no_share_of_the_level() -> None:
     """p = 0.02 and 0.03 are significant together at 0.05 (Holm), whatever was computed exactly beside them."""
     first = {"x": of(0.0, 1.0), "y": of(0.0, 1.0)} | {f"e{i}": of(1.0) for i in range(5)}
     second = {"x": of(float(norm.isf(0.01))), "y": of(float(norm.isf(0.015)))} | {f"e{i}": of(1.0) for i in range(5)}
-    found = compare({"a": Numbers(**first), "b": Numbers(**second | {"e0": of(2.0)})})
+    found = compare_results({"a": Numbers(**first), "b": Numbers(**second | {"e0": of(2.0)})})
     told = {row.name for row in found.rows if row.verdicts[0] == "on these data"}
     assert told == {"x", "y", "e0"}
 
@@ -97,12 +97,12 @@ def test_what_is_known_between_bounds_is_not_tested_where_they_overlap() -> None
     """p = 0.04 is significant alone at 0.05; bounds beside it take no share, whether residuals or two-sided."""
     first = {"x": of(0.0, 1.0), "b": Bounded.between(0.0, 5.0), "r": Measured(value=1.0, stderr=0.5, residual=True)}
     second = {"x": of(float(norm.isf(0.02))), "b": Bounded.between(4.0, 9.0), "r": of(1.2)}
-    found = compare({"a": Numbers(**first), "b": Numbers(**second)})
+    found = compare_results({"a": Numbers(**first), "b": Numbers(**second)})
     assert [row.verdicts[0] for row in found.rows] == ["on these data", "not told apart", "not told apart"]
     assert "not tested: b." in found.notes[0]
-    apart = compare({"a": Numbers(b=Bounded.between(0.0, 1.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
+    apart = compare_results({"a": Numbers(b=Bounded.between(0.0, 1.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
     assert apart["b"].verdicts == ("on these data",)
-    only = compare({"a": Numbers(b=Bounded.between(0.0, 5.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
+    only = compare_results({"a": Numbers(b=Bounded.between(0.0, 5.0)), "b": Numbers(b=Bounded.between(4.0, 5.0))})
     assert "no test was made" in only.notes[1]
 
 
@@ -117,7 +117,7 @@ def test_numbers_that_follow_from_others_are_tested_after_them() -> None:
         (p_values[0], p_values[1], ["on these data"] * 2),  # .04 by itself, then .03
         (p_values[2], p_values[1], ["not told apart"] * 2),  # .06 keeps the other shut
     ):
-        found = compare({"a": numbers(-trace / 2, -condition / 2), "b": numbers(trace / 2, condition / 2)})
+        found = compare_results({"a": numbers(-trace / 2, -condition / 2), "b": numbers(trace / 2, condition / 2)})
         assert [row.verdicts[0] for row in found.rows] == told
 
 
@@ -140,7 +140,7 @@ def test_verdicts_case_by_case() -> None:
         same=of(1.0),
         new=of(3.0),
     )
-    found = compare({"a": first, "b": second})
+    found = compare_results({"a": first, "b": second})
     verdicts = {row.name: row.verdicts[0] for row in found.rows}
     assert verdicts == {
         "real": "real",
@@ -167,7 +167,7 @@ def test_holm_by_hand(p_values: tuple[float, ...], real: set[float]) -> None:
     distances = [float(norm.isf(p / 2)) for p in p_values]
     zeros = Numbers(**{f"x{i}": of(0.0, 1.0, 0.0) for i in range(4)})
     others = Numbers(**{f"x{i}": of(d, 0.0, 0.0) for i, d in enumerate(distances)})
-    found = compare({"a": zeros, "b": others})
+    found = compare_results({"a": zeros, "b": others})
     assert [row.verdicts[0] for row in found.rows] == ["real" if p in real else "not told apart" for p in p_values]
 
 
@@ -185,21 +185,21 @@ def test_false_alarms_are_as_rare_as_promised(probes: int | None) -> None:
             )
             for row in zip(values, bars, strict=True)
         )
-        alarms += any(row.verdicts[0] != "not told apart" for row in compare({"a": a, "b": b}).rows)
+        alarms += any(row.verdicts[0] != "not told apart" for row in compare_results({"a": a, "b": b}).rows)
     assert 0.03 < alarms / 2000 < (0.07 if probes == 4 else 0.06)
 
 
 def test_inspections_bring_their_errors_and_their_eigenvectors(run: InspectionRun) -> None:
     inspection = run.inspection
     larger = replace(inspection, top=replace(inspection.top, eigenvalues=2 * inspection.top.eigenvalues))
-    found = compare({"a": inspection, "b": larger})
+    found = compare_results({"a": inspection, "b": larger})
     assert found["largest eigenvalue"].values[0] == inspection.sharpness
     assert found["largest eigenvalue"].ratios[1] == 2.0
     assert found["trace"].verdicts == ("not told apart",)
     assert found.overlaps is not None
     torch.testing.assert_close(found.overlaps, torch.ones(2, 2, dtype=torch.float64), rtol=1e-5, atol=0)
     other = replace(inspection, top=replace(inspection.top, eigenvectors=inspection.top.eigenvectors.roll(1, 1)[:, :2]))
-    overlaps = compare({"a": replace(other), "b": inspection}).overlaps
+    overlaps = compare_results({"a": replace(other), "b": inspection}).overlaps
     assert overlaps is not None
     u, v = other.top.eigenvectors.double(), inspection.top.eigenvectors[:, :2].double()
     assert float(overlaps[0, 1]) == pytest.approx(float((u.T @ v).square().sum() / 2))
@@ -230,21 +230,21 @@ def test_sharpness_of_pieces_has_its_error_over_data() -> None:
 def test_refusals(run: InspectionRun) -> None:
     one = Numbers(x=of(1.0))
     with pytest.raises(InputError, match="at least two"):
-        compare({"a": one})
+        compare_results({"a": one})
     with pytest.raises(InputError, match="of one kind, got Inspection, Numbers"):
-        compare({"a": one, "b": run.inspection})
+        compare_results({"a": one, "b": run.inspection})
     with pytest.raises(InputError, match="share no number"):
-        compare({"a": one, "b": Numbers(y=of(1.0))})
+        compare_results({"a": one, "b": Numbers(y=of(1.0))})
     with pytest.raises(InputError, match="level"):
-        compare({"a": one, "b": one}, level=1.0)
+        compare_results({"a": one, "b": one}, level=1.0)
     with pytest.raises(InputError, match="nothing is known of the numbers of int"):
-        compare({"a": 1, "b": 2})
+        compare_results({"a": 1, "b": 2})
 
 
 def test_the_figure_shows_ratios_and_both_errors() -> None:
     a = Numbers(x=of(1.0, 0.1, 0.2), y=of(2.0), sign=of(1.0), z=of(1.0, NAN))
     b = Numbers(x=of(3.0, 0.1, 0.2), y=of(1.0), sign=of(-1.0), z=of(2.0, NAN))
-    ax = plot_comparison(compare({"first": a, "second": b}), ax=Figure().subplots())
+    ax = plot_comparison(compare_results({"first": a, "second": b}), ax=Figure().subplots())
     assert [label.get_text() for label in ax.get_yticklabels()] == ["x", "y", "z"]
     marks = [line for line in ax.lines if line.get_marker() not in ("None", "", None)]
     assert [float(np.asarray(line.get_xdata())[0]) for line in marks] == [3.0, 0.5, 2.0]

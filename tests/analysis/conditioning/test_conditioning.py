@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
-from analysis.conditioning.measure import compare_conditioning, conditioning
+from analysis.conditioning.measure import compare_conditioning, measure_conditioning
 from analysis.conditioning.study import _cards
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
@@ -52,7 +52,7 @@ def test_numbers_of_a_small_matrix_are_exact(signs: str) -> None:
     eigenvalues = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0, 1e-9]).double()
     if signs == "mixed":
         eigenvalues[:2] *= torch.tensor([-1.0, 1.0])
-    found = conditioning(form(rotated(eigenvalues)), layers=False, jacobi=False, generator=generator())
+    found = measure_conditioning(form(rotated(eigenvalues)), layers=False, jacobi=False, generator=generator())
     size = eigenvalues.abs()
     p = size / size.sum()
     whole = found.whole
@@ -70,14 +70,14 @@ def test_numbers_of_a_small_matrix_are_exact(signs: str) -> None:
 
 @pytest.mark.parametrize(("eigenvalues", "rank"), [([3.0] * 6, 6.0), ([5.0, 0.0, 0.0], 1.0), ([2.0, 0.0], 1.0)])
 def test_ranks_of_a_multiple_of_the_identity_and_of_rank_one(eigenvalues: list[float], rank: float) -> None:
-    found = conditioning(form(rotated(torch.tensor(eigenvalues))), layers=False, generator=generator()).whole
+    found = measure_conditioning(form(rotated(torch.tensor(eigenvalues))), layers=False, generator=generator()).whole
     assert found.condition.value == pytest.approx(1)
     for measured in (found.rank, found.effective_rank, found.stable_rank):
         assert measured.value == pytest.approx(rank, rel=1e-9)
 
 
 def test_zero_matrix_has_no_condition() -> None:
-    found = conditioning(form(torch.zeros(4, 4).double()), generator=generator())
+    found = measure_conditioning(form(torch.zeros(4, 4).double()), generator=generator())
     assert math.isnan(found.whole.condition.value)
     assert found.max_stable_lr == math.inf
     assert found.preconditioned == ()
@@ -96,7 +96,7 @@ def test_error_bars_of_a_large_matrix_hold(signs: str) -> None:
     exact_rank = float(torch.special.entr(p).sum().exp())
     scores = {"rank": [], "stable": [], "dimension": [], "condition": []}
     for seed in range(8):
-        found = conditioning(form(A), layers=False, jacobi=False, generator=generator(seed))
+        found = measure_conditioning(form(A), layers=False, jacobi=False, generator=generator(seed))
         whole = found.whole
         assert not whole.exact
         scores["rank"].append((whole.effective_rank.value - exact_rank) / whole.effective_rank.stderr)
@@ -118,7 +118,7 @@ def test_what_the_quadrature_does_not_resolve_stands_between_bounds() -> None:
     """Curvatures over twelve decades without a gap: 120 of 240 beyond the floor, of which 30 steps see few."""
     A = rotated(torch.logspace(0, -12, 240))
     for seed in range(3):
-        found = conditioning(form(A), layers=False, jacobi=False, generator=generator(seed))
+        found = measure_conditioning(form(A), layers=False, jacobi=False, generator=generator(seed))
         whole = found.whole
         assert not whole.exact
         assert whole.rank.lower <= 120 <= whole.rank.upper
@@ -134,7 +134,7 @@ def test_what_the_quadrature_does_not_resolve_stands_between_bounds() -> None:
 def test_gains_carry_the_bounds_of_both_condition_numbers() -> None:
     scales = torch.logspace(0, -2, 200).double()
     A = scales[:, None] * rotated(torch.logspace(0, -1, 200)) * scales
-    found = conditioning(form(A), layers=False, floor=1e-9, diagonal_matvecs=200, generator=generator())
+    found = measure_conditioning(form(A), layers=False, floor=1e-9, diagonal_matvecs=200, generator=generator())
     sizes, scaled = (torch.linalg.eigvalsh(M) for M in (A, A / (A.diagonal()[:, None] * A.diagonal()).sqrt()))
     exact = float(sizes[-1] / sizes[0] / (scaled[-1] / scaled[0]))
     gain = found.gains["jacobi"]
@@ -147,10 +147,10 @@ def test_gains_carry_the_bounds_of_both_condition_numbers() -> None:
 
 def test_the_right_preconditioner_makes_all_curvatures_equal() -> None:
     diagonal = torch.tensor([100.0, 1.0, 0.01, 5.0]).double()
-    found = conditioning(form(torch.diag(diagonal)), generator=generator())
+    found = measure_conditioning(form(torch.diag(diagonal)), generator=generator())
     assert found.gains["jacobi"].value == pytest.approx(1e4, rel=1e-6)
     blocks = torch.block_diag(rotated(torch.tensor([1000.0, 1.0])), rotated(torch.tensor([-5.0, 0.5, 50.0])))
-    found = conditioning(form(blocks, 2), block_diagonal=True, generator=generator())
+    found = measure_conditioning(form(blocks, 2), block_diagonal=True, generator=generator())
     by_name = {c.name: c for c in found.preconditioned}
     assert by_name["block diagonal"].condition.value == pytest.approx(1, rel=1e-9)
     assert found.gains["block diagonal"].value == pytest.approx(2000, rel=1e-9)
@@ -170,7 +170,7 @@ def test_optimizers_are_judged_by_their_state() -> None:
     adam.step()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = {"jacobi": False, "layers": False, "floor": 1e-9}
-    found = conditioning(objective, optimizers={"adam": adam, "sgd": sgd}, generator=generator(), **settings)
+    found = measure_conditioning(objective, optimizers={"adam": adam, "sgd": sgd}, generator=generator(), **settings)
     H = HessianOperator(objective).to_dense()
     scale = (g.abs() + 1e-3).rsqrt()  # after one step v / (1 - beta2) is g^2
     sizes = torch.linalg.eigvalsh(scale[:, None] * H * scale).abs()
@@ -180,12 +180,12 @@ def test_optimizers_are_judged_by_their_state() -> None:
     )
     assert found.gains["sgd"].value == pytest.approx(1, rel=1e-9)
     with pytest.raises(InputError, match="Rprop"):
-        conditioning(objective, optimizers={"x": torch.optim.Rprop(model.parameters())}, generator=generator())
+        measure_conditioning(objective, optimizers={"x": torch.optim.Rprop(model.parameters())}, generator=generator())
 
 
 def test_steps_of_gradient_descent_suffice_and_are_needed() -> None:
     eigenvalues = torch.tensor([10.0, 3.0, 0.2]).double()
-    whole = conditioning(form(torch.diag(eigenvalues)), generator=generator()).whole
+    whole = measure_conditioning(form(torch.diag(eigenvalues)), generator=generator()).whole
     steps = math.ceil(whole.steps(1e-3))
     error = (1 - eigenvalues / 10) ** steps
     assert float(error.max()) <= 1e-3
@@ -199,7 +199,7 @@ def test_steps_of_gradient_descent_suffice_and_are_needed() -> None:
 def test_gauss_newton_and_layers_against_dense() -> None:
     case = BY_NAME["MLP SiLU"]
     objective = Objective(case.model(), case.loss, case.data())
-    found = conditioning(objective, matrix="ggn", jacobi=False, floor=1e-7, generator=generator())
+    found = measure_conditioning(objective, matrix="ggn", jacobi=False, floor=1e-7, generator=generator())
     G = GGNOperator(objective).to_dense()
     blocks = [block.take(block.take(G).T) for block in objective.space.blocks]
     for condition, dense in zip((found.whole, *found.layers), (G, *blocks), strict=True):
@@ -237,11 +237,11 @@ def test_normalisation_mends_inputs_of_unequal_scale() -> None:
 def test_arguments_and_figures() -> None:
     case = BY_NAME["MLP tanh"]
     objective = Objective(case.model(), case.loss, case.data())
-    with pytest.raises(InputError, match="floor must lie"):
-        conditioning(objective, floor=0.0, generator=generator())
+    with pytest.raises(InputError, match="floor must be above 0"):
+        measure_conditioning(objective, floor=0.0, generator=generator())
     with pytest.raises(InputError, match="matrix must be"):
-        conditioning(objective, matrix="fisher", generator=generator())  # type: ignore[arg-type]
-    found = conditioning(objective, block_diagonal=True, generator=generator())
+        measure_conditioning(objective, matrix="fisher", generator=generator())  # type: ignore[arg-type]
+    found = measure_conditioning(objective, block_diagonal=True, generator=generator())
     ax = plot_conditioning(found)
     assert len(ax.get_yticks()) == 1 + len(found.preconditioned) + len(found.layers)
     assert plot_effective_dimension(found).get_xscale() == "log"

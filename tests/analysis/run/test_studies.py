@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from analysis.cli import app
-from analysis.conditioning.measure import conditioning
+from analysis.conditioning.measure import measure_conditioning
 from analysis.conditioning.study import ConditioningRun
 from analysis.critical.measure import CriticalPlan, critical_points
 from analysis.critical.study import STUDY as CRITICAL
@@ -32,7 +32,7 @@ from analysis.run.preparation import Request
 from analysis.run.report import page_of
 from analysis.run.store import Record
 from analysis.run.study import run_study
-from analysis.sharpness.measure import SharpnessPlan, sharpness
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
 from analysis.sharpness.study import STUDY as SHARPNESS
 from analysis.sharpness.study import SharpnessRun
 from analysis.show.listener import Listener
@@ -203,7 +203,7 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     run = load_run("here")
     assert isinstance(run, SharpnessRun)
-    reference = sharpness(objective(), measures=names, piece=10, generator=generator())
+    reference = measure_sharpness(objective(), measures=names, piece=10, generator=generator())
     assert [row.name for row in run.sharpness.rows] == [row.name for row in reference.rows]
     assert [row.value for row in run.sharpness.rows] == pytest.approx([row.value for row in reference.rows], rel=1e-4)
     told = ("1 of 5 measures are worst cases", "Measures that rescaling of layers moves", "Definitions")
@@ -217,7 +217,7 @@ def test_conditioning_from_the_command_to_the_report(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     run = load_run("here")
     assert isinstance(run, ConditioningRun)
-    reference = conditioning(objective(), block_diagonal=True, generator=generator())
+    reference = measure_conditioning(objective(), block_diagonal=True, generator=generator())
     assert run.conditioning.whole.condition.value == pytest.approx(reference.whole.condition.value, rel=1e-3)
     gains = {name: gain.value for name, gain in reference.gains.items()}
     assert {name: gain.value for name, gain in run.conditioning.gains.items()} == pytest.approx(gains, rel=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from analysis.sharpness.ascent import perturbation_scale, worst_case
 from analysis.sharpness.computations import average_rise, logit_normalised, relative_flatness, tolerated_noise
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, sharpness
+from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, measure_sharpness
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.objective.shift import PointLoss
@@ -58,7 +58,7 @@ def network(factor: float | Tensor = 1.0) -> Objective:
 def tables():
     """Of the network, rescaled by layers, and by units, each with an a of its own."""
     factors = (1.0, 5.0, torch.logspace(-1, 1, 6, dtype=torch.float64))
-    return [sharpness(network(factor), QUICK, generator=generator()) for factor in factors]
+    return [measure_sharpness(network(factor), QUICK, generator=generator()) for factor in factors]
 
 
 @pytest.mark.parametrize("name", SHARPNESS_MEASURES)
@@ -198,7 +198,9 @@ def test_fisher_rao_norm_of_a_homogeneous_network_follows_from_its_outputs() -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
     x, y = torch.randn(20, 4).double(), torch.randint(3, (20,))
-    row = sharpness(Objective(model, nn.CrossEntropyLoss(), (x, y)), measures=["fisher_rao"], generator=generator())
+    row = measure_sharpness(
+        Objective(model, nn.CrossEntropyLoss(), (x, y)), measures=["fisher_rao"], generator=generator()
+    )
     f = model(x).detach()
     p = f.softmax(1)
     expected = 4 * ((p * f.square()).sum(1) - (p * f).sum(1).square()).mean()  # layers^2 E f'(diag p - pp') f
@@ -264,11 +266,11 @@ def test_sam_and_its_pieces_are_rises_at_one_step() -> None:
     objective, H = quadratic(offset=0.3)
     g = objective.gradient()
     d = 0.05 * g / g.norm()
-    table = sharpness(objective, replace(QUICK, measures=["sam", "m_sharpness"]), generator=generator())
+    table = measure_sharpness(objective, replace(QUICK, measures=["sam", "m_sharpness"]), generator=generator())
     assert table["sam"].value == pytest.approx(float(d @ g + d @ H @ d / 2), rel=1e-9)
     assert table["m_sharpness"].value == pytest.approx(table["sam"].value, rel=1e-12)  # one piece holds all
     x, y = next(iter(objective.batches()))
-    small = sharpness(objective, measures=["m_sharpness"], piece=4, generator=generator())
+    small = measure_sharpness(objective, measures=["m_sharpness"], piece=4, generator=generator())
     rises = []
     for rows, targets in zip(x.split(4), y.split(4), strict=True):
         r = rows @ objective.model.weight.detach().T - targets
@@ -283,7 +285,7 @@ def test_a_box_of_any_size_is_searched() -> None:
     """So small a rise that scipy's absolute tolerances would end the search at its start."""
     objective, _ = quadratic(offset=0.2)
     settings = SharpnessPlan(epsilon=1e-7, num_restarts=1)
-    row = sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
+    row = measure_sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
     slope = 1e-7 * ((objective.space.current().abs() + 1) * objective.gradient().abs()).sum()
     assert row.value == pytest.approx(100 * float(slope / (1 + objective.loss())), rel=1e-5)
 
@@ -295,7 +297,7 @@ def test_keskars_box_is_maximised() -> None:
     corners = reach * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5))).double()
     rise = float((corners @ g + ((corners @ H) * corners).sum(1) / 2).max())
     settings = SharpnessPlan(epsilon=0.05, num_restarts=6)
-    row = sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
+    row = measure_sharpness(objective, replace(settings, measures=["keskar"]), generator=generator())["keskar"]
     assert row.value == pytest.approx(100 * rise / (1 + float(objective.loss())), rel=1e-6)
     assert row.kind == "lower bound"
 
@@ -339,7 +341,7 @@ def test_a_flat_loss_tolerates_all_noise() -> None:
     model = nn.Linear(3, 1).double()
     objective = Objective(model, nn.MSELoss(), (torch.zeros(4, 3).double(), torch.zeros(4, 1).double()))
     flat = objective.restrict("weight")
-    table = sharpness(flat, QUICK, generator=generator())
+    table = measure_sharpness(flat, QUICK, generator=generator())
     for row in table.rows:
         if "normalised" not in row.name:
             assert row.value == 0, row.name
@@ -378,9 +380,9 @@ def test_scales_have_the_length_of_the_parameters() -> None:
 def test_numbers_do_not_depend_on_company_and_the_model_is_left_alone() -> None:
     objective = network()
     with assert_untouched(objective.model):
-        alone = sharpness(objective, replace(QUICK, measures=["average"]), generator=generator())
+        alone = measure_sharpness(objective, replace(QUICK, measures=["average"]), generator=generator())
         names = ["worst_linf", "average", "keskar", "pac_bayes"]
-        many = sharpness(objective, replace(QUICK, measures=names), generator=generator())
+        many = measure_sharpness(objective, replace(QUICK, measures=names), generator=generator())
     assert alone["average"].value == many["average"].value
     assert [row.name for row in many.rows] == names
     assert all(row.num_losses + row.num_gradients > 0 for row in many.rows)
@@ -389,8 +391,8 @@ def test_numbers_do_not_depend_on_company_and_the_model_is_left_alone() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     objective, _ = quadratic()
     with pytest.raises(InputError, match="distinct names"):
-        sharpness(objective, measures=["flatness"], generator=generator())
-    with pytest.raises(InputError, match="rho must be positive"):
+        measure_sharpness(objective, measures=["flatness"], generator=generator())
+    with pytest.raises(InputError, match="rho must be above 0"):
         SharpnessPlan(rho=0)
     with pytest.raises(InputError, match="num_probes must be at least 2"):
         SharpnessPlan(num_probes=1)
@@ -407,7 +409,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     )
     with pytest.raises(InputError, match="loss="):
         logit_normalised(scalar)
-    rows = sharpness(scalar, QUICK, generator=generator()).rows
+    rows = measure_sharpness(scalar, QUICK, generator=generator()).rows
     assert "fisher_rao" not in [row.name for row in rows]
 
 

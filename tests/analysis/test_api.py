@@ -1,0 +1,112 @@
+"""`import analysis`: cheap, complete, and with the records and folders of the command."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import analysis
+from analysis.inspection.study import InspectionRun
+from analysis.registry import STUDIES
+from analysis.run.report import page_of
+from analysis.tasks import load_task
+from curvature import Objective
+from curvature.errors import InputError
+
+
+def small() -> Objective:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 3, generator=g), torch.randint(0, 2, (12,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    return Objective(model, nn.CrossEntropyLoss(), (x, y))
+
+
+def test_import_costs_nothing() -> None:
+    code = "import analysis, sys; dir(analysis); print({'torch', 'matplotlib', 'rich', 'typer'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_every_name_is_there_and_none_is_hidden_by_a_room() -> None:
+    rooms = {path.name for path in Path(analysis.__file__).parent.iterdir()}
+    for name in analysis.__all__:
+        assert getattr(analysis, name).__doc__ or not callable(getattr(analysis, name)), name
+        assert name not in rooms
+    assert set(analysis.__all__) <= set(dir(analysis))
+    with pytest.raises(AttributeError, match="no attribute 'inspekt'"):
+        analysis.inspekt  # noqa: B018
+
+
+def told(page: str) -> list[str]:
+    """Return what a page says, but for how it was asked for, when, and how long it took."""
+    text = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
+    text = text[text.index('id="numbers"') : text.index('id="again"')]
+    text = re.sub(r"It took .*?</p>|Cost by stage.*?</table>", "", text, flags=re.DOTALL)
+    return [line for line in text.splitlines() if "Self-check" not in line]
+
+
+def test_inspect_gives_the_record_of_the_command_and_saves_its_folder(run: InspectionRun, tmp_path: Path) -> None:
+    objective = load_task(run.task).objective()
+    found = analysis.inspect(objective, generator=run.seed, k=4, num_probes=3, num_steps=16, name="toy")
+    assert type(found) is InspectionRun
+    assert torch.equal(found.inspection.top.eigenvalues, run.inspection.top.eigenvalues)
+    assert found.inspection.negative_share == run.inspection.negative_share
+    assert (found.name, found.seed, found.kind) == ("toy", run.seed, run.kind)
+    assert {name: found.settings[name] for name in ("k", "rtol", "layers")} == {"k": 4, "rtol": 1e-3, "layers": True}
+    folder = found.save(tmp_path / "api")
+    command = run.save(tmp_path / "command")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in command.iterdir()}
+    assert told((folder / "report.html").read_text()) == told((command / "report.html").read_text())
+    kept = analysis.load_run(folder)
+    assert isinstance(kept, InspectionRun)
+    assert torch.equal(kept.inspection.top.eigenvectors, found.inspection.top.eigenvectors)
+    with pytest.raises(InputError, match="holds an earlier run"):
+        found.save(folder)
+
+
+SETTINGS = {
+    "landscape": {"points": 5},
+    "sharpness": {"measures": ("sam", "trace")},
+    "implicit": {"lr": 0.1, "batch_size": 4, "k": 1},
+}
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_every_study_measures_an_objective_alike(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.run.report.figure_html", lambda figure, _: figure.label)  # drawn in other tests
+    monkeypatch.setattr("analysis.run.report._on_paper", lambda *_: None)
+    settings = SETTINGS.get(kind, {})
+    found, other = (analysis.measure(kind, small(), generator=seed, check=False, **settings) for seed in (3, 3))
+    assert (found.kind, found.seed, found.check) == (kind, 3, None)
+    assert found.num_params == 20
+    again = torch.Generator().manual_seed(3)
+    plan = analysis.registry.study(kind).plan(**settings)
+    third = analysis.measure(kind, small(), plan, generator=again, check=False, name="mine")
+    results = [str(r.to_dict()[r.result]) for r in (found, other)]
+    first, second = (re.sub(r"'(seconds|peak_bytes)[^,}]*", "", result) for result in results)
+    assert first == second
+    assert (third.name, third.seed) == ("mine", 3)
+    folder = third.save(tmp_path / "run")
+    assert type(analysis.load_run(folder)) is type(found)
+    assert (folder / "report.html").read_text() == page_of(third)
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="there is no measurement 'size'; there are inspect"):
+        analysis.measure("size", small(), generator=0)
+    with pytest.raises(InputError, match="not both; k came beside one"):
+        analysis.inspect(small(), analysis.InspectionPlan(), generator=0, k=3)
+    with pytest.raises(InputError, match="k must be at least 1, got 0"):
+        analysis.inspect(small(), generator=0, k=0)
+    with pytest.raises(InputError, match="not both; floor came beside one"):
+        analysis.measure_conditioning(
+            small(), analysis.ConditioningPlan(), floor=0.1, generator=torch.Generator().manual_seed(0)
+        )
