@@ -138,7 +138,7 @@ def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
         text = (
             f"{worst.name} is the worst conditioned by itself ({_kappa(worst.condition, found)}), "
             f"{sharpest.name} the sharpest ({wording.number(sharpest.largest.value, 3)}). The layers' top eigenvalues "
-            f"are a factor of {wording.number(found.layer_spread, 3)} apart: so far are the steps that suit them."
+            f"are a factor of {wording.number(found.layer_spread, 3)} apart: their best step sizes differ by it."
         )
         answers.append(Finding("Which layers are ill-conditioned?", text))
     return tuple(answers)

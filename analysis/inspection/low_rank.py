@@ -1,4 +1,4 @@
-"""How well a few eigenpairs stand for the whole matrix: the error of the best approximation of each rank.
+"""Low-rank error: how far the best approximation of each rank is from the matrix.
 
 It follows from the spectral density with no further product: sorted by magnitude, the nodes of the quadrature say how
 many eigenvalues are larger than any bound, and what all others add up to in squares.

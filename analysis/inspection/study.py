@@ -93,7 +93,7 @@ def _sections(i: Inspection, settings: dict[str, Any]) -> tuple[Section, ...]:
     )
     sections = [
         _spectrum(i, settings),
-        Section(title="How well a few directions stand for the whole", figures=(low_rank,)),
+        Section(title="Low-rank error", figures=(low_rank,)),
     ]
     if i.layers:
         sections.append(_layers(i))

@@ -136,11 +136,11 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
         c = study.curvature
         hint = "tr(HS) / G'HG: the noise scale that counts curvature, too"
         cards.append(_scale_card("Critical batch size", c.noise_scale, hint))
-        hint = "the curvature noise meets, over what isotropic noise of its size would"
+        hint = "above 1: noise is concentrated in high-curvature directions"
         cards.append(Card(label="Noise meets curvature", value=number(c.anisotropy, 3), hint=hint))
     hint = "inner-product and orthogonality test, θ = 0.9"
     cards.append(Card(label="Batch size by tests", value=_batch(noise.tested_batch_size()), hint=hint))
-    hint = "above 0: the gradient is what sampling noise would make it"
+    hint = "above 0: indistinguishable from sampling noise"
     cards.append(Card(label="Stopping evidence", value=number(noise.evidence, 3), hint=hint))
     if study.batch_size is not None:
         hint = f"of the full gradient's, by a step on {wording.count(study.batch_size)} examples"
@@ -191,7 +191,8 @@ def _useful(study: NoiseStudy) -> str:
         least = f" It is at least {number(scale.lower, 3)}." if scale.lower > 0 else ""
         return (
             f"The mean gradient cannot be told from zero with {wording.count(round(N))} examples: the noise scale has "
-            f"no upper bound, and no batch of these data is too large.{least} So it is near the end of a training."
+            f"no upper bound, and no batch of these data is too large.{least} Training has nearly "
+            "converged on these data."
         )
     enough = _MOST / (1 - _MOST) * scale.value
     text = (

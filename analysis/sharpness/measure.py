@@ -1,4 +1,4 @@
-"""How sharp a minimum is, by every measure that people compare, in one table with errors, prices and caveats.
+"""All sharpness measures in one table, with errors, costs and caveats.
 
 Reference: Andriushchenko, Croce, Mueller, Hein and Flammarion (2023), A modern look at the relationship between
 sharpness and generalization, arXiv 2302.07011; Dinh, Pascanu, Bengio and Bengio (2017), Sharp minima can generalize for

@@ -1,4 +1,4 @@
-"""`curvature sharpness`: every measure of sharpness that people compare, with what each is invariant to."""
+"""`curvature sharpness`: sharpness measures and their invariances."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _module(place: str) -> ModuleType:
             ) from error
         raise TaskError(f"{place} does not import: {error}; install what it needs.") from error
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{place} does not import: {_what_and_where(error)}; mend it there.") from error
+        raise TaskError(f"{place} does not import: {_what_and_where(error)}; fix it there.") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -154,7 +154,7 @@ def _call(function: Callable[[], Any], reference: str) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{reference} failed: {_what_and_where(error)}; mend it there.") from error
+        raise TaskError(f"{reference} failed: {_what_and_where(error)}; fix it there.") from error
 
 
 def _as_task(returned: Any, reference: str) -> Task:

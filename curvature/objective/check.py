@@ -257,7 +257,7 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
         )
     else:
         return [message, f"H v agrees with differences of the gradient to {curve_error:.1e}."]
-    return [message, f"Differences of the gradient are no test here: {reason}."]
+    return [message, f"Finite differences skipped: {reason}."]
 
 
 def _shifted(objective: Objective, batch: Any, shift: Tensor) -> tuple[Tensor, Tensor]:

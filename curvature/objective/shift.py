@@ -1,4 +1,4 @@
-"""The loss of an objective away from its point: parameters are set for as long as a look takes, and put back.
+"""The loss of an objective away from its point: parameters are set temporarily, then restored.
 
 Storage is exchanged, not written: a parameter shows other numbers for a while and then its own again, bit for bit, also
 after an error or Ctrl-C. Its version does not change, so graphs that an objective keeps at its own point stay valid.

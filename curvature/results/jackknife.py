@@ -33,7 +33,7 @@ def jackknife_stderr(value: Tensor, without: Tensor, shares: Tensor) -> Tensor:
         shares: (G,), positive: share of each group in the total weight; they sum to 1.
 
     Raises:
-        InputError: for fewer than two groups or shares that are none.
+        InputError: for fewer than two groups or shares that do not sum to 1.
     """
     groups = len(shares)
     if groups < 2 or not bool((shares > 0).all()) or abs(float(shares.sum()) - 1) > 1e-6:

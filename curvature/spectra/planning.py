@@ -1,6 +1,6 @@
 """What a spectrum will cost, before it is paid: products from what is asked for, seconds from a timed gradient.
 
-One set of probes serves all quantities, so their prices do not add up: the plan is as large as the dearest of them.
+One set of probes serves all quantities, so their costs do not add up: the cost is that of the most expensive quantity.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def plan(
         moment_order: highest power whose mean is wanted.
 
     Raises:
-        InputError: for quantities that are none and values out of range.
+        InputError: for unknown quantities and values out of range.
 
     Example:
         >>> A = torch.diag(torch.linspace(0, 1, 1000))

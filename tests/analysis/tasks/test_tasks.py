@@ -217,7 +217,7 @@ def test_moved_copy_leaves_the_task_alone() -> None:
         ("my_task.py:tusk", r"has no function 'tusk' \(did you mean task"),
         ("my_task.py:number", "'number' in my_task.py is a int, not a function"),
         ("my_task.py:needs_argument", "must be callable without arguments, but: missing a required argument: 'width'"),
-        ("my_task.py:fails", r"my_task.py:fails failed: KeyError: 'absent' at .*my_task.py:20; mend it there"),
+        ("my_task.py:fails", r"my_task.py:fails failed: KeyError: 'absent' at .*my_task.py:20; fix it there"),
         ("my_task.py:leaves", "failed: SystemExit: 3"),
         ("my_task.py:returns_model", "returned a Linear; return a curvature.Objective or an analysis.tasks.Task"),
         ("raises.py:task", r"raises.py does not import: ZeroDivisionError: division by zero at .*raises.py:1"),
