@@ -27,8 +27,7 @@ class CheckOutcome:
 
     name: str
     status: Literal["passed", "failed", "skipped"]
-    reason: str = ""
-    """Why it failed or was skipped; empty where it passed."""
+    reason: str = ""  # why it failed or was skipped; empty where it passed
 
 
 @dataclass(frozen=True, kw_only=True)

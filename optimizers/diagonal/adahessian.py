@@ -14,9 +14,9 @@ from torch import Tensor
 from curvature.errors import InputError
 from optimizers.diagonal.corrections import bias_corrections, step_sizes
 from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
-from optimizers.diagonal.shell import CurvatureOptimizer, Group, Shared, State, Tensors
-from optimizers.diagonal.spatial_average import RULES, spatial_average, spatial_averages
-from optimizers.shared.base import check_choice
+from optimizers.diagonal.shell import CurvatureOptimizer, State, Tensors
+from optimizers.diagonal.spatial_average import RULES, spatial_average
+from optimizers.shared.base import Group, Shared, check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,7 +152,7 @@ class AdaHessian(CurvatureOptimizer):
         if curvatures is not None:
             if group["absolute"] == "before":
                 curvatures = list(torch._foreach_abs(curvatures))
-            curvatures = spatial_averages(curvatures, group["spatial_average"])
+            curvatures = [spatial_average(D, group["spatial_average"]) for D in curvatures]
         if repeats:
             if curvatures is not None:
                 torch._foreach_copy_(state["hessian_diag"], curvatures)

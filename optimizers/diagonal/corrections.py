@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from optimizers.diagonal.shell import Group, State, Tensors
+from optimizers.diagonal.shell import State, Tensors
+from optimizers.shared.base import Group
 
 __all__ = ["bias_corrections", "step_sizes"]
 

@@ -51,22 +51,17 @@ _TARGETS, _EXAMPLES = 2, 3  # keep the streams of sampled targets and of example
 class BatchGraph:
     """One batch's loss with its graph, and the counters that fix the random numbers."""
 
-    params: Sequence[Tensor]
-    """The parameters whose curvature is due."""
+    params: Sequence[Tensor]  # the parameters whose curvature is due
     gradients: Sequence[Tensor | None]
     """Of the loss in them; with a graph of their own if the source needs second derivatives."""
-    outputs: Tensor | None = None
-    """Of the model, with graph; None where the closure returned the loss itself."""
+    outputs: Tensor | None = None  # of the model, with graph; None where the closure returned the loss itself
     targets: Any = None
     rule: LossRule | None = None
-    weight: float = 1.0
-    """Factor on the loss of this batch."""
+    weight: float = 1.0  # factor on the loss of this batch
     seed: int = 0
     step: int = 0
-    place: int = 0
-    """Which micro-batch of the step, counted over ranks: independent draws where independence is needed."""
-    first: bool = False
-    """Whether a parameter has no estimate from earlier steps."""
+    place: int = 0  # which micro-batch of the step, counted over ranks: independent draws where independence is needed
+    first: bool = False  # whether a parameter has no estimate from earlier steps
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,8 @@ class CurvatureSource(ABC):
 
     num_probes: int = 1
 
-    second_order: ClassVar[bool] = True
-    """Whether gradients need a graph of their own."""
-    signed: ClassVar[bool] = False
-    """Whether the estimate changes sign with the loss."""
+    second_order: ClassVar[bool] = True  # whether gradients need a graph of their own
+    signed: ClassVar[bool] = False  # whether the estimate changes sign with the loss
 
     def __post_init__(self) -> None:
         if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from optimizers.diagonal.curvature_source import RowNorm
-from optimizers.diagonal.shell import CurvatureOptimizer, Group, Shared, State, Tensors
+from optimizers.diagonal.shell import CurvatureOptimizer, State, Tensors
+from optimizers.shared.base import Group, Shared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -16,7 +16,8 @@ from curvature.engine.repeated_evaluation import RepeatedEvaluation
 from curvature.errors import InputError
 from optimizers.diagonal.corrections import bias_corrections, step_sizes
 from optimizers.diagonal.curvature_source import CurvatureSource, curvature_source
-from optimizers.diagonal.shell import Closure, CurvatureOptimizer, Group, Part, Shared, State, Tensors
+from optimizers.diagonal.shell import Closure, CurvatureOptimizer, State, Tensors
+from optimizers.shared.base import Group, Shared
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.differentiation import gradients
 from optimizers.shared.gradients import refuse_sparse
@@ -101,15 +102,7 @@ class SASSHA(CurvatureOptimizer):
 
     @on_all_ranks
     @torch.no_grad()
-    def accumulate(
-        self,
-        closure: Closure | Tensor,
-        *,
-        weight: float = 1.0,
-        part: Part = "both",
-        scaler: GradScaler | None = None,
-        synchronize: bool = True,
-    ) -> Tensor:
+    def accumulate(self, closure: Closure | Tensor, **settings: Any) -> Tensor:
         """Add gradient and curvature at the perturbed point; see `CurvatureOptimizer.accumulate`.
 
         Returns:
@@ -121,18 +114,12 @@ class SASSHA(CurvatureOptimizer):
         repeated, kept = RepeatedEvaluation(params), False
         try:
             with repeated.watched():
-                loss, step = self._perturbation(closure, repeated, params, part != "curvature", scaler)
+                loss, step = self._perturbation(closure, repeated, params, settings)
                 before = [p.clone() for p in params]
                 try:
                     for p, e in zip(params, step, strict=True):
                         p.add_(e)
-                    super().accumulate(
-                        lambda: repeated.call(closure, moves=False),
-                        weight=weight,
-                        part=part,
-                        scaler=scaler,
-                        synchronize=synchronize,
-                    )
+                    super().accumulate(lambda: repeated.call(closure, moves=False), **settings)
                 finally:
                     torch._foreach_copy_(params, before)
             kept = True
@@ -141,13 +128,14 @@ class SASSHA(CurvatureOptimizer):
         return loss
 
     def _perturbation(
-        self, closure: Closure, repeated: RepeatedEvaluation, params: Tensors, moves: bool, scaler: GradScaler | None
+        self, closure: Closure, repeated: RepeatedEvaluation, params: Tensors, settings: dict[str, Any]
     ) -> tuple[Tensor, Tensors]:
         """Return the loss, detached, and rho g / |g|."""
         with torch.enable_grad():
             with own_gradients(params):
-                returned = repeated.call(closure, moves=moves)
+                returned = repeated.call(closure, moves=settings.get("part") != "curvature")
             loss, outputs, targets = loss_of(returned, self.loss)
+            scaler: GradScaler | None = settings.get("scaler")
             scaled = loss if scaler is None else scaler.scale(loss)
         found = gradients(scaled, params, create_graph=False, retain_graph=False)
         refuse_sparse(found, type(self).__name__)
@@ -156,9 +144,9 @@ class SASSHA(CurvatureOptimizer):
             compare_ranks(self, "gradients at the start of SASSHA's step")
             share = share_of_rank(self._rule, outputs, targets, self.process_group)
             grads = average_over_ranks(grads, self.process_group, share)
-        settings = self.param_groups[0]
+        group = self.param_groups[0]
         norms = [n.to(loss.device, torch.promote_types(n.dtype, torch.float32)) for n in torch._foreach_norm(grads)]
-        length = settings["rho"] / (torch.stack(norms).norm() + 1e-12) * (-1 if settings["maximize"] else 1)
+        length = group["rho"] / (torch.stack(norms).norm() + 1e-12) * (-1 if group["maximize"] else 1)
         return loss.detach(), [g * length.to(g.device) for g in grads]
 
     def _take_graphs_off_gradients(self) -> None:

@@ -22,7 +22,7 @@ from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from optimizers.diagonal.curvature_source import WIDE, BatchGraph, CurvatureSource
-from optimizers.shared.base import COUNTERS, BaseOptimizer, Common
+from optimizers.shared.base import COUNTERS, BaseOptimizer, Group, Shared
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.differentiation import curvature_session, gradients, leaves
 from optimizers.shared.gradients import add_to_grad, all_zero, poison, refuse_non_finite, refuse_sparse
@@ -33,36 +33,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-__all__ = ["Closure", "CurvatureOptimizer", "Group", "Shared", "State", "Tensors"]
+__all__ = ["Closure", "CurvatureOptimizer", "State", "Tensors"]
 
 Closure = Callable[[], Any]
 Part = Literal["both", "gradient", "curvature"]
-Group = dict[str, Any]
-"""The settings of a parameter group."""
 Tensors = list[Tensor]
-State = dict[str, Tensors]
-"""Name of a counter or an average -> one tensor a parameter."""
-
-
-class Shared(Common, total=False):
-    """Arguments that diagonal methods share, by keyword."""
-
-    check_finite: bool
-    """Raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a GPU only steps
-    with curvature look, as looking waits for the device; under a scaler the scaler does it. Default: True."""
-    update_first: int
-    """Curvature is measured on each of the first so many steps of the group, beside every `update_every`-th. With a
-    large `update_every` 20 or so keep the beginning from resting on one measurement, which may be far too small.
-    Default: 1."""
-    foreach: bool | None
-    """False updates one tensor at a time, the reference; None, the default, and True update lists of tensors."""
-    capturable: bool
-    """Keep counters on the parameters' device, so that an update never waits for it. A step at which curvature is due
-    cannot be captured in a CUDA graph; the others can. Default: False."""
+State = dict[str, Tensors]  # name of a counter or an average -> one tensor a parameter
 
 
 class CurvatureOptimizer(BaseOptimizer):
-    """Base of optimizers whose step divides by, or otherwise uses, a diagonal curvature.
+    """Base of optimizers whose step uses a diagonal curvature.
 
     Three ways to take a step, which do the same:
 
@@ -77,10 +57,9 @@ class CurvatureOptimizer(BaseOptimizer):
         loss.backward(create_graph=optimizer.curvature_due)  # the classic form
         optimizer.step()
 
-    Each leaves `.grad` detached and no graph. `step(closure)` replaces what `.grad` held; it needs no `zero_grad()`.
-    On steps at which curvature is due, closures run with attention under the math kernel and compiled models eagerly,
-    since neither fused kernels nor compiled graphs have a second derivative. Methods that sample targets take closures
-    that return (outputs, targets), with `loss=` given at construction.
+    Each leaves `.grad` detached and no graph; `step(closure)` needs no `zero_grad()`. Where curvature is due, closures
+    run with attention under the math kernel and compiled models eagerly: fused kernels and compiled graphs have no
+    second derivative. Methods that sample targets take closures that return (outputs, targets), and `loss=`.
 
     Data-parallel runs pass `process_group=`: gradients and curvature are averaged over ranks here, outside the hooks of
     `DistributedDataParallel`, under which PyTorch cannot differentiate twice. Closures may call the wrapper or its
@@ -109,22 +88,14 @@ class CurvatureOptimizer(BaseOptimizer):
 
     _kept = (*BaseOptimizer._kept, "curvature", "check_finite")
     _late_settings: ClassVar[dict[str, Any]] = {
-        "update_first": 1,
-        "update_every": 1,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "seed": 0,
-        "num_steps": 0,
-        "num_refreshes": 0,
+        **{"update_first": 1, "update_every": 1, "maximize": False, "foreach": None, "capturable": False, "seed": 0},
+        **{"num_steps": 0, "num_refreshes": 0},
     }
     _counts = ("update_first", "update_every")
-    _averages: tuple[str, ...]
-    """Names of the state tensors of a parameter's shape; they start at zero."""
+    _averages: tuple[str, ...]  # names of the state tensors of a parameter's shape; they start at zero
     _sums: list[list[Tensor]] | None
     _num_measured: int
-    _counted: tuple[Tensor | None, Any]
-    _num_counted: int
+    _counted: list[tuple[Tensor | None, Any]]
     _synchronized: bool
     _step_supports_amp_scaling = True  # the scaler then says how it scaled, instead of unscaling behind our back
 
@@ -135,8 +106,6 @@ class CurvatureOptimizer(BaseOptimizer):
     @abstractmethod
     def _update(self, group: Group, params: Tensors, grads: Tensors, curvatures: Tensors | None, state: State) -> None:
         """Move the parameters of a group that have a gradient; `curvatures` is None on steps without refresh."""
-
-    # -- steps --------------------------------------------------------------------------------------------------------
 
     @property
     def curvature_due(self) -> bool:
@@ -245,9 +214,8 @@ class CurvatureOptimizer(BaseOptimizer):
             scale = None if scaler is None else scaler.scale(loss.new_ones(()))
             self._measure(params, grads, scale, outputs=outputs, targets=targets, weight=weight)
         if self.process_group is not None:
-            alone = weight == 1.0 and not self._num_counted and outputs is not None
-            self._counted = (outputs.detach(), targets) if alone and outputs is not None else (None, None)
-            self._num_counted += 1
+            known = weight == 1.0 and not self._counted and outputs is not None
+            self._counted.append((outputs.detach(), targets) if known and outputs is not None else (None, None))
         if part != "curvature":
             add_to_grad(params, grads)
         if scaler is not None and self._sums is not None:
@@ -261,8 +229,6 @@ class CurvatureOptimizer(BaseOptimizer):
         """Drop gradients and accumulated curvature."""
         super().zero_grad(set_to_none)
         self._forget()
-
-    # -- curvature ----------------------------------------------------------------------------------------------------
 
     def _evaluated(self, closure: Closure | Tensor, *, moves_buffers: bool) -> tuple[Tensor, Tensor | None, Any]:
         """Return (loss, outputs, targets), the latter two None where the closure returned the loss itself."""
@@ -295,7 +261,7 @@ class CurvatureOptimizer(BaseOptimizer):
             raise CheckFailedError(
                 "curvature is due and its random numbers belong to this very step: take it outside of the CUDA graph."
             )
-        group = self.process_group
+        group, settings = self.process_group, self.param_groups
         ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         if len(curved) < len(params):
             chosen = {id(p) for p in curved}
@@ -305,10 +271,10 @@ class CurvatureOptimizer(BaseOptimizer):
             params=curved,
             gradients=grads,
             rule=self._rule,
-            seed=self.param_groups[0]["seed"],
-            step=max(g["num_steps"] for g in self.param_groups),
+            seed=settings[0]["seed"],
+            step=max(g["num_steps"] for g in settings),
             place=self._num_measured * ranks + rank,
-            first=any(_is_due(g) and g["num_refreshes"] == 0 for g in self.param_groups),
+            first=any(_is_due(g) and g["num_refreshes"] == 0 for g in settings),
         )
         sums = self.curvature.measure(batch)
         if scale is not None and self.curvature.second_order:
@@ -370,7 +336,7 @@ class CurvatureOptimizer(BaseOptimizer):
     @torch.compiler.disable
     def _join(self, group: ProcessGroup) -> None:
         compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
-        outputs, targets = self._counted
+        outputs, targets = self._counted[0] if len(self._counted) == 1 else (None, None)
         share = share_of_rank(self._rule, outputs, targets, group)
         average_gradients(self._trained(), group, share)
         if self._sums is not None:
@@ -380,13 +346,8 @@ class CurvatureOptimizer(BaseOptimizer):
 
     def _forget(self) -> None:
         """Drop what was accumulated for the coming step beside `.grad`."""
-        self._sums = None
-        self._num_measured = 0
-        self._counted = (None, None)
-        self._num_counted = 0
-        self._synchronized = False
-
-    # -- updates ------------------------------------------------------------------------------------------------------
+        self._sums, self._counted = None, []
+        self._num_measured, self._synchronized = 0, False
 
     def _move(self) -> None:
         """Hand every group's gradients and curvature to the update rule."""
@@ -413,12 +374,12 @@ class CurvatureOptimizer(BaseOptimizer):
                 grads = list(torch._foreach_neg(grads))
                 if curvatures is not None and self.curvature.signed:
                     curvatures = list(torch._foreach_neg(curvatures))
-            for key in COUNTERS if refreshed else COUNTERS[:1]:
-                _count([state[key] for state in states])
+            by_name = {name: [state[name] for state in states] for name in states[0]}
+            for key in COUNTERS if refreshed else COUNTERS[:1]:  # a plain 1 would be made a tensor once for each
+                torch._foreach_add_(by_name[key], _ONE if by_name[key][0].is_cpu else 1)
             lr = group["lr"] if group["capturable"] else float(group["lr"])
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            by_name = {name: [state[name] for state in states] for name in states[0]}
             self._update({**group, "lr": lr}, params, grads, curvatures, by_name)
             group["num_steps"] += 1
             group["num_refreshes"] += refreshed
@@ -432,13 +393,6 @@ class CurvatureOptimizer(BaseOptimizer):
 
 
 _ONE = torch.tensor(1.0)
-
-
-def _count(counters: list[Tensor]) -> None:
-    if counters[0].is_cpu:
-        torch._foreach_add_(counters, _ONE, alpha=1.0)  # a plain 1 would be made a tensor once for each of them
-    else:
-        torch._foreach_add_(counters, 1)
 
 
 def _is_due(group: Group) -> bool:

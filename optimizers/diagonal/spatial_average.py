@@ -26,14 +26,14 @@ machine learning, Algorithm 1 and the formula of its spatial average.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
 
-__all__ = ["RULES", "spatial_average", "spatial_averages"]
+__all__ = ["RULES", "spatial_average"]
 
 RULES = ("paper", "none", "official", "instruction", "fairseq", "davda54", "torch_optimizer", "kozistr")
 
@@ -65,62 +65,32 @@ def spatial_average(values: Tensor, rule: str | int | None = "paper") -> Tensor:
         >>> spatial_average(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2)
         tensor([[2., 2., 7., 7.]])
     """
-    if isinstance(rule, bool) or not (rule is None or isinstance(rule, (str, int))):
+    known = rule is None or rule in RULES if not isinstance(rule, int) else rule >= 1 and not isinstance(rule, bool)
+    if not known:
         raise InputError(f"rule must be one of {', '.join(RULES)}, an integer b >= 1 or None, got {rule!r}.")
-    if isinstance(rule, int):
-        if rule < 1:
-            raise InputError(f"a block must have at least 1 entry, got b = {rule}.")
-        return _mean_of_blocks(values, rule) if values.ndim == 2 else _mean_of_kernels(values)
     if rule is None or rule in _AS_IS:
         return values
-    if rule not in RULES:
-        raise InputError(f"rule must be one of {', '.join(RULES)}, an integer b >= 1 or None, got {rule!r}.")
     if rule in _COVERED and values.ndim not in _COVERED[rule]:
         raise InputError(
             f"the implementation {rule!r} has no rule for tensors of {values.ndim} dimensions, got shape "
             f'{tuple(values.shape)}; use "paper", which covers all.'
         )
-    if rule == "fairseq" and values.ndim == 2:
-        return _mean_of_flat_blocks(values, _FAIRSEQ_BLOCK)
-    if rule == "instruction" and values.ndim == 2:
-        return _spread(values.mean(dim=1, keepdim=True), values)
-    return _mean_of_kernels(values)
-
-
-def spatial_averages(values: Iterable[Tensor], rule: str | int | None = "paper") -> list[Tensor]:
-    """Return `spatial_average` of every tensor of a list, as the foreach functions of torch want them.
-
-    Raises:
-        InputError: as `spatial_average`.
-    """
-    return [spatial_average(tensor, rule) for tensor in values]
-
-
-def _mean_of_kernels(values: Tensor) -> Tensor:
-    if values.ndim < 3:
+    b, within = 1, values.numel()  # blocks lie in memory one after the other, or would if values were contiguous
+    if values.ndim > 2:
+        b = math.prod(values.shape[2:])
+    elif values.ndim == 2:
+        rows = {"instruction": values.shape[1], "fairseq": _FAIRSEQ_BLOCK}
+        b = rule if isinstance(rule, int) else rows.get(rule, 1)
+        within = values.shape[1] if isinstance(rule, int) else within
+    if b <= 1:
         return values
-    return _spread(values.mean(dim=tuple(range(2, values.ndim)), keepdim=True), values)
-
-
-def _mean_of_blocks(values: Tensor, b: int) -> Tensor:
-    length = values.shape[1]
-    if length % b:
+    if within % b:
         raise InputError(
-            f"blocks of b = {b} entries must divide a row, but the shape is {tuple(values.shape)}; use a divisor of "
-            f'{length}, or "paper" for none.'
+            f"blocks of b = {b} entries must divide a {'row' if isinstance(rule, int) else 'tensor'}, but the shape is "
+            f'{tuple(values.shape)}; use a divisor of {within}, or "paper" for none.'
         )
-    return values if b == 1 else _mean_of_flat_blocks(values, b)
-
-
-def _mean_of_flat_blocks(values: Tensor, b: int) -> Tensor:
-    if values.numel() % b:
-        raise InputError(
-            f"blocks of {b} entries must divide a tensor, but the shape is {tuple(values.shape)} with "
-            f'{values.numel()} entries; use "paper", or an integer that divides the rows.'
-        )
+    if values.numel() == 0:
+        return values
     blocks = values.reshape(-1, b)
-    return _spread(blocks.mean(dim=1, keepdim=True).expand_as(blocks).reshape(values.shape), values)
-
-
-def _spread(mean: Tensor, values: Tensor) -> Tensor:
-    return torch.empty_like(values).copy_(mean.expand_as(values))
+    mean = blocks.mean(dim=1, keepdim=True).expand_as(blocks).reshape(values.shape)
+    return torch.empty_like(values).copy_(mean)

@@ -15,7 +15,7 @@ from optimizers.newton.damping import CubicRule
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move, Proposal
 from optimizers.newton.trust_region_newton import check_forcing, forcing
-from optimizers.shared.base import Common
+from optimizers.shared.base import Common, Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,11 +73,11 @@ class CubicNewton(FullBatchOptimizer):
         **shared: Unpack[Common],
     ) -> None:
         self.sigma_rule = sigma_rule
-        defaults: dict[str, Any] = {"sigma": sigma, "escape": escape, "rtol": rtol}
+        defaults: Group = {"sigma": sigma, "escape": escape, "rtol": rtol}
         defaults |= {"max_iterations": max_iterations, "max_trials": max_trials}
         super().__init__(params, defaults, curvature, **shared)
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         super()._validate(group)
         check_forcing(group["rtol"])
 

@@ -7,26 +7,27 @@ from a loss that is not finite at the trial point, counts as the worst there is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from curvature.errors import InputError
 
-__all__ = ["ACCEPTED", "CubicRule", "DampingRule", "RadiusRule", "reduction_ratio"]
+__all__ = ["ACCEPTED", "CubicRule", "DampingRule", "RadiusRule", "reduction_ratio", "require"]
 
 ACCEPTED = 1e-4
 """Ratio from which a damped step is taken."""
 
 
+def require(condition: bool, rule: Any, needs: str) -> None:
+    """Refuse settings of a rule, a dataclass, that do not keep a condition."""
+    if not condition:
+        raise InputError(f"{type(rule).__name__} needs {needs}, got {asdict(rule)}.")
+
+
 def reduction_ratio(before: float, after: float, model_decrease: float, eps: float) -> float:
-    """Return (before - after) / model_decrease, with both moved up by what rounding can do to `before`.
+    """Return (before - after) / model_decrease, with both moved up by what rounding, `eps`, can do to `before`.
 
-    Near a minimum both are rounding, and the ratio comes out as 1 instead of noise.
-
-    Args:
-        before: loss at the start of the step.
-        after: loss at its end; -inf is returned where it is not finite.
-        model_decrease: what the model promised.
-        eps: rounding unit of the loss.
+    Near a minimum both are rounding, and the ratio comes out as 1 instead of noise. -inf where `after` is not finite.
 
     Reference: Conn, Gould and Toint (2000), Trust-Region Methods, section 17.4.2.
     """
@@ -49,27 +50,18 @@ class DampingRule:
         (2.0, 3.0, 3.0)
     """
 
-    low: float = 0.25
-    """Ratio below which damping rises."""
-    high: float = 0.75
-    """Ratio above which damping falls."""
+    low: float = 0.25  # ratio below which damping rises
+    high: float = 0.75  # ratio above which damping falls
     highest: float = math.inf
     """Ratio above which it stays after all: the loss fell by so much more than promised that the model is no guide."""
-    increase: float = 3 / 2
-    """Factor upward."""
-    decrease: float = 2 / 3
-    """Factor downward."""
-    minimum: float = 0.0
-    """Least damping."""
-    maximum: float = 1e16
-    """Largest damping."""
+    increase: float = 3 / 2  # factor upward
+    decrease: float = 2 / 3  # factor downward
+    minimum: float = 0.0  # least damping
+    maximum: float = 1e16  # largest damping
 
     def __post_init__(self) -> None:
-        if not (0 <= self.low < self.high < self.highest and self.increase > 1 and 0 < self.decrease <= 1):
-            raise InputError(
-                "DampingRule needs 0 <= low < high < highest, increase > 1 and 0 < decrease <= 1, got "
-                f"{self.low}, {self.high}, {self.highest}, {self.increase} and {self.decrease}."
-            )
+        ok = 0 <= self.low < self.high < self.highest and self.increase > 1 and 0 < self.decrease <= 1
+        require(ok, self, "0 <= low < high < highest, increase > 1 and 0 < decrease <= 1")
 
     def __call__(self, damping: float, ratio: float) -> float:
         """Return the damping of the next step."""
@@ -90,25 +82,16 @@ class RadiusRule:
         (2.0, 1.0, 0.2)
     """
 
-    accept: float = 1e-4
-    """Ratio from which a step is taken."""
-    low: float = 0.25
-    """Ratio below which the radius shrinks."""
-    high: float = 0.75
-    """Ratio above which the radius grows if the step reached the boundary."""
-    shrink: float = 0.25
-    """Factor on the step's length."""
-    grow: float = 2.0
-    """Factor on the radius."""
-    maximum: float = 1e8
-    """Largest radius."""
+    accept: float = 1e-4  # ratio from which a step is taken
+    low: float = 0.25  # ratio below which the radius shrinks
+    high: float = 0.75  # ratio above which the radius grows if the step reached the boundary
+    shrink: float = 0.25  # factor on the step's length
+    grow: float = 2.0  # factor on the radius
+    maximum: float = 1e8  # largest radius
 
     def __post_init__(self) -> None:
-        if not (0 <= self.accept <= self.low < self.high and 0 < self.shrink < 1 < self.grow):
-            raise InputError(
-                "RadiusRule needs 0 <= accept <= low < high and 0 < shrink < 1 < grow, got "
-                f"{self.accept}, {self.low}, {self.high}, {self.shrink} and {self.grow}."
-            )
+        ok = 0 <= self.accept <= self.low < self.high and 0 < self.shrink < 1 < self.grow
+        require(ok, self, "0 <= accept <= low < high and 0 < shrink < 1 < grow")
 
     def __call__(self, radius: float, ratio: float, length: float) -> float:
         """Return the next radius after a step of that length."""
@@ -126,25 +109,16 @@ class CubicRule:
     part I, section 7.
     """
 
-    accept: float = 0.1
-    """Ratio from which a step is taken."""
-    high: float = 0.9
-    """Ratio above which sigma falls."""
-    decrease: float = 0.5
-    """Factor downward."""
-    increase: float = 2.0
-    """Factor upward."""
-    minimum: float = 1e-16
-    """Least sigma."""
-    maximum: float = 1e32
-    """Largest sigma."""
+    accept: float = 0.1  # ratio from which a step is taken
+    high: float = 0.9  # ratio above which sigma falls
+    decrease: float = 0.5  # factor downward
+    increase: float = 2.0  # factor upward
+    minimum: float = 1e-16  # least sigma
+    maximum: float = 1e32  # largest sigma
 
     def __post_init__(self) -> None:
-        if not (0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and self.minimum > 0):
-            raise InputError(
-                "CubicRule needs 0 <= accept < high, 0 < decrease < 1 < increase and minimum > 0, got "
-                f"{self.accept}, {self.high}, {self.decrease}, {self.increase} and {self.minimum}."
-            )
+        ok = 0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and self.minimum > 0
+        require(ok, self, "0 <= accept < high, 0 < decrease < 1 < increase and minimum > 0")
 
     def __call__(self, sigma: float, ratio: float) -> float:
         """Return the next weight."""

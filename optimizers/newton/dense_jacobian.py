@@ -5,6 +5,7 @@ J'J is never formed: its condition number is the square of J's, which reaches 1e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from optimizers.newton.evaluations import ResidualJacobian
-from optimizers.shared.differentiation import products
 
 __all__ = ["DampedLeastSquares", "Jacobian", "column_norms", "dense_jacobian"]
 
@@ -39,37 +39,25 @@ def dense_jacobian(J: ResidualJacobian, given: Jacobian | None = None) -> Tensor
     m, n = J.shape
     if m > 2 * n:
         return J @ torch.eye(n, dtype=J.dtype, device=J.device)
-    flat, outputs = J.flat, J.outputs
+    outputs = J.outputs
     J.num_matvecs += m
     identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device)
-    chunk = max(1, _ENTRIES // max(m, n))
-    rows = [_batch_of_rows(J, block) for block in identity.split(chunk)] if m > 1 else [None]
-    if all(block is not None for block in rows):
-        found = torch.cat([block for block in rows if block is not None])
-        if m > 1 and _agrees(J, found):
+    with contextlib.suppress(RuntimeError):  # functions without a batching rule; what is really wrong is told below
+        found = torch.cat([_batch_of_rows(J, block) for block in identity.split(max(1, _ENTRIES // max(m, n)))])
+        if _agrees(J, found):
             return found
-    one_by_one = [products([outputs], flat.params, [e.view(outputs.shape)], retain_graph=True) for e in identity]
-    return torch.stack([flat.flatten(row) for row in one_by_one])
+    return torch.stack([J.backward(e.view(outputs.shape)) for e in identity])
 
 
-def _batch_of_rows(J: ResidualJacobian, block: Tensor) -> Tensor | None:
-    flat, outputs = J.flat, J.outputs
-    try:
-        parts = torch.autograd.grad(
-            outputs,
-            flat.params,
-            block.view(len(block), *outputs.shape),
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-    except RuntimeError:  # functions without a batching rule; the plain route tells what is really wrong
-        return None
+def _batch_of_rows(J: ResidualJacobian, block: Tensor) -> Tensor:
+    vectors = block.view(len(block), *J.outputs.shape)
+    settings = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+    parts = torch.autograd.grad(J.outputs, J.flat.params, vectors, **settings)
     columns = [
         torch.zeros(len(block), size, dtype=J.dtype, device=J.device)
         if part is None
         else part.reshape(len(block), -1).to(J.device, J.dtype)
-        for part, size in zip(parts, flat.sizes, strict=True)
+        for part, size in zip(parts, J.flat.sizes, strict=True)
     ]
     return torch.cat(columns, dim=1)
 

@@ -50,14 +50,11 @@ class CountedMatrix(LinearOperator):
 class Linearised:
     """What is known at the start of a step."""
 
-    loss: float
-    """The loss there."""
-    gradient: Tensor
-    """(n,)."""
+    loss: float  # the loss there
+    gradient: Tensor  # (n,)
     matrix: CountedMatrix | None
     """Hessian, Gauss-Newton matrix or Jacobian; it holds the graph. None where it was not asked for."""
-    residuals: Tensor | None = None
-    """(m,), where the closure returns residuals."""
+    residuals: Tensor | None = None  # (m,), where the closure returns residuals
 
     @property
     def operator(self) -> CountedMatrix:
@@ -251,11 +248,11 @@ class Evaluations:
     @contextlib.contextmanager
     def _moved_to(self, x: Tensor) -> Iterator[None]:
         """Put the parameters at x for a while: the graph of the start is needed again, and holds their memory."""
-        self.flat.set_for_now(x)
+        self.flat.set(x, unseen=True)
         try:
             yield
         finally:
-            self.flat.set_for_now(self.start)
+            self.flat.set(self.start, unseen=True)
 
     def _called(self, closure: Callable[[], Any], *, moves: bool = True) -> tuple[Tensor, Tensor | None, Any]:
         """Return (loss, outputs or residuals, targets)."""

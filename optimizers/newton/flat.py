@@ -26,18 +26,15 @@ class FlatParams:
         """Return a copy of the parameters, (n,)."""
         return self.flatten([p.detach() for p in self.params])
 
-    def set(self, x: Tensor, *, keep: Sequence[bool] | None = None) -> None:
-        """Write x, (n,), into the parameters in place, but for those to keep as they are."""
+    def set(self, x: Tensor, *, keep: Sequence[bool] | None = None, unseen: bool = False) -> None:
+        """Write x, (n,), into the parameters in place, but for those to keep as they are.
+
+        Where autograd has not seen it, graphs made before stay usable, once the parameters are back.
+        """
         with torch.no_grad():
             for i, (p, part) in enumerate(zip(self.params, self.split(x), strict=True)):
                 if keep is None or not keep[i]:
-                    p.copy_(part)
-
-    def set_for_now(self, x: Tensor) -> None:
-        """Write x unseen by autograd: graphs made before stay usable, once the parameters are back."""
-        with torch.no_grad():
-            for p, part in zip(self.params, self.split(x), strict=True):
-                p.data.copy_(part)
+                    (p.data if unseen else p).copy_(part)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return one tensor a parameter as a vector; None counts as zero."""

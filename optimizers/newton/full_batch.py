@@ -24,8 +24,7 @@ from optimizers.newton.damping import reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Kind, Linearised, Mean
 from optimizers.newton.flat import FlatParams
 from optimizers.newton.functions import Function, FunctionEvaluations, function_of
-from optimizers.newton.step_report import StepReport
-from optimizers.shared.base import BaseOptimizer, Common, check_choice
+from optimizers.shared.base import BaseOptimizer, Common, Group, check_choice
 from optimizers.shared.differentiation import curvature_session
 from optimizers.shared.gradients import all_zero
 from optimizers.shared.probes import counter_generator
@@ -35,46 +34,62 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-__all__ = ["Curvature", "Evaluated", "FullBatchOptimizer", "Move", "Proposal"]
+__all__ = ["Curvature", "Evaluated", "FullBatchOptimizer", "Move", "Proposal", "StepReport"]
 
 Curvature = Literal["hessian", "ggn"]
 Evaluated = Callable[[], Any] | Objective | Function
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Move:
     """What a method decided: a step, or none and why."""
 
-    step: Tensor | None
-    """(n,), what to add to the parameters; None to stay."""
-    loss: float
-    """At the end."""
+    step: Tensor | None  # (n,), what to add to the parameters; None to stay
+    loss: float  # at the end
     solver: str
     message: str
     model_decrease: float = math.nan
     ratio: float = math.nan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Proposal:
     """A step to try."""
 
     step: Tensor
     model_decrease: float
-    length: float
-    """|step|; not finite where there is no step to try."""
+    length: float  # |step|; not finite where there is no step to try
     solver: str
     note: str = ""
 
     @classmethod
     def of(cls, found: SubproblemResult) -> Proposal:
         """Return the solution of a subproblem as a step."""
-        return cls(
-            step=found.step,
-            model_decrease=found.model_decrease,
-            length=found.step_norm,
-            solver=found.status.value,
-        )
+        return cls(found.step, found.model_decrease, found.step_norm, found.status.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step: `optimizer.last_step`."""
+
+    loss_before: float  # at the parameters the step started from
+    loss_after: float
+    """At those it ended at; `loss_before` if nothing was accepted. NaN where the method does not look."""
+    gradient_norm: float  # 2-norm of the gradient at the start
+    gradient_max: float  # largest entry of the gradient at the start, in magnitude
+    step_norm: float  # 2-norm of what was added to the parameters; 0 if nothing was accepted
+    model_decrease: float  # by how much the quadratic (or cubic) model falls along the step; NaN where there is none
+    ratio: float  # decrease of the loss over that of the model; NaN where either is not known
+    accepted: bool  # whether the parameters moved
+    stationary: bool  # whether the gradient was zero, or within the tolerance asked for, so that no step was tried
+    num_products: int  # products with the curvature matrix, or with J and J'
+    num_evaluations: int  # of the closure, those with gradient included
+    num_gradients: int  # of the loss
+    solver: str  # why the inner solver stopped
+    message: str  # how the step ended; where nothing was accepted, why
+    damping: float | None = None  # lambda that the next step starts with
+    radius: float | None = None  # trust-region radius that the next step starts with
+    sigma: float | None = None  # weight of the cubic term that the next step starts with
 
 
 class FullBatchOptimizer(BaseOptimizer):
@@ -96,12 +111,11 @@ class FullBatchOptimizer(BaseOptimizer):
 
     _kept = (*BaseOptimizer._kept, "kind", "last_step")
     _late_settings: ClassVar[dict[str, Any]] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
-    _adapted: str = ""
-    """Setting that the method adapts, in the first group."""
+    _adapted: str = ""  # setting that the method adapts, in the first group
 
     last_step: StepReport | None
 
-    def __init__(self, params: Any, defaults: dict[str, Any], kind: Kind, **shared: Unpack[Common]) -> None:
+    def __init__(self, params: Any, defaults: Group, kind: Kind, **shared: Unpack[Common]) -> None:
         if kind != "residuals":
             check_choice("curvature", kind, ("hessian", "ggn"))
         elif shared.get("process_group") is not None:
@@ -120,7 +134,7 @@ class FullBatchOptimizer(BaseOptimizer):
     def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         """Decide on a step from `evaluations.start`, (n,), where the parameters stay."""
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         super()._validate(group)
         if group["maximize"] and self.kind != "hessian":
             raise InputError(
@@ -189,15 +203,14 @@ class FullBatchOptimizer(BaseOptimizer):
                 # squares of anything smaller underflow
                 vanishes = largest <= max(gtol, torch.finfo(flat.dtype).tiny ** 0.5)
                 if vanishes and (gtol == torch.inf or not self._moves_without_gradient):
-                    move = Move(step=None, loss=here.loss, solver="not run", message="the gradient vanishes")
+                    move = Move(None, here.loss, "not run", "the gradient vanishes")
                 else:
                     move = self._move(evaluations, here)
             if move.step is not None:
                 flat.set(start + move.step, keep=evaluations.unused if self.process_group is None else None)
                 if torch.equal(flat.get(), start):
-                    move = replace(
-                        move, step=None, loss=here.loss, message="the step is below rounding of the parameters"
-                    )
+                    message = "the step is below rounding of the parameters"
+                    move = replace(move, step=None, loss=here.loss, message=message)
         finally:
             evaluations.finish(keep=move is not None and (moves_buffers or move.step is not None))
         moved = move.step is not None
@@ -326,7 +339,7 @@ class FullBatchOptimizer(BaseOptimizer):
             found, ratio = propose(value), -math.inf
             solver = found.solver
             if found.model_decrease == 0 and found.length == 0:
-                return Move(step=None, loss=here.loss, solver=solver, message="the model has its minimum here")
+                return Move(None, here.loss, solver, "the model has its minimum here")
             if math.isfinite(found.length):
                 loss = evaluations.value(start + found.step)
                 ratio = reduction_ratio(here.loss, loss, found.model_decrease, eps)
@@ -334,14 +347,8 @@ class FullBatchOptimizer(BaseOptimizer):
             following = follow(value, ratio, found.length)
             if ratio >= accept:
                 group[name] = following
-                return Move(
-                    step=found.step,
-                    loss=loss,
-                    solver=solver,
-                    message=f"accepted at the {trial}. {name} tried{found.note}",
-                    model_decrease=found.model_decrease,
-                    ratio=ratio,
-                )
+                message = f"accepted at the {trial}. {name} tried{found.note}"
+                return Move(found.step, loss, solver, message, found.model_decrease, ratio)
             if found.length <= eps * max(size, eps):
                 message += ", below rounding of the parameters"
                 break
@@ -349,7 +356,7 @@ class FullBatchOptimizer(BaseOptimizer):
                 break
             value = following
         group[name] = value
-        return Move(step=None, loss=here.loss, solver=solver, message=message)
+        return Move(None, here.loss, solver, message)
 
     def _forget(self) -> None:
         """Nothing is accumulated between steps."""

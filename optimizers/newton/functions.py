@@ -27,8 +27,7 @@ class Function:
     """A loss at the parameters as they are, in place of a closure."""
 
     value: Callable[[], float]
-    value_and_gradient: Callable[[], tuple[float, Tensor]]
-    """The gradient as (n,)."""
+    value_and_gradient: Callable[[], tuple[float, Tensor]]  # the gradient as (n,)
     product: Callable[[Kind, Tensor], Tensor]
     """("hessian" or "ggn", v) -> A v."""
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg.systems.lsmr import lsmr
-from curvature.linop import LinearOperator
 from optimizers.newton.damping import ACCEPTED, DampingRule
 from optimizers.newton.dense_jacobian import DampedLeastSquares, Jacobian, column_norms, dense_jacobian
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move, Proposal
+from optimizers.shared.base import Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,13 +104,9 @@ class LevenbergMarquardt(FullBatchOptimizer):
         seed: int = 0,
     ) -> None:
         self.damping_rule, self.jacobian = damping_rule, jacobian
-        defaults: dict[str, Any] = {
-            "damping": damping,
-            "rescale_below": rescale_below,
-            "method": method,
-            "acceleration": acceleration,
-        }
-        defaults |= {"rtol": rtol, "max_iterations": max_iterations, "max_trials": max_trials, "seed": seed}
+        defaults: Group = {"damping": damping, "rescale_below": rescale_below, "method": method, "seed": seed}
+        defaults |= {"acceleration": acceleration, "rtol": rtol}
+        defaults |= {"max_iterations": max_iterations, "max_trials": max_trials}
         super().__init__(params, defaults, "residuals", process_group=process_group)
 
     def covariance(self, closure: Callable[[], Any]) -> Tensor:
@@ -143,81 +139,48 @@ class LevenbergMarquardt(FullBatchOptimizer):
         return float(r @ r) / (m - n) * (inverse @ inverse.T)
 
     def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
-        group, flat = self.param_groups[0], evaluations.flat
+        group, flat, g = self.param_groups[0], evaluations.flat, here.gradient
         J, r = here.least_squares
         small = min(J.shape) <= _MOST and J.shape[0] * J.shape[1] <= _LARGEST
-        system: _Dense | _Iterative
+        matrix: Any = J
+        scale: Tensor | float = 1.0
+        statuses, unit = ["solved directly"], float(torch.linalg.vector_norm(g) / torch.linalg.vector_norm(r))
+
+        def iterate(b: Tensor, damping: float) -> Tensor:
+            damping *= unit**2  # at most |J|^2
+            found = lsmr(J, b, damping=damping, rtol=group["rtol"], max_iterations=group["max_iterations"])
+            statuses.append(found.status.value)
+            return found.x
+
+        solve = iterate
         if self.jacobian is not None or group["method"] == "dense" or (group["method"] == "auto" and small):
-            dense = dense_jacobian(J, self.jacobian)
+            matrix = dense_jacobian(J, self.jacobian)
             stale = group["damping"] < group["rescale_below"]
-            scale = column_norms(dense, None if stale else self._recall(flat, "column_scale"))
+            scale = column_norms(matrix, None if stale else self._recall(flat, "column_scale"))
             self._remember(flat, column_scale=scale)
-            system = _Dense(dense, r, here.gradient, scale)
-        else:
-            system = _Iterative(J, r, here.gradient, group["rtol"], group["max_iterations"])
+            solve = DampedLeastSquares(matrix, scale).solve
+
+        def bend(d: Tensor, damping: float) -> Tensor | None:
+            """Return the acceleration, None where it is too long or rounding."""
+            ahead = evaluations.residuals(evaluations.start + _REACH * d)
+            second = 2 / _REACH * ((ahead - r) / _REACH - matrix @ d)
+            noise = 8 * torch.finfo(d.dtype).eps / _REACH**2 * float(torch.linalg.vector_norm(r))
+            if not noise < float(torch.linalg.vector_norm(second)) < math.inf:
+                return None
+            a = solve(-second, damping)
+            sizes = [float(torch.linalg.vector_norm(scale * v)) for v in (a, d)]
+            return a if 2 * sizes[0] <= group["acceleration"] * sizes[1] else None
 
         def propose(damping: float) -> Proposal:
-            d, bent = system.solve(-r, damping), False
-            model = system.decrease(d)
-            if group["acceleration"] > 0 and bool(d.isfinite().all()):
-                d, bent = self._bent(evaluations, system, d, damping)
+            d = solve(-r, damping)
+            model = -float(g @ d) - float((matrix @ d).square().sum()) / 2
+            a = bend(d, damping) if group["acceleration"] > 0 and bool(d.isfinite().all()) else None
+            d = d if a is None else d + a / 2
+            note = "" if a is None else ", accelerated"
             length = float(torch.linalg.vector_norm(d))
-            note = ", accelerated" if bent else ""
-            return Proposal(step=d, model_decrease=model, length=length, solver=system.ended, note=note)
+            return Proposal(d, model, length, statuses[-1], note)
 
         def follow(damping: float, ratio: float, _: float) -> float:
             return self.damping_rule(damping, ratio if ratio >= ACCEPTED else -math.inf)
 
         return self._try(evaluations, here, propose, follow, ACCEPTED)
-
-    def _bent(
-        self, evaluations: Evaluations, system: _Dense | _Iterative, d: Tensor, damping: float
-    ) -> tuple[Tensor, bool]:
-        """Return d + a / 2 and True where the acceleration a is small enough, d and False elsewhere."""
-        ahead = evaluations.residuals(evaluations.start + _REACH * d)
-        second = 2 / _REACH * ((ahead - system.r) / _REACH - system.J @ d)
-        noise = 8 * torch.finfo(d.dtype).eps / _REACH**2 * float(torch.linalg.vector_norm(system.r))
-        if not noise < float(torch.linalg.vector_norm(second)) < math.inf:
-            return d, False
-        a = system.solve(-second, damping)
-        sizes = [float(torch.linalg.vector_norm(system.scale * v)) for v in (a, d)]
-        if not 2 * sizes[0] <= self.param_groups[0]["acceleration"] * sizes[1]:
-            return d, False
-        return d + a / 2, True
-
-
-class _System:
-    """min |J d - b|^2 + damping |D d|^2, for the step and its bend."""
-
-    ended = "not run"
-
-    def __init__(self, J: Any, r: Tensor, gradient: Tensor) -> None:
-        self.J, self.r, self.gradient = J, r, gradient
-
-    def decrease(self, d: Tensor) -> float:
-        """Return by how much |r + J d|^2 / 2 falls."""
-        return -float(self.gradient @ d) - float((self.J @ d).square().sum()) / 2
-
-
-class _Dense(_System):
-    ended = "solved directly"
-
-    def __init__(self, J: Tensor, r: Tensor, gradient: Tensor, scale: Tensor) -> None:
-        super().__init__(J, r, gradient)
-        system = DampedLeastSquares(J, scale)
-        self.solve, self.scale = system.solve, scale
-
-
-class _Iterative(_System):
-    scale: Tensor | float = 1.0
-
-    def __init__(self, J: LinearOperator, r: Tensor, gradient: Tensor, rtol: float, max_iterations: int | None) -> None:
-        super().__init__(J, r, gradient)
-        self.rtol, self.max_iterations = rtol, max_iterations
-        self.size = float(torch.linalg.vector_norm(gradient) / torch.linalg.vector_norm(r))  # at most |J|
-
-    def solve(self, b: Tensor, damping: float) -> Tensor:
-        damping *= self.size**2
-        result = lsmr(self.J, b, damping=damping, rtol=self.rtol, max_iterations=self.max_iterations)
-        self.ended = result.status.value
-        return result.x

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from curvature.errors import InputError
+from optimizers.newton.damping import require
 
 __all__ = ["Armijo", "Grid", "Line", "LineSearch", "LineSearchResult", "StrongWolfe"]
 
@@ -20,34 +21,24 @@ __all__ = ["Armijo", "Grid", "Line", "LineSearch", "LineSearchResult", "StrongWo
 class Line:
     """phi(t) = f(x + t p), for a direction p."""
 
-    value: Callable[[float], float]
-    """phi(t)."""
-    start: float
-    """phi(0)."""
-    slope: float
-    """phi'(0)."""
+    value: Callable[[float], float]  # phi(t)
+    start: float  # phi(0)
+    slope: float  # phi'(0)
     value_and_slope: Callable[[float], tuple[float, float]] | None = None
     """(phi(t), phi'(t)), for searches that need slopes."""
-    curvature: float = 0.0
-    """p'A p where it is negative: the model then falls faster than its slope says."""
-    noise: float = 0.0
-    """By how much rounding may change phi: decreases below it cannot be told from increases."""
+    curvature: float = 0.0  # p'A p where it is negative: the model then falls faster than its slope says
+    noise: float = 0.0  # by how much rounding may change phi: decreases below it cannot be told from increases
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LineSearchResult:
     """Where a search ended."""
 
-    step: float
-    """t; 0 where no step was found."""
-    value: float
-    """phi(t)."""
-    num_evaluations: int
-    """Of phi."""
-    success: bool
-    """Whether t satisfies the conditions of the search."""
-    message: str
-    """How it ended."""
+    step: float  # t; 0 where no step was found
+    value: float  # phi(t)
+    num_evaluations: int  # of phi
+    success: bool  # whether t satisfies the conditions of the search
+    message: str  # how it ended
 
 
 LineSearch = Callable[[Line, float], LineSearchResult]
@@ -69,21 +60,14 @@ class Armijo:
         1.0
     """
 
-    decrease: float = 1e-4
-    """Share of the model's decrease that is asked for."""
-    shrink: float = 0.5
-    """Largest factor from one t to the next."""
-    expand: float = 2.0
-    """Factor by which t grows along negative curvature; 1 for none."""
-    max_evaluations: int = 40
-    """Most values of phi."""
+    decrease: float = 1e-4  # share of the model's decrease that is asked for
+    shrink: float = 0.5  # largest factor from one t to the next
+    expand: float = 2.0  # factor by which t grows along negative curvature; 1 for none
+    max_evaluations: int = 40  # most values of phi
 
     def __post_init__(self) -> None:
-        if not (0 < self.decrease < 1 and 0.1 <= self.shrink < 1 and self.expand >= 1 and self.max_evaluations >= 1):
-            raise InputError(
-                "Armijo needs decrease in (0, 1), shrink in [0.1, 1), expand >= 1 and max_evaluations >= 1, got "
-                f"{self.decrease}, {self.shrink}, {self.expand} and {self.max_evaluations}."
-            )
+        ok = 0 < self.decrease < 1 and 0.1 <= self.shrink < 1 and self.expand >= 1 and self.max_evaluations >= 1
+        require(ok, self, "decrease in (0, 1), shrink in [0.1, 1), expand >= 1 and max_evaluations >= 1")
 
     def __call__(self, line: Line, initial: float = 1.0) -> LineSearchResult:
         """Search from t = initial downward."""
@@ -95,9 +79,7 @@ class Armijo:
             if value <= line.start + self.decrease * (t * line.slope + t**2 * bend / 2) + line.noise:
                 if bend < 0 and self.expand > 1:
                     return self._grown(line, t, value, count)
-                return LineSearchResult(
-                    step=t, value=value, num_evaluations=count, success=True, message="sufficient decrease"
-                )
+                return LineSearchResult(t, value, count, True, "sufficient decrease")
             t = _clipped(_parabola(line.start, line.slope, t, value), 0.1 * t, self.shrink * t)
         return _none(line, self.max_evaluations, f"no decrease down to a step of {t:.2g} of the direction")
 
@@ -108,8 +90,7 @@ class Armijo:
             if not further < value:
                 break
             t, value = self.expand * t, further
-        message = "negative curvature followed as long as the loss fell"
-        return LineSearchResult(step=t, value=value, num_evaluations=count, success=True, message=message)
+        return LineSearchResult(t, value, count, True, "negative curvature followed as long as the loss fell")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +112,13 @@ class StrongWolfe:
         True
     """
 
-    decrease: float = 1e-4
-    """Share of the slope's decrease that is asked for."""
-    flatness: float = 0.9
-    """How much of the slope may be left, in (decrease, 1)."""
-    max_evaluations: int = 25
-    """Most values of phi with slope."""
+    decrease: float = 1e-4  # share of the slope's decrease that is asked for
+    flatness: float = 0.9  # how much of the slope may be left, in (decrease, 1)
+    max_evaluations: int = 25  # most values of phi with slope
 
     def __post_init__(self) -> None:
-        if not (0 < self.decrease < self.flatness < 1 and self.max_evaluations >= 1):
-            raise InputError(
-                "StrongWolfe needs 0 < decrease < flatness < 1 and max_evaluations >= 1, got "
-                f"{self.decrease}, {self.flatness} and {self.max_evaluations}."
-            )
+        ok = 0 < self.decrease < self.flatness < 1 and self.max_evaluations >= 1
+        require(ok, self, "0 < decrease < flatness < 1 and max_evaluations >= 1")
 
     def __call__(self, line: Line, initial: float = 1.0) -> LineSearchResult:
         """Search from t = initial upward, then within the bracket."""
@@ -160,9 +135,7 @@ class StrongWolfe:
             if not value <= ceiling or (low[0] > 0 and value >= low[1] + line.noise):
                 high = here
             elif abs(slope) <= -self.flatness * line.slope:
-                return LineSearchResult(
-                    step=t, value=value, num_evaluations=count, success=True, message="strong Wolfe conditions"
-                )
+                return LineSearchResult(t, value, count, True, "strong Wolfe conditions")
             elif high is None:
                 low, high = (here, None) if slope < 0 else (here, low)
             else:
@@ -175,7 +148,7 @@ class StrongWolfe:
                 t = _inside(low, high)
         if low[0] > 0 and low[1] < line.start:
             message = "sufficient decrease; the slope did not flatten within the evaluations allowed"
-            return LineSearchResult(step=low[0], value=low[1], num_evaluations=count, success=False, message=message)
+            return LineSearchResult(low[0], low[1], count, False, message)
         return _none(line, count, f"no decrease down to a step of {t:.2g} of the direction")
 
 
@@ -186,14 +159,12 @@ class Grid:
     Reference: Mueller and Zeinhofer (2023), Achieving high accuracy with PINNs via energy natural gradient descent.
     """
 
-    shrink: float = 0.5
-    """Factor from one t to the next."""
-    num_steps: int = 31
-    """How many are tried."""
+    shrink: float = 0.5  # factor from one t to the next
+    num_steps: int = 31  # how many are tried
 
     def __post_init__(self) -> None:
-        if not (0 < self.shrink < 1 and self.num_steps >= 1):
-            raise InputError(f"Grid needs shrink in (0, 1) and num_steps >= 1, got {self.shrink} and {self.num_steps}.")
+        ok = 0 < self.shrink < 1 and self.num_steps >= 1
+        require(ok, self, "shrink in (0, 1) and num_steps >= 1")
 
     def __call__(self, line: Line, initial: float = 1.0) -> LineSearchResult:
         """Evaluate phi on the whole grid."""
@@ -202,11 +173,11 @@ class Grid:
         value, t = min(values)
         if not value < line.start:
             return _none(line, len(steps), f"no decrease on a grid down to {steps[-1]:.2g} of the direction")
-        return LineSearchResult(step=t, value=value, num_evaluations=len(steps), success=True, message="best of a grid")
+        return LineSearchResult(t, value, len(steps), True, "best of a grid")
 
 
 def _none(line: Line, count: int, message: str) -> LineSearchResult:
-    return LineSearchResult(step=0.0, value=line.start, num_evaluations=count, success=False, message=message)
+    return LineSearchResult(0.0, line.start, count, False, message)
 
 
 def _parabola(start: float, slope: float, t: float, value: float) -> float:

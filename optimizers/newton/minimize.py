@@ -20,13 +20,12 @@ from curvature.errors import CurvatureError, InputError, RankError
 from curvature.objective.objective import Objective
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import DampingRule
-from optimizers.newton.full_batch import Evaluated, FullBatchOptimizer
+from optimizers.newton.full_batch import Evaluated, FullBatchOptimizer, StepReport
 from optimizers.newton.functions import Function
 from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
 from optimizers.newton.newton_cg import NewtonCG
 from optimizers.newton.saddle_free import SaddleFreeNewton
 from optimizers.newton.saddles import Look, SecondOrder, look_for_saddle
-from optimizers.newton.step_report import StepReport
 from optimizers.newton.trust_region_newton import TrustRegionNewton
 
 __all__ = ["METHODS", "MinimizeResult", "minimize", "to_scipy"]
@@ -60,24 +59,15 @@ _LEAST_LOOK = 32  # products
 class MinimizeResult:
     """What `scipy.optimize.minimize` returns, with tensors for arrays."""
 
-    x: Tensor
-    """The solution: in x0's shape, or (n,) of all parameters."""
-    fun: float
-    """The loss there; half the sum of squares for residuals."""
-    jac: Tensor
-    """The gradient there, in x's shape."""
-    nit: int
-    """Steps that were taken."""
-    nfev: int
-    """Evaluations of the function or closure."""
-    njev: int
-    """Gradients, or linearisations of residuals."""
-    nhev: int
-    """Products with Hessian, Gauss-Newton matrix, Jacobian or its transpose."""
-    status: int
-    """0: converged, 1: budget spent, 2: the loss cannot be lowered further beyond rounding."""
-    message: str
-    """Which rule ended the run."""
+    x: Tensor  # the solution: in x0's shape, or (n,) of all parameters
+    fun: float  # the loss there; half the sum of squares for residuals
+    jac: Tensor  # the gradient there, in x's shape
+    nit: int  # steps that were taken
+    nfev: int  # evaluations of the function or closure
+    njev: int  # gradients, or linearisations of residuals
+    nhev: int  # products with Hessian, Gauss-Newton matrix, Jacobian or its transpose
+    status: int  # 0: converged, 1: budget spent, 2: the loss cannot be lowered further beyond rounding
+    message: str  # which rule ended the run
     success: bool
     """Whether the run converged, and not to a strict saddle as far as the look at its end has seen: `second_order`."""
     curvature: float = math.nan

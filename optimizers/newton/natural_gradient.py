@@ -20,6 +20,7 @@ from optimizers.newton.dense_jacobian import DampedLeastSquares, Jacobian, dense
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move
 from optimizers.newton.line_search import LineSearch
+from optimizers.shared.base import Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,6 +67,7 @@ class NaturalGradient(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "line_search", "jacobian")
+    _fractions = ("momentum",)
     _least: ClassVar[dict[str, float]] = {"max_iterations": 1, "damping": 0}
 
     def __init__(
@@ -88,20 +90,12 @@ class NaturalGradient(FullBatchOptimizer):
         if kind == "ggn" and (momentum != 0 or jacobian is not None):
             raise InputError("momentum and jacobian belong to residuals: leave loss out.")
         self.line_search, self.jacobian = line_search, jacobian
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "damping": damping,
-            "momentum": momentum,
-            "max_norm": max_norm,
-            "rtol": rtol,
-        }
+        defaults: Group = {"lr": lr, "damping": damping, "momentum": momentum, "max_norm": max_norm, "rtol": rtol}
         defaults |= {"max_iterations": max_iterations, "seed": seed}
         super().__init__(params, defaults, kind, loss=loss, process_group=process_group)
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         super()._validate(group)
-        if not 0 <= group["momentum"] < 1:
-            raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
         if group["max_norm"] is not None and not group["max_norm"] > 0:
             raise InputError(f"max_norm must be positive, or None, got {group['max_norm']}.")
 
@@ -115,7 +109,7 @@ class NaturalGradient(FullBatchOptimizer):
             d, solver = self._in_residual_space(evaluations, here), "solved directly"
         if not bool(d.isfinite().all()):
             message = "the step is not finite: the damped matrix is singular; raise damping"
-            return Move(step=None, loss=here.loss, solver=solver, message=message)
+            return Move(None, here.loss, solver, message)
         rates = self._rates(evaluations.flat)
         initial = rates if isinstance(rates, float) else 1.0
         if not isinstance(rates, float):
@@ -131,7 +125,7 @@ class NaturalGradient(FullBatchOptimizer):
         if found_t.step == 0:
             if group["momentum"] > 0:
                 self._remember(evaluations.flat, natural_direction=torch.zeros_like(d))
-            return Move(step=None, loss=here.loss, solver=solver, message=found_t.message)
+            return Move(None, here.loss, solver, found_t.message)
         return Move(step=found_t.step * d, loss=found_t.value, solver=solver, message=found_t.message)
 
     def _in_residual_space(self, evaluations: Evaluations, here: Linearised) -> Tensor:

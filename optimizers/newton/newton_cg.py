@@ -23,7 +23,7 @@ from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move
 from optimizers.newton.line_search import Armijo, Line, LineSearch, LineSearchResult
 from optimizers.newton.preconditioners import Preconditioner, newton_preconditioner
 from optimizers.newton.trust_region_newton import check_forcing
-from optimizers.shared.base import Common, check_choice
+from optimizers.shared.base import Common, Group, check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,17 +105,11 @@ class NewtonCG(FullBatchOptimizer):
             check_choice("preconditioner", preconditioner, ("diagonal", "nystrom"))
         self.damping_rule, self.stop, self.line_search = damping_rule, stop, line_search
         self.preconditioner = preconditioner
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "damping": damping,
-            "rtol": rtol,
-            "max_iterations": max_iterations,
-            "rank": rank,
-        }
+        defaults: Group = {"lr": lr, "damping": damping, "rtol": rtol, "max_iterations": max_iterations, "rank": rank}
         defaults |= {"refresh_every": refresh_every, "warm_start": warm_start, "keep": keep}
         super().__init__(params, defaults, curvature, **shared)
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         super()._validate(group)
         check_forcing(group["rtol"])
         if not 0 <= group["warm_start"] <= 1:
@@ -156,32 +150,16 @@ class NewtonCG(FullBatchOptimizer):
             if self.damping_rule is not None and damping > 0:
                 group["damping"] = max(group["damping"], self.damping_rule(damping, -math.inf))
             self._remember(flat, newton_direction=torch.zeros_like(d))
-            return Move(step=None, loss=here.loss, solver=solver, message=searched.message, ratio=ratio)
-        return Move(
-            step=searched.step * d,
-            loss=searched.value,
-            solver=solver,
-            message=searched.message,
-            model_decrease=-model,
-            ratio=ratio,
-        )
+            return Move(None, here.loss, solver, searched.message, ratio=ratio)
+        return Move(searched.step * d, searched.value, solver, searched.message, -model, ratio)
 
     def _solve(self, g: Tensor, A: Any, damping: float, P: Any, x0: Tensor | None) -> SolveResult:
         group = self.param_groups[0]
         rtol = group["rtol"]
         if rtol == "superlinear":
             rtol = min(0.5, max(float(torch.linalg.vector_norm(g)) ** 0.5, torch.finfo(g.dtype).eps))
-        return cg(
-            A,
-            -g,
-            damping=damping,
-            preconditioner=P,
-            x0=x0,
-            rtol=rtol,
-            max_iterations=group["max_iterations"],
-            stop=self.stop,
-            keep=group["keep"],
-        )
+        settings = {"rtol": rtol, "max_iterations": group["max_iterations"], "stop": self.stop, "keep": group["keep"]}
+        return cg(A, -g, damping=damping, preconditioner=P, x0=x0, **settings)
 
     def _model(self, found: SolveResult, damping: float, d: Tensor, step: int) -> float:
         """Return g'd + d'A d / 2, without damping."""
@@ -210,9 +188,7 @@ class NewtonCG(FullBatchOptimizer):
         reached = line.value(initial)
         ok = reached <= line.start + line.noise
         message = "full step" if ok else "the full step raises the loss, and there is no line search to shorten it"
-        return LineSearchResult(
-            step=initial if ok else 0.0, value=reached, num_evaluations=1, success=ok, message=message
-        )
+        return LineSearchResult(initial if ok else 0.0, reached, 1, ok, message)
 
 
 def _with_negative_curvature(found: SolveResult, g: Tensor, A: Any) -> tuple[Tensor, float]:

@@ -16,7 +16,7 @@ from curvature.linalg.krylov.lanczos import lanczos
 from optimizers.newton.damping import ACCEPTED, DampingRule
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import FullBatchOptimizer, Move, Proposal
-from optimizers.shared.base import Common
+from optimizers.shared.base import Common, Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +71,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
         **shared: Unpack[Common],
     ) -> None:
         self.damping_rule = damping_rule
-        defaults: dict[str, Any] = {"lr": lr, "basis_size": num_steps, "damping": damping, "max_trials": max_trials}
+        defaults: Group = {"lr": lr, "basis_size": num_steps, "damping": damping, "max_trials": max_trials}
         super().__init__(params, defaults, "hessian", **shared)
 
     def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
@@ -89,7 +89,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
         def propose(damping: float) -> Proposal:
             d = rates * (krylov.basis @ (S @ (-c / (sizes + damping))))
             model = float(c.square() @ (1 / (sizes + damping) - sizes / (2 * (sizes + damping) ** 2)))
-            return Proposal(step=d, model_decrease=model, length=float(torch.linalg.vector_norm(d)), solver=solver)
+            return Proposal(d, model, float(torch.linalg.vector_norm(d)), solver)
 
         def follow(damping: float, ratio: float, _: float) -> float:
             if ratio >= ACCEPTED:

@@ -25,16 +25,11 @@ _STREAM = 16  # of the seed, apart from the other uses of it
 class Look:
     """What was seen around a point."""
 
-    curvature: float
-    """The smallest u'H u over unit vectors u that was met."""
-    rounding: float
-    """How far rounding may move it."""
-    negative: bool
-    """Whether it is below zero beyond rounding."""
-    complete: bool
-    """Whether a curvature lower by 1e-3 |H| was missed with a probability of 1 % at most."""
-    left: bool
-    """Whether the parameters were moved along it, to a lower loss."""
+    curvature: float  # the smallest u'H u over unit vectors u that was met
+    rounding: float  # how far rounding may move it
+    negative: bool  # whether it is below zero beyond rounding
+    complete: bool  # whether a curvature lower by 1e-3 |H| was missed with a probability of 1 % at most
+    left: bool  # whether the parameters were moved along it, to a lower loss
     num_products: int
     num_evaluations: int
     num_gradients: int

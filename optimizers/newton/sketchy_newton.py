@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvature.errors import InputError
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move
 from optimizers.newton.line_search import Armijo
 from optimizers.newton.preconditioners import largest_pairs, sketch_is_due
-from optimizers.shared.base import Common
+from optimizers.shared.base import Common, Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +58,7 @@ class SketchyNewton(FullBatchOptimizer):
         True
     """
 
+    _fractions = ("momentum",)
     _least: ClassVar[dict[str, float]] = {"rank": 1, "refresh_every": 1}
     _positive = ("rho",)
 
@@ -74,19 +74,8 @@ class SketchyNewton(FullBatchOptimizer):
         refresh_every: int = 50,
         **shared: Unpack[Common],
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "rank": rank,
-            "rho": rho,
-            "momentum": momentum,
-            "refresh_every": refresh_every,
-        }
+        defaults: Group = {"lr": lr, "rank": rank, "rho": rho, "momentum": momentum, "refresh_every": refresh_every}
         super().__init__(params, defaults, curvature, **shared)
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        super()._validate(group)
-        if not 0 <= group["momentum"] < 1:
-            raise InputError(f"momentum must be in [0, 1), got {group['momentum']}.")
 
     @property
     def _matrix_is_needed(self) -> bool:
@@ -113,7 +102,7 @@ class SketchyNewton(FullBatchOptimizer):
         searched = Armijo()(evaluations.line(here, d), 1.0)
         solver = "sketch refreshed" if here.matrix is not None else "sketch kept"
         step = searched.step * d if searched.success else None
-        return Move(step=step, loss=searched.value, solver=solver, message=searched.message)
+        return Move(step, searched.value, solver, searched.message)
 
 
 def _preconditioned_norm(A: Any, values: Tensor, U: Tensor, rho: float, generator: torch.Generator) -> float:

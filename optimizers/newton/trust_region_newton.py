@@ -16,7 +16,7 @@ from curvature.linalg.systems.trust_region import trust_region
 from optimizers.newton.damping import RadiusRule
 from optimizers.newton.evaluations import Evaluations, Linearised
 from optimizers.newton.full_batch import Curvature, FullBatchOptimizer, Move, Proposal
-from optimizers.shared.base import Common
+from optimizers.shared.base import Common, Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,11 +81,11 @@ class TrustRegionNewton(FullBatchOptimizer):
         **shared: Unpack[Common],
     ) -> None:
         self.radius_rule = radius_rule
-        defaults: dict[str, Any] = {"radius": radius, "subproblem": subproblem, "escape": escape, "rtol": rtol}
+        defaults: Group = {"radius": radius, "subproblem": subproblem, "escape": escape, "rtol": rtol}
         defaults |= {"max_iterations": max_iterations, "max_trials": max_trials}
         super().__init__(params, defaults, curvature, **shared)
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         super()._validate(group)
         check_forcing(group["rtol"])
         if group["escape"] and group["subproblem"] != "gltr":

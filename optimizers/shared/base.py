@@ -23,8 +23,9 @@ from optimizers.shared.differentiation import ClosureRecorder
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["COUNTERS", "BaseOptimizer", "Common", "check_choice"]
+__all__ = ["COUNTERS", "BaseOptimizer", "Common", "Group", "Shared", "check_choice"]
 
+Group = dict[str, Any]  # the settings of a parameter group
 COUNTERS = ("step", "hessian_step")
 """State that counts: float32 scalars, on the host unless `capturable`."""
 
@@ -32,15 +33,30 @@ COUNTERS = ("step", "hessian_step")
 class Common(TypedDict, total=False):
     """Arguments that optimizers share, by keyword."""
 
-    loss: Callable[..., Tensor] | None
-    """`loss(outputs, targets)`, for closures that return both. Default: None."""
+    loss: Callable[..., Tensor] | None  # `loss(outputs, targets)`, for closures that return both. Default: None.
     process_group: ProcessGroup | None
     """Ranks that hold parts of each batch. They count by their loss terms where closures return (outputs, targets), and
     alike where they return the loss. Default: None."""
-    maximize: bool
-    """Climb instead of descend. Default: False."""
+    maximize: bool  # climb instead of descend. Default: False.
     seed: int
     """Of the random numbers, which are functions of (seed, step, sample). The first group's counts. Default: 0."""
+
+
+class Shared(Common, total=False):
+    """Further ones of diagonal methods."""
+
+    check_finite: bool
+    """Raise on a loss or a measured curvature that is not finite, instead of storing it for good. On a GPU only steps
+    with curvature look, as looking waits for the device; under a scaler the scaler does it. Default: True."""
+    update_first: int
+    """Curvature is measured on each of the first so many steps of the group, beside every `update_every`-th. With a
+    large `update_every` 20 or so keep the beginning from resting on one measurement, which may be far too small.
+    Default: 1."""
+    foreach: bool | None
+    """False updates one tensor at a time, the reference; None, the default, and True update lists of tensors."""
+    capturable: bool
+    """Keep counters on the parameters' device, so that an update never waits for it. A step at which curvature is due
+    cannot be captured in a CUDA graph; the others can. Default: False."""
 
 
 class BaseOptimizer(torch.optim.Optimizer):
@@ -50,18 +66,15 @@ class BaseOptimizer(torch.optim.Optimizer):
     """Attributes that copies and pickles keep, beside settings and state."""
     _late_settings: ClassVar[dict[str, Any]]
     """Settings with defaults, which groups saved before these existed are given."""
-    _least: ClassVar[dict[str, float]] = {}
-    """Setting -> its least value."""
-    _counts: tuple[str, ...] = ()
-    """Settings that must be integers >= 1."""
-    _positive: tuple[str, ...] = ()
-    """Settings that must be positive and finite."""
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Setting -> its values."""
+    _least: ClassVar[dict[str, float]] = {}  # setting -> its least value
+    _counts: tuple[str, ...] = ()  # settings that must be integers >= 1
+    _fractions: tuple[str, ...] = ()  # settings in [0, 1)
+    _positive: tuple[str, ...] = ()  # settings that must be positive and finite
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> its values
     _group: ProcessGroup | None
     _group_name: str | None
 
-    def __init__(self, params: Any, defaults: dict[str, Any], **shared: Any) -> None:
+    def __init__(self, params: Any, defaults: Group, **shared: Any) -> None:
         self.loss = shared.pop("loss", None)
         self._rule = None if self.loss is None else loss_rule(self.loss)
         self.process_group = shared.pop("process_group", None)
@@ -89,7 +102,7 @@ class BaseOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _validate(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         """Check the settings of one group."""
         for p in group["params"]:
             if p.is_complex() or not p.is_floating_point():
@@ -107,6 +120,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         for name in self._counts:
             if isinstance(group[name], bool) or not isinstance(group[name], int) or group[name] < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {group[name]!r}.")
+        for name in self._fractions:
+            if not 0 <= _number(name, group[name]) < 1:
+                raise InputError(f"{name} must be in [0, 1), got {group[name]}.")
         for name in self._positive:
             if not 0 < _number(name, group[name]) < math.inf:
                 raise InputError(f"{name} must be positive and finite, got {group[name]}.")

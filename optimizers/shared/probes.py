@@ -49,27 +49,14 @@ def random_signs(params: Sequence[Tensor], seed: int, step: int, sample: int) ->
     The signs of a parameter are a function of (seed, step, sample) and of its place in `params`; those on a GPU differ
     from those on a CPU, whose generators differ. Cost: an eighth of a random 64-bit word an entry, one draw a device.
     """
-    kinds = dict.fromkeys((p.device, p.dtype) for p in params)
-    if len(kinds) == 1:  # nearly always, and small models feel every operation
-        ((device, dtype),) = kinds
-        return list(_signs_on(device, [dtype], params, seed, step, sample)[dtype])
-    signs: list[Tensor] = [torch.empty(0)] * len(params)
-    for device in dict.fromkeys(device for device, _ in kinds):
+    signs: dict[int, Tensor] = {}
+    for device in dict.fromkeys(p.device for p in params):
         here = [i for i, p in enumerate(params) if p.device == device]
-        dtypes = [dtype for other, dtype in kinds if other == device]
-        views = _signs_on(device, dtypes, [params[i] for i in here], seed, step, sample)
-        for place, i in enumerate(here):
-            signs[i] = views[params[i].dtype][place]
-    return signs
-
-
-def _signs_on(
-    device: torch.device, dtypes: Sequence[torch.dtype], params: Sequence[Tensor], seed: int, step: int, sample: int
-) -> dict[torch.dtype, Sequence[Tensor]]:
-    """Return the signs of parameters on one device, in each dtype: +1 or -1 as a random byte has its sign."""
-    n = sum(p.numel() for p in params)
-    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=counter_generator(device, _PROBES, seed, step, sample))
-    signed = words.view(torch.int8)
-    ones = {dtype: torch.ones((), dtype=dtype, device=device) for dtype in dtypes}
-    return {dtype: _unflatten_dense_tensors(torch.copysign(one, signed), params) for dtype, one in ones.items()}
+        ours = [params[i] for i in here]
+        words = torch.empty((sum(p.numel() for p in ours) + 7) // 8, dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=counter_generator(device, _PROBES, seed, step, sample))
+        for dtype in dict.fromkeys(p.dtype for p in ours):  # +1 or -1 as a random byte has its sign
+            ones = torch.copysign(torch.ones((), dtype=dtype, device=device), words.view(torch.int8))
+            views = zip(here, _unflatten_dense_tensors(ones, ours), strict=True)
+            signs |= {i: view for i, view in views if params[i].dtype == dtype}
+    return [signs[i] for i in range(len(params))]
