@@ -45,7 +45,7 @@ def class_structure(objective: Objective, *, top: Tensor | None = None) -> Class
     Raises:
         InputError: for another loss or kind of targets.
     """
-    rule = objective._rule
+    rule = objective.rule
     if not isinstance(rule, CrossEntropy) or rule.settings.get("weight") is not None:
         raise InputError("class structure is that of nn.CrossEntropyLoss without class weights; got another loss.")
     if rule.settings.get("label_smoothing", 0.0) != 0:

@@ -71,25 +71,15 @@ def backward_error(
     rates = sorted(float(lr) for lr in lrs)
     _validate(objective, rates, orders, num_epochs, num_steps)
     batches = [
-        Objective(
-            objective.model,
-            params=objective.space.tensors,
-            **{
-                **objective._settings,
-                "data": [batch],
-                "keep_graphs": False,
-                "micro_batch": None,
-                "seed": objective._settings["seed"] + index,
-            },
-        )
-        for index, batch in enumerate(objective.batches())
+        objective.replace(data=[batch], keep_graphs=False, micro_batch=None, seed=seed)
+        for seed, batch in enumerate(objective.batches(), start=objective.settings["seed"])
     ]
     m = len(batches)
     if orders == "all" and m > MOST_ENUMERATED:
         raise InputError(f"all orders of {m} batches are too many, at most {MOST_ENUMERATED}; pass orders='reverse'.")
     if num_epochs > 1 and m > 1:
         raise InputError(f"num_epochs must be 1 with {m} batches, whose orders multiply, got {num_epochs}.")
-    pieces = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "keep_graphs": False})
+    pieces = objective.replace(keep_graphs=False)
     start = torch.cat([t.detach().reshape(-1) for t in objective.space.tensors.values()])
     spent = 0
 

@@ -60,7 +60,7 @@ def _of_penalties(objective: Objective, batch_size: int | None) -> float:
     if batch_size is None:
         return 6.0
     sample = list(itertools.islice(objective.cut(1).batches(), _SAMPLE))
-    some = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "data": sample})
+    some = objective.replace(data=sample)
     g = some.gradient()
     example_trace_gradient(some, g)  # the first is slower
     some.release()

@@ -40,7 +40,7 @@ def kinks(objective: Objective) -> tuple[str, ...]:
         >>> kinks(Objective(model, nn.MSELoss(), (torch.ones(4, 2), torch.ones(4, 1))))
         ('Relu',)
     """
-    evaluator = objective._evaluator
+    evaluator = objective.evaluator
     for index, batch in enumerate(objective.batches()):
         with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
             nodes = walk([evaluator.evaluate(batch, index).loss.grad_fn])

@@ -222,10 +222,9 @@ def pieces(objective: Objective, size: int) -> list[Objective]:
     """
     if objective.process_group is not None:
         raise InputError("m-sharpness takes pieces of the data one by one, which ranks cannot share; measure on one.")
-    settings = {k: v for k, v in objective._settings.items() if k not in ("data", "micro_batch", "seed")}
     return [
-        Objective(objective.model, params=objective.space.tensors, data=[batch], seed=i, **settings)
-        for i, batch in enumerate(objective.cut(size).batches(), start=objective._settings["seed"])
+        objective.replace(data=[batch], seed=i, micro_batch=None)
+        for i, batch in enumerate(objective.cut(size).batches(), start=objective.settings["seed"])
     ]
 
 
@@ -297,10 +296,10 @@ def logit_normalised(objective: Objective) -> Objective:
     """
     if not objective.has_split:
         raise InputError("logits can be normalised where model and loss are known apart: pass loss= to the objective.")
-    settings = dict(objective._settings)
-    if settings["forward"] is None and isinstance(settings["data"], list) and isinstance(settings["data"][0], Tensor):
-        settings["data"] = tuple(settings["data"])  # one pair, not two batches
-    forward: Callable[..., Any] = settings.pop("forward") or (lambda model, batch: (model(batch[0]), batch[1]))
+    given, data = objective.settings["forward"], objective.settings["data"]
+    if given is None and isinstance(data, list) and isinstance(data[0], Tensor):
+        data = tuple(data)  # one pair, not two batches
+    forward: Callable[..., Any] = given or (lambda model, batch: (model(batch[0]), batch[1]))
 
     def normalised(model: Any, batch: Any) -> tuple[Tensor, Any]:
         outputs, targets = forward(model, batch)
@@ -310,4 +309,4 @@ def logit_normalised(objective: Objective) -> Objective:
         floor = torch.finfo(outputs.dtype).tiny ** 0.5
         return centred / centred.norm(dim=1, keepdim=True).clamp_min(floor), targets
 
-    return Objective(objective.model, params=objective.space.tensors, forward=normalised, **settings)
+    return objective.replace(forward=normalised, data=data)

@@ -97,7 +97,7 @@ def _seconds_in_pieces(objective: Objective, s: SharpnessPlan) -> float:
     """Return what a measure over all pieces of the data takes, from a few of them."""
     cut = objective.cut(s.piece)
     sample = list(itertools.islice(cut.batches(), _SAMPLE))
-    some = Objective(objective.model, params=objective.space.tensors, **{**objective._settings, "data": sample})
+    some = objective.replace(data=sample)
     generator = torch.Generator(objective.device).manual_seed(0)
     seconds = median_seconds(lambda: MEASURES["m_sharpness"].compute(some, s, generator), objective.device)
     return seconds / len(sample) * sum(1 for _ in cut.batches())

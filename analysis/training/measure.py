@@ -156,7 +156,7 @@ def _put_back(objective: Objective, evaluation_mode: bool) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
     devices = [objective.device] if objective.device.type == "cuda" else []
-    states = RandomStates(devices, generators_of(objective._settings["data"]))
+    states = RandomStates(devices, generators_of(objective.settings["data"]))
     try:
         if evaluation_mode:
             for module, _ in modes:

@@ -59,7 +59,7 @@ class _Ours:
     """A product, and the look at the present point that it begins with."""
 
     def __init__(self, A: Any) -> None:
-        self.A, self.look = A, A.objective._freshness.look
+        self.A, self.look = A, A.objective.freshness.look
 
     def __call__(self, X: Tensor) -> Tensor:
         product: Tensor = self.A @ X

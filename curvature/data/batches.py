@@ -38,10 +38,10 @@ class DataSource:
     """
 
     def __init__(self, data: Any, *, paired: bool, micro_batch: int | None = None, may_be_empty: bool = False) -> None:
-        self._data = _as_batches(data, paired, may_be_empty)
+        self.given = _as_batches(data, paired, may_be_empty)
         self._micro_batch, self._paired = micro_batch, paired
         self._may_be_empty = may_be_empty
-        self.in_memory = isinstance(self._data, list)
+        self.in_memory = isinstance(self.given, list)
         self.num_batches: int | None = None
         self.shuffles = False
         self.regroups = False
@@ -101,7 +101,7 @@ class DataSource:
                 pass
 
     def _pieces(self) -> Iterator[Any]:
-        for batch in self._data if self.in_memory else unnoticed(self._data, self._stream):
+        for batch in self.given if self.in_memory else unnoticed(self.given, self._stream):
             batch = with_tensors(batch) if self._paired else batch  # a forward of its own takes them as they are
             if self._micro_batch is None:
                 yield batch

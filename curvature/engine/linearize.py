@@ -240,7 +240,7 @@ class Linearization(Recording):
         if given_up:
             del self._evaluation
         try:
-            plain = Linearization(self._evaluator, self._space, self._batch, self.index)
+            plain = Linearization(self._evaluator, self._space, self.batch, self.index)
             reference = plain._compared(product, v)
             del plain
         finally:

@@ -87,7 +87,7 @@ class Recording:
         self._params = list(space.tensors.values())
         plain = all(type(p) in (Tensor, torch.nn.Parameter) for p in self._params)
         self._uniform = plain and all(p.dtype == space.dtype and p.numel() > 0 for p in self._params)
-        self._batch = batch
+        self.batch = batch
         self.index = index
         self._meter = meter
         self._third_order = third_order or bool(evaluator.forward_differentiates)
@@ -105,7 +105,7 @@ class Recording:
         with self._metered():
             self._buffers = self._evaluator.copy_buffers()
             with self._session():
-                self._evaluation = self._evaluator.evaluate(self._batch, self.index)
+                self._evaluation = self._evaluator.evaluate(self.batch, self.index)
 
     def _record(self) -> None:
         """Run the model; anew where it fails with lean layers or turns out to differentiate itself."""

@@ -211,8 +211,8 @@ class _Work:
         """Evaluate a batch and find the columns."""
         if self.splitter is None:
             raise UnsupportedError("model and loss are not known apart")
-        run = self.splitter.open(lin._batch, lin.index)
-        outputs, rule = run.evaluation.outputs, self.objective._rule
+        run = self.splitter.open(lin.batch, lin.index)
+        outputs, rule = run.evaluation.outputs, self.objective.rule
         assert rule is not None
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != run.num_examples:
             raise UnsupportedError("outputs and inputs do not share a first dimension that counts examples")
@@ -295,9 +295,9 @@ class _Work:
             self._afford(n, "Hessian products")
             return self._by_products(lin)
         outputs, targets = lin.outputs_and_targets()
-        assert self.objective._rule is not None
+        assert self.objective.rule is not None
         try:
-            root = loss_root(self.objective._rule, outputs, targets)
+            root = loss_root(self.objective.rule, outputs, targets)
         except UnsupportedError as error:
             if self.draws:
                 raise InputError(

@@ -83,11 +83,11 @@ class KroneckerWork:
             sizes = [size for use in self.uses for size in use.sizes]
             return torch.zeros(sum(sizes), dtype=self.objective.dtype, device=self.objective.device)
         if len(lin.outputs_and_targets()[0]) > 1:
-            refuse_coupling(self.objective, lin._batch, lin.index)
+            refuse_coupling(self.objective, lin.batch, lin.index)
         return torch.cat([p.reshape(-1).to(self.objective.dtype) for p in self._sums(lin)])
 
     def _sums(self, lin: Linearization) -> list[Tensor]:
-        evaluator, rule = self.objective._evaluator, self.objective._rule
+        evaluator, rule = self.objective.evaluator, self.objective.rule
         assert rule is not None
         parts: list[Tensor] = []
         with (
@@ -95,7 +95,7 @@ class KroneckerWork:
             contextlib.ExitStack() as autocast_off,
         ):
             with _captured(self.uses) as calls, _seeded(evaluator.seed + lin.index, self.objective.device):
-                outputs, targets, _ = evaluator._loss(lin._batch)
+                outputs, targets, _ = evaluator._loss(lin.batch)
             self._refuse_repeated(calls)
             autocast_off.enter_context(no_autocast(self.objective.device))
             root = loss_root_of_examples(rule, outputs, targets, self.kind)
@@ -124,9 +124,9 @@ class KroneckerWork:
         """Yield columns of all examples, (N, ...), and their weights."""
         if self.kind == "kfac":
             assert self.generator is not None
-            assert self.objective._rule is not None
+            assert self.objective.rule is not None
             for _ in range(self.mc_samples):
-                draw = root.draw("fisher-mc" if self.objective._rule.closed_form else "ggn-mc", self.generator)
+                draw = root.draw("fisher-mc" if self.objective.rule.closed_form else "ggn-mc", self.generator)
                 yield from ((column, sign / self.mc_samples) for column, sign in draw)
             self.num_columns += self.mc_samples
             return
@@ -155,7 +155,7 @@ class KroneckerWork:
         signs[root.num_positive :] = -1
         H = torch.einsum("v,vni,vnj->ij", signs, flat, flat)
         self.num_columns += root.num_columns
-        z, inputs = lin._batch[0], []
+        z, inputs = lin.batch[0], []
         for layer in self._chain:
             inputs.append(z.detach())
             z = layer(z)
@@ -227,7 +227,7 @@ def _chain_of(objective: Objective) -> list[nn.Module]:
     Raises:
         InputError: at the first layer that is another.
     """
-    if objective._evaluator.forward is not None:
+    if objective.evaluator.forward is not None:
         raise InputError("kind='kfra' takes models that are fed as model(inputs), without forward=; kind='kflr' any.")
     chain: list[nn.Module] = []
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvature.arguments import checked
 from curvature.autograd.guards import custom_functions
-from curvature.data.tensors import move_batch, tensors_in
+from curvature.data.tensors import tensors_in
 from curvature.engine.linearize import Linearization, walk
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError
@@ -25,6 +25,7 @@ from curvature.losses.rules import AnyLoss
 from curvature.objective.coupling import describe_cuts, refuse_other_batches
 from curvature.objective.dependence import Dependence
 from curvature.objective.ranks import together
+from curvature.objective.shift import shifted
 
 if TYPE_CHECKING:
     from curvature.objective.objective import Objective
@@ -68,7 +69,7 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
         DataError: if the data differ from pass to pass, or batches do not count by what the loss divides by.
     """
     with _explained():
-        objective._freshness.check_kept()
+        objective.freshness.check_kept()
         found = _first_that_counts(objective)
     if found is None:  # all data are on other ranks, which look at one batch each
         return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol),))
@@ -88,7 +89,7 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
 def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None:
     """Return the first batch of this rank in which a target counts."""
     for batch in objective.batches():
-        lin = Linearization(objective._evaluator, objective.space, batch, 0)
+        lin = objective.linearise(batch)
         if lin.weight != 0:
             return lin, batch
     return None
@@ -109,15 +110,15 @@ def _repeats(objective: Objective, tolerance: float) -> str:
 
 
 def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
-    dependence = Dependence(objective._dependence.whole)
+    dependence = Dependence(objective.dependence.whole)
 
     def parts() -> Iterator[tuple[float, Tensor]]:
-        for index, _, batch in objective._data:
-            lin = Linearization(objective._evaluator, objective.space, move_batch(batch, objective.device), index)
+        for index, _, batch in objective.source:
+            lin = objective.linearise(batch, index)
             refuse_other_batches(objective, lin)
             dependence.note(lin)
             yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
-        dependence.require(objective._evaluator)
+        dependence.require(objective.evaluator)
 
     mean = objective._mean(parts())
     return mean[0], mean[1:]
@@ -156,7 +157,7 @@ def _trace(objective: Objective, batch: Any) -> list[tuple[str, str, list[Tensor
 
         handles.append(module.register_forward_hook(record))
     try:
-        Linearization(objective._evaluator, objective.space, batch, 0)
+        objective.linearise(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -217,8 +218,9 @@ def _difference(lin: Linearization, objective: Objective, batch: Any, eps: float
     v = _probes(objective)[0]
     v = v / v.norm()
     g, Hv = lin.gradient(), lin.hvp(v[None])[0]
-    half = step * max(1.0, float(objective.space.current().norm()))
-    (loss_up, g_up), (loss_down, g_down) = (_shifted(objective, batch, sign * half * v) for sign in (1.0, -1.0))
+    theta = objective.space.current()
+    half = step * max(1.0, float(theta.norm()))
+    (loss_up, g_up), (loss_down, g_down) = (_at(objective, batch, theta + sign * half * v) for sign in (1.0, -1.0))
     slope, curve = (loss_up - loss_down) / (2 * half), (g_up - g_down) / (2 * half)
     rounding = eps / (2 * half)  # of a difference, relative to what is subtracted
     gap = abs(float(slope - g @ v)) - 20 * rounding * abs(float(lin.loss))
@@ -260,25 +262,17 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
     return [message, f"Finite differences skipped: {reason}."]
 
 
-def _shifted(objective: Objective, batch: Any, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient of batch 0 at theta + shift; the parameters' own storage is not written to."""
-    steps = objective.space.to_dict(shift)
-    tensors = objective.space.tensors
-    originals = {name: t.data for name, t in tensors.items()}
-    try:
-        for name, t in tensors.items():
-            t.data = (originals[name].to(shift.dtype) + steps[name]).to(t.dtype)
-        lin = Linearization(objective._evaluator, objective.space, batch, 0)
-        return lin.loss.to(shift.dtype), lin.gradient()
-    finally:
-        for name, t in tensors.items():
-            t.data = originals[name]
+def _at(objective: Objective, batch: Any, point: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient of batch 0 at another point."""
+    with shifted(objective, point):
+        lin = objective.linearise(batch)
+        return lin.loss.to(point.dtype), lin.gradient()
 
 
 def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) -> str:
     """Compare the closed form of the loss Hessian on the outputs with double backward on the loss alone."""
     outputs, targets = lin.outputs_and_targets()
-    rule = objective._rule
+    rule = objective.rule
     assert rule is not None
     u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
     closed = rule.output_hessian(outputs, targets)(u)

@@ -64,7 +64,7 @@ def refuse_other_batches(objective: Objective, lin: Linearization) -> None:
     Raises:
         DataError: with the reason and the remedy.
     """
-    data = objective._data
+    data = objective.source
     refuse_pieces(objective)
     if data.shuffles and lin.drew_random_numbers:
         raise DataError(
@@ -72,14 +72,14 @@ def refuse_other_batches(objective: Objective, lin: Linearization) -> None:
             "loader with shuffle=False, list(loader), or call model.eval()."
         )
     if data.regroups:
-        verdict = objective._cuts.verdict(objective._evaluator, lin._batch, lin.index, any_way=True)
+        verdict = objective.cuts.verdict(objective.evaluator, lin.batch, lin.index, any_way=True)
         if verdict.coupled is not None:
             raise DataError(
                 f"the loader shuffles and {verdict.coupled}: every pass would be another function. Pass a loader with "
                 "shuffle=False, list(loader), or, if that comes from batch statistics, call model.eval()."
             )
-    if objective._rule is None and objective._evaluator.weight is None and lin.index == 1:
-        verdict = objective._cuts.verdict(objective._evaluator, lin._batch, lin.index, any_way=True)
+    if objective.rule is None and objective.evaluator.weight is None and lin.index == 1:
+        verdict = objective.cuts.verdict(objective.evaluator, lin.batch, lin.index, any_way=True)
         if verdict.weights is not None:
             raise _unknown_weights(verdict.weights)
 
@@ -90,9 +90,9 @@ def refuse_pieces(objective: Objective) -> None:
     Raises:
         DataError: with the reason and the remedy.
     """
-    if objective._micro_batch is None or objective._data.sample is None:
+    if objective._micro_batch is None or objective.source.sample is None:
         return
-    verdict = objective._cuts.verdict(objective._evaluator, move_batch(objective._data.sample, objective.device), 0)
+    verdict = objective.cuts.verdict(objective.evaluator, move_batch(objective.source.sample, objective.device), 0)
     if verdict.coupled is not None:
         raise DataError(
             f"micro_batch= would change the loss: {verdict.coupled}. Leave micro_batch= out or, if that comes from "
@@ -111,7 +111,7 @@ def refuse_coupling(objective: Objective, batch: Any, index: int) -> None:
     Raises:
         DataError: with the reason and the remedy.
     """
-    verdict = objective._cuts.verdict(objective._evaluator, batch, index, of_examples=True)
+    verdict = objective.cuts.verdict(objective.evaluator, batch, index, of_examples=True)
     if verdict.coupled is not None:
         raise DataError(
             f"no example has a gradient of its own: {verdict.coupled}. If that comes from batch statistics, call "
@@ -130,7 +130,7 @@ def describe_cuts(objective: Objective, batch: Any) -> str:
     Raises:
         DataError: if several batches count by something else than their loss divides by.
     """
-    verdicts = [cut_in_two(objective._evaluator, batch, 0, share) for share in (0.5, 0.25, 0.8)]
+    verdicts = [cut_in_two(objective.evaluator, batch, 0, share) for share in (0.5, 0.25, 0.8)]
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         return "The first batch holds one example, or has no gradient: it was not cut in two."
@@ -141,7 +141,7 @@ def describe_cuts(objective: Objective, batch: Any) -> str:
     if weights is None:
         gap = max(verdict.gap for verdict in known)
         return f"Cut in two, a batch's loss and gradient are those of its parts to {gap:.1e}."
-    if objective._evaluator.weight is None and objective.num_batches != 1:
+    if objective.evaluator.weight is None and objective.num_batches != 1:
         raise _unknown_weights(weights)
     return f"Batches of other content would not count as their loss does: {weights}."
 

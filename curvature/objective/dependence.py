@@ -57,10 +57,7 @@ class Dependence:
     @classmethod
     def of_some(cls, objective: Objective) -> Dependence:
         """Return one for some of an objective's parameters, with nothing noted."""
-        make = functools.partial(
-            type(objective), objective.model, params=dict(objective.space.tensors), **objective._settings
-        )
-        return cls(objective._dependence.whole or make)
+        return cls(objective.dependence.whole or functools.partial(objective.replace, params=objective.space.tensors))
 
     def note(self, lin: Linearization) -> None:
         """Take in a batch, after it was used."""

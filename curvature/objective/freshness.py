@@ -125,7 +125,7 @@ class Freshness:
         what = [] if self._point is None else self._changes(self._point, now)
         if what:
             self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
-        elif len(self._objective._kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:
+        elif len(self._objective.kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:
             self._repeat()
         if self._point is None:
             self._objective._space.verify()
@@ -175,7 +175,7 @@ class Freshness:
             what = self._changes(self._point, self.look())
             if what:
                 self._move(what, mixed=True)
-            self._objective._data.confirm()
+            self._objective.source.confirm()
             self._repeat(mixed=True)
 
     def check_kept(self) -> None:
@@ -187,7 +187,7 @@ class Freshness:
         with one_at_a_time:
             if self._point is None or self._changes(self._point, self.look()):
                 return
-            for _ in range(len(self._objective._kept)):
+            for _ in range(len(self._objective.kept)):
                 self._repeat()
                 if self._point is None:
                     raise CheckFailedError(
@@ -210,22 +210,22 @@ class Freshness:
     def look(self) -> Look:
         """Take in what there is to be seen. Cost: little more than one read of the parameters."""
         objective = self._objective
-        data = objective._data
+        data = objective.source
         batches: list[Any] = []
         leaves: list[Tensor] = []
         made_by: dict[str, Any] = {}
         if data.in_memory:
-            batches = list(data._data)
+            batches = list(data.given)
             leaves = [t for batch in batches for t in tensors_in(batch)]
-        elif isinstance(data._data, DataLoader):
-            made_by = {"dataset": data._data.dataset, "collate_fn": data._data.collate_fn}
+        elif isinstance(data.given, DataLoader):
+            made_by = {"dataset": data.given.dataset, "collate_fn": data.given.collate_fn}
         else:
-            made_by = {"loader": data._data}
+            made_by = {"loader": data.given}
         sources = [*batches, *leaves, *made_by.values()]
         if self._latest is not None and self._latest.stands(sources):
             return self._latest
-        evaluator = objective._evaluator
-        loss = None if objective._rule is None else objective._rule.loss
+        evaluator = objective.evaluator
+        loss = None if objective.rule is None else objective.rule.loss
         called = {"loss": loss, "forward": evaluator.forward, "weight": evaluator.weight}
         state = PythonState(objective.model, called, self._volatile)
         loader = PythonState(None, made_by, self._volatile)
@@ -256,7 +256,7 @@ class Freshness:
     # -- evaluating once more -----------------------------------------------------------------------------------------
 
     def _repeat(self, *, mixed: bool = False) -> None:
-        kept = list(self._objective._kept)
+        kept = list(self._objective.kept)
         if kept:
             self._turn += 1
             witness = _witness_of(kept[self._turn % len(kept)], keep_outputs=True)
@@ -293,7 +293,7 @@ class Freshness:
 
     def _evaluate(self, witness: _Witness, *, recorded: bool) -> tuple[Tensor, Any]:
         """Evaluate a batch as its linearisation did, or without recording a graph; grad mode stays on for both."""
-        evaluator = self._objective._evaluator
+        evaluator = self._objective.evaluator
         with evaluator.session(evaluator.copy_buffers(), witness.lean.alike()):
             try:
                 for p in evaluator.parameters:
@@ -312,11 +312,11 @@ class Freshness:
         in_run = mixed or in_use(self)
         objective.release()
         if structure or "the data" in what:  # what was proved of these modules and batches is to be proved again
-            for proof in (objective._trust, objective._cuts, objective._evaluator):
+            for proof in (objective.trust, objective.cuts, objective.evaluator):
                 proof.forget()
         if "the data" in what:
-            objective._data.reset()
-        objective._dependence, objective._total_weight = Dependence(objective._dependence.whole), None
+            objective.source.reset()
+        objective.dependence, objective._total_weight = Dependence(objective.dependence.whole), None
         self._forget()
         if in_run:
             raise CheckFailedError(
@@ -337,7 +337,7 @@ class Freshness:
 def _witness_of(lin: Linearization, *, keep_outputs: bool) -> _Witness:
     outputs = lin._evaluation.outputs if keep_outputs else None
     return _Witness(
-        lin._batch, lin.index, lin.loss, outputs.detach() if isinstance(outputs, Tensor) else None, lin._lean
+        lin.batch, lin.index, lin.loss, outputs.detach() if isinstance(outputs, Tensor) else None, lin._lean
     )
 
 

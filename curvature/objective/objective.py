@@ -71,7 +71,7 @@ class Objective:
         InputError: for arguments out of range or of the wrong kind.
     """
 
-    _ranks: RankAgreement | None
+    ranks: RankAgreement | None
 
     @built_together
     @checked
@@ -102,35 +102,35 @@ class Objective:
                 f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first."
             )
         self.process_group = process_group
-        self._rule = None if loss is None else loss_rule(loss)
-        self._evaluator = Evaluator(
-            model, self._rule, forward, weight, list(self._space.tensors.values()), seed, allow_tf32
+        self.rule = None if loss is None else loss_rule(loss)
+        self.evaluator = Evaluator(
+            model, self.rule, forward, weight, list(self._space.tensors.values()), seed, allow_tf32
         )
-        self._data = DataSource(
+        self.source = DataSource(
             data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
         )
-        self._settings = {"loss": loss, "data": data, "forward": forward, "weight": weight}
-        self._settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
-        self._settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
+        self.settings = {"loss": loss, "data": data, "forward": forward, "weight": weight}
+        self.settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
+        self.settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
         self._micro_batch = micro_batch
-        self._kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
+        self.kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
         self._total_weight: float | None = None
-        self._dependence = Dependence()
-        self._trust = LeanTrust()
-        self._cuts = Cuts()
-        self._freshness = Freshness(self)
+        self.dependence = Dependence()
+        self.trust = LeanTrust()
+        self.cuts = Cuts()
+        self.freshness = Freshness(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: no graphs, which are built again."""
         if self.process_group is not None:
             raise InputError("an objective with process_group= cannot be copied or pickled; build it on each rank.")
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_freshness")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("kept", "freshness")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        budget = GraphBudget(self._settings["memory_budget"], self.device)
-        self._kept = KeptGraphs(self._settings["keep_graphs"], budget)
-        self._freshness = Freshness(self)
+        budget = GraphBudget(self.settings["memory_budget"], self.device)
+        self.kept = KeptGraphs(self.settings["keep_graphs"], budget)
+        self.freshness = Freshness(self)
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Objective:
     def space(self) -> ParameterSpace:
         """The chosen parameters: the tensors under their names in the model as it is now."""
         if self._space.follow(self.model):
-            self._evaluator.parameters = list(self._space.tensors.values())
+            self.evaluator.parameters = list(self._space.tensors.values())
         return self._space
 
     @property
@@ -153,7 +153,7 @@ class Objective:
     @property
     def num_batches(self) -> int | None:
         """Number of batches (micro-batches, where they are cut); None before the first pass over a loader."""
-        return self._data.num_batches
+        return self.source.num_batches
 
     @property
     def total_weight(self) -> float:
@@ -166,64 +166,64 @@ class Objective:
     @property
     def may_keep_graphs(self) -> bool:
         """Whether graphs are kept at all, as far as memory allows."""
-        return self._kept.keep is not False
+        return self.kept.keep is not False
 
     @property
     def keeps_all_graphs(self) -> bool:
         """Whether every batch has its graph kept between products, as far as walks over the data have shown."""
-        return self.num_batches is not None and len(self._kept) == self.num_batches
+        return self.num_batches is not None and len(self.kept) == self.num_batches
 
     @property
     def shuffles(self) -> bool:
         """Whether the loader was seen to yield its batches in another order."""
-        return self._data.shuffles
+        return self.source.shuffles
 
     @property
     def held_bytes(self) -> int:
         """Bytes that the kept graphs hold at present."""
-        return self._kept.held_bytes
+        return self.kept.held_bytes
 
     @property
     def _budget(self) -> int:
         """Bytes that kept graphs may hold at present."""
-        return self._kept.budget.num_bytes
+        return self.kept.budget.num_bytes
 
     @property
     def has_split(self) -> bool:
         """Whether model and loss are known apart, as the Gauss-Newton matrix and the Fisher need."""
-        return self._rule is not None
+        return self.rule is not None
 
     @property
     def has_likelihood(self) -> bool:
         """Whether the loss is known to be the negative log-likelihood of a distribution, as the Fisher needs."""
-        return self._rule is not None and self._rule.is_likelihood
+        return self.rule is not None and self.rule.is_likelihood
 
     @property
     def closed_form_loss(self) -> bool:
         """Whether the loss Hessian on the outputs is known in closed form."""
-        return self._rule is not None and self._rule.closed_form
+        return self.rule is not None and self.rule.closed_form
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
         notes = []
-        used = self._dependence.used
+        used = self.dependence.used
         if used and len(used) < len(self._space.names):
             unused = [name for i, name in enumerate(self._space.names) if i not in used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
-        if self.num_batches is not None and len(self._kept) > 0:
+        if self.num_batches is not None and len(self.kept) > 0:
             of = (
-                f"{len(self._kept)} of {self.num_batches}"
-                if len(self._kept) < self.num_batches
+                f"{len(self.kept)} of {self.num_batches}"
+                if len(self.kept) < self.num_batches
                 else f"all {self.num_batches}"
             )
             notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
-        if any(lin.drew_random_numbers for lin in self._kept):
+        if any(lin.drew_random_numbers for lin in self.kept):
             notes.append(
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
                 "seed."
             )
-        notes += self._trust.notes()
+        notes += self.trust.notes()
         return tuple(notes)
 
     # -- values -------------------------------------------------------------------------------------------------------
@@ -244,9 +244,8 @@ class Objective:
     def restrict(self, selection: Selection) -> Objective:
         """Return the objective as a function of some of the parameters only, over the same data."""
         names = self.space.block(selection, self.model).parameters
-        chosen = {name: self.space.tensors[name] for name in names}
-        restricted = Objective(self.model, params=chosen, **self._settings)._sharing_with(self)
-        restricted._dependence = Dependence.of_some(self)
+        restricted = self.replace(params={name: self.space.tensors[name] for name in names})._sharing_with(self)
+        restricted.dependence = Dependence.of_some(self)
         return restricted
 
     def cut(self, micro_batch: int) -> Objective:
@@ -254,13 +253,20 @@ class Objective:
 
         It is the same where the loss of a batch is a mean over its examples; the first use refuses what couples them.
         """
-        pieces = Objective(self.model, params=self.space.tensors, **{**self._settings, "micro_batch": micro_batch})
-        return pieces._sharing_with(self)
+        return self.replace(micro_batch=micro_batch)._sharing_with(self)
+
+    def replace(self, **changes: Any) -> Objective:
+        """Return an objective of the same model that is made with the same arguments, but for some."""
+        return Objective(self.model, **{"params": self.space.tensors, **self.settings, **changes})
+
+    def linearise(self, batch: Any, index: int = 0, **recording: Any) -> Linearization:
+        """Return the loss of one batch, linearised at the parameters as they are; kept nowhere."""
+        return Linearization(self.evaluator, self.space, move_batch(batch, self.device), index, **recording)
 
     def _sharing_with(self, other: Objective) -> Objective:
         """Return self, with what the other knows of lean layers and of cut batches, and its memory for graphs."""
-        self._trust, self._cuts = other._trust, other._cuts
-        self._kept = KeptGraphs(other._kept.keep, other._kept.budget)
+        self.trust, self.cuts = other.trust, other.cuts
+        self.kept = KeptGraphs(other.kept.keep, other.kept.budget)
         return self
 
     def check(self, *, rtol: float | None = None) -> CheckReport:
@@ -273,7 +279,7 @@ class Objective:
 
     def batches(self) -> Iterator[Any]:
         """Yield the batches on the objective's device."""
-        for _, _, batch in self._data:
+        for _, _, batch in self.source:
             refuse_pieces(self)
             yield move_batch(batch, self.device)
 
@@ -289,46 +295,46 @@ class Objective:
         return self._linearised(to_differentiate=True)
 
     def _linearised(self, *, to_differentiate: bool) -> Iterator[Linearization]:
-        self._freshness.enter()
+        self.freshness.enter()
         if to_differentiate:
-            self._dependence.refuse_shards(self._evaluator)
-        self._kept.begin_walk()
+            self.dependence.refuse_shards(self.evaluator)
+        self.kept.begin_walk()
         built = False
         for index, mark, batch in self._walk():
-            lin = self._kept.find(index, mark)
+            lin = self.kept.find(index, mark)
             if lin is None:
                 lin, built = self._linearization(index, mark, batch), True
-            elif self._data.shuffles:  # as a later pass has shown
+            elif self.source.shuffles:  # as a later pass has shown
                 refuse_other_batches(self, lin)
             yield lin
-            self._dependence.note(lin)
+            self.dependence.note(lin)
             del lin  # before the next graph is built
         if built:
-            self._freshness.leave()
-        self._kept.budget.tidy()
+            self.freshness.leave()
+        self.kept.budget.tidy()
         if to_differentiate:
-            self._dependence.require(self._evaluator)
+            self.dependence.require(self.evaluator)
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
         if not self.keeps_all_graphs:
-            yield from self._data
+            yield from self.source
             return
-        self._data.confirm()
-        yield from self._kept.batches()
+        self.source.confirm()
+        yield from self.kept.batches()
 
     def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
-        meter, own = self._kept.meter(index), move_batch(batch, self.device)
-        lin = Linearization(self._evaluator, self.space, own, index, trust=self._trust, meter=meter)
+        meter, own = self.kept.meter(index), move_batch(batch, self.device)
+        lin = self.linearise(own, index, trust=self.trust, meter=meter)
         refuse_other_batches(self, lin)
-        self._freshness.built(lin, mark)
+        self.freshness.built(lin, mark)
         if meter is not None:
-            is_copy = own is not batch or not self._data.in_memory
-            self._kept.add(mark, own, lin, meter, sum(map(tensor_bytes, tensors_in(own))) if is_copy else 0)
+            is_copy = own is not batch or not self.source.in_memory
+            self.kept.add(mark, own, lin, meter, sum(map(tensor_bytes, tensors_in(own))) if is_copy else 0)
         return lin
 
     def release(self) -> None:
         """Drop the kept graphs and the memory they hold; the next product builds them again."""
-        self._kept.clear()
+        self.kept.clear()
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
@@ -365,11 +371,11 @@ class Objective:
 
     def _mean(self, parts: Iterator[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
         """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
-        if self._ranks is None:
+        if self.ranks is None:
             total, weight, unit = sum_of_parts(parts)
             assert total is not None
         else:
-            total, weight, unit = self._ranks.summed(self, lambda: sum_of_parts(parts), vectors)
+            total, weight, unit = self.ranks.summed(self, lambda: sum_of_parts(parts), vectors)
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight
@@ -379,7 +385,7 @@ class Objective:
     @property
     def sums(self) -> bool:
         """Whether batches add up (reduction="sum") instead of being averaged."""
-        return self._rule is not None and self._rule.reduction == "sum" and self._evaluator.weight is None
+        return self.rule is not None and self.rule.reduction == "sum" and self.evaluator.weight is None
 
     def __repr__(self) -> str:
         return f"Objective({type(self.model).__name__}, {self.num_params} parameters, {self.dtype}, {self.device})"

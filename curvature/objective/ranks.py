@@ -129,7 +129,7 @@ def _point_digests(objective: Objective) -> dict[str, int]:
             if buffer is not None and not ignored:
                 found[f"buffer {'.'.join(filter(None, (path, name)))!r}"] = content([buffer])
     found["training modes"] = text_digest([m.training for m in objective.model.modules()])
-    loss = None if objective._rule is None else objective._rule.loss
+    loss = None if objective.rule is None else objective.rule.loss
     if isinstance(loss, functools.partial):
         found["settings of the loss"] = _of_mapping(loss.keywords)
     elif loss is not None and hasattr(loss, "__dict__"):
@@ -255,7 +255,7 @@ class RankAgreement:
         return sum_over_ranks(total, weight, self.group)
 
     def _digests(self, objective: Objective) -> dict[str, int]:
-        mark = objective._freshness.current()
+        mark = objective.freshness.current()
         if self._point is None or self._point[0] is not mark:
             self._point = (mark, _point_digests(objective))
         return self._point[1]
@@ -319,9 +319,9 @@ def together(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def wrapped(objective: Objective, *args: Any, **settings: Any) -> Any:
-        if objective._ranks is None:
+        if objective.ranks is None:
             return function(objective, *args, **settings)
-        with objective._ranks.together(function.__name__):
+        with objective.ranks.together(function.__name__):
             return function(objective, *args, **settings)
 
     return cast("_Function", wrapped)
@@ -333,21 +333,21 @@ def built_together(init: _Init) -> _Init:
     @functools.wraps(init)
     def wrapped(self: Objective, *args: Any, process_group: ProcessGroup | None = None, **settings: Any) -> None:
         if process_group is None:
-            self._ranks = None
+            self.ranks = None
             init(self, *args, **settings)
             return
         model = args[0] if args else settings.get("model")
         device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-        self._ranks = RankAgreement(process_group, device or torch.device("cpu"))
-        with failing_together(self._ranks):
+        self.ranks = RankAgreement(process_group, device or torch.device("cpu"))
+        with failing_together(self.ranks):
             init(self, *args, process_group=process_group, **settings)
-            self._ranks.agree("Objective", settings=_settings_digest(self))
+            self.ranks.agree("Objective", settings=_settings_digest(self))
 
     return cast("_Init", wrapped)
 
 
 def _settings_digest(objective: Objective) -> int:
-    space, given = objective.space, objective._settings
+    space, given = objective.space, objective.settings
     loss = given["loss"]
     return text_digest(
         [(name, tuple(t.shape), str(t.dtype)) for name, t in space.tensors.items()],
@@ -366,7 +366,7 @@ def agree_on(A: Any, call: str, **settings: Any) -> None:
     Raises:
         RankError: on all ranks, if they differ.
     """
-    ranks = getattr(getattr(A, "objective", A), "_ranks", None)
+    ranks = getattr(getattr(A, "objective", A), "ranks", None)
     if ranks is not None:
         tensors = {k: content([v]) for k, v in settings.items() if isinstance(v, Tensor)}
         ranks.agree(call, settings=text_digest(sorted({**settings, **tensors}.items(), key=lambda item: item[0])))

@@ -102,7 +102,7 @@ def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
             batches = _batch_losses(objective, recorded=False)
         except RuntimeError:  # a forward pass that differentiates in the parameters itself
             batches = _batch_losses(objective, recorded=True)
-    ranks = objective._ranks
+    ranks = objective.ranks
     weight, total, count = sum(w for w, _ in batches), sum(w * loss for w, loss in batches), float(len(batches))
     if ranks is not None:
         packed, weight = ranks.sum(_packed(objective, total, count), weight)
@@ -129,8 +129,7 @@ def gradient_at(
         InputError: for a vector of another shape.
         NonFiniteError: if the loss is not finite there.
     """
-    settings = {**objective._settings, "keep_graphs": False}
-    there = Objective(objective.model, params=objective.space.tensors, **settings)
+    there = objective.replace(keep_graphs=False)
     with shifted(objective, point, buffers=buffers):
         loss, gradient = there.loss_and_gradient()
     return float(loss), gradient
@@ -142,13 +141,13 @@ def _packed(objective: Objective, *values: float) -> Tensor:
 
 def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
-    evaluator, found = objective._evaluator, []
+    evaluator, found = objective.evaluator, []
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         try:
             if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
                 for p in evaluator.parameters:
                     p.requires_grad_(False)
-            for index, _, batch in objective._data:
+            for index, _, batch in objective.source:
                 try:
                     with evaluator.copy_buffers().installed():
                         evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from curvature.engine.linearize import Linearization
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective.dependence import Dependence
@@ -48,11 +47,11 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
 
     def parts() -> Iterator[tuple[float, Tensor]]:
         for index, batch in enumerate(objective.batches()):
-            lin = Linearization(objective._evaluator, objective.space, batch, index, third_order=True)
+            lin = objective.linearise(batch, index, third_order=True)
             dependence.note(lin)
             yield lin.weight, lin.curvature_gradient(v)
-        dependence.require(objective._evaluator)
+        dependence.require(objective.evaluator)
 
-    dependence = Dependence(objective._dependence.whole)
+    dependence = Dependence(objective.dependence.whole)
 
     return objective._mean(parts())

@@ -19,12 +19,12 @@ def check_fixed_order(objective: Objective, why: str) -> None:
     Raises:
         DataError: with the reason and the remedy.
     """
-    if objective._data.in_memory:
+    if objective.source.in_memory:
         return
-    loader = objective._data._data
+    loader = objective.source.given
     shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
     if not shuffled:
-        objective._data.confirm()
+        objective.source.confirm()
     if shuffled or objective.shuffles:
         _refuse(why)
 

@@ -76,10 +76,10 @@ class ObjectiveOperator(SymmetricOperator):
     def overhead(self) -> float:
         """What a product costs whatever its columns, in columns: graphs that are not kept, built once for all."""
         objective = self.objective
-        if objective.may_keep_graphs and (objective._ranks is not None or not objective.keeps_all_graphs):
+        if objective.may_keep_graphs and (objective.ranks is not None or not objective.keeps_all_graphs):
             objective.loss()  # builds what can be kept
         kept = objective.keeps_all_graphs
-        return 1.0 - float(kept if objective._ranks is None else objective._ranks.everywhere(kept))
+        return 1.0 - float(kept if objective.ranks is None else objective.ranks.everywhere(kept))
 
     def agree(self, call: str, **settings: Any) -> None:
         agree_on(self, call, **settings)
@@ -159,7 +159,7 @@ def check_likelihood(objective: Objective, what: str) -> None:
         InputError: with what to use instead.
     """
     check_split(objective, what)
-    rule = objective._rule
+    rule = objective.rule
     if rule is not None and not objective.has_likelihood:
         name = getattr(rule.loss, "__name__", type(rule.loss).__name__)
         raise InputError(

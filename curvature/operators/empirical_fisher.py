@@ -83,12 +83,12 @@ class EmpiricalFisherOperator(MetricOperator):
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         part = super()._of_batch(lin, X, block)
-        refuse_coupling(self.objective, lin._batch, lin.index)
+        refuse_coupling(self.objective, lin.batch, lin.index)
         return part if self._sums is None else self._sums[0] * part
 
     @property
     def _adds_up(self) -> bool:
-        rule = self.objective._rule
+        rule = self.objective.rule
         return rule is not None and rule.reduction == "sum"
 
     def _before_walk(self) -> None:
@@ -99,7 +99,7 @@ class EmpiricalFisherOperator(MetricOperator):
 
     def _note_point(self) -> bool:
         """Forget what was counted at another point; say whether it is another."""
-        point = self.objective._freshness.point()
+        point = self.objective.freshness.point()
         if point is self._point:
             return False
         self._sums, self._point = None, point

@@ -84,7 +84,7 @@ class Splitter:
                 "per-example gradients need the split between model and loss: give the objective loss= and a forward "
                 "that returns (outputs, targets), instead of loss=None."
             )
-        self._objective, self._evaluator = objective, objective._evaluator
+        self._objective, self._evaluator = objective, objective.evaluator
         self._params = list(objective.space.tensors.values())
         self._route = route
         if memory_budget is not None and memory_budget < 1:

@@ -311,9 +311,9 @@ def _over_ranks(
     weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
     totals = [sums.gradient, sums.squares, weighted_norms]
     weight, squared, losses = float(weights.sum()), float(weights.square().sum()), float(loss)
-    if objective._ranks is not None:
+    if objective.ranks is not None:
         packed = torch.cat([weights.new_tensor([squared, losses]), *(t.double() for t in totals if t is not None)])
-        packed, weight = objective._ranks.sum(packed, weight)
+        packed, weight = objective.ranks.sum(packed, weight)
         squared, losses = packed[:2].tolist()
         parts = list(packed[2:].split([len(t) for t in totals if t is not None]))
         totals = [None if t is None else parts.pop(0).to(t.dtype) for t in totals]

@@ -68,10 +68,10 @@ class Walk:
             raise InputError(f"per must be 'sequence' or 'target', got {per!r}.")
         self._splitter = Splitter(objective, route=route, memory_budget=memory_budget)
         self.budget, self.chunk_bytes = self._splitter.budget, self._splitter.chunk_bytes
-        self._objective, self._evaluator = objective, objective._evaluator
+        self._objective, self._evaluator = objective, objective.evaluator
         self._params = list(objective.space.tensors.values())
         self._per = per
-        self._dependence = Dependence(objective._dependence.whole)
+        self._dependence = Dependence(objective.dependence.whole)
         self.num_examples = self.num_backwards = self.num_batches = self.num_groups = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
 
@@ -91,8 +91,8 @@ class Walk:
             with session(self._evaluator, self._evaluator.copy_buffers()), torch.no_grad():
                 evaluation = self._evaluator.evaluate(batch, index)
             total += float(self._terms(evaluation, leading_size(self._evaluator, batch), index).sum())
-        if self._objective._ranks is not None:
-            _, total = self._objective._ranks.sum(torch.zeros(0, dtype=torch.float64), total)
+        if self._objective.ranks is not None:
+            _, total = self._objective.ranks.sum(torch.zeros(0, dtype=torch.float64), total)
         return total
 
     # -- one batch ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ built and watched.
 
 from __future__ import annotations
 
-from curvature.data.tensors import move_batch
-from curvature.engine.linearize import LOSS_HESSIAN, Linearization
+from curvature.engine.linearize import LOSS_HESSIAN
 from curvature.environment.cost import median_seconds
 from curvature.environment.memory import HeldMemory
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -32,7 +31,7 @@ def predicted_product(A: ObjectiveOperator, width: int) -> tuple[float, int]:
     gradient = seconds / _BACKWARD if objective.keeps_all_graphs else seconds
     of_batch, num_batches = _graph_bytes(A, product), objective.num_batches or 1
     wanted = of_batch * num_batches if objective.may_keep_graphs else 0
-    kept = wanted if objective._kept.keep is True else min(wanted, objective._kept.budget.num_bytes)
+    kept = wanted if objective.kept.keep is True else min(wanted, objective.kept.budget.num_bytes)
     all_kept = 0 < wanted == kept
     in_work = 0 if all_kept else of_batch
     columns = gradient * _COLUMN[product] * width + (0.0 if all_kept else gradient * _REBUILT)
@@ -42,9 +41,8 @@ def predicted_product(A: ObjectiveOperator, width: int) -> tuple[float, int]:
 def _graph_bytes(A: ObjectiveOperator, product: str) -> int:
     """Return what the graph of the first batch holds."""
     objective, meter = A.objective, HeldMemory()
-    _, _, batch = next(iter(objective._data))
-    own = move_batch(batch, objective.device)
-    lin = Linearization(objective._evaluator, objective.space, own, 0, trust=objective._trust, meter=meter)
+    _, _, batch = next(iter(objective.source))
+    lin = objective.linearise(batch, trust=objective.trust, meter=meter)
     if lin.weight == 0:
         return 0
     _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))

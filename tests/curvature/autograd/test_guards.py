@@ -313,7 +313,7 @@ def test_lean_layers_wrong_on_one_batch_only(factor: float, monkeypatch: pytest.
     dense = dense_hessian(lambda: total_loss(model, [case.data()], case.criterion), params_of(model))
     objective = Objective(model, case.loss, case.ragged())
     assert_close(HessianOperator(objective).to_dense(), dense)
-    assert objective._trust.revoked
+    assert objective.trust.revoked
 
 
 def test_comparisons_that_yield_nan_revoke() -> None:
@@ -365,7 +365,7 @@ def test_curvature_that_is_not_finite_names_batch_and_parameter() -> None:
 
 
 def forward_of(objective: Objective) -> dict[str, Any]:
-    return {"forward": objective._evaluator.forward, "weight": objective._evaluator.weight}
+    return {"forward": objective.evaluator.forward, "weight": objective.evaluator.weight}
 
 
 def test_a_vector_that_is_not_finite_is_told_apart() -> None:

@@ -185,7 +185,7 @@ def test_wrong_rule_is_found_out_and_not_used(
     operator = (HessianOperator if matrix == "Hessian" else GGNOperator)(objective)
     v = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64)
     assert_close(operator @ v, dense @ v)
-    assert objective._trust.revoked
+    assert objective.trust.revoked
     assert any("Lean layers are not used" in note for note in objective.notes)
 
 
@@ -194,8 +194,8 @@ def test_right_rules_are_used_and_noted() -> None:
     objective = Objective(case.model(), case.loss, case.ragged())
     HessianOperator(objective).to_dense()
     GGNOperator(objective).to_dense()
-    assert not objective._trust.revoked
-    assert set(objective._trust.differences) == {"hvp", "ggnvp"}
+    assert not objective.trust.revoked
+    assert set(objective.trust.differences) == {"hvp", "ggnvp"}
     assert all(lin.num_lean_layers == 1 for lin in objective.linearizations())
     assert sum("Lean layers serve for products" in note for note in objective.notes) == 2
 

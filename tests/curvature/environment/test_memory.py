@@ -78,7 +78,7 @@ def test_the_budget_holds_whatever_is_called_in_whatever_order(share: float) -> 
         for name in order:
             assert_close(calls(of, v)[name](), expected[name], BATCHING_TOLERANCE)
             assert of.held_bytes <= budget, order
-    assert (share > 0) == (len(of._kept) > 0)
+    assert (share > 0) == (len(of.kept) > 0)
     assert of.keeps_all_graphs == (share > 1)
 
 
@@ -114,10 +114,10 @@ def test_graphs_dropped_in_the_middle_of_a_walk_are_built_again(shuffles: bool) 
     G = GGNOperator(probe) @ v
     of = Objective(net(), nn.CrossEntropyLoss(), data, memory_budget=limit)
     assert_close(HessianOperator(of) @ v, H, BATCHING_TOLERANCE)
-    assert len(of._kept) == NUM_BATCHES
+    assert len(of.kept) == NUM_BATCHES
     for _ in range(3):
         assert_close(GGNOperator(of) @ v, G, BATCHING_TOLERANCE)
-        assert len(of._kept) < NUM_BATCHES
+        assert len(of.kept) < NUM_BATCHES
         assert_close(HessianOperator(of) @ v, H, BATCHING_TOLERANCE)
         assert 0 < of.held_bytes <= limit
 
@@ -142,10 +142,10 @@ def test_the_default_budget_follows_the_free_memory(monkeypatch: pytest.MonkeyPa
     of = objective()
     v = _v(of)
     expected = HessianOperator(of) @ v
-    assert len(of._kept) == NUM_BATCHES
+    assert len(of.kept) == NUM_BATCHES
     free = 0  # what is held may be half of what it takes
     assert_close(HessianOperator(of) @ v, expected, BATCHING_TOLERANCE)
-    assert len(of._kept) < NUM_BATCHES
+    assert len(of.kept) < NUM_BATCHES
 
 
 GROWTH = """

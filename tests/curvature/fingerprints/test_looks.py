@@ -134,7 +134,7 @@ def stealthy_changes() -> dict[str, tuple[nn.Module, Any, Callable[[], object]]]
 def test_a_short_look_sees_what_a_long_one_does(name: str) -> None:
     model, loss, change = stealthy_changes()[name]
     objective = Objective(model, loss, (torch.randn(5, 4), torch.randint(3, (5,))))
-    freshness = objective._freshness
+    freshness = objective.freshness
     before = freshness.look()
     assert freshness.look() is before
     change()

@@ -70,11 +70,11 @@ def test_graphs_kept_at_the_point_stay_valid() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     objective = Objective(model, nn.MSELoss(), (torch.randn(9, 3).double(), torch.randn(9, 1).double()))
     H, v = HessianOperator(objective), torch.randn(objective.num_params, dtype=torch.float64)
-    product, point = H @ v, objective._freshness.point()
+    product, point = H @ v, objective.freshness.point()
     loss_at(objective, v)
     gradient_at(objective, v)
     assert objective.keeps_all_graphs
-    assert objective._freshness.point() is point
+    assert objective.freshness.point() is point
     torch.testing.assert_close(H @ v, product, rtol=0, atol=0)
 
 

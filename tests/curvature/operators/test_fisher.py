@@ -450,7 +450,7 @@ def test_lean_layers_are_checked_although_the_loss_has_no_second_derivative(monk
         moments(torch.full((5,), 0.2, dtype=torch.float64), torch.stack(g))[0],
         EXACT,
     )
-    assert objective._trust.revoked
+    assert objective.trust.revoked
 
 
 def test_class_last_outputs_and_single_numbers() -> None:

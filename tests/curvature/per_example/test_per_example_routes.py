@@ -338,14 +338,14 @@ def test_where_examples_lie(name: str, layout: Layout) -> None:
     """Sums over all rows are right even where rows are given to the wrong examples: that is looked for by itself."""
     build, x = BY_RULES[name]
     model = build().double()
-    evaluator = Objective(model, nn.MSELoss(), (x, model(x).detach()))._evaluator
+    evaluator = Objective(model, nn.MSELoss(), (x, model(x).detach())).evaluator
     _, layouts = layouts_of_uses(evaluator, (x, None), 0, N)
     assert set(layouts) == {layout}
 
 
 def test_rows_that_mix_examples_are_found() -> None:
     model = Own(lambda m, x: F.linear(x.mean(0, keepdim=True), m.w) + F.linear(x, m.v), w=(3, 4), v=(3, 4)).double()
-    evaluator = Objective(model, nn.MSELoss(), (real(4), real(3)))._evaluator
+    evaluator = Objective(model, nn.MSELoss(), (real(4), real(3))).evaluator
     structure, layouts = layouts_of_uses(evaluator, (real(4), None), 0, N)
     assert [name for name, _ in structure] == ["linear", "linear"]
     assert layouts == (None, Layout.BLOCKS)
