@@ -13,18 +13,3 @@ from curvature.operators.ntk import NTKOperator as NTKOperator
 from curvature.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
 from curvature.operators.preconditioned import optimizer_preconditioner as optimizer_preconditioner
 from curvature.operators.submatrix import SubmatrixOperator as SubmatrixOperator
-
-__all__ = [
-    "BlockDiagonalOperator",
-    "EmpiricalFisherOperator",
-    "FisherOperator",
-    "GGNOperator",
-    "GradientCovarianceOperator",
-    "HessianOperator",
-    "JacobianOperator",
-    "MCFisherOperator",
-    "NTKOperator",
-    "PreconditionedOperator",
-    "SubmatrixOperator",
-    "optimizer_preconditioner",
-]

@@ -10,8 +10,6 @@ from curvature.engine.linearize import Linearization
 from curvature.errors import DataError
 from curvature.objective.objective import Objective
 
-__all__ = ["check_fixed_order", "ordered_linearizations"]
-
 
 def check_fixed_order(objective: Objective, why: str) -> None:
     """Refuse a loader that yields its examples in another order at each pass. Cost: two walks over a loader, no model.

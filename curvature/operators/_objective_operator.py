@@ -19,8 +19,6 @@ from curvature.objective.objective import Objective
 from curvature.objective.ranks import agree_on
 from curvature.parameters import Block, Selection
 
-__all__: list[str] = []
-
 
 class ObjectiveOperator(SymmetricOperator):
     """A symmetric matrix that is a weighted sum over batches; a subclass names the product of a linearised batch."""

@@ -13,8 +13,6 @@ from curvature.linop import SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 
-__all__ = ["BlockDiagonalOperator"]
-
 
 class BlockDiagonalOperator(SymmetricOperator):
     """B = diag(A_11, ..., A_LL): y_l = A_ll x_l for every block l of parameters, and zero between blocks.

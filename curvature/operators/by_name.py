@@ -14,8 +14,6 @@ from curvature.operators.gradient_covariance import GradientCovarianceOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.operators.ntk import NTKOperator
 
-__all__ = ["MATRICES"]
-
 MATRICES: dict[MatrixName, type[LinearOperator]] = {
     "hessian": HessianOperator,
     "ggn": GGNOperator,

@@ -15,8 +15,6 @@ from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import MetricOperator, check_split
 from curvature.parameters import Block
 
-__all__ = ["EmpiricalFisherOperator"]
-
 
 class EmpiricalFisherOperator(MetricOperator):
     """E = sum_i p_i g_i g_i', g_i the gradient of example i's loss; symmetric and positive semi-definite.

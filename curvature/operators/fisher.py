@@ -7,8 +7,6 @@ from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator, check_likelihood
 from curvature.parameters import Block
 
-__all__ = ["FisherOperator"]
-
 
 class FisherOperator(ObjectiveOperator):
     """F = sum_t c_t J_t' E[s s'] J_t / W, with s the gradient of -log p(y | z_t) in the outputs, y ~ p(y | z_t).

@@ -8,8 +8,6 @@ from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 
-__all__ = ["GGNOperator"]
-
 
 class GGNOperator(ObjectiveOperator):
     """G = sum_b w_b J_b' L_b J_b / sum_b w_b, J_b the Jacobian of batch b's outputs, L_b the loss Hessian in them.

@@ -15,8 +15,6 @@ from curvature.objective.objective import Objective
 from curvature.operators.empirical_fisher import EmpiricalFisherOperator
 from curvature.parameters import Block
 
-__all__ = ["GradientCovarianceOperator"]
-
 
 class GradientCovarianceOperator(EmpiricalFisherOperator):
     """Sigma = sum_i p_i (g_i - g)(g_i - g)' = sum_i p_i g_i g_i' - g g', with g = sum_i p_i g_i the gradient of L.

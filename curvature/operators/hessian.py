@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from curvature.operators._objective_operator import ObjectiveOperator
 
-__all__ = ["HessianOperator"]
-
 
 class HessianOperator(ObjectiveOperator):
     """H = sum_b w_b H_b / sum_b w_b, with H_b the Hessian of batch b's loss in the chosen parameters; symmetric.

@@ -16,8 +16,6 @@ from curvature.operators._fixed_order import check_fixed_order, ordered_lineariz
 from curvature.operators._objective_operator import block_within, check_split
 from curvature.parameters import Block, Selection
 
-__all__ = ["JacobianOperator"]
-
 _WHY = "rows of the Jacobian belong to places in the data"
 
 

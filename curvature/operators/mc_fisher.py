@@ -16,8 +16,6 @@ from curvature.operators._fixed_order import check_fixed_order
 from curvature.operators._objective_operator import MetricOperator, check_likelihood
 from curvature.parameters import Block
 
-__all__ = ["MCFisherOperator"]
-
 _WHY = "drawn targets belong to places in the data"
 
 

@@ -13,8 +13,6 @@ from curvature.objective.objective import Objective
 from curvature.operators.jacobian import JacobianOperator
 from curvature.parameters import Block, Selection
 
-__all__ = ["NTKOperator"]
-
 
 class NTKOperator(SymmetricOperator):
     """K = J J', (M, M), with J the Jacobian of all M outputs on the data (`JacobianOperator`): the empirical NTK.

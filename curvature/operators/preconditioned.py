@@ -15,8 +15,6 @@ from curvature.linop import MatrixLike, SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator, block_within
 from curvature.parameters import Block, ParameterSpace, Selection
 
-__all__ = ["PreconditionedOperator", "optimizer_preconditioner"]
-
 
 class PreconditionedOperator(SymmetricOperator):
     """P^-1/2 A P^-1/2 for a diagonal P > 0: symmetric, with the eigenvalues of P^-1 A.

@@ -9,8 +9,6 @@ from curvature.errors import InputError
 from curvature.linop import LinearOperator, MatrixLike, transpose
 from curvature.parameters import Block
 
-__all__ = ["SubmatrixOperator"]
-
 
 class SubmatrixOperator(LinearOperator):
     """A[rows, cols] for blocks of parameters, by full products with vectors that are zero outside `cols`.

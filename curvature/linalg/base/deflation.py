@@ -19,8 +19,6 @@ from curvature.linalg.base.validate import working_dtype
 from curvature.linop import LinearOperator, MatrixLike, Projected
 from curvature.results.estimates import EigenPairs
 
-__all__ = ["Known", "deflated"]
-
 
 @dataclass(frozen=True)
 class Known:

@@ -9,8 +9,6 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.environment.one_matrix import one_matrix
 
-__all__ = ["numerics"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gram_schmidt", "orthonormalise"]
-
 
 def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
     """Return orthonormal columns that span X outside the basis (n, m), orthonormal; dependent ones are dropped.

@@ -20,16 +20,6 @@ from curvature.linop import MatrixLike
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
-__all__ = [
-    "Systems",
-    "check_damping",
-    "check_preconditioner",
-    "in_units",
-    "powers_of_two",
-    "preconditioned",
-    "right_hand_sides",
-]
-
 
 class Systems:
     """(A + damping I) X = B, B scaled to columns of size about 1, and how far each column has come.

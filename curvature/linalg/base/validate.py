@@ -11,22 +11,6 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linop import MatrixLike
 
-__all__ = [
-    "check_confidence",
-    "check_count",
-    "check_finite",
-    "check_range",
-    "check_square",
-    "check_start",
-    "check_tolerances",
-    "column_norms",
-    "non_finite_message",
-    "numbers",
-    "rounding_level",
-    "unit_of",
-    "working_dtype",
-]
-
 
 def check_square(A: MatrixLike) -> int:
     """Return n for an (n, n) matrix."""

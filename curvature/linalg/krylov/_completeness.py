@@ -38,8 +38,6 @@ from curvature.linalg.krylov._ritz_selection import Which
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs, Status
 
-__all__ = ["Bound", "Chain", "bounds_of", "grow_chain", "judge"]
-
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 
 

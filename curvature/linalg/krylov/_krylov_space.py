@@ -23,8 +23,6 @@ from curvature.linalg.base.validate import non_finite_message, rounding_level, u
 from curvature.linalg.krylov._completeness import Bound
 from curvature.linop import MatrixLike
 
-__all__ = ["KrylovSpace"]
-
 Tolerance: TypeAlias = "Callable[[Tensor], Tensor]"  # of the residuals, by Ritz value
 _TINY = 1e-37  # keeps a start of zero zero
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|

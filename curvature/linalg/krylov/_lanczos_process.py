@@ -19,8 +19,6 @@ from curvature.linalg.base.systems import preconditioned
 from curvature.linalg.base.validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linop import MatrixLike
 
-__all__ = ["LanczosProcess"]
-
 
 class LanczosProcess:
     """Runs from the columns of X, (n, p), none of them zero, for the matrix A + damping I."""

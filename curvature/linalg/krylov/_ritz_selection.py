@@ -13,8 +13,6 @@ from curvature.linalg.base.validate import check_count, working_dtype
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs
 
-__all__ = ["Look", "Which", "check_memory", "check_problem", "known_directions", "num_kept", "wanted"]
-
 Which = Literal["LA", "SA", "LM", "BE"]
 
 

@@ -24,8 +24,6 @@ from curvature.linalg.base.validate import working_dtype
 from curvature.linalg.krylov._krylov_space import KrylovSpace, dependent_share, floor_of
 from curvature.linop import MatrixLike
 
-__all__ = ["RoundedSpace", "check_basis_dtype"]
-
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 20}  # coordinates that are widened at a time, for caches and for launches
 _ROOT_MEAN_SQUARE = 0.2  # of the relative rounding error of a coordinate, in units of eps

@@ -19,8 +19,6 @@ from curvature.linalg.krylov.thick_restart import ThickRestartLanczos
 from curvature.linop import AnyMatrix, LinearOperator, MatrixLike, MatrixName, as_matrix, to_dense
 from curvature.results.estimates import EigenPairs, Status
 
-__all__ = ["EigenMethod", "block_penalty", "eigsh"]
-
 EigenMethod: TypeAlias = Literal["auto", "dense", "lanczos", "lobpcg"]
 _WIDTHS = (1, 2, 4, 8)  # wider blocks take more products than they save
 _WORTH = 0.85  # of the cost of single products that a block must promise: where few are needed, blocks waste more

@@ -20,8 +20,6 @@ from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import check_count, check_finite, check_square, unit_of, working_dtype
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 
-__all__ = ["Krylov", "KrylovRuns", "lanczos", "lanczos_runs", "ritz"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Krylov:

@@ -37,8 +37,6 @@ from curvature.linalg.krylov._completeness import Bound, grow_chain
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, Status
 
-__all__ = ["lobpcg"]
-
 _CHAIN = 20  # products that a chain may take in any case; beyond, no more than the iteration took
 
 

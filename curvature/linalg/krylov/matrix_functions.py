@@ -32,8 +32,6 @@ from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import MatrixFunctionResult
 
-__all__ = ["FunctionName", "matrix_function"]
-
 FunctionName: TypeAlias = Literal["inv", "sqrt", "invsqrt", "log", "exp"]
 
 _MOST_STEPS = 200

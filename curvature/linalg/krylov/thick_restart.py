@@ -49,8 +49,6 @@ from curvature.linalg.krylov._rounded_space import RoundedSpace, check_basis_dty
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, Status
 
-__all__ = ["ThickRestartLanczos", "Which"]
-
 _STATE = ("least", "fell", "spent", "num_chains", "closed", "beyond", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule

@@ -22,8 +22,6 @@ from curvature.errors import InputError, NotConvergedError
 from curvature.linop import SymmetricOperator
 from curvature.results.estimates import Estimate, Status, _Record, mean_and_stderr
 
-__all__ = ["DiagonalOnSubspace", "ErrorCurve", "LowRank", "error_norms", "spectral_bound"]
-
 
 class DiagonalOnSubspace(SymmetricOperator):
     """U diag(values) U' + rest (I - U U'): diagonal in a few directions, a multiple of the identity in all others.

@@ -29,8 +29,6 @@ from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
-__all__ = ["nystrom"]
-
 _GROWTH = 16  # times the first rank, unless the caller says how far to grow
 _NEGATIVE = 10.0  # shifts by which a Rayleigh quotient may be negative before the matrix is called indefinite
 

@@ -35,8 +35,6 @@ from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
-__all__ = ["randomized_eigh"]
-
 
 @numerics
 def randomized_eigh(

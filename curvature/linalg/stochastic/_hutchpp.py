@@ -31,8 +31,6 @@ from curvature.linalg.stochastic._trace_estimate import (
 )
 from curvature.results.estimates import Status, TraceEstimate
 
-__all__ = ["hutchpp"]
-
 
 def hutchpp(pool: ProbePool, known: Known, goal: Goal, sketch_size: int | None) -> TraceEstimate:
     """Return the estimate from an empty pool; `sketch_size` is s, at most num_matvecs / 2 - 1. Default: chosen.

@@ -20,8 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["mass_below", "next_nodes", "shortened", "with_node"]
-
 _BREAKDOWN = 1e-13  # of the largest |node|: a coupling below it ends the process, and the measure has no more points
 _FAR = 1e8  # largest |nodes|: where the prescribed node meets another one, one node goes to infinity
 _DUST = 1e-13  # of the mass: a weight below it may be rounding

@@ -15,8 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cheapest", "most_accurate", "residual_curve", "with_left_out"]
-
 _HELD_OUT = 0.75  # beyond this share of the probes too few are held out for their mean to be trusted
 
 

@@ -44,8 +44,6 @@ from curvature.linalg.base.validate import (
 from curvature.linalg.stochastic.probes import DISTRIBUTIONS, draw, one_direction
 from curvature.linop import MatrixLike
 
-__all__ = ["ProbePool"]
-
 
 class ProbePool:
     """Probes of one distribution, multiplied once and for all; see the module.

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from curvature.linalg.stochastic._probe_pool import ProbePool
 
-__all__ = ["diagonal_samples", "stderr_of_mean"]
-
 _NEIGHBOURS = 8  # pairs a probe, for the covariance: all of them would cost as many products of n-vectors as k^2
 
 

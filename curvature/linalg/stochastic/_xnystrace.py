@@ -21,8 +21,6 @@ from curvature.errors import InputError
 from curvature.linalg.base.validate import rounding_level
 from curvature.linalg.stochastic._probe_pool import ProbePool
 
-__all__ = ["nystrom_samples"]
-
 _SHIFTS = 6  # by what powers of ten the shift may grow until the factorisation succeeds
 
 

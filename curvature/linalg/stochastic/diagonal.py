@@ -25,8 +25,6 @@ from curvature.linalg.stochastic.probes import one_direction, rademacher
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import DiagonalEstimate, EigenPairs, Status
 
-__all__ = ["DiagonalMethod", "diagonal"]
-
 DiagonalMethod: TypeAlias = Literal["auto", "hutchinson", "xdiag"]
 
 

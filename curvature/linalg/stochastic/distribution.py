@@ -22,8 +22,6 @@ from curvature.linalg.base.validate import numbers
 from curvature.linalg.stochastic._mass_bounds import mass_below
 from curvature.results.estimates import BoundedEstimate, SpectralDensity, bounded_mean
 
-__all__ = ["QuantileEstimate", "cdf", "count", "quantile", "wasserstein"]
-
 _INNER = 48  # nodes at which quantiles are sought first
 _PARTS, _ROUNDS = 8, 6  # into which the cell between two of them is cut, and how often
 _ROUNDING = 1e-12  # of F

@@ -23,8 +23,6 @@ from curvature.linalg.stochastic.slq import rule_error
 from curvature.results.estimates import BoundedEstimate, Estimate, SpectralDensity, bounded_mean, mean_and_stderr
 from curvature.results.intervals import skewness
 
-__all__ = ["effective_dimension", "logdet", "moments", "spectral_sum"]
-
 
 @numerics
 def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:

@@ -41,8 +41,6 @@ from curvature.linalg.stochastic._trace_estimate import FEWEST, sketch_by_pilot
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import NormBounds, NormEstimate, Status
 
-__all__ = ["frobenius_norm", "spectral_norm"]
-
 _LARGEST_LOG = 700.0  # exp of more overflows
 
 

@@ -11,8 +11,6 @@ from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.validate import check_count
 
-__all__ = ["DISTRIBUTIONS", "draw", "normal", "one_direction", "rademacher", "sphere"]
-
 
 @checked
 def rademacher(

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Quadrature", "quadrature"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quadrature:

@@ -30,8 +30,6 @@ from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, Projected, as_matrix
 from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
 
-__all__ = ["COARSE_SHARES", "envelope", "extrapolated", "rule_error", "smoothed", "spectral_density"]
-
 COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
 
 _MARGIN = 5.0  # the grid reaches this many sigmas beyond the outermost nodes

@@ -19,8 +19,6 @@ from curvature.linalg.stochastic._xnystrace import nystrom_samples
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, TraceEstimate
 
-__all__ = ["TraceMethod", "trace"]
-
 TraceMethod: TypeAlias = Literal["auto", "hutchinson", "hutch++", "xtrace", "xnystrace"]
 
 

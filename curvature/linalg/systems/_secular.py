@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SecularSolution", "cubic_minimiser", "trust_region_minimiser"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SecularSolution:

@@ -25,8 +25,6 @@ from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import KeptIterate, SolveResult
 
-__all__ = ["cg"]
-
 
 @numerics
 def cg(

@@ -33,8 +33,6 @@ from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
 
-__all__ = ["cubic_subproblem", "gltr"]
-
 _MOST_STEPS = 200
 _LOWER = 1e-3  # of |A|: what is lower than the lowest eigenvalue found by more than this must not be missed ...
 _MISSED = 0.01  # ... but with this probability

@@ -29,8 +29,6 @@ from curvature.linop import MatrixLike
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
-__all__ = ["lsmr"]
-
 
 @numerics
 def lsmr(

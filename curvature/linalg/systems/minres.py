@@ -28,8 +28,6 @@ from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
-__all__ = ["minres"]
-
 
 @numerics
 def minres(

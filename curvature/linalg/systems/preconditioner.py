@@ -9,8 +9,6 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import SymmetricOperator
 
-__all__ = ["DiagonalPreconditioner"]
-
 
 class DiagonalPreconditioner(SymmetricOperator):
     """P = diag(d + damping)^power, as its inverse: `@` applies P^-1.

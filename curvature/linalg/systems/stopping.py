@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from curvature.arguments import checked_fields
 from curvature.errors import InputError
 
-__all__ = ["RelativeProgress"]
-
 
 @checked_fields
 @dataclass(frozen=True, kw_only=True)

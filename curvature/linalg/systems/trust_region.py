@@ -25,8 +25,6 @@ from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
 
-__all__ = ["check_gradient", "check_positive", "trust_region"]
-
 _HUGE = 1e150
 
 
