@@ -21,11 +21,8 @@ from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
 
 
-class Systems:
-    """(A + damping I) X = B, B scaled to columns of size about 1, and how far each column has come.
-
-    Arguments and errors are those of `cg`.
-    """
+class Columns:
+    """Right-hand sides of A side by side, and how far each has come; see `cg` for the arguments."""
 
     def __init__(
         self,
@@ -33,36 +30,87 @@ class Systems:
         B: Tensor,
         *,
         damping: float,
-        preconditioner: Any,
-        x0: Tensor | None,
         rtol: float,
         atol: float,
         max_iterations: int | None,
         callback: Callable[[int, str], None] | None,
     ) -> None:
-        n = check_square(A)
         check_tolerances(rtol, atol)
         check_damping(damping)
-        check_preconditioner(preconditioner, n)
-        self.A, self.damping, self.preconditioner, self.callback = A, float(damping), preconditioner, callback
-        self.rtol, self.atol = rtol, atol
+        self.A, self.damping, self.rtol, self.atol, self.callback = A, float(damping), rtol, atol, callback
+        self.limit = step_limit(max_iterations, min(A.shape))
         self.dtype, self.num_matvecs = working_dtype(A), 0
-        self.limit = max(10 * n, 1000) if max_iterations is None else max_iterations
-        if self.limit < 0:
-            raise InputError(f"max_iterations must not be negative, got {max_iterations}.")
-        B, self.is_vector = right_hand_sides(A, B, n)
+        self.B, self.is_vector = right_hand_sides(A, B, A.shape[0])
+        self.steps = [0] * self.B.shape[1]
+        self.statuses = [Status.CONVERGED] * self.B.shape[1]
+
+    def rescale(self, scale: Tensor) -> None:
+        """Divide the columns of B by powers of two."""
+        self.scale, self.B = scale, self.B / scale
+        self.scales: list[float] = scale.double().tolist()
+
+    def begin(self, norms: list[float], sizes: list[float]) -> None:
+        """Note what is to fall and from where, and below which share of `sizes` it is to end."""
+        self.norms, self.history = norms, [[norm] for norm in norms]
+        self.tolerance = [max(self.rtol * size, self.atol / c) for size, c in zip(sizes, self.scales, strict=True)]
+
+    def report(self, active: Sequence[int]) -> None:
+        """Tell the callback how far the open columns are."""
+        if self.callback is not None:
+            worst = max((self.history[i][-1] / self.tolerance[i] for i in active if self.tolerance[i] > 0), default=0.0)
+            done = len(self.norms) - len(active)
+            self.callback(self.num_matvecs, f"{done} of {len(self.norms)} solved, residual {worst:.2g} x tolerance")
+
+    def result(self, X: Tensor, norms: list[float], reached: list[bool], **more: Any) -> SolveResult:
+        """Return what was reached, in units of the caller; `more` fields come unscaled, columns last."""
+        norms = [norm * scale for norm, scale in zip(norms, self.scales, strict=True)]
+        return SolveResult(
+            x=self.shaped(in_units(X, self.scale)),
+            residual_norms=self.shaped(torch.tensor(norms, dtype=self.dtype, device=self.A.device)),
+            converged=self.shaped(torch.tensor(reached, device=self.A.device)),
+            statuses=tuple(self.statuses),
+            num_iterations=tuple(self.steps),
+            num_matvecs=self.num_matvecs,
+            residual_history=self.ragged(self.history, 1),
+            rtol=self.rtol,
+            atol=self.atol,
+            damping=self.damping,
+            **more,
+        )
+
+    def shaped(self, X: Tensor) -> Tensor:
+        """Return columns last, (..., k), as the caller passed them."""
+        return X[..., 0] if self.is_vector else X
+
+    def ragged(self, rows: Sequence[Sequence[float]], power: int) -> Tensor:
+        """Return a row for every column, NaN after its end, float64 on the CPU, in units of b^power."""
+        longest = max(map(len, rows))
+        padded = [
+            [value * scale**power for value in row] + [math.nan] * (longest - len(row))
+            for row, scale in zip(rows, self.scales, strict=True)
+        ]
+        table = torch.tensor(padded, dtype=torch.float64)
+        return table[0] if self.is_vector else table
+
+
+class Systems(Columns):
+    """(A + damping I) X = B, B scaled to columns of size about 1; arguments and errors are those of `cg`."""
+
+    def __init__(self, A: MatrixLike, B: Tensor, *, preconditioner: Any, x0: Tensor | None, **settings: Any) -> None:
+        n = check_square(A)
+        super().__init__(A, B, **settings)
+        check_preconditioner(preconditioner, n)
+        self.preconditioner, B = preconditioner, self.B
         X, R = torch.zeros_like(B), B
         if x0 is not None:
             if x0.shape != ((n,) if self.is_vector else tuple(B.shape)):
                 raise InputError(f"x0 must have the shape of B, got {tuple(x0.shape)}.")
             X = torch.where(B.any(dim=0), x0.reshape(n, -1).to(device=A.device, dtype=self.dtype), 0)
             R = B - self.multiply(X)
-        self.scale = powers_of_two(torch.maximum(B.abs(), R.abs()))
-        self.scales: list[float] = self.scale.double().tolist()
-        self.B, self.X, self.R = B / self.scale, X / self.scale, R / self.scale
+        self.rescale(powers_of_two(torch.maximum(B.abs(), R.abs())))
+        self.X, self.R = X / self.scale, R / self.scale
         sizes = _norms(self.B)
-        self.tolerance = [max(rtol * size, atol / scale) for size, scale in zip(sizes, self.scales, strict=True)]
-        self.norms = _norms(self.R)
+        self.begin(_norms(self.R), sizes)
         if not all(map(math.isfinite, self.norms)):
             raise NonFiniteError(non_finite_message(self.num_matvecs))
         farthest = max((norm / size for norm, size in zip(self.norms, sizes, strict=True) if size > 0), default=0.0)
@@ -71,9 +119,6 @@ class Systems:
                 f"x0 must be nearer to the solution: its residual is {farthest:.1g} times |b|, and squares of what "
                 "should be left of it vanish; leave x0 out, or use float64."
             )
-        self.history = [[norm] for norm in self.norms]
-        self.steps = [0] * len(self.norms)
-        self.statuses = [Status.CONVERGED] * len(self.norms)
 
     def multiply(self, X: Tensor) -> Tensor:
         """Return (A + damping I) X in the working dtype, not yet checked to be finite."""
@@ -83,13 +128,6 @@ class Systems:
 
     def precondition(self, R: Tensor) -> Tensor:
         return preconditioned(self.preconditioner, R)
-
-    def report(self, active: Sequence[int]) -> None:
-        """Tell the callback how far the open columns are."""
-        if self.callback is not None:
-            worst = max((self.history[i][-1] / self.tolerance[i] for i in active if self.tolerance[i] > 0), default=0.0)
-            done = len(self.norms) - len(active)
-            self.callback(self.num_matvecs, f"{done} of {len(self.norms)} solved, residual {worst:.2g} x tolerance")
 
     def solve(self, iterate: Callable[[Systems, list[int]], None], columns: Sequence[int] | None = None) -> None:
         """Iterate and recompute residuals until all columns, or those named, are solved or cannot be.
@@ -118,37 +156,24 @@ class Systems:
                         again.append(i)
             active = again
 
-    def result(self, **more: Any) -> SolveResult:
-        """Return what was reached, in units of the caller; `more` fields come unscaled, columns last."""
-        norms = [norm * scale for norm, scale in zip(self.norms, self.scales, strict=True)]
+    def solution(self, **more: Any) -> SolveResult:
+        """Return what was reached."""
         reached = [norm <= tolerance for norm, tolerance in zip(self.norms, self.tolerance, strict=True)]
-        return SolveResult(
-            x=self.shaped(in_units(self.X, self.scale)),
-            residual_norms=self.shaped(torch.tensor(norms, dtype=self.dtype, device=self.A.device)),
-            converged=self.shaped(torch.tensor(reached, device=self.A.device)),
-            statuses=tuple(self.statuses),
-            num_iterations=tuple(self.steps),
-            num_matvecs=self.num_matvecs,
-            residual_history=self.ragged(self.history, 1),
-            rtol=self.rtol,
-            atol=self.atol,
-            damping=self.damping,
-            **more,
-        )
+        return self.result(self.X, self.norms, reached, **more)
 
-    def shaped(self, X: Tensor) -> Tensor:
-        """Return columns last, (..., k), as the caller passed them."""
-        return X[..., 0] if self.is_vector else X
 
-    def ragged(self, rows: Sequence[Sequence[float]], power: int) -> Tensor:
-        """Return a row for every column, NaN after its end, float64 on the CPU, in units of b^power."""
-        longest = max(map(len, rows))
-        padded = [
-            [value * scale**power for value in row] + [math.nan] * (longest - len(row))
-            for row, scale in zip(rows, self.scales, strict=True)
-        ]
-        table = torch.tensor(padded, dtype=torch.float64)
-        return table[0] if self.is_vector else table
+def step_limit(max_iterations: int | None, n: int) -> int:
+    """Return the most steps that may be taken."""
+    if max_iterations is not None and max_iterations < 0:
+        raise InputError(f"max_iterations must not be negative, got {max_iterations}.")
+    return max(10 * n, 1000) if max_iterations is None else max_iterations
+
+
+def indefinite(square: float) -> InputError:
+    """Return the error of a preconditioner that has shown r'P^-1 r <= 0."""
+    return InputError(
+        f"preconditioner must be symmetric positive definite, got r'P^-1 r = {square:.2g} for a residual r."
+    )
 
 
 def right_hand_sides(A: MatrixLike, B: Tensor, m: int) -> tuple[Tensor, bool]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.errors import InputError, NonFiniteError
-from curvature.linalg.base.systems import preconditioned
+from curvature.errors import NonFiniteError
+from curvature.linalg.base.systems import indefinite, preconditioned
 from curvature.linalg.base.validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linop import MatrixLike
 
@@ -47,7 +47,7 @@ class LanczosProcess:
         squares = (R * Y).sum(dim=0)
         norms: list[float] = squares.double().clamp_min(0).sqrt().tolist()
         if any(not norm > 0 for norm in norms):
-            raise InputError("preconditioner must be symmetric positive definite, got r'P^-1 r <= 0 for a residual r.")
+            raise indefinite(float(squares.min()))
         self._append(Y / squares.sqrt(), R / squares.sqrt())
         return norms
 
@@ -98,9 +98,7 @@ class LanczosProcess:
             if not (math.isfinite(a) and math.isfinite(square)):
                 raise NonFiniteError(non_finite_message(self.num_matvecs))
             if square < -1e-5 * scale**2:
-                raise InputError(
-                    f"preconditioner must be symmetric positive definite, got r'P^-1 r = {square:.2g} for a residual r."
-                )
+                raise indefinite(square)
             self.resting[i] = b <= level * scale or len(self.alpha[i]) + 1 == self.n
             self.alpha[i].append(unit * a)
             self.beta[i].append(0.0 if self.resting[i] else unit * b)

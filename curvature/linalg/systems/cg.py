@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.systems import Systems
+from curvature.linalg.base.systems import Systems, indefinite
 from curvature.linalg.base.validate import column_norms, non_finite_message
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
@@ -101,7 +101,7 @@ def cg(
     )
     run = _Run(systems, stop, keep, reorthogonalise)
     systems.solve(run.iterate)
-    return systems.result(
+    return systems.solution(
         model_history=systems.ragged(run.models, 2),
         kept=tuple(run.kept),
         direction=systems.shaped(run.direction) if run.met else None,
@@ -171,9 +171,7 @@ class _Run:
             if not all(map(math.isfinite, (norm, model, rho, curvature))):
                 raise NonFiniteError(non_finite_message(s.num_matvecs))
             if rho <= 0:
-                raise InputError(
-                    f"preconditioner must be symmetric positive definite, got r'P^-1 r = {rho:.2g} for a residual r."
-                )
+                raise indefinite(rho)
             if positive:
                 s.steps[i] += 1
                 s.history[i].append(norm)

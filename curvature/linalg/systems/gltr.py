@@ -14,6 +14,7 @@ Gould and Toint (2011), Adaptive cubic regularisation methods for unconstrained 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import scipy.linalg
@@ -28,7 +29,7 @@ from curvature.linalg.base.validate import check_square, check_tolerances
 from curvature.linalg.krylov._completeness import Bound, Chain
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.systems._secular import SecularSolution, cubic_minimiser, trust_region_minimiser
-from curvature.linalg.systems.trust_region import check_gradient, check_positive
+from curvature.linalg.systems.trust_region import check_gradient, check_positive, trust_region
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
@@ -59,24 +60,11 @@ def gltr(
 
     Cost: a product a step, 4 n m operations a step for the basis. Memory: a vector a step, two with a preconditioner.
 
-    Args:
-        A: symmetric, (n, n), of any signature. Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
-        g: (n,).
-        radius: positive; units of s.
-        preconditioner: symmetric positive definite P near A, as an object whose `@` applies P^-1 to (n, k).
-        rtol: tolerance of the residual relative to |g|; positive.
-        atol: tolerance of the residual in units of g, where that is larger.
-        max_iterations: most steps. Default: 200, n at most.
-        generator: on A's device, to look for directions that g does not see, from a random vector once the step has
-            converged; the search ends when the lowest eigenpair has a residual below rtol |A| and an eigenvalue lower
-            than it by max(rtol, 1e-3) |A| would have been missed with a probability of 1 % at most, which takes about
-            as many products again. For g = 0 it starts there. Default: no such search, and a step of zero for g = 0.
-        callback: called after each step with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range, or a preconditioner that is not positive definite.
-        NonFiniteError: if a product is not finite.
+    Arguments and errors are those of `trust_region`; `max_iterations` is 200 by default, n at most. With a generator,
+    on A's device, or a seed, directions that g does not see are looked for from a random vector once the step has
+    converged; the search ends when the lowest eigenpair has a residual below rtol |A| and an eigenvalue lower than it
+    by max(rtol, 1e-3) |A| would have been missed with a probability of 1 % at most, which takes about as many products
+    again. For g = 0 it starts there. Default: no such search, and a step of zero for g = 0.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
@@ -85,13 +73,8 @@ def gltr(
         (tensor([1.0000, 1.7320]), 1.0, True)
     """
     check_positive("radius", radius)
-
-    def minimiser(theta: Tensor, c: Tensor) -> SecularSolution:
-        return trust_region_minimiser(theta, c, radius)
-
-    return _in_lanczos_space(
-        as_matrix(A, matrix), g, minimiser, 0.0, preconditioner, rtol, atol, max_iterations, generator, callback
-    )
+    settings = (preconditioner, rtol, atol, max_iterations, generator, callback)
+    return _in_lanczos_space(as_matrix(A, matrix), g, partial(trust_region_minimiser, radius=radius), 0.0, *settings)
 
 
 @numerics
@@ -110,20 +93,9 @@ def cubic_subproblem(
 ) -> SubproblemResult:
     """Minimise g's + s'A s / 2 + sigma/3 |s|^3, |s|^2 = s'P s, to |g + (A + lambda P) s| <= max(rtol |g|, atol).
 
-    Here lambda = sigma |s|. Arguments, cost and errors are those of `gltr`, but for sigma.
-
-    Args:
-        A: as for `gltr`.
-        matrix: which one of an objective; see `as_matrix`.
-        g: (n,).
-        sigma: weight of the cube, positive; units of A over units of s. Below L / 2, with L the Lipschitz constant of
-            the Hessian, the model may promise too much.
-        preconditioner: as for `gltr`.
-        rtol: as for `gltr`.
-        atol: as for `gltr`.
-        max_iterations: as for `gltr`.
-        generator: as for `gltr`.
-        callback: as for `gltr`.
+    Here lambda = sigma |s|. The weight sigma of the cube is positive, in units of A over units of s; below L / 2, L the
+    Lipschitz constant of the Hessian, the model may promise too much. Other arguments, cost and errors are those of
+    `gltr`.
 
     Example:
         >>> result = cubic_subproblem(torch.zeros(2, 2), torch.tensor([3.0, 4.0]), 5.0)  # |s| = (|g| / sigma)^(1/2)
@@ -131,13 +103,8 @@ def cubic_subproblem(
         (tensor([-0.6000, -0.8000]), 5.0)
     """
     check_positive("sigma", sigma)
-
-    def minimiser(theta: Tensor, c: Tensor) -> SecularSolution:
-        return cubic_minimiser(theta, c, sigma)
-
-    return _in_lanczos_space(
-        as_matrix(A, matrix), g, minimiser, sigma, preconditioner, rtol, atol, max_iterations, generator, callback
-    )
+    settings = (preconditioner, rtol, atol, max_iterations, generator, callback)
+    return _in_lanczos_space(as_matrix(A, matrix), g, partial(cubic_minimiser, sigma=sigma), sigma, *settings)
 
 
 def _in_lanczos_space(
@@ -163,7 +130,7 @@ def _in_lanczos_space(
         generator = as_generator(generator, A.device)
     searching = not bool(g.any())
     if searching and generator is None:
-        return _nothing(g)
+        return trust_region(A, g, 1.0)
     unit = float(powers_of_two(g[:, None]))
     start = _direction(g, generator) if searching else g[:, None] / unit
     process = LanczosProcess(A, start, preconditioner=preconditioner)
@@ -241,19 +208,3 @@ def _ritz(process: LanczosProcess) -> tuple[Tensor, Tensor]:
 
 def _direction(g: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(len(g), 1, generator=generator, dtype=g.dtype, device=g.device)
-
-
-def _nothing(g: Tensor) -> SubproblemResult:
-    return SubproblemResult(
-        step=torch.zeros_like(g),
-        step_norm=0.0,
-        model_decrease=0.0,
-        multiplier=0.0,
-        on_boundary=False,
-        hard_case=False,
-        curvature=torch.nan,
-        residual_norm=0.0,
-        num_iterations=0,
-        num_matvecs=0,
-        status=Status.CONVERGED,
-    )

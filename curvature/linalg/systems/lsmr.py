@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.systems import check_damping, in_units, powers_of_two, right_hand_sides
-from curvature.linalg.base.validate import (
-    check_range,
-    check_tolerances,
-    non_finite_message,
-    rounding_level,
-    working_dtype,
-)
+from curvature.linalg.base.systems import Columns, powers_of_two
+from curvature.linalg.base.validate import check_range, non_finite_message, rounding_level
 from curvature.linop import MatrixLike
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
@@ -68,13 +62,18 @@ def lsmr(
         >>> lsmr(J, torch.tensor([1.0, 2.0, 3.0])).x.round(decimals=3)
         tensor([2., 1.])
     """
-    run = _Run(J, B, damping, rtol, atol, max_iterations, callback)
+    if len(J.shape) != 2 or 0 in J.shape or not J.dtype.is_floating_point:
+        raise InputError(f"J must be a real matrix that is not empty, got shape {tuple(J.shape)}, {J.dtype}.")
+    if not hasattr(J, "T"):
+        raise InputError(f"J must have an attribute T, its transpose, but {type(J).__name__} has none.")
+    if damping < 0:
+        raise InputError(f"damping must not be negative, got {damping}.")
+    run = _Run(J, J.T, B, damping=damping, rtol=rtol, atol=atol, max_iterations=max_iterations, callback=callback)
     run.iterate()
-    return run.result()
+    return run.solution()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _State:
+class _State(NamedTuple):
     """What a step needs of the one before, columns last; letters of Fong and Saunders."""
 
     X: Tensor
@@ -91,39 +90,15 @@ class _State:
     zetabar: Tensor
 
     def select(self, columns: list[int]) -> _State:
-        return replace(self, **{f.name: getattr(self, f.name)[..., columns] for f in fields(self)})
+        return _State(*(part[..., columns] for part in self))
 
 
-class _Run:
-    def __init__(
-        self,
-        J: MatrixLike,
-        B: Tensor,
-        damping: float,
-        rtol: float,
-        atol: float,
-        max_iterations: int | None,
-        callback: Callable[[int, str], None] | None,
-    ) -> None:
-        if len(J.shape) != 2 or 0 in J.shape or not J.dtype.is_floating_point:
-            raise InputError(f"J must be a real matrix that is not empty, got shape {tuple(J.shape)}, {J.dtype}.")
-        if not hasattr(J, "T"):
-            raise InputError(f"J must have an attribute T, its transpose, but {type(J).__name__} has none.")
-        check_tolerances(rtol, atol)
-        check_damping(damping)
-        if damping < 0:
-            raise InputError(f"damping must not be negative, got {damping}.")
-        self.J, self.T, self.damping, self.rtol, self.atol = J, J.T, float(damping), rtol, atol
-        self.callback, self.dtype, self.num_matvecs = callback, working_dtype(J), 0
-        self.limit = max(10 * min(J.shape), 1000) if max_iterations is None else max_iterations
-        if self.limit < 0:
-            raise InputError(f"max_iterations must not be negative, got {max_iterations}.")
-        B, self.is_vector = right_hand_sides(J, B, J.shape[0])
-        self.scale = powers_of_two(B)
-        self.scales: list[float] = self.scale.double().tolist()
-        self.B = B / self.scale
-        self.steps, self.size = [0] * B.shape[1], B.new_zeros(())
-        self.statuses = [Status.CONVERGED] * B.shape[1]
+class _Run(Columns):
+    def __init__(self, J: MatrixLike, T: MatrixLike, B: Tensor, **settings: Any) -> None:
+        super().__init__(J, B, **settings)
+        self.T = T
+        self.rescale(powers_of_two(self.B))
+        self.size = self.B.new_zeros(())
 
     def multiply(self, A: MatrixLike, X: Tensor) -> Tensor:
         self.num_matvecs += X.shape[1]
@@ -134,8 +109,7 @@ class _Run:
         beta = torch.linalg.vector_norm(self.B, dim=0)
         self.X = torch.zeros_like(G)
         norms: list[float] = torch.linalg.vector_norm(G, dim=0).double().tolist()
-        self.history = [[norm] for norm in norms]
-        self.tolerance = [max(self.rtol * norm, self.atol / c) for norm, c in zip(norms, self.scales, strict=True)]
+        self.begin(norms, norms)
         active = [i for i, norm in enumerate(norms) if not norm <= self.tolerance[i]]
         if not active:
             return
@@ -154,9 +128,7 @@ class _Run:
             if len(left) < len(active):
                 self.X[:, active] = state.X
                 active, state = [active[j] for j in left], state.select(left)
-            if self.callback is not None:
-                done = len(norms) - len(active)
-                self.callback(self.num_matvecs, f"{done} of {len(norms)} solved, gradient {max(gradients):.2g}")
+            self.report(active)
             if not active:
                 return
         self.X[:, active] = state.X
@@ -166,23 +138,12 @@ class _Run:
     def _start(self, G: Tensor, active: list[int], beta: Tensor) -> _State:
         alpha = torch.linalg.vector_norm(G, dim=0) / beta
         v, one = G / (alpha * beta), torch.ones_like(alpha)
-        return _State(
-            X=torch.zeros_like(G),
-            u=self.B[:, active] / beta,
-            v=v,
-            h=v,
-            hbar=torch.zeros_like(G),
-            alpha=alpha,
-            alphabar=alpha,
-            rho=one,
-            rhobar=one,
-            cbar=one,
-            sbar=torch.zeros_like(alpha),
-            zetabar=alpha * beta,
-        )
+        zero, nothing = torch.zeros_like(alpha), torch.zeros_like(G)
+        u, zetabar = self.B[:, active] / beta, alpha * beta
+        return _State(nothing, u, v, v, nothing, alpha, alpha, one, one, one, zero, zetabar)
 
     def _step(self, t: _State) -> _State:
-        u, beta = self._normalised(self.multiply(self.J, t.v) - t.alpha * t.u, t.alpha)
+        u, beta = self._normalised(self.multiply(self.A, t.v) - t.alpha * t.u, t.alpha)
         v, alpha = self._normalised(self.multiply(self.T, u) - beta * t.v, beta)
         alphahat = torch.hypot(t.alphabar, torch.full_like(t.alphabar, math.sqrt(self.damping)))
         rho = torch.hypot(alphahat, beta)
@@ -191,35 +152,23 @@ class _Run:
         rhobar = torch.hypot(t.cbar * rho, theta)
         cbar, sbar = t.cbar * rho / rhobar, theta / rhobar
         hbar = t.h - thetabar * rho / (t.rho * t.rhobar) * t.hbar
-        return _State(
-            X=t.X + cbar * t.zetabar / (rho * rhobar) * hbar,
-            u=u,
-            v=v,
-            h=v - theta / rho * t.h,
-            hbar=hbar,
-            alpha=alpha,
-            alphabar=alphabar,
-            rho=rho,
-            rhobar=rhobar,
-            cbar=cbar,
-            sbar=sbar,
-            zetabar=-sbar * t.zetabar,
-        )
+        X, h = t.X + cbar * t.zetabar / (rho * rhobar) * hbar, v - theta / rho * t.h
+        return _State(X, u, v, h, hbar, alpha, alphabar, rho, rhobar, cbar, sbar, -sbar * t.zetabar)
 
     def _normalised(self, x: Tensor, coupling: Tensor) -> tuple[Tensor, Tensor]:
         """Return x / |x| and |x|; zero where x is what rounding left."""
         norm = torch.linalg.vector_norm(x, dim=0)
         self.size = torch.maximum(self.size, torch.hypot(norm, coupling).max())
-        norm = torch.where(norm <= rounding_level(self.J) * self.size, 0, norm)
+        norm = torch.where(norm <= rounding_level(self.A) * self.size, 0, norm)
         return torch.where(norm > 0, x / norm, 0), norm
 
-    def result(self) -> SolveResult:
+    def solution(self) -> SolveResult:
         """Recompute residuals and gradients; say where the recurrences had promised too much."""
-        R = self.B - self.multiply(self.J, self.X)
+        R = self.B - self.multiply(self.A, self.X)
         G = self.multiply(self.T, R) - self.damping * self.X
         norms, gradients = torch.linalg.vector_norm(R, dim=0), torch.linalg.vector_norm(G, dim=0)
         floor = (
-            rounding_level(self.J) * self.size * (norms + self.damping**0.5 * torch.linalg.vector_norm(self.X, dim=0))
+            rounding_level(self.A) * self.size * (norms + self.damping**0.5 * torch.linalg.vector_norm(self.X, dim=0))
         )
         converged = gradients <= torch.tensor(self.tolerance, dtype=torch.float64).to(gradients).maximum(floor)
         for i, is_converged in enumerate(converged.tolist()):
@@ -227,27 +176,5 @@ class _Run:
                 self.statuses[i] = Status.CONVERGED
             elif self.statuses[i] is Status.CONVERGED:
                 self.statuses[i] = Status.STAGNATED
-        longest = max(map(len, self.history))
-        history = torch.tensor(
-            [
-                [g * c for g in row] + [math.nan] * (longest - len(row))
-                for row, c in zip(self.history, self.scales, strict=True)
-            ],
-            dtype=torch.float64,
-        )
-        return SolveResult(
-            x=self._shaped(in_units(self.X, self.scale)),
-            residual_norms=self._shaped(norms * self.scale),
-            converged=self._shaped(converged),
-            statuses=tuple(self.statuses),
-            num_iterations=tuple(self.steps),
-            num_matvecs=self.num_matvecs,
-            residual_history=history[0] if self.is_vector else history,
-            rtol=self.rtol,
-            atol=self.atol,
-            damping=self.damping,
-            gradient_norms=self._shaped(gradients * self.scale),
-        )
-
-    def _shaped(self, X: Tensor) -> Tensor:
-        return X[..., 0] if self.is_vector else X
+        more = {"gradient_norms": self.shaped(gradients * self.scale)}
+        return self.result(self.X, norms.double().tolist(), converged.tolist(), **more)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.systems import Systems
+from curvature.linalg.base.systems import Systems, indefinite
 from curvature.linalg.base.validate import check_range, check_square, non_finite_message, rounding_level
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
@@ -55,27 +54,9 @@ def minres(
     Steps needed: about sqrt(kappa) for definite matrices, kappa for spectra on both sides of zero. Cost and memory: as
     `cg`, with 14 blocks of B's size; two products more for a column without solution.
 
-    Args:
-        A: symmetric, (n, n). Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
-        B: right-hand sides, (n,) or (n, k).
-        damping: added to A's diagonal; units of A.
-        preconditioner: symmetric positive definite P, as an object whose `@` applies P^-1 to (n, k).
-        x0: starts, of B's shape. Default: zero.
-        rtol: tolerance of the residuals relative to |b|; positive.
-        atol: tolerance of the residuals in units of b, where that is larger.
-        null_rtol: eigenvalues below this share of |A| count as zero once they are all that is left of the residual.
-            Default: eps^(2/3), 4e-11 in float64. Where rounding lets |A r| rise again before that, from below eps^(1/2)
-            |A| |r| and with |r| at rest, the column ends as well, at its least |A r|.
-        max_iterations: most steps a column. Default: 10 n, at least 1000.
-        callback: called after each step with the products so far and a word on progress.
-
-    Returns:
-        Solutions with recomputed residuals. With a status other than CONVERGED, what was reached.
-
-    Raises:
-        InputError: for arguments out of range, or a preconditioner that is not positive definite.
-        NonFiniteError: if a product is not finite.
+    Arguments and errors are those of `cg`. Eigenvalues below the share `null_rtol` of |A| count as zero once they are
+    all that is left of the residual. Default: eps^(2/3), 4e-11 in float64. Where rounding lets |A r| rise again before
+    that, from below eps^(1/2) |A| |r| and with |r| at rest, the column ends as well, at its least |A r|.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, -2.0, 0.0]))
@@ -113,7 +94,7 @@ def minres(
         if not columns and level < coarse:  # rounding hid the null space: look for it less closely
             columns, level = [i for i in unproven if systems.steps[i] < systems.limit], coarse
     known = Status.LEAST_SQUARES in systems.statuses
-    return systems.result(gradient_norms=systems.shaped(gradients) if known else None)
+    return systems.solution(gradient_norms=systems.shaped(gradients) if known else None)
 
 
 def _run(s: Systems, columns: list[int] | None, size: Tensor, null_rtol: float) -> Tensor:
@@ -169,8 +150,7 @@ def _improved(s: Systems, best: Tensor, least: list[float], unproven: list[int])
     return again
 
 
-@dataclass(frozen=True, kw_only=True)
-class _State:
+class _State(NamedTuple):
     """What a step needs of the one before, columns last; letters of Paige and Saunders."""
 
     X: Tensor
@@ -192,7 +172,7 @@ class _State:
     sn: Tensor
 
     def select(self, columns: list[int]) -> _State:
-        return replace(self, **{f.name: getattr(self, f.name)[..., columns] for f in fields(self)})
+        return _State(*(part[..., columns] for part in self))
 
 
 def _iterate(s: Systems, columns: list[int], null_rtol: float) -> Tensor:
@@ -238,25 +218,8 @@ def _start(s: Systems, active: list[int]) -> _State:
         _check_definite(value if value != 0 else -1.0, 0.0)
     beta = squared.sqrt()
     zero, nothing = torch.zeros_like(beta), torch.zeros_like(R)
-    return _State(
-        X=s.X[:, active],
-        R=R,
-        X_best=s.X[:, active],
-        R_best=R,
-        least=torch.full_like(beta, torch.inf),
-        r1=nothing,
-        r2=R,
-        y=y,
-        w1=nothing,
-        w2=nothing,
-        beta=beta,
-        beta_old=torch.ones_like(beta),
-        dbar=zero,
-        epsilon=zero,
-        phibar=beta,
-        cs=-torch.ones_like(beta),
-        sn=zero,
-    )
+    X, one, far = s.X[:, active], torch.ones_like(beta), torch.full_like(beta, torch.inf)
+    return _State(X, R, X, R, far, nothing, R, y, nothing, nothing, beta, one, zero, zero, beta, -one, zero)
 
 
 def _step(s: Systems, t: _State, size: Tensor, null_rtol: float) -> tuple[_State, Tensor, Tensor, Tensor]:
@@ -282,25 +245,8 @@ def _step(s: Systems, t: _State, size: Tensor, null_rtol: float) -> tuple[_State
     phi, phibar = torch.where(null, 0, cs * t.phibar), sn * t.phibar
     w = (v - t.epsilon * t.w1 - delta * t.w2) / gamma
     R = sn**2 * t.R - (phibar * cs / torch.where(beta > 0, beta, 1)) * u
-    following = _State(
-        X=torch.where(null, X_best, t.X + phi * w),
-        R=torch.where(null, R_best, R),
-        X_best=X_best,
-        R_best=R_best,
-        least=least,
-        r1=t.r2,
-        r2=u,
-        y=y,
-        w1=t.w2,
-        w2=w,
-        beta=beta,
-        beta_old=t.beta,
-        dbar=dbar,
-        epsilon=epsilon,
-        phibar=phibar,
-        cs=cs,
-        sn=sn,
-    )
+    X, R = torch.where(null, X_best, t.X + phi * w), torch.where(null, R_best, R)
+    following = _State(X, R, X_best, R_best, least, t.r2, u, y, t.w2, w, beta, t.beta, dbar, epsilon, phibar, cs, sn)
     return following, size, null, squared
 
 
@@ -314,6 +260,4 @@ def _turned(ratio: Tensor, least: Tensor, size: Tensor, R: Tensor, R_best: Tenso
 def _check_definite(squared: float, size: float) -> None:
     """Refuse a preconditioner with r'P^-1 r < 0 beyond rounding."""
     if squared < -1e-5 * size**2 or (size == 0 and squared < 0):
-        raise InputError(
-            f"preconditioner must be symmetric positive definite, got r'P^-1 r = {squared:.2g} for a residual r."
-        )
+        raise indefinite(squared)

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.systems import check_preconditioner, powers_of_two, preconditioned, right_hand_sides
+from curvature.linalg.base.systems import (
+    check_preconditioner,
+    indefinite,
+    powers_of_two,
+    preconditioned,
+    right_hand_sides,
+    step_limit,
+)
 from curvature.linalg.base.validate import check_square, check_tolerances, non_finite_message, working_dtype
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
@@ -76,9 +83,7 @@ def trust_region(
     check_positive("radius", radius)
     check_preconditioner(preconditioner, n)
     g = check_gradient(A, g)
-    limit = max(10 * n, 1000) if max_iterations is None else max_iterations
-    if limit < 0:
-        raise InputError(f"max_iterations must not be negative, got {max_iterations}.")
+    limit = step_limit(max_iterations, n)
     unit = float(powers_of_two(g[:, None]))  # of g and of s: no square underflows
     g, radius, atol = g / unit, radius / unit, atol / unit
     r, s = g, torch.zeros_like(g)
@@ -87,7 +92,7 @@ def trust_region(
     squared, crossed, length = torch.zeros_like(rho), torch.zeros_like(rho), rho  # |s|^2, s'P p, |p|^2
     start = float(rho)
     if start < 0 or (start == 0 and bool(g.any())):
-        raise InputError(f"preconditioner must be symmetric positive definite, got g'P^-1 g = {start:.2g}.")
+        raise indefinite(start)
     tolerance = max(rtol * start**0.5, atol)
     status = Status.CONVERGED if start**0.5 <= tolerance else Status.MAX_ITERATIONS
     size, smallest, eps = rho.new_zeros(()), math.nan, torch.finfo(working_dtype(A)).eps
@@ -115,7 +120,7 @@ def trust_region(
             s, r, status = s + tau * p, r + tau * q, Status.BOUNDARY
             break
         if rho_end < 0:
-            raise InputError(f"preconditioner must be symmetric positive definite, got r'P^-1 r = {rho_end:.2g}.")
+            raise indefinite(rho_end)
         s, r = s + alpha * p, r_next
         if callback is not None:
             callback(spent, f"model gradient {unit * rho_end**0.5:.2g}, step {unit * end**0.5:.2g}")
@@ -124,34 +129,10 @@ def trust_region(
         beta = rho_next / rho
         p, crossed, length = beta * p - z, beta * (crossed + alpha * length), rho_next + beta**2 * length
         rho, squared = rho_next, reached
-    return _result(g, s, r, preconditioner, unit, radius, float(squared) ** 0.5, smallest, steps, status)
-
-
-def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:
-    """Return the tau >= 0 with |s + tau p| = radius, in the form that does not cancel."""
-    if radius > _HUGE:
-        return radius / math.sqrt(pp)  # where s is lost beside it, and its square would overflow
-    missing = max(radius**2 - ss, 0.0)
-    root = math.sqrt(sp**2 + pp * missing)
-    return missing / (sp + root) if sp > 0 else (root - sp) / pp
-
-
-def _result(
-    g: Tensor,
-    s: Tensor,
-    r: Tensor,
-    preconditioner: Any,
-    unit: float,
-    radius: float,
-    norm: float,
-    smallest: float,
-    steps: int,
-    status: Status,
-) -> SubproblemResult:
     on_boundary = status is Status.BOUNDARY
     z = preconditioned(preconditioner, r[:, None])[:, 0]
     model, rs, rho = torch.stack([((g + r) * s).sum() / 2, (r * s).sum(), (r * z).sum()]).double().tolist()
-    norm = radius if on_boundary else norm
+    norm = radius if on_boundary else float(squared) ** 0.5
     multiplier = max(-rs / norm / norm, 0.0) if on_boundary else 0.0
     residual = max(rho + 2 * multiplier * rs + (multiplier * norm) * (multiplier * norm), 0.0) ** 0.5
     return SubproblemResult(
@@ -167,6 +148,15 @@ def _result(
         num_matvecs=steps,
         status=status,
     )
+
+
+def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:
+    """Return the tau >= 0 with |s + tau p| = radius, in the form that does not cancel."""
+    if radius > _HUGE:
+        return radius / math.sqrt(pp)  # where s is lost beside it, and its square would overflow
+    missing = max(radius**2 - ss, 0.0)
+    root = math.sqrt(sp**2 + pp * missing)
+    return missing / (sp + root) if sp > 0 else (root - sp) / pp
 
 
 def check_gradient(A: MatrixLike, g: Tensor) -> Tensor:
