@@ -157,7 +157,7 @@ def _share_errors(values: Tensor, residuals: Tensor, k: int, n: int) -> Tensor:
 
 
 def _orthonormal(U: Tensor) -> Tensor:
-    wide = U.double() if U.device.type != "mps" else U
+    wide = U.double()
     Q, R = torch.linalg.qr(wide)
     diagonal = R.diagonal().abs()
     if U.shape[1] > len(U) or not bool((diagonal > len(U) * torch.finfo(U.dtype).eps * diagonal.max()).all()):

@@ -192,7 +192,7 @@ def trajectory_directions(
     scale = M.abs().max()
     if not bool(torch.isfinite(scale)) or scale == 0:
         raise InputError("the checkpoints must be finite and differ from the objective's point; got others.")
-    wide = (M / scale).to(torch.float32 if M.device.type == "mps" else torch.float64)
+    wide = (M / scale).double()
     values, vectors = torch.linalg.eigh(wide @ wide.T)  # k x k: its float64 leaves M the digits of float32
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if values[1] <= 1e-12 * values[0]:

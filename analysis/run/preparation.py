@@ -43,9 +43,7 @@ class Request(Plan):
     params: tuple[str, ...] | None = setting(
         None, "Only parameters or modules that match; may be given several times.", flag="--params GLOB"
     )
-    device: str | None = setting(
-        None, "Where to compute: cpu, cuda, cuda:1, mps. Default: where the task has its model."
-    )
+    device: str | None = setting(None, "Where to compute: cpu, cuda, cuda:1. Default: where the task has its model.")
     micro_batch: int | None = setting(
         None, "Cut batches into pieces of at most N examples, to save memory.", flag="--micro-batch N"
     )

@@ -19,6 +19,7 @@ from analysis.noise.results import GradientNoise
 from analysis.training.results import TrainingReading, TrainingRecord
 from curvature.arguments import checked
 from curvature.data.random_states import RandomStates, generators_of
+from curvature.environment.device import gpus
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
@@ -155,8 +156,7 @@ def _put_back(objective: Objective, evaluation_mode: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
-    devices = [objective.device] if objective.device.type == "cuda" else []
-    states = RandomStates(devices, generators_of(objective.settings["data"]))
+    states = RandomStates(gpus(objective.device), generators_of(objective.settings["data"]))
     try:
         if evaluation_mode:
             for module, _ in modes:

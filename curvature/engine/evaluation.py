@@ -25,6 +25,7 @@ from curvature.data.random_states import RandomStates
 from curvature.data.tensors import ordinary, tensors_in
 from curvature.engine.advice import advice_on_inputs, advice_on_loss, advice_on_outputs, first_line
 from curvature.environment.autocast import as_around
+from curvature.environment.device import gpus, is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.precision import tf32_in_use, tf32_off
 from curvature.errors import DataError, InputError, NonFiniteError
@@ -80,7 +81,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
         self._modules = list(self.model.modules())
-        self._keeps_float32 = not self.allow_tf32 and _on_cuda(self.parameters[0])
+        self._keeps_float32 = not self.allow_tf32 and is_gpu(self.parameters[0].device)
 
     def forget(self) -> None:
         """Drop what evaluations have shown: model, loss or data have changed."""
@@ -110,7 +111,7 @@ class Evaluator:
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
             stack.enter_context(buffers.installed())
-            if _on_cuda(self.parameters[0]) and any(isinstance(m, nn.RNNBase) for m in self._modules):
+            if is_gpu(self.parameters[0].device) and any(isinstance(m, nn.RNNBase) for m in self._modules):
                 stack.enter_context(_cudnn_off())  # its RNNs have no second derivative
             if self._keeps_float32 and tf32_in_use():
                 stack.enter_context(tf32_off())
@@ -256,10 +257,6 @@ def _cudnn_off() -> Iterator[None]:
         torch._C._set_cudnn_enabled(before)
 
 
-def _on_cuda(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
-
-
 @contextlib.contextmanager
 def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> Iterator[None]:
     """Let exactly the chosen tensors record gradients."""
@@ -278,7 +275,7 @@ def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> I
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Seed all generators and restore them; yields a function that says whether random numbers were drawn since."""
-    devices = [device] if device.type == "cuda" else []
+    devices = gpus(device)
     before = RandomStates(devices)
     try:
         before.seed(seed)

@@ -11,6 +11,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from curvature.environment.device import is_gpu
 from curvature.environment.memory import available_memory
 from curvature.errors import InputError
 
@@ -22,7 +23,7 @@ _RUNS, _LONG = 5, 0.5  # s
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it, so that clocks mean something."""
-    if device.type == "cuda":
+    if is_gpu(device):
         torch.cuda.synchronize(device)
 
 
@@ -45,7 +46,7 @@ def median_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes ever in use: of torch on a CUDA device, else of the process since its start."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
@@ -57,7 +58,7 @@ def peak_memory(device: torch.device) -> int:
 
 def current_memory(device: torch.device) -> int:
     """Return the bytes in use now: of torch on a CUDA device, else of the process."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+    return torch.cuda.memory_allocated(device) if is_gpu(device) else int(psutil.Process().memory_info().rss)
 
 
 def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvature.environment.device import is_gpu
+
 __all__ = ["HeldMemory", "available_memory", "return_unused", "tensor_bytes"]
 
 PROC = Path("/proc/self")
@@ -63,12 +65,6 @@ class HeldMemory(TorchDispatchMode):
         if self._closed is not None and exc_type is None:
             self._closed()
 
-    def take_over(self, other: HeldMemory) -> None:
-        """Count what another one saw as well."""
-        self._storages |= other._storages
-        if self._closed is not None:
-            self._closed()
-
     def held_bytes(self) -> int:
         """Return the bytes of the storages seen that are still in use."""
         self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
@@ -105,7 +101,7 @@ def available_memory(device: torch.device) -> int:
     (`ulimit -v`, `ulimit -d`) and of its control groups (containers, batch systems), the enclosing ones included. On a
     CUDA device: what is free there, no more than torch's own share (`set_per_process_memory_fraction`).
     """
-    if device.type == "cuda":
+    if is_gpu(device):
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         share = int(torch.cuda.get_per_process_memory_fraction(device) * total)

@@ -24,6 +24,7 @@ from curvature.autograd.backward import no_autocast, pull_back, walk
 from curvature.data.parts import take, ways_to_cut
 from curvature.data.tensors import move_batch
 from curvature.engine.evaluation import Evaluation, Evaluator
+from curvature.environment.device import is_gpu
 from curvature.errors import CurvatureError, DataError
 from curvature.losses.weights import fit_of_loss
 from curvature.objective.steady_draws import SteadyDraws
@@ -371,7 +372,7 @@ def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], 
         entry.dtype for node in walk([loss.grad_fn]) for entry in node._input_metadata if entry.dtype.is_floating_point
     }
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    if evaluator.allow_tf32 and loss.device.type == "cuda":
+    if evaluator.allow_tf32 and is_gpu(loss.device):
         eps = max(eps, 2.0**-11)
     return _Part(evaluation, _flat(evaluator, gradients), eps)
 

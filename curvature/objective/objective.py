@@ -21,6 +21,7 @@ from curvature.data.tensors import move_batch, tensors_in
 from curvature.engine.evaluation import Evaluator, Forward
 from curvature.engine.kept_graphs import GraphBudget, KeptGraphs
 from curvature.engine.linearize import Linearization
+from curvature.environment.device import check_served
 from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
 from curvature.losses.rules import loss_rule
@@ -97,6 +98,7 @@ class Objective:
         self.model = model
         self._space = ParameterSpace.from_model(model, params)
         self.device = self._space.device
+        check_served(self.device)
         if device is not None and torch.empty(0, device=device).device != self.device:
             raise InputError(
                 f"device={str(device)!r} but the parameters lie on {self.device}; call model.to({str(device)!r}) first."

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from curvature.environment.device import is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, RankError
 
@@ -165,7 +166,7 @@ class RankAgreement:
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group = group
-        on_device = device.type == "cuda" and "nccl" in str(dist.get_backend(group))
+        on_device = is_gpu(device) and "nccl" in str(dist.get_backend(group))
         self._device = device if on_device else torch.device("cpu")
         self._point: tuple[Any, dict[str, int]] | None = None
 

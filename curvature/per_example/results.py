@@ -95,11 +95,6 @@ class GradientNorms(_Record):
         """The simple noise scale tr Sigma / |g|^2 of these data, (), in examples (McCandlish et al., 2018, eq. 2.9)."""
         return self.trace / self.mean_squared_norm
 
-    @property
-    def unbiased_noise_scale(self) -> Tensor:
-        """The ratio of the unbiased estimates, (); no unbiased ratio, and negative where the noise drowns the mean."""
-        return self.unbiased_trace / self.unbiased_mean_squared_norm
-
 
 @dataclass(frozen=True, kw_only=True)
 class GradientMoments(GradientNorms):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import GGNOperator, HessianOperator, Objective
+from curvature.errors import InputError
 from tests.checks import BATCHING_TOLERANCE, assert_close, assert_untouched
 from tests.references import dense_hessian, flat_gradient
 
@@ -293,3 +294,17 @@ def test_parameters_that_require_no_gradient_can_be_chosen() -> None:
         dense = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (X, Y), params="0")).to_dense()
     model.requires_grad_()
     assert_close(dense, HessianOperator(Objective(model, nn.CrossEntropyLoss(), (X, Y))).to_dense()[:25, :25])
+
+
+def test_devices_that_nothing_was_tested_on_are_refused() -> None:
+    with pytest.raises(InputError, match=r"lie on 'meta'.*model.to\('cpu'\)"):
+        Objective(nn.Linear(2, 1, device="meta"), nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
+
+
+def test_replaced_arguments() -> None:
+    x, y = torch.ones(3, 2), torch.zeros(3, 1)
+    objective = Objective(nn.Linear(2, 1), nn.MSELoss(), (x, y), params="bias", seed=3)
+    other = objective.replace(data=(2 * x, y), keep_graphs=False)
+    assert other.space.names == ("bias",)
+    assert other.settings == {**objective.settings, "data": other.settings["data"], "keep_graphs": False}
+    assert_close(other.loss(), F.mse_loss(objective.model(2 * x), y))
