@@ -145,7 +145,7 @@ def _compare_command() -> TyperCommand:
 
     def run(given: dict[str, Any]) -> None:
         from analysis.compare.study import compare_runs
-        from analysis.registry import measure_checkpoints, read_runs
+        from analysis.registry import load_run, measure_checkpoints
         from analysis.run.delivery import Delivery
         from analysis.show.screen import Screen
 
@@ -166,7 +166,9 @@ def _compare_command() -> TyperCommand:
                 if "checkpoint_key" in given:
                     raise InputError("--checkpoint-key goes with --checkpoint, not with runs; leave it out.")
                 folders = [Path(folder) for folder in asked.what]
-                runs = read_runs(folders)
+                if len(folders) < 2:
+                    raise InputError("give at least two run folders, or a task with at least two of --checkpoint.")
+                runs = [load_run(folder) for folder in folders]
             delivery.deliver(compare_runs(runs, folders, level=asked.level, command=_line()))
 
     options = command("compare", _SUMMARIES["compare"], (_Compared, Request, _Output), run)

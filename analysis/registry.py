@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from analysis.inspection.study import InspectionRun
     from analysis.run.preparation import Request
     from analysis.run.reservation import Place
     from analysis.run.study import Study, StudyRun
     from analysis.show.listener import Listener
+    from curvature.generators import AnyGenerator
     from curvature.objective.objective import Objective
 
-__all__ = ["STUDIES", "inspect", "load_run", "measure", "measure_checkpoints", "read_runs", "study"]
+__all__ = ["STUDIES", "inspect", "load_run", "measure", "measure_checkpoints", "study"]
 
 STUDIES = {
     "inspect": ("analysis.inspection.study", "Inspect the curvature of a trained model: its spectrum, layer by layer."),
@@ -66,7 +65,7 @@ def measure(
     objective: Objective,
     plan: Any = None,
     *,
-    generator: torch.Generator | int,
+    generator: AnyGenerator,
     name: str | None = None,
     check: bool = True,
     listener: Listener | None = None,
@@ -112,9 +111,7 @@ def measure(
     return study_objective(found, objective, plan, generator=generator, name=name, check=check, listener=listener)
 
 
-def inspect(
-    objective: Objective, plan: Any = None, *, generator: torch.Generator | int, **others: Any
-) -> InspectionRun:
+def inspect(objective: Objective, plan: Any = None, *, generator: AnyGenerator, **others: Any) -> InspectionRun:
     """Inspect the curvature of an objective: `measure("inspect", ...)`, with the same arguments.
 
     Example:
@@ -148,19 +145,6 @@ def load_run(folder: Path | str) -> StudyRun:
     if kind != ComparisonRun.kind:
         raise InputError(f"{folder} holds a run of the kind {kind!r}; this version knows {', '.join(STUDIES)}.")
     return load_record(folder, ComparisonRun)
-
-
-def read_runs(folders: Sequence[Path]) -> list[StudyRun]:
-    """Return the runs of folders.
-
-    Raises:
-        InputError: for fewer than two, or as `load_run`.
-    """
-    if len(folders) < 2:
-        from curvature.errors import InputError
-
-        raise InputError("give at least two run folders, or a task with at least two of --checkpoint.")
-    return [load_run(folder) for folder in folders]
 
 
 def measure_checkpoints(

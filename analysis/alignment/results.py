@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 
 __all__ = ["ClassStructure", "GradientAlignment", "SubspaceOverlap", "VectorAlignment"]
 
 
-class _Plain:
-    def to_dict(self) -> dict[str, Any]:
-        """Return all but large arrays as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-
 @dataclass(frozen=True, kw_only=True)
-class VectorAlignment(_Plain):
+class VectorAlignment(Plain):
     """One vector x among the eigenvectors u_1, ..., u_k of the largest eigenvalues."""
 
     name: str
@@ -36,7 +29,7 @@ class VectorAlignment(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientAlignment(_Plain):
+class GradientAlignment(Plain):
     """How much of the gradient, and of updates, lies along the sharpest directions."""
 
     num_params: int
@@ -61,7 +54,7 @@ class GradientAlignment(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubspaceOverlap(_Plain):
+class SubspaceOverlap(Plain):
     """How much two subspaces of R^n have in common."""
 
     overlap: float
@@ -75,8 +68,10 @@ class SubspaceOverlap(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassStructure(_Plain):
+class ClassStructure(Plain):
     """The Gauss-Newton matrix of a classifier as a sum of four: G = class + cross-class + own-class + within."""
+
+    _also = ("shares",)
 
     _large: ClassVar[tuple[str, ...]] = ("class_factor", "cross_factor", "own_factor")
 
@@ -109,7 +104,3 @@ class ClassStructure(_Plain):
             for name, F in terms.items()
         }
         return {**shares, "within": 1 - sum(shares.values())}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all but the factors, and the shares, as plain Python values."""
-        return {**super().to_dict(), "shares": to_plain(self.shares)}

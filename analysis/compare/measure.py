@@ -19,7 +19,6 @@ from analysis.compare.results import Compared, Comparison, Verdict
 from analysis.conditioning.results import Conditioning
 from analysis.critical.results import CriticalPoint
 from analysis.implicit.results import ImplicitRegularization
-from analysis.implicit.study import ImplicitStudy
 from analysis.inspection.results import Inspection
 from analysis.landscape.results import Landscape
 from analysis.noise.results import GradientNoise
@@ -261,11 +260,6 @@ def _(result: ImplicitRegularization) -> Quantities:
         "full-gradient penalty": (_exact(result.full_penalty), "loss"),
         "modified loss": (_exact(result.modified_loss), "loss"),
     }
-
-
-@quantities.register
-def _(result: ImplicitStudy) -> Quantities:
-    return quantities(result.regularization)
 
 
 @quantities.register

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from analysis.records.measured import Measured
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 from curvature.errors import InputError
 
 __all__ = ["Compared", "Comparison", "Verdict"]
@@ -44,7 +44,7 @@ class Compared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Plain):
     """Several models, number by number."""
 
     names: tuple[str, ...]
@@ -70,8 +70,3 @@ class Comparison:
             if row.name == name:
                 return row
         raise InputError(f"{name!r} was not compared; there are {', '.join(row.name for row in self.rows)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain

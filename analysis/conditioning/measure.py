@@ -24,6 +24,7 @@ from analysis.records.plan import Plan, from_plan, setting
 from analysis.show.listener import Progress, stages
 from curvature.arguments import checked, checked_fields
 from curvature.environment.autocast import full_precision
+from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
@@ -156,17 +157,15 @@ def measure_conditioning(
 
 @checked
 def compare_conditioning(
-    first: Objective, second: Objective, *, generator: torch.Generator, **settings: Any
+    first: Objective, second: Objective, *, generator: AnyGenerator, **settings: Any
 ) -> ConditioningComparison:
     """Measure two models alike, e.g. one with normalisation layers and the same without; settings as `conditioning`.
 
     Both see the same random numbers where they have as many parameters.
     """
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    found = [
-        measure_conditioning(objective, generator=torch.Generator(generator.device).manual_seed(seed), **settings)
-        for objective in (first, second)
-    ]
+    source = as_generator(generator, first.device)
+    seed = int(torch.randint(2**62, (1,), generator=source, device=source.device))
+    found = [measure_conditioning(objective, generator=seed, **settings) for objective in (first, second)]
     return ConditioningComparison(first=found[0], second=found[1])
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from analysis.records.measured import Bounded, Measured
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 
 __all__ = ["Condition", "Conditioning", "ConditioningComparison"]
 
@@ -59,8 +58,10 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditioning:
+class Conditioning(Plain):
     """The conditioning of a loss, of its layers, and with preconditioners."""
+
+    _also = ("gains", "layer_spread")
 
     matrix: str
     """"hessian" or "ggn"."""
@@ -95,15 +96,12 @@ class Conditioning:
         tops = [c.largest.value for c in self.layers]
         return max(tops) / min(tops) if tops and min(tops) > 0 else (math.inf if any(tops) else math.nan)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and `gains` as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return {**plain, "gains": to_plain(self.gains), "layer_spread": to_plain(self.layer_spread)}
-
 
 @dataclass(frozen=True, kw_only=True)
-class ConditioningComparison:
+class ConditioningComparison(Plain):
     """Two models side by side, e.g. with and without normalisation layers."""
+
+    _also = ("ratios",)
 
     first: Conditioning
     second: Conditioning
@@ -116,10 +114,6 @@ class ConditioningComparison:
         found = {name: _bounded(a).over(_bounded(b)) for name, (a, b) in pairs.items()}
         spread = self.second.layer_spread / self.first.layer_spread if self.first.layer_spread else math.nan
         return {**found, "layer_spread": Bounded.between(spread, spread)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return both and their ratios as plain Python values."""
-        return {"first": self.first.to_dict(), "second": self.second.to_dict(), "ratios": to_plain(self.ratios)}
 
 
 def _bounded(measured: Measured) -> Bounded:

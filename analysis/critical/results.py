@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from analysis.records.measured import Bounded, Measured
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 
 __all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 
@@ -84,7 +84,7 @@ class Symmetry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticalPoint:
+class CriticalPoint(Plain):
     """One point of a loss, judged by gradient and curvature."""
 
     _large: ClassVar[tuple[str, ...]] = ("direction",)
@@ -129,8 +129,3 @@ class CriticalPoint:
     """Products with H."""
     notes: tuple[str, ...]
     """What a reader should know."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all but the direction as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain

@@ -12,6 +12,7 @@ with C_k the loss of batch k and C their mean (Smith, Dherin, Barrett and De 202
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,10 +26,13 @@ from analysis.implicit.results import (
     penalty_factors,
 )
 from analysis.noise.measure import HEAVY_TAILS, inner_products, is_one_batch
+from analysis.records.plan import Plan, from_plan, setting
 from analysis.show.listener import Progress
-from curvature.arguments import checked
+from curvature.arguments import checked, checked_fields
+from curvature.data.tensors import tensors_in
 from curvature.environment.autocast import full_precision
 from curvature.errors import DataError, InputError
+from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
 from curvature.objective.third_order import curvature_gradient
 from curvature.operators import HessianOperator
@@ -36,25 +40,41 @@ from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results.estimates import EigenPairs
 from curvature.results.intervals import LIGHT_TAILS, spread_of, tail_exponent
 
-__all__ = ["adam_correction", "example_trace_gradient", "implicit_regularization", "penalty_gradients"]
+__all__ = ["ImplicitPlan", "adam_correction", "example_trace_gradient", "implicit_regularization", "penalty_gradients"]
+
+
+@checked_fields
+@dataclass(frozen=True, kw_only=True)
+class ImplicitPlan(Plan):
+    """How the model was, or would be, trained."""
+
+    lr: float = setting(text="Learning rate of SGD.", above=0)
+    batch_size: int | None = setting(None, "In examples. Default: the batches of the task as they are.")
+    drop_last: bool = setting(False, "An epoch leaves out the examples that fill no batch.")
+    momentum: float = setting(0.0, "Heavy-ball momentum of SGD.", least=0, below=1)
+    weight_decay: float = setting(0.0, "Weight decay of SGD.", least=0)
+    directions: bool = setting(True, "Look where the penalties push, too.")
+    k: int = setting(3, "How many of the sharpest directions to look against.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_last and self.batch_size is None:
+            raise InputError("drop_last= goes with batch_size=; without it the batches are taken as they are.")
 
 
 _STAGE = "penalties"
 
 
+@from_plan(ImplicitPlan, directions=False)
 @full_precision
 @checked
 def implicit_regularization(
     objective: Objective,
+    plan: ImplicitPlan,
     *,
-    lr: float,
-    batch_size: int | None = None,
-    drop_last: bool = False,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    directions: bool = False,
     top: EigenPairs | None = None,
     norms: GradientNorms | None = None,
+    generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> ImplicitRegularization:
     """Measure both penalties of the loss that SGD descends, layer by layer, and where their gradients point.
@@ -65,20 +85,18 @@ def implicit_regularization(
 
     Args:
         objective: its batches are the C_k, each counted alike whatever its size, as SGD does.
-        lr: learning rate, positive.
-        batch_size: B; then the penalties are the expectation over all partitions of the N examples into batches of B,
-            the last one short if B does not divide N. Exact where all examples count alike in their batch; with class
-            weights, ignored targets and the like to first order, as the notes say. None takes the batches as they are.
-        drop_last: with `batch_size`, leave out of an epoch what fills no batch, as a `DataLoader` does if told to.
-        momentum: heavy-ball beta in [0, 1) as `torch.optim.SGD` has it; see `momentum_factors`.
-        weight_decay: lambda >= 0 of `torch.optim.SGD`.
-        directions: also return the gradients of both penalties.
+        plan: settings; or pass them one by one. With `batch_size` B the penalties are the expectation over all
+            partitions of the N examples into batches of B, the last one short, or with `drop_last` left out, if B does
+            not divide N. Exact where all examples count alike in their batch; with class weights, ignored targets and
+            the like to first order, as the notes say. Factors of momentum are those of `momentum_factors`.
         top: eigenpairs of the Hessian of the loss; adds angles and the change of the largest eigenvalue.
+            By default the `k` largest with `directions` and a generator, none without.
         norms: `gradient_norms` or `gradient_moments` of this very point, if taken before; spares their pass.
-        progress: told how many batches were differentiated twice so far, for `directions`.
+        generator: source of start vectors for these, on the objective's device, or a seed.
+        progress: told how many products and batches are done, for `directions`.
 
     Raises:
-        InputError: for arguments out of range, or several ranks.
+        InputError: for settings out of range, or several ranks.
         DataError: if no batch counts, or as `gradient_norms`.
 
     Reference: Smith, Dherin, Barrett and De (2021), On the origin of implicit regularization in stochastic gradient
@@ -93,8 +111,29 @@ def implicit_regularization(
         >>> found.full_penalty, found.batch_penalty, found.modified_loss
         (2.0, 0.5, 7.5)
     """
-    _validate(objective, lr, batch_size, drop_last, momentum, weight_decay)
-    space = objective.space
+    if plan.batch_size is not None and objective.sums:
+        raise InputError('batch_size= needs a loss that averages; use reduction="mean", or the batches as they are.')
+    if objective.process_group is not None:
+        raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")
+    lr, batch_size, drop_last = plan.lr, plan.batch_size, plan.drop_last
+    momentum, weight_decay, space = plan.momentum, plan.weight_decay, objective.space
+    tell, products, units = progress or (lambda *_: None), 0, 0
+    if plan.directions:
+        units = num_pieces(objective, batch_size) if progress is not None else 0
+        if top is None and generator is not None:
+            products = num_products(plan.k)
+            units += products
+            top = eigsh(
+                objective,
+                min(plan.k, objective.num_params),
+                generator=generator,
+                callback=lambda spent, _: tell("sharpest directions", min(spent, products), units),
+            )
+        tell(_STAGE, products, units)
+
+    def further(stage: str, done: int, _: int) -> None:
+        tell(stage, products + done, units)
+
     notes: tuple[str, ...] = ()
     if batch_size is None:
         loss, g, variances, sizes = _of_batches(objective)
@@ -116,12 +155,12 @@ def implicit_regularization(
     theta = torch.cat([t.detach().reshape(-1) for t in space.tensors.values()]).to(g)
     whole = g + weight_decay * theta
     full = batch = None
-    if directions or top is not None:
+    if plan.directions or top is not None:
         if batch_size is None:
-            of_full, of_batch, _ = penalty_gradients(objective, weight_decay=weight_decay, progress=progress)
+            of_full, of_batch, _ = penalty_gradients(objective, weight_decay=weight_decay, progress=further)
         else:
             of_full = 2 * (HessianOperator(objective) @ whole + weight_decay * whole)
-            of_batch = share * example_trace_gradient(objective, g, progress=progress)
+            of_batch = share * example_trace_gradient(objective, g, progress=further)
         slope = None if top is None else curvature_gradient(objective, top.eigenvectors[:, 0].to(g))
         full = _direction(P * of_full, whole, top, slope)
         batch = _direction(V * of_batch, whole, top, slope)
@@ -146,8 +185,21 @@ def implicit_regularization(
         num_examples=examples,
         full=full,
         batch=batch,
+        eigenvalues=() if top is None else tuple(top.eigenvalues.tolist()),
         notes=notes,
     )
+
+
+def num_products(k: int) -> int:
+    """Return about how many products k of the sharpest directions take."""
+    return 12 + 8 * k
+
+
+def num_pieces(objective: Objective, batch_size: int | None) -> int:
+    """Return how many batches, or with a batch size examples, have their gradients' penalties differentiated."""
+    if batch_size is None:
+        return objective.num_batches or 1
+    return sum(next((t.shape[0] for t in tensors_in(b) if t.ndim > 0), 1) for b in objective.batches())
 
 
 @full_precision
@@ -299,20 +351,3 @@ def _direction(gradient: Tensor, g: Tensor, top: EigenPairs | None, slope: Tenso
     return PenaltyDirection(
         gradient=gradient, norm=norm, cosine_with_gradient=cosine, cosines_with_top=cosines, sharpness_change=change
     )
-
-
-def _validate(
-    objective: Objective, lr: float, batch_size: int | None, drop_last: bool, momentum: float, weight_decay: float
-) -> None:
-    if not lr > 0 or not math.isfinite(lr):
-        raise InputError(f"lr must be positive and finite, got {lr}.")
-    if drop_last and batch_size is None:
-        raise InputError("drop_last= goes with batch_size=; without it the batches are taken as they are.")
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum must lie in [0, 1), got {momentum}.")
-    if not weight_decay >= 0:
-        raise InputError(f"weight_decay must not be negative, got {weight_decay}.")
-    if batch_size is not None and objective.sums:
-        raise InputError('batch_size= needs a loss that averages; use reduction="mean", or the batches as they are.')
-    if objective.process_group is not None:
-        raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")

@@ -88,6 +88,8 @@ class ImplicitRegularization(_Record):
     """Gradient of `full_penalty`; None if not asked for."""
     batch: PenaltyDirection | None
     """Gradient of `batch_penalty`; None if not asked for."""
+    eigenvalues: tuple[float, ...] = ()
+    """The largest of the Hessian, where they were looked against; loss / parameter^2."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
 

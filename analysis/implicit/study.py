@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from analysis.implicit.figures import plot_penalties, plot_penalty_by_batch_size
-from analysis.implicit.measure import implicit_regularization
-from analysis.implicit.plan import ImplicitPlan, num_pieces, num_products, price
+from analysis.implicit.measure import (
+    ImplicitPlan,
+    example_trace_gradient,
+    implicit_regularization,
+    num_pieces,
+    num_products,
+)
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
-from analysis.records.plan import from_plan
 from analysis.run.study import Study, StudyRun
 from analysis.show import wording
-from analysis.show.listener import Progress
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
-from curvature.linalg import eigsh
+from curvature.environment.cost import median_seconds
 from curvature.objective.objective import Objective
 
-__all__ = ["STUDY", "ImplicitRun", "ImplicitStudy", "measure_implicit"]
+__all__ = ["STUDY", "ImplicitRun"]
 
+_SAMPLE = 4  # pieces that are timed
 _SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImplicitStudy:
-    """What was found."""
-
-    regularization: ImplicitRegularization
-    """Loss, both penalties, and where they push."""
-    eigenvalues: tuple[float, ...]
-    """The largest of the Hessian; loss / parameter^2. Empty if directions were not asked for."""
-    largest_layer: str
-    """The layer that pays most of the variance penalty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +36,7 @@ class ImplicitRun(StudyRun):
     kind: ClassVar[str] = "implicit"
     result: ClassVar[str] = "implicit"
 
-    implicit: ImplicitStudy
+    implicit: ImplicitRegularization
     """The results."""
 
     def report(self) -> Report:
@@ -53,62 +44,46 @@ class ImplicitRun(StudyRun):
         return _report(self)
 
 
-@from_plan(ImplicitPlan)
-def measure_implicit(
-    objective: Objective,
-    plan: ImplicitPlan,
-    *,
-    generator: torch.Generator,
-    progress: Progress | None = None,
-) -> ImplicitStudy:
-    """Measure both penalties that SGD adds to the loss, and where they push against the sharpest directions."""
-    progress = progress or (lambda *_: None)
-    top, products = None, num_products(plan.k) * plan.directions
-    total = products + num_pieces(objective, plan.batch_size)
-    if plan.directions:
-        progress("sharpest directions", 0, total)
-        top = eigsh(
-            objective,
-            min(plan.k, objective.num_params),
-            generator=generator,
-            callback=lambda spent, _: progress("sharpest directions", min(spent, products), total),
-        )
-    progress("penalties", products, total)
-    found = implicit_regularization(
-        objective,
-        lr=plan.lr,
-        batch_size=plan.batch_size,
-        drop_last=plan.drop_last,
-        momentum=plan.momentum,
-        weight_decay=plan.weight_decay,
-        directions=plan.directions,
-        top=top,
-        progress=lambda stage, done, _: progress(stage, products + done, total),
-    )
-    largest = found.layers[int(found.layer_batch_variances.argmax())]
-    values = () if top is None else tuple(top.eigenvalues.tolist())
-    return ImplicitStudy(regularization=found, eigenvalues=values, largest_layer=largest)
+def _price(objective: Objective, plan: ImplicitPlan) -> float:
+    """Return the expected gradients of the loss over all data; a Hessian product counts as two."""
+    if not plan.directions:
+        return 3.5
+    return 3.5 + 2.0 * num_products(plan.k) + 6.0 + _of_penalties(objective, plan.batch_size)
+
+
+def _of_penalties(objective: Objective, batch_size: int | None) -> float:
+    """Return what the gradients of the penalties cost, in gradients, from a few of the examples."""
+    if batch_size is None:
+        return 6.0
+    sample = list(itertools.islice(objective.cut(1).batches(), _SAMPLE))
+    some = objective.replace(data=sample)
+    g = some.gradient()
+    example_trace_gradient(some, g)  # the first is slower
+    some.release()
+    seconds = median_seconds(lambda: example_trace_gradient(some, g), objective.device)
+    one = median_seconds(objective.loss_and_gradient, objective.device)
+    return 4.0 + num_pieces(objective, batch_size) / len(sample) * seconds / one
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
 def _report(run: ImplicitRun) -> Report:
-    found = run.implicit.regularization
+    found = run.implicit
     sections = [_layers(found)]
     if math.isfinite(found.num_examples):
         sections.append(_batch_sizes(found))
     if found.batch is not None and found.full is not None:
-        sections.append(_directions(run.implicit, found.full, found.batch))
+        sections.append(_directions(found, found.full, found.batch))
     return Report(
         title="Implicit regularization",
         facts=(f"lr {found.lr:g}", f"batches of {wording.count(found.batch_size)}"),
-        cards=_cards(run.implicit, decay=bool(run.settings["weight_decay"])),
-        findings=_findings(run.implicit),
+        cards=_cards(found, decay=bool(run.settings["weight_decay"])),
+        findings=_findings(found),
         sections=tuple(sections),
         terms=_TERMS,
         method=_method(found),
-        notes=_notes(run.implicit),
+        notes=_notes(found),
     )
 
 
@@ -123,8 +98,8 @@ def _of_loss(part: float, found: ImplicitRegularization) -> str:
     return f"{_relative(part, found.loss)} of the loss; " if found.loss > 0 else ""
 
 
-def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
-    found, number = study.regularization, wording.number
+def _cards(found: ImplicitRegularization, *, decay: bool) -> tuple[Card, ...]:
+    number = wording.number
     stderr = found.batch_factor * found.batch_variance_stderr
     error = f"± {number(stderr, 2)} with other data" if 0 < stderr < math.inf else ""
     cards = [
@@ -144,8 +119,8 @@ def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
     ]
     if found.batch is not None:
         rate = found.batch.sharpness_change
-        if rate is not None and study.eigenvalues and study.eigenvalues[0] > 0:
-            share = 100 * rate * found.lr * found.num_batches / study.eigenvalues[0]
+        if rate is not None and found.eigenvalues and found.eigenvalues[0] > 0:
+            share = 100 * rate * found.lr * found.num_batches / found.eigenvalues[0]
             cards.append(
                 Card(
                     label="Sharpness",
@@ -156,21 +131,20 @@ def _cards(study: ImplicitStudy, *, decay: bool) -> tuple[Card, ...]:
         cosine = found.batch.cosine_with_gradient
         hint = "between the gradients of variance penalty and loss"
         cards.append(Card(label="Cosine", value=number(cosine, 2), hint=hint))
-    if study.eigenvalues:
+    if found.eigenvalues:
         hint = "lr times the largest eigenvalue; the theory is of small ones, 2 is the edge of stability"
-        cards.append(Card(label="Step on the sharpest", value=number(found.lr * study.eigenvalues[0], 3), hint=hint))
+        cards.append(Card(label="Step on the sharpest", value=number(found.lr * found.eigenvalues[0], 3), hint=hint))
     return tuple(cards)
 
 
-def _findings(study: ImplicitStudy) -> tuple[Finding, ...]:
-    found = study.regularization
+def _findings(found: ImplicitRegularization) -> tuple[Finding, ...]:
     answers = [Finding("What does SGD add to the loss?", _added(found)), Finding("Which layers pay?", _payers(found))]
     if math.isfinite(found.num_examples) and found.loss > 0:
         answers.append(Finding("What would another batch size do?", _elsewhere(found)))
     if found.batch is not None:
-        answers.append(Finding("Which way does it push?", _push(study, found.batch)))
-    if study.eigenvalues:
-        answers.append(Finding("Does the theory hold here?", _validity(study)))
+        answers.append(Finding("Which way does it push?", _push(found, found.batch)))
+    if found.eigenvalues:
+        answers.append(Finding("Does the theory hold here?", _validity(found)))
     return tuple(answers)
 
 
@@ -230,7 +204,7 @@ def _elsewhere(found: ImplicitRegularization) -> str:
     return text + f"From a batch of {wording.count(least)} on, whole batches keep it below 1 % of the loss."
 
 
-def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
+def _push(found: ImplicitRegularization, batch: PenaltyDirection) -> str:
     if batch.norm == 0:
         return "Nowhere: its gradient is zero."
     cosine = batch.cosine_with_gradient
@@ -239,11 +213,11 @@ def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
     if batch.cosines_with_top is not None:
         held = float(batch.cosines_with_top.square().sum())
         text += (
-            f" {100 * held:.2g}{wording.THIN}% of its square lie in the {len(study.eigenvalues)} sharpest directions."
+            f" {100 * held:.2g}{wording.THIN}% of its square lie in the {len(found.eigenvalues)} sharpest directions."
         )
-    if batch.sharpness_change is not None and study.eigenvalues and study.eigenvalues[0] > 0:
-        rate = batch.sharpness_change * study.regularization.lr * study.regularization.num_batches
-        share = 100 * rate / study.eigenvalues[0]
+    if batch.sharpness_change is not None and found.eigenvalues and found.eigenvalues[0] > 0:
+        rate = batch.sharpness_change * found.lr * found.num_batches
+        share = 100 * rate / found.eigenvalues[0]
         verb = "lowers" if rate < 0 else "raises"
         text += (
             f" To first order it {verb} the largest eigenvalue by {wording.number(abs(share), 2)}{wording.THIN}% "
@@ -252,8 +226,8 @@ def _push(study: ImplicitStudy, batch: PenaltyDirection) -> str:
     return text
 
 
-def _validity(study: ImplicitStudy) -> str:
-    product = study.regularization.lr * study.eigenvalues[0]
+def _validity(found: ImplicitRegularization) -> str:
+    product = found.lr * found.eigenvalues[0]
     text = f"lr · λ is {wording.number(product, 3)} along the sharpest direction"
     if product >= 2:
         return text + ": beyond 2, where plain gradient descent diverges. The expansion says nothing of it."
@@ -261,7 +235,7 @@ def _validity(study: ImplicitStudy) -> str:
         return text + ", which is not small: along that direction the penalties are an order of magnitude."
     return (
         text + ": small, so that the expansion in the learning rate is meaningful for single steps; over an epoch what "
-        f"counts is that times the number of batches, {wording.number(product * study.regularization.num_batches, 3)}."
+        f"counts is that times the number of batches, {wording.number(product * found.num_batches, 3)}."
     )
 
 
@@ -314,8 +288,7 @@ def _batch_sizes(found: ImplicitRegularization) -> Section:
     )
 
 
-def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDirection) -> Section:
-    found = study.regularization
+def _directions(found: ImplicitRegularization, full: PenaltyDirection, batch: PenaltyDirection) -> Section:
     rows = []
     for name, direction in (("full gradient", full), ("variance", batch)):
         change = direction.sharpness_change
@@ -326,13 +299,13 @@ def _directions(study: ImplicitStudy, full: PenaltyDirection, batch: PenaltyDire
             for c in ([] if direction.cosines_with_top is None else direction.cosines_with_top.tolist())
         ]
         rows.append((*cells, wording.number(rate, 3)))
-    tops = tuple(f"with u{wording.subscript(i)}" for i in range(1, len(study.eigenvalues) + 1))
+    tops = tuple(f"with u{wording.subscript(i)}" for i in range(1, len(found.eigenvalues) + 1))
     return Section(
         title="Where the penalties push",
         tables=(
             Table(
                 caption="Gradients of the penalties: length, cosine with the loss gradient, with the sharpest "
-                f"directions (λ = {', '.join(wording.number(v, 3) for v in study.eigenvalues)}), and the change of the "
+                f"directions (λ = {', '.join(wording.number(v, 3) for v in found.eigenvalues)}), and the change of the "
                 "largest eigenvalue that descending it for an epoch brings, to first order.",
                 columns=("penalty", "length", "with the gradient", *tops, "change of λ"),
                 rows=tuple(rows),
@@ -376,8 +349,7 @@ def _method(found: ImplicitRegularization) -> str:
     return text
 
 
-def _notes(study: ImplicitStudy) -> tuple[str, ...]:
-    found = study.regularization
+def _notes(found: ImplicitRegularization) -> tuple[str, ...]:
     notes = list(found.notes)
     if found.momentum:
         notes.append(
@@ -389,4 +361,4 @@ def _notes(study: ImplicitStudy) -> tuple[str, ...]:
     return tuple(notes)
 
 
-STUDY = Study(record=ImplicitRun, plan=ImplicitPlan, measure=measure_implicit, price=price)
+STUDY = Study(record=ImplicitRun, plan=ImplicitPlan, measure=implicit_regularization, price=_price)

@@ -15,6 +15,7 @@ from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.stochastic.probes import rademacher
 from curvature.objective.objective import Objective
 from curvature.operators import HessianOperator
@@ -29,7 +30,7 @@ def layer_coupling(
     objective: Objective,
     *,
     num_probes: int = 8,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     progress: Progress | None = None,
 ) -> LayerCoupling:
     """Estimate |H_ab|_F for every pair of layers.
@@ -45,7 +46,7 @@ def layer_coupling(
     Args:
         objective: its layers are `objective.space.blocks`; a tensor that modules share belongs to the first of them.
         num_probes: for each layer, at least 2. The relative error of a norm is at most about (2 num_probes)^(-1/2).
-        generator: source of the probes, on the objective's device.
+        generator: source of the probes, on the objective's device, or a seed.
         progress: told after each layer how many products are done.
 
     Raises:
@@ -54,11 +55,7 @@ def layer_coupling(
     """
     if num_probes < 2:
         raise InputError(f"num_probes must be at least 2, to know their spread, got {num_probes}.")
-    if generator.device.type != objective.device.type:
-        raise InputError(
-            f"generator lives on {generator.device} but the objective on {objective.device}; make it with "
-            f"torch.Generator({str(objective.device)!r})."
-        )
+    generator = as_generator(generator, objective.device)
     H, blocks = HessianOperator(objective), objective.space.blocks
     exact = torch.tensor([block.num_params <= num_probes for block in blocks])
     squares = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)  # |H_ab|^2 by probes of b

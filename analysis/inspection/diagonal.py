@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from analysis.inspection.plan import DIAGONAL, DIAGONAL_MATVECS, MOST_COLUMNS
 from analysis.inspection.results import LayerDiagonals
 from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator
 from curvature.layerwise import exact_diagonal
 from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import diagonal
@@ -27,7 +26,7 @@ def layer_diagonals(
     *,
     top: EigenPairs | None = None,
     num_matvecs: int = DIAGONAL_MATVECS,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     progress: Progress | None = None,
 ) -> LayerDiagonals:
     """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
@@ -40,7 +39,7 @@ def layer_diagonals(
         objective: what the Hessian is of.
         top: eigenpairs that are known; they are taken out of the estimate at no product.
         num_matvecs: products to spend where the diagonal has to be estimated.
-        generator: source of the sign vectors, on the objective's device.
+        generator: source of the sign vectors, on the objective's device, or a seed.
         progress: told after each product how many are done.
 
     Raises:
@@ -61,7 +60,7 @@ def _estimated(
     refusal: str,
     top: EigenPairs | None,
     num_matvecs: int,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     progress: Progress | None,
 ) -> LayerDiagonals:
     estimate = diagonal(

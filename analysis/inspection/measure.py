@@ -108,14 +108,12 @@ def inspect_model(
 
 
 def _layer(block: Block, found: Spectrum, gradient: Tensor) -> LayerCurvature:
-    data = found.top_data_stderr()
     return LayerCurvature(
         name=block.name,
         num_params=block.num_params,
         gradient_norm=float(block.take(gradient).norm()),
         top=float(found.top.eigenvalues[0]),
         top_residual=float(found.top.residual_norms[0]),
-        top_data=math.nan if data is None else float(data[0]),
         bottom=float(found.bottom.eigenvalues[-1]),
         bottom_residual=float(found.bottom.residual_norms[-1]),
         trace=Measured.of(replace(found.spectral_sum(lambda x: x), rule=torch.zeros(()))),  # exact for powers

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from analysis.records.measured import Measured
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 from analysis.run.meter import Cost
 from curvature.layerwise.diagonal_summary import DiagonalRow
 from curvature.results.estimates import EigenPairs, SpectralDensity, TraceEstimate
@@ -69,8 +69,6 @@ class LayerCurvature:
     """Largest eigenvalue of the block (the layer's sharpness); loss / parameter^2."""
     top_residual: float
     """An eigenvalue lies within this of `top`; loss / parameter^2."""
-    top_data: float
-    """Standard error of `top` over other data of the same size; NaN where it is not known; loss / parameter^2."""
     bottom: float
     """Smallest eigenvalue of the block; loss / parameter^2."""
     bottom_residual: float
@@ -91,8 +89,10 @@ class LayerCurvature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerCoupling:
+class LayerCoupling(Plain):
     """Frobenius norms |H_ab|_F of the blocks of the Hessian between layers a and b."""
+
+    _also = ("relative",)
 
     names: tuple[str, ...]
     """Of the L layers: the modules that own parameters, in the model's order."""
@@ -113,11 +113,6 @@ class LayerCoupling:
         """
         own = self.norms.diagonal().sqrt()
         return self.norms / (own[:, None] * own)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields and `relative` as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return {**plain, "relative": to_plain(self.relative)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +163,7 @@ class LowRankError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(Plain):
     """The curvature of a loss at one point: its value, its gradient and the spectrum of its Hessian H."""
 
     loss: float
@@ -264,9 +259,3 @@ class Inspection:
             )
             ranked |= {first + i: (first + i, *entry) for i, entry in enumerate(entries)}
         return [ranked[rank] for rank in sorted(ranked)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all but the large arrays (eigenvectors, density curve) as plain Python values that JSON can hold."""
-        plain = to_plain(self)
-        assert isinstance(plain, dict)
-        return plain

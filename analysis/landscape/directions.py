@@ -19,6 +19,7 @@ from analysis.landscape.results import Direction
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.layerwise.filters import filter_dims
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
@@ -43,7 +44,7 @@ def random_direction(
     *,
     scaling: Scaling = "filter",
     scale_vectors: bool = False,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     name: str = "random",
 ) -> Direction:
     """Return a direction of independent normal entries, scaled.
@@ -61,7 +62,7 @@ def random_direction(
         objective: at the point of interest.
         scaling: one of the above.
         scale_vectors: whether biases and their like move with "filter" and "layer".
-        generator: source of the entries, on the objective's device.
+        generator: source of the entries, on the objective's device, or a seed.
         name: for people.
 
     Raises:
@@ -70,6 +71,7 @@ def random_direction(
     if scaling not in get_args(Scaling):
         raise InputError(f"scaling must be one of {', '.join(get_args(Scaling))}, got {scaling!r}.")
     space = objective.space
+    generator = as_generator(generator, objective.device)
     drawn = torch.randn(space.num_params, generator=generator, dtype=space.dtype, device=space.device)
     if scaling == "raw":
         return _direction(name, "random", scaling, drawn)
@@ -100,7 +102,7 @@ def eigenvector_directions(
     *,
     which: Literal["LA", "SA", "LM", "BE"] = "LA",
     rtol: float = 1e-3,
-    generator: torch.Generator,
+    generator: AnyGenerator,
 ) -> tuple[tuple[Direction, ...], int]:
     """Return k unit eigenvectors of the Hessian, eigenvalues descending, and the products they took.
 

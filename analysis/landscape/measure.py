@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import Direction, LossPlane, LossSlice, Trajectory
-from analysis.run.draft import fingerprint
+from analysis.run.preparation import fingerprint
 from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision

@@ -20,12 +20,13 @@ from torch import Tensor
 from analysis.landscape.measure import evaluate_points
 from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import LossPath
-from analysis.run.draft import fingerprint
+from analysis.run.preparation import fingerprint
 from analysis.show.listener import Progress
 from analysis.tasks.checkpoint import read_checkpoint
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckpointError, InputError
+from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at
 
@@ -137,7 +138,7 @@ def bend_towards(
     *,
     num_gradients: int,
     lr: float = 0.1,
-    generator: torch.Generator,
+    generator: AnyGenerator,
     progress: Progress | None = None,
 ) -> Tensor:
     """Return the bend c (n,) of a Bezier curve along which the mean loss, integral_0^1 L(phi(t)) dt, was made small.
@@ -152,7 +153,7 @@ def bend_towards(
         end: b.
         num_gradients: steps, each a gradient over all data.
         lr: step size, in units of the root mean square of the entries of b - a.
-        generator: for the start of the positions.
+        generator: for the start of the positions, on the objective's device, or a seed.
         progress: told after each step.
 
     Raises:
@@ -168,7 +169,7 @@ def bend_towards(
         raise InputError("start and end are the same parameters; there is no path between them.")
     bend = (a + b) / 2
     mean, square = torch.zeros_like(bend), torch.zeros_like(bend)
-    offset = float(torch.rand((), generator=generator, device=generator.device))
+    offset = float(torch.rand((), generator=as_generator(generator, a.device), device=a.device))
     for step in range(1, num_gradients + 1):
         t = (offset + step * _GOLDEN) % 1
         _, g = gradient_at(objective, _curve(a, bend, b, t, True), buffers=_mixed(start, end, t))

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from analysis.records.plain import Plain
+
 __all__ = ["Direction", "Landscape", "LandscapeCost", "LossPath", "LossPlane", "LossSlice", "Trajectory"]
 
 _ROUNDING = 32  # units in the last place of a loss that a sum over the data may be wrong by
@@ -192,7 +194,7 @@ class LandscapeCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Landscape:
+class Landscape(Plain):
     """The loss around a point: along lines, on a plane, and on the way to another point."""
 
     loss: float

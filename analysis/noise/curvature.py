@@ -13,6 +13,7 @@ from analysis.records.measured import Measured
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
+from curvature.generators import AnyGenerator
 from curvature.linalg import cg, rademacher
 from curvature.objective.objective import Objective
 from curvature.operators import GGNOperator, GradientCovarianceOperator, HessianOperator
@@ -32,7 +33,7 @@ def curvature_noise(
     confidence: float = 0.95,
     damping: float | None = None,
     rtol: float = 1e-4,
-    generator: torch.Generator,
+    generator: AnyGenerator,
 ) -> CurvatureNoise:
     """Estimate tr(H Sigma), the noise scale it gives, and how far noise and curvature share directions.
 
@@ -52,7 +53,7 @@ def curvature_noise(
         confidence: of the interval of the noise scale.
         damping: asks for the Takeuchi criterion with this much on G's diagonal, positive.
         rtol: relative residual of its solves.
-        generator: source of the probes, on the objective's device.
+        generator: source of the probes, on the objective's device, or a seed.
 
     Raises:
         InputError: for fewer than 2 probes, a damping that is not positive, a confidence outside (0, 1), or a
@@ -68,11 +69,6 @@ def curvature_noise(
         raise InputError(f"confidence must lie between 0 and 1, got {confidence}.")
     if damping is not None and not damping > 0:
         raise InputError(f"damping must be positive, or None to leave out the Takeuchi criterion, got {damping}.")
-    if generator.device.type != objective.device.type:
-        raise InputError(
-            f"generator lives on {generator.device} but the objective on {objective.device}; make it with "
-            f"torch.Generator({str(objective.device)!r})."
-        )
     H, S = HessianOperator(objective), GradientCovarianceOperator(objective)
     n = objective.num_params
     exact = num_probes >= n

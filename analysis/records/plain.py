@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature.results.estimates import SpectralDensity
 
-__all__ = ["plain_values", "to_plain"]
+__all__ = ["Plain", "plain_values", "to_plain"]
 
 _MOST, _DEEPEST, _LEFT_OUT = 10_000, 20, "[...]"
 
@@ -54,6 +54,17 @@ def _text(value: Any) -> str:
     except Exception:  # of a user's own __str__, or of an integer too long to print
         text = f"<{type(value).__name__}>"
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class Plain:
+    """Adds `to_dict` to a record."""
+
+    _also: ClassVar[tuple[str, ...]] = ()
+    """Properties that `to_dict` has, too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but large arrays as plain Python values; numbers that are not finite as None."""
+        return {**to_plain(self), **{name: to_plain(getattr(self, name)) for name in self._also}}
 
 
 def to_plain(value: Any, *, number: Callable[[float], Any] = lambda x: x if math.isfinite(x) else None) -> Any:

@@ -59,8 +59,12 @@ def choices(plan: type, name: str) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
-def from_plan(plan: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Let a measurement `f(objective, plan, ...)` be called with a plan, or with the plan's fields as keywords.
+def from_plan(plan: type, **usual: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Let a measurement `f(objective, plan, ...)` be called with a plan or its fields, and a generator or its seed.
+
+    Args:
+        plan: its class.
+        **usual: settings that a call with keywords has by default where the plan has others.
 
     Raises:
         InputError: at the call, for both at once or settings out of range.
@@ -71,12 +75,15 @@ def from_plan(plan: type) -> Callable[[Callable[..., R]], Callable[..., R]]:
         @functools.wraps(function)
         def call(objective: Any, given: Any = None, /, **others: Any) -> R:
             from curvature.errors import InputError
+            from curvature.generators import as_generator
 
             given = others.pop("plan", given)
             settings = {name: others.pop(name) for name in names if name in others}
             if given is not None and settings:
                 raise InputError(f"give a plan or single settings, not both; {', '.join(settings)} came beside one.")
-            return function(objective, plan(**settings) if given is None else given, **others)
+            if "generator" in others and hasattr(objective, "device"):
+                others["generator"] = as_generator(others["generator"], objective.device)
+            return function(objective, plan(**(usual | settings)) if given is None else given, **others)
 
         return call
 

@@ -7,7 +7,6 @@ run is complete.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import zipfile
@@ -20,25 +19,15 @@ import torch
 from torch import Tensor
 
 from analysis.records.plain import to_plain
-from analysis.run.preparation import Request, data_sha256
+from analysis.run.preparation import Request, data_sha256, fingerprint
 from analysis.run.saving import write_text
 from analysis.tasks import Task
 from curvature.errors import InputError
 
-__all__ = ["POINTS", "Draft", "fingerprint"]
+__all__ = ["POINTS", "Draft"]
 
 POINTS = "points.jsonl"
 """Where what was found is noted; a folder without it is worth nothing."""
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """Return a digest of shapes, dtypes and all bits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Draft:

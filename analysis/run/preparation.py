@@ -22,7 +22,7 @@ from curvature.errors import CurvatureError, InputError, TaskError
 from curvature.objective.objective import Objective
 from curvature.spectra.planning import SpectrumPlan
 
-__all__ = ["Prepared", "Request", "data_sha256", "in_groups", "load", "prepare"]
+__all__ = ["Prepared", "Request", "data_sha256", "fingerprint", "in_groups", "load", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Prepared:
             "created": now(),
             "versions": versions(),
             "checkpoint": None if (read := self.task.checkpoint_record) is None else dict(read),
-            "data_sha256": data_sha256(self.task.train_data),
+            "data_sha256": data_sha256(self.objective.settings["data"]),
             "check": self.messages,
         }
 
@@ -176,14 +176,22 @@ def _available(name: str) -> torch.device:
 
 def data_sha256(data: Any) -> str | None:
     """Return a digest of data that are tensors in tuples and lists; None for loaders, which have no one order."""
-    digest = hashlib.sha256()
+    tensors: list[Tensor] = []
 
-    def feed(part: Any) -> bool:
+    def gather(part: Any) -> bool:
         if isinstance(part, Tensor) and not part.is_nested and part.layout == torch.strided:
-            array = part.detach().cpu().contiguous()
-            digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+            tensors.append(part)
             return True
-        return isinstance(part, (tuple, list)) and all(feed(item) for item in part)
+        return isinstance(part, (tuple, list)) and all(gather(item) for item in part)
 
-    return digest.hexdigest() if feed(data) else None
+    return fingerprint(*tensors) if gather(data) else None
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Return a digest of shapes, dtypes and all bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ from analysis.show.wording import duration, number
 from analysis.tasks import Task
 from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.environment.cost import median_seconds, timed
+from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
 
 __all__ = ["Price", "Study", "StudyCost", "StudyRun", "run_study", "study_objective"]
@@ -123,7 +124,7 @@ def study_objective(
     objective: Objective,
     plan: P,
     *,
-    generator: torch.Generator | int,
+    generator: AnyGenerator,
     name: str | None = None,
     check: bool = True,
     listener: Listener | None = None,
@@ -142,8 +143,7 @@ def study_objective(
     Raises:
         CurvatureError: whatever stands in the way, with the remedy.
     """
-    if isinstance(generator, int):
-        generator = torch.Generator(device=objective.device).manual_seed(generator)
+    generator = as_generator(generator, objective.device)
     call = f"analysis.measure({study.record.kind!r}, objective, generator={generator.initial_seed()})"
     request = Request(task="", seed=generator.initial_seed(), check=check, command=call)
     task = Task(name=name or type(objective.model).__name__, model=objective.model, prepared=objective)

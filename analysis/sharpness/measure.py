@@ -66,11 +66,6 @@ def measure_sharpness(
         >>> [(row.name, row.value, row.rescaling_invariant) for row in table.rows]
         [('top_eigenvalue', 4.0, False), ('trace', 5.0, False)]
     """
-    if generator.device.type != objective.device.type:
-        raise InputError(
-            f"generator lives on {generator.device} but the objective on {objective.device}; make it with "
-            f"torch.Generator({str(objective.device)!r})."
-        )
     measures = measures_for(objective, plan.measures)
     tell = stages(progress, len(measures))
     seeds = torch.randint(2**62, (len(MEASURES),), generator=generator, device=generator.device).tolist()

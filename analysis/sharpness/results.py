@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from analysis.records.measured import Measured
-from analysis.records.plain import to_plain
+from analysis.records.plain import Plain
 from curvature.errors import InputError
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
@@ -86,7 +86,7 @@ class SharpnessRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharpnessTable:
+class SharpnessTable(Plain):
     """Measures of sharpness of one loss at one point.
 
     None of them ranks models across settings: Andriushchenko et al. (2023) find rank correlations with generalisation
@@ -115,8 +115,3 @@ class SharpnessTable:
         """Return each measure over the same of another table, by name; NaN where that is 0 or was not measured."""
         known = {row.name: row.value for row in reference.rows}
         return {r.name: r.value / known[r.name] if known.get(r.name) else math.nan for r in self.rows}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain Python values; numbers that are not finite as None."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain

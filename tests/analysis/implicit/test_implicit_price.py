@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.implicit import plan as implicit_plan
-from analysis.implicit.plan import ImplicitPlan, num_pieces, price
+from analysis.implicit.measure import ImplicitPlan, num_pieces
 from analysis.implicit.study import STUDY
 from curvature import Objective
 from curvature.engine.linearize import Linearization
@@ -25,11 +24,11 @@ def test_the_price_is_that_of_every_piece(size: int | None, pieces: int, monkeyp
     objective = _objective()
     objective.loss()
     assert num_pieces(objective, size) == pieces
-    monkeypatch.setattr(implicit_plan, "median_seconds", lambda *_: 1.0)  # as if all took the same time
+    monkeypatch.setattr("analysis.implicit.study.median_seconds", lambda *_: 1.0)  # as if all took the same time
     plan = ImplicitPlan(lr=0.1, batch_size=size, k=1)
     sampled = min(pieces, 4)
     of_penalties = 6.0 if size is None else 4 + pieces / sampled
-    assert price(objective, plan) == pytest.approx(3.5 + 2 * 20 + 6 + of_penalties)
+    assert STUDY.price(objective, plan) == pytest.approx(3.5 + 2 * 20 + 6 + of_penalties)
     seen: list[tuple[int, int]] = []
     counted: list[int] = []
     hvp = Linearization.hvp

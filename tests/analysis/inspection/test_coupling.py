@@ -143,7 +143,7 @@ def test_bad_input() -> None:
     class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
-    with pytest.raises(InputError, match=r"generator lives on cuda but the objective on cpu"):
+    with pytest.raises(InputError, match=r"generator lives on cuda but the matrix on cpu"):
         layer_coupling(objective, generator=Elsewhere())
 
 

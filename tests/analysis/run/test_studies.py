@@ -19,8 +19,7 @@ from analysis.conditioning.study import ConditioningRun
 from analysis.critical.measure import CriticalPlan, critical_points
 from analysis.critical.study import STUDY as CRITICAL
 from analysis.critical.study import CriticalRun
-from analysis.implicit.measure import implicit_regularization
-from analysis.implicit.plan import ImplicitPlan
+from analysis.implicit.measure import ImplicitPlan, implicit_regularization
 from analysis.implicit.study import STUDY as IMPLICIT
 from analysis.implicit.study import ImplicitRun
 from analysis.noise.curvature import curvature_noise
@@ -160,7 +159,7 @@ def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     run = load_run("here")
     assert isinstance(run, ImplicitRun)
-    found, reference = run.implicit.regularization, implicit_regularization(objective(), lr=0.1, batch_size=6)
+    found, reference = run.implicit, implicit_regularization(objective(), lr=0.1, batch_size=6)
     expected = (reference.batch_penalty, reference.full_penalty)
     assert (found.batch_penalty, found.full_penalty) == pytest.approx(expected, rel=1e-5)
     assert found.batch is not None
@@ -181,7 +180,7 @@ def test_implicit_of_the_batches_as_they_are() -> None:
     plan = ImplicitPlan(lr=0.1, momentum=0.9, directions=False)
     run = run_study(IMPLICIT, Request(task="toy.py:task", check=False, micro_batch=15), plan)
     report = run.report()
-    assert run.implicit.regularization.num_batches == 4
+    assert run.implicit.num_batches == 4
     assert [section.title for section in report.sections] == ["Layers"]
     assert any("Momentum" in note for note in report.notes)
     assert any("as the task has them" in note for note in report.notes)
