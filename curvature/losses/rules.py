@@ -81,6 +81,22 @@ class LossRule(ABC):
         block-diagonal over targets, positive semi-definite, and on average the Fisher matrix on the outputs.
         """
 
+    def sampled_gradient(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        """Return u of the outputs' shape with E[u] = 0 and E[u u'] = H, by targets drawn from p(y | outputs).
+
+        With the targets' own weights J'u is one draw with E[(J'u)(J'u)'] = J' H J, by first derivatives only. Noise is
+        independent between sites, so that no mean over a batch of squared gradients is needed.
+
+        Raises:
+            InputError: for losses that are not minus the logarithm of a probability known here.
+
+        Reference: Liu, Li, Hall, Liang and Ma (2024), Sophia, Algorithm 2 (Gauss-Newton-Bartlett); Bartlett (1953).
+        """
+        raise InputError(
+            f"targets can be sampled for cross-entropy, mean squared error and binary cross-entropy with logits, got "
+            f"{self.loss!r}; use the Hessian for other losses."
+        )
+
     def _scale(self, outputs: Tensor, targets: Any) -> float:
         return 1.0 if self.reduction == "sum" else 1.0 / self.num_terms(outputs, targets)
 
@@ -123,6 +139,11 @@ class SquaredError(LossRule):
             squares += torch.empty_like(z).normal_(generator=generator).square()
         diagonal = self.entry_curvatures(z, targets) * squares / (repeats * num_samples)
         return lambda u: diagonal * u.to(diagonal.dtype)
+
+    def sampled_gradient(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        return (noise * self.entry_curvatures(z, targets).to(z.device).sqrt()).to(outputs.dtype)
 
 
 class CrossEntropy(LossRule):
@@ -176,6 +197,16 @@ class CrossEntropy(LossRule):
 
         return product
 
+    def sampled_gradient(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        dim = _class_dim(outputs)
+        z = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        p = z.softmax(dim).movedim(dim, -1)
+        rows = p.reshape(-1, p.shape[-1])
+        y = torch.multinomial(rows, 1, generator=generator)
+        noise = rows.scatter_add(1, y, -torch.ones_like(y, dtype=p.dtype)).view(p.shape).movedim(-1, dim)
+        weights = self._site_weights(z, targets, dim) * self._scale(z, targets)
+        return (noise * weights.unsqueeze(dim).sqrt()).to(outputs.dtype)
+
     def _site_weights(self, logits: Tensor, targets: Tensor, dim: int) -> Tensor:
         """Return a = sum_c w_c t_c at each site, in the shape of class-index targets."""
         classes = logits.shape[dim]
@@ -214,6 +245,10 @@ class BinaryCrossEntropyWithLogits(LossRule):
         q = ones / num_samples
         diagonal = (q * (1 - s).square() + (1 - q) * s.square()) * weights  # the mean of (y - s)^2
         return lambda u: diagonal * u.to(diagonal.dtype)
+
+    def sampled_gradient(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
+        s, weights = self._probabilities_and_weights(outputs, targets)
+        return ((s - torch.bernoulli(s, generator=generator)) * weights.sqrt()).to(outputs.dtype)
 
     def _probabilities_and_weights(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return s and, for every entry, what the reduced loss multiplies log-likelihoods by, w (q y + 1 - y)."""

@@ -26,12 +26,10 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.losses.rules import CrossEntropy, LossRule
-from optimizers.diagonal.sampled_targets import sampled_output_gradient
 from optimizers.shared.differentiation import products
 from optimizers.shared.probes import counter_generator, random_signs
 
 __all__ = [
-    "FIRST_PROBES",
     "BatchGraph",
     "CurvatureSource",
     "EmpiricalFisher",
@@ -81,9 +79,9 @@ class CurvatureSource(ABC):
     def measure(self, batch: BatchGraph) -> list[list[Tensor]]:
         """Return lists of one tensor a parameter, which add up over micro-batches and average over ranks."""
 
-    @abstractmethod
     def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
         """Return the step's estimate from the summed contributions, one tensor a parameter."""
+        return sums[0]
 
     def _products(self, batch: BatchGraph, num_probes: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield (z, H z); the last product frees the graph."""
@@ -110,9 +108,6 @@ class HessianDiagonal(CurvatureSource):
         if self.num_probes > 1:
             torch._foreach_div_(total, self.num_probes)
         return [total]
-
-    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
-        return sums[0]
 
 
 class RowNorm(CurvatureSource):
@@ -183,23 +178,20 @@ class _OutputSquares(CurvatureSource):
         torch._foreach_mul_(total, batch.weight / self.num_probes)
         return [total]
 
-    def finish(self, sums: list[list[Tensor]]) -> list[Tensor]:
-        return sums[0]
-
 
 class GaussNewtonBartlett(_OutputSquares):
     """The diagonal of the Gauss-Newton matrix, by targets drawn from the model's own prediction.
 
-    For the losses it knows (`optimizers.diagonal.sampled_targets`), which are negative log-likelihoods, that matrix is
-    the Fisher information mean_n E_y [s s'], s the gradient of -log p(y | x_n), times what the loss is in such units (2
-    for squared errors): "fisher" is another name of this source. Sophia's estimate, the batch size times the square of
-    the mean gradient for drawn labels, has the same distribution.
+    For the losses it knows, which are negative log-likelihoods (`LossRule.sampled_gradient`), that matrix is the Fisher
+    information mean_n E_y [s s'], s the gradient of -log p(y | x_n), times what the loss is in such units (2 for
+    squared errors): "fisher" is another name of this source. Sophia's estimate, the batch size times the square of the
+    mean gradient for drawn labels, has the same distribution.
     """
 
     stream = _TARGETS
 
     def _draw(self, rule: LossRule, outputs: Tensor, targets: Any, generator: torch.Generator) -> Tensor:
-        return sampled_output_gradient(rule, outputs, targets, generator)
+        return rule.sampled_gradient(outputs, targets, generator)
 
 
 class EmpiricalFisher(_OutputSquares):
@@ -222,9 +214,9 @@ class EmpiricalFisher(_OutputSquares):
         rows = 1 if v.ndim == 0 or (v.ndim == 1 and isinstance(rule, CrossEntropy)) else v.shape[0]
         bits = torch.randint(2, (rows,), generator=generator, device=v.device)
         signs = (2 * bits - 1).to(v.dtype).view(rows, *[1] * (v.ndim - 1)) if v.ndim else v.new_ones(())
-        return (
-            v * signs * (1.0 if rule.reduction == "sum" else _inverse_roots_of_shares(rule, outputs, targets, v, rows))
-        )
+        if rule.reduction == "sum":
+            return v * signs
+        return v * signs * _inverse_roots_of_shares(rule, outputs, targets, v, rows)
 
 
 def _inverse_roots_of_shares(rule: LossRule, outputs: Tensor, targets: Any, v: Tensor, rows: int) -> Tensor | float:

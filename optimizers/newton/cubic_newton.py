@@ -91,4 +91,4 @@ class CubicNewton(FullBatchOptimizer):
             return Proposal.of(cubic_subproblem(here.operator, g, sigma, **settings))
 
         rule = self.sigma_rule
-        return self._try(evaluations, here, propose, lambda sigma, ratio, _: rule(sigma, ratio), rule.accept)
+        return self._try(evaluations, here, propose, lambda sigma, ratio, _: rule(sigma, ratio), rule.low)

@@ -102,26 +102,16 @@ class RadiusRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CubicRule:
-    """The weight sigma of the cubic term: towards 0 after very good steps, up after bad ones.
+class CubicRule(DampingRule):
+    """The weight sigma of the cubic term, by the rule of damping: steps are taken from the ratio `low` on.
 
     Reference: Cartis, Gould and Toint (2011), Adaptive cubic regularisation methods for unconstrained optimization,
     part I, section 7.
     """
 
-    accept: float = 0.1  # ratio from which a step is taken
-    high: float = 0.9  # ratio above which sigma falls
-    decrease: float = 0.5  # factor downward
-    increase: float = 2.0  # factor upward
-    minimum: float = 1e-16  # least sigma
-    maximum: float = 1e32  # largest sigma
-
-    def __post_init__(self) -> None:
-        ok = 0 <= self.accept < self.high and 0 < self.decrease < 1 < self.increase and self.minimum > 0
-        require(ok, self, "0 <= accept < high, 0 < decrease < 1 < increase and minimum > 0")
-
-    def __call__(self, sigma: float, ratio: float) -> float:
-        """Return the next weight."""
-        if ratio > self.high:
-            return max(sigma * self.decrease, self.minimum)
-        return sigma if ratio >= self.accept else min(sigma * self.increase, self.maximum)
+    low: float = 0.1
+    high: float = 0.9
+    increase: float = 2.0
+    decrease: float = 0.5
+    minimum: float = 1e-16
+    maximum: float = 1e32

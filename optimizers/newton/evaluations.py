@@ -71,7 +71,7 @@ class Linearised:
 
 
 class ResidualJacobian(CountedMatrix):
-    """J, (m, n), of some outputs in the parameters; `T` is its transpose and counts with it."""
+    """J, (m, n), of some outputs in the parameters; products with its transpose count, too."""
 
     def __init__(self, flat: FlatParams, outputs: Tensor) -> None:
         if not outputs.requires_grad:
@@ -100,19 +100,9 @@ class ResidualJacobian(CountedMatrix):
         w = w.to(self.outputs.dtype)
         return self.flat.flatten(products([self.outputs], self.flat.params, [w], retain_graph=True))
 
-    @property
-    def T(self) -> LinearOperator:
-        return _Transposed(self)
-
-
-class _Transposed(LinearOperator):
-    def __init__(self, J: ResidualJacobian) -> None:
-        super().__init__((J.shape[1], J.shape[0]), J.dtype, J.device)
-        self.J = J
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        self.J.num_matvecs += X.shape[1]
-        return torch.stack([self.J.backward(x.view(self.J.outputs.shape)) for x in X.T], dim=1)
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        self.num_matvecs += X.shape[1]
+        return torch.stack([self.backward(x.view(self.outputs.shape)) for x in X.T], dim=1)
 
 
 class Evaluations:

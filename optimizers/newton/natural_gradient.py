@@ -45,7 +45,7 @@ class NaturalGradient(FullBatchOptimizer):
         lr: factor on the step; the first t of a line search.
         damping: lambda; units of G.
         momentum: mu, in [0, 1); for residuals.
-        line_search: from `optimizers.newton.line_search`; `Grid()` for energy natural gradients. None takes t = lr.
+        line_search: as for `NewtonCG`; `Grid()` for energy natural gradients. None takes t = lr.
         max_norm: largest length of a step without line search; None for any.
         loss: see above.
         jacobian: as for `LevenbergMarquardt`.

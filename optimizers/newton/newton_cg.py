@@ -64,7 +64,8 @@ class NewtonCG(FullBatchOptimizer):
         refresh_every: steps between refreshes of the eigenpairs.
         warm_start: factor on the last solution; 0 for cold starts.
         keep: growth of the spacing of kept iterates; None keeps the last only.
-        line_search: from `optimizers.newton.line_search`; None takes t = lr, as long as the loss falls.
+        line_search: `Armijo`, `Grid`, `StrongWolfe`, or a function of (line, first t); None takes t = lr, if the loss
+            falls.
         shared: loss, process_group, maximize, seed: see `optimizers.shared.base.Common`.
 
     Raises:

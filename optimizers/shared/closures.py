@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvature.engine.advice import advice_on_loss
 from curvature.errors import InputError
 
 __all__ = ["loss_of", "own_gradients", "residuals_of"]
@@ -24,7 +25,7 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
         outputs, targets = returned
         if not isinstance(outputs, Tensor):
             raise InputError(
-                f"the outputs of (outputs, targets) must be one tensor, got {_described(outputs)}; return the tensor "
+                f"the outputs of (outputs, targets) must be one tensor, got {_kind(outputs)}; return the tensor "
                 "that the loss compares with the targets, e.g. (outputs.logits, targets)."
             )
         returned = loss(outputs, targets)
@@ -33,8 +34,10 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
         outputs = targets = None
         where = "the closure"
     if not isinstance(returned, Tensor) or returned.numel() != 1:
-        advice = _advice(returned) if outputs is None else "; give a loss with reduction='mean' or 'sum'"
-        raise InputError(f"{where} must return the loss, a tensor with one entry, got {_described(returned)}{advice}.")
+        advice = advice_on_loss(returned)
+        if outputs is None and isinstance(returned, (tuple, list)) and len(returned) == 2:
+            advice += " If these are (outputs, targets), loss= must be given to the optimizer."
+        raise InputError(f"{where} must return the loss, a tensor with one entry, got {advice}")
     return returned.reshape(()), outputs, targets
 
 
@@ -47,7 +50,7 @@ def residuals_of(returned: Any) -> Tensor:
     parts = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     if not parts or not all(isinstance(r, Tensor) for r in parts) or sum(r.numel() for r in parts) == 0:
         raise InputError(
-            f"the closure must return the residuals, a real tensor or several of them, got {_described(returned)}."
+            f"the closure must return the residuals, a real tensor or several of them, got {_kind(returned)}."
         )
     if len(parts) == 1 and parts[0].ndim == 0:
         raise InputError(
@@ -88,24 +91,5 @@ def own_gradients(params: Sequence[Tensor]) -> Iterator[None]:
             p.grad = grad
 
 
-def _described(returned: Any) -> str:
-    if isinstance(returned, Tensor):
-        return f"a tensor of shape {tuple(returned.shape)}"
-    if isinstance(returned, Mapping):
-        return f"a {type(returned).__name__} of {', '.join(map(repr, returned))}"
-    if isinstance(returned, (tuple, list)):
-        return f"a {type(returned).__name__} of {len(returned)}"
-    return type(returned).__name__
-
-
-def _advice(returned: Any) -> str:
-    if isinstance(returned, Mapping):
-        named = " return its entry 'loss' alone" if "loss" in returned else " return one entry, or the sum of them"
-        return f";{named}"
-    if isinstance(returned, (tuple, list)) and len(returned) == 2:
-        return "; return the loss alone, or (outputs, targets), for which loss= must be given to the optimizer"
-    if isinstance(returned, (tuple, list)):
-        return "; return the loss alone"
-    if isinstance(returned, Tensor):
-        return "; take its mean or sum"
-    return ""
+def _kind(returned: Any) -> str:
+    return advice_on_loss(returned).partition(";")[0]

@@ -14,7 +14,6 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.losses.rules import loss_rule
 from optimizers import AdaHessian
 from optimizers.diagonal.curvature_source import EmpiricalFisher, GaussNewtonBartlett, HessianDiagonal, RowNorm
-from optimizers.diagonal.sampled_targets import sampled_output_gradient
 from optimizers.shared.probes import mixed_seed, random_signs
 from tests.optimizers.problems import Problem, mlp
 
@@ -106,7 +105,7 @@ def test_sampled_gradients_have_the_loss_hessian_as_covariance(name: str) -> Non
     H = torch.autograd.functional.hessian(lambda z: loss(z, targets), outputs).reshape(outputs.numel(), -1)
     generator = torch.Generator().manual_seed(1)
     rule = loss_rule(loss)
-    draws = torch.stack([sampled_output_gradient(rule, outputs, targets, generator).reshape(-1) for _ in range(3000)])
+    draws = torch.stack([rule.sampled_gradient(outputs, targets, generator).reshape(-1) for _ in range(3000)])
     upper = torch.triu_indices(*H.shape)
     squares = torch.einsum("si,sj->sij", draws, draws)[:, upper[0], upper[1]]
     scores = z_scores(squares, H[upper[0], upper[1]])

@@ -439,7 +439,7 @@ def misuse(kind: str) -> None:
         ("no graph in the closure", InputError, "has no graph"),
         ("no graph when due", CheckFailedError, r"call step\(closure\)"),
         ("no graph when due", CheckFailedError, "process_group= given"),
-        ("not a scalar", InputError, r"one entry, got a tensor of shape \(12, 3\)"),
+        ("not a scalar", InputError, r"one entry, got \(12, 3\); reduce it"),
         ("not a tensor", InputError, "got NoneType"),
         ("outputs without loss", InputError, "loss= must be given"),
         ("loss without outputs", InputError, "closure that returns"),
