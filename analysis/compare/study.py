@@ -154,10 +154,10 @@ def _findings(found: Comparison) -> tuple[Finding, ...]:
             text.append(f"Beyond what other data would do: {'; '.join(by['real'])}.")
         if "on these data" in by:
             text.append(f"On these data, which may be chance of the sample: {'; '.join(by['on these data'])}.")
-        if not text:
-            text.append("None of the numbers can be told apart.")
-        quiet = len(by.get("not told apart", [])), len(by.get("unknown", []))
-        text.append(f"{quiet[0]} not told apart" + (f", {quiet[1]} without a known error." if quiet[1] else "."))
+        equal, unknown = len(by.get("not told apart", [])), len(by.get("unknown", []))
+        text.append(f"{equal} numbers are not told apart." if text else f"None of {equal} numbers can be told apart.")
+        if unknown:
+            text.append(f"{unknown} have no known error.")
         answers.append(Finding(f"How does {name} differ from {found.names[0]}?", " ".join(text)))
     return tuple(answers)
 

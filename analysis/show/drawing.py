@@ -92,11 +92,14 @@ def legend_above(ax: Axes, *, columns: int) -> None:
 
 
 def decade_ticks(axis: Axis) -> None:
-    """Label decades as powers of ten in plain text, which any font can show."""
+    """Label decades as powers of ten in plain text, which any font can show; 1, 2 and 5 where there are few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(numticks=6 if figure_width(axis.axes) > 5 else 4))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: _decade(x)))
+    low, high = sorted(axis.get_view_interval())
+    few = 0 < high < 50 * low
+    most = 6 if figure_width(axis.axes) > 5 else 4
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=most))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if few and 1e-3 < x < 1e4 else _decade(x)))
     axis.set_minor_formatter(NullFormatter())
 
 

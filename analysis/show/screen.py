@@ -111,7 +111,7 @@ def _table(title: str, table: Table) -> Grid:
 def _new_table(title: str, *columns: str) -> Grid:
     """Return a table of the kind all commands print: names to the left, numbers to the right."""
     style: Any = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
-    table = Grid(title=f"\n{title}", header_style="dim", **style)
+    table = Grid(title=f"\n{title}", header_style="dim", min_width=len(title), **style)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return table
