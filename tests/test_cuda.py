@@ -332,7 +332,7 @@ def test_traces(method: str) -> None:
 def test_estimates() -> None:
     A, values = _matrix()
     found = diagonal(A, num_matvecs=200, generator=generator())
-    assert float(((found.values - A.diagonal()) / found.stderr.clamp_min(1e-12)).abs().mean()) < 2
+    assert float(((found.value - A.diagonal()) / found.stderr.clamp_min(1e-12)).abs().mean()) < 2
     density = spectral_density(A, num_probes=8, num_steps=N, generator=generator())
     mean, stderr = density.expectation(lambda x: x)
     assert abs(float(mean - values.mean())) <= 5 * float(stderr)
@@ -352,7 +352,7 @@ def test_linear_systems_and_functions() -> None:
     for solver in (cg, minres, lsmr):
         assert_close(solver(B, b, rtol=1e-10).x, x, 1e-6)
     w, Q = torch.linalg.eigh(B)
-    assert_close(matrix_function(B, b, torch.sqrt, rtol=1e-9).values, (Q * w.sqrt()) @ Q.T @ b, 1e-7)
+    assert_close(matrix_function(B, b, torch.sqrt, rtol=1e-9).value, (Q * w.sqrt()) @ Q.T @ b, 1e-7)
 
 
 def test_subproblems_are_those_of_the_cpu() -> None:

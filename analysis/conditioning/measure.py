@@ -116,9 +116,9 @@ def measure_conditioning(
     if whole.largest.value > 0:
         if plan.jacobi:
             estimate = diagonal(A, num_matvecs=plan.diagonal_matvecs, generator=generator)
-            changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.values.abs(), floor).to(A.dtype))
+            changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.value.abs(), floor).to(A.dtype))
             if estimate.method != "exact":
-                diagonal_noise = float(estimate.stderr.norm() / estimate.values.norm())
+                diagonal_noise = float(estimate.stderr.norm() / estimate.value.norm())
                 notes.append(
                     f"The diagonal of the Jacobi preconditioner is estimated; relative noise {diagonal_noise:.2g}."
                 )

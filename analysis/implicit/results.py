@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.results.estimates import _Record
 from curvature.results.intervals import mean_interval
+from curvature.results.record import Result
 
 __all__ = [
     "BackwardError",
@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PenaltyDirection(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PenaltyDirection(Result):
     """The gradient of a penalty: where it pulls against the loss, and against curvature."""
 
     _large = ("gradient",)
@@ -42,8 +42,8 @@ class PenaltyDirection(_Record):
     rounding; with ReLU or max-pooling it is that of the smooth piece the point lies in."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImplicitRegularization(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ImplicitRegularization(Result):
     """The loss that the mean iterate of SGD descends, C + P |g|^2 + V (1/m) sum_k |g_k - g|^2, and its parts."""
 
     loss: float
@@ -144,8 +144,8 @@ class ImplicitRegularization(_Record):
         return factor * expected_batch_variance(self.example_trace, N, batch_size, drop_last=dropped)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackwardError(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BackwardError(Result):
     """How far the mean iterate after an epoch of SGD is from three flows, for several learning rates (E,)."""
 
     lrs: Tensor

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from analysis.records.measured import Measured
 from curvature.errors import InputError
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["CurvatureNoise", "GradientNoise", "NoiseScale"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseScale(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NoiseScale(Result):
     """A ratio of noise to signal, the batch size at which both are equal, with its interval (Fieller)."""
 
     value: float
@@ -28,8 +28,8 @@ class NoiseScale(_Record):
     """Confidence level of the interval; 0 to 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientNoise(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientNoise(Result):
     """Moments of the gradients of single examples, and what they say of every batch size B.
 
     Of the N examples the i-th has the share p_i, the gradient g_i, and g = sum_i p_i g_i. The data are taken as a
@@ -138,8 +138,8 @@ class GradientNoise(_Record):
         return lr / _size(batch_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurvatureNoise(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CurvatureNoise(Result):
     """How the covariance Sigma of single examples' gradients lies against the Hessian H, from random probes."""
 
     trace_h_sigma: Measured

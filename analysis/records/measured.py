@@ -34,14 +34,14 @@ class Measured:
     def of(cls, estimate: SpectrumEstimate) -> Measured:
         """Return a single number that followed from a spectrum."""
         stderr, dof = estimate.error
-        data = math.nan if estimate.data is None else float(estimate.data)
+        data = math.nan if estimate.data_stderr is None else float(estimate.data_stderr)
         return cls(
             value=float(estimate.value),
             stderr=stderr,
             data=data,
             dof=dof,
             data_dof=estimate.data_dof,
-            skewness=estimate.skewness,
+            skewness=float(estimate.skewness),
         )
 
     def __format__(self, spec: str) -> str:

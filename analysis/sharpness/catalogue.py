@@ -181,7 +181,7 @@ def _volume(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found
         value=float(log.value),
         stderr=stderr,
         dof=dof,
-        skewness=log.skewness,
+        skewness=float(log.skewness),
         num_matvecs=found.num_matvecs,
         details=details,
     )

@@ -21,7 +21,7 @@ from curvature.autograd.guards import refuse_undifferentiable
 from curvature.data.random_states import RandomStates
 from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.errors import InputError, NonFiniteError
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["GradientPenalty", "Kind", "Mode", "PenalisedStep"]
 
@@ -30,8 +30,8 @@ Mode = Literal["double_backward", "hessian_product", "finite_difference"]
 Grads = list[Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PenalisedStep(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PenalisedStep(Result):
     """What one step descended."""
 
     loss: float

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["TrainingReading", "TrainingRecord"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingReading(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingReading(Result):
     """The state of a run at one step."""
 
     step: int
@@ -42,8 +42,8 @@ class TrainingReading(_Record):
     """Wall clock of the reading."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecord(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingRecord(Result):
     """All readings of a run, in the order they were taken."""
 
     readings: tuple[TrainingReading, ...]

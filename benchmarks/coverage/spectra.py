@@ -82,7 +82,7 @@ def _trace_case(A: Tensor, name: str, method: Any, how: dict[str, Any]) -> Case:
     def run(seed: int) -> Interval:
         generator = torch.Generator().manual_seed(seed)
         found = trace(A, method=method, generator=generator, block_size=16, **how)
-        return Interval.around(found.value, found.half_width, products=found.num_matvecs)
+        return Interval.around(found.value, found.half_width(), products=found.num_matvecs)
 
     label = f"{100 * how['rtol']:g} %" if "rtol" in how else f"{how['num_matvecs']} products"
     return Case(f"{method}, {label}", name, A.double().trace(), run, _rounding(A))
@@ -101,7 +101,7 @@ def diagonal_cases(dtype: torch.dtype) -> Iterator[Case]:
 def _diagonal_case(A: Tensor, name: str, method: Any, how: dict[str, Any]) -> Case:
     def run(seed: int) -> Interval:
         found = diagonal(A, method=method, generator=torch.Generator().manual_seed(seed), block_size=16, **how)
-        return Interval.around(found.values, found.half_width(), products=found.num_matvecs)
+        return Interval.around(found.value, found.half_width(), products=found.num_matvecs)
 
     label = f"{100 * how['rtol']:g} %" if "rtol" in how else f"{how['num_matvecs']} products"
     return Case(f"{method}, {label}", name, A.double().diagonal(), run, _rounding(A) / len(A))

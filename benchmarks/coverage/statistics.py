@@ -209,10 +209,10 @@ def _jackknife(dtype: torch.dtype, seed: int) -> dict[str, tuple[float, float]]:
     H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batches))
     found = spectrum(H, SpectrumPlan(k=1, num_bottom=1), generator=torch.Generator().manual_seed(seed))
     trace, top = found.spectral_sum(lambda t: t), found.top_data_stderr()
-    assert trace.data is not None
+    assert trace.data_stderr is not None
     assert top is not None
     return {
-        "trace": (float(trace.value), float(trace.data)),
+        "trace": (float(trace.value), float(trace.data_stderr)),
         "largest eigenvalue": (float(found.top.eigenvalues[0]), float(top[0])),
     }
 

@@ -135,7 +135,7 @@ def _our_diagonal(method: Any) -> Estimate:
         from curvature.linalg import diagonal
 
         found = diagonal(A, method=method, num_matvecs=num_matvecs, generator=_generator(seed), block_size=BLOCK)
-        return Answer(found.values, float(found.stderr.norm()))
+        return Answer(found.value, float(found.stderr.norm()))
 
     return estimate
 

@@ -30,7 +30,7 @@ from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
 from curvature.parameters import ParameterSpace
 from curvature.per_example.batch import Run, Splitter
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]
 
@@ -42,8 +42,8 @@ _FAILURES = (UnsupportedError, DataError, CheckFailedError)
 """Why examples cannot be taken one by one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExactDiagonal(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExactDiagonal(Result):
     """The diagonal of a curvature matrix of an objective."""
 
     _large = ("values", "stderr")

@@ -73,14 +73,14 @@ def summarise_diagonal(
     Example:
         >>> model = torch.nn.Linear(3, 1)
         >>> space = ParameterSpace.from_model(model)
-        >>> exact = DiagonalEstimate(values=torch.arange(4.0), stderr=torch.zeros(4), num_matvecs=4)
+        >>> exact = DiagonalEstimate(value=torch.arange(4.0), stderr=torch.zeros(4), num_matvecs=4)
         >>> [(row.name, row.mean) for row in summarise_diagonal(exact, space, by="parameter").rows]
         [('weight', 1.0), ('bias', 3.0)]
     """
-    if estimate.values.shape != (space.num_params,):
+    if estimate.value.shape != (space.num_params,):
         raise InputError(
             f"the diagonal must have shape ({space.num_params},) as the parameters have, got "
-            f"{tuple(estimate.values.shape)}; pass the space of the operator it was estimated from."
+            f"{tuple(estimate.value.shape)}; pass the space of the operator it was estimated from."
         )
     if by not in ("layer", "parameter"):
         raise InputError(f'by must be "layer" or "parameter", got {by!r}.')
@@ -100,7 +100,7 @@ def _block_of(space: ParameterSpace, parameter: str) -> Block:
 
 
 def _row(name: str, block: Block, estimate: DiagonalEstimate) -> DiagonalRow:
-    values, stderr = block.take(estimate.values), block.take(estimate.stderr)
+    values, stderr = block.take(estimate.value), block.take(estimate.stderr)
     ordered = values.sort().values
     return DiagonalRow(
         name=name,

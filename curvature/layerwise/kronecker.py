@@ -28,13 +28,13 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise.kronecker_preconditioner import KroneckerPreconditioner
 from curvature.layerwise.kronecker_work import KroneckerKind, KroneckerWork, LayerUse
 from curvature.objective.objective import Objective
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["KroneckerFactors", "LayerFactors", "kronecker_factors"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerFactors(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerFactors(Result):
     """The factors of one layer's block: B (x) A for the matrix [W b] (o, i + 1), row by row."""
 
     _large = ("A", "B")
@@ -58,8 +58,8 @@ class LayerFactors(_Record):
         return self.B @ V @ self.A
 
 
-@dataclass(frozen=True, kw_only=True)
-class KroneckerFactors(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KroneckerFactors(Result):
     """A block-diagonal approximation of the Gauss-Newton matrix, one Kronecker product a layer."""
 
     layers: dict[str, LayerFactors]

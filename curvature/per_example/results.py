@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from curvature.parameters import Block
-from curvature.results.estimates import _Record
+from curvature.results.record import Result
 
 __all__ = ["GradientMoments", "GradientNorms"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientNorms(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientNorms(Result):
     """Norms, and if asked for inner products, of the gradients g_i of single examples.
 
     Example i counts w_i loss terms (targets that are not ignored, class weights included; with `weight=` its share of
@@ -96,7 +96,7 @@ class GradientNorms(_Record):
         return self.trace / self.mean_squared_norm
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GradientMoments(GradientNorms):
     """The first two moments of the gradients of single examples, entry by entry."""
 

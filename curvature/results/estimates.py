@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvature.errors import NotConvergedError
 from curvature.results.intervals import interval_factor, skewness, student_quantile
+from curvature.results.record import Result
 
 __all__ = [
     "BoundedEstimate",
@@ -24,7 +23,6 @@ __all__ = [
     "EigenPairs",
     "Estimate",
     "NormBounds",
-    "NormEstimate",
     "SpectralDensity",
     "Status",
     "TraceEstimate",
@@ -83,34 +81,8 @@ class Status(Enum):
         return self in (Status.CONVERGED, Status.BUDGET, Status.STOPPED, Status.BOUNDARY)
 
 
-def _plain(value: Any) -> Any:
-    """Tensors as (nested) lists and numbers, enums by name: what JSON can hold."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().tolist()
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, _Record):
-        return value.to_dict(arrays=True)
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-class _Record:
-    """Adds `to_dict` to a result dataclass; large per-parameter arrays are left to the caller's choice."""
-
-    _large: tuple[str, ...] = ()
-
-    def to_dict(self, *, arrays: bool = False) -> dict[str, Any]:
-        """Return the fields as plain Python values; fields of n or more entries only with `arrays=True`."""
-        names = [f.name for f in fields(self) if arrays or f.name not in self._large]  # type: ignore[arg-type]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EigenPairs(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EigenPairs(Result):
     """Some eigenpairs of a symmetric matrix A of size n, eigenvalues descending.
 
     Every pair satisfies |A u - lambda u| = residual_norm with |u| = 1, so an exact eigenvalue lies within
@@ -140,19 +112,13 @@ class EigenPairs(_Record):
     differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.
     """
 
-    def raise_if_failed(self) -> EigenPairs:
-        """Return self if every pair converged, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
+    def _outcome(self) -> str:
         done = int(self.converged.sum())
-        message = (
-            f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products: {self.status.value}."
-        )
-        raise NotConvergedError(message, self)
+        return f"{done} of {len(self.converged)} eigenpairs converged in {self.num_matvecs} products"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Estimate(Result):
     """A number, or several, and how far chance may have moved it."""
 
     value: Tensor
@@ -163,14 +129,32 @@ class Estimate(_Record):
     """Degrees of freedom of `stderr`: probes less one; infinite where nothing is left to chance."""
     skewness: Tensor | float = 0.0
     """Of one probe's numbers, of the shape of `value`; dimensionless."""
+    data_stderr: Tensor | None = None
+    """Of the same shape: standard error over data of the same size. None where nobody asked, or data are too few."""
+    data_dof: float = math.inf
+    """Degrees of freedom of `data_stderr`: groups of the data less one."""
+    num_matvecs: int = 0
+    """Products with A that were spent; none where it follows from others."""
+    status: Status = Status.BUDGET
+    """Whether the accuracy that was asked for was reached."""
+    method: str = ""
+    """Which estimator gave the value, where there is a choice."""
+
+    def half_width(self, confidence: float = 0.95) -> Tensor:
+        """Return h: `value` +- h covers the truth with this probability, entry by entry; see `interval_factor`."""
+        return self.stderr * interval_factor(self.dof + 1, self.skewness, confidence)
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the ends of intervals that each cover with this probability; see `interval_factor`."""
-        reach = self.stderr * interval_factor(self.dof + 1, self.skewness, confidence)
+        reach = self.half_width(confidence)
         return self.value - reach, self.value + reach
 
+    def _outcome(self) -> str:
+        about = f"{self.value:.4g} +- {self.stderr:.1g} " if self.value.ndim == 0 else ""
+        return f"{about}after {self.num_matvecs} products"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BoundedEstimate(Estimate):
     """An estimate by quadrature: `value` errs by chance, as `stderr` says, and by the rule, as the bounds say."""
 
@@ -181,20 +165,12 @@ class BoundedEstimate(Estimate):
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the bounds, widened by the chance of the probes for this confidence."""
-        reach = self.stderr * interval_factor(self.dof + 1, self.skewness, confidence)
+        reach = self.half_width(confidence)
         return self.lower - reach, self.upper + reach
 
 
-@dataclass(frozen=True, kw_only=True)
-class NormEstimate(Estimate):
-    """An estimate of a norm of A, units of A."""
-
-    num_matvecs: int
-    """Products with A that were spent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NormBounds(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NormBounds(Result):
     """Bounds on a norm of A."""
 
     lower: Tensor
@@ -209,73 +185,26 @@ class NormBounds(_Record):
     """Whether the bounds are as close as was asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TraceEstimate(_Record):
-    """An estimate of tr A."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TraceEstimate(Estimate):
+    """An estimate of tr A. `method` is "hutchinson", "hutch++", "xtrace", "xnystrace", "mixed" or "exact"."""
 
-    value: Tensor
-    """(), units of A."""
-    stderr: Tensor
-    """(), standard error of `value` over the probes."""
-    num_matvecs: int
-    """Products with A that were spent."""
     samples: Tensor
     """(num_probes,), one unbiased estimate a probe; `value` is their mean."""
-    status: Status
-    """Whether the accuracy that was asked for was reached."""
-    method: str = "hutchinson"
-    """Which estimator gave the value: "hutchinson", "hutch++", "xtrace", "xnystrace", "mixed" or "exact"."""
-    confidence: float = 0.95
-    """Level of `half_width`."""
-
-    @property
-    def dof(self) -> float:
-        """Degrees of freedom of `stderr`; infinite where all of A was computed."""
-        return math.inf if self.method == "exact" else len(self.samples) - 1.0
-
-    @property
-    def half_width(self) -> Tensor:
-        """(), units of A: `value` +- this covers tr A with probability `confidence`; see `interval_factor`."""
-        return self.stderr * interval_factor(len(self.samples), skewness(self.samples), self.confidence)
-
-    def raise_if_failed(self) -> TraceEstimate:
-        """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
-        message = (
-            f"tr A = {self.value:.4g} +- {self.stderr:.1g} after {self.num_matvecs} products: {self.status.value}."
-        )
-        raise NotConvergedError(message, self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiagonalEstimate(_Record):
-    """An estimate of diag A."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DiagonalEstimate(Estimate):
+    """An estimate of diag A, (n,). `method` is "hutchinson", "xdiag", "mixed" or "exact"."""
 
-    _large = ("values", "stderr", "samples")
+    _large = ("value", "stderr", "samples")
 
-    values: Tensor
-    """(n,), units of A."""
-    stderr: Tensor
-    """(n,), standard error of each entry over the probes."""
-    num_matvecs: int
-    """Products with A that were spent."""
-    status: Status = Status.BUDGET
-    """Whether the accuracy that was asked for was reached."""
-    method: str = "hutchinson"
-    """Which estimator gave the values: "hutchinson", "xdiag", "mixed" or "exact"."""
     samples: Tensor | None = None
-    """(n, num_probes), one estimate a probe, where they were kept; `values` is their mean."""
-    dof: float = math.inf
-    """Degrees of freedom of the standard errors: probes less one; infinite where nothing is left to chance."""
-
-    def half_width(self, confidence: float = 0.95) -> Tensor:
-        """Return h (n,), units of A: each entry lies within +- h of its value with this probability, by Student's t."""
-        return self.stderr * student_quantile(self.dof, confidence)
+    """(n, num_probes), one estimate a probe, where they were kept; `value` is their mean."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpectralDensity(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpectralDensity(Result):
     """The eigenvalue density of a symmetric matrix A of size n, by stochastic Lanczos quadrature.
 
     phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k,

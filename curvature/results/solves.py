@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvature.errors import NotConvergedError
-from curvature.results.estimates import Status, _Record
+from curvature.results.estimates import Status
+from curvature.results.record import Result
 
 __all__ = ["KeptIterate", "MatrixFunctionResult", "SolveResult", "SubproblemResult"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeptIterate(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KeptIterate(Result):
     """What an iteration held on its way."""
 
     _large = ("x",)
@@ -27,8 +27,8 @@ class KeptIterate(_Record):
     """Of the shape of the right-hand sides."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SolveResult(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SolveResult(Result):
     """The solution of (A + damping I) x = b for one or several b, or of a least-squares problem.
 
     `converged` is judged by residuals that were computed from x at the end, not by those the iteration carries along.
@@ -77,21 +77,14 @@ class SolveResult(_Record):
         """The status of the first column that fell short; else that of the first."""
         return next((s for s in self.statuses if not s.ok), self.statuses[0])
 
-    def raise_if_failed(self) -> SolveResult:
-        """Return self if every column reached what was asked for, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
-        done = sum(s.ok for s in self.statuses)
-        worst = float(self.residual_norms.max())
-        message = (
-            f"{done} of {len(self.statuses)} right-hand sides were solved in {self.num_matvecs} products (largest "
-            f"residual {worst:.2g}): {self.status.value}."
-        )
-        raise NotConvergedError(message, self)
+    def _outcome(self) -> str:
+        done, worst = sum(s.ok for s in self.statuses), float(self.residual_norms.max())
+        of = f"{done} of {len(self.statuses)} right-hand sides were solved in {self.num_matvecs} products"
+        return f"{of} (largest residual {worst:.2g})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubproblemResult(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SubproblemResult(Result):
     """A step s that makes the model m(s) = g's + s'A s / 2, or m(s) + sigma/3 |s|^3, small.
 
     Norms are those of the preconditioner P, |s|^2 = s'P s; without one P = I.
@@ -122,24 +115,20 @@ class SubproblemResult(_Record):
     status: Status
     """CONVERGED inside the region, BOUNDARY on its boundary, else why it fell short."""
 
-    def raise_if_failed(self) -> SubproblemResult:
-        """Return self if the iteration ended as it should, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
-        message = f"residual {self.residual_norm:.2g} after {self.num_matvecs} products: {self.status.value}."
-        raise NotConvergedError(message, self)
+    def _outcome(self) -> str:
+        return f"residual {self.residual_norm:.2g} after {self.num_matvecs} products"
 
 
-@dataclass(frozen=True, kw_only=True)
-class MatrixFunctionResult(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MatrixFunctionResult(Result):
     """f(A + damping I) v for one or several v."""
 
-    _large = ("values",)
+    _large = ("value",)
 
-    values: Tensor
+    value: Tensor
     """(n,) or (n, k)."""
     errors: Tensor
-    """(...), estimates of |f(A + damping I) v - values|_2, from how the last approximations differ."""
+    """(...), estimates of |f(A + damping I) v - value|_2, from how the last approximations differ."""
     bounds: Tensor
     """(...), what that error cannot exceed but for rounding; infinite where no bound is known."""
     num_steps: tuple[int, ...]
@@ -149,9 +138,5 @@ class MatrixFunctionResult(_Record):
     status: Status
     """Whether the accuracy asked for was reached."""
 
-    def raise_if_failed(self) -> MatrixFunctionResult:
-        """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
-        message = f"error {float(self.errors.max()):.2g} after {self.num_matvecs} products: {self.status.value}."
-        raise NotConvergedError(message, self)
+    def _outcome(self) -> str:
+        return f"error {float(self.errors.max()):.2g} after {self.num_matvecs} products"

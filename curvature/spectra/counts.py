@@ -28,7 +28,7 @@ __all__ = ["CountEstimate", "count_between", "smallest_beyond"]
 _ROUNDING = 1e-6  # of a count, that sums of weights may be off by
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CountEstimate(BoundedEstimate):
     """How many eigenvalues lie in an interval."""
 

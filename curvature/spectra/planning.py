@@ -19,6 +19,7 @@ from curvature.linalg.base.validate import check_confidence, check_square, worki
 from curvature.linalg.krylov.eigsh import block_penalty
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.results.record import Result
 from curvature.spectra.product_cost import predicted_product
 
 __all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
@@ -137,8 +138,8 @@ class SpectrumPlan:
         check_fits(needed, device, f"a Krylov space of {self.num_matvecs(max(sizes))} vectors", remedy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedCost:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PlannedCost(Result):
     """What a plan will spend on one matrix, predicted from a timed gradient or, for plain matrices, product."""
 
     plan: SpectrumPlan

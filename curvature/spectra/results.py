@@ -17,9 +17,10 @@ from torch import Tensor
 
 from curvature.linalg.stochastic.quadrature import Quadrature
 from curvature.linalg.stochastic.slq import envelope, extrapolated, smoothed
-from curvature.results.estimates import EigenPairs, SpectralDensity, Status, TraceEstimate, mean_and_stderr
+from curvature.results.estimates import EigenPairs, Estimate, SpectralDensity, Status, TraceEstimate, mean_and_stderr
 from curvature.results.intervals import combined_error, mean_interval, skewness
 from curvature.results.jackknife import jackknife_stderr
+from curvature.results.record import Result
 
 __all__ = ["DataSpread", "Spectrum", "SpectrumEstimate"]
 
@@ -27,45 +28,37 @@ Samples = Callable[[Tensor, Tensor], Tensor]
 """From nodes (m,) and weights (p, m) of a quadrature to one value a probe, (p, ...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpectrumEstimate:
-    """A number that follows from a spectrum, and the three ways in which it may be off."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpectrumEstimate(Estimate):
+    """A number that follows from a spectrum, and the three ways in which it may be off.
 
-    value: Tensor
-    """Of any shape."""
-    stderr: Tensor
-    """Standard error over the probes; zero where all entries of the matrix were computed."""
+    `stderr` is zero where all entries of the matrix were computed; `data_stderr` None where the data came in too few
+    batches.
+    """
+
     rule: Tensor
     """Error of the quadrature, judged by half and by two thirds of the steps: the larger of a third and of four fifths
     of what they change, which is right for errors that fall as steps^-2, as that of |t| does."""
-    data: Tensor | None
-    """Standard error over data of the same size; None if the data came in too few batches."""
-    dof: float = math.inf
-    """Degrees of freedom of `stderr`: probes less one; infinite where nothing is left to chance."""
-    data_dof: float = math.inf
-    """Degrees of freedom of `data`: groups of the data less one."""
-    skewness: float = 0.0
-    """Of the samples of single probes, of a number that is one; dimensionless."""
 
     @property
     def error(self) -> tuple[float, float]:
         """Root of the squares of `stderr` and `rule` of a single number, and its degrees of freedom."""
         return combined_error([(float(self.stderr), self.dof), (float(self.rule), math.inf)])
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:  # type: ignore[override]
         """Return the interval that covers a single number with this probability: `mean_interval`, beyond it the rule.
 
         The error of the quadrature has no known distribution and is added to both ends.
         """
         rule = float(self.rule)
         low, high = mean_interval(
-            float(self.value), float(self.stderr), dof=self.dof, skewness=self.skewness, confidence=confidence
+            float(self.value), float(self.stderr), dof=self.dof, skewness=float(self.skewness), confidence=confidence
         )
         return low - rule, high + rule
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSpread:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataSpread(Result):
     """The spectrum without each of G groups of the data in turn, in the space that all data span."""
 
     shares: Tensor
@@ -98,8 +91,8 @@ class DataSpread:
         return torch.maximum((p * of_mean - of_probes) / (p - 1), of_mean / p).sqrt()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Spectrum(Result):
     """What is known of a symmetric matrix A of size n."""
 
     top: EigenPairs
@@ -146,7 +139,7 @@ class Spectrum:
             value=value,
             stderr=stderr,
             rule=rule,
-            data=data,
+            data_stderr=data,
             dof=self.dof,
             data_dof=math.inf if self.spread is None else len(self.spread.shares) - 1.0,
             skewness=float(skewness(of_probes)) if of_probes.ndim == 1 and not self.exact else 0.0,
@@ -175,6 +168,9 @@ class Spectrum:
             num_matvecs=self.num_matvecs,
             samples=samples,
             status=Status.CONVERGED if self.exact else Status.BUDGET,
+            method="exact" if self.exact else "hutchinson",
+            dof=self.dof,
+            skewness=0.0 if self.exact else skewness(samples),
         )
 
     def frobenius_norm(self) -> SpectrumEstimate:
@@ -182,8 +178,8 @@ class Spectrum:
         square = self.spectral_sum(torch.square)
         norm = square.value.sqrt()
         factor = 0.5 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        data = None if square.data is None else factor * square.data
-        return replace(square, value=norm, stderr=factor * square.stderr, rule=factor * square.rule, data=data)
+        data = None if square.data_stderr is None else factor * square.data_stderr
+        return replace(square, value=norm, stderr=factor * square.stderr, rule=factor * square.rule, data_stderr=data)
 
     def top_data_stderr(self) -> Tensor | None:
         """Return how far each of the largest eigenvalues would move with other data of the same size, (k,)."""
@@ -210,7 +206,7 @@ class Spectrum:
         if self.layer_trace_samples is None:
             return None
         value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
-        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), data=None, dof=self.dof)
+        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), dof=self.dof)
 
     def rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
         """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead."""

@@ -35,7 +35,7 @@ def newton_preconditioner(optimizer: FullBatchOptimizer, flat: FlatParams, A: Ma
     generator = optimizer._generator(flat, _STREAM)
     if wanted == "diagonal":
         estimate = diagonal(A, method="hutchinson", num_matvecs=group["rank"], generator=generator)
-        d = estimate.values.abs()
+        d = estimate.value.abs()
         floor = torch.finfo(d.dtype).eps ** 0.5 * float(d.max()) or 1.0
         return DiagonalPreconditioner(d, damping=max(damping, floor), power=0.75)
     if wanted == "nystrom":

@@ -19,10 +19,11 @@ from curvature.errors import InputError
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import check_count, check_finite, check_square, unit_of, working_dtype
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
+from curvature.results.record import Result
 
 
-@dataclass(frozen=True, kw_only=True)
-class Krylov:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Krylov(Result):
     """A Q = Q T + residual e_m', with T tridiagonal of diagonal alpha and off-diagonal beta."""
 
     basis: Tensor
@@ -75,8 +76,8 @@ def lanczos(A: AnyMatrix, v0: Tensor, *, matrix: MatrixName = "hessian", num_ste
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class KrylovRuns:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KrylovRuns(Result):
     """What `Krylov` holds, for p runs at once; a run that broke down early has zeros in its later places."""
 
     basis: Tensor

@@ -101,7 +101,7 @@ def matrix_function(
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
         >>> result = matrix_function(A, torch.ones(3), "invsqrt")
-        >>> result.values.round(decimals=4), result.num_matvecs
+        >>> result.value.round(decimals=4), result.num_matvecs
         (tensor([1.0000, 0.5000, 0.3333]), 3)
     """
     A = as_matrix(A, matrix)
@@ -133,7 +133,7 @@ def matrix_function(
     status = Status.STAGNATED if all(run.resting for run in runs) else Status.MAX_STEPS
     status = Status.BUDGET if rtol is None else Status.CONVERGED if reached else status
     return MatrixFunctionResult(
-        values=values[:, 0] if is_vector else values,
+        value=values[:, 0] if is_vector else values,
         errors=errors[0] if is_vector else errors,
         bounds=bounds[0] if is_vector else bounds,
         num_steps=tuple(steps),

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.errors import InputError, NotConvergedError
+from curvature.errors import InputError
 from curvature.linop import SymmetricOperator
-from curvature.results.estimates import Estimate, Status, _Record, mean_and_stderr
+from curvature.results.estimates import Estimate, Status, mean_and_stderr
+from curvature.results.record import Result
 
 
 class DiagonalOnSubspace(SymmetricOperator):
@@ -38,8 +39,8 @@ class DiagonalOnSubspace(SymmetricOperator):
         return self.rest * X + self.U @ ((self.values - self.rest)[:, None] * (self.U.T @ X))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ErrorCurve(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ErrorCurve(Result):
     """The error that is left where only the pairs largest in magnitude are kept, by their number."""
 
     ranks: Tensor
@@ -54,8 +55,8 @@ class ErrorCurve(_Record):
     """Of each bound, at most."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowRank(_Record):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LowRank(Result):
     """A symmetric A of size n as U diag(values) U', with what fresh probes say of the error.
 
     It is a matrix itself: `@`, `shape`, `dtype` and `device` make an operand of it for sums, shifts and solvers. By
@@ -173,17 +174,13 @@ class LowRank(_Record):
         self._check_damping(damping)
         return (self.eigenvalues[-1] + damping + self.error_bound) / damping
 
-    def raise_if_failed(self) -> LowRank:
-        """Return self if the accuracy asked for was reached, else raise `NotConvergedError` that carries self."""
-        if self.status.ok:
-            return self
+    def _outcome(self) -> str:
         k = len(self.eigenvalues)
         pairs = f"{k}" if self.converged is None else f"{int(self.converged.sum())} of {k}"
-        message = (
+        return (
             f"{pairs} eigenpairs, |A - U diag(values) U'| <= {self.error_bound:.3g} with probability "
-            f"{1 - self.failure_probability:.4g}, after {self.num_matvecs} products: {self.status.value}."
+            f"{1 - self.failure_probability:.4g}, after {self.num_matvecs} products"
         )
-        raise NotConvergedError(message, self)
 
     def _check_damping(self, damping: float) -> None:
         smallest = float(self.eigenvalues[-1])

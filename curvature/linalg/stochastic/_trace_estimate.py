@@ -17,6 +17,7 @@ from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate, res
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs, Status, TraceEstimate
+from curvature.results.intervals import skewness
 
 FEWEST = 8  # samples before a standard error is believed
 _DOUBT = 2  # by how much a forecast from few samples may be too high
@@ -55,12 +56,12 @@ class Goal:
         """Whether the accuracy asked for is reached, with samples enough to believe it."""
         if self.rtol is None or not (len(estimate.samples) >= FEWEST or estimate.method == "exact"):
             return False
-        return bool(estimate.half_width <= self.rtol * estimate.value.abs())
+        return bool(estimate.half_width(self.confidence) <= self.rtol * estimate.value.abs())
 
     def target(self, estimate: TraceEstimate) -> float:
         """Return the standard error that is wanted. A value lost in its own error is taken to be of that size."""
         assert self.rtol is not None
-        half_width, stderr = float(estimate.half_width), float(estimate.stderr)
+        half_width, stderr = float(estimate.half_width(self.confidence)), float(estimate.stderr)
         quantile = half_width / stderr if stderr > 0 else 2.0
         return self.rtol * max(abs(float(estimate.value)), half_width / 2) / quantile
 
@@ -123,7 +124,8 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
         samples=values.to(pool.basis),
         status=Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS,
         method=method,
-        confidence=goal.confidence,
+        dof=math.inf if method == "exact" else len(values) - 1.0,
+        skewness=skewness(values).to(pool.basis),
     )
     return replace(estimate, status=Status.CONVERGED) if goal.met(estimate) else estimate
 

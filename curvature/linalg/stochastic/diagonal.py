@@ -76,7 +76,7 @@ def diagonal(
 
     Example:
         >>> A = torch.outer(torch.arange(9.0), torch.arange(9.0))
-        >>> diagonal(A, num_matvecs=8, generator=0).values.round()
+        >>> diagonal(A, num_matvecs=8, generator=0).value.round()
         tensor([ 0.,  1.,  4.,  9., 16., 25., 36., 49., 64.])
     """
     if method not in get_args(DiagonalMethod):
@@ -132,7 +132,7 @@ def _reach(pool: ProbePool, known: Known, goal: Goal, method: str, keep_samples:
         if estimate.status is Status.CONVERGED or left <= (1 if method == "xdiag" else 0):
             return estimate
         error = _norm(estimate.stderr)
-        target = goal.rtol * max(_norm(estimate.values), error / 2)
+        target = goal.rtol * max(_norm(estimate.value), error / 2)
         curve = with_left_out(residual_curve(pool.products), k)
         best, samples = cheapest(curve, error**2 * k, s, target, fewest=FEWEST)
         ahead = max(min(samples, goal.budget) - k, 0) + best - s
@@ -158,7 +158,7 @@ def _summary(pool: ProbePool, known: Known, goal: Goal, keep_samples: bool) -> D
     reached = enough and goal.rtol is not None and _norm(stderr) <= goal.rtol * _norm(values)
     missed = Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS
     return DiagonalEstimate(
-        values=values,
+        value=values,
         stderr=stderr,
         num_matvecs=pool.num_matvecs,
         status=Status.CONVERGED if reached else missed,
@@ -194,7 +194,8 @@ def _streamed(A: MatrixLike, known: Known, goal: Goal, pool: ProbePool) -> Diago
             pool.callback(spent, f"{spent} of {budget} probes")
     stderr = (squares / (budget - 1) / budget).sqrt().to(dtype)
     return DiagonalEstimate(
-        values=mean.to(dtype) + known.diagonal,
+        method="hutchinson",
+        value=mean.to(dtype) + known.diagonal,
         stderr=torch.full_like(stderr, math.inf) if alike and pool.n > 1 else stderr,
         num_matvecs=budget,
         dof=budget - 1.0,

@@ -56,7 +56,7 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     return bounded_mean(n * (upto - below)[:, 0], n * lower, n * upper)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class QuantileEstimate(BoundedEstimate):
     """Points where F reaches given levels, units of A. `stderr` is that of F, carried over by its inverse."""
 

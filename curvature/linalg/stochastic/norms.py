@@ -39,7 +39,7 @@ from curvature.linalg.stochastic._probe_plan import most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import FEWEST, sketch_by_pilot
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
-from curvature.results.estimates import NormBounds, NormEstimate, Status
+from curvature.results.estimates import Estimate, NormBounds, Status
 
 _LARGEST_LOG = 700.0  # exp of more overflows
 
@@ -54,7 +54,7 @@ def frobenius_norm(
     sketch_size: int | None = None,
     block_size: int = 1,
     callback: Callable[[int, str], None] | None = None,
-) -> NormEstimate:
+) -> Estimate:
     """Estimate |A|_F = (sum_ij A_ij^2)^(1/2) with its standard error.
 
     Variance of |A z|^2 for signs: 2 (|A'A|_F^2 - sum_i (A'A)_ii^2), fourth powers of the eigenvalues: a few outliers
@@ -93,7 +93,7 @@ def frobenius_norm(
     if pool.n <= num_matvecs:
         pool.complete()
         value = torch.linalg.matrix_norm(pool.images.double()).to(pool.images)
-        return NormEstimate(value=value, stderr=torch.zeros_like(value), num_matvecs=pool.num_matvecs)
+        return Estimate(value=value, stderr=torch.zeros_like(value), num_matvecs=pool.num_matvecs)
     if sketch_size is None:
         fewest = max(min(2 * FEWEST, num_matvecs // 3), 2)  # squares of residuals are skewed
         sketch_by_pilot(
@@ -114,7 +114,7 @@ def frobenius_norm(
     error = squares.std() / len(squares) ** 0.5
     stderr = torch.where(value > 0, error / (2 * value).clamp_min(torch.finfo(value.dtype).tiny), 0)
     value, stderr = value.to(rest), stderr.to(rest)
-    return NormEstimate(value=value, stderr=stderr, dof=len(squares) - 1.0, num_matvecs=pool.num_matvecs)
+    return Estimate(value=value, stderr=stderr, dof=len(squares) - 1.0, num_matvecs=pool.num_matvecs)
 
 
 @numerics

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature.results.record import Result
 
-@dataclass(frozen=True, kw_only=True)
-class Quadrature:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Quadrature(Result):
     """Nodes that all probes share, their weights for every probe, and the eigenvalues known exactly."""
 
     nodes: Tensor

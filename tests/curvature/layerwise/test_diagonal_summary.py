@@ -27,7 +27,7 @@ def test_rows_are_the_numbers_of_their_entries() -> None:
     parameters = space()
     values = torch.randn(parameters.num_params, generator=generator(), dtype=F64)
     stderr = torch.rand(parameters.num_params, generator=generator(1), dtype=F64)
-    estimate = DiagonalEstimate(values=values, stderr=stderr, num_matvecs=7)
+    estimate = DiagonalEstimate(value=values, stderr=stderr, num_matvecs=7, method="hutchinson")
     for by, expected in (
         ("layer", {"0": (0, 25), "1": (25, 35), "2": (35, 53)}),
         (
@@ -82,7 +82,7 @@ def test_exact_diagonals_have_no_error() -> None:
 
 def test_zero_diagonals_and_single_entries() -> None:
     one = ParameterSpace({"a": torch.zeros(1)})
-    zero = DiagonalEstimate(values=torch.zeros(1), stderr=torch.zeros(1), num_matvecs=2)
+    zero = DiagonalEstimate(value=torch.zeros(1), stderr=torch.zeros(1), num_matvecs=2)
     (row,) = summarise_diagonal(zero, one).rows
     assert row.quantiles == (0.0,) * 5
     assert row.share_negative == 0

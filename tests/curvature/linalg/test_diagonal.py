@@ -21,7 +21,7 @@ NUM_SEEDS = 400
 def test_the_standard_errors_of_the_diagonal_are_the_truth() -> None:
     A = with_spectrum(spectra(80)["indefinite"])
     found = [diagonal(A, method="hutchinson", num_matvecs=60, generator=seed, block_size=25) for seed in range(100)]
-    scores = torch.stack([(e.values - A.diagonal()) / e.stderr for e in found])
+    scores = torch.stack([(e.value - A.diagonal()) / e.stderr for e in found])
     assert scores.mean().abs() * (100 * 80) ** 0.5 < 8  # entries share probes
     assert 0.9 < scores.std() < 1.1
     variance = A.square().sum(dim=1) - A.diagonal().square()
@@ -36,7 +36,7 @@ def test_samples_that_are_kept_tell_the_same_as_those_that_are_not() -> None:
         for keep in (False, True)
     )
     assert kept.samples is not None
-    torch.testing.assert_close(lean.values, kept.values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lean.value, kept.value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lean.stderr, kept.stderr, rtol=1e-10, atol=1e-12)
 
 
@@ -51,7 +51,7 @@ def test_low_rank_is_exact(rank: int, method: str) -> None:
     A = with_spectrum(eigenvalues)
     for goal in ({"num_matvecs": 24}, {"rtol": 1e-6}):
         estimate = diagonal(A, method=method, generator=generator(), **goal)  # type: ignore[arg-type]
-        torch.testing.assert_close(estimate.values, A.diagonal(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(estimate.value, A.diagonal(), rtol=0, atol=1e-10)
         assert estimate.stderr.max() < 1e-7
         assert estimate.num_matvecs <= 35
         assert estimate.status.ok
@@ -64,7 +64,7 @@ def test_more_products_than_rows_make_the_diagonal_exact(n: int, method: str) ->
     for goal in ({"num_matvecs": 7}, {"rtol": 1e-9}):
         counted = Counting(A)
         estimate = diagonal(counted, method=method, generator=generator(), **goal)  # type: ignore[arg-type]
-        torch.testing.assert_close(estimate.values, A.diagonal(), rtol=0, atol=1e-14)
+        torch.testing.assert_close(estimate.value, A.diagonal(), rtol=0, atol=1e-14)
         assert estimate.method == "exact"
         assert bool((estimate.stderr == 0).all())
         assert counted.num_matvecs == estimate.num_matvecs == n
@@ -76,7 +76,7 @@ def test_degenerate_spectra(name: str, dtype: torch.dtype) -> None:
     A = torch.diag(spectra(40)[name]).to(dtype)
     for method in ("auto", "xdiag", "hutchinson"):
         estimate = diagonal(A, method=method, num_matvecs=20, generator=generator())
-        error = (estimate.values - A.diagonal()).abs()
+        error = (estimate.value - A.diagonal()).abs()
         assert bool((error <= 5 * estimate.stderr + 100 * torch.finfo(dtype).eps * A.abs().max()).all())
 
 
@@ -108,7 +108,7 @@ def test_errors_are_the_published_ones(name: str, m: int, hutchinson: float, xdi
 
     def error(method: str) -> float:
         estimates = [diagonal(A, method=method, num_matvecs=m, generator=generator(s), block_size=m) for s in range(5)]
-        worst = [(e.values - A.diagonal()).abs().max() / A.diagonal().max() for e in estimates]
+        worst = [(e.value - A.diagonal()).abs().max() / A.diagonal().max() for e in estimates]
         return float(torch.stack(worst).mean())
 
     assert hutchinson / 3 < error("hutchinson") < 3 * hutchinson
@@ -124,7 +124,7 @@ def z_scores(A: Tensor, method: str, num_matvecs: int) -> Tensor:
         diagonal(A, method=method, num_matvecs=num_matvecs, generator=generator(seed), block_size=num_matvecs)
         for seed in range(NUM_SEEDS)
     ]
-    return torch.stack([(e.values - A.diagonal()) / e.stderr for e in estimates])
+    return torch.stack([(e.value - A.diagonal()) / e.stderr for e in estimates])
 
 
 @pytest.mark.parametrize(("method", "name"), [("xdiag", "indefinite"), ("auto", "indefinite"), ("xdiag", "flat")])
@@ -142,7 +142,7 @@ def test_kept_samples_give_the_standard_error_of_a_sum() -> None:
             A, method="hutchinson", num_matvecs=30, generator=generator(seed), keep_samples=True, block_size=30
         )
         assert e.samples is not None
-        torch.testing.assert_close(e.samples.mean(dim=1), e.values)
+        torch.testing.assert_close(e.samples.mean(dim=1), e.value)
         sums = e.samples[:10].sum(dim=0)
         z.append((sums.mean() - A.diagonal()[:10].sum()) / (sums.std() / 30**0.5))
     assert 0.9 < torch.stack(z).std() < 1.1
@@ -167,7 +167,7 @@ def test_an_accuracy_is_reached_or_said_to_be_missed() -> None:
 
     reached = run("auto")
     assert reached.status is Status.CONVERGED
-    assert (reached.values - A.diagonal()).norm() < 0.04 * A.diagonal().norm()
+    assert (reached.value - A.diagonal()).norm() < 0.04 * A.diagonal().norm()
     assert run("hutchinson").status is Status.MAX_MATVECS
 
 
@@ -178,7 +178,7 @@ def test_known_eigenpairs_take_their_variance_away() -> None:
         plain = diagonal(A, method="hutchinson", num_matvecs=40, generator=generator())
         deflated = diagonal(A, method=method, num_matvecs=40, generator=generator(), deflate=pairs)
         assert deflated.stderr.norm() < 0.1 * plain.stderr.norm()
-        z = (deflated.values - A.diagonal()) / deflated.stderr
+        z = (deflated.value - A.diagonal()) / deflated.stderr
         assert z.square().mean().sqrt() < 1.5
 
 

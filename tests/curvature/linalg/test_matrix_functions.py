@@ -47,7 +47,7 @@ def test_dense_values_and_honest_errors(f: str, name: str) -> None:
     counted = Counting(A)
     result = matrix_function(counted, V, f, rtol=1e-8, damping=DAMPING)  # type: ignore[arg-type]
     reference = exact(A, V, FUNCTIONS[f], DAMPING)
-    errors = (result.values - reference).norm(dim=0)
+    errors = (result.value - reference).norm(dim=0)
     assert result.status is Status.CONVERGED
     assert bool((errors <= 1e-8 * reference.norm(dim=0)).all())
     assert bool((errors <= result.errors).all())
@@ -57,7 +57,7 @@ def test_dense_values_and_honest_errors(f: str, name: str) -> None:
 def test_the_matrix_exponential_is_scipys() -> None:
     A = with_spectrum(spectra(N)["indefinite"])
     result = matrix_function(A, columns(), "exp", rtol=1e-11)
-    torch.testing.assert_close(result.values, torch.tensor(scipy.linalg.expm(A.numpy())) @ columns())
+    torch.testing.assert_close(result.value, torch.tensor(scipy.linalg.expm(A.numpy())) @ columns())
 
 
 @pytest.mark.parametrize("name", ["flat", "polynomial", "exponential", "clustered", "many null"])
@@ -70,7 +70,7 @@ def test_bounds_hold_at_every_step_and_are_not_idle(f: str, name: str) -> None:
     for num_steps in range(2, 26, 2):
         result = matrix_function(A, v, f, rtol=None, num_steps=num_steps, damping=DAMPING, lower=lower)  # type: ignore[arg-type]
         assert result.status is Status.BUDGET
-        error = float((result.values - reference).norm())
+        error = float((result.value - reference).norm())
         assert error <= float(result.bounds) * (1 + 1e-9), num_steps
         if error > 1e-9:
             ratios.append(float(result.bounds) / error)
@@ -90,7 +90,7 @@ def test_estimates_cover_the_error_in_400_runs_as_a_rule() -> None:
         covered = 0
         for values, V in twenty_problems(30):
             result = matrix_function(torch.diag(values), V, f, rtol=None, num_steps=9, damping=DAMPING)  # type: ignore[arg-type]
-            errors = (result.values - FUNCTIONS[f](values + DAMPING)[:, None] * V).norm(dim=0)
+            errors = (result.value - FUNCTIONS[f](values + DAMPING)[:, None] * V).norm(dim=0)
             covered += int((errors <= result.errors).sum())
         assert covered > 0.95 * 400, f
 
@@ -100,7 +100,7 @@ def test_what_converges_is_what_was_promised_in_400_runs() -> None:
     for values, V in twenty_problems(40):
         result = matrix_function(torch.diag(values), V, "invsqrt", rtol=1e-3, damping=DAMPING)
         reference = ((values + DAMPING) ** -0.5)[:, None] * V
-        late += int(((result.values - reference).norm(dim=0) > 1e-3 * reference.norm(dim=0)).sum())
+        late += int(((result.value - reference).norm(dim=0) > 1e-3 * reference.norm(dim=0)).sum())
         assert result.status is Status.CONVERGED
     assert late <= 4
 
@@ -108,9 +108,9 @@ def test_what_converges_is_what_was_promised_in_400_runs() -> None:
 def test_functions_of_ones_own() -> None:
     A, V = with_spectrum(spectra(N)["indefinite"]), columns()
     result = matrix_function(A, V, lambda x: x**3 - x, rtol=1e-10)
-    torch.testing.assert_close(result.values, A @ (A @ (A @ V)) - A @ V, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result.value, A @ (A @ (A @ V)) - A @ V, rtol=1e-9, atol=1e-11)
     inverse = matrix_function(A, V, "inv", damping=2.0, rtol=1e-10)
-    torch.testing.assert_close(inverse.values, cg(A, V, damping=2.0, rtol=1e-10).x, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(inverse.value, cg(A, V, damping=2.0, rtol=1e-10).x, rtol=1e-7, atol=1e-9)
     assert result.num_steps[0] <= 10  # a polynomial of degree 3
 
 
@@ -123,13 +123,13 @@ def test_columns_rest_when_they_are_done() -> None:
     result = matrix_function(counted, V, "log", rtol=1e-9)
     assert result.num_steps[0] <= 4
     assert result.num_steps[2] == 0
-    assert not bool(result.values[:, 2].any())
+    assert not bool(result.value[:, 2].any())
     assert result.num_matvecs == counted.num_matvecs == sum(result.num_steps)
     for i in range(3):
         alone = matrix_function(A, V[:, i], "log", rtol=1e-9)
-        assert alone.values.shape == (N,)
+        assert alone.value.shape == (N,)
         assert alone.errors.shape == alone.bounds.shape == ()
-        torch.testing.assert_close(alone.values, result.values[:, i], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(alone.value, result.value[:, i], rtol=1e-9, atol=1e-12)
 
 
 def test_a_bound_lets_it_stop_with_certainty() -> None:
@@ -137,7 +137,7 @@ def test_a_bound_lets_it_stop_with_certainty() -> None:
     result = matrix_function(A, v, "invsqrt", damping=0.1, lower=0.1, rtol=1e-6)
     assert result.status is Status.CONVERGED
     reference = exact(A, v[:, None], FUNCTIONS["invsqrt"], 0.1)[:, 0]
-    assert float((result.values - reference).norm()) <= float(result.bounds) < 2e-6 * float(reference.norm())
+    assert float((result.value - reference).norm()) <= float(result.bounds) < 2e-6 * float(reference.norm())
 
 
 # -- the edges --------------------------------------------------------------------------------------------------------
@@ -158,16 +158,16 @@ def test_what_is_not_defined_is_refused_with_the_eigenvalue() -> None:
 def test_roots_of_singular_matrices() -> None:
     A, V = with_spectrum(spectra(N)["many null"]), columns()
     result = matrix_function(A, V, "sqrt", rtol=1e-7)
-    again = matrix_function(A, result.values, "sqrt", rtol=1e-7)
-    torch.testing.assert_close(again.values, A @ V, rtol=0, atol=1e-4)
+    again = matrix_function(A, result.value, "sqrt", rtol=1e-7)
+    torch.testing.assert_close(again.value, A @ V, rtol=0, atol=1e-4)
     zero = matrix_function(torch.zeros(5, 5), torch.ones(5), "sqrt")
-    assert zero.values.tolist() == [0.0] * 5
-    assert matrix_function(torch.zeros(5, 5), torch.ones(5), "exp").values.tolist() == [1.0] * 5
+    assert zero.value.tolist() == [0.0] * 5
+    assert matrix_function(torch.zeros(5, 5), torch.ones(5), "exp").value.tolist() == [1.0] * 5
     multiple = matrix_function(4 * torch.eye(5), torch.ones(5), "invsqrt")
     assert multiple.num_matvecs == 1
-    assert multiple.values.tolist() == [0.5] * 5
+    assert multiple.value.tolist() == [0.5] * 5
     single = matrix_function(torch.tensor([[4.0]]), torch.tensor([3.0]), "sqrt")
-    assert single.values.tolist() == [6.0]
+    assert single.value.tolist() == [6.0]
     assert single.status is Status.CONVERGED
 
 
@@ -178,9 +178,9 @@ def test_budgets_limits_and_float32() -> None:
     with pytest.raises(NotConvergedError, match=r"after 5 products: step limit reached"):
         short.raise_if_failed()
     single = matrix_function(A.float(), v.float(), "log", damping=1e-2, rtol=1e-3)
-    assert single.values.dtype == torch.float32
+    assert single.value.dtype == torch.float32
     reference = exact(A, v[:, None], torch.log, 1e-2)[:, 0]
-    assert float((single.values.double() - reference).norm() / reference.norm()) < 1e-3
+    assert float((single.value.double() - reference).norm() / reference.norm()) < 1e-3
 
 
 def test_bad_input() -> None:

@@ -52,7 +52,7 @@ def norm_bounds(found: Any, unit: float) -> None:
 
 
 def diagonals(found: Any, unit: float) -> None:
-    errors, stderr = (found.values - matrix(unit).diagonal()).double() / unit, found.stderr.double() / unit
+    errors, stderr = (found.value - matrix(unit).diagonal()).double() / unit, found.stderr.double() / unit
     assert bool((errors.abs() <= 5 * stderr + 1e-3).all())
 
 
@@ -69,7 +69,7 @@ def density(found: Any, unit: float) -> None:
 
 def vector(found: Any, unit: float) -> None:
     expected = BASE @ (EIGENVALUES.sqrt() * (BASE.T @ torch.ones(N, dtype=torch.float64)))
-    torch.testing.assert_close(found.values.double() / unit**0.5, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.value.double() / unit**0.5, expected, rtol=1e-3, atol=1e-3)
 
 
 def minimiser(found: Any, unit: float) -> None:

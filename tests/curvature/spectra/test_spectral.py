@@ -172,15 +172,15 @@ def test_a_krylov_space_knows_the_errors_over_the_data_that_dense_matrices_have(
     assert top is not None
     assert bottom is not None
     torch.testing.assert_close(top, exact.top_data_stderr()[:3], rtol=0.05, atol=0)  # type: ignore[index]
-    exact_trace = exact.spectral_sum(lambda x: x).data
+    exact_trace = exact.spectral_sum(lambda x: x).data_stderr
     assert exact_trace is not None
     traces = []
     for seed in range(9):
         trace = spectrum(H, replace(SMALL, num_probes=6, num_steps=6), generator=generator(seed)).spectral_sum(
             lambda x: x
         )
-        assert trace.data is not None
-        traces.append(float(trace.data))
+        assert trace.data_stderr is not None
+        traces.append(float(trace.data_stderr))
     assert float(torch.tensor(traces).median()) == pytest.approx(float(exact_trace), rel=0.3)
     band = found.density_data_stderr()
     assert band is not None
@@ -201,11 +201,11 @@ def test_errors_over_the_data_are_those_of_fresh_data() -> None:
         found = spectrum(HessianOperator(Objective(model, nn.CrossEntropyLoss(), batches)), generator=generator())
         top, trace = found.top_data_stderr(), found.spectral_sum(lambda v: v)
         assert top is not None
-        assert trace.data is not None
+        assert trace.data_stderr is not None
         tops.append(float(found.top.eigenvalues[0]))
         traces.append(float(trace.value))
         errors.append(float(top[0]) ** 2)
-        trace_errors.append(float(trace.data) ** 2)
+        trace_errors.append(float(trace.data_stderr) ** 2)
     for values, squares in ((tops, errors), (traces, trace_errors)):
         truth = float(torch.tensor(values).std())
         claimed = math.sqrt(sum(squares) / len(squares))
@@ -224,8 +224,8 @@ def test_a_sample_says_how_far_it_is_from_all_of_the_data() -> None:
         batches = list(zip(x[chosen].chunk(16), y[chosen].chunk(16), strict=True))
         H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batches))
         trace = spectrum(H, SpectrumPlan(fraction=0.5), generator=generator()).spectral_sum(lambda v: v)
-        assert trace.data is not None
-        scores.append(float((trace.value - full.value) / trace.data))
+        assert trace.data_stderr is not None
+        scores.append(float((trace.value - full.value) / trace.data_stderr))
     z = torch.tensor(scores)
     assert 0.7 < float(z.square().mean().sqrt()) < 1.4  # 1.15 by Student's t with 15 degrees of freedom, 40 samples
     assert float((z.abs() < 2.13).double().mean()) >= 0.85
