@@ -9,8 +9,6 @@ import torch
 
 from curvature.errors import InputError
 
-__all__ = ["AnyGenerator", "as_generator", "spawn"]
-
 AnyGenerator: TypeAlias = torch.Generator | int
 """A generator, or the seed of one."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvature.results.record import Result
 
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Quadrature(Result):
     """Nodes that all probes share, their weights for every probe, and the eigenvalues known exactly."""
