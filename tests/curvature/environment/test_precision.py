@@ -142,7 +142,7 @@ def watched(*, fails: bool = False, **arguments: Any) -> tuple[Watching, Objecti
 
 @pytest.fixture
 def cuda_faked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvature.engine.evaluation._on_cuda", lambda _: True)
+    monkeypatch.setattr("curvature.engine.evaluation.is_gpu", lambda _: True)
 
 
 @pytest.mark.parametrize("keep_graphs", [True, False])
