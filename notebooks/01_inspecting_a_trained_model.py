@@ -28,8 +28,7 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-from analysis.inspection.figures import plot_spectral_density
-from analysis.tasks import load_task
+from analysis import load_task, plot_spectral_density
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.linalg import eigsh, spectral_density, trace
 

@@ -30,17 +30,27 @@ import torch
 from scipy.stats import kendalltau
 from torch import nn
 
-from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
-from analysis.conditioning.measure import measure_conditioning
-from analysis.critical.figures import plot_escape
-from analysis.critical.measure import critical_points
-from analysis.landscape.directions import eigenvector_directions, random_direction
-from analysis.landscape.figures import plot_paths, plot_plane, plot_slice
-from analysis.landscape.measure import loss_along, loss_on_plane
-from analysis.landscape.paths import Place, bend_towards, loss_along_path
-from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
-from analysis.tasks import load_task
+from analysis import (
+    Place,
+    SharpnessPlan,
+    bend_towards,
+    critical_points,
+    eigenvector_directions,
+    load_task,
+    loss_along,
+    loss_along_path,
+    loss_on_plane,
+    measure_conditioning,
+    measure_sharpness,
+    plot_conditioning,
+    plot_effective_dimension,
+    plot_escape,
+    plot_paths,
+    plot_plane,
+    plot_sharpness,
+    plot_slice,
+    random_direction,
+)
 from curvature import Objective
 
 FAST = os.environ.get("NOTEBOOK_FAST") == "1"  # the tests run this notebook with smaller budgets

@@ -33,12 +33,16 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 
-from analysis.implicit.backward_error import backward_error
-from analysis.implicit.figures import plot_backward_error, plot_penalties, plot_penalty_by_batch_size
-from analysis.implicit.measure import implicit_regularization
+from analysis import (
+    TrainingMonitor,
+    backward_error,
+    implicit_regularization,
+    plot_backward_error,
+    plot_penalties,
+    plot_penalty_by_batch_size,
+    plot_training,
+)
 from analysis.tasks.digits import BUNDLED, load_digits
-from analysis.training.figures import plot_training
-from analysis.training.measure import TrainingMonitor
 from benchmarks.regularization.bench import LEVELS, QUANTITIES, plot, recovery
 from curvature import Objective
 
