@@ -106,8 +106,6 @@ def _card(label: str, measured: Measured, found: Conditioning, hint: str) -> Car
 def _kappa(condition: Bounded, found: Conditioning, of: Callable[[float], float] = float) -> str:
     """Return a condition number or a function of it, as a bound where nothing but the floor bounds it from above."""
     low, high = condition.lower, condition.upper
-    if not math.isfinite(low):  # a run of an earlier version
-        return wording.about(of(condition.value))
     if high * found.floor > 0.999 and low < 0.9 * high:
         return f"at least {wording.about(of(low))}"
     return wording.between(Bounded.between(of(low), of(high)))

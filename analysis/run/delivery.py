@@ -11,7 +11,7 @@ import typer
 from analysis.run.draft import Draft
 from analysis.run.folder import UNFINISHED
 from analysis.run.report import write_report
-from analysis.run.reservation import Place, check_destination, free_folder, reserve, reserve_free
+from analysis.run.reservation import Place, reserve, reserve_free, stem_of
 from analysis.run.saving import save_run
 from analysis.run.study import StudyRun
 from analysis.show.screen import Screen, show_report
@@ -59,7 +59,7 @@ class Delivery:
         elif name is not None:
             self.place = reserve_free(RUNS, name + suffix)
         else:
-            check_destination(free_folder(RUNS, "run"))
+            reserve_free(RUNS, "run").release()  # refused before any work
         screen.when_loaded = self._loaded
 
     def __enter__(self) -> Delivery:
@@ -121,7 +121,7 @@ class Delivery:
 
 def _unfinished(stem: str) -> Place | None:
     """Reserve the first folder of that name that was begun, not finished, and is not being written now."""
-    base, _, _ = free_folder(RUNS, stem).name.rpartition("-")
+    base = stem_of(stem)
     numbers = [path.parent.name.removeprefix(f"{base}-") for path in RUNS.glob(f"*/{UNFINISHED}")]
     for number in sorted(int(n) for n in numbers if n.isdigit()):
         with contextlib.suppress(InputError):

@@ -60,7 +60,7 @@ def is_run(folder: Path) -> bool:
 def own_files(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that belong to the run in a folder."""
     config = _config(locate(folder, CONFIG)) or {}
-    listed = config.get("files", [CONFIG, RESULTS, ARRAYS, REPORT])  # not listed before they were
+    listed = config.get("files")
     names = listed if isinstance(listed, list) else []
     plain = [n for n in names if isinstance(n, str) and n not in ("", ".", "..", CONFIG, *HIDDEN) and Path(n).name == n]
     return tuple(dict.fromkeys([RESULTS, ARRAYS, *plain, CONFIG]))

@@ -35,7 +35,7 @@ from analysis.run.folder import (
 )
 from curvature.errors import InputError
 
-__all__ = ["Place", "check_destination", "free_folder", "reserve", "reserve_free"]
+__all__ = ["Place", "reserve", "reserve_free", "stem_of"]
 
 _LEAST_ROOM = 1 << 18  # bytes: the numbers of a small run; without room for more the report is left out, and told
 _LONGEST_NAME = 200  # bytes; file systems take 255
@@ -170,7 +170,7 @@ def reserve_free(parent: Path, name: str) -> Place:
     number = 0
     while True:
         number += 1
-        folder = parent / f"{_stem(name)}-{number}"
+        folder = parent / f"{stem_of(name)}-{number}"
         try:
             if not os.path.lexists(folder) or (folder / LOCK).is_file():  # the latter was left by one that was killed
                 return reserve(folder)
@@ -180,24 +180,8 @@ def reserve_free(parent: Path, name: str) -> Place:
             continue
 
 
-def check_destination(folder: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place where a run may not be written, before any work is done; nothing is left there.
-
-    Raises:
-        InputError: as `reserve`.
-    """
-    reserve(folder, overwrite=overwrite).release()
-
-
-def free_folder(parent: Path, name: str) -> Path:
-    """Return parent/name-n with the smallest n >= 1 that is not taken now; `reserve_free` also takes it."""
-    number = 1
-    while os.path.lexists(parent / f"{_stem(name)}-{number}"):
-        number += 1
-    return parent / f"{_stem(name)}-{number}"
-
-
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """Return what the folders of runs of this name begin with: a name that every file system takes."""
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     return stem.encode("utf-8", "ignore")[:_LONGEST_NAME].decode("utf-8", "ignore")
 

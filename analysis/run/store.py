@@ -2,7 +2,7 @@
 
     config.json    task, settings, seed, command line, checkpoint, versions, self-check, estimated cost
     results.json   every number but the large arrays, for people and programs
-    arrays.npz     every tensor, by the name of its field: eigenvectors, density, quadrature nodes, ...; and infinities
+    arrays.npz     every tensor, by the name of its field: eigenvectors, density, quadrature nodes, ...
     report.html    written by whoever has a report to add
 
 A folder holds a run only when it is complete: config.json comes last, see `analysis.run.folder`. Numbers that are not
@@ -18,7 +18,7 @@ import json
 import platform
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -134,7 +134,7 @@ def kind_of(folder: Path | str) -> str:
     with _damage_told(folder):
         if not all(locate(folder, name).is_file() for name in (CONFIG, RESULTS)):
             raise InputError(f"{folder} holds no complete run; give a folder that the command `curvature` wrote.")
-        return str(json.loads(locate(folder, CONFIG).read_text(encoding="utf-8")).get("kind", "inspection"))
+        return str(json.loads(locate(folder, CONFIG).read_text(encoding="utf-8"))["kind"])
 
 
 @contextlib.contextmanager
@@ -191,11 +191,6 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
         array = arrays.get(f"{path}{field.name}")
         if array is None and kind is Tensor:
             raise KeyError(f"{path}{field.name}")
-        if array is not None and kind in (float, float | None):  # infinities, once kept there
-            values[field.name] = array.item()
-            continue
-        if array is None and field.name not in data and field.default is not MISSING:
-            continue  # a run of an earlier version
         values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
     return cls(**values)
 

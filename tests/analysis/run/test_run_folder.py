@@ -19,7 +19,7 @@ import pytest
 from analysis.inspection.study import InspectionRun
 from analysis.landscape.point_log import PointLog
 from analysis.registry import load_run
-from analysis.run.reservation import check_destination, free_folder, reserve, reserve_free
+from analysis.run.reservation import reserve, reserve_free, stem_of
 from analysis.run.signals import uninterrupted
 from analysis.run.store import save_run
 from curvature.errors import InputError, WriteError
@@ -46,10 +46,10 @@ def test_a_place_is_taken_once(run: InspectionRun, tmp_path: Path) -> None:
 
 
 def test_a_place_that_is_not_used_leaves_nothing(tmp_path: Path) -> None:
-    check_destination(tmp_path / "a" / "b")
+    reserve(tmp_path / "a" / "b").release()
     assert names(tmp_path) == set()
     (tmp_path / "mine").mkdir()
-    check_destination(tmp_path / "mine")
+    reserve(tmp_path / "mine").release()
     assert names(tmp_path) == {"mine"}
     assert names(tmp_path / "mine") == set()
 
@@ -78,7 +78,7 @@ def test_places_that_cannot_be(run: InspectionRun, tmp_path: Path) -> None:
         reserve(tmp_path / ("x" * 256))
     with pytest.raises(InputError, match="cannot write to"):
         reserve(tmp_path / "a\0b")
-    assert len(free_folder(tmp_path, "y" * 300).name) < 255
+    assert len(stem_of("y" * 300)) < 250
     with (
         reserve(tmp_path / "here") as place,
         pytest.raises(InputError, match=r"MiB left, and the run takes about .*MiB"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.registry import load_run
-from analysis.run.reservation import check_destination, free_folder
+from analysis.run.reservation import reserve, stem_of
 from analysis.run.saving import add_report, save_run
 from analysis.run.store import versions
 from analysis.tasks.checkpoint_files import file_sha256
@@ -180,16 +180,14 @@ def test_an_empty_folder_will_do(run: InspectionRun, folder: Path) -> None:
 def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        check_destination(tmp_path / "file")
+        reserve(tmp_path / "file")
     with pytest.raises(InputError, match="cannot write to"):
-        check_destination(tmp_path / "file" / "below")
+        reserve(tmp_path / "file" / "below")
 
 
-def test_free_folder_counts_on(tmp_path: Path) -> None:
-    assert free_folder(tmp_path, "digits-cnn").name == "digits-cnn-1"
-    (tmp_path / "digits-cnn-1").mkdir()
-    assert free_folder(tmp_path, "digits-cnn").name == "digits-cnn-2"
-    assert free_folder(tmp_path, "dir/my task.py:make").name == "dir-my-task.py-make-1"
+def test_names_of_folders() -> None:
+    assert stem_of("digits-cnn") == "digits-cnn"
+    assert stem_of("dir/my task.py:make") == "dir-my-task.py-make"
 
 
 def test_damaged_folders_are_told(run: InspectionRun, folder: Path) -> None:
