@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
+from curvature.results.record import Result
 from curvature.results.solves import SubproblemResult
 from optimizers.newton.damping import reduction_ratio
 from optimizers.newton.evaluations import Evaluations, Kind, Linearised, Mean
@@ -68,8 +69,8 @@ class Proposal:
         return cls(found.step, found.model_decrease, found.step_norm, found.status.value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StepReport(Result):
     """One step: `optimizer.last_step`."""
 
     loss_before: float  # at the parameters the step started from

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
+from typing_extensions import Self
 
-from curvature.errors import CurvatureError, InputError, RankError
+from curvature.errors import CurvatureError, InputError, NotConvergedError, RankError
 from curvature.objective.objective import Objective
+from curvature.results.record import Result
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import DampingRule
 from optimizers.newton.full_batch import Evaluated, FullBatchOptimizer, StepReport
@@ -42,10 +44,7 @@ METHODS: dict[str, tuple[Callable[..., FullBatchOptimizer], dict[str, Any]]] = {
     "saddle-free": (SaddleFreeNewton, {}),
     "levenberg-marquardt": (
         LevenbergMarquardt,
-        {
-            "damping_rule": DampingRule(highest=1.5, increase=4.0, decrease=0.2, minimum=1e-20),
-            "rescale_below": 1e-4,
-        },
+        {"damping_rule": DampingRule(highest=1.5, increase=4.0, decrease=0.2, minimum=1e-20), "rescale_below": 1e-4},
     ),
 }
 """Name -> optimizer and its settings; those that need no look at the loss are left out."""
@@ -55,9 +54,11 @@ _PATIENCE = 10  # steps
 _LEAST_LOOK = 32  # products
 
 
-@dataclass(frozen=True, kw_only=True)
-class MinimizeResult:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MinimizeResult(Result):
     """What `scipy.optimize.minimize` returns, with tensors for arrays."""
+
+    _large = ("x", "jac")
 
     x: Tensor  # the solution: in x0's shape, or (n,) of all parameters
     fun: float  # the loss there; half the sum of squares for residuals
@@ -76,6 +77,12 @@ class MinimizeResult:
     """What the look says: "minimum", no curvature below -1e-3 |H| but for a chance of 1 %; "not certified", none was
     met, with too few products to exclude one; "saddle"; "not looked at" by runs that did not converge, had no product
     left, or whose loss has no second derivatives."""
+
+    def raise_if_failed(self) -> Self:
+        """Return self if the run converged, else raise `NotConvergedError` that carries self."""
+        if self.success:
+            return self
+        raise NotConvergedError(f"after {self.nit} steps: {self.message}.", self)
 
 
 class _Progress:

@@ -57,9 +57,9 @@ class NewtonCG(FullBatchOptimizer):
         stop: rule of `cg` on the model's values; None for none.
         rtol: CG's residual, relative to |g|; "superlinear" takes min(1/2, |g|^(1/2)).
         max_iterations: of CG.
-        preconditioner: None; "diagonal", random signs for the diagonal, (|diag A| + lambda)^(3/4); "nystrom", the
-            largest eigenpairs in magnitude, refreshed every `refresh_every` steps; or a function of (A, lambda,
-            generator) that returns an object whose `@` applies P^-1.
+        preconditioner: the inverse that CG applies: None; "diagonal", (|diag A| + lambda)^(-3/4) by random signs;
+            "nystrom", of the largest eigenpairs in magnitude, refreshed every `refresh_every` steps; or a function of
+            (A, lambda, generator) that returns an object whose `@` applies it.
         rank: eigenpairs of "nystrom", probes of "diagonal".
         refresh_every: steps between refreshes of the eigenpairs.
         warm_start: factor on the last solution; 0 for cold starts.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature import Objective
-from curvature.errors import InputError
+from curvature.errors import InputError, NotConvergedError
 from optimizers.newton.minimize import METHODS, minimize, to_scipy
 from optimizers.newton.newton_cg import NewtonCG
 from tests.optimizers.mgh import PROBLEMS
@@ -175,6 +175,11 @@ def test_budgets_tolerances_and_callbacks() -> None:
     start = torch.full((2,), 3.0, dtype=torch.float64)
     spent = minimize(quartic, start, max_steps=2, gtol=0.0)
     assert (spent.nit, spent.status, spent.success) == (2, 1, False)
+    with pytest.raises(NotConvergedError, match="after 2 steps: the budget of steps") as failed:
+        spent.raise_if_failed()
+    assert failed.value.result is spent
+    assert {"fun", "nit", "message"} <= set(spent.to_dict())
+    assert "x" not in spent.to_dict()
     few = minimize(quartic, start, max_gradients=5, gtol=0.0)
     assert few.status == 1
     assert few.njev + few.nhev <= 8
