@@ -14,7 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from curvature.errors import CheckFailedError
 
-__all__ = ["differentiable", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
+__all__ = ["differentiable", "joined", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
 
 
 _REFUSAL = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
@@ -69,6 +69,13 @@ def refuse_checkpointing(error: Exception) -> None:
             "activation checkpointing ran a part of the model once more, and it recorded other tensors than before (a "
             "forward pass that differentiates itself?): switch checkpointing off for this model."
         ) from error
+
+
+def joined(gradients: Sequence[Tensor | None], params: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Return gradients of parameters as one vector, zeros where there is none; by default of float32 or wider."""
+    dtype = torch.promote_types(params[0].dtype, torch.float32) if dtype is None else dtype
+    pairs = zip(gradients, params, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g.detach()).reshape(-1).to(dtype) for g, p in pairs])
 
 
 def differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -289,8 +289,7 @@ def _leading_size(batch: Any) -> int:
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         raise InputError(
             "a batch with 'labels' whose loss the model computes itself counts by its unmasked tokens, which only the "
-            "model's author knows: "
-            "pass weight=, or see curvature.adapters.hugging_face."
+            "model's author knows: pass weight=, or see curvature.adapters.hugging_face."
         )
     sized = [t for t in tensors_in(batch) if t.ndim > 0]
     if not sized:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.autograd.backward import no_autocast, pull_back
-from curvature.engine.evaluation import _seeded
 from curvature.engine.linearize import Linearization
 from curvature.errors import InputError
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
@@ -94,11 +93,17 @@ class KroneckerWork:
             evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()),
             contextlib.ExitStack() as autocast_off,
         ):
-            with _captured(self.uses) as calls, _seeded(evaluator.seed + lin.index, self.objective.device):
-                outputs, targets, _ = evaluator._loss(lin.batch)
-            self._refuse_repeated(calls)
+            with _captured(self.uses) as calls:
+                evaluation = evaluator.evaluate(lin.batch, lin.index)
+            outputs: Any = evaluation.outputs
+            for use, call in zip(self.uses, calls, strict=True):
+                if len(call) > 1:
+                    raise InputError(
+                        f"layer {use.name!r} is called {len(call)} times in a forward pass, for which factors are not "
+                        "defined; leave it out by params=, or use exact_diagonal or GGNOperator."
+                    )
             autocast_off.enter_context(no_autocast(self.objective.device))
-            root = loss_root_of_examples(rule, outputs, targets, self.kind)
+            root = loss_root_of_examples(rule, outputs, evaluation.targets, self.kind)
             dtype = self.objective.dtype  # that of activations may be narrower, by autocast
             S = [torch.zeros(u.num_outputs, u.num_outputs, dtype=dtype, device=outputs.device) for u in self.uses]
             reached = [k for k, call in enumerate(calls) if call and call[0][1].requires_grad]
@@ -139,14 +144,6 @@ class KroneckerWork:
         for start, stop, sign in root.bounds(1):
             yield root.columns(start, stop)[0], sign
         self.num_columns += root.num_columns
-
-    def _refuse_repeated(self, calls: list[list[tuple[Tensor, Tensor]]]) -> None:
-        for use, call in zip(self.uses, calls, strict=True):
-            if len(call) > 1:
-                raise InputError(
-                    f"layer {use.name!r} is called {len(call)} times in a forward pass, for which factors are not "
-                    "defined; leave it out by params=, or use exact_diagonal or GGNOperator."
-                )
 
     def _propagate(self, lin: Linearization, root: LossRoot) -> dict[int, Tensor]:
         """Return by module the matrices of Botev et al., from the outputs down: W'H W, and H o mean_n s'(z) s'(z)'."""

@@ -132,15 +132,12 @@ def moving_module(objective: Objective) -> str:
         if _alike(inputs, inputs_again) and not _alike(outputs, outputs_again):
             return (
                 f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers "
-                "outside torch "
-                "(numpy, random) or changes its own state in forward; make it deterministic (dropout and other torch "
-                "random numbers "
-                "are replayed, and buffers are guarded), or call model.eval()."
+                "outside torch (numpy, random) or changes its own state in forward; make it deterministic (dropout "
+                "and other torch random numbers are replayed, and buffers are guarded), or call model.eval()."
             )
     return (
         "every module repeats, so the loss, the forward function or the data move. Make the loss free of random "
-        "numbers outside torch, "
-        "and pass list(loader) to work on one fixed draw of the data."
+        "numbers outside torch, and pass list(loader) to work on one fixed draw of the data."
     )
 
 
@@ -182,8 +179,7 @@ def _explained() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise CheckFailedError(
             f"the model has no second derivative by autograd: {reason} Replace that operation by a twice "
-            "differentiable one, or work "
-            "with the Gauss-Newton matrix where only the loss is concerned."
+            "differentiable one, or work with the Gauss-Newton matrix where only the loss is concerned."
         ) from error
 
 
@@ -196,8 +192,7 @@ def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> st
     if not gap <= tolerance:
         raise CheckFailedError(
             f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward "
-            "formula is wrong. "
-            f"{_custom_functions(lin)}"
+            f"formula is wrong. {_custom_functions(lin)}"
         )
     return f"The Hessian is symmetric to {gap:.1e}."
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvature.autograd.backward import no_autocast, pull_back, walk
+from curvature.autograd.backward import joined, no_autocast, pull_back, walk
 from curvature.data.parts import take, ways_to_cut
 from curvature.data.tensors import move_batch
 from curvature.engine.evaluation import Evaluation, Evaluator
@@ -239,9 +239,9 @@ class _Part:
 def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict | None:
     """Return what three batches, the last two of which are the first, say; None where all is zero."""
     try:
-        whole, *parts = _evaluated(evaluator, pieces, index, None)
+        whole, *parts = (_evaluate(evaluator, piece, index, None) for piece in pieces)
         if whole.evaluation.drew_random_numbers:
-            whole, *parts = _evaluated(evaluator, pieces, index, SteadyDraws)
+            whole, *parts = (_evaluate(evaluator, piece, index, SteadyDraws) for piece in pieces)
     except CurvatureError as error:
         return Verdict(coupled=f"a part of a batch cannot be evaluated alone: {error}", refused=True)
     except Exception as error:  # whatever the model or the loss raises
@@ -296,8 +296,8 @@ def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: floa
     whole, first, second = outputs
     if len(whole) != len(first) + len(second) or whole.shape[1:] != first.shape[1:]:
         return Verdict(coupled="the outputs of a batch are not those of its parts, one after another", gap=gap)
-    joined = torch.cat([first.detach(), second.detach()])
-    of_outputs = _gap([whole.detach(), joined, torch.zeros_like(joined)]) or 0.0
+    apart = torch.cat([first.detach(), second.detach()])
+    of_outputs = _gap([whole.detach(), apart, torch.zeros_like(apart)]) or 0.0
     if not of_outputs <= min(1e3 * eps, 0.05):
         return Verdict(
             coupled=f"the model couples the examples of a batch (alone, their outputs differ by {of_outputs:.1e})",
@@ -305,7 +305,7 @@ def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: floa
         )
     u = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0)).to(whole)
     pulled = [
-        _flat(evaluator, _pulled(evaluator, z, v))
+        joined(_pulled(evaluator, z, v), evaluator.parameters)
         for z, v in zip(outputs, (u, *u.split([len(first), len(second)])), strict=True)
     ]
     of_jacobian = _gap(pulled) or 0.0
@@ -355,10 +355,6 @@ def _explain_scalar(parts: Sequence[_Part], eps: float, otherwise: Verdict) -> V
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def _evaluated(evaluator: Evaluator, pieces: Sequence[Any], index: int, noise: Callable[[], Any] | None) -> list[_Part]:
-    return [_evaluate(evaluator, piece, index, noise) for piece in pieces]
-
-
 def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], Any] | None) -> _Part:
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         with contextlib.nullcontext() if noise is None else noise():
@@ -374,7 +370,7 @@ def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], 
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     if evaluator.allow_tf32 and is_gpu(loss.device):
         eps = max(eps, 2.0**-11)
-    return _Part(evaluation, _flat(evaluator, gradients), eps)
+    return _Part(evaluation, joined(gradients, evaluator.parameters), eps)
 
 
 def _pulled(evaluator: Evaluator, outputs: Tensor, vector: Tensor) -> Sequence[Tensor | None]:
@@ -382,11 +378,3 @@ def _pulled(evaluator: Evaluator, outputs: Tensor, vector: Tensor) -> Sequence[T
         return [None] * len(evaluator.parameters)
     with evaluator.backward_session(), torch.enable_grad(), no_autocast(outputs.device):
         return pull_back([outputs], evaluator.parameters, [vector])
-
-
-def _flat(evaluator: Evaluator, gradients: Sequence[Tensor | None]) -> Tensor:
-    parts = [
-        torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, evaluator.parameters, strict=True)
-    ]
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    return torch.cat([part.reshape(-1).to(wide) for part in parts])

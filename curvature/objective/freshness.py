@@ -191,9 +191,8 @@ class Freshness:
                 self._repeat()
                 if self._point is None:
                     raise CheckFailedError(
-                        f"{_MOVED} since graphs were built: products since then may be of the function as it was. "
-                        "The graphs are dropped; call again, and call objective.release() after each change of this "
-                        "kind."
+                        f"{_MOVED} since graphs were built: products since then may be of the function as it was. The "
+                        "graphs are dropped; call again, and call objective.release() after each change of this kind."
                     )
 
     def point(self) -> object:

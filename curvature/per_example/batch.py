@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from curvature.autograd.backward import no_autocast, pull_back
+from curvature.autograd.backward import joined, no_autocast, pull_back
 from curvature.engine.evaluation import BufferCopies, Evaluation
 from curvature.engine.kept_graphs import BUDGET_SHARE
 from curvature.environment.memory import available_memory
@@ -364,8 +364,7 @@ def flat_gradient(
     Raises:
         NonFiniteError: if an entry is not finite.
     """
-    pairs = zip(gradients, params, strict=True)
-    flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).to(dtype) for g, p in pairs]).detach()
+    flat = joined(gradients, params, dtype)
     if not bool(flat.sum().isfinite()) and not bool(flat.isfinite().all()):  # the sum is cheap and may overflow
         raise NonFiniteError(f"the gradient is not finite on batch {index}; see objective.check().")
     return flat

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.autograd.backward import pull_back
-from curvature.data.parts import sparse_rows
+from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
 from curvature.environment.lock import one_at_a_time
@@ -32,12 +32,12 @@ def leading_size(evaluator: Evaluator, batch: Any) -> int:
     Raises:
         DataError: if it holds no tensor with a dimension.
     """
-    sized = [t for t in tensors_in(inputs_of(evaluator, batch)) if t.ndim > 0]
-    if not sized:
+    count = num_examples(inputs := inputs_of(evaluator, batch))
+    if not count and not any(t.ndim for t in tensors_in(inputs)):
         raise DataError(
             "per-example gradients need batches whose tensors hold the examples along their first dimension; got none."
         )
-    return sized[0].shape[0]
+    return count
 
 
 def inputs_of(evaluator: Evaluator, batch: Any) -> Any:

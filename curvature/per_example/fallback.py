@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from curvature.autograd.backward import pull_back
+from curvature.autograd.backward import joined, pull_back
 from curvature.autograd.functional import call_with
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import Evaluator
@@ -106,12 +106,7 @@ class OneByOne(Form):
         gradients: Sequence[Tensor | None] = [None] * len(self._params)
         if outputs.requires_grad:
             gradients = pull_back([outputs], self._params, [self._by_example[place]])
-        return torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).reshape(-1).to(self._dtype)
-                for g, p in zip(gradients, self._params, strict=True)
-            ]
-        )
+        return joined(gradients, self._params, self._dtype)
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("sums are compared entry by entry")
