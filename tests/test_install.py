@@ -14,7 +14,7 @@ DISTRIBUTIONS = {  # import -> what brings it, where the names differ
     "sklearn": "scikit-learn",
     "typing_extensions": "torch",
 }
-OPTIONAL = {"transformers", "safetensors"}  # imported for users of them, with an error that names them
+OPTIONAL = {"transformers", "safetensors", "pandas"}  # imported for users of them, with an error that names them
 
 
 def test_the_readme_installs_what_is_imported() -> None:
