@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from curvature.environment.cost import timed
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.layerwise.bends import Bend, bends
-from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
+from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
 from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
 from curvature.parameters import ParameterSpace
 from curvature.per_example.batch import Run, Splitter
+from curvature.per_example.cutting import session
 from curvature.results.record import Result
 
 __all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]
@@ -119,7 +120,9 @@ def exact_diagonal(
         >>> exact_diagonal(objective).values  # of (2 / N) x'x
         tensor([1., 4.])
     """
-    _validate(objective, kind, mc_samples, generator, max_columns)
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+    check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind.endswith("-mc"))
     work = _Work(objective, kind, route, generator, memory_budget, max_columns)
     samples = mc_samples if kind.endswith("-mc") else 1
     n, dtype = objective.num_params, objective.dtype
@@ -161,7 +164,8 @@ def num_columns(objective: Objective, kind: Literal["ggn", "hessian"] = "ggn") -
     Raises:
         InputError: if rules do not serve, as far as the graph tells, with the reason.
     """
-    _validate(objective, kind, 1, None, None)
+    if kind not in ("ggn", "hessian"):
+        raise InputError(f"kind must be 'ggn' or 'hessian', got {kind!r}.")
     work, lin = _Work(objective, kind, "rules", None, None, None), next(objective.linearizations())
     try:
         _, root, places = work.opened(lin)
@@ -221,7 +225,7 @@ class _Work:
             refuse_coupling(self.objective, run.batch, run.index)
         if self.kind != "hessian":
             return run, root, []
-        with lin._session(), no_autocast(self.objective.device):
+        with session(self.objective.evaluator, run.buffers), no_autocast(self.objective.device):
             places = bends(outputs, run.evaluation.loss)
         edges, shapes = [bend.edge for bend in places], [tuple(bend.second.shape) for bend in places]
         if places and not self.splitter.holds_examples(run, edges, shapes):
@@ -362,19 +366,3 @@ def _products(
             found[k] = getattr(lin, product)(unit, block)[0, place]
         start += size
     return found
-
-
-def _validate(objective: Objective, kind: Any, mc_samples: Any, generator: Any, max_columns: Any) -> None:
-    if kind not in KINDS:
-        raise InputError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
-    if kind != "hessian" and not objective.has_split:
-        raise InputError(
-            f"kind={kind!r} needs the split between model and loss: give the objective loss= and a forward that "
-            "returns (outputs, targets), instead of loss=None."
-        )
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise InputError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
-    if kind.endswith("-mc") and generator is None:
-        raise InputError(f"kind={kind!r} draws at random: pass generator=, e.g. torch.Generator().manual_seed(0).")
-    if max_columns is not None and max_columns < 1:
-        raise InputError(f"max_columns must be at least 1, or None, got {max_columns!r}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,30 +84,21 @@ def summarise_diagonal(
         )
     if by not in ("layer", "parameter"):
         raise InputError(f'by must be "layer" or "parameter", got {by!r}.')
-    blocks: Sequence[Block] = space.blocks
+    blocks = {block.name: block for block in space.blocks}
     if by == "parameter":
-        blocks = [_block_of(space, name) for name in space.names]
-    names = [block.name for block in blocks] if by == "layer" else list(space.names)
-    rows = [_row(name, block, estimate) for name, block in zip(names, blocks, strict=True)]
+        blocks = {name: space.block({name: tensor}) for name, tensor in space.tensors.items()}
+    rows = [_row(name, block, estimate) for name, block in blocks.items()]
     return DiagonalSummary(rows=tuple(rows), num_matvecs=estimate.num_matvecs, method=estimate.method)
-
-
-def _block_of(space: ParameterSpace, parameter: str) -> Block:
-    def chosen(name: str, _: Tensor) -> bool:
-        return name == parameter
-
-    return space.block(chosen)
 
 
 def _row(name: str, block: Block, estimate: DiagonalEstimate) -> DiagonalRow:
     values, stderr = block.take(estimate.value), block.take(estimate.stderr)
-    ordered = values.sort().values
     return DiagonalRow(
         name=name,
         num_params=block.num_params,
         mean=float(values.mean()),
         mean_stderr=_mean_stderr(block, stderr, estimate),
-        quantiles=tuple(_quantile(ordered, level) for level in LEVELS),
+        quantiles=tuple(np.quantile(values.cpu().numpy(), LEVELS).tolist()),
         share_negative=float((values < 0).double().mean()),
         relative_noise=float(torch.linalg.vector_norm(stderr) / torch.linalg.vector_norm(values)),
     )
@@ -128,11 +119,3 @@ def _mean_stderr(block: Block, stderr: Tensor, estimate: DiagonalEstimate) -> fl
     spread = samples.var(dim=1).sum() / k
     inflation = (stderr.square().sum() / spread).sqrt() if bool(spread > 0) else 1.0
     return float(samples.mean(dim=0).std() / k**0.5 * inflation)
-
-
-def _quantile(ordered: Tensor, level: float) -> float:
-    """Return a quantile of sorted entries; torch.quantile takes 2^24 of them at most."""
-    place = level * (len(ordered) - 1)
-    below = int(place)
-    low, high = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
-    return float(low + (high - low) * (place - below))

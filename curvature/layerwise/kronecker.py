@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise.kronecker_preconditioner import KroneckerPreconditioner
 from curvature.layerwise.kronecker_work import KroneckerKind, KroneckerWork, LayerUse
+from curvature.layerwise.loss_root import check_sampling
 from curvature.objective.objective import Objective
 from curvature.results.record import Result
 
@@ -162,7 +162,9 @@ def kronecker_factors(
         tensor([[1., 0.],
                 [0., 4.]])
     """
-    _validate(objective, kind, mc_samples, generator, max_columns)
+    if kind not in ("kflr", "kfac", "kfra"):
+        raise InputError(f"kind must be 'kflr', 'kfac' or 'kfra', got {kind!r}.")
+    check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind == "kfac")
     work = KroneckerWork(objective, kind, mc_samples, generator, max_columns)
     total, seconds = timed(lambda: objective.reduce(work.of_batch), objective.device)
     if not bool(torch.isfinite(total).all()):
@@ -205,19 +207,3 @@ def _unpack(uses: list[LayerUse], total: Tensor) -> Iterator[tuple[str, LayerFac
                 positions=float(T),
             ),
         )
-
-
-def _validate(objective: Objective, kind: Any, mc_samples: Any, generator: Any, max_columns: Any) -> None:
-    if kind not in ("kflr", "kfac", "kfra"):
-        raise InputError(f"kind must be 'kflr', 'kfac' or 'kfra', got {kind!r}.")
-    if not objective.has_split:
-        raise InputError(
-            "Kronecker factors need the split between model and loss: give the objective loss= and a forward that "
-            "returns (outputs, targets), instead of loss=None."
-        )
-    if not isinstance(mc_samples, int) or mc_samples < 1:
-        raise InputError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
-    if kind == "kfac" and generator is None:
-        raise InputError("kind='kfac' draws at random: pass generator=, e.g. torch.Generator().manual_seed(0).")
-    if max_columns is not None and max_columns < 1:
-        raise InputError(f"max_columns must be at least 1, or None, got {max_columns!r}.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.losses.rules import BinaryCrossEntropyWithLogits, CrossEntropy, LossRule, SquaredError
 
-__all__ = ["LossRoot", "UnsupportedError", "loss_root"]
+__all__ = ["LossRoot", "UnsupportedError", "check_sampling", "loss_root"]
 
 Draw = Literal["ggn-mc", "fisher-mc"]
 
@@ -223,3 +223,24 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+
+
+def check_sampling(
+    objective: Any, kind: str, mc_samples: Any, generator: Any, max_columns: Any, *, draws: bool
+) -> None:
+    """Refuse arguments of what is computed from columns of a loss's root.
+
+    Raises:
+        InputError: with the argument, what is allowed and what was given.
+    """
+    if kind != "hessian" and not objective.has_split:
+        raise InputError(
+            f"kind={kind!r} needs the split between model and loss: give the objective loss= and a forward that "
+            "returns (outputs, targets), instead of loss=None."
+        )
+    if not isinstance(mc_samples, int) or mc_samples < 1:
+        raise InputError(f"mc_samples must be an integer of at least 1, got {mc_samples!r}.")
+    if draws and generator is None:
+        raise InputError(f"kind={kind!r} draws at random: pass generator=, e.g. torch.Generator().manual_seed(0).")
+    if max_columns is not None and max_columns < 1:
+        raise InputError(f"max_columns must be at least 1, or None, got {max_columns!r}.")

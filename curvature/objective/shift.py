@@ -51,12 +51,6 @@ def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
     Raises:
         InputError: for a vector of another shape, or a buffer that the model does not have.
     """
-    with one_at_a_time, _shifted(objective, point, buffers):
-        yield
-
-
-@contextlib.contextmanager
-def _shifted(objective: Objective, point: Tensor, buffers: Mapping[str, Tensor] | None) -> Iterator[None]:
     parts = objective.space.to_dict(point.detach().to(objective.device))
     changes = [(tensor, parts[name].to(tensor.dtype)) for name, tensor in objective.space.tensors.items()]
     if buffers:
@@ -68,14 +62,15 @@ def _shifted(objective: Objective, point: Tensor, buffers: Mapping[str, Tensor] 
                     f"buffers must name buffers of the model, in their shapes; {name!r} of {shape} is none."
                 )
             changes.append((known[name], values.detach().to(known[name])))
-    originals = [tensor.data for tensor, _ in changes]
-    try:
-        for tensor, values in changes:
-            tensor.data = torch.empty_like(tensor.data).copy_(values)  # in the memory format that it had
-        yield
-    finally:
-        for (tensor, _), original in zip(changes, originals, strict=True):
-            tensor.data = original
+    with one_at_a_time:
+        originals = [tensor.data for tensor, _ in changes]
+        try:
+            for tensor, values in changes:
+                tensor.data = torch.empty_like(tensor.data).copy_(values)  # in the memory format that it had
+            yield
+        finally:
+            for (tensor, _), original in zip(changes, originals, strict=True):
+                tensor.data = original
 
 
 @together
