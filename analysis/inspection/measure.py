@@ -48,7 +48,7 @@ def inspect_model(
     Cost: one gradient; about num_probes x num_steps Hessian products; with `layers` two thirds as many products with
     each layer's block, which cost less, and for the diagonal a gradient for each output of an example and each unit
     of a curved activation, else `DIAGONAL_MATVECS` products. A matrix with fewer columns than that is built entry by
-    entry. Memory: the kept graphs and as many vectors. `analysis.inspection.plan.estimate_cost` says what it comes to
+    entry. Memory: the kept graphs and as many vectors. `InspectionPlan.price` says what it comes to
     in seconds and bytes.
 
     Args:

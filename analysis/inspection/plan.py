@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from analysis.records.plan import Plan, setting
-from analysis.run.meter import CostEstimate
+from analysis.run.study import Price
+from analysis.show.wording import count, duration, memory
 from curvature.arguments import checked_fields
 from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
 from curvature.errors import InputError
@@ -26,7 +27,6 @@ __all__ = [
     "MOST_COLUMNS",
     "WHOLE",
     "InspectionPlan",
-    "estimate_cost",
 ]
 
 WHOLE, LAYERS, COUPLING = "the whole Hessian", "layer by layer", "coupling of layers"
@@ -114,36 +114,32 @@ class InspectionPlan(Plan):
             return 0
         return min(objective.num_params, DIAGONAL_MATVECS)
 
+    def price(self, objective: Objective) -> Price:
+        """Return products, seconds and memory, from a few products that are timed; the first builds the graphs.
 
-def estimate_cost(objective: Objective, plan: InspectionPlan) -> CostEstimate:
-    """Predict products, seconds and memory of an inspection. Cost: a few products; the first builds the graphs.
-
-    Raises:
-        NonFiniteError: if the loss or gradient is not finite, so that there is nothing to plan.
-        InputError: if the vectors do not fit into memory.
-    """
-    H = HessianOperator(objective)
-    n, device = objective.num_params, objective.device
-    v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
-    _ = H @ v
-    seconds = median_seconds(lambda: H @ v, device)
-    whole, of_layers = plan.total_matvecs(objective)
-    blocks = plan.layer_blocks(objective)
-    total = whole * seconds
-    if blocks:
-        total += _layer_seconds(H, blocks, plan)
-    if plan.layers:
-        total += (_columns(objective) or 0) * seconds / 2  # one a gradient, and a product is about two
-    sizes = [block.num_params for block in blocks]
-    held = max(plan.whole.num_bytes(H, [n]), plan.layer.num_bytes(H, sizes) if sizes else 0)
-    plan.whole.check_memory(H, [n], None)
-    return CostEstimate(
-        num_matvecs=whole,
-        num_layer_matvecs=of_layers,
-        seconds_per_matvec=seconds,
-        seconds=total,
-        peak_bytes=max(peak_memory(device), current_memory(device) + held),
-    )
+        Raises:
+            NonFiniteError: if the loss or gradient is not finite, so that there is nothing to plan.
+            InputError: if the vectors do not fit into memory.
+        """
+        H = HessianOperator(objective)
+        n, device = objective.num_params, objective.device
+        v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
+        _ = H @ v
+        each = median_seconds(lambda: H @ v, device)
+        whole, of_layers = self.total_matvecs(objective)
+        blocks = self.layer_blocks(objective)
+        total = whole * each + (_layer_seconds(H, blocks, self) if blocks else 0.0)
+        if self.layers:
+            total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
+        sizes = [block.num_params for block in blocks]
+        held = max(self.whole.num_bytes(H, [n]), self.layer.num_bytes(H, sizes) if sizes else 0)
+        self.whole.check_memory(H, [n], None)
+        most = memory(max(peak_memory(device), current_memory(device) + held))
+        products = f"{count(whole)} Hessian products"
+        if of_layers:
+            products += f" and {count(of_layers)} with single layers"
+        text = f"about {products} at {duration(each)} a product, up to {most}"
+        return Price(text, total, whole + of_layers, "products")
 
 
 def _columns(objective: Objective) -> int | None:

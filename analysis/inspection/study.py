@@ -10,14 +10,13 @@ from analysis.inspection.figures_layers import plot_layer_coupling, plot_layer_d
 from analysis.inspection.figures_low_rank import plot_low_rank_error
 from analysis.inspection.findings import findings
 from analysis.inspection.measure import inspect_model
-from analysis.inspection.plan import InspectionPlan, estimate_cost
+from analysis.inspection.plan import InspectionPlan
 from analysis.inspection.results import Inspection, LayerCoupling, LayerDiagonals
 from analysis.records.measured import Measured
-from analysis.run.study import Price, Study, StudyRun
+from analysis.run.study import Study, StudyRun
 from analysis.show import wording
 from analysis.show.page import NARROW, WIDE
 from analysis.show.report import Card, Figure, Report, Section, Table
-from curvature.objective.objective import Objective
 
 __all__ = ["STUDY", "InspectionRun"]
 
@@ -46,20 +45,6 @@ class InspectionRun(StudyRun):
             costs=(_costs(found),),
             notes=found.notes,
         )
-
-
-def _price(objective: Objective, plan: InspectionPlan) -> Price:
-    estimate = estimate_cost(objective, plan)
-    products = f"{wording.count(estimate.num_matvecs)} Hessian products"
-    if estimate.num_layer_matvecs:
-        products += f" and {wording.count(estimate.num_layer_matvecs)} with single layers"
-    each, most = wording.duration(estimate.seconds_per_matvec), wording.memory(estimate.peak_bytes)
-    return Price(
-        f"about {products} at {each} a product, up to {most}",
-        estimate.seconds,
-        estimate.num_matvecs + estimate.num_layer_matvecs,
-        "products",
-    )
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------
@@ -378,7 +363,7 @@ STUDY = Study(
     record=InspectionRun,
     plan=InspectionPlan,
     measure=inspect_model,
-    price=_price,
+    price=lambda objective, plan: plan.price(objective),
     groups=True,
     num_vectors=lambda plan: plan.k + plan.num_bottom,
 )

@@ -12,7 +12,7 @@ import torch
 from analysis.show.listener import Progress
 from curvature.environment.cost import peak_memory, synchronize
 
-__all__ = ["Cost", "CostEstimate", "Meter", "StageCost"]
+__all__ = ["Cost", "Meter", "StageCost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +29,6 @@ class StageCost:
     """Wall-clock time, s."""
     whole: bool
     """Whether the products were with the whole Hessian; otherwise with the block of one layer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostEstimate:
-    """What a measurement will cost, predicted from one timed product."""
-
-    num_matvecs: int
-    """Products with the whole Hessian."""
-    num_layer_matvecs: int
-    """Products with the blocks of layers, each counted as one although it costs less."""
-    seconds_per_matvec: float
-    """Wall-clock time of the timed product with the whole Hessian, s."""
-    seconds: float
-    """Wall-clock time of all products, s."""
-    peak_bytes: int
-    """Largest memory of the process (on CUDA: of torch on the device), bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.inspection.measure import inspect_model
-from analysis.inspection.plan import InspectionPlan, estimate_cost
+from analysis.inspection.plan import InspectionPlan
 from analysis.inspection.results import Inspection
 from curvature import Objective
 from curvature.errors import InputError, NonFiniteError
@@ -161,12 +161,14 @@ def test_products_are_counted_and_announced() -> None:
 def test_estimate_is_what_is_spent() -> None:
     objective = quadratic(wide_spectrum(), num_layers=2)
     plan = InspectionPlan()
-    estimate = estimate_cost(objective, plan)
+    (whole, of_layers), price = plan.total_matvecs(objective), plan.price(objective)
     cost = inspect(objective).cost
-    assert 0.5 < estimate.num_matvecs / cost.num_matvecs < 2
-    assert 0.5 < estimate.num_layer_matvecs / cost.num_layer_matvecs < 2
-    assert estimate.seconds > 0
-    assert estimate.peak_bytes > 8 * 1200 * 100  # the vectors alone
+    assert 0.5 < whole / cost.num_matvecs < 2
+    assert 0.5 < of_layers / cost.num_layer_matvecs < 2
+    assert price.text.startswith(f"about {whole} Hessian products and {of_layers} with single layers at ")
+    assert (price.total, price.unit) == (whole + of_layers, "products")
+    assert price.seconds > 0
+    assert float(price.text.rpartition("up to ")[2].split(" ")[0]) > 8 * 1200 * 100 / 2**20  # MiB: the vectors alone
 
 
 def test_same_seed_same_numbers() -> None:
