@@ -1,6 +1,13 @@
-"""Second-order information about PyTorch models: objectives, curvature operators and estimators with error bars."""
+"""Second-order information about PyTorch models: objectives, curvature operators and estimators with error bars.
+
+`curvature.linalg`, `curvature.layerwise` and `curvature.per_example` are loaded when they are asked for.
+"""
+
+import importlib
+from types import ModuleType
 
 from curvature.errors import CurvatureError as CurvatureError
+from curvature.generators import spawn as spawn
 from curvature.linalg.krylov.eigsh import eigsh as eigsh
 from curvature.linop import LinearOperator as LinearOperator
 from curvature.objective.objective import Objective as Objective
@@ -20,9 +27,11 @@ from curvature.parameters import Block as Block
 from curvature.parameters import ParameterSpace as ParameterSpace
 from curvature.results.estimates import DiagonalEstimate as DiagonalEstimate
 from curvature.results.estimates import EigenPairs as EigenPairs
+from curvature.results.estimates import Estimate as Estimate
 from curvature.results.estimates import SpectralDensity as SpectralDensity
 from curvature.results.estimates import Status as Status
 from curvature.results.estimates import TraceEstimate as TraceEstimate
+from curvature.results.record import Result as Result
 from curvature.results.solves import MatrixFunctionResult as MatrixFunctionResult
 from curvature.results.solves import SolveResult as SolveResult
 from curvature.results.solves import SubproblemResult as SubproblemResult
@@ -40,6 +49,7 @@ __all__ = [
     "DiagonalEstimate",
     "EigenPairs",
     "EmpiricalFisherOperator",
+    "Estimate",
     "FisherOperator",
     "GGNOperator",
     "GradientCovarianceOperator",
@@ -52,6 +62,7 @@ __all__ = [
     "Objective",
     "ParameterSpace",
     "PreconditionedOperator",
+    "Result",
     "SolveResult",
     "SpectralDensity",
     "Spectrum",
@@ -65,5 +76,18 @@ __all__ = [
     "optimizer_preconditioner",
     "plan",
     "solve",
+    "spawn",
     "spectrum",
 ]
+
+_SUBMODULES = ("layerwise", "linalg", "per_example")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"curvature.{name}")
+    raise AttributeError(f"module 'curvature' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_SUBMODULES]

@@ -46,14 +46,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     NumPy's numbers and tensors without dimensions pass as numbers. What an annotation does not tell
     (`Any`, or a name that exists for type checkers alone) is not checked.
     """
-    signature = inspect.signature(function)
-    kinds: dict[str, _Kind] | None = None
+    signature: inspect.Signature | None = None
+    kinds: dict[str, _Kind] = {}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal kinds
-        if kinds is None:
-            kinds = _kinds(function)  # not before everything is imported
+        nonlocal kinds, signature
+        if signature is None:  # not before everything is imported
+            kinds, signature = _kinds(function), inspect.signature(function)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:

@@ -61,8 +61,9 @@ class Block:
             start += s.stop - s.start
 
 
+_Item: TypeAlias = "str | nn.Module | Tensor"
 Selection: TypeAlias = (
-    "str | nn.Module | Block | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | Sequence[str | nn.Module]"
+    "str | nn.Module | Block | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | Sequence[_Item]"
 )
 
 
@@ -227,7 +228,7 @@ class ParameterSpace:
 
         Args:
             selection: a glob over parameter names or module names, a list of them, a predicate (name, tensor) -> bool,
-                a `Block`, or (with `model`) a module or list of modules.
+                a list of parameters, a `Block`, or (with `model`) a module or list of modules.
             model: where modules of the selection are looked up.
 
         Raises:
@@ -338,7 +339,8 @@ def _selected_names(
         return chosen
     if not isinstance(selection, Iterable) or hasattr(selection, "ndim") or not selection:
         raise ParameterSelectionError(
-            f"params must be globs, modules, a predicate or a dict of tensors, got {type(selection).__name__}."
+            f"params must be globs, modules, parameters, a predicate or a dict of tensors, got "
+            f"{type(selection).__name__}."
         )
     chosen = []
     for item in selection:
@@ -346,8 +348,12 @@ def _selected_names(
             chosen += _names_of_module(item, named, model)
         elif isinstance(item, str):
             chosen += _names_matching(item, named, aliases)
+        elif isinstance(item, Tensor):
+            chosen += _names_of_tensor(item, named)
         else:
-            raise ParameterSelectionError(f"a selection holds globs and modules, got {type(item).__name__}.")
+            raise ParameterSelectionError(
+                f"a selection holds globs, modules and parameters, got {type(item).__name__}."
+            )
     return chosen
 
 
@@ -371,6 +377,15 @@ def _names_of_module(module: nn.Module, named: Mapping[str, Tensor], model: nn.M
     hits = [name for name, t in named.items() if id(t) in owned]
     if not hits:
         raise ParameterSelectionError(f"the module {type(module).__name__} holds none of the parameters.")
+    return hits
+
+
+def _names_of_tensor(tensor: Tensor, named: Mapping[str, Tensor]) -> list[str]:
+    hits = [name for name, t in named.items() if t is tensor]
+    if not hits:
+        raise ParameterSelectionError(
+            f"a tensor of shape {tuple(tensor.shape)} that was passed as a selection is none of the model's parameters."
+        )
     return hits
 
 

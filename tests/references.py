@@ -149,7 +149,7 @@ def example_gradients(
             for row in range(len(z)):
                 sites = zip(*criterion.sites(z[row, None], y[row, None]), strict=True)
                 targets = [target for site in sites for target in criterion.split(*site)]
-                for group in [targets] if per == "sequence" else [[target] for target in targets]:
+                for group in [targets] if per == "example" else [[target] for target in targets]:
                     if group:
                         loss = torch.stack([criterion.value(*target) for target in group]).mean()
                         shares.append(len(group))

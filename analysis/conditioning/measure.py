@@ -24,7 +24,7 @@ from analysis.records.plan import Plan, from_plan, setting
 from analysis.show.listener import Progress, stages
 from curvature.arguments import checked, checked_fields
 from curvature.environment.autocast import full_precision
-from curvature.generators import AnyGenerator, as_generator
+from curvature.generators import AnyGenerator, as_generator, spawn
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
@@ -164,7 +164,7 @@ def compare_conditioning(
     Both see the same random numbers where they have as many parameters.
     """
     source = as_generator(generator, first.device)
-    seed = int(torch.randint(2**62, (1,), generator=source, device=source.device))
+    seed = spawn(source, 1)[0].initial_seed()
     found = [measure_conditioning(objective, generator=seed, **settings) for objective in (first, second)]
     return ConditioningComparison(first=found[0], second=found[1])
 

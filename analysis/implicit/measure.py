@@ -111,7 +111,7 @@ def implicit_regularization(
         >>> found.full_penalty, found.batch_penalty, found.modified_loss
         (2.0, 0.5, 7.5)
     """
-    if plan.batch_size is not None and objective.sums:
+    if plan.batch_size is not None and objective.is_sum:
         raise InputError('batch_size= needs a loss that averages; use reduction="mean", or the batches as they are.')
     if objective.process_group is not None:
         raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")
@@ -238,7 +238,7 @@ def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Progres
     """
     count, total = 0, 0.0
     own, rest = torch.zeros_like(g, dtype=torch.float64), torch.zeros_like(g, dtype=torch.float64)
-    pieces = objective.cut(1)
+    pieces = objective.split(1)
     for lin in pieces.linearizations():
         count += 1
         if lin.weight != 0:

@@ -55,7 +55,7 @@ def _of_penalties(objective: Objective, batch_size: int | None) -> float:
     """Return what the gradients of the penalties cost, in gradients, from a few of the examples."""
     if batch_size is None:
         return 6.0
-    sample = list(itertools.islice(objective.cut(1).batches(), _SAMPLE))
+    sample = list(itertools.islice(objective.split(1).batches(), _SAMPLE))
     some = objective.replace(data=sample)
     g = some.gradient()
     example_trace_gradient(some, g)  # the first is slower

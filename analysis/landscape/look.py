@@ -30,6 +30,7 @@ from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.generators import spawn
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
 from curvature.operators import HessianOperator
@@ -85,7 +86,7 @@ class _Look:
     ) -> None:
         self.objective, self.plan, self.draft = objective, plan, draft
         self.log = None if draft is None else PointLog(draft.path / POINTS)
-        self._seeds = torch.randint(2**31, (4,), generator=generator, device=generator.device).tolist()
+        self._seeds = [stream.initial_seed() for stream in spawn(generator, 4)]
         self.notes: list[str] = []
         self._progress = progress
         self._done, self._bent, self._matvecs, self._gradients = 0, 0, 0, 0

@@ -174,7 +174,7 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
     found, weights, losses, terms = [], 0.0, 0.0, 0.0
     for lin in objective.linearizations():
         batch = lin.batch_outputs()
-        shares = example_shares(batch, "sequence")
+        shares = example_shares(batch, "example")
         weights += lin.weight
         tangent = lin.jvp(v[None]).reshape(batch.outputs.shape)
         with torch.enable_grad():
@@ -189,11 +189,11 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
         if lin.weight == 0:
             rates = torch.zeros_like(rates)
         else:
-            losses += float(lin.loss) * (1.0 if objective.sums else lin.weight)
+            losses += float(lin.loss) * (1.0 if objective.is_sum else lin.weight)
         found.append(torch.where(shares > 0, rates / shares, 0.0))
         terms += float(shares.sum())
     along = torch.cat(found)
-    return (losses, along * terms) if objective.sums else (losses / weights, along)
+    return (losses, along * terms) if objective.is_sum else (losses / weights, along)
 
 
 @checked

@@ -49,7 +49,7 @@ class NoisePlan(Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseStudy:
-    """What was found."""
+    """What was found about gradient noise at one point."""
 
     noise: GradientNoise
     """Moments of the gradients of single examples, and what they say of every batch size."""

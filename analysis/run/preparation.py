@@ -132,7 +132,7 @@ def in_groups(objective: Objective) -> Objective:
     largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
     if largest < most:
         return objective
-    pieces = objective.cut(-(-largest // (most // num_batches)))
+    pieces = objective.split(-(-largest // (most // num_batches)))
     try:
         _, of_pieces = pieces.loss_and_gradient()
     except CurvatureError:

@@ -140,10 +140,10 @@ def _in_pieces(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale
     rises = torch.tensor([f.value for f in found], dtype=torch.float64)
     weights = torch.tensor([part.total_weight for part in parts], dtype=torch.float64)
     p = weights / weights.sum()
-    value = float(rises.sum() if objective.sums else (p * rises).sum())
+    value = float(rises.sum() if objective.is_sum else (p * rises).sum())
     if len(parts) == 1:
         stderr = math.nan
-    elif objective.sums:
+    elif objective.is_sum:
         stderr = len(parts) * float(mean_and_stderr(rises)[1])
     else:
         stderr = float(((rises - value).square() * p / (1 - p) / len(parts)).sum().sqrt())

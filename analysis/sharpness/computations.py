@@ -224,7 +224,7 @@ def pieces(objective: Objective, size: int) -> list[Objective]:
         raise InputError("m-sharpness takes pieces of the data one by one, which ranks cannot share; measure on one.")
     return [
         objective.replace(data=[batch], seed=i, micro_batch=None)
-        for i, batch in enumerate(objective.cut(size).batches(), start=objective.settings["seed"])
+        for i, batch in enumerate(objective.split(size).batches(), start=objective.settings["seed"])
     ]
 
 

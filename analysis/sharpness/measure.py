@@ -20,6 +20,7 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.environment.cost import synchronize
 from curvature.errors import InputError
+from curvature.generators import spawn
 from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
@@ -68,15 +69,15 @@ def measure_sharpness(
     """
     measures = measures_for(objective, plan.measures)
     tell = stages(progress, len(measures))
-    seeds = torch.randint(2**62, (len(MEASURES),), generator=generator, device=generator.device).tolist()
+    streams = spawn(generator, len(MEASURES))
     rows = []
     with fast_layout(objective):
-        for name, seed in zip(MEASURES, seeds, strict=True):
+        for name, stream in zip(MEASURES, streams, strict=True):
             if name not in measures:
                 continue
             tell(name.replace("_", " "))
             spec, start = MEASURES[name], time.perf_counter()
-            found = spec.compute(objective, plan, torch.Generator(generator.device).manual_seed(seed))
+            found = spec.compute(objective, plan, stream)
             synchronize(objective.device)
             rows.append(
                 SharpnessRow(

@@ -95,7 +95,7 @@ def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float
 
 def _seconds_in_pieces(objective: Objective, s: SharpnessPlan) -> float:
     """Return what a measure over all pieces of the data takes, from a few of them."""
-    cut = objective.cut(s.piece)
+    cut = objective.split(s.piece)
     sample = list(itertools.islice(cut.batches(), _SAMPLE))
     some = objective.replace(data=sample)
     generator = torch.Generator(objective.device).manual_seed(0)

@@ -24,7 +24,7 @@ from curvature.losses.rules import LossRule, OutputMap
 
 __all__ = ["BatchOutputs", "LossGradients", "LossHessian", "OutputMetric", "Per", "SampledFisher", "example_shares"]
 
-Per = Literal["sequence", "target"]
+Per = Literal["example", "target"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LossGradients:
     def __post_init__(self) -> None:
         if self.per not in get_args(Per):
             raise InputError(
-                f"per must be 'sequence' (the first dimension) or 'target' (each loss term), got {self.per!r}."
+                f"per must be 'example' (the first dimension) or 'target' (each loss term), got {self.per!r}."
             )
 
     def at(self, batch: BatchOutputs) -> OutputMap:
@@ -115,7 +115,7 @@ def example_shares(batch: BatchOutputs, per: Per) -> Tensor:
 
     Args:
         batch: its outputs and targets.
-        per: "sequence" for one example a first index, "target" for one a loss term.
+        per: "example" for one example a first index, "target" for one a loss term.
 
     Raises:
         InputError: if the loss terms do not match the outputs.
@@ -126,7 +126,7 @@ def example_shares(batch: BatchOutputs, per: Per) -> Tensor:
             "a forward that returns such targets."
         )
     weights = batch.rule.term_weights(batch.outputs, batch.targets)
-    if per == "sequence" and weights.ndim > 1:
+    if per == "example" and weights.ndim > 1:
         weights = weights.flatten(1).sum(1, dtype=torch.float64)
     weights = weights.to(torch.float64)
     if batch.rule.reduction == "sum":
@@ -173,5 +173,5 @@ def _refuse_coupling(batch: BatchOutputs, dims: tuple[int, ...]) -> None:
     if not seen <= 100 * torch.finfo(Hu.dtype).eps * size:
         raise InputError(
             "the loss couples its examples (its second derivative mixes them), so that no example has a loss of its "
-            "own; per='sequence' takes what shares a first index for one example."
+            "own; per='example' takes what shares a first index for one example."
         )

@@ -49,8 +49,9 @@ class Objective:
             objective is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar
             itself.
         data: one `(inputs, targets)` pair, a list of batches, or a loader that can be iterated again and again.
-        params: glob or list of globs over parameter or module names, module or list of modules, predicate
-            `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights count once.
+        params: glob or list of globs over parameter or module names, module or list of modules, list of parameters,
+            predicate `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights
+            count once.
         forward: `forward(model, batch) -> (outputs, targets)`. Default: `(model(batch[0]), batch[1])`.
         weight: `weight(batch) -> float`, how much a batch counts. Default: the number of loss terms (targets that are
             not ignored, class weights included), which makes L independent of how the data are cut into batches.
@@ -59,8 +60,8 @@ class Objective:
             ranks. All ranks make the same calls; where one fails or differs, all of them raise.
         keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
             keeps as many as fit into `memory_budget`.
-        memory_budget: bytes that kept graphs may hold, those of `restrict` and `cut` included; the graph that is being
-            worked on comes on top. Default: half of what is free, below all limits of the process, as graphs grow.
+        memory_budget: bytes that kept graphs may hold, those of `restrict` and `split` included; the graph that is
+            being worked on comes on top. Default: half of what is free, below all limits of the process, as they grow.
         micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph.
         seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
         allow_tf32: leave PyTorch's TF32 settings for GPUs as they are. By default products of float32 are computed in
@@ -250,7 +251,7 @@ class Objective:
         restricted.dependence = Dependence.of_some(self)
         return restricted
 
-    def cut(self, micro_batch: int) -> Objective:
+    def split(self, micro_batch: int) -> Objective:
         """Return the same function with its batches cut into pieces of at most so many examples.
 
         It is the same where the loss of a batch is a mean over its examples; the first use refuses what couples them.
@@ -381,11 +382,11 @@ class Objective:
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight
-        denominator = 1.0 if self.sums else weight
+        denominator = 1.0 if self.is_sum else weight
         return total if unit == denominator else total * (unit / denominator)
 
     @property
-    def sums(self) -> bool:
+    def is_sum(self) -> bool:
         """Whether batches add up (reduction="sum") instead of being averaged."""
         return self.rule is not None and self.rule.reduction == "sum" and self.evaluator.weight is None
 

@@ -355,7 +355,7 @@ def _settings_digest(objective: Objective) -> int:
         [(name, tuple(p.shape)) for name, p in objective.model.named_parameters()],
         [type(m).__qualname__ for m in objective.model.modules()],
         getattr(loss, "__qualname__", type(loss).__qualname__),
-        objective.sums,
+        objective.is_sum,
         given["weight"] is None,
         given["seed"],
     )

@@ -110,7 +110,7 @@ def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
     if ranks is not None:
         packed, _ = ranks.sum(_packed(objective, variance), 0.0)
         variance = float(packed)
-    scale = count if objective.sums else 1.0
+    scale = count if objective.is_sum else 1.0
     value, stderr = scale * mean, scale * math.sqrt(variance) if variance == variance else math.nan
     return PointLoss(value=value if math.isfinite(value) else math.nan, stderr=stderr)
 

@@ -24,7 +24,7 @@ MATRICES: dict[MatrixName, type[LinearOperator]] = {
 }
 
 
-@as_matrix.register
+@as_matrix.register(Objective)
 def _of_objective(objective: Objective, matrix: MatrixName = "hessian") -> LinearOperator:
     if matrix not in MATRICES:
         raise InputError(f"matrix must be one of {', '.join(get_args(MatrixName))}, got {matrix!r}.")

@@ -41,7 +41,7 @@ class EmpiricalFisherOperator(MetricOperator):
 
     Args:
         objective: one with `loss=`, any whose loss is a sum over examples, whose targets are one tensor.
-        per: "sequence" or "target".
+        per: "example" or "target".
         block: restricts the matrix to some parameters; see `restrict`.
 
     Raises:
@@ -65,7 +65,7 @@ class EmpiricalFisherOperator(MetricOperator):
     """
 
     @checked
-    def __init__(self, objective: Objective, *, per: Per = "sequence", block: Block | None = None) -> None:
+    def __init__(self, objective: Objective, *, per: Per = "example", block: Block | None = None) -> None:
         check_split(objective, "the empirical Fisher matrix")
         super().__init__(objective, LossGradients(per), block)
         self.per = per
@@ -111,5 +111,5 @@ class EmpiricalFisherOperator(MetricOperator):
             return torch.stack([shares.sum(), lin.weight * shares.square().sum()])
 
         total, squares = self.objective.reduce(of_batch).tolist()
-        divisor = 1.0 if self.objective.sums else self.objective.total_weight  # of what `reduce` adds up
+        divisor = 1.0 if self.objective.is_sum else self.objective.total_weight  # of what `reduce` adds up
         return total, squares / (divisor * total**2)

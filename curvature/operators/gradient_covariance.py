@@ -34,7 +34,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
 
     Args:
         objective: one with `loss=`, any whose loss is a sum over examples, whose targets are one tensor.
-        per: "sequence" or "target".
+        per: "example" or "target".
         unbiased: divide by 1 - sum_i p_i^2.
         block: restricts the matrix to some parameters; see `restrict`.
 
@@ -56,7 +56,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
 
     @checked
     def __init__(
-        self, objective: Objective, *, per: Per = "sequence", unbiased: bool = False, block: Block | None = None
+        self, objective: Objective, *, per: Per = "example", unbiased: bool = False, block: Block | None = None
     ) -> None:
         super().__init__(objective, per=per, block=block)
         self.unbiased = unbiased

@@ -25,7 +25,7 @@ from curvature.per_example.walk import Group, Walk
 
 __all__ = ["gradient_dots", "gradient_moments", "gradient_norms", "per_example_gradients"]
 
-Per = Literal["sequence", "target"]
+Per = Literal["example", "target"]
 Route = Literal["auto", "rules", "vmap", "loop"]
 
 
@@ -35,7 +35,7 @@ Route = Literal["auto", "rules", "vmap", "loop"]
 def gradient_norms(
     objective: Objective,
     *,
-    per: Per = "sequence",
+    per: Per = "example",
     along_mean: bool = False,
     route: Route = "auto",
     memory_budget: int | None = None,
@@ -48,7 +48,7 @@ def gradient_norms(
     Args:
         objective: with `loss=` and outputs that are one tensor, examples along the first dimension of inputs, outputs
             and targets (or consecutive rows of them). Restrict it to some parameters by `objective.restrict`.
-        per: "sequence" takes what one place of the first dimension holds for an example; "target" every target (each
+        per: "example" takes what one place of the first dimension holds for an example; "target" every target (each
             token of a text), at a backward pass for each target of a sequence.
         along_mean: also return g_i'g. Where all data are one batch that costs between nothing and a third of a
             gradient; for several, whose mean is known only at the end, a second pass, of a gradient and a half.
@@ -70,7 +70,7 @@ def gradient_norms(
 @full_precision
 @checked
 def gradient_dots(
-    objective: Objective, *, per: Per = "sequence", route: Route = "auto", memory_budget: int | None = None
+    objective: Objective, *, per: Per = "example", route: Route = "auto", memory_budget: int | None = None
 ) -> GradientNorms:
     """Return g_i' g_j for all pairs of examples besides what `gradient_norms` returns.
 
@@ -89,7 +89,7 @@ def gradient_dots(
 def gradient_moments(
     objective: Objective,
     *,
-    per: Per = "sequence",
+    per: Per = "example",
     pairwise: bool = False,
     norms: bool = True,
     along_mean: bool = False,
@@ -107,7 +107,7 @@ def gradient_moments(
 
     Args:
         objective: see `gradient_norms`, as for `per`, `route`, `memory_budget` and errors.
-        per: "sequence" or "target".
+        per: "example" or "target".
         pairwise: also return all inner products g_i' g_j.
         norms: also return |g_i|^2.
         along_mean: also return g_i'g, see `gradient_norms`.
@@ -138,7 +138,7 @@ def gradient_moments(
 def per_example_gradients(
     objective: Objective,
     *,
-    per: Per = "sequence",
+    per: Per = "example",
     chunk_size: int | None = None,
     route: Route = "auto",
     memory_budget: int | None = None,
@@ -150,7 +150,7 @@ def per_example_gradients(
 
     Args:
         objective: see `gradient_norms`, as for `per`, `route` and errors.
-        per: "sequence" or "target".
+        per: "example" or "target".
         chunk_size: most rows of a chunk; no chunk spans two batches. Default: what fits into a quarter of the budget.
         route: "auto", "rules", "vmap" or "loop".
         memory_budget: bytes for gradients that are held.
@@ -162,7 +162,7 @@ def per_example_gradients(
 
 
 def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    factor = walk.count_terms() if objective.sums else 1.0
+    factor = walk.count_terms() if objective.is_sum else 1.0
     starts = torch.tensor([0, *objective.space.numels]).cumsum(0).tolist()
     for group in walk:
         for start in range(0, len(group.places), chunk_size):
@@ -263,12 +263,12 @@ def _collect(
     )
     if total == 0:
         raise DataError("the weights of all examples are zero: no target counts (all ignored or masked?).")
-    unit = total if objective.sums else 1.0  # of gradients: a summed loss is that many times the mean
-    mean = gradient if objective.sums else gradient.div_(total)
+    unit = total if objective.is_sum else 1.0  # of gradients: a summed loss is that many times the mean
+    mean = gradient if objective.is_sum else gradient.div_(total)
     second = None if squares is None else squares.mul_(unit**2 / total)
     inner = None
     if along_mean and len(sums.along) == walk.num_groups == 1:  # the mean is this group's gradient, but for a factor
-        inner = sums.along[0] * unit * (share if objective.sums else share / total)
+        inner = sums.along[0] * unit * (share if objective.is_sum else share / total)
     elif along_mean:
         again = Walk(objective, per=per, route=route, memory_budget=memory_budget)
         inner = _along(again, mean, starts)[order] * unit
@@ -282,7 +282,7 @@ def _collect(
         of_second = torch.stack([block.take(second).sum() for block in layers])
     result: dict[str, Any] = {
         "mean": mean,
-        "loss": loss if objective.sums else loss / total,
+        "loss": loss if objective.is_sum else loss / total,
         "weights": weights,
         "squared_norms": None if squared_norms is None else squared_norms.sum(0) * unit**2,
         "layers": tuple(block.name for block in layers),

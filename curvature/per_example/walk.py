@@ -58,14 +58,14 @@ class Walk:
 
     Args:
         objective: whose model and loss are known apart.
-        per: "sequence" or "target".
+        per: "example" or "target".
         route: "auto", "rules", "vmap" or "loop".
         memory_budget: bytes for gradients that are held.
     """
 
     def __init__(self, objective: Objective, *, per: str, route: str, memory_budget: int | None) -> None:
-        if per not in ("sequence", "target"):
-            raise InputError(f"per must be 'sequence' or 'target', got {per!r}.")
+        if per not in ("example", "target"):
+            raise InputError(f"per must be 'example' or 'target', got {per!r}.")
         self._splitter = Splitter(objective, route=route, memory_budget=memory_budget)
         self.budget, self.chunk_bytes = self._splitter.budget, self._splitter.chunk_bytes
         self._objective, self._evaluator = objective, objective.evaluator
@@ -108,24 +108,24 @@ class Walk:
             raise CheckFailedError(
                 "the loss depends on the chosen parameters but the model's outputs do not: no example has a part in it."
             )
-        per_sequence = self._per == "sequence"
+        per_example = self._per == "example"
         start = self.num_examples
-        width = 1 if per_sequence else terms.shape[1]
+        width = 1 if per_example else terms.shape[1]
         self.num_examples += N * width
-        counts = terms.sum(1, keepdim=True) if per_sequence else terms
-        share = 1.0 if self._objective.sums else evaluation.weight
+        counts = terms.sum(1, keepdim=True) if per_example else terms
+        share = 1.0 if self._objective.is_sum else evaluation.weight
         if evaluation.weight != 0:
             self.loss += share * evaluation.loss.detach().double()
         total = float(terms.sum())
         if evaluation.weight == 0 or total == 0 or not evaluation.loss.requires_grad:
-            weights = counts * (evaluation.weight / total if total > 0 and not self._objective.sums else 1.0)
+            weights = counts * (evaluation.weight / total if total > 0 and not self._objective.is_sum else 1.0)
             yield self._empty(start, weights.reshape(-1))
             return
-        weights = counts if self._objective.sums else counts * (evaluation.weight / total)
+        weights = counts if self._objective.is_sum else counts * (evaluation.weight / total)
         sums = []
         columns = [c for c in range(width) if bool(counts[:, c].any())]
         for c in columns:
-            parts, flat, vectors = self._splitter.split(run, None if per_sequence else self._of_column(run, c, width))
+            parts, flat, vectors = self._splitter.split(run, None if per_example else self._of_column(run, c, width))
             self.num_backwards += 1
             self._check_weightless(vectors, counts[:, c], index)
             sums.append(flat)
@@ -134,7 +134,7 @@ class Walk:
             yield Group(places, weights[:, c], scale, share, flat, parts)
         for c in set(range(width)) - set(columns):
             yield self._empty(start + c, weights[:, c], width)
-        if not per_sequence:
+        if not per_example:
             self._check_columns(batch, index, torch.stack(sums).sum(0))
 
     def _of_column(self, run: Run, column: int, width: int) -> Tensor:
@@ -186,7 +186,7 @@ class Walk:
         if not bool((gradient - total).norm() <= tolerance(1e4 * eps) * (gradient.norm() + total.norm())):
             raise CheckFailedError(
                 f"the gradients of single targets do not add up to the gradient of batch {index}: the loss is no sum "
-                "of terms that depend on the outputs of one target each. Use per='sequence'."
+                "of terms that depend on the outputs of one target each. Use per='example'."
             )
 
     def _empty(self, start: int, weights: Tensor, step: int = 1) -> Group:
@@ -206,6 +206,6 @@ def _column_mask(outputs: Tensor, targets: Any, rule: Any, N: int, column: int, 
     if isinstance(rule, AnyLoss) and not isinstance(rule.loss, nn.NLLLoss):
         raise InputError(
             f"per='target' needs to know which outputs, {tuple(outputs.shape)}, belong to which of the loss terms, "
-            f"{tuple(shape)}, and the loss is not one of torch's; use per='sequence'."
+            f"{tuple(shape)}, and the loss is not one of torch's; use per='example'."
         )
     return mask.unsqueeze(1)

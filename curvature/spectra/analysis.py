@@ -263,7 +263,7 @@ class SpectrumAnalysis:
         )
 
     def _sums(self) -> bool:
-        return isinstance(self.A, ObjectiveOperator) and self.A.objective.sums
+        return isinstance(self.A, ObjectiveOperator) and self.A.objective.is_sum
 
     def _layer_traces(self, top: EigenPairs) -> Tensor | None:
         """Return z_l'(A z)_l for the parameters of every layer l and probe z, the largest eigenpairs taken exactly.

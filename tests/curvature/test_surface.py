@@ -142,3 +142,24 @@ def test_objectives_operators_and_results_can_be_copied_and_pickled(duplicate: C
     assert torch.equal(duplicate(found).top.eigenvectors, found.top.eigenvectors)
     solved = curvature.solve(objective, v, matrix="ggn", damping=1.0)
     assert duplicate(solved).status is solved.status
+
+
+def test_parameters_may_be_named_by_themselves() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    data = (torch.randn(5, 3), torch.randint(2, (5,)))
+    whole = Objective(model, nn.CrossEntropyLoss(), data, params=list(model.parameters()))
+    assert whole.space.names == ("0.weight", "0.bias", "2.weight", "2.bias")
+    last = Objective(model, nn.CrossEntropyLoss(), data, params=[model[2].bias, model[0].weight])
+    assert last.space.names == ("0.weight", "2.bias")
+    assert HessianOperator(whole).restrict([model[2].bias]).shape == (2, 2)
+    with pytest.raises(curvature.CurvatureError, match=r"a tensor of shape \(2, 2\) .* is none of the model's param"):
+        Objective(model, nn.CrossEntropyLoss(), data, params=[torch.ones(2, 2)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_in_a_sentence() -> None:
+    model, data = nn.Linear(2, 1), (torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(InputError, match=r"device must be a device that there is here, .*got 'cuda'"):
+        Objective(model, nn.MSELoss(), data, device="cuda")
+    with pytest.raises(InputError, match="device must be a device that there is here"):
+        linalg.normal(3, 2, generator=0, dtype=F64, device="cuda")

@@ -31,7 +31,7 @@ def objective_of(name: str) -> Objective:
 def examples_of(name: str) -> tuple[Tensor, Tensor]:
     case, model = BY_NAME[name], BY_NAME[name].model()
     params = [p for p in model.parameters() if p.requires_grad]
-    return example_gradients(model, case.ragged(), case.criterion, params, "sequence")
+    return example_gradients(model, case.ragged(), case.criterion, params, "example")
 
 
 def layer_ratios(name: str, ratios: Tensor) -> tuple[list[str], list[Tensor]]:
@@ -321,7 +321,7 @@ def dense(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     params = [p for p in model.parameters() if p.requires_grad]
     H = dense_hessian(lambda: total_loss(model, case.ragged(), case.criterion), params)
     G = dense_ggn(model, case.ragged(), case.criterion, params)
-    _, rows = example_gradients(model, case.ragged(), case.criterion, params, "sequence")
+    _, rows = example_gradients(model, case.ragged(), case.criterion, params, "example")
     return H, G, torch.cov(rows.T, correction=0), rows.mean(0)
 
 

@@ -127,7 +127,7 @@ def test_an_objective_shares_its_budget_with_those_made_from_it() -> None:
     _ = HessianOperator(probe) @ _v(probe)
     limit = int(1.1 * probe.held_bytes)
     whole = objective(memory_budget=limit)
-    parts = [whole, whole.restrict("0"), whole.cut(3)]
+    parts = [whole, whole.restrict("0"), whole.split(3)]
     for of in parts + parts[::-1]:
         v = torch.ones(of.num_params, dtype=torch.float64)
         expected = HessianOperator(objective(params=None if of is not parts[1] else "0", keep_graphs=False)) @ v

@@ -104,8 +104,8 @@ def test_coupled_examples_are_refused(name: str) -> None:
         lambda: next(iter(per_example_gradients(Objective(model, loss, (X, Y))))),
         lambda: EmpiricalFisherOperator(objective) @ torch.ones(objective.num_params, dtype=torch.float64),
         lambda: Objective(model, loss, (X, Y), micro_batch=5).loss(),
-        lambda: objective.cut(5).gradient(),
-        lambda: list(objective.cut(5).batches()),
+        lambda: objective.split(5).gradient(),
+        lambda: list(objective.split(5).batches()),
     ):
         with pytest.raises(
             (DataError, InputError), match=r"gradient of its own|micro_batch= would change|couples its examples"

@@ -31,7 +31,7 @@ from tests.checks import assert_close, assert_untouched, check_operator
 from tests.references import dense_fisher, example_gradients, flat_gradient
 
 EXACT = 1e-10  # relative: the same sums in float64, in another order
-PER: tuple[Per, ...] = ("sequence", "target")
+PER: tuple[Per, ...] = ("example", "target")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -133,7 +133,7 @@ def test_weights_of_cross_entropy(settings: dict[str, Any], per: Per, generator:
         batches = [(x, y.where(y >= 0, settings["ignore_index"])) for x, y in batches]
     w, g = [], []
     for text in rows_of_tokens(model, settings):
-        for group in [text] if per == "sequence" else [[token] for token in text]:
+        for group in [text] if per == "example" else [[token] for token in text]:
             if group:
                 w.append(sum(weight for *_, weight in group))
                 g.append(flat_gradient(torch.stack([loss for _, loss, _ in group]).sum() / w[-1], params))
@@ -217,7 +217,7 @@ def test_weights_of_batches_scale_their_examples() -> None:
     case = BY_NAME["MLP tanh"]
     model, batches = case.model(), case.ragged()
     objective = Objective(model, case.loss, batches, weight=lambda batch: float(batch[0][0, 0].abs()))
-    p, g = gradients(case.name, "sequence")
+    p, g = gradients(case.name, "example")
     factors = torch.cat([x.new_full((len(x),), float(x[0, 0].abs()) / len(x)) for x, _ in batches])
     p = factors / factors.sum()
     second, covariance = moments(p, g)
@@ -231,7 +231,7 @@ def test_sums_under_weights_of_batches() -> None:
     case = BY_NAME["MLP tanh"]
     model, batches = case.model(), case.ragged()
     objective = Objective(model, nn.MSELoss(reduction="sum"), batches, weight=lambda batch: float(len(batch[0])) ** 2)
-    _, g = gradients(case.name, "sequence")
+    _, g = gradients(case.name, "example")
     w = torch.cat([x.new_full((len(x),), 2.0 * len(x) ** 2) for x, _ in batches])  # 2 loss terms an example
     w = w / sum(len(x) ** 2 for x, _ in batches)
     p = w / w.sum()
@@ -514,7 +514,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     objective = Objective(model, case.loss, case.data())
     with pytest.raises(InputError, match="num_samples must be at least 1, got 0"):
         MCFisherOperator(objective, num_samples=0, generator=generator)
-    with pytest.raises(InputError, match=r"per must be 'sequence'.*got 'batch'"):
+    with pytest.raises(InputError, match=r"per must be 'example'.*got 'batch'"):
         EmpiricalFisherOperator(objective, per="batch")  # type: ignore[arg-type]
     v = torch.ones(objective.num_params, dtype=torch.float64)
     x, y = case.data()

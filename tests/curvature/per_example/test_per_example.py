@@ -175,9 +175,9 @@ def test_mean_is_the_objectives_gradient(loss: nn.Module, reduction: str) -> Non
         pytest.skip("its reduction is its own")
     case = BY_NAME["attention fused"]
     objective = Objective(case.model(), loss, case.ragged())
-    for per in ("sequence", "target"):
+    for per in ("example", "target"):
         if per == "target" and not isinstance(loss, nn.Module):
-            with pytest.raises(InputError, match="per='sequence'"):
+            with pytest.raises(InputError, match="per='example'"):
                 gradient_moments(objective, per=per)
             continue
         moments = gradient_moments(objective, per=per, pairwise=True, along_mean=True)

@@ -378,9 +378,9 @@ def test_products_that_are_not_finite() -> None:
 
 def test_micro_batches_are_the_same_function_unless_examples_are_coupled() -> None:
     at = objective(num_batches=1)
-    torch.testing.assert_close(at.cut(7).gradient(), at.gradient(), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(at.split(7).gradient(), at.gradient(), rtol=1e-10, atol=1e-14)
     coupled = Objective(
         nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).double(), nn.CrossEntropyLoss(), next(iter(at.batches()))
     )
     with pytest.raises(DataError, match="micro_batch= would change the loss: the model couples the examples"):
-        coupled.cut(7).loss()
+        coupled.split(7).loss()
