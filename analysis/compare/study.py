@@ -13,7 +13,7 @@ from analysis.compare.figures import plot_comparison
 from analysis.compare.measure import compare_results
 from analysis.compare.results import Compared, Comparison
 from analysis.records.measured import Measured
-from analysis.run.store import now, versions
+from analysis.run.record import now, versions
 from analysis.run.study import StudyRun
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table

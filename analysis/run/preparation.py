@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis.records.plain import plain_values
 from analysis.records.plan import Plan, setting
-from analysis.run.store import now, versions
+from analysis.run.record import now, versions
 from analysis.show.listener import Listener
 from analysis.show.wording import count
 from analysis.tasks import Task, load_task
@@ -70,7 +70,7 @@ class Prepared:
     """What the self-check found; None if it was switched off."""
 
     def record(self, request: Request) -> dict[str, Any]:
-        """Return the fields of `analysis.run.store.Record` but `settings`."""
+        """Return the fields of `analysis.run.record.Record` but `settings`."""
         return {
             "task": request.task,
             "name": self.task.name,

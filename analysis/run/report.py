@@ -6,15 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from analysis.run.record import Record
 from analysis.run.saving import write_figure, write_text
 from analysis.show.drawing import Colors
 from analysis.show.page import COLORS, figure_html, panels, surface_html, surface_panel, templates
 from analysis.show.report import Figure, Report
-
-if TYPE_CHECKING:
-    from analysis.run.store import Record
 
 __all__ = ["page_of", "write_report"]
 

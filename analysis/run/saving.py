@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from analysis.records.plain import to_plain
 from analysis.run.folder import ARRAYS, CONFIG, FORMAT, RESULTS
+from analysis.run.record import Record
 from analysis.run.reservation import Place, reserve
 from analysis.run.seal import sealed
 from analysis.run.signals import uninterrupted
@@ -26,9 +25,7 @@ from curvature.errors import WriteError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from analysis.run.store import Record
-
-__all__ = ["add_report", "save_run", "stored", "write_figure", "write_text"]
+__all__ = ["add_report", "save_run", "write_figure", "write_text"]
 
 
 def save_run(
@@ -118,7 +115,7 @@ def _drafted(run: Record, place: Place) -> Path:
 
 
 def _write(run: Record, folder: Path) -> None:
-    config = {"format": FORMAT, "kind": run.kind, **stored(run)}
+    config = {"format": FORMAT, "kind": run.kind, **run.stored()}
     results = config.pop(run.result)
     _write_json(folder / RESULTS, results)
     arrays: dict[str, np.ndarray] = {}
@@ -216,23 +213,6 @@ def _write_bytes(path: Path, data: bytes) -> None:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def stored(run: Record) -> dict[str, Any]:
-    """Return all but the large arrays as JSON can hold it, numbers that are not finite among it."""
-    free = ("metadata", "settings")  # where a word could be a word
-    return {
-        f.name: to_plain(getattr(run, f.name), number=_number_or_mark if f.name in free else _number_or_word)
-        for f in fields(run)
-    }
-
-
-def _number_or_word(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-def _number_or_mark(value: float) -> float | dict[str, str]:
-    return value if math.isfinite(value) else {"number": str(value)}
 
 
 def _collect_arrays(record: Any, path: str, arrays: dict[str, np.ndarray]) -> None:

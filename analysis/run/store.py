@@ -12,116 +12,28 @@ finite are the strings "inf", "-inf" and "nan" there, since JSON has no others.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
-import platform
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from datetime import datetime, timezone
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.records.plain import to_plain
 from analysis.run.folder import ARRAYS, CONFIG, FORMAT, RESULTS, locate
-from analysis.run.saving import save_run, stored
+from analysis.run.record import Record
 from analysis.run.seal import broken_seal
-from analysis.show.report import Report
 from curvature.errors import InputError
 
-__all__ = ["Record", "kind_of", "load_record", "now", "save_run", "versions"]
+__all__ = ["kind_of", "load_record"]
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What produced a result, whatever was measured; a subclass adds the result."""
-
-    kind: ClassVar[str]
-    """What was measured, in a word."""
-    result: ClassVar[str]
-    """Name of the field that holds the result."""
-
-    task: str
-    """Reference that leads to the task: a bundled name, "file.py:function" or "package.module:function"."""
-    name: str
-    """Short name of the task."""
-    description: str
-    """What the task is, in a sentence or two."""
-    metadata: dict[str, Any]
-    """What the task says about itself: data, split, accuracy, fingerprints."""
-    settings: dict[str, Any]
-    """The settings of the measurement: parameters chosen, numbers of things, tolerances."""
-    seed: int
-    """Seed of the generator that all random probes come from."""
-    command: str
-    """The command line, as it can be typed again."""
-    created: str
-    """When the run ended, ISO 8601 in UTC."""
-    versions: dict[str, str]
-    """Python, libraries and platform."""
-    checkpoint: dict[str, str] | None
-    """File name and SHA-256 of the checkpoint that was loaded, if any."""
-    data_sha256: str | None
-    """Digest of the training data, if they are tensors in memory."""
-    check: tuple[str, ...] | None
-    """What the self-check of the objective found; None if it was switched off."""
-
-    def report(self) -> Report:
-        """Return what there is to tell of it: what the terminal and the page show."""
-        raise NotImplementedError
-
-    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
-        """Write the folder that the command writes: numbers, arrays, the page and its figures; and return its path.
-
-        Args:
-            folder: where; it must not exist, be empty, or hold a run that `overwrite` gives up.
-            overwrite: replace a run that is there.
-
-        Raises:
-            InputError: if the folder holds something that may not be replaced, or cannot be written to.
-            WriteError: if something could not be written; its `folder` says where the numbers are.
-        """
-        from analysis.run.report import write_report
-
-        return save_run(self, Path(folder), overwrite=overwrite, finish=lambda draft: write_report(self, draft))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the large arrays as plain Python values that JSON can hold."""
-        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
-
-    def to_json(self) -> str:
-        """Return `to_dict` in one line of JSON, with numbers that are not finite as the run folder has them."""
-        return json.dumps(stored(self), allow_nan=False)
-
-
-# -- what a record states ---------------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that results depend on, and the platform without anything that names the machine."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that was not installed
-        found["torch-curvature"] = importlib.metadata.version("torch-curvature")
-    found["platform"] = f"{platform.system()} {platform.machine()}".strip()
-    found["threads"] = str(torch.get_num_threads())
-    return found
-
-
-def now() -> str:
-    """Return the time, ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def kind_of(folder: Path | str) -> str:

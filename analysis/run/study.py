@@ -16,7 +16,9 @@ import torch
 from analysis.records.plan import Plan
 from analysis.run.draft import Draft
 from analysis.run.preparation import Request, load, prepare
-from analysis.run.store import Record
+from analysis.run.record import Record
+from analysis.run.report import write_report
+from analysis.run.saving import save_run
 from analysis.show.listener import Listener
 from analysis.show.wording import duration, number
 from analysis.tasks import Task
@@ -71,6 +73,19 @@ class StudyRun(Record):
     """Where it was computed."""
     cost: StudyCost | None
     """Before and after; None where nothing had to be measured."""
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the folder that the command writes: numbers, arrays, the page and its figures; and return its path.
+
+        Args:
+            folder: where; it must not exist, be empty, or hold a run that `overwrite` gives up.
+            overwrite: replace a run that is there.
+
+        Raises:
+            InputError: if the folder holds something that may not be replaced, or cannot be written to.
+            WriteError: if something could not be written; its `folder` says where the numbers are.
+        """
+        return save_run(self, Path(folder), overwrite=overwrite, finish=lambda draft: write_report(self, draft))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from analysis.inspection.results import Inspection
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.run.report import page_of
-from analysis.run.store import save_run
+from analysis.run.saving import save_run
 from analysis.show import wording
 from curvature.results.estimates import EigenPairs
 

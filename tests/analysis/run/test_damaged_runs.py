@@ -14,7 +14,7 @@ import pytest
 
 from analysis.inspection.study import InspectionRun
 from analysis.registry import load_run
-from analysis.run.store import save_run
+from analysis.run.saving import save_run
 from curvature.errors import InputError
 
 FILES = ("config.json", "results.json", "arrays.npz")

@@ -20,8 +20,8 @@ from analysis.inspection.study import InspectionRun
 from analysis.landscape.point_log import PointLog
 from analysis.registry import load_run
 from analysis.run.reservation import reserve, reserve_free, stem_of
+from analysis.run.saving import save_run
 from analysis.run.signals import uninterrupted
-from analysis.run.store import save_run
 from curvature.errors import InputError, WriteError
 
 ROOT = Path(__file__).parents[3]

@@ -17,9 +17,9 @@ from torch import Tensor
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.registry import load_run
+from analysis.run.record import versions
 from analysis.run.reservation import reserve, stem_of
 from analysis.run.saving import add_report, save_run
-from analysis.run.store import versions
 from analysis.tasks.checkpoint_files import file_sha256
 from curvature.errors import InputError, WriteError
 

@@ -28,8 +28,8 @@ from analysis.noise.study import STUDY as NOISE
 from analysis.noise.study import NoisePlan, NoiseRun
 from analysis.registry import STUDIES, load_run, study
 from analysis.run.preparation import Request
+from analysis.run.record import Record
 from analysis.run.report import page_of
-from analysis.run.store import Record
 from analysis.run.study import run_study
 from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
 from analysis.sharpness.study import STUDY as SHARPNESS
