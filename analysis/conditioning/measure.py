@@ -54,6 +54,11 @@ class ConditioningPlan(Plan):
     num_steps: int = setting(30, "Block Lanczos steps of each spectrum.", least=1)
     diagonal_matvecs: int = setting(64, "Products for the diagonal.", least=1)
 
+    @property
+    def spectrum(self) -> SpectrumPlan:
+        """The plan of each spectrum."""
+        return SpectrumPlan(k=1, num_bottom=1, num_probes=self.num_probes, num_steps=self.num_steps, num_groups=0)
+
 
 @from_plan(ConditioningPlan)
 @full_precision
@@ -105,7 +110,7 @@ def measure_conditioning(
     """
     floor = plan.floor
     A = HessianOperator(objective) if plan.matrix == "hessian" else GGNOperator(objective)
-    settings = SpectrumPlan(k=1, num_bottom=1, num_probes=plan.num_probes, num_steps=plan.num_steps, num_groups=0)
+    settings = plan.spectrum
     tell = stages(progress, 1 + plan.jacobi + plan.block_diagonal + len(optimizers or {}) + plan.layers)
     tell("the whole")
     found = spectrum(A, settings, generator=generator)

@@ -11,7 +11,7 @@ from analysis.conditioning.figures import plot_conditioning, plot_effective_dime
 from analysis.conditioning.measure import ConditioningPlan, measure_conditioning
 from analysis.conditioning.results import Condition, Conditioning
 from analysis.records.measured import Bounded, Measured
-from analysis.run.study import Study, StudyRun
+from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
@@ -36,11 +36,16 @@ class ConditioningRun(StudyRun):
         return _report(self.conditioning)
 
 
-def _price(objective: Objective, plan: ConditioningPlan) -> float:
-    spectrum = 2.0 * plan.num_probes * plan.num_steps
-    blocks = max(block.num_params for block in objective.space.blocks) if plan.block_diagonal else 0
-    each = 1 + plan.jacobi + plan.layers + plan.block_diagonal
-    return spectrum * each + 2.0 * plan.diagonal_matvecs * plan.jacobi + 2.0 * blocks
+def _price(objective: Objective, plan: ConditioningPlan) -> Work:
+    blocks, n = objective.space.blocks, objective.num_params
+    each = plan.spectrum.num_matvecs(n) + plan.spectrum.num_search(n)
+    products = float(each * (1 + plan.jacobi + plan.block_diagonal)) + min(plan.diagonal_matvecs, n) * plan.jacobi
+    if plan.block_diagonal:
+        products += max(block.num_params for block in blocks)
+    if plan.layers:  # a product with a block costs about half of one with the whole
+        sizes = [block.num_params for block in blocks]
+        products += sum(plan.spectrum.num_matvecs(m) + plan.spectrum.num_search(m) for m in sizes) / 2
+    return Work(products=products)
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -90,6 +90,16 @@ class CriticalPlan(Plan):
     num_points: int = setting(21, "Losses along it, made odd.", least=3)
     symmetries: bool = setting(True, "Try scales of layers.")
 
+    def spectrum(self, objective: Objective) -> SpectrumPlan:
+        """Return the plan of its spectrum."""
+        return SpectrumPlan(
+            k=1,
+            num_bottom=min(self.num_bottom, objective.num_params),
+            num_probes=self.num_probes,
+            num_steps=self.num_steps,
+            num_groups=0,
+        )
+
 
 @from_plan(CriticalPlan)
 @full_precision
@@ -148,14 +158,7 @@ def critical_points(
     if noise is not None:
         p_value = gradient_p_value((norm / noise) ** 2, law) if noise > 0 else float(norm == 0)
     tell("spectrum")
-    settings = SpectrumPlan(
-        k=1,
-        num_bottom=min(plan.num_bottom, objective.num_params),
-        num_probes=plan.num_probes,
-        num_steps=plan.num_steps,
-        num_groups=0,
-    )
-    found = spectrum(HessianOperator(objective), settings, generator=generator)
+    found = spectrum(HessianOperator(objective), plan.spectrum(objective), generator=generator)
     notes += found.notes
     low, high = found.bottom.eigenvalues, found.top.eigenvalues
     lowest = Measured(value=float(low[-1]), stderr=float(found.bottom.residual_norms[-1]), residual=True)

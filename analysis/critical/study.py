@@ -9,7 +9,7 @@ from analysis.critical.figures import plot_escape
 from analysis.critical.measure import CriticalPlan, critical_points
 from analysis.critical.results import CriticalPoint
 from analysis.records.measured import Bounded
-from analysis.run.study import Study, StudyRun
+from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
@@ -32,9 +32,14 @@ class CriticalRun(StudyRun):
         return _report(self.critical, self.num_params)
 
 
-def _price(objective: Objective, plan: CriticalPlan) -> float:
-    symmetries = 6.0 * len(objective.space.blocks) if plan.symmetries else 0.0
-    return 2.0 * plan.num_probes * plan.num_steps + 12.0 + symmetries
+def _price(objective: Objective, plan: CriticalPlan) -> Work:
+    n, spectrum = objective.num_params, plan.spectrum(objective)
+    trials = 2 * len(objective.space.blocks) - 1 if plan.symmetries else 0
+    return Work(
+        products=spectrum.num_matvecs(n) + spectrum.num_search(n) + trials,
+        gradients=3.0,
+        losses=plan.num_points + 3 * trials,
+    )
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from analysis.implicit.measure import (
     num_products,
 )
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
-from analysis.run.study import Study, StudyRun
+from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import median_seconds
@@ -44,25 +44,24 @@ class ImplicitRun(StudyRun):
         return _report(self)
 
 
-def _price(objective: Objective, plan: ImplicitPlan) -> float:
-    """Return the expected gradients of the loss over all data; a Hessian product counts as two."""
+def _price(objective: Objective, plan: ImplicitPlan) -> Work:
     if not plan.directions:
-        return 3.5
-    return 3.5 + 2.0 * num_products(plan.k) + 6.0 + _of_penalties(objective, plan.batch_size)
-
-
-def _of_penalties(objective: Objective, batch_size: int | None) -> float:
-    """Return what the gradients of the penalties cost, in gradients, from a few of the examples."""
-    if batch_size is None:
-        return 6.0
+        return Work(gradients=1.0 if plan.batch_size is None else 3.0)
+    products, gradients = float(num_products(plan.k)), 8.0  # a third derivative takes six
+    if plan.batch_size is None:
+        return Work(products=products + 2, gradients=gradients)
     sample = list(itertools.islice(objective.split(1).batches(), _SAMPLE))
     some = objective.replace(data=sample)
     g = some.gradient()
-    example_trace_gradient(some, g)  # the first is slower
-    some.release()
-    seconds = median_seconds(lambda: example_trace_gradient(some, g), objective.device)
-    one = median_seconds(objective.loss_and_gradient, objective.device)
-    return 4.0 + num_pieces(objective, batch_size) / len(sample) * seconds / one
+
+    def run() -> object:
+        some.release()  # no graph of an example is kept
+        return example_trace_gradient(some, g)
+
+    run()  # the first is slower
+    seconds = median_seconds(run, objective.device) / len(sample)
+    pieces = num_pieces(objective, plan.batch_size)
+    return Work(products=products + 2, gradients=gradients, pieces=pieces, piece_seconds=seconds)
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

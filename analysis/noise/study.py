@@ -14,7 +14,7 @@ from analysis.noise.measure import gradient_noise
 from analysis.noise.results import CurvatureNoise, GradientNoise, NoiseScale
 from analysis.records.measured import Measured
 from analysis.records.plan import Plan, from_plan, setting
-from analysis.run.study import Study, StudyRun
+from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.listener import Progress, stages
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
@@ -76,9 +76,12 @@ class NoiseRun(StudyRun):
         return _report(self.noise)
 
 
-def _price(objective: Objective, plan: NoisePlan) -> float:
-    del objective
-    return 3.0 + (3.2 * plan.num_probes + 4.0 if plan.curvature else 0.0) + (100.0 if plan.damping is not None else 0.0)
+def _price(objective: Objective, plan: NoisePlan) -> Work:
+    if not plan.curvature:
+        return Work(gradients=3.0)
+    probes = min(plan.num_probes, objective.num_params)
+    solve = 0 if plan.damping is None else 8 * probes  # iterations
+    return Work(gradients=7.0, products=2 * probes + 1 + solve)  # with the Hessian and the covariance of the noise
 
 
 @from_plan(NoisePlan)

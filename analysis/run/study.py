@@ -26,8 +26,10 @@ from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.environment.cost import median_seconds, timed
 from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
+from curvature.objective.shift import gradient_at, loss_at
+from curvature.operators import HessianOperator
 
-__all__ = ["Price", "Study", "StudyCost", "StudyRun", "run_study", "study_objective"]
+__all__ = ["Price", "Study", "StudyCost", "StudyRun", "Work", "run_study", "study_objective"]
 
 P = TypeVar("P", bound=Plan)
 R = TypeVar("R", bound="StudyRun")
@@ -45,6 +47,22 @@ class Price:
     """Units of work that progress is told in."""
     unit: str = "stages"
     """What these are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a measurement will do, in walks over all data; the units are timed apart, as their ratios vary by model."""
+
+    products: float = 0.0
+    """Products with a curvature matrix at the objective's own point, by column."""
+    gradients: float = 0.0
+    """Gradients at points where no graph is kept."""
+    losses: float = 0.0
+    """Losses without a graph."""
+    pieces: float = 0.0
+    """Pieces of the data that are worked on one by one; they cost more than their share of the data."""
+    piece_seconds: float = 0.0
+    """What one of them takes, from a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +116,8 @@ class Study(Generic[P, R]):
     """Its settings."""
     measure: Callable[..., Any]
     """`measure(objective, plan, *, generator, progress)` -> the result; with `resumable` also `draft`."""
-    price: Callable[[Objective, P], Price | float]
-    """What that costs; a number counts gradients of the loss over all data, a Hessian product as two."""
+    price: Callable[[Objective, P], Price | Work]
+    """What that costs."""
     groups: bool = False
     """Whether data in one piece are cut into groups, for errors over the data."""
     num_vectors: Callable[[P], int] = lambda _: 0
@@ -182,7 +200,7 @@ def _studied(
     objective = ready.objective
     with listener.doing("timing"):
         price = study.price(objective, plan)
-        price = price if isinstance(price, Price) else _in_gradients(objective, price)
+        price = price if isinstance(price, Price) else _priced(objective, price)
     listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
     kept = {"draft": draft} if study.resumable else {}
     result, seconds = timed(
@@ -201,11 +219,22 @@ def _studied(
     )
 
 
-def _in_gradients(objective: Objective, count: float) -> Price:
-    """Return a price in gradients, one of which is timed; the first, which also loads and warms up, does not count."""
-    objective.loss_and_gradient()
-    each = median_seconds(objective.loss_and_gradient, objective.device)
-    return Price(f"about {number(count, 2)} gradients of {duration(each)} each", count * each)
+def _priced(objective: Objective, work: Work) -> Price:
+    """Return what work costs. Each unit that is needed is timed; its first run, which warms up, does not count."""
+    here, device = objective.space.current(), objective.device
+    H, v = HessianOperator(objective), torch.ones_like(here)
+    units: list[tuple[float, str, Callable[[], object]]] = [
+        (work.gradients, "gradients", lambda: gradient_at(objective, here)),  # first: products would leave one behind
+        (work.losses, "losses", lambda: loss_at(objective, here)),
+        (work.products, "curvature products", lambda: H @ v),
+    ]
+    parts = [(work.pieces, "pieces of the data", work.piece_seconds)] if work.pieces else []
+    for count, unit, run in units:
+        if count:
+            run()
+            parts.append((count, unit, median_seconds(run, device)))
+    text = ", ".join(f"{number(count, 2)} {unit} of {duration(each)}" for count, unit, each in parts)
+    return Price(f"about {text}", sum(count * each for count, _, each in parts))
 
 
 def _plain(value: Any) -> Any:

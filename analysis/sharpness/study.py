@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -11,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from analysis.records.measured import Measured
-from analysis.run.study import Study, StudyRun
+from analysis.run.study import Study, StudyRun, Work
 from analysis.sharpness.catalogue import MEASURES
 from analysis.sharpness.figures import plot_sharpness
 from analysis.sharpness.measure import SharpnessPlan, measure_sharpness, measures_for
@@ -20,8 +21,6 @@ from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import median_seconds
 from curvature.objective.objective import Objective
-from curvature.objective.shift import gradient_at, loss_at
-from curvature.operators import HessianOperator
 
 __all__ = ["STUDY", "SharpnessRun"]
 
@@ -54,21 +53,16 @@ class SharpnessRun(StudyRun):
         return _report(self.sharpness)
 
 
-def _price(objective: Objective, plan: SharpnessPlan) -> float:
-    """Return the price in gradients at the point itself, from timed looks: those at other points build all anew."""
-    device, here = objective.device, objective.space.current()
+def _price(objective: Objective, plan: SharpnessPlan) -> Work:
     names = measures_for(objective, plan.measures)
-    one = median_seconds(objective.loss_and_gradient, device)
-    H, v = HessianOperator(objective), torch.ones_like(here)
-    _ = H @ v
-    seconds = {
-        "products": median_seconds(lambda: H @ v, device),
-        "gradients": median_seconds(lambda: gradient_at(objective, here), device),
-        "losses": median_seconds(lambda: loss_at(objective, here), device),
-    }
-    total = sum(count * seconds[unit] for name in names for unit, count in _spent(name, objective, plan).items())
-    in_pieces = sum("m_sharpness" in name for name in names)
-    return (total + (in_pieces * _seconds_in_pieces(objective, plan) if in_pieces else 0.0)) / one
+    total: Counter[str] = Counter()
+    for name in names:
+        total.update(_spent(name, objective, plan))
+    pieces, seconds = sum("m_sharpness" in name for name in names), 0.0
+    if pieces:
+        num_pieces, seconds = _timed_pieces(objective, plan)
+        pieces *= num_pieces
+    return Work(**total, pieces=pieces, piece_seconds=seconds)
 
 
 def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float]:
@@ -93,14 +87,15 @@ def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float
     return other.get(name, {} if "m_sharpness" in name else {"gradients": 1.0, "losses": 1.0})
 
 
-def _seconds_in_pieces(objective: Objective, s: SharpnessPlan) -> float:
-    """Return what a measure over all pieces of the data takes, from a few of them."""
+def _timed_pieces(objective: Objective, s: SharpnessPlan) -> tuple[int, float]:
+    """Return how many pieces a measure cuts the data into, and the seconds that each takes, from a few of them."""
     cut = objective.split(s.piece)
     sample = list(itertools.islice(cut.batches(), _SAMPLE))
     some = objective.replace(data=sample)
     generator = torch.Generator(objective.device).manual_seed(0)
+    MEASURES["m_sharpness"].compute(some, s, generator)  # the first is slower
     seconds = median_seconds(lambda: MEASURES["m_sharpness"].compute(some, s, generator), objective.device)
-    return seconds / len(sample) * sum(1 for _ in cut.batches())
+    return sum(1 for _ in cut.batches()), seconds / len(sample)
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner, Result
 
 from analysis.cli import app
@@ -31,8 +30,7 @@ from analysis.run.preparation import Request
 from analysis.run.record import Record
 from analysis.run.report import page_of
 from analysis.run.study import run_study
-from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
-from analysis.sharpness.study import STUDY as SHARPNESS
+from analysis.sharpness.measure import measure_sharpness
 from analysis.sharpness.study import SharpnessRun
 from analysis.show.listener import Listener
 from analysis.tasks import load_task
@@ -339,11 +337,3 @@ def test_progress_and_price_are_told(folder: Path) -> None:
     assert run.cost.seconds > 0
     with pytest.raises(InputError, match="holds no complete run"):
         load_run(folder)
-
-
-def test_price_grows_with_what_is_asked_for() -> None:
-    model = nn.Linear(2, 2)
-    small = Objective(model, nn.CrossEntropyLoss(), (torch.ones(4, 2), torch.tensor([0, 1, 0, 1])))
-    assert NOISE.price(small, NoisePlan(curvature=False)) < NOISE.price(small, NoisePlan())
-    assert SHARPNESS.price(small, SharpnessPlan(measures=("sam",))) < SHARPNESS.price(small, SharpnessPlan())
-    assert IMPLICIT.price(small, ImplicitPlan(lr=1.0, directions=False)) < IMPLICIT.price(small, ImplicitPlan(lr=1.0))

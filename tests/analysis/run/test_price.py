@@ -1,0 +1,75 @@
+"""What studies say that they will do is what they do, within a factor of two, counted and not timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from analysis.registry import STUDIES, study
+from analysis.run.study import Price, Work
+from curvature import Objective
+from curvature.engine.evaluation import Evaluator
+from curvature.engine.linearize import Linearization
+
+_OF_LOSS = 1 / 3  # of a gradient
+_SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape")),
+    ("landscape", {"points": 9}),
+    ("noise", {"curvature": False}),
+    ("noise", {"damping": 0.1}),
+    ("conditioning", {"jacobi": False, "layers": False}),
+    ("sharpness", {"measures": ("m_sharpness", "sam")}),
+    ("sharpness", {"measures": ("pac_bayes",)}),
+    ("landscape", {"plane": False}),
+    ("implicit", {"lr": 0.1}),
+    ("implicit", {"lr": 0.1, "batch_size": 1}),
+    ("implicit", {"lr": 0.1, "directions": False}),
+]
+
+
+def _objective() -> Objective:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(48, 6)
+    return Objective(model, nn.CrossEntropyLoss(), (x, (x[:, :4] + 0.5 * torch.randn(48, 4)).argmax(1)))
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts columns of products, gradients and forward passes, of batches of whatever size."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: type, name: str, unit: str) -> None:
+        method: Callable[..., Any] = getattr(owner, name)
+
+        def counts(*args: Any, **kwargs: Any) -> Any:
+            counted[unit] += 1
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counts)
+
+    count(Linearization, "_curve", "products")
+    count(Linearization, "_push", "products")
+    count(Linearization, "gradient", "gradients")
+    count(Evaluator, "evaluate", "losses")
+    return counted
+
+
+@pytest.mark.parametrize(("kind", "settings"), _SETTINGS)
+def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any], work: Counter[str]) -> None:
+    found, objective = study(kind), _objective()
+    plan = found.plan(**settings)
+    price = found.price(objective, plan)
+    if isinstance(price, Price):
+        losses = price.total if price.unit == "points" else 0
+        price = Work(losses=losses, products=price.total - losses)
+    predicted = 2 * price.products + price.gradients + _OF_LOSS * price.losses + 3 * price.pieces
+    work.clear()
+    found.measure(objective, plan, generator=torch.Generator().manual_seed(0), progress=None)
+    spent = 2 * work["products"] + work["gradients"] + _OF_LOSS * work["losses"]
+    assert 0.5 <= predicted / spent <= 2, (price, work)
