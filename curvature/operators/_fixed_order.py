@@ -12,11 +12,7 @@ from curvature.objective.objective import Objective
 
 
 def check_fixed_order(objective: Objective, why: str) -> None:
-    """Refuse a loader that yields its examples in another order at each pass. Cost: two walks over a loader, no model.
-
-    Raises:
-        DataError: with the reason and the remedy.
-    """
+    """Refuse a loader that yields its examples in another order at each pass; walks over it twice, no model."""
     if objective.source.in_memory:
         return
     loader = objective.source.given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -42,14 +42,10 @@ class ObjectiveOperator(SymmetricOperator):
         *,
         observe: Callable[[int, float, list[Tensor]], None] | None = None,
     ) -> list[Tensor]:
-        """Return A_BB X_B for several blocks B of parameters, (m_B, k_B) each, in one walk over the data.
+        """Return A_BB X_B for blocks B of parameters (None: all), (m_B, k_B) each, in one walk over the data.
 
-        Graphs that are not kept are thus built once for all blocks.
-
-        Args:
-            X: for every block its columns, (m_B, k_B).
-            blocks: of the objective's space; None stands for all parameters.
-            observe: told the place and weight of every batch that counts, and its own products.
+        Graphs that are not kept are thus built once for all blocks. `observe` is told the place and weight of every
+        batch that counts, and its own products.
         """
         rows = [x.T.contiguous() for x in X]
 
@@ -85,15 +81,9 @@ class ObjectiveOperator(SymmetricOperator):
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.
 
-        A product with the block costs less than one with the whole matrix and equals that on vectors that are zero
-        outside.
-
-        Args:
-            selection: globs over parameter or module names, modules, a predicate, or a `Block` of the objective's
-                space.
-
-        Raises:
-            ParameterSelectionError: if it matches none of this operator's parameters.
+        A product with it costs less than one with the whole matrix. The selection holds globs over parameter or module
+        names, modules, a predicate, or a `Block` of the objective's space; where it matches none of the parameters,
+        `ParameterSelectionError` is raised.
         """
         block = block_within(self.objective, self.block, selection)
         restricted = copy.copy(self)
@@ -103,8 +93,7 @@ class ObjectiveOperator(SymmetricOperator):
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         """Return the product of one batch's matrix, or its diagonal block, with X (k, m), one vector a row."""
-        product: Tensor = getattr(lin, self._product)(X, block)
-        return product
+        return cast(Tensor, getattr(lin, self._product)(X, block))
 
 
 class MetricOperator(ObjectiveOperator):
@@ -119,11 +108,7 @@ class MetricOperator(ObjectiveOperator):
 
 
 def block_within(objective: Objective, block: Block | None, selection: Selection) -> Block:
-    """Return the block of the selected parameters, of those in `block` if it is given.
-
-    Raises:
-        ParameterSelectionError: if there are none.
-    """
+    """Return the block of the selected parameters, of those in `block` if it is given."""
     space = objective.space
     chosen = space.block(selection, objective.model)
     if block is None:
@@ -138,11 +123,7 @@ def block_within(objective: Objective, block: Block | None, selection: Selection
 
 
 def check_split(objective: Objective, what: str) -> None:
-    """Refuse an objective that does not know model and loss apart.
-
-    Raises:
-        InputError: with what to pass.
-    """
+    """Refuse an objective that does not know model and loss apart."""
     if not objective.has_split:
         raise InputError(
             f"{what} needs the split between model and loss: give the objective loss= and a forward that returns "
@@ -151,11 +132,7 @@ def check_split(objective: Objective, what: str) -> None:
 
 
 def check_likelihood(objective: Objective, what: str) -> None:
-    """Refuse an objective whose loss is not known to be the log-likelihood of a distribution of its targets.
-
-    Raises:
-        InputError: with what to use instead.
-    """
+    """Refuse an objective whose loss is not known to be the log-likelihood of a distribution of its targets."""
     check_split(objective, what)
     rule = objective.rule
     if rule is not None and not objective.has_likelihood:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from curvature.arguments import checked
-from curvature.errors import InputError
 from curvature.objective.objective import Objective
-from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.operators._objective_operator import ObjectiveOperator, check_split
 from curvature.parameters import Block
 
 
@@ -32,10 +31,5 @@ class GGNOperator(ObjectiveOperator):
 
     @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
-        if not objective.has_split:
-            raise InputError(
-                "the Gauss-Newton matrix needs the split between model and loss: give the objective loss= and a "
-                "forward that "
-                "returns (outputs, targets), instead of loss=None."
-            )
+        check_split(objective, "the Gauss-Newton matrix")
         super().__init__(objective, block)

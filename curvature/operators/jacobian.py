@@ -70,11 +70,7 @@ class JacobianOperator(LinearOperator):
         self.block = block
 
     def restrict(self, selection: Selection) -> Self:
-        """Return the columns of some parameters, on the same graphs; see `HessianOperator.restrict`.
-
-        Raises:
-            ParameterSelectionError: if the selection matches none of this operator's parameters.
-        """
+        """Return the columns of some parameters, on the same graphs; see `HessianOperator.restrict`."""
         restricted = copy.copy(self)
         restricted.block = block_within(self.objective, self.block, selection)
         restricted.shape = (self.shape[0], restricted.block.num_params)

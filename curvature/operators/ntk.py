@@ -52,11 +52,7 @@ class NTKOperator(SymmetricOperator):
         super().__init__((M, M), objective.dtype, objective.device)
 
     def restrict(self, selection: Selection) -> Self:
-        """Return the kernel of some parameters, J_B J_B': the kernels of disjoint blocks add up to the whole one.
-
-        Raises:
-            ParameterSelectionError: if the selection matches none of this operator's parameters.
-        """
+        """Return the kernel of some parameters, J_B J_B': the kernels of disjoint blocks add up to the whole one."""
         restricted = copy.copy(self)
         restricted.jacobian = self.jacobian.restrict(selection)
         return restricted

@@ -13,7 +13,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import MatrixLike, SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator, block_within
-from curvature.parameters import Block, ParameterSpace, Selection
+from curvature.parameters import ParameterSpace, Selection
 
 
 class PreconditionedOperator(SymmetricOperator):
@@ -53,10 +53,9 @@ class PreconditionedOperator(SymmetricOperator):
             raise InputError(f"PreconditionedOperator needs a square matrix, got shape {tuple(A.shape)}.")
         if preconditioner.shape != (n,):
             raise InputError(f"preconditioner must have shape ({n},), got {tuple(preconditioner.shape)}.")
-        if preconditioner.is_complex():
-            raise InputError(f"preconditioner must be real, got {preconditioner.dtype}.")
-        if preconditioner.device != A.device:
-            raise InputError(f"preconditioner lies on {preconditioner.device} but A on {A.device}; move it there.")
+        if preconditioner.is_complex() or preconditioner.device != A.device:
+            got = f"{preconditioner.dtype} on {preconditioner.device}"
+            raise InputError(f"preconditioner must be real and on the device of A, {A.device}, got {got}.")
         positive = (preconditioner > 0) & preconditioner.isfinite()
         if not bool(positive.all()):
             i = int((~positive).nonzero()[0])
@@ -84,14 +83,7 @@ class PreconditionedOperator(SymmetricOperator):
     ) -> Self:
         """Return a matrix of an objective as the optimizer that trains its parameters sees it at this moment.
 
-        Args:
-            A: the Hessian, Gauss-Newton matrix or another matrix of an objective, or a diagonal block of it.
-            optimizer: see `optimizer_preconditioner`.
-            include_lr: see there.
-            missing: see there.
-
-        Raises:
-            InputError: if A is no matrix of an objective, or as `optimizer_preconditioner` does.
+        `include_lr`, `missing` and errors are those of `optimizer_preconditioner`; A may be a diagonal block.
         """
         if not isinstance(A, ObjectiveOperator):
             raise InputError(
@@ -104,19 +96,16 @@ class PreconditionedOperator(SymmetricOperator):
         return cls(A, optimizer_preconditioner(optimizer, space, include_lr=include_lr, missing=missing))
 
     def restrict(self, selection: Selection) -> Self:
-        """Return the diagonal block for some of the parameters, which costs less; see `HessianOperator.restrict`.
-
-        Raises:
-            InputError: if A is no matrix of an objective.
-            ParameterSelectionError: if the selection matches none of its parameters.
-        """
+        """Return the diagonal block for some of the parameters, which costs less; see `HessianOperator.restrict`."""
         if not isinstance(self.A, ObjectiveOperator):
             raise InputError(
                 f"restrict needs a matrix of an objective, got {type(self.A).__name__}; restrict the matrix and the "
                 "preconditioner themselves."
             )
         block = block_within(self.A.objective, self.A.block, selection)
-        return type(self)(self.A.restrict(block), self._take(self.A.block, block))
+        outer, diagonal = self.A.block, self.preconditioner
+        full = diagonal if outer is None else outer.embed(diagonal, self.A.objective.num_params)
+        return type(self)(self.A.restrict(block), block.take(full))
 
     def unscale(self, U: Tensor) -> Tensor:
         """Return P^-1/2 U, (n,) or (n, k): eigenvectors of P^-1 A from those of this matrix."""
@@ -124,12 +113,6 @@ class PreconditionedOperator(SymmetricOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self._factor[:, None] * (self.A @ (self._factor[:, None] * X))
-
-    def _take(self, outer: Block | None, inner: Block) -> Tensor:
-        if outer is None:
-            return inner.take(self.preconditioner)
-        assert isinstance(self.A, ObjectiveOperator)
-        return inner.take(outer.embed(self.preconditioner, self.A.objective.num_params))
 
 
 # -- what optimizers divide by ----------------------------------------------------------------------------------------

@@ -31,13 +31,7 @@ class Known:
 def deflated(A: MatrixLike, deflate: EigenPairs | None, *, definite: bool = False) -> tuple[MatrixLike, Known]:
     """Return A without its known pairs, whose products cost what those of A cost, and what was taken out.
 
-    Args:
-        A: symmetric, (n, n).
-        deflate: those that are known.
-        definite: return (I - UU') A (I - UU'), semi-definite as A is, and not A - U diag(theta) U'.
-
-    Raises:
-        InputError: if the eigenvectors are not of A's size, or lie on another device.
+    With `definite` that is (I - UU') A (I - UU'), semi-definite as A is, and not A - U diag(theta) U'.
     """
     if deflate is None or not len(deflate.eigenvalues):
         return A, Known(0.0, 0.0)

@@ -23,7 +23,9 @@ from curvature.linop import MatrixLike
 class LanczosProcess:
     """Runs from the columns of X, (n, p), none of them zero, for the matrix A + damping I."""
 
-    def __init__(self, A: MatrixLike, X: Tensor, *, damping: float = 0.0, preconditioner: Any = None) -> None:
+    def __init__(
+        self, A: MatrixLike, X: Tensor, *, damping: float = 0.0, preconditioner: Any = None, capacity: int = 8
+    ) -> None:
         self.A, self.damping, self.preconditioner = A, damping, preconditioner
         self.dtype, self.num_matvecs = working_dtype(A), 0
         self.n, self.num_runs = X.shape
@@ -31,7 +33,7 @@ class LanczosProcess:
         self.beta: list[list[float]] = [[] for _ in range(self.num_runs)]
         """beta[i][j] couples step j to j + 1; the last one to the vector that comes next."""
         self.resting = [False] * self.num_runs
-        self.V = X.new_zeros(self.num_runs, 8, self.n, dtype=self.dtype)
+        self.V = X.new_zeros(self.num_runs, capacity, self.n, dtype=self.dtype)
         self.W = self.V if preconditioner is None else self.V.clone()
         self.m = 0
         self.cut: int | None = None

@@ -83,8 +83,6 @@ def eigsh(
     to be saved and taken up again is a `ThickRestartLanczos`.
 
     Args:
-        A: symmetric, (n, n).
-        matrix: which one of an objective; see `as_matrix`.
         k: number of pairs, in [1, n].
         which: "LA" the largest, "SA" the smallest, "LM" the largest in magnitude, "BE" k // 2 from the low end and the
             rest from the high end.
@@ -96,7 +94,6 @@ def eigsh(
         preconditioner: symmetric positive definite (n, n), near the inverse of |A - lambda I|, for LOBPCG.
         max_matvecs: most products to spend. Default: 10 n, at least 1000.
         v0: start vector (n,) or block (n, p), e.g. the eigenvectors of a nearby matrix. Default: random.
-        generator: for the start and for directions after a breakdown; on A's device, or a seed.
         deflate: eigenvectors that are known, as pairs (the converged ones are used) or orthonormal columns (n, p); the
             answer is orthogonal to them. What they lack in accuracy shows in the residuals.
         basis_device: where the basis is held, "cpu" for one that does not fit beside the model. Default: A's device.
@@ -107,7 +104,6 @@ def eigsh(
             recurrence, and only where it disagrees are all of them multiplied.
         confidence: probability with which no eigenvalue may be missed, between 0 and 1. None does without the chain and
             the product that checks residuals: CONVERGED then speaks of residuals only.
-        callback: called after each product with the products so far and a word on progress.
 
     Returns:
         Eigenpairs, eigenvalues descending; `method` says what was chosen, and why, and `miss_probability` is the bound
@@ -116,7 +112,6 @@ def eigsh(
 
     Raises:
         InputError: for arguments out of range or at odds, or a basis that does not fit into memory.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.arange(100.0))

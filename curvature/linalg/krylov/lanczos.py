@@ -17,7 +17,8 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.validate import check_count, check_finite, check_square, unit_of, working_dtype
+from curvature.linalg.base.validate import check_count, check_square, working_dtype
+from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.record import Result
 
@@ -49,14 +50,11 @@ def lanczos(A: AnyMatrix, v0: Tensor, *, matrix: MatrixName = "hessian", num_ste
     Cost: one product a step and 4 n m operations for keeping the basis orthonormal. Memory: m vectors.
 
     Args:
-        A: symmetric, (n, n). Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
         v0: (n,), not zero.
         num_steps: m, in [1, n].
 
     Raises:
         InputError: for shapes and counts out of range, or v0 = 0.
-        NonFiniteError: if a product is not finite.
     """
     A = as_matrix(A, matrix)
     n = check_square(A)
@@ -104,48 +102,26 @@ def lanczos_runs(A: AnyMatrix, X: Tensor, *, matrix: MatrixName = "hessian", num
     check_count("num_steps", num_steps, 1, n)
     if X.ndim != 2 or X.shape[0] != n or X.is_complex():
         raise InputError(f"X must be real, of shape ({n}, p), got {X.dtype} of shape {tuple(X.shape)}.")
-    dtype = working_dtype(A)
-    norms = torch.linalg.vector_norm(X.to(dtype), dim=0)
+    norms = torch.linalg.vector_norm(X.to(working_dtype(A)), dim=0)
     if not bool((norms.isfinite() & (norms > 0)).all()):
         raise InputError("v0 must have a norm that is positive and finite, got zero, infinity or NaN.")
-    p = X.shape[1]
-    Q = torch.zeros(p, num_steps, n, dtype=dtype, device=A.device)
-    alpha, beta = Q.new_zeros(p, num_steps), Q.new_zeros(p, num_steps)
-    Q[:, 0] = (X.to(dtype) / norms).T
-    scale = Q.new_zeros(p)  # of the products so far: what is left of one below rounding of this is nothing
-    going, spent = list(range(p)), 0
-    R = Q.new_zeros(p, n)
-    for j in range(num_steps):
-        R.zero_()
-        active = slice(None) if len(going) == p else going
-        R[active] = (A @ Q[active, j].T.to(A.dtype)).T.to(dtype)
-        spent += len(going)
-        unit = unit_of(R, spent, first=j == 0)
-        R /= unit
-        scale = torch.maximum(scale, unit * torch.linalg.vector_norm(R, dim=1))
-        alpha[:, j] = unit * (Q[:, j] * R).sum(dim=1)
-        basis = Q[:, : j + 1]
-        for _ in range(2):  # twice is enough
-            R -= ((basis @ R[:, :, None]).mT @ basis)[:, 0]
-        b = torch.linalg.vector_norm(R, dim=1)
-        check_finite(torch.stack([alpha[:, j], b]), spent)
-        ended = b <= 10 * torch.finfo(dtype).eps * scale / unit
-        if j + 1 == n:
-            ended = torch.ones_like(ended)
-        R[ended], beta[:, j] = 0, unit * torch.where(ended, 0, b)
-        going = [i for i, over in enumerate(ended.tolist()) if not over]
-        if not going or j + 1 == num_steps:
-            break
-        Q[:, j + 1] = R / torch.where(ended, 1, b)[:, None]
-    residual_norm = unit * torch.linalg.vector_norm(R, dim=1)
+    process, j = LanczosProcess(A, X.to(norms) / norms, capacity=min(num_steps + 1, n)), 0
+    while j < num_steps and not process.over:
+        process.step()
+        j += 1
+    alpha, beta = norms.new_zeros(2, len(norms), num_steps)
+    for i, (a, b) in enumerate(zip(process.alpha, process.beta, strict=True)):
+        alpha[i, : len(a)], beta[i, : len(b)] = norms.new_tensor(a), norms.new_tensor(b)
+    going = process.m > j  # the last of the vectors are those that would come next
+    last = beta[:, -1] if going else torch.zeros_like(norms)
     return KrylovRuns(
-        basis=Q,
+        basis=process.V[:, :num_steps],
         alpha=alpha,
         beta=beta[:, :-1],
-        residual=unit * R,
-        residual_norm=residual_norm,
-        breakdown=[i not in going for i in range(p)],
-        num_matvecs=spent,
+        residual=last[:, None] * process.V[:, process.m - 1],
+        residual_norm=last,
+        breakdown=list(process.resting),
+        num_matvecs=process.num_matvecs,
     )
 
 

@@ -68,28 +68,11 @@ def lobpcg(
     matrices, for which the chain has no preconditioner, the status is UNCERTIFIED. Memory: 6 vectors a column of v0,
     and their images while they are combined; those of the chain.
 
-    Args:
-        A: symmetric, (n, n).
-        matrix: which one of an objective; see `as_matrix`.
-        k: number of pairs, in [1, n].
-        which: "LA" the largest, "SA" the smallest.
-        rtol: tolerance of the residuals relative to the eigenvalue; positive.
-        atol: tolerance of the residuals in units of A, where that is larger.
-        max_matvecs: most products to spend. Default: 10 n, at least 1000.
-        v0: start vectors (n,) or (n, p), e.g. the eigenvectors of a nearby matrix. Columns beyond k are iterated too,
-            which helps where the k-th eigenvalue is close to the next. Default: k random columns.
-        generator: for the start and for directions that replace dependent ones; on A's device, or a seed.
-        preconditioner: symmetric positive definite (n, n), near the inverse of |A - lambda I|. Default: none.
-        certify: multiply the pairs once more at the end, k products, and report residuals that were computed.
-        confidence: probability with which no eigenvalue may be missed, as in `eigsh`; None to do without the chain.
-        callback: called after each step with the products so far and a word on progress.
+    Arguments are those of `eigsh`, `which` "LA" or "SA". Columns of v0 beyond k are iterated too, which helps where the
+    k-th eigenvalue is close to the next; default: k random columns.
 
     Returns:
         Eigenpairs, eigenvalues descending. With a status other than CONVERGED, the best that was reached.
-
-    Raises:
-        InputError: for arguments out of range.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.arange(100.0))

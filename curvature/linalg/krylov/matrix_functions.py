@@ -83,8 +83,6 @@ def matrix_function(
     column, 4 n m operations a step for the basis. Memory: num_steps vectors a column.
 
     Args:
-        A: symmetric, (n, n). Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
         V: (n,) or (n, k).
         f: "inv", "sqrt", "invsqrt", "log", "exp", or a function that acts entrywise on eigenvalues, float64 on the CPU.
         rtol: tolerance relative to |f(A + damping I) v|; None spends all of num_steps.
@@ -92,11 +90,9 @@ def matrix_function(
         damping: added to A's diagonal; units of A.
         lower: a lower bound, positive, of the eigenvalues of A + damping I, such as `damping` for a positive
             semi-definite A.
-        callback: called after each step with the products so far and a word on progress.
 
     Raises:
         InputError: for arguments out of range, or an f that is not defined on the spectrum, as far as that is seen.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))

@@ -132,14 +132,7 @@ class LowRank(Result):
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
 
     def inverse(self, damping: float) -> DiagonalOnSubspace:
-        """Return (U diag(values) U' + damping I)^-1 as an operator.
-
-        Args:
-            damping: positive, units of A, and larger than minus the smallest eigenvalue.
-
-        Raises:
-            InputError: if the damped approximation is not positive definite.
-        """
+        """Return (U diag(values) U' + damping I)^-1 as an operator; what is inverted must be positive definite."""
         self._check_damping(damping)
         return DiagonalOnSubspace(self.eigenvectors, 1 / (self.eigenvalues + damping), 1 / damping)
 
@@ -147,13 +140,8 @@ class LowRank(Result):
         """Return P = (values_k + damping) U (diag(values) + damping)^-1 U' + I - U U', for solving with A + damping I.
 
         `P @ X` brings A + damping I near a multiple of the identity: for positive semi-definite A the condition number
-        falls to `condition_bound(damping)` at most. For use as `preconditioner=` of `cg`.
-
-        Args:
-            damping: that of the system, positive, units of A.
-
-        Raises:
-            InputError: if the damped approximation is not positive definite.
+        falls to `condition_bound(damping)` at most. For use as `preconditioner=` of `cg` with the system's damping,
+        which must make the approximation positive definite.
 
         Reference: Frangella, Tropp and Udell (2023), section 5.
         """
@@ -165,9 +153,6 @@ class LowRank(Result):
         """Return what bounds the condition number of A + damping I once preconditioned, A positive semi-definite.
 
         (values_k + damping + error_bound) / damping, but for `failure_probability`.
-
-        Raises:
-            InputError: if the damped approximation is not positive definite.
 
         Reference: Frangella, Tropp and Udell (2023), proposition 5.3.
         """

@@ -62,19 +62,15 @@ def nystrom(
     Args:
         A: symmetric positive semi-definite, (n, n). Indefinite matrices are refused as soon as a negative Rayleigh
             quotient, or one of A - A^, shows; one too small to show does no harm beyond its size.
-        matrix: which one of an objective; see `as_matrix`.
         rank: columns of the test matrix and pairs of the result, in [1, n]; at first, where it may grow.
         rtol: tolerance of the bound relative to the largest eigenvalue; positive.
         atol: tolerance of the bound in units of A; positive.
         max_rank: largest rank to grow to. Default: 16 times `rank`, n at most.
         num_tests: fresh vectors that test the approximation; without any the bound is infinite.
         failure_probability: with which the bound may be too small, in (0, 1).
-        generator: source of all random vectors, on A's device, or a seed.
-        callback: called after each stage with the products so far and a word on progress.
 
     Raises:
         InputError: for arguments out of range; if A is seen not to be positive semi-definite.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(2.0 ** -torch.arange(50.0))

@@ -64,20 +64,12 @@ def randomized_eigh(
     3 (rank + oversampling) vectors.
 
     Args:
-        A: symmetric, (n, n).
-        matrix: which one of an objective; see `as_matrix`.
         rank: pairs of the result, in [1, n].
         oversampling: columns besides; no more than n in all.
         power_iterations: further passes before the last, each of which lessens what is outside the block.
         rtol: residual up to which a pair is trusted, relative to its eigenvalue; positive.
         num_tests: fresh vectors that test the approximation; without any the bound is infinite.
         failure_probability: with which the bound may be too small, in (0, 1).
-        generator: source of all random vectors, on A's device, or a seed.
-        callback: called after each pass with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([9.0, -8.0, *[0.1] * 40]))

@@ -17,7 +17,6 @@ import math
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linalg.base.deflation import Known
 from curvature.linalg.base.validate import check_count
 from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
@@ -25,6 +24,7 @@ from curvature.linalg.stochastic._trace_estimate import (
     FEWEST,
     Goal,
     Samples,
+    exact,
     sketch_by_pilot,
     summary,
     worth_completing,
@@ -32,35 +32,31 @@ from curvature.linalg.stochastic._trace_estimate import (
 from curvature.results.estimates import Status, TraceEstimate
 
 
-def hutchpp(pool: ProbePool, known: Known, goal: Goal, sketch_size: int | None) -> TraceEstimate:
+def hutchpp(pool: ProbePool, goal: Goal, sketch_size: int | None) -> TraceEstimate:
     """Return the estimate from an empty pool; `sketch_size` is s, at most num_matvecs / 2 - 1. Default: chosen.
 
     Cost: 2 products for each of s, one for each other probe. Memory: 2 vectors a probe, 2 more for each of s.
-
-    Raises:
-        InputError: for a sketch of a fixed size without a budget, or that the budget does not allow.
     """
     if sketch_size is not None and goal.rtol is not None:
         raise InputError("sketch_size goes with num_matvecs (a budget); with rtol it is chosen on the way.")
     if pool.n <= goal.budget and (goal.rtol is None or pool.n <= FEWEST):
-        pool.complete()
-        return summary(pool, _sample(pool), known, goal)
+        return exact(pool, goal)
     if sketch_size is None:
-        sketch_by_pilot(pool, goal.budget, lambda curve: _best_size(pool, known, goal, curve), fewest=_fewest(goal))
+        sketch_by_pilot(pool, goal.budget, lambda curve: _best_size(pool, goal, curve), fewest=_fewest(goal))
     else:
         check_count("sketch_size", sketch_size, 0, goal.budget // 2 - 1)
         pool.add_probes(sketch_size)
         pool.sketch(sketch_size)
-    return _sampled(pool, known, goal)
+    return _sampled(pool, goal)
 
 
-def _best_size(pool: ProbePool, known: Known, goal: Goal, curve: Tensor) -> int:
+def _best_size(pool: ProbePool, goal: Goal, curve: Tensor) -> int:
     """Return the size of the basis that suits the goal, by what a pilot shows; or make all of A known, and return 0."""
     k = pool.num_probes
     if goal.rtol is None:
         return most_accurate(curve, goal.budget - k, fewest=_fewest(goal))
     plain = Samples((pool.probes * pool.products).sum(dim=0), 0.0, "hutchinson")
-    target = goal.target(summary(pool, plain, known, goal))
+    target = goal.target(summary(pool, plain, goal))
     best, samples = cheapest(curve, float(plain.values.var()) if k > 1 else 0.0, 0, target, fewest=FEWEST)
     if worth_completing(pool, int(min(samples, goal.budget)) + best, goal):
         pool.complete()
@@ -72,13 +68,13 @@ def _fewest(goal: Goal) -> int:
     return max(min(FEWEST, goal.budget // 3), 2)
 
 
-def _sampled(pool: ProbePool, known: Known, goal: Goal) -> TraceEstimate:
+def _sampled(pool: ProbePool, goal: Goal) -> TraceEstimate:
     """Draw probes that the basis does not depend on: all that the budget allows, or until they are accurate."""
     more = goal.budget if goal.rtol is None else FEWEST
     while True:
         if pool.rank < pool.n:
             pool.add_probes(min(more, goal.budget - pool.num_matvecs))
-        estimate = summary(pool, _sample(pool), known, goal)
+        estimate = summary(pool, _sample(pool), goal)
         left = goal.budget - pool.num_matvecs
         if goal.rtol is None or estimate.status is Status.CONVERGED or left <= 0:
             return estimate

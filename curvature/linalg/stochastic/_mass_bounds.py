@@ -27,13 +27,10 @@ Array = NDArray[np.float64]
 
 
 def mass_below(nodes: Tensor, weights: Tensor, points: Tensor, *, num_steps: int | None) -> tuple[Tensor, Tensor]:
-    """Return the least of F(c -) and the most of F(c) for every point c, (P,) each.
+    """Return the least of F(c -) and the most of F(c) for every point c, (P,) each, infinite ones allowed.
 
-    Args:
-        nodes: (m,), of a rule of one probe.
-        weights: (m,), not negative; F has their sum for its total.
-        points: (P,), infinite ones allowed.
-        num_steps: s, the rule is exact to degree 2 s - 1; None if its nodes are all the points of the measure.
+    Nodes and weights (m,) are those of one probe's rule, exact to degree 2 num_steps - 1; None if its nodes are all the
+    points of the measure.
     """
     x, w, c = nodes.numpy(), weights.numpy(), points.numpy()
     finite = np.isfinite(c)

@@ -48,14 +48,10 @@ def most_accurate(curve: Tensor, budget: int, *, fewest: int) -> int:
 
 
 def cheapest(curve: Tensor, variance: float, at: int, target: float, *, fewest: int) -> tuple[int, float]:
-    """Return the s, `at` or more, and the number of samples with which a standard error costs least.
+    """Return the s, `at` or more, and the number of samples with which a standard error of `target` costs least.
 
-    Args:
-        curve: from `residual_curve`.
-        variance: of a sample with a basis from `at` probes, as it was observed; it sets the curve's scale.
-        at: the present s.
-        target: standard error to reach.
-        fewest: samples to take in any case.
+    The curve is that of `residual_curve`; its scale is set by the variance that was seen of samples with a basis from
+    `at` probes, the present s. `fewest` samples are taken in any case.
     """
     known = float(curve[at])
     if known <= 0 or variance <= 0:

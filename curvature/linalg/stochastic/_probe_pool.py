@@ -33,6 +33,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.deflation import deflated
 from curvature.linalg.base.orthonormal import orthonormalise
 from curvature.linalg.base.validate import (
     check_count,
@@ -41,23 +42,16 @@ from curvature.linalg.base.validate import (
     check_square,
     working_dtype,
 )
-from curvature.linalg.stochastic.probes import DISTRIBUTIONS, draw, one_direction
+from curvature.linalg.stochastic.probes import DISTRIBUTIONS, one_direction
 from curvature.linop import MatrixLike
+from curvature.results.estimates import EigenPairs
 
 
 class ProbePool:
-    """Probes of one distribution, multiplied once and for all; see the module.
+    """Probes of one distribution, multiplied once and for all, of A without its `known` eigenpairs; see the module.
 
-    Args:
-        A: square, (n, n).
-        distribution: a name of `curvature.linalg.stochastic.probes.DISTRIBUTIONS`.
-        generator: source of the probes, on A's device, or a seed.
-        block_size: columns multiplied at a time.
-        keep: hold probes and products; without them only the samples z'Az are left.
-        callback: called after each block with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range.
+    Products are made `block_size` columns at a time. Without `keep` only the samples z'Az are held. A is replaced by
+    what `deflated` returns for `deflate` and `definite`.
     """
 
     def __init__(
@@ -66,25 +60,26 @@ class ProbePool:
         *,
         distribution: str,
         generator: AnyGenerator,
+        deflate: EigenPairs | None = None,
+        definite: bool = False,
         block_size: int = 1,
         keep: bool = True,
         callback: Callable[[int, str], None] | None = None,
     ) -> None:
         self.n = check_square(A)
-        generator = as_generator(generator, A.device)
         check_count("block_size", block_size, 1)
         if distribution not in DISTRIBUTIONS:
             raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
-        self.A, self.distribution, self.generator = A, distribution, as_generator(generator, A.device)
+        self.distribution, self.generator = distribution, as_generator(generator, A.device)
+        self.A, self.known = deflated(A, deflate, definite=definite)
         self.block_size, self.callback, self.keep = block_size, callback, keep
         empty = torch.empty(self.n, 0, dtype=working_dtype(A), device=A.device)
         self.probes, self.products = empty, empty
         """Omega and Y, (n, k)."""
         self.basis, self.images = empty, empty
         """Q and Z, (n, r)."""
-        self.num_sketched = 0
-        """s: of how many probes the products are in the range of the basis."""
-        self.num_matvecs = 0
+        self.num_sketched = self.num_matvecs = 0
+        """s: of how many probes the products are in the range of the basis; products so far."""
         self._energies = empty[0].double()
         self._first, self._alike = empty, True
 
@@ -116,9 +111,8 @@ class ProbePool:
         self.products = torch.cat([self.products, Y], dim=1)
 
     def _draw(self, count: int) -> Tensor:
-        return draw(
-            self.distribution, self.n, count, generator=self.generator, dtype=self.A.dtype, device=self.A.device
-        )
+        A, draw = self.A, DISTRIBUTIONS[self.distribution]
+        return draw(self.n, count, generator=self.generator, dtype=A.dtype, device=A.device)
 
     def alike(self, count: int) -> bool:
         """Return whether the last `count` probes are one vector up to sign, so that their samples tell no spread."""
@@ -143,10 +137,8 @@ class ProbePool:
             self._extend(torch.linalg.qr(self.basis, mode="complete")[0][:, self.rank :])
 
     def _extend(self, Q: Tensor) -> None:
-        self.basis, self.images = (
-            torch.cat([self.basis, Q], dim=1),
-            torch.cat([self.images, self._multiply(Q, "directions of the sketch")], dim=1),
-        )
+        images = self._multiply(Q, "directions of the sketch")
+        self.basis, self.images = torch.cat([self.basis, Q], dim=1), torch.cat([self.images, images], dim=1)
 
     def _multiply(self, X: Tensor, what: str) -> Tensor:
         blocks = []
@@ -156,12 +148,9 @@ class ProbePool:
             blocks.append(product.to(self.basis.dtype))
             if self.callback is not None:
                 self.callback(self.num_matvecs, what)
-        if not blocks:
-            return X
-        products = torch.cat(blocks, dim=1)
-        return (
-            check_range(products, self.num_matvecs, first=self.num_probes + self.rank == 0) if self.keep else products
-        )
+        products = torch.cat(blocks, dim=1) if blocks else X
+        first = self.num_probes + self.rank == 0
+        return check_range(products, self.num_matvecs, first=first) if blocks and self.keep else products
 
     # -- what they tell -----------------------------------------------------------------------------------------------
 
@@ -200,12 +189,9 @@ class ProbePool:
         return alone, (changes * changes.T).sum()
 
     def left_out(self, M: Tensor) -> Tensor:
-        """Return the unit vectors s_i (r, k) that only y_i brought into the range; zero where there is none.
+        """Return the unit vectors s_i (r, k) that only y_i brought into the range, given M = Q'Y (r, k).
 
-        A product that depends on the others, as all do when A has a rank below s, brings no direction of its own.
-
-        Args:
-            M: Q'Y, (r, k).
+        Zero for a product that depends on the others, as all do when A has a rank below s.
         """
         s = self.num_sketched
         S = torch.zeros_like(M)

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.generators import AnyGenerator
-from curvature.linalg.base.deflation import Known, deflated
 from curvature.linalg.base.validate import check_count
 from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg.stochastic._probe_pool import ProbePool
-from curvature.linop import MatrixLike
-from curvature.results.estimates import EigenPairs, Status, TraceEstimate
+from curvature.results.estimates import Status, TraceEstimate
 from curvature.results.intervals import skewness
 
 FEWEST = 8  # samples before a standard error is believed
@@ -88,35 +85,18 @@ class Samples:
         return ((self.values.var() + shared / (k - 1)) / k).sqrt()
 
 
-def open_pool(
-    A: MatrixLike,
-    *,
-    distribution: str,
-    generator: AnyGenerator,
-    deflate: EigenPairs | None = None,
-    definite: bool = False,
-    block_size: int = 1,
-    keep: bool = True,
-    callback: Callable[[int, str], None] | None = None,
-) -> tuple[ProbePool, Known]:
-    """Return an empty pool for A without its known eigenpairs, and what these explain."""
-    remainder, known = deflated(A, deflate, definite=definite)
-    pool = ProbePool(
-        remainder, distribution=distribution, generator=generator, block_size=block_size, keep=keep, callback=callback
-    )
-    return pool, known
-
-
-def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> TraceEstimate:
+def summary(pool: ProbePool, samples: Samples, goal: Goal) -> TraceEstimate:
     """Return the mean of the samples with its standard error; exact once the basis spans the space."""
-    values, method = samples.values + known.trace, samples.method
+    values, method = samples.values + pool.known.trace, samples.method
     if pool.rank == pool.n:
-        exact = (pool.basis * pool.images).sum() + known.trace
+        exact = (pool.basis * pool.images).sum() + pool.known.trace
         values, method = exact.repeat(max(len(values), 2)), "exact"
     stderr = torch.zeros_like(values[0])
     if method != "exact":
         alike = pool.alike(len(values))
-        stderr = torch.full_like(stderr, torch.inf) if alike else samples.stderr * _selected(goal, len(values))
+        # having ended the run by being small, it is too small
+        selected = 1.0 if goal.rtol is None else 1 + _SELECTION / len(values)
+        stderr = torch.full_like(stderr, torch.inf) if alike else samples.stderr * selected
     estimate = TraceEstimate(
         value=values.mean().to(pool.basis),
         stderr=stderr.to(pool.basis),
@@ -130,14 +110,13 @@ def summary(pool: ProbePool, samples: Samples, known: Known, goal: Goal) -> Trac
     return replace(estimate, status=Status.CONVERGED) if goal.met(estimate) else estimate
 
 
-def _selected(goal: Goal, k: int) -> float:
-    """Return by how much a standard error of k samples is too small for having ended the run by being small."""
-    return 1.0 if goal.rtol is None else 1 + _SELECTION / k
+def exact(pool: ProbePool, goal: Goal) -> TraceEstimate:
+    """Return the trace from n products."""
+    pool.complete()
+    return summary(pool, Samples(pool.probes.new_zeros(0), 0.0, "exact"), goal)
 
 
-def enlarge(
-    pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples], *, price: int
-) -> TraceEstimate:
+def enlarge(pool: ProbePool, goal: Goal, sample: Callable[[ProbePool], Samples], *, price: int) -> TraceEstimate:
     """Run an estimator that has one size, k probes at `price` products each: the budget's, or grown until accurate.
 
     Where k probes would cost what knowing all of A costs, all of A is made known.
@@ -147,10 +126,9 @@ def enlarge(
         size = min(size, goal.budget // price)
         ahead = (size - pool.num_probes) * price
         if _worth_completing(pool, pool.n if size >= pool.n else ahead, goal):
-            pool.complete()
-            return summary(pool, Samples(pool.probes.new_zeros(0), 0.0, "exact"), known, goal)
+            return exact(pool, goal)
         pool.add_probes(size - pool.num_probes)
-        estimate = summary(pool, sample(pool), known, goal)
+        estimate = summary(pool, sample(pool), goal)
         if goal.rtol is None or estimate.status is Status.CONVERGED or size == goal.budget // price:
             return estimate
         forecast = size * (float(estimate.stderr) / goal.target(estimate)) ** 2
@@ -160,13 +138,8 @@ def enlarge(
 def sketch_by_pilot(pool: ProbePool, budget: int, choose: Callable[[Tensor], int], *, fewest: int) -> None:
     """Draw probes for a basis until more of them would not pay, and forget those that it does not need.
 
-    Probes drawn later have no part in the basis or its size, so that samples from them are independent and unbiased.
-
-    Args:
-        pool: empty.
-        budget: most products to spend, those with the later probes included.
-        choose: the size of the basis, from the pilot's `residual_curve`.
-        fewest: products to leave for the later probes.
+    Probes drawn later, `fewest` at least, have no part in the basis or its size, which `choose` takes from the pilot's
+    `residual_curve`, so that samples from them are independent and unbiased.
     """
     pool.add_probes(max(min(FEWEST, budget // 3), 1))
     while True:
@@ -180,59 +153,53 @@ def sketch_by_pilot(pool: ProbePool, budget: int, choose: Callable[[Tensor], int
     pool.drop_unsketched()
 
 
-def spend(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples]) -> TraceEstimate:
-    """Run an estimator that may use k probes and a basis from any s of them, and choose k and s as it learns.
-
-    Args:
-        pool: empty.
-        known: what is added to its trace.
-        goal: when to stop.
-        sample: the estimates of a pool.
-    """
+def spend(pool: ProbePool, goal: Goal, sample: Callable[[ProbePool], Samples]) -> TraceEstimate:
+    """Run an estimator that may use k probes and a basis from any s of them, and choose k and s as it learns."""
     if goal.rtol is None:
-        return _spend_budget(pool, known, goal, sample)
+        if _worth_completing(pool, goal.budget, goal):
+            return exact(pool, goal)
+        spend_budget(pool, goal.budget, lambda c, best: _nystrom_wins(pool, sample(pool), c, best, goal.budget))
+        return summary(pool, sample(pool), goal)
     if pool.n <= min(FEWEST, goal.budget):
-        pool.complete()
-        return summary(pool, Samples(pool.probes.new_zeros(0), 0.0, "exact"), known, goal)
+        return exact(pool, goal)
     pool.add_probes(min(FEWEST, goal.budget))
     while True:
-        estimate = summary(pool, sample(pool), known, goal)
-        left = goal.budget - pool.num_matvecs
-        if estimate.status is Status.CONVERGED or left <= 0:
+        estimate = summary(pool, sample(pool), goal)
+        if estimate.status is Status.CONVERGED or pool.num_matvecs >= goal.budget:
             return estimate
-        curve = residual_curve(pool.products)
-        k, s = pool.num_probes, pool.num_sketched
         variance = float(estimate.stderr) ** 2 * len(estimate.samples)
-        best, samples = cheapest(with_left_out(curve, k), variance, s, goal.target(estimate), fewest=FEWEST)
-        more = math.ceil(min(samples, goal.budget)) - k
-        best = min(best, s + left, k)
-        ahead = max(more, 0) + max(best - s, 0)
-        if worth_completing(pool, ahead, goal):
-            pool.complete()
-        elif best > s and estimate.method != "xnystrace":
-            pool.sketch(best)
-        else:
-            pool.add_probes(min(max(more, 1), max(k // 2, 1), left))
+        advance(pool, goal, variance, goal.target(estimate), may_sketch=estimate.method != "xnystrace")
 
 
-def _spend_budget(pool: ProbePool, known: Known, goal: Goal, sample: Callable[[ProbePool], Samples]) -> TraceEstimate:
-    """Draw probes until what is left of the budget is best spent on the basis; only then multiply that."""
-    budget = goal.budget
-    if _worth_completing(pool, budget, goal):
+def advance(
+    pool: ProbePool, goal: Goal, variance: float, target: float, *, may_sketch: bool = True, price: int = 1
+) -> None:
+    """Multiply what brings the standard error to its target soonest: a larger basis, more probes, or all of A."""
+    k, s, left = pool.num_probes, pool.num_sketched, goal.budget - pool.num_matvecs
+    curve = with_left_out(residual_curve(pool.products), k)
+    best, samples = cheapest(curve, variance, s, target, fewest=FEWEST)
+    more, best = math.ceil(min(samples, goal.budget)) - k, min(best, s + left, k)
+    if worth_completing(pool, max(more, 0) + max(best - s, 0), goal):
         pool.complete()
-        return summary(pool, Samples(pool.probes.new_zeros(0), 0.0, "exact"), known, goal)
+    elif may_sketch and best > s:
+        pool.sketch(best)
+    else:
+        pool.add_probes(min(max(more, 1), max(k // 2, 1), left // price))
+
+
+def spend_budget(pool: ProbePool, budget: int, probes_only: Callable[[Tensor, int], bool] = lambda *_: False) -> None:
+    """Draw probes until what is left of the budget is best spent on the basis; only then multiply that."""
     pool.add_probes(min(FEWEST, budget // 2 + 1))
     while True:
-        curve = residual_curve(pool.products)
-        best = most_accurate(with_left_out(curve, pool.num_probes), budget, fewest=min(FEWEST, budget // 2))
-        missing = budget - best - pool.num_probes
-        if missing <= 0 and _nystrom_wins(pool, sample(pool), curve, best, budget):
-            missing = budget - pool.num_probes
+        curve, k = residual_curve(pool.products), pool.num_probes
+        best = most_accurate(with_left_out(curve, k), budget, fewest=min(FEWEST, budget // 2))
+        missing = budget - best - k
+        if missing <= 0 and probes_only(curve, best):
+            missing = budget - k
         if missing <= 0:
             break
-        pool.add_probes(min(missing, max(pool.num_probes // 2, 1)))
+        pool.add_probes(min(missing, max(k // 2, 1)))
     pool.sketch(budget - pool.num_matvecs)
-    return summary(pool, sample(pool), known, goal)
 
 
 def _nystrom_wins(pool: ProbePool, samples: Samples, curve: Tensor, best: int, budget: int) -> bool:

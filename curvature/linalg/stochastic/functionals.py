@@ -115,10 +115,7 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
 
 
 def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
-    """Return the mean over the probes of a number from nodes and weights, its error that of the rule included.
-
-    The rule is judged by what half and two thirds of the steps give instead, as in `Spectrum`.
-    """
+    """Return the mean over the probes of a number from nodes and weights, its error that of the rule included."""
     of_probes = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
     value, stderr = mean_and_stderr(of_probes)
     stderr = torch.hypot(stderr, rule_error(density, value, sample))

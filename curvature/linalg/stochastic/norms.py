@@ -28,13 +28,8 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.validate import (
-    check_count,
-    check_square,
-    rounding_level,
-    unit_of,
-    working_dtype,
-)
+from curvature.linalg.base.validate import check_count, check_square, rounding_level, working_dtype
+from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.stochastic._probe_plan import most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import FEWEST, sketch_by_pilot
@@ -69,16 +64,9 @@ def frobenius_norm(
 
     Args:
         A: symmetric, (n, n). Without symmetry the estimate is still right, but the basis does not pay.
-        matrix: which one of an objective; see `as_matrix`.
         num_matvecs: products to spend, 4 at least.
-        generator: source of the probes, on A's device, or a seed.
         sketch_size: s, at most num_matvecs / 2 - 1. Default: chosen.
         block_size: columns multiplied at a time.
-        callback: called after each product with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([3.0, 4.0]))
@@ -94,13 +82,10 @@ def frobenius_norm(
         pool.complete()
         value = torch.linalg.matrix_norm(pool.images.double()).to(pool.images)
         return Estimate(value=value, stderr=torch.zeros_like(value), num_matvecs=pool.num_matvecs)
+    fewest = max(min(2 * FEWEST, num_matvecs // 3), 2)  # squares of residuals are skewed
     if sketch_size is None:
-        fewest = max(min(2 * FEWEST, num_matvecs // 3), 2)  # squares of residuals are skewed
         sketch_by_pilot(
-            pool,
-            num_matvecs,
-            lambda curve: most_accurate(curve, num_matvecs - pool.num_probes, fewest=fewest),
-            fewest=fewest,
+            pool, num_matvecs, lambda c: most_accurate(c, num_matvecs - pool.num_probes, fewest=fewest), fewest=fewest
         )
     else:
         pool.add_probes(sketch_size)
@@ -139,18 +124,10 @@ def spectral_norm(
     Cost: one product a step; k vectors of memory, since the basis is kept orthonormal.
 
     Args:
-        A: symmetric, (n, n).
-        matrix: which one of an objective; see `as_matrix`.
         rtol: run until upper <= (1 + rtol) lower.
         failure_probability: that the upper bound is too low, in (0, 1), over the random start.
         psd: A is positive semi-definite: the low end of the spectrum needs no bound. It is taken on trust.
         max_matvecs: most products to spend.
-        generator: source of the start, on A's device, or a seed.
-        callback: called after each product with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> bounds = spectral_norm(torch.diag(torch.arange(100.0) - 80), generator=0)
@@ -165,38 +142,24 @@ def spectral_norm(
         raise InputError(f"rtol must be positive, got {rtol}.")
     if not 0 < failure_probability < 1:
         raise InputError(f"failure_probability must be in (0, 1), got {failure_probability}.")
-    dtype = working_dtype(A)
     per_end = failure_probability if psd else failure_probability / 2
     log_delta = 0.5 * math.log(_least_square(n, per_end))
-    start = torch.randn(n, 1, generator=generator, dtype=dtype, device=A.device)
-    Q = start / torch.linalg.vector_norm(start)
-    alpha: list[Tensor] = []
-    beta: list[Tensor] = []
-    upper, scale = torch.inf, 0.0
+    start = torch.randn(n, 1, generator=generator, dtype=working_dtype(A), device=A.device)
+    process, upper = LanczosProcess(A, start), torch.inf
     for k in range(1, max_matvecs + 1):
-        r = (A @ Q[:, -1].to(A.dtype)).to(dtype)
-        unit = unit_of(r, k, first=k == 1)
-        r = r / unit
-        scale = max(scale, unit * float(torch.linalg.vector_norm(r)))
-        alpha.append(unit * (Q[:, -1] @ r))
-        for _ in range(2):  # twice is enough
-            r = r - Q @ (Q.T @ r)
-        b = torch.linalg.vector_norm(r)
-        exhausted = k == n or bool(unit * float(b) <= 10 * torch.finfo(dtype).eps * scale)
-        beta.append(torch.zeros_like(b) if exhausted else unit * b)
-        a, off = torch.stack(alpha).double().cpu(), torch.stack(beta).double().cpu()
-        lower = _norm_on_space(a, off)
-        bound = lower if exhausted else _beyond(a, off, log_delta, psd=psd)
+        process.step()
+        alpha, beta = (torch.tensor(x[0], dtype=torch.float64) for x in (process.alpha, process.beta))
+        lower = _norm_on_space(alpha, beta)
+        bound = lower if process.over else _beyond(alpha, beta, log_delta, psd=psd)
         upper = min(upper, bound + rounding_level(A) * lower)
         if callback is not None:
             callback(k, f"{lower:.4g} to {upper:.4g}")
-        if exhausted or upper <= (1 + rtol) * lower:
+        reached = process.over or upper <= (1 + rtol) * lower
+        if reached:
             break
-        Q = torch.cat([Q, (r / b)[:, None]], dim=1)
-    reached = exhausted or upper <= (1 + rtol) * lower
     return NormBounds(
-        lower=Q.new_tensor(lower),
-        upper=Q.new_tensor(max(upper, lower)),
+        lower=start.new_tensor(lower),
+        upper=start.new_tensor(max(upper, lower)),
         failure_probability=failure_probability,
         num_matvecs=k,
         status=Status.CONVERGED if reached else Status.MAX_MATVECS,
@@ -234,6 +197,5 @@ def _root(distances: Tensor, logs: float) -> float:
     excess = np.log(high + d).sum() - logs
     if not excess > 0:
         return high
-    return float(brentq(lambda x: np.log(x + d).sum() - logs, max(high * 1e-300, 1e-300), high, rtol=1e-12)) * (
-        1 + 1e-11
-    )
+    root = brentq(lambda x: np.log(x + d).sum() - logs, max(high * 1e-300, 1e-300), high, rtol=1e-12)
+    return float(root) * (1 + 1e-11)

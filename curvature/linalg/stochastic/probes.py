@@ -18,14 +18,8 @@ def rademacher(
 ) -> Tensor:
     """Return k columns of independent random signs, (n, k).
 
-    They have the least variance for traces: Var(z'Az) = 2 sum_{i != j} A_ij^2 for symmetric A.
-
-    Args:
-        n: length of a probe.
-        k: number of probes.
-        generator: source of randomness on `device`, or a seed.
-        dtype: of the result.
-        device: of the result; that of the generator by default.
+    They have the least variance for traces: Var(z'Az) = 2 sum_{i != j} A_ij^2 for symmetric A. The device is that of
+    the generator by default, which may be a seed.
     """
     source = _source(n, k, generator, dtype, device)
     bits = torch.randint(0, 2, (k, n), generator=source, device=device or source.device)
@@ -54,25 +48,6 @@ def sphere(
 
 
 DISTRIBUTIONS = {"rademacher": rademacher, "normal": normal, "sphere": sphere}
-
-
-def draw(
-    distribution: str,
-    n: int,
-    k: int,
-    *,
-    generator: AnyGenerator,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-) -> Tensor:
-    """Return k probes of a named distribution, (n, k).
-
-    Raises:
-        InputError: if there is no such distribution.
-    """
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
-    return DISTRIBUTIONS[distribution](n, k, generator=generator, dtype=dtype, device=device)
 
 
 def one_direction(Z: Tensor) -> bool:

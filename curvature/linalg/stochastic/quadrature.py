@@ -50,16 +50,10 @@ def quadrature(
     num_high: int,
     known: Tensor | None = None,
 ) -> Quadrature:
-    """Return the rule of every start vector.
+    """Return the rule of every start vector from T = V A V', (m, m), and B = V Z, (m, p), for A of size n.
 
-    Args:
-        T: V A V', (m, m), float64.
-        B: V Z, (m, p).
-        n: size of A.
-        num_steps: block steps that made V; None if V is invariant under A.
-        num_low: how many of the smallest Ritz pairs count as eigenpairs.
-        num_high: how many of the largest do.
-        known: (num_low + num_high,) eigenvalues to put in their place, ascending. Default: the Ritz values.
+    `num_steps` block steps made V; None if it is invariant under A. `num_low` of the smallest and `num_high` of the
+    largest Ritz pairs count as eigenpairs, whose values are `known`, ascending, or the Ritz values.
     """
     theta, S = torch.linalg.eigh(T)
     m, p = B.shape

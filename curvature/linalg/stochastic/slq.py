@@ -56,22 +56,14 @@ def spectral_density(
     cover the smoothed density, but 88 % where nearly all eigenvalues are alike and the density is one peak.
 
     Args:
-        A: symmetric, (n, n).
-        matrix: which one of an objective; see `as_matrix`.
         num_probes: independent start vectors; the error falls as their square root, and 2 at least give an error.
         num_steps: Lanczos steps a probe, in [1, n]: features narrower than the spectrum over num_steps are not
             resolved.
-        generator: source of the probes, on A's device, or a seed.
         num_points: points of the grid.
         sigma: standard deviation of the smoothing Gaussian, units of A. Default: 1/100 of the range of the nodes.
         deflate: eigenpairs that are known; only converged ones are used.
         probes: (n, num_probes) start vectors to use instead of drawing them.
         block_size: probes run side by side, which is faster wherever a product with a block is.
-        callback: called after each block of probes with the products so far and a word on progress.
-
-    Raises:
-        InputError: for arguments out of range.
-        NonFiniteError: if a product is not finite.
     """
     A = as_matrix(A, matrix)
     n = check_square(A)
@@ -162,12 +154,9 @@ def smoothed(
 
 
 def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the error of the quadrature in a mean over the probes, `extrapolated`; zero where the rules are exact.
+    """Return the error of the quadrature in a mean over the probes of `sample`, a number from nodes and weights.
 
-    Args:
-        density: whose rules.
-        value: the mean that all steps give.
-        sample: its value for one probe, from nodes and weights.
+    `value` is the mean that all steps give; the error is `extrapolated`, zero where the rules are exact.
     """
     if density.num_steps is None:
         return torch.zeros_like(value)
@@ -194,13 +183,8 @@ def extrapolated(value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
 def envelope(error: Tensor, grid: Tensor, nodes: Tensor, steps: int) -> Tensor:
     """Return the largest error of a smoothed density within a quarter of the mean distance of nodes of each grid point.
 
-    Densities of too few nodes waver about the right one, and what fewer nodes change passes through zero between.
-
-    Args:
-        error: (num_points,), at the points of `grid`, evenly spaced.
-        grid: (num_points,).
-        nodes: of all rules, one-dimensional.
-        steps: nodes of one rule.
+    Densities of too few nodes waver about the right one, and what fewer nodes change passes through zero between. The
+    grid is evenly spaced; nodes are those of all rules, one-dimensional, `steps` a rule.
     """
     reach = float(nodes.max() - nodes.min()) / (4 * steps) / float(grid[1] - grid[0])
     width = min(round(reach), len(grid) // 2)

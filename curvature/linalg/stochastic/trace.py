@@ -14,7 +14,7 @@ from curvature.generators import AnyGenerator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.stochastic._hutchpp import hutchpp
 from curvature.linalg.stochastic._probe_pool import ProbePool
-from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, open_pool, spend
+from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, spend
 from curvature.linalg.stochastic._xnystrace import nystrom_samples
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, TraceEstimate
@@ -71,7 +71,6 @@ def trace(
 
     Args:
         A: square, (n, n). Its symmetry is used by "xnystrace" only, but the sizes chosen suit symmetric matrices.
-        matrix: which one of an objective; see `as_matrix`.
         method: one of the above.
         rtol: accuracy wanted; or
         num_matvecs: products to spend, 4 at least, 2 for "hutchinson". Without either, rtol = 0.01.
@@ -83,16 +82,13 @@ def trace(
         distribution: "rademacher", "normal" or "sphere". Default: "sphere" for "xtrace" and "xnystrace", else signs.
         sketch_size: of "hutch++" with a budget: vectors of the subspace, at most num_matvecs / 2 - 1. Default: chosen;
             num_matvecs // 3 is published.
-        generator: source of the probes, on A's device, or a seed.
         block_size: columns multiplied at a time.
-        callback: called after each product with the products so far and a word on progress.
 
     Returns:
         The estimate; `method` says what gave the value.
 
     Raises:
         InputError: for arguments out of range; if A is seen to be indefinite and was said not to be.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> import torch
@@ -111,7 +107,7 @@ def trace(
         rtol = 0.01
     least = 2 if method == "hutchinson" else 4
     goal = Goal(num_matvecs=num_matvecs, rtol=rtol, max_matvecs=max_matvecs, confidence=confidence, least=least)
-    pool, known = open_pool(
+    pool = ProbePool(
         as_matrix(A, matrix),
         distribution=distribution or ("sphere" if method in ("xtrace", "xnystrace") else "rademacher"),
         generator=generator,
@@ -122,11 +118,11 @@ def trace(
         callback=callback,
     )
     if method == "hutch++":
-        return hutchpp(pool, known, goal, sketch_size)
+        return hutchpp(pool, goal, sketch_size)
     if method == "auto":
-        return spend(pool, known, goal, _best if psd else _mixed)
+        return spend(pool, goal, _best if psd else _mixed)
     sample = {"hutchinson": _mixed, "xtrace": _xtrace, "xnystrace": _xnystrace}[method]
-    return enlarge(pool, known, goal, sample, price=2 if method == "xtrace" else 1)
+    return enlarge(pool, goal, sample, price=2 if method == "xtrace" else 1)
 
 
 def _mixed(pool: ProbePool) -> Samples:

@@ -56,8 +56,6 @@ def cg(
     of B's size, and those of `keep` and `reorthogonalise`.
 
     Args:
-        A: symmetric, (n, n). Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
         B: right-hand sides, (n,) or (n, k).
         damping: added to A's diagonal; units of A.
         preconditioner: symmetric positive definite P near A + damping I, as an object whose `@` applies P^-1 to (n, k).
@@ -71,14 +69,12 @@ def cg(
             are done stand as they are; steps after a recomputed residual are not kept.
         reorthogonalise: keep residuals orthogonal to all earlier ones, for ill-conditioned matrices: fewer steps, but
             2 vectors more a step and column, one without preconditioner.
-        callback: called after each step with the products so far and a word on progress.
 
     Returns:
         Solutions with recomputed residuals. With a status other than CONVERGED, what was reached.
 
     Raises:
         InputError: for arguments out of range, or a preconditioner that is not positive definite.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))

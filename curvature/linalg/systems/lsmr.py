@@ -51,11 +51,9 @@ def lsmr(
         rtol: tolerance of the gradient relative to |J'b|; positive.
         atol: tolerance of the gradient in units of J'b, where that is larger.
         max_iterations: most steps a column. Default: 10 min(m, n), at least 1000.
-        callback: called after each step with the products so far and a word on progress.
 
     Raises:
         InputError: for arguments out of range, or a J without transpose.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> J = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])

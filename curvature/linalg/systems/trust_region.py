@@ -58,18 +58,15 @@ def trust_region(
 
     Args:
         A: symmetric, (n, n), of any signature. Its symmetry is not checked.
-        matrix: which one of an objective; see `as_matrix`.
         g: (n,).
         radius: positive; units of s.
         preconditioner: symmetric positive definite P near A, as an object whose `@` applies P^-1 to (n, k).
         rtol: tolerance of the model's gradient relative to |g|; positive.
         atol: tolerance of the model's gradient in units of g, where that is larger.
         max_iterations: most steps. Default: 10 n, at least 1000.
-        callback: called after each step with the products so far and a word on progress.
 
     Raises:
         InputError: for arguments out of range, or a preconditioner that is not positive definite.
-        NonFiniteError: if a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
