@@ -27,6 +27,7 @@ Tolerance: TypeAlias = "Callable[[Tensor], Tensor]"  # of the residuals, by Ritz
 _TINY = 1e-37  # keeps a start of zero zero
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 _MORE, _SMALL = 16, 1 << 25  # rows to add at a time where the buffer holds no more than so many numbers
+_STATE = ("T", "C", "D", "num_known", "num_matvecs", "norm", "_injected")
 _COLUMNS = 1 << 18  # coordinates that a restart treats at a time
 
 
@@ -224,18 +225,9 @@ class KrylovSpace:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, tensors and numbers only."""
         last = self.first + self.count + self.num_directions
-        return {
-            "rows": self.rows[:last].clone(),
-            "T": self.T,
-            "C": self.C,
-            "D": self.D,
-            "num_known": self.num_known,
-            "num_matvecs": self.num_matvecs,
-            "norm": self.norm,
-            "injected": self._injected,
-            "generator": self.generator.get_state(),
-            "frame": (self._frame, self._chained, self._correction),
-        }
+        own = {name: getattr(self, name) for name in _STATE}
+        frame = (self._frame, self._chained, self._correction)
+        return {"rows": self.rows[:last].clone(), **own, "generator": self.generator.get_state(), "frame": frame}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned for a space of these measures."""
@@ -250,7 +242,7 @@ class KrylovSpace:
         self.rows[: len(rows)] = rows.to(self.rows)
         self.T, self.C, self.D = (state[name].clone() for name in "TCD")
         self.count, self.num_directions = len(self.T), len(self.C)
-        self.num_matvecs, self.norm, self._injected = state["num_matvecs"], state["norm"], state["injected"]
+        self.num_matvecs, self.norm, self._injected = state["num_matvecs"], state["norm"], state["_injected"]
         self.generator.set_state(state["generator"])
         self._frame, self._chained, self._correction = state["frame"]
 

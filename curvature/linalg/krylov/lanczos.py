@@ -62,14 +62,13 @@ def lanczos(A: AnyMatrix, v0: Tensor, *, matrix: MatrixName = "hessian", num_ste
         raise InputError(f"v0 must be a vector of shape ({n},), got {tuple(v0.shape)}.")
     runs = lanczos_runs(A, v0[:, None], num_steps=num_steps)
     m = runs.num_matvecs
-    breakdown = runs.breakdown[0]
     return Krylov(
         basis=runs.basis[0, :m].T,
         alpha=runs.alpha[0, :m],
         beta=runs.beta[0, : m - 1],
         residual=runs.residual[0],
         residual_norm=runs.residual_norm[0],
-        breakdown=breakdown,
+        breakdown=runs.breakdown[0],
         num_matvecs=m,
     )
 

@@ -219,10 +219,7 @@ class _Run:
             need = {"inv": "invertible", "sqrt": "positive semi-definite"}.get(self.f, "positive definite")
             raise InputError(
                 f"f = {self.f!r} needs A + damping I to be {need}, but it has an eigenvalue at or below {lowest:.4g} "
-                f"(the largest is about {largest:.4g}); raise damping."
-                if self.f != "inv"
-                else f"f = 'inv' needs A + damping I to be invertible, but it seems to have an eigenvalue {lowest:.2g} "
-                f"(the largest is about {largest:.4g}); raise damping, or take minres."
+                f"(the largest is about {largest:.4g}); raise damping{', or take minres' * (self.f == 'inv')}."
             )
         return _FUNCTIONS[self.f](theta.clamp_min(0) if self.f == "sqrt" else theta)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class _Run:
         self.curvature = torch.full_like(s.scale, torch.nan)
 
     def iterate(self, s: Systems, columns: list[int]) -> None:
-        active, past = list(columns), _Past()
+        active = list(columns)
+        past: list[tuple[Tensor, Tensor, Tensor]] = []
         X, R, B = s.X[:, active], s.R[:, active], s.B[:, active]
         P, rho_old = torch.zeros_like(R), torch.ones_like(R[0])
         eps, size = torch.finfo(R.dtype).eps, R.new_zeros((), dtype=torch.float64)
@@ -127,7 +129,7 @@ class _Run:
             Z = s.precondition(R)
             rho = (R * Z).sum(dim=0)
             if self.reorthogonalise:
-                past.append(R, Z, rho)
+                past.append((R, Z, rho))
             P = Z + (rho / rho_old if step > 1 else 0) * P
             Q = s.multiply(P)
             curvature = (P * Q).sum(dim=0)
@@ -136,8 +138,7 @@ class _Run:
             positive = curvature > eps * size * lengths**2
             alpha = torch.where(positive, rho / curvature, 0)
             X, R, rho_old = X + alpha * P, R - alpha * Q, rho
-            if self.reorthogonalise:
-                R = past.orthogonal(R)
+            R = _orthogonal(R, past)
             norms = torch.linalg.vector_norm(R, dim=0)
             facts = torch.stack([norms, _model(B, R, X), rho, curvature, positive.to(R)])
             ended = self._ended(s, active, facts.double().tolist(), last=step == limit)
@@ -154,7 +155,7 @@ class _Run:
             if not active:
                 break
             X, R, B, P, rho_old = X[:, left], R[:, left], B[:, left], P[:, left], rho_old[left]
-            past.select(left)
+            past = [(r[:, left], z[:, left], c[left]) for r, z, c in past]
         else:
             for i in columns if limit <= 0 else []:
                 s.statuses[i] = Status.MAX_ITERATIONS
@@ -200,34 +201,15 @@ class _Run:
         all_columns = s.X.clone()
         all_columns[:, active] = X
         self.kept.append(KeptIterate(step=step, x=s.shaped(all_columns * s.scale)))
-        j = 0
-        while math.ceil(self.keep**j) <= step:
-            j += 1
-        self.next_kept = math.ceil(self.keep**j)
+        self.next_kept = next(k for j in count() if (k := math.ceil(self.keep**j)) > step)
 
 
-class _Past:
-    """Earlier residuals R and their preconditioned twins Z, R_i'Z_j = rho_i delta_ij in every column."""
-
-    def __init__(self) -> None:
-        self.R: list[Tensor] = []
-        self.Z: list[Tensor] = []
-        self.rho: list[Tensor] = []
-
-    def append(self, R: Tensor, Z: Tensor, rho: Tensor) -> None:
-        self.R.append(R)
-        self.Z.append(Z)
-        self.rho.append(rho)
-
-    def orthogonal(self, R: Tensor) -> Tensor:
-        for _ in range(2):  # twice is enough
-            for r, z, rho in zip(self.R, self.Z, self.rho, strict=True):
-                R = R - r * ((z * R).sum(dim=0) / rho)
-        return R
-
-    def select(self, columns: list[int]) -> None:
-        self.R, self.Z = [r[:, columns] for r in self.R], [z[:, columns] for z in self.Z]
-        self.rho = [rho[columns] for rho in self.rho]
+def _orthogonal(R: Tensor, past: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return R orthogonal to earlier residuals r and their preconditioned twins z, r_i'z_j = rho_i delta_ij."""
+    for _ in range(2):  # twice is enough
+        for r, z, rho in past:
+            R = R - r * ((z * R).sum(dim=0) / rho)
+    return R
 
 
 def _model(B: Tensor, R: Tensor, X: Tensor) -> Tensor:
