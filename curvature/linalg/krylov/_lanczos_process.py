@@ -21,11 +21,22 @@ from curvature.linop import MatrixLike
 
 
 class LanczosProcess:
-    """Runs from the columns of X, (n, p), none of them zero, for the matrix A + damping I."""
+    """Runs from the columns of X, (n, p), none of them zero, for the matrix A + damping I.
+
+    There is room for `capacity` vectors, which grows; residuals below the share `level` of |A| end a run.
+    """
 
     def __init__(
-        self, A: MatrixLike, X: Tensor, *, damping: float = 0.0, preconditioner: Any = None, capacity: int = 8
+        self,
+        A: MatrixLike,
+        X: Tensor,
+        *,
+        damping: float = 0.0,
+        preconditioner: Any = None,
+        capacity: int = 8,
+        level: float | None = None,
     ) -> None:
+        self.level = rounding_level(A) if level is None else level
         self.A, self.damping, self.preconditioner = A, damping, preconditioner
         self.dtype, self.num_matvecs = working_dtype(A), 0
         self.n, self.num_runs = X.shape
@@ -95,13 +106,13 @@ class LanczosProcess:
         squares = (R * Y).sum(dim=1)
         beta = squares.clamp_min(0).sqrt()
         facts = torch.stack([alpha, beta, self.scale[active] / unit, squares]).double().tolist()
-        following, level = [], rounding_level(self.A)
+        following = []
         for i, a, b, scale, square in zip(going, *facts, strict=True):
             if not (math.isfinite(a) and math.isfinite(square)):
                 raise NonFiniteError(non_finite_message(self.num_matvecs))
             if square < -1e-5 * scale**2:
                 raise indefinite(square)
-            self.resting[i] = b <= level * scale or len(self.alpha[i]) + 1 == self.n
+            self.resting[i] = b <= self.level * scale or len(self.alpha[i]) + 1 == self.n
             self.alpha[i].append(unit * a)
             self.beta[i].append(0.0 if self.resting[i] else unit * b)
             following.append(not self.resting[i])

@@ -65,17 +65,11 @@ def eigsh(
     spectra of trained networks. Where the limit of products or memory ends the chain, the status is UNCERTIFIED.
 
     A basis in a narrower `basis_dtype` holds what its rounding allows: residuals of 0.2 eps |A| as a rule and eps |A|
-    at worst, and values that err by the square of that over the gap. Measured with the spectra of tests/matrices.py,
-    n = 120 and 400, k = 1 and 6, as shares of |A|: median (largest) of the largest residual of a result, and of the
-    largest distance of a value from the nearest eigenvalue:
-
-        basis      residual           distance
-        bfloat16   2e-3   (7e-3)      1e-5   (7e-4)
-        float16    2e-4   (6e-4)      2e-7   (6e-6)
-        float32    4e-8   (1e-7)      2e-15  (4e-14)
-
-    The pairs are multiplied once more and their residuals computed; where these miss the tolerance because of the
-    basis, the status is STAGNATED.
+    at worst, and values that err by the square of that over the gap. Median (largest) of the largest residual and of
+    the largest distance of a value from an eigenvalue, in |A|, for the spectra of tests/matrices.py, n = 120 and 400,
+    k = 1 and 6: bfloat16 2e-3 (7e-3) and 1e-5 (7e-4); float16 2e-4 (6e-4) and 2e-7 (6e-6); float32 4e-8 (1e-7) and
+    2e-15 (4e-14). The pairs are multiplied once more; where residuals miss the tolerance because of the basis, the
+    status is STAGNATED.
 
     Cost: one product a step, 20 to 80 for the top of a typical Hessian; 8 n m operations a step for the basis. Memory:
     num_basis + block_size + 4 vectors, or up to 256 MiB if the chain needs more, and those of `deflate`, that no
@@ -107,8 +101,7 @@ def eigsh(
 
     Returns:
         Eigenpairs, eigenvalues descending; `method` says what was chosen, and why, and `miss_probability` is the bound
-        that was reached. With a status other than
-        CONVERGED, the best that was reached.
+        that was reached. With a status other than CONVERGED, the best that was reached.
 
     Raises:
         InputError: for arguments out of range or at odds, or a basis that does not fit into memory.
@@ -135,15 +128,8 @@ def eigsh(
         raise InputError(
             'deflate serves method="lanczos" only; leave the preconditioner out, or pass the vectors in v0.'
         )
-    common: dict[str, Any] = {
-        "rtol": rtol,
-        "v0": v0,
-        "atol": atol,
-        "certify": certify,
-        "confidence": confidence,
-        "generator": generator,
-        "callback": callback,
-    }
+    common: dict[str, Any] = {"which": which, "rtol": rtol, "atol": atol, "v0": v0, "generator": generator}
+    common |= {"certify": certify, "confidence": confidence, "callback": callback}
     chosen, why = method, "as asked for"
     iterated = 10 + 2 * k  # products, for the spectrum of a trained network
     if method == "auto":
@@ -152,23 +138,20 @@ def eigsh(
         if preconditioner is not None:
             chosen, why = "lobpcg", "there is a preconditioner"
         elif deflate is None and (free or few):
-            in_words = (
-                "the matrix is given by them" if free else f"{n} products, where an iteration takes about {iterated}"
-            )
-            chosen, why = "dense", in_words
+            priced = f"{n} products, where an iteration takes about {iterated}"
+            chosen, why = "dense", "the matrix is given by them" if free else priced
         else:
             chosen, why = "lanczos", f"about {iterated} products of {n}"
     if chosen == "dense":
         return _dense(A, k, which, rtol, f"all entries: {why}")
     if chosen == "lobpcg":
-        common |= {"which": which, "preconditioner": preconditioner, "max_matvecs": max_matvecs}
-        return replace(lobpcg(A, k, **common), method=f"LOBPCG: {why}")
+        pairs = lobpcg(A, k, preconditioner=preconditioner, max_matvecs=max_matvecs, **common)
+        return replace(pairs, method=f"LOBPCG: {why}")
     overhead = getattr(A, "overhead", 0.0)
     width = min(_width(overhead, k), n) if block_size is None else block_size
     lanczos = ThickRestartLanczos(
         A,
         k,
-        which=which,
         block_size=width,
         num_basis=num_basis,
         deflate=deflate,

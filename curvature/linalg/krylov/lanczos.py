@@ -104,7 +104,8 @@ def lanczos_runs(A: AnyMatrix, X: Tensor, *, matrix: MatrixName = "hessian", num
     norms = torch.linalg.vector_norm(X.to(working_dtype(A)), dim=0)
     if not bool((norms.isfinite() & (norms > 0)).all()):
         raise InputError("v0 must have a norm that is positive and finite, got zero, infinity or NaN.")
-    process, j = LanczosProcess(A, X.to(norms) / norms, capacity=min(num_steps + 1, n)), 0
+    level, room = 10 * torch.finfo(norms.dtype).eps, min(num_steps + 1, n)
+    process, j = LanczosProcess(A, X.to(norms) / norms, capacity=room, level=level), 0
     while j < num_steps and not process.over:
         process.step()
         j += 1

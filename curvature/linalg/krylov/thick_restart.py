@@ -117,18 +117,11 @@ class ThickRestartLanczos:
         held = A.device if basis_device is None else torch.device(basis_device)
         row = n * basis_dtype.itemsize
         check_memory((self.size + start_size + 2 * k) * row, held, basis_dtype == working_dtype(A))
-        measures: dict[str, Any] = {
-            "size": self.size,
-            "num_directions": start_size,
-            "known": known,
-            "generator": generator,
-            "device": held,
-        }
-        self.space = (
-            KrylovSpace(A, **measures)
-            if basis_dtype == working_dtype(A)
-            else RoundedSpace(A, basis_dtype=basis_dtype, **measures)
-        )
+        directions: dict[str, Any] = {"num_directions": start_size, "known": known, "generator": generator}
+        if basis_dtype != working_dtype(A):
+            directions["basis_dtype"] = basis_dtype
+        space = KrylovSpace if basis_dtype == working_dtype(A) else RoundedSpace
+        self.space: KrylovSpace = space(A, size=self.size, device=held, **directions)
         self.space.start(start.T)
         self._room = max(self.size + start_size, min(n, _SPARE_BYTES // row))
         self._chain: Chain | None = None

@@ -42,30 +42,27 @@ def trace(
 ) -> TraceEstimate:
     """Estimate tr A to an accuracy, or as well as a budget allows, with a confidence interval.
 
-    - "hutchinson": the mean of z'Az over probes z with E[zz'] = I. Variance of one probe, A symmetric: for signs
-      2 (|A|_F^2 - sum_i A_ii^2), normal 2 |A|_F^2. It holds a block of vectors only.
-    - "hutch++": exact on a subspace made of some probes, Hutchinson's estimator on the rest from others. The estimator
-      of choice where the error bar must hold by theorem: a budget's estimate is unbiased by construction.
+    - "hutchinson": the mean of z'Az over probes z with E[zz'] = I, one block in memory. Variance of one probe, A
+      symmetric: for signs 2 (|A|_F^2 - sum_i A_ii^2), normal 2 |A|_F^2.
+    - "hutch++": exact on a subspace made of some probes, Hutchinson's estimator on the rest from others. The choice
+      where the error bar must hold by theorem: a budget's estimate is unbiased by construction.
     - "xtrace": every probe serves for the subspace and, by leave-one-out, for the rest; 2 products a probe. Exact for a
       rank of k - 1 with k probes; on a flat spectrum half of the products are wasted.
-    - "xnystrace": for positive semi-definite A, one product a probe buys what XTrace pays two for. An A is refused if
-      the probes show a negative eigenvalue; a small one that no combination of them sees goes unnoticed.
-    - "auto" draws some probes and multiplies them: samples of Hutchinson's estimator, whose range is where most of A
-      is. How much of each product lies outside the range of the others says what the variance would be with a basis of
-      any size. Products then go to a basis or to further probes, whichever brings the end nearer; the value is the mean
-      over all probes ("mixed"). With `psd=True` the same products give an estimate by XNysTrace as well, and that of
-      the smaller standard error is taken. It may be off by up to a quarter of its standard error in one direction,
-      since what the probes show decides how they are used.
+    - "xnystrace": for positive semi-definite A, one product a probe. An A is refused if the probes show a negative
+      eigenvalue; a small one that no combination of them sees goes unnoticed.
+    - "auto" sees from the products of some probes what the variance would be with a basis of any size, and spends
+      further ones on a basis or on probes, whichever brings the end nearer; the value is the mean over all probes
+      ("mixed"), or, with `psd=True`, XNysTrace's where that has the smaller standard error. It may be off by up to a
+      quarter of its standard error in one direction, since what the probes show decides how they are used.
 
     Where all this costs no less than knowing A in full, with n products, the trace is exact. The leave-one-out terms of
-    "xtrace" and "xnystrace" share their products; their spread alone, as published, is too small by factors of 1.2 to
-    3, and the standard errors here add the covariances, estimated from estimates that leave two probes out.
+    "xtrace" and "xnystrace" share their products; standard errors here add the covariances, without which they are too
+    small by factors of 1.2 to 3.
 
     With rtol the run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol
-    |value|, with 8 samples at least. For a trace near zero with terms of both signs no estimator reaches a relative
-    accuracy; the status says so. Stopping at an accuracy favours samples that happen to lie close together, for which
-    the standard error allows. Of nominal 95 % intervals 92 to 99 % cover, with the exceptions named in
-    docs/benchmarks.md.
+    |value|, with 8 samples at least; the status says where a trace near zero, with terms of both signs, prevents it.
+    The standard error allows for samples that happen to lie close together. Of nominal 95 % intervals 92 to 99 % cover,
+    with the exceptions named in docs/benchmarks.md.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these.
 

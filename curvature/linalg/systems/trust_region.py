@@ -93,10 +93,10 @@ def trust_region(
     tolerance = max(rtol * start**0.5, atol)
     status = Status.CONVERGED if start**0.5 <= tolerance else Status.MAX_ITERATIONS
     size, smallest, eps = rho.new_zeros(()), math.nan, torch.finfo(working_dtype(A)).eps
-    steps = spent = 0
+    steps = 0
     while status is Status.MAX_ITERATIONS and steps < limit:
         q = (A @ p.to(A.dtype)).to(p)
-        spent += 1
+        steps += 1
         curvature = (p * q).sum().double()
         squared_length = (p * p).sum().double()
         norm = torch.linalg.vector_norm(q, dtype=torch.float64)
@@ -109,8 +109,7 @@ def trust_region(
         facts = torch.stack([curvature, reached, rho_next, length, squared, crossed, size, squared_length])
         c, end, rho_end, pp, ss, sp, norm, plain = facts.double().tolist()
         if not math.isfinite(c):
-            raise NonFiniteError(non_finite_message(spent))
-        steps += 1
+            raise NonFiniteError(non_finite_message(steps))
         smallest = min(c / pp, smallest) if steps > 1 else c / pp
         if c <= eps * norm * plain or not end < radius * radius:
             tau = _to_boundary(ss, sp, pp, radius)
@@ -120,7 +119,7 @@ def trust_region(
             raise indefinite(rho_end)
         s, r = s + alpha * p, r_next
         if callback is not None:
-            callback(spent, f"model gradient {unit * rho_end**0.5:.2g}, step {unit * end**0.5:.2g}")
+            callback(steps, f"model gradient {unit * rho_end**0.5:.2g}, step {unit * end**0.5:.2g}")
         if rho_end**0.5 <= tolerance:
             status = Status.CONVERGED
         beta = rho_next / rho
