@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 from typing_extensions import Self
 
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import OutputMetric
-from curvature.errors import InputError, ParameterSelectionError
+from curvature.errors import DataError, InputError, ParameterSelectionError
 from curvature.linop import SymmetricOperator
 from curvature.objective.objective import Objective
 from curvature.objective.ranks import agree_on
@@ -142,4 +143,28 @@ def check_likelihood(objective: Objective, what: str) -> None:
             f"torch's cross-entropy, mean squared error and binary cross-entropy with logits, got {name}; use one of "
             "these (CrossEntropyLoss on logits instead of NLLLoss on their log_softmax), or GGNOperator or "
             "EmpiricalFisherOperator, which need no distribution."
+        )
+
+
+def check_fixed_order(objective: Objective, why: str) -> None:
+    """Refuse a loader that yields its examples in another order at each pass; walks over it twice, no model."""
+    if objective.source.in_memory:
+        return
+    loader = objective.source.given
+    shuffled = isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler)
+    if not shuffled:
+        objective.source.confirm()
+    _refuse_order(shuffled or objective.shuffles, why)
+
+
+def check_order_kept(objective: Objective, why: str) -> None:
+    """Refuse linearised batches that have come in another order than before."""
+    _refuse_order(objective.shuffles and not objective.keeps_all_graphs, why)
+
+
+def _refuse_order(shuffled: bool, why: str) -> None:
+    if shuffled:
+        raise DataError(
+            f"the loader shuffles and {why}: every pass would be another matrix. Pass a loader with shuffle=False, or "
+            "list(loader)."
         )

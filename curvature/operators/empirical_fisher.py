@@ -19,19 +19,17 @@ from curvature.parameters import Block
 class EmpiricalFisherOperator(MetricOperator):
     """E = sum_i p_i g_i g_i', g_i the gradient of example i's loss; symmetric and positive semi-definite.
 
-    l_i is the mean loss over the example's terms, w_i their number (the sum of their class weights), and p_i = w_i / W
-    with W = sum_i w_i over all batches: sum_i p_i l_i = L and sum_i p_i g_i is the gradient of L, exactly. Ignored
-    targets have no weight. A user's `weight=` scales the p_i of a whole batch. With `reduction="sum"` p_i is the same
-    and g_i is the gradient of W l_i, so that sum_i p_i g_i is the gradient of L there too: E is W^2 times what it is
-    for the mean, where L and the Fisher matrices are W times. Compare it with these for a mean.
+    l_i is the mean loss over the example's terms, w_i their number (the sum of their class weights; 0 where ignored),
+    and p_i = w_i / W with W = sum_i w_i over all batches, so that sum_i p_i g_i is the gradient of L. A user's
+    `weight=` scales the p_i of a whole batch. With `reduction="sum"` g_i is the gradient of W l_i, and E is W^2 times
+    what it is for the mean.
 
-    What one example is, `per` says: a sequence is everything under one index of the first dimension (an image, a text
-    with all its tokens), a target is one loss term (a token, a pixel, an entry of a regression). Both are the same
-    where examples have one term each.
+    `per` says what one example is: "sequence" everything under one index of the first dimension (an image, a text with
+    all its tokens), "target" one loss term (a token, a pixel, an entry of a regression).
 
-    Other than `FisherOperator` the targets are those of the data, and other than its relatives E does not approach the
-    Hessian at a minimum: with g_i of noise it is noise. E = Sigma + g g' with Sigma the covariance of gradients
-    (`GradientCovarianceOperator`), and its trace is the mean of |g_i|^2.
+    The targets are those of the data, and E does not approach the Hessian at a minimum: with g_i of noise it is noise.
+    E = Sigma + g g' with Sigma the covariance of gradients (`GradientCovarianceOperator`); its trace is the mean
+    |g_i|^2.
 
     No gradient of a single example is formed: with d_i the part of the gradient of the batch's loss in the outputs that
     belongs to example i, a batch's matrix is J' diag_i(d_i d_i' / p_i) J. Examples that the model or the loss couples

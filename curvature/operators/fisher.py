@@ -11,22 +11,20 @@ from curvature.parameters import Block
 class FisherOperator(ObjectiveOperator):
     """F = sum_t c_t J_t' E[s s'] J_t / W, with s the gradient of -log p(y | z_t) in the outputs, y ~ p(y | z_t).
 
-    The sum runs over the targets t (examples, tokens, entries of a regression) of all batches, z_t are the model's
-    outputs for one of them, J_t is their Jacobian, and W is what the loss divides by (1 for `reduction="sum"`). No
-    target of the data enters but through c_t, the factor by which the loss weights log-likelihoods:
+    The sum runs over the targets t (examples, tokens, entries of a regression) of all batches, with outputs z_t and
+    their Jacobian J_t; W is what the loss divides by (1 for `reduction="sum"`), and c_t how the loss weights a
+    log-likelihood:
 
-    - cross-entropy: p = softmax(z), E[s s'] = diag p - p p'. c_t is 0 for an ignored target, the class weight of the
-      target where there are class weights, 1 otherwise; with soft targets q, from class probabilities or label
-      smoothing, it is their sum sum_c weight_c q_c. Smoothing alone leaves F as it is.
+    - cross-entropy: p = softmax(z), E[s s'] = diag p - p p'. c_t is 0 for an ignored target, else the class weight of
+      the target or 1; with soft targets q, from class probabilities or label smoothing, sum_c weight_c q_c.
     - binary cross-entropy with logits: every entry is a target, E[s s'] = p (1 - p), p = sigmoid(z);
       c_t = weight * (pos_weight * y + 1 - y).
-    - squared error: every entry is a target, log p = -(z - y)^2 up to a constant, so y is normal around z with variance
-      1/2, E[s s'] = 2, c_t = 1. For another noise variance v, F is to be divided by 2 v.
+    - squared error: every entry is a target, y is normal around z with variance 1/2, E[s s'] = 2, c_t = 1. For another
+      noise variance v, F is to be divided by 2 v.
 
-    In these models z are the natural parameters (for squared error, up to a fixed factor), so that the Hessian of
-    -log p in them does not depend on y and E[s s'] equals it: F is the Gauss-Newton matrix, number for number, and
-    computed as such, without sampling. `MCFisherOperator` estimates it; `EmpiricalFisherOperator` takes the data's own
-    targets and is another matrix. Of other losses it is not known which distribution they stand for: refused.
+    The Hessian of -log p in z does not depend on y here and equals E[s s']: F is the Gauss-Newton matrix, number for
+    number, and computed as such, without sampling. `MCFisherOperator` estimates it; `EmpiricalFisherOperator` takes the
+    data's own targets and is another matrix. Losses of unknown distribution are refused.
 
     Cost of one product: 4/3 gradients at best with the graph kept, as for `GGNOperator`.
 

@@ -19,18 +19,14 @@ from curvature.parameters import Block
 class GradientCovarianceOperator(EmpiricalFisherOperator):
     """Sigma = sum_i p_i (g_i - g)(g_i - g)' = sum_i p_i g_i g_i' - g g', with g = sum_i p_i g_i the gradient of L.
 
-    Examples, their weights p_i (which add up to 1) and their gradients g_i are those of `EmpiricalFisherOperator`. The
-    gradient of a batch of B examples drawn with probabilities p_i, with replacement, has covariance Sigma / B. If the
-    data are a sample themselves, g_i independent with one mean and one covariance C, then Sigma is
-    (1 - sum_i p_i^2) C on average, since the part of g in each g_i takes away twice p_i C and gives back sum_j p_j^2 C:
-    `unbiased` divides by that factor, which is (N - 1) / N for equal weights.
+    Examples, weights p_i and gradients g_i are those of `EmpiricalFisherOperator`. The gradient of a batch of B
+    examples drawn with probabilities p_i, with replacement, has covariance Sigma / B. If the data are a sample
+    themselves, of covariance C, Sigma is (1 - sum_i p_i^2) C on average: `unbiased` divides by that factor, (N - 1) / N
+    for equal weights. With `reduction="sum"` Sigma is W^2 times what it is for the mean.
 
-    With `reduction="sum"` Sigma is W^2 times what it is for the mean.
-
-    Symmetric; positive semi-definite up to rounding, which is that of E = Sigma + g g': where |g|^2 is far above the
-    spread of the g_i, small eigenvalues drown.
-
-    Cost of one product: that of `EmpiricalFisherOperator`; at a new point one gradient more.
+    Symmetric; positive semi-definite up to rounding, which is that of Sigma + g g': where |g|^2 is far above the spread
+    of the g_i, small eigenvalues drown. Cost of one product: that of `EmpiricalFisherOperator`; at a new point one
+    gradient more.
 
     Args:
         objective: one with `loss=`, any whose loss is a sum over examples, whose targets are one tensor.

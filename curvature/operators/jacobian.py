@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from curvature.arguments import checked
+from curvature.engine.linearize import Linearization
 from curvature.errors import DataError, InputError
 from curvature.linop import LinearOperator
 from curvature.objective.objective import Objective
-from curvature.operators._fixed_order import check_fixed_order, ordered_linearizations
-from curvature.operators._objective_operator import block_within, check_split
+from curvature.operators._objective_operator import block_within, check_fixed_order, check_order_kept, check_split
 from curvature.parameters import Block, Selection
 
 _WHY = "rows of the Jacobian belong to places in the data"
@@ -82,23 +83,22 @@ class JacobianOperator(LinearOperator):
 
     def _matmat(self, X: Tensor) -> Tensor:
         rows = X.T.contiguous()
-        parts = []
-        for lin in ordered_linearizations(self.objective, _WHY):
-            parts.append(lin.jvp(rows, self.block))
-            self._check_size(len(parts) - 1, lin.num_outputs)
-        return torch.cat(parts, dim=1).T
+        return torch.cat([lin.jvp(rows, self.block) for lin in self._batches()], dim=1).T
 
     def _rmatmat(self, U: Tensor) -> Tensor:
+        parts = U.T.split(self._sizes, dim=1)
         total = U.new_zeros(U.shape[1], self.shape[1])
-        start = 0
-        for place, lin in enumerate(ordered_linearizations(self.objective, _WHY)):
-            self._check_size(place, lin.num_outputs)
-            total += lin.vjp(U[start : start + lin.num_outputs].T.contiguous(), self.block)
-            start += lin.num_outputs
+        for lin, part in zip(self._batches(), parts, strict=False):  # so that one batch too many is seen
+            total += lin.vjp(part.contiguous(), self.block)
         return total.T
 
-    def _check_size(self, place: int, size: int) -> None:
-        if place >= len(self._sizes) or size != self._sizes[place]:
-            raise DataError(
-                f"batch {place} has {size} outputs, other than when the operator was built; build a new one."
-            )
+    def _batches(self) -> Iterator[Linearization]:
+        """Yield the linearised batches, as long as they are those that the operator was built of."""
+        for place, lin in enumerate(self.objective.linearizations()):
+            check_order_kept(self.objective, _WHY)
+            if place >= len(self._sizes) or lin.num_outputs != self._sizes[place]:
+                raise DataError(
+                    f"batch {place} has {lin.num_outputs} outputs, other than when the operator was built; build a new "
+                    "one."
+                )
+            yield lin

@@ -8,12 +8,16 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import SampledFisher
-from curvature.errors import DataError, InputError
+from curvature.errors import InputError
 from curvature.generators import AnyGenerator, spawn
 from curvature.objective.objective import Objective
 from curvature.objective.ranks import agree_on
-from curvature.operators._fixed_order import check_fixed_order
-from curvature.operators._objective_operator import MetricOperator, check_likelihood
+from curvature.operators._objective_operator import (
+    MetricOperator,
+    check_fixed_order,
+    check_likelihood,
+    check_order_kept,
+)
 from curvature.parameters import Block
 
 _WHY = "drawn targets belong to places in the data"
@@ -22,17 +26,15 @@ _WHY = "drawn targets belong to places in the data"
 class MCFisherOperator(MetricOperator):
     """F^ = sum_t c_t J_t' (1/S sum_s s_ts s_ts') J_t / W, s_ts the gradient of -log p(y_ts | z_t), y_ts ~ p(y | z_t).
 
-    Sum, weights and distributions are those of `FisherOperator`, of which this is an unbiased estimate: S targets are
-    drawn for every one in the data, each on its own, also within a sequence. They are fixed by the generator at
-    construction, so that this is one symmetric, positive semi-definite matrix; draw anew with a new operator. When the
-    parameters move, the draws follow the model under the same random numbers.
+    An unbiased estimate of `FisherOperator`, with its sum, weights and distributions: S targets are drawn for every one
+    in the data, also within a sequence. The generator fixes them at construction, so that this is one symmetric,
+    positive semi-definite matrix; where the parameters move, draws follow the model under the same random numbers.
 
-    The entries' standard errors fall as 1 / sqrt(S). Where `FisherOperator` applies, it is exact at the same cost a
-    product; the estimate is of use as a factor (rank at most S times the targets), to compare with other libraries, and
-    to study Monte Carlo noise.
+    Standard errors of the entries fall as 1 / sqrt(S). `FisherOperator` is exact at the same cost a product; the
+    estimate serves as a factor (rank at most S times the targets), for comparisons and to study Monte Carlo noise.
 
-    Cost of one product: that of `GGNOperator`, whatever S; the draws are made once a batch (once a product for graphs
-    that are not kept) and held as their frequencies, one number an output.
+    Cost of one product: that of `GGNOperator`; the draws are made once a batch (once a product for graphs that are not
+    kept) and held as their frequencies, one number an output.
 
     Args:
         objective: one with cross-entropy, squared error or binary cross-entropy with logits, over data in fixed order.
@@ -74,6 +76,5 @@ class MCFisherOperator(MetricOperator):
         self.num_samples = num_samples
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
-        if self.objective.shuffles and not self.objective.keeps_all_graphs:
-            raise DataError(f"the loader shuffles and {_WHY}; pass a loader with shuffle=False, or list(loader).")
+        check_order_kept(self.objective, _WHY)
         return super()._of_batch(lin, X, block)

@@ -128,25 +128,21 @@ def optimizer_preconditioner(
 ) -> Tensor:
     """Return the diagonal P, (n,), with which the optimizer's last step was -lr P^-1 m, m its average of gradients.
 
-    Read from the optimizer's state after its step t; parameters are found by identity.
+    Read from the optimizer's state after its step t; parameters are found by identity. Weight decay is not part of it.
 
-    - Adam, AdamW: (1 - beta1^t) ((v / (1 - beta2^t))^1/2 + eps); with `amsgrad` v is the maximum so far. The first
-      factor is the bias correction of m.
+    - Adam, AdamW: (1 - beta1^t) ((v / (1 - beta2^t))^1/2 + eps), v the maximum so far with `amsgrad`.
     - AdaHessian (any optimizer with its state `exp_hessian_diag_sq`): (1 - beta1^t) ((v / (1 - beta2^s))^(k/2) + eps)
       with k its `hessian_power` and s the refreshes of the curvature where it counts these, else t.
     - RMSprop: v^1/2 + eps; `centered`: (v - a^2)^1/2 + eps with a the average gradient.
-    - Adagrad: (1 + (t - 1) lr_decay) (v^1/2 + eps).
-    - SGD: 1.
-
-    Weight decay is not part of it.
+    - Adagrad: (1 + (t - 1) lr_decay) (v^1/2 + eps). SGD: 1.
 
     Args:
         optimizer: one of these.
         space: the parameters, in the order of P.
         include_lr: divide by the learning rate of each parameter's group: the edge of stability is then the same number
             for all groups, e.g. 38 for Adam with beta1 = 0.9.
-        missing: what stands for parameters that the optimizer does not hold or has not moved yet (frozen, or never with
-            a gradient): "error", or "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`).
+        missing: what stands for parameters that the optimizer does not hold or has not moved yet: "error", or
+            "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`).
 
     Raises:
         InputError: for another kind of optimizer, or parameters without state.
