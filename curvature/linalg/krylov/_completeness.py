@@ -113,15 +113,13 @@ class Chain:
         diagonal = torch.tensor(self.alphas, dtype=torch.float64)
         return torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
 
-    def miss_probability(self) -> float:
-        """Return the bound on the probability that an eigenvalue beyond the bound was missed."""
-        return self._miss_probability(self.bound)
-
     def miss_probability_of_all(self) -> float:
         """Return the bound on the probability that one at either end was missed; 1 where the far end is not known."""
-        return 1.0 if self.far is None else min(1.0, self.miss_probability() + self._miss_probability(self.far))
+        return 1.0 if self.far is None else min(1.0, self.miss_probability() + self.miss_probability(self.far))
 
-    def _miss_probability(self, bound: Bound) -> float:
+    def miss_probability(self, at: Bound | None = None) -> float:
+        """Return the bound on the probability that an eigenvalue beyond the bound was missed."""
+        bound = self.bound if at is None else at
         if not self.alphas:
             return 1.0
         mu = torch.linalg.eigvalsh(self._tridiagonal())

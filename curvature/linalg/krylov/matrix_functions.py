@@ -37,24 +37,13 @@ FunctionName: TypeAlias = Literal["inv", "sqrt", "invsqrt", "log", "exp"]
 _MOST_STEPS = 200
 _SAFETY = 3.0  # an estimate from differences sees only what the last steps changed
 _DEFINITE = ("inv", "invsqrt", "log")
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "inv": torch.reciprocal,
-    "sqrt": torch.sqrt,
-    "invsqrt": torch.rsqrt,
-    "log": torch.log,
-    "exp": torch.exp,
-}
-_DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "inv": lambda x: x**-2,
-    "sqrt": lambda x: x.rsqrt() / 2,
-    "invsqrt": lambda x: x**-1.5 / 2,
-    "log": torch.reciprocal,
-    "exp": torch.exp,
-}
-_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # w(t), by which the resolvents are integrated
-    "sqrt": lambda t: t.sqrt() / math.pi,
-    "invsqrt": lambda t: t.rsqrt() / math.pi,
-    "log": torch.ones_like,
+_Entrywise: TypeAlias = Callable[[Tensor], Tensor]
+_FUNCTIONS: dict[str, tuple[_Entrywise, _Entrywise, _Entrywise]] = {  # f, f', and w by which resolvents are integrated
+    "inv": (torch.reciprocal, lambda x: x**-2, torch.zeros_like),
+    "sqrt": (torch.sqrt, lambda x: x.rsqrt() / 2, lambda t: t.sqrt() / math.pi),
+    "invsqrt": (torch.rsqrt, lambda x: x**-1.5 / 2, lambda t: t.rsqrt() / math.pi),
+    "log": (torch.log, torch.reciprocal, torch.ones_like),
+    "exp": (torch.exp, torch.exp, torch.zeros_like),
 }
 
 
@@ -165,7 +154,7 @@ def _iterate(
 class _Run:
     """f(T) e_1 |v| as T grows, and how far it is from its limit; `h` are the coefficients in the basis."""
 
-    def __init__(self, f: str | Callable[[Tensor], Tensor], lower: float | None, norm: float, rounding: float) -> None:
+    def __init__(self, f: str | _Entrywise, lower: float | None, norm: float, rounding: float) -> None:
         self.f, self.lower, self.norm, self.rounding = f, lower, norm, rounding
         self.h = torch.zeros(0, dtype=torch.float64)
         self.changes: list[float] = []
@@ -194,7 +183,7 @@ class _Run:
         """Return what rounding in values and in A may add to the error."""
         perturbation = self.rounding * float(theta.abs().max())  # of A, as good as
         if isinstance(self.f, str):
-            slope = float(_DERIVATIVES[self.f](theta.clamp_min(0) if self.f == "sqrt" else theta).abs().max())
+            slope = float(_FUNCTIONS[self.f][1](theta.clamp_min(0) if self.f == "sqrt" else theta).abs().max())
         else:
             slope = float((values.diff() / theta.diff()).abs().max()) if len(theta) > 1 else 0.0
         moved = perturbation * slope if perturbation > 0 else 0.0
@@ -221,7 +210,7 @@ class _Run:
                 f"f = {self.f!r} needs A + damping I to be {need}, but it has an eigenvalue at or below {lowest:.4g} "
                 f"(the largest is about {largest:.4g}); raise damping{', or take minres' * (self.f == 'inv')}."
             )
-        return _FUNCTIONS[self.f](theta.clamp_min(0) if self.f == "sqrt" else theta)
+        return _FUNCTIONS[self.f][0](theta.clamp_min(0) if self.f == "sqrt" else theta)
 
     def _bound(self, theta: Tensor, beta: list[float], h: Tensor) -> float:
         """Return the bound that follows from `lower`; infinite without."""
@@ -232,7 +221,7 @@ class _Run:
         log_t = torch.linspace(math.log(float(theta[0])) - 60, math.log(float(theta[-1])) + 60, 601).double()
         t = log_t.exp()
         log_r = sum(map(math.log, beta)) - torch.log(theta[:, None] + t).sum(dim=0)
-        integrand = _WEIGHTS[self.f](t) * t / (self.lower + t) * log_r.exp()  # t for dt = t d log t
+        integrand = _FUNCTIONS[self.f][2](t) * t / (self.lower + t) * log_r.exp()  # t for dt = t d log t
         return self.norm * float(torch.trapezoid(integrand, log_t))
 
 
