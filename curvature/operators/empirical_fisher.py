@@ -24,7 +24,7 @@ class EmpiricalFisherOperator(MetricOperator):
     `weight=` scales the p_i of a whole batch. With `reduction="sum"` g_i is the gradient of W l_i, and E is W^2 times
     what it is for the mean.
 
-    `per` says what one example is: "sequence" everything under one index of the first dimension (an image, a text with
+    `per` says what one example is: "example" everything under one index of the first dimension (an image, a text with
     all its tokens), "target" one loss term (a token, a pixel, an entry of a regression).
 
     The targets are those of the data, and E does not approach the Hessian at a minimum: with g_i of noise it is noise.
