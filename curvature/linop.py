@@ -157,7 +157,7 @@ class LinearOperator(ABC):
 
     @full_precision
     def _applied(self, X: Tensor) -> Tensor:
-        return self._matmat(X)
+        return self._matmat(X) if X.shape[1] else X.new_zeros(self.shape[0], 0)
 
     def __add__(self, other: MatrixLike) -> Sum:
         return Sum(self, other)

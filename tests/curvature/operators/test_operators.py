@@ -221,6 +221,11 @@ def test_block_diagonal_equals_its_restrictions_and_walks_the_data_once(
     torch.testing.assert_close(B @ X[:, 0], expected[:, 0], rtol=0, atol=0)
 
 
+def test_a_block_without_columns_has_a_product_without_columns() -> None:
+    operator = HessianOperator(Objective(nn.Linear(3, 1), nn.MSELoss(), (torch.ones(4, 3), torch.ones(4, 1))))
+    assert (operator @ torch.ones(4, 0)).shape == (4, 0)
+
+
 def test_bad_blocks_are_refused() -> None:
     case = BY_NAME["MLP tanh"]
     model = case.model()
