@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
+from curvature.environment.memory import return_unused
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
@@ -321,6 +322,8 @@ class ThickRestartLanczos:
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
             inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
         else:
+            if space.rows.device.type == "cpu" and space.rows.nbytes >= _SPARE_BYTES:
+                return_unused()  # what the products left: the check and the result need vectors beside the basis
             if self.certify or (done and self.confidence is not None):
                 norms, num_checks, confirmed = self._computed(values, S, norms, tolerance, limit)
             U = space.vectors(S)  # last, so that no product has to find room beside them
