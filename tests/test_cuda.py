@@ -385,7 +385,7 @@ def test_solving_with_a_model() -> None:
     case = BY_NAME["MLP GELU"]
     G = GGNOperator(here(case)).to_dense()
     b = torch.randn(len(G), dtype=torch.float64)
-    found = solve(there(case), b.cuda(), damping=0.1, rtol=1e-10)
+    found = solve(there(case), b.cuda(), matrix="ggn", damping=0.1, rtol=1e-10)
     assert_close(found.x.cpu(), torch.linalg.solve(G + 0.1 * torch.eye(len(G), dtype=torch.float64), b), 1e-7)
 
 
