@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.critical.study import CRITICAL, CriticalPlan
+from analysis.critical.measure import CriticalPlan
+from analysis.critical.study import STUDY as CRITICAL
 from analysis.run.preparation import Request
 from analysis.run.study import run_study
 from analysis.tasks.checkpoint import load_checkpoint

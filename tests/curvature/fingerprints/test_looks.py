@@ -209,7 +209,7 @@ def test_contents_stand_until_they_change(most: int | None, room: int) -> None:
         torch.randn(9).bfloat16(),
         torch.arange(10001),
     ],
-    ids=str,
+    ids=["empty", "bool", "sparse", "conjugated", "transposed", "expanded", "bfloat16", "long"],
 )
 def test_digests_take_tensors_of_all_kinds(t: Tensor) -> None:
     assert digest([t]) == digest([t.clone()])
