@@ -45,7 +45,9 @@ def rows_of(A: Tensor, exact: Tensor, *, known: int, probes: int, steps: Sequenc
     spent = torch.zeros_like(distances)
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        pairs = eigsh(A, known, rtol=RTOL, generator=generator).raise_if_failed() if known else None
+        pairs = None
+        if known:
+            pairs = eigsh(A, known, method="lanczos", rtol=RTOL, generator=generator).raise_if_failed()
         for j, m in enumerate(steps):
             density = spectral_density(
                 A, num_probes=probes, num_steps=m, generator=generator, deflate=pairs, block_size=probes, num_points=2
