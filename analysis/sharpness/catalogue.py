@@ -90,7 +90,7 @@ def _frobenius(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Fo
     return Found(value=float(found.value), stderr=float(found.stderr), dof=found.dof, num_matvecs=found.num_matvecs)
 
 
-def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:  # noqa: ARG001
+def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     """Rise at the point that a training step of SAM or ASAM looks at; 0 where the gradient is 0."""
     c, rho = _scaled(objective, s, scale)
     theta = objective.space.current()
@@ -161,7 +161,7 @@ def _flatness(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Fou
     return relative_flatness(objective, num_matvecs=s.num_matvecs, generator=g)
 
 
-def _fisher_rao(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:  # noqa: ARG001
+def _fisher_rao(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     return fisher_rao(objective)
 
 
