@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits
 from curvature.autograd.lean import LeanLayers
 from curvature.data.random_states import RandomStates
 from curvature.data.tensors import ordinary, tensors_in
@@ -49,6 +50,14 @@ class Evaluation:
     """What the model returned; None where forward returns the loss itself."""
     targets: Any
     drew_random_numbers: bool
+    in_blocks: bool
+    """Whether the logits of the head were computed in blocks."""
+
+    @property
+    def shown(self) -> Tensor | None:
+        """The outputs, detached, or what goes into a head that works in blocks; None if they are no tensor."""
+        outputs = self.outputs.h if isinstance(self.outputs, LazyLogits) else self.outputs
+        return outputs.detach() if isinstance(outputs, Tensor) else None
 
 
 @dataclass
@@ -65,6 +74,9 @@ class Evaluator:
         allow_tf32: whether float32 may be rounded to TF32 where PyTorch's settings say so.
         forward_differentiates: whether an evaluation was seen to hold derivatives (a PINN, a gradient penalty); None
             before the first.
+        head: returns the weight of the last linear layer, whose logits are computed in blocks where they are large.
+        head_in_use: whether logits were large, and all evaluations could do with blocks of them.
+        head_refusal: why one could not; "" while nothing speaks against blocks.
         batch_weights: tests whether a loss of one's own divides by what its batches are counted by; None does not.
     """
 
@@ -76,6 +88,9 @@ class Evaluator:
     seed: int
     allow_tf32: bool = False
     forward_differentiates: bool | None = None
+    head: Callable[[], Any] | None = None
+    head_in_use: bool = False
+    head_refusal: str = ""
     batch_weights: WeightsOfBatches | None = field(default_factory=WeightsOfBatches)
 
     def __post_init__(self) -> None:
@@ -86,6 +101,7 @@ class Evaluator:
     def forget(self) -> None:
         """Drop what evaluations have shown: model, loss or data have changed."""
         self.forward_differentiates = None
+        self.head_in_use, self.head_refusal = False, ""
         self.batch_weights = None if self.batch_weights is None else WeightsOfBatches()
         self.__post_init__()
 
@@ -132,7 +148,18 @@ class Evaluator:
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
 
-    def evaluate(self, batch: Any, index: int) -> Evaluation:
+    def head_in_blocks(self) -> HeadInBlocks | None:
+        """Return what makes logits lazy, to evaluate with; None where there is no head or it was refused."""
+        weight = None if self.head is None or self.head_refusal else self.head()
+        return HeadInBlocks(weight) if isinstance(weight, Tensor) else None
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the results should know of the head."""
+        if self.head_in_use:
+            return ["The last layer and its cross-entropy work in blocks of rows; the logits are never whole."]
+        return [f"The logits are held whole: {self.head_refusal}."] if self.head_refusal else []
+
+    def evaluate(self, batch: Any, index: int, blocks: HeadInBlocks | None = None) -> Evaluation:
         """Run the model on one batch, under random numbers fixed by the batch's place.
 
         Raises:
@@ -140,7 +167,7 @@ class Evaluator:
             NonFiniteError: if the loss is NaN or infinite; the message names the batch and the first culprit.
         """
         device = self.parameters[0].device
-        with _seeded(self.seed + index, device) as drew:
+        with _seeded(self.seed + index, device) as drew, blocks or contextlib.nullcontext():
             outputs, targets, loss = self._loss(batch)
             drew_random_numbers = drew()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
@@ -150,7 +177,8 @@ class Evaluator:
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
         if self.rule is not None and self.weight is None and self.batch_weights is not None:
             self.batch_weights.see(self.rule, outputs, targets, index)
-        return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers)
+        in_blocks = blocks is not None and blocks.in_use
+        return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers, in_blocks)
 
     def _loss(self, batch: Any) -> tuple[Any, Any, Any]:
         if self.rule is None:

@@ -12,7 +12,7 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from curvature.autograd.backward import differentiable, no_autocast, walk
 from curvature.autograd.backward import pull_back as _pull_back
 from curvature.autograd.guards import refuse_undifferentiable
+from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
 from curvature.autograd.lean import LeanLayers
-from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric
+from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
 from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly
 from curvature.errors import InputError
-from curvature.losses.rules import OutputMap
 from curvature.parameters import Block
 
 __all__ = ["Linearization", "walk"]
@@ -39,8 +39,9 @@ class Linearization(Recording):
 
     def _evaluate(self) -> None:
         self._gradient: Sequence[Tensor | None] | None = None
-        self._jacobian: tuple[Sequence[Tensor | None], Tensor] | None = None
-        self._output_maps: WeakKeyDictionary[OutputMetric, OutputMap] = WeakKeyDictionary()
+        self._jacobian: tuple[Sequence[Tensor | None], list[Tensor]] | None = None
+        self._output_maps: WeakKeyDictionary[OutputMetric, Any] = WeakKeyDictionary()
+        self._roots: list[Tensor] = []
         super()._evaluate()
 
     # -- gradient -----------------------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class Linearization(Recording):
         Raises:
             InputError: if forward returned something else than one tensor of outputs.
         """
+        self._leave_blocks()
         outputs = self._evaluation.outputs
         if not isinstance(outputs, Tensor):
             raise InputError(
@@ -84,6 +86,14 @@ class Linearization(Recording):
 
     def batch_outputs(self) -> BatchOutputs:
         """Return the model's outputs on this batch, detached, beside the loss and the targets it compares them with."""
+        self._leave_blocks()
+        return self._batch_outputs()
+
+    def example_shares(self, per: Per) -> Tensor:
+        """Return what each example counts in the batch, as `output_metrics.example_shares`."""
+        return example_shares(self._batch_outputs(), per)
+
+    def _batch_outputs(self) -> BatchOutputs:
         outputs, rule = self._outputs("matrix"), self._evaluator.rule
         assert rule is not None
         return BatchOutputs(rule, outputs.detach(), self._evaluation.targets, self.index)
@@ -154,11 +164,12 @@ class Linearization(Recording):
             return torch.zeros_like(X)
         self._verify("ggnvp")
         M = self._map(metric)
-        dtype = self._outputs("Gauss-Newton matrix").dtype
 
         def product(x: Tensor) -> Tensor:
             Jx = self._push(x, block)
-            return torch.zeros_like(x) if Jx is None else self._pull(M(Jx).to(dtype), block)
+            if all(part is None for part in Jx):
+                return torch.zeros_like(x)
+            return self._pull(M(Jx) if self.in_blocks else [M(Jx[0])], block)
 
         with self._backward_session(), no_autocast(self._space.device):
             rows = _stack((product(x) for x in X.unbind()), len(X))
@@ -169,15 +180,17 @@ class Linearization(Recording):
     @property
     def num_outputs(self) -> int:
         """How many numbers the model returns for this batch."""
+        self._leave_blocks()
         return self._outputs("Jacobian").numel()
 
     @invisibly
     def jvp(self, X: Tensor, block: Block | None = None) -> Tensor:
         """Return J X, (k, num_outputs), for X (k, m), one vector a row; columns outside the block are left out of J."""
+        self._leave_blocks()
         self._verify("ggnvp")
         self._build_jacobian()
         with self._backward_session(), no_autocast(self._space.device):
-            rows = [self._push(x, block) for x in X.unbind()]
+            rows = [self._push(x, block)[0] for x in X.unbind()]
         zero = X.new_zeros(self.num_outputs)
         products = _stack((zero if row is None else row.reshape(-1).to(X.dtype) for row in rows), len(X))
         if not all_finite(products):
@@ -187,12 +200,13 @@ class Linearization(Recording):
     @invisibly
     def vjp(self, U: Tensor, block: Block | None = None) -> Tensor:
         """Return J'U, (k, m), for U (k, num_outputs), one vector a row."""
+        self._leave_blocks()
         self._verify("ggnvp")
         self._build_jacobian()
         outputs = self._outputs("Jacobian")
 
         def product(u: Tensor) -> Tensor:
-            return self._pull(u.reshape(outputs.shape).to(outputs.dtype), block)
+            return self._pull([u.reshape(outputs.shape)], block)
 
         with self._backward_session(), no_autocast(self._space.device):
             rows = _stack((product(u) for u in U.unbind()), len(U))
@@ -200,20 +214,22 @@ class Linearization(Recording):
             self._refuse(rows, U, self._positions(block), lambda: [product(u) for u in U.unbind()])
         return rows
 
-    def _push(self, x: Tensor, block: Block | None) -> Tensor | None:
-        """Return J x in the shape of the outputs; None where they do not depend on the block."""
+    def _push(self, x: Tensor, block: Block | None) -> Sequence[Tensor | None]:
+        """Return J x in the shapes of the roots; None where they do not depend on the block."""
         transposed, u = self._build_jacobian()
         chosen = self._positions(block)
         Jt, v = differentiable([transposed[i] for i in chosen], self._unflatten(x, chosen))
-        return _pull_back(Jt, [u], v)[0] if Jt else None
+        return _pull_back(Jt, u, v) if Jt else [None] * len(u)
 
-    def _pull(self, u: Tensor, block: Block | None) -> Tensor:
+    def _pull(self, u: Sequence[Tensor | None], block: Block | None) -> Tensor:
         """Return J'u, (m,)."""
-        outputs, chosen = self._outputs("Jacobian"), self._positions(block)
+        chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
-        if not outputs.requires_grad:
+        roots = [(root, part.to(root.dtype)) for root, part in zip(self._roots, u, strict=True) if part is not None]
+        outputs, vectors = differentiable(*zip(*roots, strict=True)) if roots else ([], [])
+        if not outputs:
             return self._flatten([None] * len(params), chosen)
-        return self._flatten(list(_pull_back([outputs], params, [u])), chosen)
+        return self._flatten(list(_pull_back(outputs, params, vectors)), chosen)
 
     @invisibly
     def prepare(self, product: Literal["hvp", "ggnvp"] | OutputMetric) -> None:
@@ -265,7 +281,13 @@ class Linearization(Recording):
 
     def _compared(self, product: Literal["hvp", "ggnvp"], v: Tensor) -> Tensor:
         """Products with J and J' are compared whatever the loss: its own Hessian may be zero and hide them."""
-        return self.hvp(v) if product == "hvp" else self.vjp(self.jvp(v))
+        if product == "hvp":
+            return self.hvp(v)
+        if not self.in_blocks:
+            return self.vjp(self.jvp(v))
+        self._build_jacobian()
+        with self._backward_session(), no_autocast(self._space.device):
+            return self._pull(self._push(v[0], None), None)[None]
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -281,25 +303,31 @@ class Linearization(Recording):
             self._gradient = gradient
         return self._gradient
 
-    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], Tensor]:
+    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], list[Tensor]]:
+        """Return J'u, a part for each parameter, and u; J is that of the outputs, or of what a head in blocks takes."""
         if self._jacobian is None:
             outputs = self._outputs("Gauss-Newton matrix")
             refuse_undifferentiable([outputs])
             with self._session(), no_autocast(self._space.device), self._metered():
-                u = torch.zeros_like(outputs, requires_grad=True)
+                self._roots = outputs.roots if isinstance(outputs, LazyLogits) else [outputs]
+                u = [torch.zeros_like(root, requires_grad=True) for root in self._roots]
                 transposed: Sequence[Tensor | None] = (None,) * len(self._params)
-                if outputs.requires_grad:
-                    transposed = _pull_back([outputs], self._params, [u], create_graph=True)
+                if any(root.requires_grad for root in self._roots):
+                    transposed = _pull_back(self._roots, self._params, u, create_graph=True)
             self._jacobian = (transposed, u)
         return self._jacobian
 
-    def _map(self, metric: OutputMetric) -> OutputMap:
-        """Return u -> M u on this batch's outputs, with the Jacobian's graph built."""
+    def _map(self, metric: OutputMetric) -> Callable[[Any], Any]:
+        """Return u -> M u on the outputs, or on the roots of logits in blocks, with the Jacobian's graph built."""
         self._build_jacobian()
         if metric not in self._output_maps:
             plain = self._evaluator.session(self._buffers, LeanLayers(corrections_only=True))
             with plain, no_autocast(self._space.device), self._metered():
-                self._output_maps[metric] = metric.at(self.batch_outputs())
+                try:
+                    self._output_maps[metric] = metric.at(self._batch_outputs())
+                except NotInBlocksError:
+                    self._leave_blocks()
+            return self._map(metric)
         return self._output_maps[metric]
 
     def _outputs(self, what: str) -> Tensor:

@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvature.autograd.lazy_logits import LazyLogits
+from curvature.engine import blocked_metrics
+from curvature.engine.blocked_metrics import RootsMap
 from curvature.errors import InputError
 from curvature.losses.rules import LossRule, OutputMap
 
@@ -42,15 +45,20 @@ class BatchOutputs:
 class OutputMetric(Protocol):
     """A symmetric matrix on the outputs of every batch. Hashable: batches keep its map under it."""
 
-    def at(self, batch: BatchOutputs) -> OutputMap:
-        """Return u -> M u for a batch, with M scaled as the batch's loss is reduced."""
+    def at(self, batch: BatchOutputs) -> OutputMap | RootsMap:
+        """Return u -> M u for a batch, with M scaled as the batch's loss is reduced.
+
+        Logits in blocks have a map on what goes into them instead.
+        """
 
 
 @dataclass(frozen=True)
 class LossHessian:
     """M = the Hessian of the batch's loss in its outputs."""
 
-    def at(self, batch: BatchOutputs) -> OutputMap:
+    def at(self, batch: BatchOutputs) -> OutputMap | RootsMap:
+        if isinstance(batch.outputs, LazyLogits):
+            return blocked_metrics.loss_hessian(batch)
         return batch.rule.output_hessian(batch.outputs, batch.targets)
 
 
@@ -65,9 +73,11 @@ class SampledFisher:
     rank: int = 0
     """Place of the process that holds the batch: batches of several ranks have draws of their own."""
 
-    def at(self, batch: BatchOutputs) -> OutputMap:
+    def at(self, batch: BatchOutputs) -> OutputMap | RootsMap:
         mixed = np.random.SeedSequence([self.seed, self.rank, batch.index]).generate_state(1, np.uint64)
         generator = torch.Generator(batch.outputs.device).manual_seed(int(mixed[0]))
+        if isinstance(batch.outputs, LazyLogits):
+            return blocked_metrics.sampled_fisher(batch, self.num_samples, generator)
         return batch.rule.sampled_fisher(batch.outputs, batch.targets, self.num_samples, generator)
 
 
@@ -87,7 +97,9 @@ class LossGradients:
                 f"per must be 'example' (the first dimension) or 'target' (each loss term), got {self.per!r}."
             )
 
-    def at(self, batch: BatchOutputs) -> OutputMap:
+    def at(self, batch: BatchOutputs) -> OutputMap | RootsMap:
+        if isinstance(batch.outputs, LazyLogits):  # each row is an example and a target
+            return blocked_metrics.outer_products(batch, example_shares(batch, self.per))
         shares, dims = _shares_over_outputs(batch, self.per)
         d = batch.rule.output_gradient(batch.outputs, batch.targets)
         d = d.to(torch.promote_types(d.dtype, torch.float32))

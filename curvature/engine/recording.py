@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from curvature.autograd.guards import failing_operation
+from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits
 from curvature.autograd.lean import LeanLayers
 from curvature.autograd.lean_trust import LeanTrust
 from curvature.engine.evaluation import Evaluator
@@ -91,6 +92,7 @@ class Recording:
         self.index = index
         self._meter = meter
         self._third_order = third_order or bool(evaluator.forward_differentiates)
+        self._allows_blocks = True
         self._trust = None if trust is None or trust.revoked or self._third_order else trust
         self._record()
         self.weight = self._evaluation.weight
@@ -101,11 +103,41 @@ class Recording:
 
     def _evaluate(self) -> None:
         """Run the model as the present settings say; a subclass gives up what it built on the graph before."""
+        blocks = None if self._third_order or not self._allows_blocks else self._evaluator.head_in_blocks()
+        if blocks is not None and self._evaluated_in(blocks):
+            self._evaluator.head_in_use |= blocks.in_use
+            return
+        self._evaluate_with(None)
+        if blocks is not None:
+            self._evaluator.head_in_use, self._evaluator.head_refusal = False, blocks.refusal
+
+    def _evaluated_in(self, blocks: HeadInBlocks) -> bool:
+        """Evaluate with the head in blocks, and say whether that went well; without, if it never came to that."""
+        try:
+            self._evaluate_with(blocks)
+        except Exception as error:
+            if not blocks.in_use or self._lean.must_record_anew:
+                raise
+            blocks.refusal = blocks.refusal or f"with logits in blocks the model raised {type(error).__name__}"
+        return not blocks.refusal
+
+    def _evaluate_with(self, blocks: HeadInBlocks | None) -> None:
         self._lean = LeanLayers(corrections_only=self._trust is None, third_order=self._third_order)
         with self._metered():
             self._buffers = self._evaluator.copy_buffers()
             with self._session():
-                self._evaluation = self._evaluator.evaluate(self.batch, self.index)
+                self._evaluation = self._evaluator.evaluate(self.batch, self.index, blocks)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the model's outputs are logits of a head that works in blocks."""
+        return isinstance(self._evaluation.outputs, LazyLogits)
+
+    def _leave_blocks(self) -> None:
+        """Record the logits as torch has them, for what needs all of them."""
+        if self.in_blocks:
+            self._allows_blocks = False
+            self._evaluate()
 
     def _record(self) -> None:
         """Run the model; anew where it fails with lean layers or turns out to differentiate itself."""

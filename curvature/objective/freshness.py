@@ -12,7 +12,7 @@ import math
 import operator
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +71,7 @@ class _Witness:
     loss: Tensor
     outputs: Any
     lean: LeanLayers
+    in_blocks: bool
 
 
 class Freshness:
@@ -270,7 +271,7 @@ class Freshness:
         if agrees:
             return
         loss, outputs = self._evaluate(witness, recorded=True)
-        if not self._agrees(_Witness(witness.batch, witness.index, loss, outputs, witness.lean), recorded=True):
+        if not self._agrees(replace(witness, loss=loss, outputs=outputs), recorded=True):
             self._refuse_noise()
         self._move([_MOVED], mixed=mixed)
         self._point = None
@@ -297,12 +298,13 @@ class Freshness:
             try:
                 for p in evaluator.parameters:
                     p.requires_grad_(recorded)
-                found = evaluator.evaluate(witness.batch, witness.index)
+                found = evaluator.evaluate(
+                    witness.batch, witness.index, evaluator.head_in_blocks() if witness.in_blocks else None
+                )
             finally:
                 for p in evaluator.parameters:
                     p.requires_grad_(True)
-        outputs = found.outputs
-        return found.loss.detach(), outputs.detach() if isinstance(outputs, Tensor) else None
+        return found.loss.detach(), found.shown
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
@@ -334,16 +336,13 @@ class Freshness:
 
 
 def _witness_of(lin: Linearization, *, keep_outputs: bool) -> _Witness:
-    outputs = lin._evaluation.outputs if keep_outputs else None
-    return _Witness(
-        lin.batch, lin.index, lin.loss, outputs.detach() if isinstance(outputs, Tensor) else None, lin._lean
-    )
+    found = lin._evaluation
+    return _Witness(lin.batch, lin.index, lin.loss, found.shown if keep_outputs else None, lin._lean, found.in_blocks)
 
 
 def _scale_of(lin: Linearization) -> Tensor:
-    outputs = lin._evaluation.outputs
-    size = lin.loss.abs()
-    return size + _size(outputs.detach()).to(size) if isinstance(outputs, Tensor) else size
+    outputs, size = lin._evaluation.shown, lin.loss.abs()
+    return size if outputs is None else size + _size(outputs).to(size)
 
 
 def _size(t: Tensor) -> Tensor:

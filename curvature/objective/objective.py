@@ -25,7 +25,7 @@ from curvature.environment.device import check_served
 from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
 from curvature.losses.rules import loss_rule
-from curvature.objective.arguments import check_arguments
+from curvature.objective.arguments import check_arguments, head_of
 from curvature.objective.coupling import Cuts, refuse_other_batches, refuse_pieces
 from curvature.objective.dependence import Dependence
 from curvature.objective.freshness import Freshness
@@ -53,6 +53,9 @@ class Objective:
             predicate `(name, tensor) -> bool`, or dict of tensors. Default: all that require a gradient. Tied weights
             count once.
         forward: `forward(model, batch) -> (outputs, targets)`. Default: `(model(batch[0]), batch[1])`.
+        head: the last linear layer, or its name, where its logits go into torch's cross-entropy: from 64 MiB of logits
+            on both work in blocks of rows, and no tensor of the size of the logits is held. "auto" finds that of
+            models with `get_output_embeddings()`, as Hugging Face's have; None leaves the logits whole.
         weight: `weight(batch) -> float`, how much a batch counts. Default: the number of loss terms (targets that are
             not ignored, class weights included), which makes L independent of how the data are cut into batches.
         device: where batches are moved. Default, and only choice that works: where the parameters are.
@@ -85,6 +88,7 @@ class Objective:
         *,
         params: Selection | None = None,
         forward: Forward | None = None,
+        head: nn.Module | str | None = "auto",
         weight: Callable[[Any], float] | None = None,
         device: torch.device | str | None = None,
         process_group: ProcessGroup | None = None,
@@ -106,13 +110,12 @@ class Objective:
             )
         self.process_group = process_group
         self.rule = None if loss is None else loss_rule(loss)
-        self.evaluator = Evaluator(
-            model, self.rule, forward, weight, list(self._space.tensors.values()), seed, allow_tf32
-        )
+        tensors, found = list(self._space.tensors.values()), head_of(model, head)
+        self.evaluator = Evaluator(model, self.rule, forward, weight, tensors, seed, allow_tf32, head=found)
         self.source = DataSource(
             data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
         )
-        self.settings = {"loss": loss, "data": data, "forward": forward, "weight": weight}
+        self.settings = {"loss": loss, "data": data, "forward": forward, "head": head, "weight": weight}
         self.settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
         self.settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
         self._micro_batch = micro_batch
@@ -226,8 +229,7 @@ class Objective:
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
                 "seed."
             )
-        notes += self.trust.notes()
-        return tuple(notes)
+        return (*notes, *self.evaluator.notes(), *self.trust.notes())
 
     # -- values -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
-from curvature.engine.output_metrics import LossGradients, Per, example_shares
+from curvature.engine.output_metrics import LossGradients, Per
 from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
 from curvature.operators._objective_operator import MetricOperator, check_split
@@ -105,7 +105,7 @@ class EmpiricalFisherOperator(MetricOperator):
         """Return W, and sum_i p_i^2; a mean has divided by W already, it is 1. Costs a pass over the data."""
 
         def of_batch(lin: Linearization) -> Tensor:
-            shares = example_shares(lin.batch_outputs(), self.per)
+            shares = lin.example_shares(self.per)
             return torch.stack([shares.sum(), lin.weight * shares.square().sum()])
 
         total, squares = self.objective.reduce(of_batch).tolist()

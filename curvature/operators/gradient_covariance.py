@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
-from curvature.engine.output_metrics import Per, example_shares
+from curvature.engine.output_metrics import Per
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 from curvature.operators.empirical_fisher import EmpiricalFisherOperator
@@ -76,6 +76,6 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
         g = self._gradient if block is None else block.take(self._gradient)
         along = X @ g
         if self._adds_up and self._sums is not None:
-            along = along * (example_shares(lin.batch_outputs(), self.per).sum().to(g.dtype) / self._sums[0])
+            along = along * (lin.example_shares(self.per).sum().to(g.dtype) / self._sums[0])
         part = torch.addr(super()._of_batch(lin, X, block), along, g, alpha=-1)
         return part / (1 - self._sums[1]) if self.unbiased and self._sums is not None else part

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import GGNOperator, HessianOperator, Objective
+from curvature.adapters import hugging_face
 from curvature.adapters.hugging_face import causal_lm_forward, causal_lm_objective
 from curvature.errors import DataError
 from tests.checks import assert_close, assert_untouched, check_operator
@@ -111,3 +112,55 @@ def test_check_and_tied_embedding() -> None:
 def test_batch_of_another_kind(batch: Any) -> None:
     with pytest.raises(DataError, match="'input_ids' and 'labels'"):
         causal_lm_forward(model_of("GPT-2"), batch)
+
+
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def masked_lm() -> nn.Module:
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **SMALL))
+
+
+def seq2seq() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=4, d_kv=2, d_ff=6, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def classifier() -> nn.Module:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=VOCABULARY, num_labels=3, **SMALL)
+    )
+
+
+def experts() -> nn.Module:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=VOCABULARY,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+            **SMALL,
+        )
+    )
+
+
+OWN = {"masked_lm": masked_lm, "seq2seq": seq2seq, "classification": classifier, "causal_lm": experts}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_losses_of_other_kinds_are_hugging_faces_own(kind: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OWN[kind]().eval()
+    batch = batch_of((6, 3, 4), 1)
+    if kind == "classification":
+        batch["labels"] = torch.tensor([2, 0, 1])
+    objective = getattr(hugging_face, f"{kind}_objective")(model, batch)
+    assert_close(objective.loss(), model(**batch).loss.detach(), 1e-5)
+    params = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(**batch).loss, params, allow_unused=True, materialize_grads=True)
+    assert_close(objective.gradient(), torch.cat([g.flatten() for g in expected]), 1e-4)
+    assert objective.has_split == (kind != "causal_lm")
