@@ -26,8 +26,8 @@ from curvature.environment.one_matrix import one_matrix
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.layerwise.bends import Bend, bends
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
-from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
+from curvature.objective.refusals import refuse_coupling
 from curvature.parameters import ParameterSpace
 from curvature.per_example.batch import Run, Splitter
 from curvature.per_example.cutting import session

@@ -15,8 +15,8 @@ from curvature.autograd.backward import no_autocast, pull_back
 from curvature.engine.linearize import Linearization
 from curvature.errors import InputError
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
-from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
+from curvature.objective.refusals import refuse_coupling
 from curvature.parameters import ROOT
 
 __all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]

@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvature.arguments import checked
 from curvature.autograd.guards import custom_functions
-from curvature.data.tensors import tensors_in
 from curvature.engine.linearize import Linearization, walk
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError
 from curvature.losses.rules import AnyLoss
-from curvature.objective.coupling import describe_cuts, refuse_other_batches
 from curvature.objective.dependence import Dependence
+from curvature.objective.interface import ObjectiveLike
+from curvature.objective.moving import moving_module
 from curvature.objective.ranks import together
+from curvature.objective.refusals import describe_cuts, refuse_other_batches
 from curvature.objective.shift import shifted
 
-if TYPE_CHECKING:
-    from curvature.objective.objective import Objective
-
-__all__ = ["CheckReport", "check_objective", "moving_module"]
+__all__ = ["CheckReport", "check_objective"]
 
 _KINKS = (  # stems of autograd nodes of functions with jumps in their first derivative
     *("Abs", "AdaptiveMax", "Amax", "Amin", "Clamp", "Floor", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh"),
@@ -55,7 +53,7 @@ class CheckReport:
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
 @checked
-def check_objective(objective: Objective, *, rtol: float | None = None) -> CheckReport:
+def check_objective(objective: ObjectiveLike, *, rtol: float | None = None) -> CheckReport:
     """Check that loss and gradient repeat and belong together, and that the Hessian is symmetric and their derivative.
 
     Args:
@@ -86,7 +84,7 @@ def check_objective(objective: Objective, *, rtol: float | None = None) -> Check
     return CheckReport(True, tuple(messages))
 
 
-def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None:
+def _first_that_counts(objective: ObjectiveLike) -> tuple[Linearization, Any] | None:
     """Return the first batch of this rank in which a target counts."""
     for batch in objective.batches():
         lin = objective.linearise(batch)
@@ -98,7 +96,7 @@ def _first_that_counts(objective: Objective) -> tuple[Linearization, Any] | None
 # -- repeatability ----------------------------------------------------------------------------------------------------
 
 
-def _repeats(objective: Objective, tolerance: float) -> str:
+def _repeats(objective: ObjectiveLike, tolerance: float) -> str:
     (loss, gradient), (loss_again, gradient_again) = _fresh_pass(objective), _fresh_pass(objective)
     changes = _relative(loss, loss_again), _relative(gradient, gradient_again)
     change = max(changes)
@@ -109,7 +107,7 @@ def _repeats(objective: Objective, tolerance: float) -> str:
     return f"Loss and gradient repeat to {change:.1e}."
 
 
-def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
+def _fresh_pass(objective: ObjectiveLike) -> tuple[Tensor, Tensor]:
     dependence = Dependence(objective.dependence.whole)
 
     def parts() -> Iterator[tuple[float, Tensor]]:
@@ -120,49 +118,8 @@ def _fresh_pass(objective: Objective) -> tuple[Tensor, Tensor]:
             yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
         dependence.require(objective.evaluator)
 
-    mean = objective._mean(parts())
+    mean = objective.mean(parts())
     return mean[0], mean[1:]
-
-
-def moving_module(objective: Objective) -> str:
-    """Name the first module whose output differs between two runs although its inputs do not."""
-    batch = next(iter(objective.batches()))
-    first, second = _trace(objective, batch), _trace(objective, batch)
-    for (name, kind, inputs, outputs), (_, _, inputs_again, outputs_again) in zip(first, second, strict=False):
-        if _alike(inputs, inputs_again) and not _alike(outputs, outputs_again):
-            return (
-                f"the module {name!r} ({kind}) returns something else for the same input. It draws random numbers "
-                "outside torch (numpy, random) or changes its own state in forward; make it deterministic (dropout "
-                "and other torch random numbers are replayed, and buffers are guarded), or call model.eval()."
-            )
-    return (
-        "every module repeats, so the loss, the forward function or the data move. Make the loss free of random "
-        "numbers outside torch, and pass list(loader) to work on one fixed draw of the data."
-    )
-
-
-def _trace(objective: Objective, batch: Any) -> list[tuple[str, str, list[Tensor], list[Tensor]]]:
-    calls: list[tuple[str, str, list[Tensor], list[Tensor]]] = []
-    handles = []
-    for name, module in objective.model.named_modules():
-        if any(module.children()):
-            continue
-
-        def record(m: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
-            copies = [[t.detach().clone() for t in tensors_in(part)] for part in (inputs, outputs)]
-            calls.append((name, type(m).__name__, copies[0], copies[1]))
-
-        handles.append(module.register_forward_hook(record))
-    try:
-        objective.linearise(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _alike(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
-    return len(xs) == len(ys) and all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 # -- second derivative ------------------------------------------------------------------------------------------------
@@ -183,7 +140,7 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _symmetric(lin: Linearization, objective: Objective, tolerance: float) -> str:
+def _symmetric(lin: Linearization, objective: ObjectiveLike, tolerance: float) -> str:
     u, v = _probes(objective)
     Hu, Hv = lin.hvp(torch.stack([u, v]))
     gap = float(
@@ -209,7 +166,7 @@ class _Difference:
     """Whether the difference of the gradient is no larger than its own rounding."""
 
 
-def _difference(lin: Linearization, objective: Objective, batch: Any, eps: float, step: float) -> _Difference:
+def _difference(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float, step: float) -> _Difference:
     v = _probes(objective)[0]
     v = v / v.norm()
     g, Hv = lin.gradient(), lin.hvp(v[None])[0]
@@ -226,7 +183,7 @@ def _difference(lin: Linearization, objective: Objective, batch: Any, eps: float
     )
 
 
-def _differences(lin: Linearization, objective: Objective, batch: Any, eps: float) -> list[str]:
+def _differences(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float) -> list[str]:
     """Compare g'v with differences of the loss, and Hv with differences of the gradient, along one random direction."""
     double, single = eps < 1e-12, eps < 1e-6
     tolerance = 1e-4 if double else 5e-2 if single else 0.4  # in half precision differences see gross errors only
@@ -257,14 +214,14 @@ def _differences(lin: Linearization, objective: Objective, batch: Any, eps: floa
     return [message, f"Finite differences skipped: {reason}."]
 
 
-def _at(objective: Objective, batch: Any, point: Tensor) -> tuple[Tensor, Tensor]:
+def _at(objective: ObjectiveLike, batch: Any, point: Tensor) -> tuple[Tensor, Tensor]:
     """Return loss and gradient of batch 0 at another point."""
     with shifted(objective, point):
         lin = objective.linearise(batch)
         return lin.loss.to(point.dtype), lin.gradient()
 
 
-def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) -> str:
+def _output_hessian(lin: Linearization, objective: ObjectiveLike, tolerance: float) -> str:
     """Compare the closed form of the loss Hessian on the outputs with double backward on the loss alone."""
     outputs, targets = lin.outputs_and_targets()
     rule = objective.rule
@@ -281,7 +238,7 @@ def _output_hessian(lin: Linearization, objective: Objective, tolerance: float) 
     return f"The closed form of the loss Hessian agrees with autograd to {gap:.1e}."
 
 
-def _probes(objective: Objective) -> tuple[Tensor, Tensor]:
+def _probes(objective: ObjectiveLike) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, objective.num_params, generator=generator, dtype=torch.float64).to(
         objective.device, objective.dtype
@@ -296,7 +253,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 # -- what the graph is made of ----------------------------------------------------------------------------------------
 
 
-def _working_precision(lin: Linearization, objective: Objective) -> float:
+def _working_precision(lin: Linearization, objective: ObjectiveLike) -> float:
     """Return the rounding error of the narrowest dtype in the graph, which may be narrower than the parameters'."""
     dtypes = {t.dtype for t in objective.space.tensors.values()}
     dtypes |= {

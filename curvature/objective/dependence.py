@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from curvature.errors import CheckFailedError
 if TYPE_CHECKING:
     from curvature.engine.evaluation import Evaluator
     from curvature.engine.linearize import Linearization
-    from curvature.objective.objective import Objective
 
 __all__ = ["Dependence", "depends"]
 
@@ -47,17 +45,12 @@ class Dependence:
         used: places of the parameters that some batch depends on; None before a graph was built.
     """
 
-    def __init__(self, whole: Callable[[], Objective] | None = None) -> None:
+    def __init__(self, whole: Callable[[], Any] | None = None) -> None:
         self.whole = whole
         self.used: set[int] | None = None
         self._of_loss: bool | None = None
         self._of_outputs: bool | None = None
         self._recorded = False
-
-    @classmethod
-    def of_some(cls, objective: Objective) -> Dependence:
-        """Return one for some of an objective's parameters, with nothing noted."""
-        return cls(objective.dependence.whole or functools.partial(objective.replace, params=objective.space.tensors))
 
     def note(self, lin: Linearization) -> None:
         """Take in a batch, after it was used."""

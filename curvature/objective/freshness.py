@@ -28,10 +28,11 @@ from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.python_state import Key, PythonState
 from curvature.objective.dependence import Dependence
+from curvature.objective.interface import ObjectiveLike
+from curvature.objective.moving import moving_module
 
 if TYPE_CHECKING:
     from curvature.engine.linearize import Linearization
-    from curvature.objective.objective import Objective
 
 __all__ = ["Freshness"]
 
@@ -81,14 +82,14 @@ class Freshness:
         objective: whose model, loss, data and parameters are watched.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: ObjectiveLike) -> None:
         self._latest: Look | None = None
         self._volatile: set[Key] = set()
         self._ref = weakref.ref(objective)  # no cycle, so that graphs are freed with the objective
         self._forget()
 
     @property
-    def _objective(self) -> Objective:
+    def _objective(self) -> ObjectiveLike:
         objective = self._ref()
         assert objective is not None
         return objective
@@ -326,8 +327,6 @@ class Freshness:
             )
 
     def _refuse_noise(self) -> None:
-        from curvature.objective.check import moving_module
-
         self._objective.release()
         self._forget()
         raise CheckFailedError(

@@ -8,7 +8,8 @@ only through this object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,16 +27,16 @@ from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
 from curvature.losses.rules import loss_rule
 from curvature.objective.arguments import check_arguments, head_of
-from curvature.objective.coupling import Cuts, refuse_other_batches, refuse_pieces
+from curvature.objective.check import CheckReport, check_objective
+from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
 from curvature.objective.freshness import Freshness
 from curvature.objective.ranks import RankAgreement, built_together, sum_of_parts
+from curvature.objective.refusals import refuse_other_batches, refuse_pieces
 from curvature.parameters import ParameterSpace, Selection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from curvature.objective.check import CheckReport
 
 __all__ = ["Objective"]
 
@@ -118,7 +119,6 @@ class Objective:
         self.settings = {"loss": loss, "data": data, "forward": forward, "head": head, "weight": weight}
         self.settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
         self.settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
-        self._micro_batch = micro_batch
         self.kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
         self._total_weight: float | None = None
         self.dependence = Dependence()
@@ -235,7 +235,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        return self._mean(self._parts(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
+        return self.mean(self._parts(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, (n,). Cost: one gradient."""
@@ -250,7 +250,8 @@ class Objective:
         """Return the objective as a function of some of the parameters only, over the same data."""
         names = self.space.block(selection, self.model).parameters
         restricted = self.replace(params={name: self.space.tensors[name] for name in names})._sharing_with(self)
-        restricted.dependence = Dependence.of_some(self)
+        whole = self.dependence.whole or functools.partial(self.replace, params=self.space.tensors)
+        restricted.dependence = Dependence(whole)
         return restricted
 
     def split(self, micro_batch: int) -> Objective:
@@ -276,8 +277,6 @@ class Objective:
 
     def check(self, *, rtol: float | None = None) -> CheckReport:
         """Verify on this very model and data that products can be trusted; see `objective.check.check_objective`."""
-        from curvature.objective.check import check_objective
-
         return check_objective(self, rtol=rtol)
 
     # -- batches and graphs -------------------------------------------------------------------------------------------
@@ -357,7 +356,7 @@ class Objective:
             observe: told the place, weight and tensor of each of this rank's batches that count.
             vectors: what is multiplied by; compared over ranks.
         """
-        return self._mean(self._parts(self.linearizations(), products, observe), vectors)
+        return self.mean(self._parts(self.linearizations(), products, observe), vectors)
 
     @staticmethod
     def _parts(
@@ -374,8 +373,8 @@ class Objective:
             yield weight, part
             del part
 
-    def _mean(self, parts: Iterator[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
-        """Return the weighted mean of one tensor a batch, or their sum where the loss itself sums."""
+    def mean(self, parts: Iterable[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
+        """Return the weighted mean of (weight, tensor) over batches and ranks, or their sum where the loss sums."""
         if self.ranks is None:
             total, weight, unit = sum_of_parts(parts)
             assert total is not None

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,21 +19,22 @@ from torch import Tensor, nn
 from curvature.environment.device import is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, RankError
+from curvature.fingerprints.portable import content, text_digest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from curvature.objective.objective import Objective
+    from curvature.losses.rules import LossRule
+    from curvature.parameters import ParameterSpace
 
 __all__ = [
+    "Compared",
     "RankAgreement",
     "agree_on",
     "built_together",
-    "content",
     "failing_together",
     "sum_of_parts",
     "sum_over_ranks",
-    "text_digest",
     "together",
 ]
 
@@ -44,8 +44,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _NONE = -(2**62)  # of a rank that has nothing to compare
 _FIELDS = ("failed", "call", "settings", "point", "vectors", "dtype", "ndim", "size 0", "size 1", "size 2", "size 3")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_WIDTH = 4096
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # sums of 64 bits would drop high ones
 
 
 def sum_over_ranks(total: Tensor, weight: float, group: ProcessGroup) -> tuple[Tensor, float]:
@@ -78,48 +76,33 @@ def sum_of_parts(parts: Iterable[tuple[float, Tensor]]) -> tuple[Tensor | None, 
     return total, weight, unit
 
 
-# -- digests ----------------------------------------------------------------------------------------------------------
+class Point(Protocol):
+    """The present point of an objective."""
+
+    def current(self) -> object:
+        """Return the same object until anything changes."""
 
 
-def text_digest(*values: Any) -> int:
-    """Return 61 bits of what values print as, alike in all processes."""
-    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 3
+class Compared(Protocol):
+    """What the ranks compare of an objective."""
+
+    model: nn.Module
+    rule: LossRule | None
+    settings: dict[str, Any]
+    ranks: RankAgreement | None
+    device: torch.device
+
+    @property
+    def freshness(self) -> Point: ...
+
+    @property
+    def space(self) -> ParameterSpace: ...
+
+    @property
+    def is_sum(self) -> bool: ...
 
 
-def content(tensors: Iterable[Tensor]) -> int:
-    """Return 61 bits of the bits of tensors. Cost: two reads.
-
-    Sums of integers, exact and the same on every device: of the rows and of the columns of a matrix 4096 words wide,
-    each weighted by its place, so that permutations and moves that cancel show.
-    """
-    found = [part for t in tensors for part in _sums(t)]
-    if not found:
-        return 0
-    return text_digest(torch.stack([part.to("cpu") for part in found]).tolist())
-
-
-def _sums(t: Tensor) -> list[Tensor]:
-    t = t.detach()
-    if t.layout != torch.strided:
-        t = t.to_dense()
-    if t.numel() == 0:
-        return []
-    flat = t.reshape(-1).contiguous()
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    words = flat.view(_WORDS[flat.element_size()])
-    full = len(words) // _WIDTH * _WIDTH
-    parts = [words[:full].view(-1, _WIDTH)] if full else []
-    parts += [words[full:].view(1, -1)] if full < len(words) else []
-    sums = []
-    for part in parts:
-        for dim in (0, 1):
-            s = part.sum(dim, dtype=torch.int64)
-            places = torch.arange(1, 2 * len(s), 2, dtype=torch.int64, device=s.device)
-            sums.append((s * (places * 0x9E3779B97F4A7C1)).sum())
-    return sums
-
-
-def _point_digests(objective: Objective) -> dict[str, int]:
+def _point_digests(objective: Compared) -> dict[str, int]:
     """Return the digests of all that the loss depends on beside the data: parameters, buffers, modes, the criterion."""
     found: dict[str, int] = {}
     for name, p in objective.model.named_parameters():
@@ -230,7 +213,7 @@ class RankAgreement:
             self.agree(call)
 
     def summed(
-        self, objective: Objective, add: Callable[[], tuple[Tensor | None, float, float]], vectors: Sequence[Tensor]
+        self, objective: Compared, add: Callable[[], tuple[Tensor | None, float, float]], vectors: Sequence[Tensor]
     ) -> tuple[Tensor, float, float]:
         """Return (sum, weight, 1) over all ranks of what `add` returns on this one: (total, weight, unit)."""
         with failing_together(self):
@@ -255,7 +238,7 @@ class RankAgreement:
         self.agree("a sum", total=total)
         return sum_over_ranks(total, weight, self.group)
 
-    def _digests(self, objective: Objective) -> dict[str, int]:
+    def _digests(self, objective: Compared) -> dict[str, int]:
         mark = objective.freshness.current()
         if self._point is None or self._point[0] is not mark:
             self._point = (mark, _point_digests(objective))
@@ -319,7 +302,7 @@ def together(function: _Function) -> _Function:
     """Make a function of an objective return on all ranks, or raise on all of them."""
 
     @functools.wraps(function)
-    def wrapped(objective: Objective, *args: Any, **settings: Any) -> Any:
+    def wrapped(objective: Compared, *args: Any, **settings: Any) -> Any:
         if objective.ranks is None:
             return function(objective, *args, **settings)
         with objective.ranks.together(function.__name__):
@@ -332,7 +315,7 @@ def built_together(init: _Init) -> _Init:
     """Make the constructor of an objective compare its ranks, and fail on all of them where it fails on one."""
 
     @functools.wraps(init)
-    def wrapped(self: Objective, *args: Any, process_group: ProcessGroup | None = None, **settings: Any) -> None:
+    def wrapped(self: Compared, *args: Any, process_group: ProcessGroup | None = None, **settings: Any) -> None:
         if process_group is None:
             self.ranks = None
             init(self, *args, **settings)
@@ -347,7 +330,7 @@ def built_together(init: _Init) -> _Init:
     return cast("_Init", wrapped)
 
 
-def _settings_digest(objective: Objective) -> int:
+def _settings_digest(objective: Compared) -> int:
     space, given = objective.space, objective.settings
     loss = given["loss"]
     return text_digest(

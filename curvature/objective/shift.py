@@ -17,7 +17,7 @@ from torch import Tensor
 from curvature.data.tensors import move_batch
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, InputError, NonFiniteError
-from curvature.objective.objective import Objective
+from curvature.objective.interface import ObjectiveLike
 from curvature.objective.ranks import together
 
 __all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
@@ -37,7 +37,7 @@ class PointLoss:
 
 
 @contextlib.contextmanager
-def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def shifted(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Have the model's parameters be `point` (n,) inside the context; they are restored bit for bit.
 
     Entries are rounded to the dtype of their parameter. Graphs that the objective keeps belong to its own point: asking
@@ -74,7 +74,7 @@ def shifted(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
 
 
 @together
-def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> PointLoss:
+def loss_at(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> PointLoss:
     """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
 
     With weights w_b, p_b = w_b / sum w and B batches of losses l_b, the delete-one jackknife of the weighted mean is
@@ -116,7 +116,7 @@ def loss_at(objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor
 
 
 def gradient_at(
-    objective: Objective, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None
+    objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None
 ) -> tuple[float, Tensor]:
     """Return L and its gradient (n,) at `point` (n,). Cost: one gradient.
 
@@ -130,11 +130,11 @@ def gradient_at(
     return float(loss), gradient
 
 
-def _packed(objective: Objective, *values: float) -> Tensor:
+def _packed(objective: ObjectiveLike, *values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=objective.device)
 
 
-def _batch_losses(objective: Objective, *, recorded: bool) -> list[tuple[float, float]]:
+def _batch_losses(objective: ObjectiveLike, *, recorded: bool) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
     evaluator, found = objective.evaluator, []
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):

@@ -54,4 +54,4 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
 
     dependence = Dependence(objective.dependence.whole)
 
-    return objective._mean(parts())
+    return objective.mean(parts())

@@ -10,8 +10,8 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import LossGradients, Per
-from curvature.objective.coupling import refuse_coupling
 from curvature.objective.objective import Objective
+from curvature.objective.refusals import refuse_coupling
 from curvature.operators._objective_operator import MetricOperator, check_split
 from curvature.parameters import Block
 

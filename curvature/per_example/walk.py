@@ -17,9 +17,9 @@ from curvature.autograd.backward import no_autocast, pull_back
 from curvature.engine.evaluation import Evaluation
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.losses.rules import AnyLoss
-from curvature.objective.coupling import refuse_coupling
 from curvature.objective.dependence import Dependence
 from curvature.objective.objective import Objective
+from curvature.objective.refusals import refuse_coupling
 from curvature.per_example.batch import Part, Run, Splitter, coarsest_eps, flat_gradient, tolerance
 from curvature.per_example.cutting import leading_size, session
 

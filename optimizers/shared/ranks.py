@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from curvature.fingerprints.portable import content, text_digest
 from curvature.losses.rules import LossRule
-from curvature.objective.ranks import RankAgreement, content, failing_together, text_digest
+from curvature.objective.ranks import RankAgreement, failing_together
 
 __all__ = ["average_gradients", "average_over_ranks", "compare_ranks", "on_all_ranks", "share_of_rank"]
 

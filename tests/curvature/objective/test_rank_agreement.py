@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from curvature import EmpiricalFisherOperator, HessianOperator, MCFisherOperator, Objective, eigsh
+from curvature.fingerprints.portable import content
 from curvature.linalg import diagonal
-from curvature.objective.ranks import content
 from curvature.objective.shift import loss_at
 from curvature.per_example import gradient_moments
 
