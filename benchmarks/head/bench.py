@@ -63,8 +63,7 @@ def _curvlinops(model: nn.Module, x: Tensor, y: Tensor, matrix: str) -> Product:
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
     kind = HessianLinearOperator if matrix == "hessian" else GGNLinearOperator
-    params = dict(model.named_parameters())
-    operator = kind(model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False, num_data=len(y))
+    operator = kind(model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)], check_deterministic=False)
     return lambda v: operator @ v
 
 

@@ -113,6 +113,10 @@ class LeanLayers(TorchFunctionMode):
         """Return a number that is equal for recordings that replaced the same calls on tensors of the same kind."""
         return hash(tuple(self._replaced))
 
+    def calls(self) -> list[Any]:
+        """Return the functions whose calls were replaced, in their order."""
+        return [func for func, *_ in self._replaced]
+
     def _prepare_for_differentiation(self, outputs: Any) -> None:
         """The forward pass differentiates with a graph, so that its loss holds derivatives beyond the second."""
         self.forward_differentiates = True

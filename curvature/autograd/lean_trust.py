@@ -55,6 +55,12 @@ class LeanTrust:
         else:
             self.revoked = True
 
+    def accept(self, other: LeanTrust) -> None:
+        """Take over what comparisons elsewhere have shown."""
+        self._seen |= other._seen
+        for product, difference in other.differences.items():
+            self.differences[product] = max(difference, self.differences.get(product, 0.0))
+
     def forget(self) -> None:
         """Compare anew before the next product: the model has changed."""
         self.differences.clear()

@@ -24,6 +24,8 @@ from curvature.autograd.backward import pull_back as _pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
 from curvature.autograd.lean import LeanLayers
+from curvature.autograd.lean_trust import LeanTrust
+from curvature.data.parts import num_examples, take
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
 from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly
 from curvature.errors import InputError
@@ -252,6 +254,8 @@ class Linearization(Recording):
         eps = max(torch.finfo(p.dtype).eps for p in self._params)
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
+        if self._agrees_on_a_part(product, trust, v, eps):
+            return
         given_up = self._gradient is None and self._jacobian is None  # one graph at a time, where nothing is built yet
         if given_up:
             del self._evaluation
@@ -278,6 +282,34 @@ class Linearization(Recording):
             self._record_plainly()
         else:
             self._trust = trust
+
+    def _agrees_on_a_part(self, product: Literal["hvp", "ggnvp"], trust: LeanTrust, v: Tensor, eps: float) -> bool:
+        """Compare on an eighth of the batch, where it can be cut: a layer's derivative does not depend on how many.
+
+        Only agreement counts; whatever else comes of it, the whole batch decides.
+        """
+        rule, count = self._evaluator.rule, num_examples(self.batch)
+        if count < 2 or rule is None or not rule.closed_form:
+            return False
+        try:
+            part = take(self.batch, range(max(1, count // 8)), count)
+            lean = Linearization(self._evaluator, self._space, part, self.index, trust=LeanTrust())
+            if lean.weight == 0 or lean._lean.calls() != self._lean.calls():
+                return False
+            lean._trust = None
+            found = lean._compared(product, v)[0]
+            del lean
+            reference = Linearization(self._evaluator, self._space, part, self.index)._compared(product, v)[0]
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        sizes, of_part = [p.numel() for p in self._params], LeanTrust()
+        of_part.compare(product, self._lean.signature(), found, reference, sizes, eps)
+        if of_part.revoked or not bool(reference.any()):
+            return False
+        trust.accept(of_part)
+        return True
 
     def _compared(self, product: Literal["hvp", "ggnvp"], v: Tensor) -> Tensor:
         """Products with J and J' are compared whatever the loss: its own Hessian may be zero and hide them."""

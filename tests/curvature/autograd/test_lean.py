@@ -213,3 +213,19 @@ def test_module_with_batch_norm_keeps_its_statistics() -> None:
     before = {name: b.clone() for name, b in model.named_buffers()}
     HessianOperator(Objective(model, nn.MSELoss(), (real(3, 1, 2), real(3, 4)))).to_dense()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_lean_layers_are_compared_on_a_part_of_the_batch() -> None:
+    sizes: list[int] = []
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(8, 2)).double()
+    model.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    x, y = torch.randn(16, 1, 4, 4, dtype=torch.float64), torch.arange(16) % 2
+    for targets, part_decides in (
+        (y, True),
+        (y.where(torch.arange(16) > 3, -100), False),
+    ):  # nothing counts in the part
+        objective = Objective(model, nn.CrossEntropyLoss(), (x, targets), keep_graphs=True)
+        sizes.clear()
+        HessianOperator(objective) @ torch.ones(objective.num_params, dtype=torch.float64)
+        assert (sizes.count(16) == 1) == part_decides
+        assert any("agree with autograd" in note for note in objective.notes)
