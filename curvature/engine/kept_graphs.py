@@ -65,24 +65,33 @@ class GraphBudget:
         recent = self._fixed is None and time.monotonic() - self._looked < _PATIENCE
         if recent and self.held_bytes <= self._found:
             return
-        allowed = self.num_bytes
         for store in sorted(self._stores, key=lambda store: store.last_used):
-            while len(store) > 0 and self.held_bytes > allowed:
+            while len(store) > 0 and self.held_bytes > self.num_bytes:  # what is freed may not be free
                 store.drop_last()
 
-    def tidy(self) -> None:
-        """Give back to the system what building the graphs left unused; heaps grow to half as much again."""
+    def look_again(self) -> None:
+        """Have graphs given up until the rest fits what is free now, whenever that was looked up."""
+        self._looked = -torch.inf
+        self.enforce()
+
+    def tidy(self, *, now: bool = False) -> None:
+        """Give back to the system what building the graphs left unused; heaps grow to half as much again.
+
+        Args:
+            now: whatever share of the time that takes.
+        """
         if not self.grown:
             return
         if self._device.type != "cpu" or self.held_bytes < _LARGE:
             self.grown = False
             return
         start = time.monotonic()
-        if start - self._tidied >= self._tidying / _TIDY_SHARE:
-            return_unused()
-            self.grown = False
-            self._tidied = time.monotonic()
-            self._tidying = self._tidied - start
+        if not now and start - self._tidied < self._tidying / _TIDY_SHARE:
+            return
+        return_unused()
+        self.grown = False
+        self._tidied = time.monotonic()
+        self._tidying = self._tidied - start
 
 
 @dataclass
@@ -110,7 +119,7 @@ class KeptGraphs:
         self.keep, self.budget = keep, budget
         self.last_used = 0.0
         self._entries: list[_Entry] = []
-        self._full = False
+        self._full = self._grew = False
         budget.admit(self)
 
     def __len__(self) -> int:
@@ -129,6 +138,15 @@ class KeptGraphs:
         self._full, self.last_used = False, time.monotonic()
         if self.keep == "auto" and self._entries:
             self.budget.enforce()  # the free memory may have shrunk
+
+    def end_walk(self) -> None:
+        """Give unused memory back; where graphs have grown, have them fit half of what is free now."""
+        if self._grew:
+            self.budget.tidy(now=True)
+            if self.keep == "auto":
+                self.budget.look_again()
+        self.budget.tidy(now=self._grew)
+        self._grew = False
 
     def batches(self) -> list[tuple[int, int, Any]]:
         """Return place, mark and batch of every graph, for a walk in which graphs may be dropped."""
@@ -174,14 +192,14 @@ class KeptGraphs:
         entry = next((entry for entry in self._entries if entry.meter is meter), None)
         if entry is not None:
             entry.measure()
-            self.budget.grown = True
+            self.budget.grown = self._grew = True
             if self.keep == "auto":
                 self.budget.enforce()
 
     def drop_last(self) -> None:
         """Give up the latest graph; no other is kept before the next walk."""
         self._entries.pop()
-        self._full = True
+        self._full = self.budget.grown = True
 
     def clear(self) -> None:
         """Give up all graphs."""

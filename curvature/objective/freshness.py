@@ -27,6 +27,7 @@ from curvature.errors import CheckFailedError
 from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.python_state import Key, PythonState
+from curvature.losses.rules import loss_rule
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.moving import moving_module
@@ -313,6 +314,8 @@ class Freshness:
         objective = self._objective
         in_run = mixed or in_use(self)
         objective.release()
+        if structure and objective.rule is not None:  # its reduction or hooks may be others; refused at each call
+            objective.rule = objective.evaluator.rule = loss_rule(objective.settings["loss"])
         if structure or "the data" in what:  # what was proved of these modules and batches is to be proved again
             for proof in (objective.trust, objective.cuts, objective.evaluator):
                 proof.forget()

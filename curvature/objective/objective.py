@@ -315,7 +315,7 @@ class Objective:
             del lin  # before the next graph is built
         if built:
             self.freshness.leave()
-        self.kept.budget.tidy()
+        self.kept.end_walk()
         if to_differentiate:
             self.dependence.require(self.evaluator)
 
@@ -327,6 +327,7 @@ class Objective:
         yield from self.kept.batches()
 
     def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
+        self.kept.budget.tidy()  # of what the graph before left unused: heaps grow to half as much again
         meter, own = self.kept.meter(index), move_batch(batch, self.device)
         lin = self.linearise(own, index, trust=self.trust, meter=meter)
         refuse_other_batches(self, lin)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.losses.rules import loss_rule
+from curvature.losses.rules import LossRule, loss_rule
 from optimizers.shared.differentiation import ClosureRecorder
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Shared(Common, total=False):
 class BaseOptimizer(torch.optim.Optimizer):
     """Settings, parameter groups and state of every optimizer here."""
 
-    _kept: tuple[str, ...] = ("loss", "_rule", "_group_name")
+    _kept: tuple[str, ...] = ("loss", "_group_name")
     """Attributes that copies and pickles keep, beside settings and state."""
     _late_settings: ClassVar[dict[str, Any]]
     """Settings with defaults, which groups saved before these existed are given."""
@@ -76,12 +76,17 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: Group, **shared: Any) -> None:
         self.loss = shared.pop("loss", None)
-        self._rule = None if self.loss is None else loss_rule(self.loss)
+        _ = self._rule  # refuses a loss that is none
         self.process_group = shared.pop("process_group", None)
         if unknown := shared.keys() - self._late_settings.keys():
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {min(unknown)!r}")
         self._forget()
         super().__init__(params, {**self._late_settings, **defaults, **shared})
+
+    @property
+    def _rule(self) -> LossRule | None:
+        """How the loss reduces and curves now: its reduction or hooks may have been changed."""
+        return None if self.loss is None else loss_rule(self.loss)
 
     @cached_property
     def _recorder(self) -> ClosureRecorder:

@@ -148,6 +148,18 @@ def test_the_default_budget_follows_the_free_memory(monkeypatch: pytest.MonkeyPa
     assert len(of.kept) < NUM_BATCHES
 
 
+def test_graphs_fit_the_memory_that_building_them_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte of a graph took four, within the second in which what was free is believed."""
+    free = objective(keep_graphs=True)
+    _ = HessianOperator(free) @ _v(free)
+    of = objective()
+    monkeypatch.setattr(kept_graphs, "available_memory", lambda _: 3 * free.held_bytes - 4 * of.held_bytes)
+    _ = HessianOperator(of) @ _v(of)
+    assert 0 < of.held_bytes <= of._budget
+    assert of.num_batches is not None
+    assert len(of.kept) < of.num_batches
+
+
 GROWTH = """
 import psutil, torch
 from torch import nn

@@ -136,6 +136,27 @@ def test_python_state_of_model_and_loss_counts(name: str) -> None:
     assert_close(after, dense(model, lambda: loss(model(X), Y)) @ v)
 
 
+@pytest.mark.parametrize("matrix", [HessianOperator, GGNOperator])
+def test_how_the_loss_reduces_and_what_hooks_make_of_it_is_followed(
+    matrix: type[HessianOperator | GGNOperator],
+) -> None:
+    model, loss = net(), nn.CrossEntropyLoss()
+    A = matrix(Objective(model, loss, [(X[:4], Y[:4]), (X[4:], Y[4:])]))
+    v = torch.ones(A.shape[0], dtype=torch.float64)
+    mean = A @ v
+    loss.reduction = "sum"
+    assert_close(A @ v, len(Y) * mean, 1e-12)
+    hook = loss.register_forward_hook(lambda module, given, value: 3 * value)
+    assert_close(A @ v, 3 * len(Y) * mean, 1e-12)
+    hook.remove()
+    loss.reduction = "none"
+    for _ in range(2):
+        with pytest.raises(InputError, match="reduction must be 'mean' or 'sum', got 'none'"):
+            A @ v
+    loss.reduction = "mean"
+    assert_close(A @ v, mean, 1e-12)
+
+
 def test_data_in_memory_are_followed() -> None:
     model, data = net(), [(X.clone(), Y), (X.clone() + 1, Y)]
     objective = Objective(model, nn.CrossEntropyLoss(), data)
