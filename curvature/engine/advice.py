@@ -18,7 +18,9 @@ def first_line(error: Exception) -> str:
 
 
 def advice_on_inputs(inputs: Any, parameters: Sequence[Tensor], error: Exception) -> str | None:
-    """Return what to do about inputs that a model failed on; None if their type or dtype is not to blame."""
+    """Return what to do about inputs that a model failed on; None if they are not to blame."""
+    if "more than 1 value per channel when training" in str(error):
+        return "normalisation by batch in train mode needs two examples: leave out a batch of one, or call model.eval()"
     dtype = parameters[0].dtype
     if isinstance(inputs, Tensor):
         if inputs.dtype == dtype or "type" not in str(error):

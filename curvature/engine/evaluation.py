@@ -127,6 +127,7 @@ class Evaluator:
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
             stack.enter_context(buffers.installed())
+            stack.enter_context(_unhooked(self.parameters, self._modules))
             if is_gpu(self.parameters[0].device) and any(isinstance(m, nn.RNNBase) for m in self._modules):
                 stack.enter_context(_cudnn_off())  # its RNNs have no second derivative
             if self._keeps_float32 and tf32_in_use():
@@ -137,13 +138,15 @@ class Evaluator:
     def backward_session(self) -> AbstractContextManager[None]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
         rounds = self._keeps_float32 and tf32_in_use()
-        if not rounds and not torch.is_inference_mode_enabled() and all(p.requires_grad for p in self.parameters):
+        plain = all(p.requires_grad and not p._backward_hooks for p in self.parameters)
+        if plain and not rounds and not torch.is_inference_mode_enabled():
             return one_at_a_time
         return self._restored_for_backward(tf32_off() if rounds else contextlib.nullcontext())
 
     @contextlib.contextmanager
     def _restored_for_backward(self, precision: AbstractContextManager[None]) -> Iterator[None]:
-        with one_at_a_time, torch.inference_mode(False), _requires_grad_only(self.parameters, ()), precision:
+        recording, unhooked = _requires_grad_only(self.parameters, ()), _unhooked(self.parameters, ())
+        with one_at_a_time, torch.inference_mode(False), recording, unhooked, precision:
             yield
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ class Evaluator:
             return None, None, self.forward(self.model, batch)
         if self.forward is None:
             try:
-                inputs, targets = batch
+                inputs, targets = [batch] if isinstance(batch, (Mapping, str)) else batch  # two keys are no pair
             except (TypeError, ValueError):
                 raise DataError(
                     f"a batch must be a pair (inputs, targets), got {_describe(batch)}; pass forward= to say how such "
@@ -194,7 +197,7 @@ class Evaluator:
                 ) from None
             try:
                 outputs = self.model(inputs)
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 if (advice := advice_on_inputs(inputs, self.parameters, error)) is None:
                     raise
                 raise InputError(f"{advice} (the model says: {first_line(error)})") from error
@@ -298,6 +301,22 @@ def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> I
     finally:
         for t in changed:
             t.requires_grad_(not t.requires_grad)
+
+
+@contextlib.contextmanager
+def _unhooked(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Leave out hooks on gradients, which may clip or scale them: what is differentiated is the loss."""
+    hooks = [p._backward_hooks for p in parameters]
+    for module in modules:
+        hooks += [module._backward_hooks, module._backward_pre_hooks]
+    left_out = [(store, dict(store)) for store in hooks if store]
+    for store, _ in left_out:
+        store.clear()
+    try:
+        yield
+    finally:
+        for store, earlier in left_out:
+            store.update(earlier | store)
 
 
 @contextlib.contextmanager

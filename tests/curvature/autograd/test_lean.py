@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.autograd import lean_functions
 from curvature.autograd.lean import LeanLayers
+from curvature.autograd.lean_trust import LeanTrust
 from tests.cases import BY_NAME
 from tests.checks import assert_close
 from tests.references import dense_ggn, dense_hessian, derivative_along, flat_gradient, total_loss
@@ -229,3 +230,13 @@ def test_lean_layers_are_compared_on_a_part_of_the_batch() -> None:
         HessianOperator(objective) @ torch.ones(objective.num_params, dtype=torch.float64)
         assert (sizes.count(16) == 1) == part_decides
         assert any("agree with autograd" in note for note in objective.notes)
+
+
+@pytest.mark.parametrize("place", [0, 5])
+@pytest.mark.parametrize("of_lean", [True, False])
+def test_a_comparison_that_is_not_a_number_is_none_passed(place: int, of_lean: bool) -> None:
+    trust, good, bad = LeanTrust(), torch.ones(6), torch.ones(6)
+    bad[place] = torch.nan
+    trust.compare("hvp", 1, *((bad, good) if of_lean else (good, bad)), [2, 4], 1e-7)
+    assert trust.revoked
+    assert not trust.covers("hvp", 1)

@@ -146,7 +146,7 @@ def test_how_the_loss_reduces_and_what_hooks_make_of_it_is_followed(
     mean = A @ v
     loss.reduction = "sum"
     assert_close(A @ v, len(Y) * mean, 1e-12)
-    hook = loss.register_forward_hook(lambda module, given, value: 3 * value)
+    hook = loss.register_forward_hook(lambda *sides: 3 * sides[2])
     assert_close(A @ v, 3 * len(Y) * mean, 1e-12)
     hook.remove()
     loss.reduction = "none"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import GGNOperator, HessianOperator, Objective
-from curvature.errors import InputError
+from curvature.errors import DataError, InputError
 from tests.checks import BATCHING_TOLERANCE, assert_close, assert_untouched
 from tests.references import dense_hessian, flat_gradient
 
@@ -308,3 +308,36 @@ def test_replaced_arguments() -> None:
     assert other.space.names == ("bias",)
     assert other.settings == {**objective.settings, "data": other.settings["data"], "keep_graphs": False}
     assert_close(other.loss(), F.mse_loss(objective.model(2 * x), y).detach())
+
+
+@pytest.mark.parametrize("matrix", [HessianOperator, GGNOperator])
+@pytest.mark.parametrize("keep_graphs", [True, False])
+def test_hooks_on_gradients_are_left_out_and_left_in_place(
+    matrix: type[HessianOperator | GGNOperator], keep_graphs: bool
+) -> None:
+    """They clip, scale or log: with them products are those of no matrix."""
+    model, seen = net(), []
+    A = matrix(Objective(model, nn.CrossEntropyLoss(), (X, Y), keep_graphs=keep_graphs))
+    true, gradient = A.to_dense(), A.objective.gradient()
+    weight = next(model.parameters())
+    clip = weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    weight.register_hook(seen.append)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    linear.register_full_backward_hook(lambda *sides: (3 * sides[1][0],))
+    linear.register_full_backward_pre_hook(lambda *sides: (2 * sides[1][0],))
+    A.objective.release()
+    assert_close(A.to_dense(), true, 1e-12)
+    assert_close(A.objective.gradient(), gradient, 1e-12)
+    assert not seen
+    nn.functional.cross_entropy(model(X), Y).backward()
+    assert float(seen[0].abs().max()) <= 1e-3
+    clip.remove()
+    assert len(weight._backward_hooks or ()) == 1
+
+
+def test_batches_that_are_no_pair_or_too_small_are_told() -> None:
+    with pytest.raises(DataError, match=r"a batch must be a pair \(inputs, targets\), got a dict"):
+        Objective(net(), nn.CrossEntropyLoss(), [{"x": X, "y": Y}]).loss()
+    model = nn.Sequential(nn.Linear(X.shape[1], 3), nn.BatchNorm1d(3)).to(X.dtype)
+    with pytest.raises(InputError, match="needs two examples: leave out a batch of one"):
+        Objective(model, nn.CrossEntropyLoss(), [(X[:4], Y[:4]), (X[4:5], Y[4:5])]).loss()
