@@ -8,7 +8,8 @@ layers are recorded as functions whose second derivative is written out, with al
 - batch normalisation in eval mode: folded into the weights of the convolution that it follows, so that it costs nothing
   per entry; elsewhere, an affine map;
 - layer normalisation: the closed form of its second derivative;
-- smooth activations: f' and u f'' stored, where u is the gradient that arrives.
+- smooth activations: f' and u f'' stored, where u is the gradient that arrives;
+- rectified linear units beside such layers: no second derivative, in place of zeros.
 
 They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
 trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
@@ -32,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvature.autograd.backward import refuse_checkpointing
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
-from curvature.autograd.lean_functions import Activation, Convolution, Normalise
+from curvature.autograd.lean_functions import Activation, Convolution, Normalise, Relu
 from curvature.autograd.substitutes import SUBSTITUTES
 from curvature.errors import CheckFailedError
 
@@ -193,6 +194,11 @@ class LeanLayers(TorchFunctionMode):
         output = output if weight is None else output * weight
         return output if bias is None else output + bias
 
+    def _relu(self, func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
+        if inplace or not input.requires_grad or not self.num_replaced:  # alone not worth a comparison with autograd
+            return None
+        return Relu.apply(input)
+
     def _activation(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         if kwargs.get("inplace") or args[1:2] == (True,) or not input.requires_grad:
             return None
@@ -203,6 +209,7 @@ class LeanLayers(TorchFunctionMode):
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys(_CONVOLUTIONS, LeanLayers._convolution),
     **dict.fromkeys(_ACTIVATIONS, LeanLayers._activation),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), LeanLayers._relu),
     F.batch_norm: LeanLayers._batch_norm,
     F.layer_norm: LeanLayers._layer_norm,
 }

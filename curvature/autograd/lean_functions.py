@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
-__all__ = ["Activation", "ActivationBackward", "Convolution", "ConvolutionBackward", "Normalise", "NormaliseBackward"]
+__all__ = [
+    "Activation",
+    "ActivationBackward",
+    "Convolution",
+    "ConvolutionBackward",
+    "Normalise",
+    "NormaliseBackward",
+    "Relu",
+]
 
 
 def _wanted(ctx: FunctionCtx, place: int) -> bool:
@@ -118,6 +126,21 @@ class ActivationBackward(Function):
     def backward(ctx: Any, x_dot: Tensor) -> tuple[Tensor | None, ...]:
         d1, ud2 = ctx.saved_tensors
         return x_dot * d1 if _wanted(ctx, 0) else None, x_dot * ud2 if _wanted(ctx, 1) else None, None, None
+
+
+class Relu(Function):
+    """y_i = max(x_i, 0). Autograd fills a tensor with its second derivative, zero, and adds it to others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(u, y.detach(), 0)
 
 
 class Normalise(Function):
