@@ -16,7 +16,7 @@ from weakref import WeakSet, ref
 import torch
 
 from curvature.engine.linearize import Linearization
-from curvature.environment.memory import HeldMemory, available_memory, return_unused
+from curvature.environment.memory import HeldMemory, available_memory, keep_freed, return_unused
 
 __all__ = ["BUDGET_SHARE", "GraphBudget", "KeptGraphs"]
 
@@ -185,6 +185,7 @@ class KeptGraphs:
             meter: what watches it.
             own_bytes: of the batch, where nobody else holds it.
         """
+        keep_freed()
         self._entries.append(_Entry(mark, batch, lin, meter, own_bytes))
         self._grown(meter)
 

@@ -7,15 +7,18 @@ are copied and compared byte by byte, as long as copies are small; of the others
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Hashable, Sequence
+from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from curvature.fingerprints.digest import WORDS, digest, groups, is_view, numbers, striped, version
+from curvature.fingerprints.digest import WORDS, digest, groups, is_view, numbers, stripes, version
 
 __all__ = ["Contents"]
+
+_KIND = operator.attrgetter("shape", "dtype", "__class__")
 
 
 class Contents:
@@ -33,45 +36,40 @@ class Contents:
 
     def __init__(self, tensors: Sequence[Tensor], most: int | None = None, *, room: int = 2**22) -> None:
         self._tensors, self._most = tensors, most
-        self._views = [is_view(t) for t in tensors]
+        views = [*map(is_view, tensors)]
+        self._flat = [*compress(tensors, views)]
         self.places = self._present_places()
-        self._whole: list[Any] = []  # not by numpy(), after which no storage can be resized
-        self._stripes: list[Tensor] = []
+        self._parts: list[Any] = []  # not by numpy(), after which no storage can be resized
         self._rest: list[Tensor] = []
-        for t, flat in zip(tensors, self._views, strict=True):
+        for t, flat in zip(tensors, views, strict=True):
             size = t.element_size() * min(t.numel(), most or t.numel())
             in_memory = flat and t.device.type == "cpu" and t.element_size() in WORDS and t.data_ptr() != 0
             if size > room or not in_memory:
                 self._rest.append(t)
                 continue
             room -= size
-            if size < t.nbytes:
-                assert most is not None
-                self._stripes.append(striped(t.detach().flatten().view(WORDS[t.element_size()]), most))
-            else:
-                self._whole.append((ctypes.c_char * size).from_address(t.data_ptr()))
+            count, length, gap = (1, t.numel(), 0) if most is None or size == t.nbytes else stripes(t.numel(), most)
+            part, start = ctypes.c_char * (length * t.element_size()), t.data_ptr()
+            self._parts += [part.from_address(start + i * gap * t.element_size()) for i in range(count)]
         kinds = [(t.shape, t.dtype, t.device) for t in tensors]
-        self._copies = [bytearray(whole) for whole in self._whole]
-        self._of_stripes = [stripes.clone(memory_format=torch.contiguous_format) for stripes in self._stripes]
+        self._copies = [*map(bytearray, self._parts)]
         self._read = groups(self._rest, most) if all(map(is_view, self._rest)) else None
         self._numbers = self._present_numbers()
-        parts = [ctypes.string_at(part.data_ptr(), part.nbytes) for part in self._of_stripes]
-        self.found = (kinds, self._copies, parts, self._numbers)
+        self.found = (kinds, self._copies, self._numbers)
 
     def stand(self) -> bool:
         """Say whether the tensors lie where they lay and hold what they held."""
         return (
             self.places == self._present_places()  # else the views may be of memory that is no more
-            and self._copies == self._whole
-            and all(map(torch.equal, self._stripes, self._of_stripes))
+            and self._copies == self._parts
             and self._numbers == self._present_numbers()
         )
 
     def _present_places(self) -> list[Hashable]:
-        return [
-            (version(t), t.shape, t.dtype, flat and (type(t), t.data_ptr(), t.is_contiguous(), t.is_neg()))
-            for t, flat in zip(self._tensors, self._views, strict=True)
-        ]
+        flat = self._flat
+        kinds = map(_KIND, self._tensors)
+        where = zip(map(Tensor.data_ptr, flat), map(Tensor.stride, flat), map(Tensor.is_neg, flat), strict=True)
+        return [*map(version, self._tensors), *kinds, *where]
 
     def _present_numbers(self) -> tuple[int, ...]:
         if not self._rest:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from curvature.autograd.backward import no_autocast
 
-__all__ = ["WORDS", "digest", "groups", "is_view", "numbers", "striped", "version"]
+__all__ = ["WORDS", "digest", "groups", "is_view", "numbers", "stripes", "version"]
 
 _LENGTH = 2**13  # weights; they stay in cache
 _PIECE = 2**22  # entries that are widened at a time
@@ -103,7 +103,7 @@ def groups(tensors: Iterable[Tensor], most: int | None) -> list[Group]:
                     (flat.device, flat.dtype if most is None else None), Group(flat.device, [], [])
                 )
                 if most is not None:
-                    group.small.append(striped(flat, most) if flat.numel() > most else flat)
+                    group.small.append(_striped(flat, most) if flat.numel() > most else flat)
                 elif flat.numel() <= _SMALL:
                     group.small.append(flat)
                 else:
@@ -169,11 +169,16 @@ def _dense(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.resolve_neg()
 
 
-def striped(flat: Tensor, most: int) -> Tensor:
-    """Return a view of evenly spread stripes, (_STRIPES, length)."""
+def _striped(flat: Tensor, most: int) -> Tensor:
+    """Return a view of evenly spread stripes, (count, length)."""
+    count, length, gap = stripes(flat.numel(), most)
+    return flat.as_strided((count, length), (gap, 1), flat.storage_offset())
+
+
+def stripes(size: int, most: int) -> tuple[int, int, int]:
+    """Return count, length and distance of evenly spread stripes that hold about `most` of more entries."""
     length = max(1, most // _STRIPES)
-    gap = (flat.numel() - length) // (_STRIPES - 1)
-    return flat.as_strided((_STRIPES, length), (gap, 1), flat.storage_offset())
+    return _STRIPES, length, (size - length) // (_STRIPES - 1)
 
 
 def _words(flat: Tensor) -> Iterator[Tensor]:

@@ -60,8 +60,7 @@ class Look:
     def stands(self, sources: list[Any]) -> bool:
         """Say whether another look would see the same; False where only that look can tell."""
         same = len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources))
-        parts = (self.state.stands, self.loader.stands, self.contents.stand, self.data.stand)
-        return same and all(stands() for stands in parts)
+        return same and self.state.stands() and self.loader.stands() and self.contents.stand() and self.data.stand()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ CONVOLUTIONS: dict[str, Layer] = {
     "conv2d grouped": (lambda x, w, b: F.conv2d(x, w, b, groups=2), [real(2, 4, 3, 3), real(4, 2, 2, 2), real(4)]),
     "conv3d": (lambda x, w, b: F.conv3d(x, w, b), [real(1, 1, 3, 3, 3), real(2, 1, 2, 2, 2), real(2)]),
 }
+CONVOLUTIONS |= {
+    f"conv1d, relu {i}": (lambda x, w, f=f: f(F.conv1d(x, w)), [real(2, 3, 6), real(4, 3, 3)])
+    for i, f in enumerate((F.relu, torch.relu, Tensor.relu))
+}
 NORMS: dict[str, Layer] = {
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [real(3, 5), real(5), real(5)]),
     "layer norm plain": (lambda x: F.layer_norm(x, (5,), eps=0.1), [real(3, 5)]),
@@ -118,6 +122,20 @@ def test_weight_norm_is_replaced_even_without_lean_layers(dim: int) -> None:
         assert_close(product, by_differences, 1e-8)
 
 
+@pytest.mark.parametrize("relu", [F.relu, torch.relu, Tensor.relu])
+def test_no_zeros_stand_for_the_second_derivative_of_a_rectified_linear_unit(relu: Callable[[Tensor], Tensor]) -> None:
+    x, u = real(3, 4).requires_grad_(), real(3, 4).requires_grad_()
+    with LeanLayers() as lean:
+        y = relu(F.softplus(x) - 0.7)
+        assert lean.num_replaced == 2
+        z = x.detach().requires_grad_()
+        y = relu(z)
+    (slope,) = torch.autograd.grad(y, z, u, create_graph=True)
+    assert torch.autograd.grad(slope.sum(), z, allow_unused=True, retain_graph=True) == (None,)
+    (in_u,) = torch.autograd.grad(slope.sum(), u)
+    assert torch.equal(in_u, (x > 0).to(x))
+
+
 def test_layers_with_nothing_lean_are_left_alone() -> None:
     x = real(3, 4, 2).requires_grad_()
     lean = LeanLayers()
@@ -125,6 +143,7 @@ def test_layers_with_nothing_lean_are_left_alone() -> None:
         F.batch_norm(x, None, None, training=True)
         F.silu(x.clone(), inplace=True)
         F.gelu(x.detach())
+        F.relu(x)  # beside others only
         F.conv1d(x, real(2, 4, 1), padding="same")
         with torch.no_grad():
             F.gelu(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,30 @@ print((process.memory_info().rss - before) / objective.held_bytes)
 def test_what_building_graphs_left_unused_goes_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < 1.3
+
+
+MAPPED = """
+import ctypes, torch
+from curvature.environment.memory import keep_freed
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+info = ctypes.CDLL("libc.so.6").mallinfo2
+info.restype = Info
+def mapped():
+    before = info().hblks
+    piece = torch.empty(2**24, dtype=torch.uint8)
+    return info().hblks - before
+before = mapped()
+keep_freed()
+print(before, mapped())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_large_pieces_of_memory_are_not_mapped_anew_each_time() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["1", "0"]
 
 
 def test_views_of_what_was_there_hold_nothing() -> None:
