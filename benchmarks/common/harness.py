@@ -6,27 +6,21 @@ product is made and applied and the peak is read again; only then come the clock
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import platform
 import resource
-import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common.peers import METHODS, Method, Operator, Product, by_hand, flatten
-from benchmarks.common.problems import PROBLEMS, Problem, make_problem
+from benchmarks.common.problems import Problem, make_problem
 
-__all__ = ["Row", "git", "gradient", "math_attention", "measure", "one_line", "peak_mebibytes"]
+__all__ = ["Conditions", "Row", "gradient", "math_attention", "measure", "one_line", "peak_mebibytes"]
 
 WARM_UP = 3
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
@@ -34,7 +28,18 @@ CHECKED_COLUMNS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Conditions:
+    """What a row was measured with."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    clock: str = "process CPU time"
+    torch: str = str(torch.__version__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Conditions):
     """One measurement. All times are of one product with one column."""
 
     problem: str
@@ -64,13 +69,6 @@ class Row:
     attention: str = "as in the model"
     failure: str | None = None
     """Why there are no figures."""
-    dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    clock: str = "process CPU time"
-    torch: str = str(torch.__version__)
-    python: str = platform.python_version()
-    git: str = "unknown"
 
 
 def measure(
@@ -92,7 +90,7 @@ def measure(
     clock, clock_name = _clock(device, threads)
     method, problem = METHODS[method_name], make_problem(problem_name, device=device)
     row = {"problem": problem_name, "num_params": problem.num_params, "operator": operator, "method": method_name}
-    row |= {"label": method.label, "columns": method.columns, "threads": threads, "clock": clock_name, "git": git()}
+    row |= {"label": method.label, "columns": method.columns, "threads": threads, "clock": clock_name}
     row |= {"device": torch.cuda.get_device_name() if device == "cuda" else device}
     try:
         method.load()
@@ -232,30 +230,6 @@ def peak_mebibytes(device: str = "cpu") -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
-def git() -> str:
-    """Return the abbreviated commit of this tree, with "-dirty" if tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def one_line(error: BaseException) -> str:
     """Return the kind and the message of an exception."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def main() -> None:
-    """Measure what the command line names and print the row."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.common.harness")
-    parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("operator", choices=["hessian", "ggn"])
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--threads", type=int, default=1)
-    a = parser.parse_args()
-    warnings.simplefilter("ignore")  # other libraries' deprecations; a failure is caught and reported
-    print(json.dumps(asdict(measure(a.problem, a.operator, a.method, seconds=a.seconds, threads=a.threads))))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,12 +10,9 @@ larger.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +27,13 @@ from analysis.noise.curvature import curvature_noise
 from analysis.noise.measure import gradient_noise
 from analysis.noise.study import NoiseStudy
 from analysis.sharpness.measure import measure_sharpness
-from benchmarks.common.harness import git
-from benchmarks.common.processes import in_parallel, write_rows
+from benchmarks.common.processes import in_parallel
+from benchmarks.common.suite import Rows, command
 from benchmarks.coverage.statistics import small_network
 from curvature import Objective
 
 __all__ = ["KINDS", "main", "measure", "run"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "compare.json"
 MEASURES = ("trace", "frobenius_norm", "average", "adaptive_average", "pac_bayes", "adaptive_pac_bayes", "log_volume")
 LEVEL = 0.05
 NEIGHBOURS = 6  # runs that each is paired with
@@ -127,7 +123,6 @@ def measure(kind: str, other_data: bool, runs: int, processes: int = 1) -> dict[
         "stderr": _stderr([any(row) for row in null], pairs, runs),
         "power": sum(apart) / max(1, len(apart)),
         "seconds": time.perf_counter() - start,
-        "git": git(),
     }
 
 
@@ -146,20 +141,17 @@ def _stderr(alarms: list[bool], pairs: list[tuple[int, int]], runs: int) -> floa
 
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare.bench", description=__doc__)
+    parser = command("compare", __doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--runs", type=int, default=501)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    rows = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else []
-    for kind in a.kinds:
-        for other_data in KINDS[kind][1]:
+    cases = [(kind, other_data) for kind in a.kinds for other_data in KINDS[kind][1]]
+    with Rows(a.out, ("kind", "differs"), len(cases)) as rows:
+        for kind, other_data in cases:
             row = measure(kind, other_data, a.runs, a.processes)
-            rows = [r for r in rows if (r["kind"], r["differs"]) != (row["kind"], row["differs"])] + [row]
-            write_rows(a.out, rows)
             false, other = 100 * row["family_wise"], row["differs"]
-            print(f"{kind}, other {other}: {false:.1f} % false alarms, power {row['power']:.2f}", flush=True)
+            rows.add(row, said=f"{kind}, other {other}: {false:.1f} % false alarms, power {row['power']:.2f}")
 
 
 if __name__ == "__main__":

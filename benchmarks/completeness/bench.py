@@ -9,27 +9,21 @@ from the dense ones by more than twice the tolerance, or whose residuals are abo
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.common.harness import git
-from benchmarks.common.processes import BARS, in_parallel, write_rows
+from benchmarks.common.processes import in_parallel
+from benchmarks.common.suite import Row, Rows, command
 from curvature.linalg import eigsh
 from curvature.results.estimates import EigenPairs, Status
 from tests.matrices import hard_matrices, missed, true_residuals
 
 __all__ = ["main", "measure"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "completeness.json"
 ENDS = ("LA", "SA", "LM", "BE")
 TOLERANCES = (1e-3, 1e-8)
-Row = dict[str, Any]
 
 
 def measure(name: str, dtype: str, seeds: int) -> Row:
@@ -51,7 +45,7 @@ def measure(name: str, dtype: str, seeds: int) -> Row:
                 counts["unfinished"] += pairs.status not in (Status.CONVERGED, Status.UNCERTIFIED)
                 counts["missed"] += converged and missed(A, pairs, which, rtol)
                 counts["false_residuals"] += converged and not _residuals_hold(A, pairs, rtol, norm)
-    return {"matrix": name, "dtype": dtype, "seeds": seeds, **counts, "products": products, "git": git()}
+    return {"matrix": name, "dtype": dtype, "seeds": seeds, **counts, "products": products}
 
 
 def _residuals_hold(A: Tensor, pairs: EigenPairs, rtol: float, norm: float) -> bool:
@@ -62,22 +56,17 @@ def _residuals_hold(A: Tensor, pairs: EigenPairs, rtol: float, norm: float) -> b
 def main() -> None:
     """Measure what the command line selects and write the rows."""
     matrices = hard_matrices(64)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.completeness.bench", description=__doc__)
+    parser = command("completeness", __doc__)
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--names", nargs="+", choices=matrices, default=list(matrices))
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     cases = [(name, dtype, a.seeds) for name in a.names for dtype in ("float64", "float32")]
-    rows: list[Row] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        for found in progress.track(in_parallel(measure, cases, a.processes), total=len(cases)):
-            rows.append(found)
-            said = f"{found['converged']} of {found['runs']} converged, {found['missed']} missed one"
-            name = f"{found['matrix']:24} {found['dtype']}"
-            wrong = f"{found['false_residuals']} with false residuals"
-            progress.console.print(f"{name}: {said}, {wrong}", highlight=False, soft_wrap=True)
-            write_rows(a.out, rows)
+    with Rows(a.out, ("matrix", "dtype"), len(cases)) as rows:
+        for row in in_parallel(measure, cases, a.processes):
+            said = f"{row['converged']} of {row['runs']} converged, {row['missed']} missed one"
+            name, wrong = f"{row['matrix']:24} {row['dtype']}", f"{row['false_residuals']} with false residuals"
+            rows.add(row, said=f"{name}: {said}, {wrong}")
 
 
 if __name__ == "__main__":

@@ -11,25 +11,20 @@ after the first seeds is counted again with 1000 fresh ones, and the row holds t
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.common.harness import git
-from benchmarks.common.processes import in_parallel, write_rows
+from benchmarks.common.processes import in_parallel
+from benchmarks.common.suite import Row, Rows, command
 from benchmarks.coverage import spectra, statistics
 from benchmarks.coverage.cases import Case, measure
 
 __all__ = ["CASES", "main"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "coverage.json"
 CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
     "trace": spectra.trace_cases,
     "diagonal": spectra.diagonal_cases,
@@ -47,14 +42,11 @@ CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
 }
 """By quantity."""
 LOW, RECOUNT = 0.92, range(10_000, 11_000)
-Row = dict[str, Any]
 
 
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return the old rows with those measured again replaced, quantities in the order of `CASES`."""
-    names = ("quantity", "method", "data", "dtype")
-    rows = {tuple(row[name] for name in names): row for row in (*old, *new)}
-    return sorted(rows.values(), key=lambda row: list(CASES).index(row["quantity"]))
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with quantities in the order of `CASES`."""
+    return sorted(rows, key=lambda row: list(CASES).index(row["quantity"]))
 
 
 def chosen(
@@ -77,7 +69,7 @@ def measured(quantity: str, dtype: str, place: int, seeds: int) -> Row:
     if found["coverage"] < LOW:
         found = measure(case, RECOUNT) | {"first": found["coverage"]}
     row: Row = {"quantity": quantity, "method": case.method, "data": case.data, "dtype": dtype}
-    row |= found | {"seconds": time.process_time() - start, "git": git()}
+    row |= found | {"seconds": time.process_time() - start}
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
@@ -90,27 +82,23 @@ def _summary(row: Row) -> str:
 
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage.bench", description=__doc__)
+    parser = command("coverage", __doc__)
     parser.add_argument("--quantities", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "float64"), default=["float32", "float64"])
     parser.add_argument("--methods", nargs="+", help="beginnings of names; by default all")
     parser.add_argument("--data", nargs="+", help="names; by default all")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--keep", action="store_true", help="keep rows of --out that are not measured again")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    rows = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
     tasks = [
         (quantity, dtype, place, a.seeds)
         for quantity in a.quantities
         for dtype in a.dtypes
         for place, _ in chosen(quantity, dtype, a.methods, a.data)
     ]
-    for row in in_parallel(measured, tasks, a.processes):
-        print(_summary(row), flush=True)
-        rows = merged(rows, [row])
-        write_rows(a.out, rows)
+    with Rows(a.out, ("quantity", "method", "data", "dtype"), len(tasks), finish=in_order) as rows:
+        for row in in_parallel(measured, tasks, a.processes):
+            rows.add(row, said=_summary(row))
 
 
 if __name__ == "__main__":

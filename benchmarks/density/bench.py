@@ -7,36 +7,26 @@ those of `spectral_density` and of `eigsh` for the pairs.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
-import platform
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from analysis.tasks.load import load_task
-from benchmarks.common.harness import git
-from benchmarks.common.processes import BARS, write_rows
+from benchmarks.common.suite import Row, Rows, command
 from curvature import HessianOperator
 from curvature.linalg import eigsh, spectral_density, wasserstein
 
 __all__ = ["envelope", "main", "products_at", "rows_of"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "density.json"
 SEEDS = 20
 RTOL = 1e-3
 KNOWN = [0, 2, 5, 10, 20]
 PROBES = [1, 2, 4, 8, 16, 32, 64]
 STEPS = [10, 20, 40, 80]
 MOST_PRODUCTS = 2560
-Row = dict[str, Any]
 
 
 def rows_of(A: Tensor, exact: Tensor, *, known: int, probes: int, steps: Sequence[int], seeds: int) -> list[Row]:
@@ -55,7 +45,6 @@ def rows_of(A: Tensor, exact: Tensor, *, known: int, probes: int, steps: Sequenc
             distances[seed, j] = wasserstein(density, exact)
             spent[seed, j] = density.num_matvecs + (pairs.num_matvecs if pairs is not None else 0)
     means, errors = distances.mean(dim=0), distances.std(dim=0) / seeds**0.5
-    facts = {"torch": str(torch.__version__), "python": platform.python_version(), "git": git()}
     return [
         {
             "known": known,
@@ -65,7 +54,6 @@ def rows_of(A: Tensor, exact: Tensor, *, known: int, probes: int, steps: Sequenc
             "products": float(spent[:, j].mean()),
             "distance": float(means[j]),
             "distance_stderr": float(errors[j]),
-            **facts,
         }
         for j, m in enumerate(steps)
     ]
@@ -110,31 +98,22 @@ def _comparison(rows: Sequence[Row], *, width: float) -> list[str]:
 
 def main() -> None:
     """Measure what the command line selects, write the rows and print the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.density.bench", description=__doc__)
+    parser = command("density", __doc__)
     parser.add_argument("--known", nargs="+", type=int, default=KNOWN, help="numbers of eigenpairs; 0 is without")
     parser.add_argument("--probes", nargs="+", type=int, default=PROBES)
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--most", type=int, default=MOST_PRODUCTS, help="products of a density")
-    parser.add_argument("--keep", action="store_true", help="keep rows of --out for other numbers of eigenpairs")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
     H = HessianOperator(load_task("digits-mlp").objective()).to_dense().double()
     H = (H + H.T) / 2  # dense, so that thousands of runs are quick; products are counted, not timed
     exact = torch.linalg.eigvalsh(H)
-    old = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
-    rows: list[Row] = [row for row in old if row["known"] not in a.known]
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(a.known) * len(a.probes))
-        for known in a.known:
-            for probes in a.probes:
-                progress.update(task, description=f"{known} pairs, {probes} probes")
-                steps = [m for m in a.steps if m * probes <= a.most]
-                rows += rows_of(H, exact, known=known, probes=probes, steps=steps, seeds=a.seeds)
-                progress.advance(task)
-            write_rows(a.out, rows)
-    for line in _comparison(rows, width=float(exact[-1] - exact[0])):
+    with Rows(a.out, ("known", "probes", "steps"), len(a.known) * len(a.probes)) as rows:
+        for known, probes in itertools.product(a.known, a.probes):
+            rows.begin(f"{known} pairs, {probes} probes")
+            steps = [m for m in a.steps if m * probes <= a.most]
+            rows.add(*rows_of(H, exact, known=known, probes=probes, steps=steps, seeds=a.seeds))
+    for line in _comparison(rows.rows, width=float(exact[-1] - exact[0])):
         print(line)
 
 

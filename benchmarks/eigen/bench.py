@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from benchmarks.common.processes import BARS, row_of, write_rows
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import Row, Rows, command
 from benchmarks.common.trained import TRAINED
+from benchmarks.eigen.harness import measure_eigen
 from benchmarks.eigen.methods import EIGEN_METHODS
 from benchmarks.eigen.reference import reference
 
-__all__ = ["compared", "main", "merged"]
+__all__ = ["compared", "main"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "eigen.json"
 QUANTITIES = {"top-1": 1, "top-10": 10, "top-50": 50}
 OURS = "eigsh"
 GRACE_SECONDS = 600  # for the reference, residuals and what else surrounds the solver
-Row = dict[str, Any]
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with `times_ours`: products and seconds over those of our `eigsh` for the same pairs."""
+    """Return the rows in the order of the options, with `times_ours`: products and seconds over our `eigsh`'s."""
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return list(TRAINED).index(row["problem"]), row["k"], list(EIGEN_METHODS).index(row["method"])
+
     ours = {(r["problem"], r["k"]): r for r in rows if r["method"] == OURS and not r.get("failure")}
     result = []
-    for row in rows:
+    for row in sorted(rows, key=place):
         base = ours.get((row["problem"], row["k"]))
         if base is not None and not row.get("failure"):
             ratios = {key: row[key] / base[key] for key in ("products", "seconds")}
             row = {**row, "times_ours": ratios}
         result.append(row)
     return result
-
-
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return the old rows with those of the same problem, k and method replaced, in the order of the options."""
-
-    def key(row: Row) -> tuple[int, int, int]:
-        return list(TRAINED).index(row["problem"]), row["k"], list(EIGEN_METHODS).index(row["method"])
-
-    return [row for _, row in sorted({key(row): row for row in (*old, *new)}.items())]
 
 
 def hopeless(k: int, smaller: Row | None, limit: float) -> str:
@@ -70,39 +58,31 @@ def _summary(row: Row) -> str:
     )
 
 
-def _measured(options: Sequence[str], known: Row, limit: float) -> Row:
-    return row_of("benchmarks.eigen.harness", options, known, timeout_seconds=2 * limit + GRACE_SECONDS)
-
-
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eigen.bench", description=__doc__)
+    parser = command("eigen", __doc__)
     parser.add_argument("--problems", nargs="+", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--quantities", nargs="+", choices=QUANTITIES, default=list(QUANTITIES))
     parser.add_argument("--methods", nargs="+", choices=EIGEN_METHODS, default=list(EIGEN_METHODS))
     parser.add_argument("--limit", type=float, default=600.0, help="CPU seconds after which a solver is stopped")
-    parser.add_argument("--keep", action="store_true", help="keep rows of --out that are not measured again")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     cases = [(p, QUANTITIES[q], m) for p in a.problems for q in a.quantities for m in a.methods]
-    old = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
-    new: list[Row] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases))
+    with Rows(a.out, ("problem", "k", "method"), len(cases), finish=compared) as rows:
         for problem in a.problems:
-            progress.update(task, description=f"reference of {problem}")
+            rows.begin(f"reference of {problem}")
             reference(problem)
         for problem, k, method in cases:
-            progress.update(task, description=f"{problem} top-{k} {method}")
-            fewer = [r for r in merged(old, new) if (r["problem"], r["method"]) == (problem, method) and r["k"] < k]
+            rows.begin(f"{problem} top-{k} {method}")
+            fewer = [r for r in rows.rows if (r["problem"], r["method"]) == (problem, method) and r["k"] < k]
             power = EIGEN_METHODS[method].which == "LM"
             reason = hopeless(k, fewer[-1] if fewer else None, a.limit) if power else ""
-            known = {"problem": problem, "k": k, "method": method, "label": EIGEN_METHODS[method].label}
-            options = [problem, str(k), method, "--limit", str(a.limit)]
-            new.append({**known, "failure": reason} if reason else _measured(options, known, a.limit))
-            progress.console.print(_summary(new[-1]), highlight=False, soft_wrap=True)
-            progress.advance(task)
-            write_rows(a.out, compared(merged(old, new)))  # after each row, so that a run can be cut short
+            row: Row = {"problem": problem, "k": k, "method": method}
+            row |= {"label": EIGEN_METHODS[method].label, "failure": reason}
+            if not reason:
+                longest = 2 * a.limit + GRACE_SECONDS
+                settings = {"problem_name": problem, "k": k, "method_name": method, "limit": a.limit}
+                row = alone(measure_eigen, row, timeout_seconds=longest, **settings)
+            rows.add(row, said=_summary(row))
 
 
 if __name__ == "__main__":

@@ -6,20 +6,16 @@ known; the first, which builds the graph where one is kept, counts as set-up wit
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import platform
 import time
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.harness import git, gradient, math_attention, one_line, peak_mebibytes
+from benchmarks.common.harness import Conditions, gradient, math_attention, one_line, peak_mebibytes
 from benchmarks.common.problems import Problem
-from benchmarks.common.trained import TRAINED, make_trained
+from benchmarks.common.trained import make_trained
 from benchmarks.eigen.methods import EIGEN_METHODS, EigenMethod, Found, Meter, OutOfTime
 from benchmarks.eigen.reference import plain_product, reference
 
@@ -32,7 +28,7 @@ RIGHT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class EigenRow:
+class EigenRow(Conditions):
     """One measurement."""
 
     problem: str
@@ -69,13 +65,6 @@ class EigenRow:
     attention: str = "as in the model"
     failure: str | None = None
     """Why there are no figures."""
-    dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    clock: str = "process CPU time"
-    torch: str = str(torch.__version__)
-    python: str = platform.python_version()
-    git: str = "unknown"
 
 
 def measure_eigen(problem_name: str, k: int, method_name: str, *, limit: float = float("inf")) -> EigenRow:
@@ -91,7 +80,7 @@ def measure_eigen(problem_name: str, k: int, method_name: str, *, limit: float =
     method, problem, truth = EIGEN_METHODS[method_name], make_trained(problem_name), reference(problem_name)
     expected = truth.eigenvalues(method.which)[:k]
     row = {"problem": problem_name, "num_params": problem.num_params, "k": k, "method": method_name}
-    row |= {"label": method.label, "which": method.which, "reference_difference": truth.difference, "git": git()}
+    row |= {"label": method.label, "which": method.which, "reference_difference": truth.difference}
     try:
         method.load()
     except ImportError as error:
@@ -170,21 +159,3 @@ def _residual(problem_name: str, found: Found) -> float:
     for value, u in zip(found.values[places].tolist(), found.vectors[:, places].detach().double().T, strict=True):
         residuals.append(float((product(u / u.norm()) - value * u / u.norm()).norm()) / abs(value))
     return max(residuals, default=float("inf"))
-
-
-def main() -> None:
-    """Measure what the command line names and print the row."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eigen.harness")
-    parser.add_argument("problem", choices=TRAINED)
-    parser.add_argument("k", type=int)
-    parser.add_argument("method", choices=EIGEN_METHODS)
-    parser.add_argument("--limit", type=float, default=600.0)
-    a = parser.parse_args()
-    warnings.simplefilter(
-        "ignore"
-    )  # other libraries' deprecations; what a solver says of itself is caught where it runs
-    print(json.dumps(asdict(measure_eigen(a.problem, a.k, a.method, limit=a.limit))))
-
-
-if __name__ == "__main__":
-    main()

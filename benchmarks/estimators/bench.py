@@ -7,31 +7,24 @@ cent.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.common.harness import git, one_line
+from benchmarks.common.harness import Conditions, one_line
 from benchmarks.common.peers import Operator
 from benchmarks.common.problems import Problem
-from benchmarks.common.processes import BARS, write_rows
+from benchmarks.common.suite import Row, Rows, command
 from benchmarks.eigen.methods import Meter, OutOfTime
 from benchmarks.estimators.methods import BLOCK, ESTIMATORS, PAIRS, Estimator, Quantity
 from benchmarks.estimators.reference import ESTIMATED, exact_diagonal, make_estimated, outer_eigenvalues
 
 __all__ = ["distance", "exact", "main", "measure_estimator", "to_one_per_cent"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "estimators.json"
 TO_ACCURACY = "to-1-%"
 PRODUCTS = {"digits-mlp": (30, 120), "digits-cnn": (60,)}
 SEEDS = {"digits-mlp": 20, "digits-cnn": 3}
@@ -40,7 +33,6 @@ ACCURACY = 0.01
 MOST_PRODUCTS = 100_000
 WARM_UP = 24  # products; every method can do with as many
 QUANTITIES: tuple[Quantity, ...] = ("trace", "diagonal", "pairs", "ggn-pairs")
-Row = dict[str, Any]
 
 
 def measure_estimator(
@@ -58,7 +50,7 @@ def measure_estimator(
     """
     row: Row = {"problem": problem.name, "num_params": problem.num_params, "quantity": estimator.quantity}
     row |= {"method": estimator.name, "label": estimator.label, "ours": estimator.ours, "budget": num_matvecs}
-    row |= {"seeds": seeds, "failure": None, **_facts()}
+    row |= {"seeds": seeds, "failure": None, **asdict(Conditions())}
     operator: Operator = "ggn" if estimator.quantity == "ggn-pairs" else "hessian"
     meter = Meter(limit=time.process_time() + limit)
     errors, stated, seconds, counts = [], [], [], []
@@ -138,19 +130,19 @@ def to_one_per_cent(problem: Problem, truth: Tensor, method: Any, *, seeds: int)
         "error": float(torch.tensor(errors).square().mean().sqrt()),
         "error_largest": max(errors),
         "seconds": sum(seconds) / seeds,
-        **_facts(),
+        **asdict(Conditions()),
     }
 
 
-def _facts() -> Row:
-    facts = {"dtype": "float32", "device": "cpu", "threads": 1, "clock": "process CPU time"}
-    return {**facts, "torch": str(torch.__version__), "python": platform.python_version(), "git": git()}
-
-
-def _key(row: Row) -> tuple[Any, ...]:
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in the order of problems, estimators and budgets."""
     order = [*ESTIMATORS, *(("trace to 1 %", f"ours-{method}") for method in ACCURACY_SEEDS)]
-    place = order.index((row["quantity"], row["method"]))
-    return list(ESTIMATED).index(row["problem"]), place, row.get("budget", 0)
+
+    def place(row: Row) -> tuple[int, int, int]:
+        of_method = order.index((row["quantity"], row["method"]))
+        return list(ESTIMATED).index(row["problem"]), of_method, row.get("budget", 0)
+
+    return sorted(rows, key=place)
 
 
 def _summary(row: Row) -> str:
@@ -161,48 +153,30 @@ def _summary(row: Row) -> str:
     return f"{what} {row['products']:6.0f} products {row['seconds']:7.2f} s, error {row['error']:.1e}{said}"
 
 
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return the old rows with those measured again replaced, in order."""
-    return [row for _, row in sorted({_key(row): row for row in (*old, *new)}.items())]
-
-
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimators.bench", description=__doc__)
+    parser = command("estimators", __doc__)
+    quantities = [*QUANTITIES, TO_ACCURACY]
     parser.add_argument("--problems", nargs="+", choices=ESTIMATED, default=list(ESTIMATED))
-    parser.add_argument(
-        "--quantities", nargs="+", choices=[*QUANTITIES, TO_ACCURACY], default=[*QUANTITIES, TO_ACCURACY]
-    )
+    parser.add_argument("--quantities", nargs="+", choices=quantities, default=quantities)
     parser.add_argument("--methods", nargs="+", help="names, such as ours-auto; by default all")
     parser.add_argument("--limit", type=float, default=300.0, help="CPU seconds after which an estimator is stopped")
-    parser.add_argument("--keep", action="store_true", help="keep rows of --out that are not measured again")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # other libraries' deprecations
-    old = json.loads(a.out.read_text(encoding="utf-8")) if a.keep and a.out.exists() else []
-    new: list[Row] = []
     cases = [(p, e) for p in a.problems for e in ESTIMATORS.values() if e.quantity in a.quantities]
     cases = [(p, e) for p, e in cases if a.methods is None or e.name in a.methods]
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases))
-
-        def add(row: Row) -> None:
-            new.append(row)
-            progress.console.print(_summary(row), highlight=False, soft_wrap=True)
-            write_rows(a.out, merged(old, new))  # after each row, so that a run can be cut short
-
+    with Rows(a.out, ("problem", "quantity", "method", "budget"), len(cases), finish=in_order) as rows:
         for name, estimator in cases:
-            progress.update(task, description=f"{name} {estimator.quantity} {estimator.name}")
+            rows.begin(f"{name} {estimator.quantity} {estimator.name}")
             truth = exact(name, estimator.quantity)
             for budget in PRODUCTS[name]:
                 problem = make_estimated(name)
-                add(measure_estimator(problem, truth, estimator, budget, seeds=SEEDS[name], limit=a.limit))
-            progress.advance(task)
+                row = measure_estimator(problem, truth, estimator, budget, seeds=SEEDS[name], limit=a.limit)
+                rows.add(row, said=_summary(row), steps=budget == PRODUCTS[name][-1])
         if TO_ACCURACY in a.quantities:
             for name in a.problems:
                 for method, seeds in ACCURACY_SEEDS.items():
-                    add(to_one_per_cent(make_estimated(name), exact(name, "trace"), method, seeds=seeds))
+                    row = to_one_per_cent(make_estimated(name), exact(name, "trace"), method, seeds=seeds)
+                    rows.add(row, said=_summary(row), steps=0)
 
 
 if __name__ == "__main__":

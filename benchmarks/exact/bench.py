@@ -7,26 +7,22 @@ graph: running them all would take hours and show the same.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.common.harness import git, gradient
+from benchmarks.common.harness import Conditions, gradient
 from benchmarks.common.problems import Problem, make_problem
-from benchmarks.common.processes import write_rows
+from benchmarks.common.suite import Rows, command
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.layerwise import exact_diagonal, kronecker_factors
 
 __all__ = ["main", "row"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "exact.json"
 PROBLEMS = ("mlp", "cnn")
 SLOWER_THAN_A_ROUND = 60.0  # seconds; what takes longer is measured once
 
@@ -55,13 +51,7 @@ def row(problem: Problem, name: str, work: Callable[[], Any], *, rounds: int, fa
         "gradients_range": [min(ratios), max(ratios)],
         "seconds": statistics.median(seconds),
         "rounds": len(ratios),
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": 1,
-        "clock": "process CPU time",
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "git": git(),
+        **asdict(Conditions()),
     }
 
 
@@ -85,22 +75,18 @@ def methods(problem: Problem, objective: Objective) -> dict[str, tuple[Callable[
 
 def main() -> None:
     """Measure, write the rows, print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command("exact", __doc__)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    console, rows = Console(), []
-    for name in arguments.problems:
-        problem = make_problem(name)
-        objective = Objective(problem.model, problem.loss, (problem.inputs, problem.targets))
-        for method, (work, factor, share) in methods(problem, objective).items():
-            rounds = max(2, arguments.rounds // share)
-            found = row(problem, method, work, rounds=rounds, factor=factor)
-            rows.append(found)
-            console.print(f"{name:5s} {method:50s} {found['gradients']:12,.1f} gradients ({found['rounds']} rounds)")
-            write_rows(arguments.out, rows)
+    a = parser.parse_args()
+    problems = [make_problem(name) for name in a.problems]
+    objectives = [Objective(problem.model, problem.loss, (problem.inputs, problem.targets)) for problem in problems]
+    cases = [(p, *case) for p, o in zip(problems, objectives, strict=True) for case in methods(p, o).items()]
+    with Rows(a.out, ("problem", "method"), len(cases)) as rows:
+        for problem, method, (work, factor, share) in cases:
+            found = row(problem, method, work, rounds=max(2, a.rounds // share), factor=factor)
+            cost = f"{found['gradients']:12,.1f} gradients ({found['rounds']} rounds)"
+            rows.add(found, said=f"{problem.name:5s} {method:50s} {cost}")
 
 
 if __name__ == "__main__":

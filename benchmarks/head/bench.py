@@ -9,10 +9,8 @@ the process held before its first product, the CPU seconds of the first product,
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.harness import git, one_line
-from benchmarks.common.processes import row_of, write_rows
+from benchmarks.common.harness import one_line
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import Rows, command
 
 __all__ = ["METHODS", "SIZES", "main", "measure"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "head.json"
 SIZES = ["2048,50304,64", "8192,10000,64", "512,50304,768", "16384,50304,64", "16384,131072,64"]
 TIMEOUT_SECONDS, ROUNDS = 900, 3
 LIMIT_GIBIBYTES = 12  # of logits and what has their size, five times over: larger ones do not fit here
@@ -81,13 +79,10 @@ def _resident(kind: str) -> float:
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 2**10
 
 
-def measure(size: str, matrix: str, method: str) -> dict[str, Any]:
+def measure(N: int, V: int, d: int, matrix: str, method: str) -> dict[str, Any]:
     """Return the row of a method."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    N, V, d = map(int, size.split(","))
     row: dict[str, Any] = {"N": N, "V": V, "d": d, "matrix": matrix, "method": method}
-    row |= {"torch": str(torch.__version__), "python": platform.python_version(), "git": git()}
     if method != "blocks" and 5 * 4 * N * V > LIMIT_GIBIBYTES * 2**30:
         return row | {"failure": "does not fit"}
     model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, V, bias=False))
@@ -120,27 +115,18 @@ def measure(size: str, matrix: str, method: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.head.bench", description=__doc__)
+    parser = command("head", __doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="N,V,d: rows, classes, width")
     parser.add_argument("--matrices", nargs="+", choices=("ggn", "hessian"), default=["ggn", "hessian"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--row", nargs=3, help="one size, matrix and method, in this process")
     a = parser.parse_args()
-    if a.row:
-        print(json.dumps(measure(*a.row)))
-        return
-    rows = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else []
-    for size in a.sizes:
-        for matrix in a.matrices:
-            for method in a.methods:
-                N, V, d = map(int, size.split(","))
-                known = {"N": N, "V": V, "d": d, "matrix": matrix, "method": method}
-                arguments = ["--row", size, matrix, method]
-                row = row_of("benchmarks.head.bench", arguments, known, timeout_seconds=TIMEOUT_SECONDS)
-                print(row, flush=True)
-                rows = [r for r in rows if {k: r[k] for k in known} != known] + [row]
-                write_rows(a.out, rows)
+    cases = list(itertools.product(a.sizes, a.matrices, a.methods))
+    with Rows(a.out, ("N", "V", "d", "matrix", "method"), len(cases)) as rows:
+        for size, matrix, method in cases:
+            N, V, d = map(int, size.split(","))
+            known = {"N": N, "V": V, "d": d, "matrix": matrix, "method": method}
+            row = alone(measure, known, timeout_seconds=TIMEOUT_SECONDS, **known)
+            rows.add(row, said=str(row))
 
 
 if __name__ == "__main__":

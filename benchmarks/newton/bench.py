@@ -7,30 +7,23 @@ float64 but for the autoencoder.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import multiprocessing
-import platform
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.optimize
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.common.harness import git, one_line
-from benchmarks.common.processes import BARS, write_rows
+from benchmarks.common.harness import one_line
+from benchmarks.common.processes import in_parallel
+from benchmarks.common.suite import Rows, command
 from benchmarks.newton.autoencoder import AUTOENCODER_METHODS, autoencoder_facts
 from benchmarks.newton.burgers import BURGERS
 from benchmarks.newton.convection import CONVECTION
@@ -43,7 +36,6 @@ from tests.optimizers.published import PUBLISHED
 
 __all__ = ["Row", "main"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "newton.json"
 GTOL, MOST_GRADIENTS, MOST_PUBLISHED = 1e-10, 1000, 5000
 ALL_SETS = {**SETS, **LARGER}
 OURS = ("newton-cg", "hessian-free", "trust-region", "gltr", "cubic", "saddle-free")
@@ -83,9 +75,6 @@ class Row:
     escaped: float | None = None
     """Seconds after which the saddle was behind (autoencoder)."""
     failure: str | None = None
-    torch: str = str(torch.__version__)
-    python: str = platform.python_version()
-    git: str = "unknown"
 
 
 Objective = Callable[[Tensor], Tensor]
@@ -176,8 +165,8 @@ def _row(suite: str, problem: str, method: str, work: Callable[[], dict[str, Any
             warnings.simplefilter("ignore")
             facts = work()
     except Exception as error:
-        return Row(suite=suite, problem=problem, method=method, failure=one_line(error), git=git())
-    return Row(suite=suite, problem=problem, method=method, seconds=time.process_time() - begun, git=git(), **facts)
+        return Row(suite=suite, problem=problem, method=method, failure=one_line(error))
+    return Row(suite=suite, problem=problem, method=method, seconds=time.process_time() - begun, **facts)
 
 
 def _published(name: str, method: str) -> dict[str, Any]:
@@ -299,27 +288,17 @@ def _jobs(suites: list[str]) -> list[Job]:
 
 
 def main() -> None:
-    """Measure everything, or the suites that the command line names, and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.newton.bench")
+    """Measure everything, or what the command line names, and write the rows."""
+    parser = command("newton", __doc__)
     suites = ["autoencoder", *PINNS, "published", "nist", "logistic"]
     parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
     parser.add_argument("--problems", nargs="+", help="names; by default all")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="rows of other problems and methods in it are kept")
-    parser.add_argument("--workers", type=int, default=1, help="processes; each runs one job at a time")
-    arguments = parser.parse_args()
-    jobs = [job for job in _jobs(arguments.suites) if not arguments.problems or job[1] in arguments.problems]
-    old = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
-    rows = {(row["suite"], row["problem"], row["method"]): row for row in old}
-    context = multiprocessing.get_context("spawn")
-    with (
-        Progress(*BARS, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(
-            arguments.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        for row in progress.track(pool.map(_row, *zip(*jobs, strict=True)), total=len(jobs), description="methods"):
-            rows[row.suite, row.problem, row.method] = asdict(row)
-            write_rows(arguments.out, list(rows.values()))  # a run that is cut short leaves what it has
+    parser.add_argument("--processes", type=int, default=1)
+    a = parser.parse_args()
+    jobs = [job for job in _jobs(a.suites) if not a.problems or job[1] in a.problems]
+    with Rows(a.out, ("suite", "problem", "method"), len(jobs)) as rows:
+        for row in in_parallel(_row, jobs, a.processes):
+            rows.add(asdict(row))
 
 
 if __name__ == "__main__":

@@ -10,26 +10,21 @@ what is held before, by torch's profiler.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from analysis.run.saving import write_text
+from benchmarks.common.suite import Rows, command
 
 __all__ = ["PROBLEMS", "main", "measure"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "noise.json"
 ROUNDS = 9
 
 Data = tuple[nn.Module, Tensor, Tensor]
@@ -125,8 +120,6 @@ def measure(name: str) -> list[dict[str, Any]]:
                 "peak_mebibytes": peak / 2**20,
                 "rounds": ROUNDS,
                 "threads": torch.get_num_threads(),
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
             }
         )
     return rows
@@ -152,18 +145,13 @@ def _clocked(call: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Measure all problems and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for name in PROBLEMS:
-        rows += measure(name)
-        write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        print(
-            f"{row['problem']:10} {row['gradients']:7.2f} gradients {row['peak_mebibytes']:7.1f} MiB  {row['method']}"
-        )
+    a = command("noise", __doc__).parse_args()
+    with Rows(a.out, ("problem", "method"), len(PROBLEMS)) as rows:
+        for name in PROBLEMS:
+            rows.begin(name)
+            found = measure(name)
+            lines = (f"{r['problem']:10} {r['gradients']:7.2f} gradients {r['peak_mebibytes']:7.1f} MiB" for r in found)
+            rows.add(*found, said="\n".join(f"{line}  {r['method']}" for line, r in zip(lines, found, strict=True)))
 
 
 if __name__ == "__main__":

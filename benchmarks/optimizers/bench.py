@@ -3,7 +3,7 @@
 `python -m benchmarks.optimizers.bench costs|memory|training|variants|checks|report`:
 
     costs      steps of every method in turn with steps of SGD, the median of their ratio
-    memory     what a thousand steps add to a process, by `benchmarks.optimizers.memory`
+    memory     what a thousand steps add to a process, alone in it
     training   runs of equal length; loss and score after as many steps, and after the time of as many steps of SGD
     variants   the same for variants of AdaHessian
     checks     `optimizers.check_optimizer` on every method; `report` writes ../docs/optimizer_checks.md from it
@@ -16,23 +16,19 @@ follow. Time is CPU time of one thread in steps of SGD of the same network, take
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
-from benchmarks.common.harness import git, one_line
-from benchmarks.common.processes import BARS, row_of, write_rows
+from benchmarks.common.harness import Conditions, one_line, peak_mebibytes
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 from benchmarks.optimizers.peers import COST_ONLY, METHODS, VARIANTS, Method, method_of, take_step
 from benchmarks.optimizers.problems import TRAINING, TrainingProblem, make_training
@@ -40,15 +36,12 @@ from curvature.errors import NonFiniteError
 
 __all__ = ["Row", "check_row", "cost_rows", "main", "next_rate", "pilots", "run", "train_row"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "optimizers.json"
 PERIOD = 10
 """Steps a round: whole periods of the methods that refresh rarely."""
 EVALUATIONS = 16
 """How often a run is evaluated."""
 FURTHER_RATES = 4
 """At most so many beyond either end of the first five."""
-
-Row = dict[str, Any]
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -229,13 +222,8 @@ CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessia
 def new_row(kind: str, problem: str, method: str) -> Row:
     """Return what all rows say: of what they are, and what they were measured with."""
     row: Row = {"kind": kind, "problem": problem, "method": method, "label": method_of(method).label}
-    row |= {"ours": method_of(method).ours, "failure": None, "git": git(), "torch": str(torch.__version__)}
-    return row | {
-        "device": "cpu",
-        "dtype": "float64" if problem == "pinn" else "float32",
-        "threads": 1,
-        "clock": "process CPU time",
-    }
+    row |= {"ours": method_of(method).ours, "failure": None}
+    return row | asdict(Conditions(dtype="float64" if problem == "pinn" else "float32"))
 
 
 PROBLEMS = {
@@ -245,7 +233,29 @@ PROBLEMS = {
     "memory": ["pinn"],
     "checks": [""],
 }
+WARMED = 100
+"""Steps after which all that a method keeps has been made."""
 MEMORY = ["adamw", "adahessian", "adahessian-10", "torch-optimizer", "kozistr", "kozistr-10", "kozistr-sophia"]
+
+
+def memory_row(name: str, *, problem_name: str = "pinn", steps: int = 1000) -> Row:
+    """Return a row with the growth of the peak of the resident set over the steps after the first, in MiB.
+
+    The problem is the physics-informed one, whose loss holds derivatives in its inputs: a gradient that keeps its graph
+    leaks all of it. Every method has a process of its own: memory that one has freed hides what the next one takes.
+    """
+    row = new_row("memory", problem_name, name)
+    problem, method = make_training(problem_name), method_of(name)
+    try:
+        optimizer = method.make(problem.params, 1e-9, problem.loss)
+        batch = problem.batch(torch.Generator().manual_seed(0))
+        for step in range(WARMED + steps):
+            if step == WARMED:
+                before = peak_mebibytes()
+            take_step(method, optimizer, problem, batch)
+    except Exception as error:
+        return {**row, "failure": one_line(error)}
+    return {**row, "steps": steps, "grown_mebibytes": peak_mebibytes() - before}
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -253,48 +263,34 @@ MEMORY = ["adamw", "adahessian", "adahessian-10", "torch-optimizer", "kozistr", 
 
 def main() -> None:
     """Measure what the command line names and write the rows, or the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizers.bench", description=__doc__)
+    parser = command("optimizers", __doc__)
     parser.add_argument("what", choices=["costs", "memory", "training", "variants", "checks", "report"])
     parser.add_argument("--problems", nargs="+", choices=TRAINING, default=None)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY], default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # other libraries' deprecations; a failure is caught and reported
     if a.what == "report":
         from benchmarks.optimizers.report import write_report
 
-        write_report(json.loads(a.out.read_text(encoding="utf-8")))
+        write_report(stored(a.out))
         return
     methods_of_all = {"costs": [*METHODS, "quarter", *COST_ONLY], "variants": list(VARIANTS), "memory": MEMORY}
     a.methods = a.methods or methods_of_all.get(a.what, list(METHODS))
-    problems = a.problems or PROBLEMS[a.what]
-    found: list[Row] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task(a.what, total=len(problems) * (1 if a.what == "costs" else len(a.methods)))
-        for problem in problems:
-            for methods in [a.methods] if a.what == "costs" else [[method] for method in a.methods]:
-                progress.update(task, description=f"{a.what} {problem} {methods[0] if len(methods) == 1 else ''}")
-                if a.what == "costs":
-                    found += cost_rows(problem, methods, rounds=a.rounds)
-                elif a.what in ("training", "variants"):
-                    found.append(train_row(problem, methods[0], seeds=a.seeds))
-                elif a.what == "memory":
-                    known = new_row("memory", problem, methods[0])
-                    found.append(row_of("benchmarks.optimizers.memory", methods, known, timeout_seconds=600))
-                else:
-                    found.append(check_row(methods[0]))
-                progress.advance(task)
-                _merge(a.out, found)
-
-
-def _merge(out: Path, found: Sequence[Row]) -> None:
-    """Write rows over those of the same kind, problem and method."""
-    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-    rows = {(row["kind"], row["problem"], row["method"]): row for row in [*before, *found]}
-    write_rows(out, list(rows.values()))
+    groups = [a.methods] if a.what == "costs" else [[method] for method in a.methods]
+    cases = list(itertools.product(a.problems or PROBLEMS[a.what], groups))
+    with Rows(a.out, ("kind", "problem", "method"), len(cases)) as rows:
+        for problem, methods in cases:
+            rows.begin(f"{a.what} {problem} {methods[0] if len(methods) == 1 else ''}")
+            if a.what == "costs":
+                rows.add(*cost_rows(problem, methods, rounds=a.rounds))
+            elif a.what in ("training", "variants"):
+                rows.add(train_row(problem, methods[0], seeds=a.seeds))
+            elif a.what == "memory":
+                known = new_row("memory", problem, methods[0])
+                rows.add(alone(memory_row, known, timeout_seconds=600, name=methods[0]))
+            else:
+                rows.add(check_row(methods[0]))
 
 
 if __name__ == "__main__":

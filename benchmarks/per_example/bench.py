@@ -8,26 +8,21 @@ error is against a loop over the examples in float64.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.common.harness import git, gradient, one_line, peak_mebibytes
+from benchmarks.common.harness import Conditions, gradient, one_line, peak_mebibytes
 from benchmarks.common.problems import PROBLEMS, Problem, make_problem
-from benchmarks.common.processes import BARS, row_of, write_rows
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import Rows, command
 
 __all__ = ["METHODS", "main", "measure", "reference", "table"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "per_example.json"
 QUANTITIES = {"norms": "norms (N,)", "variance": "variance (n,)", "gradients": "gradients (N, n)"}
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 WRONG = 1e-3
@@ -216,8 +211,8 @@ def measure(problem_name: str, quantity: str, method: str, *, seconds: float) ->
     torch.set_num_threads(1)
     problem = make_problem(problem_name)
     row: dict[str, Any] = {"problem": problem_name, "num_params": problem.num_params, "quantity": quantity}
-    row |= {"method": method, "N": num_examples(problem), "git": git(), "torch": str(torch.__version__)}
-    row |= {"device": "cpu", "dtype": "float32", "threads": 1, "clock": "process CPU time", "failure": None}
+    row |= {"method": method, "N": num_examples(problem)}
+    row |= {**asdict(Conditions()), "failure": None}
     for _ in range(3):
         gradient(problem)
     before = peak_mebibytes()
@@ -275,29 +270,21 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure every row, write the file and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.per_example.bench", description=__doc__)
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    """Measure what the command line selects, write the rows and print the table."""
+    parser = command("per_example", __doc__)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    if a.row:
-        warnings.simplefilter("ignore")  # other libraries' deprecations; a failure is caught and reported
-        print(json.dumps(measure(*json.loads(a.row), seconds=a.seconds)))
-        return
-    rows = []
+    key = ("problem", "quantity", "method")
     cases = [(problem, *case) for problem in a.problems for case in METHODS]
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases))
+    with Rows(a.out, key, len(cases)) as rows:
         for case in cases:
-            progress.update(task, description=" ".join(case))
-            known = dict(zip(("problem", "quantity", "method"), case, strict=True))
-            arguments = ["--row", json.dumps(case), "--seconds", str(a.seconds)]
-            rows.append(row_of("benchmarks.per_example.bench", arguments, known, timeout_seconds=300))
-            progress.advance(task)
-            write_rows(a.out, rows)
-    print(table(rows))
+            rows.begin(" ".join(case))
+            known = dict(zip(key, case, strict=True))
+            problem, quantity, method = case
+            settings = {"problem_name": problem, "quantity": quantity, "method": method, "seconds": a.seconds}
+            rows.add(alone(measure, known, timeout_seconds=300, **settings))
+    print(table(rows.rows))
 
 
 if __name__ == "__main__":

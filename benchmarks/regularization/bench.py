@@ -24,11 +24,8 @@ Dherin, Barrett and De (2021), section 2.3.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,15 +34,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from analysis.run.saving import write_text
 from analysis.show.drawing import Colors, decade_ticks
 from analysis.tasks.digits import BUNDLED, load_digits
 from analysis.training.gradient_penalty import GradientPenalty
-from benchmarks.common.harness import git
-from benchmarks.common.processes import BARS
+from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
+from benchmarks.common.suite import Rows, command, stored
 from curvature.results.intervals import student_quantile
 
 if TYPE_CHECKING:
@@ -53,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "QUANTITIES", "WAYS", "Way", "at_loss", "main", "plot", "recovery", "train"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "regularization.json"
+RESULTS = RESULTS_FOLDER / "regularization.json"
 LARGE, RATIO, EPOCHS = 1.0, 8, 40
 IMAGES, BATCH, PARTITIONS, READINGS = 128, 16, 4, 36
 LEVELS = (0.05, 0.02, 0.01, 0.005)  # training losses, reached by all ways and seeds
@@ -254,35 +249,27 @@ def plot(rows: list[dict[str, Any]], axes: Sequence[Axes], colors: Colors | None
 
 def main() -> None:
     """Train all ways from all seeds and write the rows after each, or report those that are stored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("regularization", __doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--figure", type=Path, help="where to draw it (.svg, .png, .pdf)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console()
-    if not arguments.report:
-        facts = {"torch": str(torch.__version__), "python": platform.python_version(), "commit": git()}
-        rows = []
-        with Progress(*BARS, console=console) as progress:
-            bar = progress.add_task("training", total=arguments.seeds * len(WAYS))
-            for seed in range(arguments.seeds):
+    a = parser.parse_args()
+    if not a.report:
+        with Rows(a.out, ("way", "seed"), a.seeds * len(WAYS)) as rows:
+            for seed in range(a.seeds):
                 for name, way in WAYS.items():
-                    rows.append({"way": name, "images": IMAGES, "batch_size": BATCH, **train(way, seed), **facts})
-                    lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
-                    write_text(arguments.out, f"[\n{lines}\n]\n")
-                    progress.advance(bar)
-    rows = json.loads(arguments.out.read_text(encoding="utf-8"))
-    report(rows, console)
-    if arguments.figure:
+                    row = {"way": name, "images": IMAGES, "batch_size": BATCH, **train(way, seed)}
+                    rows.add(_rounded(row))
+    found = stored(a.out)
+    report(found, Console())
+    if a.figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         axes = figure.subplots(1, len(QUANTITIES))
-        plot(rows, axes)
+        plot(found, axes)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-        figure.savefig(arguments.figure, dpi=150)
+        figure.savefig(a.figure, dpi=150)
 
 
 if __name__ == "__main__":

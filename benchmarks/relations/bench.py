@@ -8,12 +8,7 @@ here is asserted but what is exact; README.md says what carried over to these ne
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +19,9 @@ from analysis.alignment.measure import gradient_alignment, overlap_over_time
 from analysis.conditioning.measure import measure_conditioning
 from analysis.landscape.directions import Scaling, random_direction
 from analysis.landscape.measure import loss_along, loss_on_plane
-from analysis.run.saving import write_text
 from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
+from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
+from benchmarks.common.suite import Row, Rows, command
 from benchmarks.relations import networks
 from curvature import GGNOperator, HessianOperator, Objective, eigsh
 from curvature.linalg import frobenius_norm
@@ -34,9 +30,8 @@ from curvature.objective.shift import gradient_at
 
 __all__ = ["RELATIONS", "main"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "relations.json"
+RESULTS = RESULTS_FOLDER / "relations.json"
 TOP = 10
-Row = dict[str, Any]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -281,27 +276,22 @@ RELATIONS: dict[str, Callable[[int], Iterator[Row]]] = {
 
 def main() -> None:
     """Measure the relations asked for and put their rows in place of the old ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("relations", __doc__)
     parser.add_argument("relations", nargs="*", choices=[*RELATIONS, []])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else []
-    for name in arguments.relations or RELATIONS:
-        rows, start = [row for row in rows if row["relation"] != name], time.process_time()
-        common = {"relation": name, "torch": str(torch.__version__), "python": platform.python_version()}
-        for seed in range(arguments.seeds):
-            for row in RELATIONS[name](seed):
-                rows.append({**common, "seed": seed, **row})
-                shown = {k: v for k, v in row.items() if not isinstance(v, list)}
-                print(
-                    name,
-                    seed,
-                    " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()),
-                )
-        print(f"{name}: {time.process_time() - start:.0f} s of CPU time", flush=True)
-        write_text(arguments.out, json.dumps(rows, indent=None) + "\n")
+    a = parser.parse_args()
+    names = a.relations or RELATIONS
+    with Rows(a.out, ("relation",), len(names)) as rows:
+        for name in names:
+            rows.begin(name)
+            found = [(seed, row) for seed in range(a.seeds) for row in RELATIONS[name](seed)]
+            shown = [(name, seed, *(f"{k}={_short(v)}" for k, v in row.items())) for seed, row in found]
+            said = "\n".join(" ".join(map(str, line)) for line in shown)
+            rows.add(*({"relation": name, "seed": seed, **row} for seed, row in found), said=said)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "..." if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

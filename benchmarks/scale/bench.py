@@ -8,11 +8,7 @@ all products are made whether or not pairs converge.
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.processes import write_rows
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import ROOT, Rows, command
 
 __all__ = ["BASE", "GRIDS", "main", "measure", "plot"]
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 FIGURE = ROOT / "docs" / "scale.png"
 BASE = {"n": 100_000, "N": 500, "k": 3}
 GRIDS = {
@@ -33,6 +28,7 @@ GRIDS = {
     "N": [50, 500, 5_000, 50_000],
     "k": [1, 10, 100],
 }
+TIMEOUT_SECONDS = 3600
 BATCH = 500  # examples of a batch, whose graph is built anew for every product
 
 
@@ -101,31 +97,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure every row, write the file and draw the figure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser = command("scale", __doc__)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     a = parser.parse_args()
-    if a.row:
-        print(json.dumps(measure(**json.loads(a.row))))
-        return
-    rows = []
-    for varied, grid in GRIDS.items():
-        for value in grid:
-            for kept in (True, False):
-                setting = {**BASE, varied: value, "keep_graphs": kept}
-                command = [sys.executable, "-m", "benchmarks.scale.bench", "--row", json.dumps(setting)]
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-                row = json.loads(done.stdout.strip().splitlines()[-1])
-                row |= {"varied": varied, "seconds_a_product": row["seconds"] / row["products"]}
-                rows.append(row)
-                write_rows(a.out, rows)  # after each, so that a run can be cut short
-                print(
-                    f"{varied} = {value:>9}  {'kept' if kept else 'rebuilt':8} {row['seconds']:8.2f} s  "
-                    f"{row['gradients_a_product']:5.2f} gradients a product  {row['extra_mebibytes']:+8.0f} MiB",
-                    flush=True,
-                )
-    plot(rows, a.figure)
+    cases = [(varied, value, kept) for varied, grid in GRIDS.items() for value in grid for kept in (True, False)]
+    with Rows(a.out, ("varied", "n", "N", "k", "kept"), len(cases)) as rows:
+        for varied, value, kept in cases:
+            setting = {**BASE, varied: value, "keep_graphs": kept}
+            row = alone(measure, {}, timeout_seconds=TIMEOUT_SECONDS, **setting)
+            row |= {"varied": varied, "seconds_a_product": row["seconds"] / row["products"]}
+            rows.add(
+                row,
+                said=f"{varied} = {value:>9}  {'kept' if kept else 'rebuilt':8} {row['seconds']:8.2f} s  "
+                f"{row['gradients_a_product']:5.2f} gradients a product  {row['extra_mebibytes']:+8.0f} MiB",
+            )
+    plot(rows.rows, a.figure)
 
 
 if __name__ == "__main__":

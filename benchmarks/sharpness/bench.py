@@ -8,28 +8,24 @@ time of one plain forward pass taken before and after: what slows the machine do
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from analysis.landscape.directions import random_direction
 from analysis.landscape.measure import loss_on_plane
-from analysis.run.saving import write_text
 from analysis.sharpness.measure import measure_sharpness
 from analysis.tasks import load_task
+from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
+from benchmarks.common.suite import Row, Rows, command
 from curvature import Objective
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "sharpness.json"
-Row = dict[str, Any]
+RESULTS = RESULTS_FOLDER / "sharpness.json"
 
 
 class _Clock:
@@ -85,20 +81,17 @@ def _landscape(task: Any, points: int) -> list[Row]:
 
 def main() -> None:
     """Measure both and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("sharpness", __doc__)
     parser.add_argument("--points", type=int, default=51, help="along each side of the landscape")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    a = parser.parse_args()
     task = load_task("digits-cnn")
-    common = {"task": "digits-cnn", "threads": 1, "torch": str(torch.__version__), "python": platform.python_version()}
-    rows = [{**common, **row} for row in (*_table(task), *_landscape(task, arguments.points))]
-    write_text(arguments.out, json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        if "cpu_seconds" in row:
-            print(
-                f"{row['what']}: {row['cpu_seconds']:.1f} s of CPU time, {row['wall_seconds']:.1f} s by the clock, "
-                f"{row['forwards']:.0f} forward passes' worth, load {row['load']:.1f}"
+    with Rows(a.out, ("what",), 2) as rows:
+        for found in (_table(task), _landscape(task, a.points)):
+            first = found[0]
+            rows.add(
+                *({"task": "digits-cnn", "threads": 1, **row} for row in found),
+                said=f"{first['what']}: {first['cpu_seconds']:.1f} s of CPU time, {first['wall_seconds']:.1f} s by the "
+                f"clock, {first['forwards']:.0f} forward passes' worth, load {first['load']:.1f}",
             )
 
 

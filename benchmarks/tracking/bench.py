@@ -6,21 +6,15 @@ step the Hessian is that of a fixed batch of 128, batch normalisation in eval mo
 
 from __future__ import annotations
 
-import argparse
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from analysis.tasks.digits import BUNDLED, load_digits
-from benchmarks.common.harness import git
-from benchmarks.common.processes import BARS, write_rows
+from benchmarks.common.suite import Rows, command
 from benchmarks.common.trained import make_trained
 from curvature import HessianOperator, Objective
 from curvature.linalg import eigsh, lobpcg
@@ -29,7 +23,6 @@ from curvature.results.estimates import EigenPairs
 
 __all__ = ["STARTS", "WAYS", "Start", "Way", "main", "track", "trajectory"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "tracking.json"
 STEPS, BATCH, HESSIAN_BATCH = 100, 64, 128
 RTOL = 1e-2
 State = dict[str, Tensor]
@@ -163,45 +156,34 @@ def _row(start: str, name: str, found: list[EigenPairs], truth: list[EigenPairs]
         "steps": len(found),
         "eigenvalue_range": [float(exact.min()), float(exact.max())],
         "eigenvalue_change_median": float((exact.diff().abs() / exact[:-1]).median()),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "git": git(),
     }
 
 
 def main() -> None:
     """Measure what the command line selects and write the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tracking.bench", description=__doc__)
+    parser = command("tracking", __doc__)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    with Progress(*BARS, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(a.starts) * (1 + len(a.ways)))
+    with Rows(a.out, ("start", "way"), len(a.starts) * len(a.ways)) as rows:
         for start in a.starts:
             states = list(trajectory(STARTS[start], steps=a.steps))
             model = STARTS[start].make().eval()
             images, labels = load_digits()[0]
             data = (images[:HESSIAN_BATCH], labels[:HESSIAN_BATCH])
             A = HessianOperator(Objective(model, nn.CrossEntropyLoss(), data))
-            progress.update(task, description=f"{start} reference")
+            rows.begin(f"{start} reference")
             truth = track(Way(label="", pairs=_cold(k=2, rtol=1e-4)), model, A, states)
-            progress.advance(task)
             for name in a.ways:
-                progress.update(task, description=f"{start} {name}")
-                rows.append(_row(start, name, track(WAYS[name], model, A, states), truth))
-                r = rows[-1]
-                progress.console.print(
-                    f"{start:8} {name:20} {r['products_per_step']:5.2f} products a step, at most {r['products_max']}; "
-                    f"error at most {r['error_max']:.1e}, off by 1 % at {r['steps_off_by_1_percent']} steps",
-                    highlight=False,
-                    soft_wrap=True,
+                rows.begin(f"{start} {name}")
+                r = _row(start, name, track(WAYS[name], model, A, states), truth)
+                rows.add(
+                    r,
+                    said=f"{start:8} {name:20} {r['products_per_step']:5.2f} products a step, at most "
+                    f"{r['products_max']}; error at most {r['error_max']:.1e}, off by 1 % at "
+                    f"{r['steps_off_by_1_percent']} steps",
                 )
-                progress.advance(task)
-                write_rows(a.out, rows)
 
 
 if __name__ == "__main__":

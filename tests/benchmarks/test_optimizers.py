@@ -13,13 +13,13 @@ from benchmarks.optimizers import problems as optimizer_problems
 from benchmarks.optimizers.bench import (
     check_row,
     cost_rows,
+    memory_row,
     next_rate,
     pilots,
     run,
     train_row,
 )
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
-from benchmarks.optimizers.memory import memory_row
 from benchmarks.optimizers.peers import METHODS, Method, method_of, take_step
 from benchmarks.optimizers.problems import TrainingProblem, make_training
 from benchmarks.optimizers.report import check_page, cost_table, memory_sentence, training_table, variant_table

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.processes import alone
+from benchmarks.common.suite import Rows, command, stored
+
+
+def test_rows_measured_again_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rows.json"
+    with Rows(out, ("name", "k"), 3) as rows:
+        rows.add({"name": "a", "k": 1, "cost": 5}, {"name": "a", "k": 2, "cost": 6})
+        rows.add({"name": "b", "k": 1, "cost": 7})
+    with Rows(out, ("name", "k"), 1) as rows:
+        rows.add({"name": "a", "k": 2, "cost": 0})
+        assert [(r["name"], r["k"], r["cost"]) for r in stored(out)] == [("a", 1, 5), ("a", 2, 0), ("b", 1, 7)]
+    with Rows(out, ("name",), 1, finish=lambda rows: sorted(rows, key=lambda r: -r["cost"])) as rows:
+        rows.add({"name": "a", "cost": 1})
+    assert [(r["name"], r["cost"]) for r in json.loads(out.read_text(encoding="utf-8"))] == [("b", 7), ("a", 1)]
+    assert set(stored(out)[0]) >= {"torch", "python", "git"}
+    assert stored(tmp_path / "absent.json") == []
+
+
+def test_every_suite_writes_into_a_file_of_its_name() -> None:
+    assert command("eigen", "What it measures.").parse_args([]).out.name == "eigen.json"
+
+
+def doubled(x: float) -> dict[str, Any]:
+    if x < 0:
+        raise ValueError("a negative number")
+    return {"found": 2 * x}
+
+
+def test_a_row_of_a_process_that_dies_is_a_failure() -> None:
+    assert alone(doubled, {"x": 2}, timeout_seconds=60, x=2) == {"found": 4}
+    died = alone(doubled, {"x": -1}, timeout_seconds=60, x=-1)
+    assert died == {"x": -1, "failure": "exit status 1: ValueError: a negative number"}
