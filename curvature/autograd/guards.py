@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function, once_differentiable
+from torch.utils.checkpoint import CheckpointFunction
 
 from curvature.autograd.backward import walk
 from curvature.errors import CheckFailedError
 
-__all__ = ["custom_functions", "failing_operation", "refuse_undifferentiable"]
+__all__ = ["custom_functions", "failing_operation", "refuse_reentrant", "refuse_undifferentiable"]
 
 _MARKED = once_differentiable(lambda _: None).__code__  # the wrapper's code, the same for every marked function
 _NORMS = re.compile(r"(LayerNorm|BatchNorm)\w*BackwardBackward\d*$")
@@ -64,6 +65,20 @@ def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second", *, of
             f"torch's {order} derivative of {', '.join(sorted(norms))} is wrong, and the model calls it where it "
             "cannot be replaced (TorchScript, a custom function, the closure of an optimizer). Write it in elementary "
             "operations there, (x - mean) / sqrt(var + eps)."
+        )
+
+
+def refuse_reentrant(loss: Tensor) -> None:
+    """Refuse checkpoints whose backward pass adds to `.grad` of the parameters inside and returns nothing for them.
+
+    Raises:
+        CheckFailedError: with the remedy.
+    """
+    nodes = (node for node in walk([loss.grad_fn]) if isinstance(node, BackwardCFunction))
+    if any(node._forward_cls is CheckpointFunction for node in nodes):  # type: ignore[attr-defined]
+        raise CheckFailedError(
+            "the model holds torch.utils.checkpoint with use_reentrant=True, whose parameters get derivatives in "
+            ".grad only; pass use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face), or switch it off."
         )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.autograd.guards import refuse_reentrant
 from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits
 from curvature.autograd.lean import LeanLayers
 from curvature.data.random_states import RandomStates
@@ -175,6 +176,7 @@ class Evaluator:
             drew_random_numbers = drew()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             raise InputError(f"the loss of a batch must be a real tensor with one entry, got {advice_on_loss(loss)}")
+        refuse_reentrant(loss)
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["as_around", "full_precision", "suspended"]
+__all__ = ["as_around", "full_precision", "present", "suspended"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +66,12 @@ def as_around() -> Iterator[None]:
         torch.set_autocast_cache_enabled(cached)
         for device in devices:
             torch.set_autocast_enabled(device, False)
+
+
+def present() -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the devices for which models run under autocast now, and in what."""
+    devices = sorted({*_around.get(), *_enabled()})
+    return tuple((device, torch.get_autocast_dtype(device)) for device in devices)
 
 
 def _enabled() -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from curvature.autograd.lean import LeanLayers
 from curvature.data.tensors import tensors_in
+from curvature.environment import autocast
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.one_matrix import in_use, note_use
 from curvature.errors import CheckFailedError
@@ -56,10 +57,13 @@ class Look:
     data: Contents
     sources: list[Any]
     """Batches in memory and their tensors, or what makes batches; known by their ids, and kept alive for it."""
+    settings: tuple[object, ...]
+    """Of torch: autocast and the default dtype."""
 
     def stands(self, sources: list[Any]) -> bool:
         """Say whether another look would see the same; False where only that look can tell."""
         same = len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources))
+        same = same and self.settings == _settings()
         return same and self.state.stands() and self.loader.stands() and self.contents.stand() and self.data.stand()
 
 
@@ -237,7 +241,8 @@ class Freshness:
             of_data = Contents(leaves, max(64, _DATA_ENTRIES // max(1, len(leaves))))
         else:
             of_data = Contents([*loader.parameters, *loader.buffers])
-        self._latest = Look(state, loader, contents, [(id(t), version(t)) for t in others], of_data, sources)
+        known = [(id(t), version(t)) for t in others]
+        self._latest = Look(state, loader, contents, known, of_data, sources, _settings())
         return self._latest
 
     def _changes(self, before: Look, after: Look) -> list[str]:
@@ -252,7 +257,7 @@ class Freshness:
         same = same and [*map(id, before.sources)] == [*map(id, after.sources)]
         if not same or after.loader.changes(before.loader) - self._volatile:
             found.append("the data")
-        return found
+        return found if before.settings == after.settings else [*found, "autocast or the default dtype"]
 
     # -- evaluating once more -----------------------------------------------------------------------------------------
 
@@ -334,6 +339,10 @@ class Freshness:
         raise CheckFailedError(
             f"two evaluations of one batch at the same parameters differ: {moving_module(self._objective)}"
         )
+
+
+def _settings() -> tuple[object, ...]:
+    return (*autocast.present(), torch.get_default_dtype())
 
 
 def _witness_of(lin: Linearization, *, keep_outputs: bool) -> _Witness:

@@ -28,6 +28,7 @@ from curvature.autograd.lean_trust import LeanTrust
 from curvature.engine.linearize import Linearization
 from curvature.errors import CheckFailedError, CurvatureError, InputError, NonFiniteError
 from curvature.objective.third_order import curvature_gradient
+from curvature.per_example import gradient_norms
 from tests.cases import BY_NAME
 from tests.checks import assert_close
 from tests.references import dense_hessian, derivative_along, flat_gradient, total_loss
@@ -418,3 +419,20 @@ def test_checkpointed_parts_that_are_differentiated_inside_are_refused_in_a_sent
     for _ in range(2):
         with pytest.raises(CheckFailedError, match="switch checkpointing off"):
             HessianOperator(objective) @ torch.ones(objective.num_params, dtype=torch.float64)
+
+
+class Reentrant(Checkpointed):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x.clone().requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    "measure", [Objective.gradient, lambda o: HessianOperator(o).to_dense(), gradient_norms], ids=["g", "H", "norms"]
+)
+def test_reentrant_checkpoints_are_refused_before_they_write_to_grad(measure: Callable[[Objective], object]) -> None:
+    """Parameters inside get their derivatives in `.grad`, and autograd.grad none: rows of zeros, gradients without."""
+    model = Reentrant()
+    objective = Objective(model, nn.MSELoss(), (torch.randn(6, 3).double(), torch.randn(6, 1).double()))
+    with pytest.raises(CheckFailedError, match="pass use_reentrant=False"):
+        measure(objective)
+    assert all(p.grad is None for p in model.parameters())

@@ -157,6 +157,18 @@ def test_how_the_loss_reduces_and_what_hooks_make_of_it_is_followed(
     assert_close(A @ v, mean, 1e-12)
 
 
+@pytest.mark.parametrize("keep_graphs", [True, False])
+def test_autocast_around_a_product_is_that_of_the_product(keep_graphs: bool) -> None:
+    model, x = net().float(), X.float()
+    H = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (x, Y), keep_graphs=keep_graphs))
+    true = dense(model, lambda: F.cross_entropy(model(x), Y))
+    for _ in range(2):
+        assert_close(H.to_dense(), true, 1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = H.to_dense()
+        assert 1e-3 < float((rounded - true).norm() / true.norm()) < 0.1
+
+
 def test_data_in_memory_are_followed() -> None:
     model, data = net(), [(X.clone(), Y), (X.clone() + 1, Y)]
     objective = Objective(model, nn.CrossEntropyLoss(), data)
