@@ -38,6 +38,7 @@ __all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]
 DiagonalKind = Literal["ggn", "hessian", "ggn-mc", "fisher-mc"]
 Route = Literal["auto", "rules", "vmap", "loop"]
 KINDS = ("ggn", "hessian", "ggn-mc", "fisher-mc")
+_COLUMN_ENTRIES = 2**18  # of columns that are written out at a time
 NUM_CHECKED = 3  # entries compared with products
 _FAILURES = (UnsupportedError, DataError, CheckFailedError)
 """Why examples cannot be taken one by one."""
@@ -289,8 +290,8 @@ class _Work:
             draws = root.draw(self.kind, self.generator)  # type: ignore[arg-type]
             yield from ((column.to(dtype), sign) for column, sign in draws)
             return
-        for start, stop, sign in root.bounds(1):
-            yield root.columns(start, stop)[0].to(dtype), sign
+        for start, stop, sign in root.bounds(max(1, _COLUMN_ENTRIES // max(1, root.shape.numel()))):
+            yield from ((column, sign) for column in root.columns(start, stop).to(dtype))
 
     def _check_entries(self, diagonal: Tensor, lin: Linearization) -> None:
         """Compare a few entries, the largest and random ones, with products of the engine; once."""

@@ -9,6 +9,7 @@ scaling every example's part of the vector by a number of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -58,6 +59,8 @@ class Run:
     evaluation: Evaluation
     capture: Capture
     buffers: BufferCopies
+    runs_again: bool
+    """Whether parts of the model run in every backward pass, as activation checkpointing has it."""
     layouts: tuple[Layout | None, ...] = ()
     checked: bool = False
     left: dict[int, str] = field(default_factory=dict)
@@ -98,9 +101,13 @@ class Splitter:
     def open(self, batch: Any, index: int) -> Run:
         """Evaluate a batch and record the uses of the parameters."""
         capture, buffers = Capture(self._params), self._evaluator.copy_buffers()
-        with session(self._evaluator, buffers), capture:
+        with session(self._evaluator, buffers) as lean, capture:
             evaluation = self._evaluator.evaluate(batch, index)
-        return Run(batch, index, leading_size(self._evaluator, batch), evaluation, capture, buffers)
+        count = leading_size(self._evaluator, batch)
+        return Run(batch, index, count, evaluation, capture, buffers, lean.saw_hooks)
+
+    def _backward_session(self, run: Run) -> AbstractContextManager[Any]:
+        return session(self._evaluator, run.buffers) if run.runs_again else self._evaluator.backward_session()
 
     def split(self, run: Run, vectors: Tensor | None = None) -> tuple[tuple[Part, ...], Tensor, Tensor]:
         """Return the parts of a vector's pull-back, their sum (n,) as autograd has it, and the vector; checked.
@@ -114,7 +121,7 @@ class Splitter:
         outputs, edges = run.evaluation.outputs, [use.edge for use in run.capture.uses]
         assert isinstance(outputs, Tensor)
         inputs: Any = [*edges, *self._params]
-        with session(self._evaluator, run.buffers), no_autocast(self._objective.device):
+        with self._backward_session(run), no_autocast(self._objective.device):
             if vectors is None:
                 vectors, *found = pull_back([run.evaluation.loss], [outputs, *inputs])
             else:
@@ -152,7 +159,7 @@ class Splitter:
         place: Any = run.evaluation.outputs if source is None else source
         for column, sign in columns:
             factors = ones * sign
-            with session(self._evaluator, run.buffers), no_autocast(space.device):
+            with self._backward_session(run), no_autocast(space.device):
                 found = pull_back([place], inputs, [column]) if inputs else ()
             for positions, form in self._forms(run, column, found):
                 i = positions[0]
@@ -343,7 +350,7 @@ class Splitter:
         assert isinstance(outputs, Tensor)
         vectors = torch.randn(outputs.shape, generator=self._generator).to(outputs)
         scaled, scale = self._scaled(run, vectors)
-        with session(self._evaluator, run.buffers), no_autocast(self._objective.device):
+        with self._backward_session(run), no_autocast(self._objective.device):
             plain, other = (pull_back([outputs], places, [v]) for v in (vectors, scaled))
         return all(
             len(shape) > 0 and shape[0] == len(scale) and bool(a is not None and follows(a, b, Layout.BLOCKS, scale))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.autograd.backward import pull_back
+from curvature.autograd.lean import LeanLayers
 from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
@@ -51,8 +52,8 @@ def seeded(evaluator: Evaluator, index: int) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
-    """Evaluate and differentiate once, leaving no trace.
+def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[LeanLayers]:
+    """Evaluate and differentiate once, leaving no trace; yields what records the layers.
 
     First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.
     """
@@ -67,8 +68,9 @@ def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[None]:
         allowed = [kernel for kernel, enabled in kernels.items() if enabled]
         trains = any(module.training for module in evaluator.model.modules())
         attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
-        with evaluator.session(buffers, evaluator.corrected_layers()), attention:
-            yield
+        lean = evaluator.corrected_layers()
+        with evaluator.session(buffers, lean), attention:
+            yield lean
 
 
 def cut(evaluator: Evaluator, batch: Any, rows: Tensor, num_examples: int) -> Any:
