@@ -16,7 +16,6 @@ from analysis.records.plain import Plain
 from analysis.run.meter import Cost
 from curvature.layerwise.diagonal_summary import DiagonalRow
 from curvature.results.estimates import EigenPairs, SpectralDensity, TraceEstimate
-from curvature.results.intervals import skewness
 
 __all__ = [
     "DataErrors",
@@ -233,7 +232,7 @@ class Inspection(Plain):
             data=data,
             dof=self.trace.dof,
             data_dof=self._data_dof,
-            skewness=float(skewness(self.trace.samples)) if float(self.trace.stderr) > 0 else 0.0,
+            skewness=float(self.trace.skewness),
         )
 
     @property

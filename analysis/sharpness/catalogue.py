@@ -31,7 +31,6 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators import GGNOperator, HessianOperator
 from curvature.results.estimates import mean_and_stderr
-from curvature.results.intervals import skewness
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 
@@ -79,9 +78,12 @@ def _top(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: Scal
 def _trace(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
     found = trace(A, num_matvecs=s.num_matvecs, generator=g)
-    stderr, lopsided = float(found.stderr), 0.0 if found.method == "exact" else float(skewness(found.samples))
     return Found(
-        value=float(found.value), stderr=stderr, dof=found.dof, skewness=lopsided, num_matvecs=found.num_matvecs
+        value=float(found.value),
+        stderr=float(found.stderr),
+        dof=found.dof,
+        skewness=float(found.skewness),
+        num_matvecs=found.num_matvecs,
     )
 
 

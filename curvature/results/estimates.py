@@ -256,11 +256,13 @@ class SpectralDensity(Result):
         return mean_and_stderr(samples)
 
 
-def bounded_mean(samples: Tensor, lower: Tensor, upper: Tensor) -> BoundedEstimate:
+def bounded_mean(
+    samples: Tensor, lower: Tensor, upper: Tensor, ends: tuple[Tensor | float, Tensor | float]
+) -> BoundedEstimate:
     """Return the mean over probes of numbers (num_probes, ...), and of the bounds of each.
 
     The error by chance is the largest of the three means': numbers of quadrature rules that all agree may be bounded by
-    numbers that do not.
+    numbers that do not. No number can be less than the first of the `ends` or more than the other.
     """
     parts = [mean_and_stderr(x) for x in (samples, lower, upper)]
     value, least, most = (mean for mean, _ in parts)
@@ -268,7 +270,7 @@ def bounded_mean(samples: Tensor, lower: Tensor, upper: Tensor) -> BoundedEstima
         value=value,
         stderr=torch.stack([stderr for _, stderr in parts]).amax(dim=0),
         dof=len(samples) - 1.0,
-        skewness=torch.stack([skewness(x).abs() for x in (samples, lower, upper)]).amax(dim=0),
+        skewness=torch.stack([skewness(x, end).abs() for x in (samples, lower, upper) for end in ends]).amax(dim=0),
         lower=torch.minimum(least, value),
         upper=torch.maximum(most, value),
     )

@@ -77,8 +77,9 @@ def count_between(found: Spectrum, low: float = -math.inf, high: float = math.in
                 ((certain >= low - off) & (certain <= high + off)).sum(),
             ]
         )
-        bounds, spread = mean_and_stderr(n * torch.stack(parts))
-        lopsided = float(skewness(torch.stack(parts)).abs().max())
+        counts = n * torch.stack(parts)
+        bounds, spread = mean_and_stderr(counts)
+        lopsided = max(float(skewness(counts, end).abs().max()) for end in (0, n - len(certain)))
         lower, upper = (bounds + sure).tolist()
         mean = float((n * rule.weights * ((nodes >= low) & (nodes <= high))).sum(dim=1).mean())
         value, stderr = mean, float(spread.max()) if len(parts) > 1 else math.inf

@@ -85,4 +85,5 @@ def _sampled(pool: ProbePool, goal: Goal) -> TraceEstimate:
 
 
 def _sample(pool: ProbePool) -> Samples:
-    return Samples(pool.trace_samples()[0][pool.num_sketched :], 0.0, "hutch++")
+    explained = (pool.basis * pool.images).sum()
+    return Samples(pool.trace_samples()[0][pool.num_sketched :], 0.0, "hutch++", explained)

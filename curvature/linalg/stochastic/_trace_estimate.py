@@ -70,6 +70,8 @@ class Samples:
     values: Tensor
     covariance: Tensor | float
     method: str
+    fixed: Tensor | float = 0.0
+    """The part of the values that is the same whatever the probes are."""
 
     @property
     def stderr(self) -> Tensor:
@@ -105,7 +107,7 @@ def summary(pool: ProbePool, samples: Samples, goal: Goal) -> TraceEstimate:
         status=Status.BUDGET if goal.rtol is None else Status.MAX_MATVECS,
         method=method,
         dof=math.inf if method == "exact" else len(values) - 1.0,
-        skewness=skewness(values).to(pool.basis),
+        skewness=skewness(values, samples.fixed + pool.known.trace).to(pool.basis),
     )
     return replace(estimate, status=Status.CONVERGED) if goal.met(estimate) else estimate
 

@@ -32,8 +32,11 @@ def cdf(density: SpectralDensity, points: float | Sequence[float] | Tensor) -> B
     """Estimate F(t), the share of eigenvalues at most t, for every t, of the shape of `points`."""
     t = numbers("points", points)
     flat = t.reshape(-1)
-    samples = (_share(density, flat, closed=True), *_bounds(density, flat))
-    return bounded_mean(*(x.reshape(-1, *t.shape) for x in samples))
+    samples, lower, upper = (
+        x.reshape(-1, *t.shape) for x in (_share(density, flat, closed=True), *_bounds(density, flat))
+    )
+    known = (density.deflated <= t[..., None]).sum(dim=-1) / density.dimension
+    return bounded_mean(samples, lower, upper, (known, 1 - len(density.deflated) / density.dimension + known))
 
 
 @checked
@@ -52,8 +55,9 @@ def count(density: SpectralDensity, low: float, high: float = torch.inf) -> Boun
     below, upto = _share(density, t[:1], closed=False), _share(density, t[1:], closed=True)
     least, most = _bounds(density, t)
     lower, upper = (least[:, 1] - most[:, 0]).clamp_min(0), (most[:, 1] - least[:, 0]).clamp_max(1)
-    n = density.dimension
-    return bounded_mean(n * (upto - below)[:, 0], n * lower, n * upper)
+    n, known = density.dimension, density.deflated
+    sure = ((known >= low) & (known <= high)).sum()
+    return bounded_mean(n * (upto - below)[:, 0], n * lower, n * upper, (sure, n - len(known) + sure))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

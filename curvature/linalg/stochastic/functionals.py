@@ -50,7 +50,7 @@ def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Est
             f"f must be finite where the spectrum is, but is not at {float(worst[0]):.4g}; the nodes reach from "
             f"{_smallest(density):.4g} to {float(density.nodes.max()):.4g}."
         )
-    return _estimate(density, lambda x, w: density.dimension * (w @ f(x).where(w > 0, 0)))
+    return _estimate(density, lambda x, w: density.dimension * (w @ f(x).where(w > 0, 0)), f(density.deflated).sum())
 
 
 @numerics
@@ -108,18 +108,23 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
     for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
         radau = with_node(x, w.where(~of, 0), smallest, num_steps=density.num_steps)
         lower.append(sample(*radau) + sample(x, w.where(of, 0)))
-    found = bounded_mean(upper, torch.stack(lower), upper)
+    known = density.deflated.reshape(-1, *[1] * z.ndim)
+    sure = (known / (known + z)).sum(dim=0)
+    found = bounded_mean(upper, torch.stack(lower), upper, (sure, density.dimension - len(known) + sure))
     if smallest == 0:
         return found
     return replace(found, stderr=torch.hypot(found.stderr, rule_error(density, found.value, sample)))
 
 
-def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
-    """Return the mean over the probes of a number from nodes and weights, its error that of the rule included."""
+def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor], sure: Tensor) -> Estimate:
+    """Return the mean over the probes of a number from nodes and weights, its error that of the rule included.
+
+    `sure` is the part of the number that is of eigenvalues which are known.
+    """
     of_probes = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
     value, stderr = mean_and_stderr(of_probes)
     stderr = torch.hypot(stderr, rule_error(density, value, sample))
-    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=skewness(of_probes))
+    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=skewness(of_probes, sure))
 
 
 def _smallest(density: SpectralDensity) -> float:

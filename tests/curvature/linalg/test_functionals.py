@@ -22,6 +22,7 @@ from curvature.linalg import (
     spectral_sum,
     wasserstein,
 )
+from curvature.linalg.stochastic.slq import smoothed
 from curvature.results.estimates import SpectralDensity
 from tests.matrices import F64, generator, orthogonal, spectra, with_spectrum
 
@@ -132,6 +133,24 @@ def test_outliers_that_are_known_are_counted_exactly() -> None:
 def test_the_null_space_is_counted() -> None:
     number = count(estimated(with_spectrum(spectra(80)["many null"]), 0), -1e-6, 1e-6)
     assert abs(number.value - 60) < 4 * number.stderr
+
+
+def test_few_probes_of_one_outlier_cover_counts_and_sums() -> None:
+    """The weight of the outlier is one squared normal number; a larger one that is known hides how skewed that is."""
+    g, n, nodes = generator(), 60, torch.tensor([0.005, 7.0, 70.0], dtype=F64).expand(4, -1)
+    counted, summed = 0, 0
+    for _ in range(400):
+        squares = torch.randn(4, n - 1, generator=g, dtype=F64).square()
+        outlier = (n - 1) / n * squares[:, 0] / squares.sum(dim=1)
+        known = torch.full((4,), 1 / n, dtype=F64)
+        weights = torch.stack([1 - known - outlier, outlier, known], dim=1)
+        found = smoothed(nodes, weights, n=n, num_steps=None, known=nodes[0, 2:], num_matvecs=0, num_points=2)
+        low, high = count(found, 0.0, 1.0).interval()
+        counted += bool(low <= n - 2 <= high)
+        low, high = spectral_sum(found, lambda x: x).interval()
+        summed += bool(low <= 77 + 0.005 * (n - 2) <= high)
+    assert 0.92 <= counted / 400 <= 0.97
+    assert 0.92 <= summed / 400 <= 0.97
 
 
 def test_standard_errors_are_the_truth() -> None:
