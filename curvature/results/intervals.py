@@ -101,7 +101,7 @@ def skewness(samples: Tensor, fixed: Tensor | float = 0.0) -> Tensor:
         return torch.zeros_like(square)
     ratio = apart.pow(3).mean(dim=0) / square.where(usable, 1) ** 1.5
     found = torch.where(usable, ratio * (k * (k - 1)) ** 0.5 / max(k - 2, 1), 0)
-    one_sign = usable & (free * mean >= 0).all(dim=0)
+    one_sign = usable & (mean != 0) & (free * mean >= 0).all(dim=0)
     short = 2 * (square * k / (k - 1)).sqrt() / mean.abs().where(one_sign, 1) - mean.sign() * found
     return torch.where(one_sign, found + mean.sign() * short.clamp_min(0) * min(1.0, 4 / k), found)
 
