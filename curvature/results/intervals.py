@@ -38,8 +38,8 @@ def mean_interval(
 
     is free of the first term in which the distribution of T is not Student's; the interval is {mu: |h(T)| <= t}. Means
     of squares of normal numbers err on the low side together with their standard errors: t alone covers 88 % at
-    k = 16, this 94.5 %. Three samples and fewer hardly show it, and have the width of `interval_factor`: 95 % instead of
-    83 to 88. Without skewness it is Student's interval. NaN for a stderr of NaN.
+    k = 16, this 94.5 %. Three samples and fewer hardly show it, and have the width of `interval_factor`: 95 % instead
+    of 83 to 88. Without skewness it is Student's interval. NaN for a stderr of NaN.
 
     Args:
         value: the mean.
