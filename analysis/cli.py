@@ -30,7 +30,7 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Resumed(_Output):
-    resume: bool = setting(False, "Go on with what was interrupted.")
+    resume: bool = setting(False, "Continue an interrupted run.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class _Compared:
     checkpoint: tuple[Path, ...] = setting(
         (), "Measure the task with these parameters; may be given several times.", flag="--checkpoint FILE"
     )
-    of: str = setting("inspect", "What to measure of checkpoints: inspect, sharpness, noise or another command.")
+    of: str = setting("inspect", "What to measure at each checkpoint: inspect, sharpness, noise or another command.")
     level: float = setting(0.05, "Family-wise error level.")
 
 
 _SUMMARIES = {kind: summary for kind, (_, summary) in STUDIES.items()}
 _SUMMARIES["compare"] = (
-    "Compare runs, or checkpoints of a task: which differences are real, and which are noise of measuring."
+    "Compare runs, or checkpoints of a task: which differences are real, and which are measurement noise."
 )
 
 
@@ -180,7 +180,7 @@ def _compare_command() -> TyperCommand:
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
 ) -> None:
-    """Write the report of a run that is there, anew or because it is missing."""
+    """Write the report of a stored run again."""
     with errors_as_sentences():
         from analysis.registry import load_run
         from analysis.run.report import write_report

@@ -23,7 +23,7 @@ STUDIES = {
     "inspect": ("analysis.inspection.study", "Inspect the curvature of a trained model: its spectrum, layer by layer."),
     "landscape": (
         "analysis.landscape.study",
-        "Look at the loss around a trained model: along directions, on a plane, on the way to another checkpoint.",
+        "Evaluate the loss around a trained model: along directions, on a plane, on paths to another checkpoint.",
     ),
     "sharpness": ("analysis.sharpness.study", "Compute 27 sharpness measures and their invariances."),
     "conditioning": (
@@ -32,7 +32,7 @@ STUDIES = {
     ),
     "critical": (
         "analysis.critical.study",
-        "Judge whether a point is a minimum, a saddle, a plateau or none of them, and where the loss falls.",
+        "Classify a point as minimum, saddle, plateau or none of them, and find where the loss falls.",
     ),
     "noise": (
         "analysis.noise.study",

@@ -61,13 +61,12 @@ def plot_overlaps(
         ax: where to draw; a new figure by default, of a size for the table.
         colors: what to paint with.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     values, colors = to_numpy(overlaps), colors or Colors()
     T = len(values)
     side = min(2.0 + 0.55 * T, 12.0)
-    ax = ax or Figure(figsize=(side, side), layout="constrained").subplots()
+    ax = new_axes(ax, side, side)
     for a, b in zip(*np.tril_indices(T), strict=True):
         opacity = _STRONGEST * max(float(values[a, b]), 0.02)
         ax.add_patch(Rectangle((b - 0.47, a - 0.47), 0.94, 0.94, facecolor=colors.positive, alpha=opacity, linewidth=0))

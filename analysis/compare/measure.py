@@ -113,9 +113,11 @@ def compare_results(results: Mapping[str, Any], *, level: float = 0.05, same_dat
         )
     between = [row.name for row in rows if isinstance(row.values[0], Bounded) and set(row.p_solver) == {1.0}]
     if between:
-        notes.append(f"Known between bounds that overlap, and not tested: {', '.join(between)}.")
+        notes.append(f"Known only within overlapping bounds, and not tested: {', '.join(between)}.")
     if not any(0 < p < 1 for row in rows for p in (*row.p_solver, *row.p_data)):
-        notes.append("No number has an error of chance: no test was made, and what differs does so beyond its bounds.")
+        notes.append(
+            "No number has a random error, so nothing was tested; numbers that differ do so beyond their bounds."
+        )
     return Comparison(
         names=tuple(results),
         rows=rows,

@@ -35,7 +35,7 @@ class ComparisonRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self.comparison)
 
 
@@ -123,8 +123,8 @@ def _note_on_data(found: Comparison) -> tuple[str, ...]:
         return ("Whether all were measured on the same data is not known: data from loaders have no digest.",)
     if found.same_data:
         return (
-            "All were measured on the same data. Their errors over data move together, and were added as if they did "
-            "not: 'real' is cautious.",
+            "All were measured on the same data. Their errors over data are correlated but were treated as "
+            "independent: “real” is conservative.",
         )
     return ("They were measured on different data: differences of the models and of the data are mixed.",)
 
@@ -151,9 +151,9 @@ def _findings(found: Comparison) -> tuple[Finding, ...]:
             by.setdefault(row.verdicts[place - 1], []).append(_change(row, place))
         text = []
         if "real" in by:
-            text.append(f"Beyond what other data would do: {'; '.join(by['real'])}.")
+            text.append(f"Beyond the effect of other data: {'; '.join(by['real'])}.")
         if "on these data" in by:
-            text.append(f"On these data, which may be chance of the sample: {'; '.join(by['on these data'])}.")
+            text.append(f"On these data only, possibly due to the sample: {'; '.join(by['on these data'])}.")
         equal, unknown = len(by.get("not told apart", [])), len(by.get("unknown", []))
         text.append(f"{equal} numbers are not told apart." if text else f"None of {equal} numbers can be told apart.")
         if unknown:
@@ -214,8 +214,8 @@ def _ratios(found: Comparison, model: int) -> Section:
                 name=f"ratios-{model}",
                 label=f"Ratios of the numbers of {found.names[model]} to those of {found.names[0]}, on a logarithmic "
                 "axis.",
-                caption="Ratios with one standard error, thick of the solver, thin with other data, too. Numbers that "
-                "change sign have no ratio.",
+                caption="Ratios with one standard error: thick bars for the solver alone, thin ones including other "
+                "data. Numbers that change sign have no ratio.",
                 draw=partial(_draw, found, model),
                 height=1.3 + 0.24 * num_rows,
             ),
@@ -234,8 +234,8 @@ def _overlaps(found: Comparison) -> Section:
         for name, row in zip(found.names, found.overlaps.tolist(), strict=True)
     )
     table = Table(
-        caption="Overlap of the spaces that the largest eigenvectors span, |U'V|²/k: 1 for the same space, about "
-        "k/n for unrelated ones. It says something of checkpoints of one run.",
+        caption="Overlap of the spaces that the largest eigenvectors span, |U'V|²/k: 1 for the same space, about k/n "
+        "for unrelated ones. It is meaningful for checkpoints of one run.",
         columns=("", *found.names),
         rows=rows,
     )
@@ -245,12 +245,12 @@ def _overlaps(found: Comparison) -> Section:
 _TERMS = (
     (
         "Real",
-        "The difference is larger than what probes, quadrature and another sample of data of the same size would make.",
+        "The difference exceeds what probes, quadrature and another sample of the same size would cause.",
     ),
     (
         "On these data",
-        "It is larger than the solver's errors, but other data may undo it, or their effect is not known.",
+        "It exceeds the solver's errors, but other data of the same size may reverse it, or their effect is unknown.",
     ),
-    ("Not told apart", "The solver's errors alone could make the difference."),
-    ("Unknown", "One of the numbers has no error: a lower bound, or one that was read off a grid."),
+    ("Not told apart", "The solver's errors alone could explain the difference."),
+    ("Unknown", "The error of one of the numbers is not known: it is a lower bound, or was read off a grid."),
 )

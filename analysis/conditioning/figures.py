@@ -26,8 +26,6 @@ def plot_conditioning(result: Conditioning, *, ax: Axes | None = None, colors: C
         ax: where to draw; a new figure by default, of a height for the rows.
         colors: what to paint with.
     """
-    from matplotlib.figure import Figure
-
     colors = colors or Colors()
     groups = [
         ("whole", "D", colors.positive, (result.whole,)),
@@ -35,7 +33,7 @@ def plot_conditioning(result: Conditioning, *, ax: Axes | None = None, colors: C
         ("layer", "s", colors.negative, result.layers),
     ]
     num_rows = sum(len(rows) for *_, rows in groups)
-    ax = ax or Figure(figsize=(7.0, 1.2 + 0.3 * num_rows), layout="constrained").subplots()
+    ax = new_axes(ax, 1.2 + 0.3 * num_rows)
     place, names = 0, []
     for label, shape, color, rows in groups:
         for i, row in enumerate(rows):

@@ -1,6 +1,6 @@
-"""How ill-conditioned a loss is, where it comes from, and which preconditioner mends it.
+"""How ill-conditioned a loss is, where it comes from, and which preconditioner helps.
 
-Hessians of networks are singular to rounding, so that max |lambda| / min |lambda| says nothing. Here the ratio runs
+Hessians of networks are singular to rounding, so max |lambda| / min |lambda| is meaningless. Here the ratio runs
 over the numerical range, the eigenvalues beyond a stated share of the largest; it depends on that share where the
 spectrum has no gap there, and quantities that need no threshold (effective and stable rank) stand beside it.
 
@@ -46,9 +46,13 @@ class ConditioningPlan(Plan):
     """What to measure of the conditioning."""
 
     matrix: Literal["hessian", "ggn"] = setting("hessian", "The Hessian, or the Gauss-Newton matrix.")
-    floor: float = setting(1e-6, "Leave out eigenvalues below this share of the largest.", above=0, below=1)
-    jacobi: bool = setting(True, "Try the diagonal as a preconditioner.")
-    block_diagonal: bool = setting(False, "Try the layers' own blocks as a preconditioner, built in full.")
+    floor: float = setting(
+        1e-6, "The numerical range leaves out eigenvalues below this share of the largest.", above=0, below=1
+    )
+    jacobi: bool = setting(True, "Also measure with the diagonal as preconditioner.")
+    block_diagonal: bool = setting(
+        False, "Also measure with the blocks of the layers, built in full, as preconditioner."
+    )
     layers: bool = setting(True, "Look at each layer, too.")
     num_probes: int = setting(4, "Probes of each spectrum.", least=1)
     num_steps: int = setting(30, "Block Lanczos steps of each spectrum.", least=1)
@@ -73,7 +77,7 @@ def measure_conditioning(
 ) -> Conditioning:
     """Measure condition numbers and ranks of a loss, of its layers, and with preconditioners.
 
-    Each number carries the error of the quadrature that stands for the spectrum (and of the probes). Condition number,
+    Each number carries the error of the quadrature (and of the probes). Condition number,
     smallest eigenvalue and numerical rank stand between bounds, which are close where the matrix is built in full, as
     one with few columns is, where the lowest pair is positive, and where the spectrum has a gap that num_steps resolve.
     Elsewhere nothing says that no eigenvalue lies just beyond the floor: then the condition number is known from below

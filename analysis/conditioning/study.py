@@ -32,7 +32,7 @@ class ConditioningRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self.conditioning)
 
 
@@ -90,7 +90,7 @@ def _cards(found: Conditioning) -> tuple[Card, ...]:
         ),
     ]
     if found.layers:
-        hint = "largest over smallest top eigenvalue of the layers: how far apart their best steps are"
+        hint = "ratio of the largest to the smallest top eigenvalue of the layers, and of their best step sizes"
         cards.append(Card(label="Spread over layers", value=wording.number(found.layer_spread, 3), hint=hint))
     for name, gain in list(found.gains.items())[:2]:
         hint = "condition number without this preconditioner over that with it"
@@ -121,15 +121,15 @@ def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
     if whole.largest.value == 0:
         return (Finding("How ill-conditioned is it?", f"The {matrix} is zero: there is no curvature."),)
     text = (
-        f"The {matrix} curves {_kappa(whole.condition, found)} times more along its sharpest direction than "
-        f"along the flattest in range. {wording.number(whole.effective_rank.value, 3)} of "
-        f"{wording.count(whole.num_params)} directions carry it, by effective rank."
+        f"The largest curvature of the {matrix} is {_kappa(whole.condition, found)} times the smallest in the "
+        f"numerical range. Its effective rank is {wording.number(whole.effective_rank.value, 3)} of "
+        f"{wording.count(whole.num_params)}."
     )
     steps = _steps(whole, found)
     fewer = _kappa(whole.condition, found, lambda kappa: kappa**0.5 * math.log(1 / _ACCURACY) / 2)
     slow = (
-        f"On a quadratic with these curvatures, {steps} steps of gradient descent to a hundredth of the "
-        f"distance, or {fewer} with the best momentum; at a rate below {wording.number(found.max_stable_lr, 3)}."
+        f"On a quadratic with these curvatures, {steps} steps of gradient descent to a hundredth of the distance, or "
+        f"{fewer} with the best momentum, at a learning rate below {wording.number(found.max_stable_lr, 3)}."
     )
     answers = [Finding("How ill-conditioned is it?", text), Finding("What does that cost gradient descent?", slow)]
     if found.preconditioned:
@@ -139,9 +139,9 @@ def _findings(found: Conditioning, matrix: str) -> tuple[Finding, ...]:
         worst = max(found.layers, key=lambda layer: _finite(layer.condition.value))
         sharpest = max(found.layers, key=lambda layer: layer.largest.value)
         text = (
-            f"{worst.name} is the worst conditioned by itself ({_kappa(worst.condition, found)}), "
-            f"{sharpest.name} the sharpest ({wording.number(sharpest.largest.value, 3)}). The layers' top eigenvalues "
-            f"are a factor of {wording.number(found.layer_spread, 3)} apart: their best step sizes differ by it."
+            f"{worst.name} is the worst conditioned by itself ({_kappa(worst.condition, found)}), {sharpest.name} the "
+            f"sharpest ({wording.number(sharpest.largest.value, 3)}). The layers' top eigenvalues are a factor of "
+            f"{wording.number(found.layer_spread, 3)} apart: their best step sizes differ by that factor."
         )
         answers.append(Finding("Which layers are ill-conditioned?", text))
     return tuple(answers)
@@ -153,9 +153,10 @@ def _gain(name: str, gain: Bounded) -> str:
     if gain.lower > 1.1:
         return f"{name} divides the condition number by {wording.between(gain)}"
     if gain.upper < 0.9:
-        return f"{name} makes it worse, {wording.between(Bounded.between(1 / gain.upper, 1 / gain.lower))} times"
+        factor = wording.between(Bounded.between(1 / gain.upper, 1 / gain.lower))
+        return f"{name} multiplies the condition number by {factor}"
     if gain.lower >= 0.9 and gain.upper <= 1.1:
-        return f"{name} leaves it about as it is"
+        return f"{name} leaves the condition number about as it is"
     return f"{name} may or may not help: it divides the condition number by {wording.between(gain)}"
 
 

@@ -130,7 +130,7 @@ def critical_points(
         objective: the loss at its point.
         plan: settings; or pass them one by one. What rounding leaves of |g| is 10 eps^(1/2) times the root mean square
             of per-example gradients, or 10 eps |H| |theta| if that is larger; a `gradient_tolerance` is needed where
-            single gradients are not to be had.
+            single gradients are not available.
         generator: source of the probes, on the objective's device.
         progress: told the stages.
 

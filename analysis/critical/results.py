@@ -101,7 +101,7 @@ class CriticalPoint(Plain):
     """(E |g - E g|^2)^(1/2) from the spread of per-example gradients: what |g| would be with these many examples if the
     gradient of all data of interest were zero; loss / parameter. None where examples cannot be taken one by one."""
     noise_dimension: float | None = None
-    """Effective number of directions of that noise, (tr C)^2 / tr C^2; None where inner products were not to be had."""
+    """Effective number of directions of that noise, (tr C)^2 / tr C^2; None where inner products were not available."""
     p_value: float | None
     """How likely so large a |g| is if that gradient is zero (large N), see `gradient_p_value`; None like the noise."""
     lowest: Measured

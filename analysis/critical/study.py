@@ -28,7 +28,7 @@ class CriticalRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self.critical, self.num_params)
 
 
@@ -59,8 +59,9 @@ def _report(found: CriticalPoint, num_params: int) -> Report:
         method=(
             "The Hessian was built in full: both counts are certain."
             if found.exact
-            else "Extreme eigenpairs and the density came from one block Krylov space; the counts are of the density, "
-            "the lower bound on the index of orthonormal directions with negative Ritz values (Courant-Fischer)."
+            else "Extreme eigenpairs and the density come from one block Krylov space. Counts are read from the "
+            "density; the lower bound on the index counts orthonormal directions with negative Ritz values "
+            "(Courant-Fischer)."
         ),
         notes=found.notes,
     )
@@ -70,20 +71,19 @@ def _cards(found: CriticalPoint) -> tuple[Card, ...]:
     noise = "" if found.gradient_noise is None else f"noise {wording.number(found.gradient_noise, 3)}"
     if found.noise_dimension is not None:
         noise += f" in about {wording.about(found.noise_dimension)} directions"
-    p = "" if found.p_value is None else f"p {_p(found.p_value)} if it were zero"
+    p = "" if found.p_value is None else f"p {_p(found.p_value)} for a zero gradient"
+    zero = f"what lies within ±{wording.number(found.tolerance, 2)}"
     return (
         Card(label="Verdict", value=found.kind, hint=found.why),
         Card(label="Gradient norm", value=wording.number(found.gradient_norm, 3), error=noise, hint=p),
-        Card.of("Smallest eigenvalue", found.lowest, "most negative curvature found"),
-        Card.of(
-            "Largest eigenvalue",
-            found.largest,
-            f"those within {wording.number(found.tolerance, 2)} of zero count as zero",
-        ),
+        Card.of("Smallest eigenvalue", found.lowest, f"{zero} counts as zero"),
+        Card.of("Largest eigenvalue", found.largest, "of the Hessian"),
         _count("Index", found.index, found, f"negative eigenvalues; at least {found.index_at_least} for certain"),
         _count("Nullity", found.nullity, found, "eigenvalues that count as zero"),
         Card(
-            label="Drop", value=wording.number(found.escape.drop, 3), hint="of the loss along the line below, at most"
+            label="Drop",
+            value=wording.number(found.escape.drop, 3),
+            hint="largest fall of the loss along the line below",
         ),
         Card(label="Loss", value=wording.number(found.loss)),
     )
@@ -100,14 +100,14 @@ def _count(label: str, measured: Bounded, found: CriticalPoint, hint: str) -> Ca
 
 
 _VERDICTS = {
-    "not critical": "None of them: the gradient is not zero",
-    "minimum": "A minimum, as far as was seen",
+    "not critical": "Not a critical point: the gradient is not zero",
+    "minimum": "A minimum, as far as was measured",
     "minimum to second order": "A minimum to second order only",
     "saddle": "A saddle",
     "maximum": "A maximum",
     "maximum to second order": "A maximum to second order only",
     "plateau": "A plateau",
-    "undecided": "That cannot be said yet",
+    "undecided": "Undecided",
 }
 
 
@@ -116,15 +116,15 @@ def _findings(found: CriticalPoint, num_params: int) -> tuple[Finding, ...]:
     if found.gradient_noise is not None and found.p_value is not None:
         ratio = found.gradient_norm / found.gradient_noise if found.gradient_noise > 0 else float("inf")
         text = (
-            f"Its length is {wording.number(ratio, 3)} times what chance in the choice of the data would make of a "
-            f"zero gradient (p {_p(found.p_value)})."
+            f"Its norm is {wording.number(ratio, 2)} times what sampling noise alone would give (p "
+            f"{_p(found.p_value)} for a zero gradient)."
         )
-        answers.append(Finding("Is the gradient zero, for all one can tell?", text))
-    answers.append(Finding("Is there a way down?", _way_down(found)))
+        answers.append(Finding("Is the gradient zero within its noise?", text))
+    answers.append(Finding("Does the loss fall in some direction?", _way_down(found)))
     flat = f"{wording.between(found.nullity)} of {wording.count(num_params)} eigenvalues count as zero."
     held = [s.name for s in found.symmetries if s.holds]
     if held:
-        flat += f" Some are so whatever the data: {'; '.join(held)}."
+        flat += f" Some are flat for any data: {'; '.join(held)}."
     answers.append(Finding("How flat is it?", flat))
     return tuple(answers)
 
@@ -139,21 +139,22 @@ def _way_down(found: CriticalPoint) -> str:
         return f"The loss rises {along}, both ways."
     text = f"The loss falls by up to {drop} {along}, within steps of {reach}"
     if found.kind == "minimum":
-        return f"{text}: by what is left of its gradient, or beyond a rise. The point itself curves upwards."
+        text += ": the gradient is not exactly zero, or the fall lies beyond a barrier"
+        return f"{text}. The curvature at the point itself is positive."
     if found.kind == "minimum to second order":
-        return f"{text}: no more than its slope and the tolerance explain near the point."
+        return f"{text}: near the point, slope and tolerance account for the fall."
     return f"{text}."
 
 
 def _escape(found: CriticalPoint) -> Section:
     return Section(
-        title="The way of least curvature",
+        title="Along the direction of least curvature",
         figures=(
             Figure(
                 name="escape",
                 label="The loss along the direction of least curvature, and its quadratic model.",
-                caption="The loss along the eigenvector of the smallest eigenvalue (dots), and what slope and "
-                "curvature at the point say of it (dashed). Steps above zero go the way that the gradient falls.",
+                caption="The loss along the eigenvector of the smallest eigenvalue (dots) and its quadratic model "
+                "from slope and curvature at the point (dashed). Positive steps go against the gradient.",
                 draw=lambda ax, colors: plot_escape(found, ax=ax, colors=colors),
             ),
         ),
@@ -167,31 +168,31 @@ def _symmetries(found: CriticalPoint) -> Section:
             wording.number(s.loss_change, 2),
             wording.number(s.gradient_residual, 2),
             wording.number(s.hessian_residual, 2),
-            "holds" if s.holds else "does not",
+            "yes" if s.holds else "no",
         )
         for s in found.symmetries
     )
     table = Table(
-        caption="Scales of layers that were tried: relative change of the loss, and what is left of the identities "
-        "that gradient and Hessian obey where the change is a symmetry.",
+        caption="Rescalings of layers that were tested: relative change of the loss, and relative residuals of the "
+        "identities that gradient and Hessian satisfy where the loss is invariant.",
         columns=("scales", "loss", "gradient", "Hessian", "symmetry"),
         rows=rows,
     )
-    return Section(title="Directions that are flat whatever the data", tables=(table,))
+    return Section(title="Symmetries: directions that are flat for any data", tables=(table,))
 
 
 _TERMS = (
     (
         "Verdict",
-        "Critical is a point whose gradient is no larger than its noise explains. A saddle has negative eigenvalues "
-        "that are certain and positive ones; a plateau none beyond the tolerance; a minimum none that were found "
-        "below it. To second order only: some eigenvalues count as zero, and terms of higher order decide along their "
-        "directions.",
+        "Critical is a point whose gradient is no larger than its noise explains. A saddle has eigenvalues that are "
+        "certainly negative and positive ones; at a plateau all lie within the tolerance; at a minimum none was "
+        "found below it. To second order only: some eigenvalues count as zero, and terms of higher order decide "
+        "along their directions.",
     ),
     ("Index", "Number of eigenvalues below minus the tolerance."),
     ("Nullity", "Number of eigenvalues within the tolerance of zero."),
-    ("Noise", "What the length of the gradient would be on so many examples if the gradient of all data were zero."),
-    ("± (uncertainty)", "Of an eigenvalue its residual. Counts stand between 95 % bounds on probes and quadrature."),
+    ("Noise", "The gradient norm expected on this many examples if the true gradient were zero."),
+    ("± (uncertainty)", "For an eigenvalue, its residual. Counts are given as 95 % bounds over probes and quadrature."),
 )
 
 

@@ -34,7 +34,7 @@ def try_rescaling(objective: Objective, exponents: Tensor, *, name: str) -> Symm
     Args:
         objective: the loss.
         exponents: d, (n,).
-        name: for people.
+        name: for display.
     """
     d, theta = exponents.to(objective.device, objective.dtype), objective.space.current()
     v = d * theta

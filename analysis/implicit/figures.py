@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.show.drawing import Colors, decade_ticks, legend_above, new_axes, to_numpy
+from analysis.show.drawing import Colors, decade_ticks, figure_width, legend_above, new_axes, to_numpy
+from analysis.show.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,6 +79,8 @@ def plot_penalties(result: ImplicitRegularization, *, ax: Axes | None = None, co
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """
+    from matplotlib.ticker import MaxNLocator
+
     ax, colors = new_axes(ax), colors or Colors()
     rows = np.arange(len(result.layers))
     full, noise = to_numpy(result.layer_full_penalties), to_numpy(result.layer_batch_penalties)
@@ -88,6 +91,8 @@ def plot_penalties(result: ImplicitRegularization, *, ax: Axes | None = None, co
     ax.set_yticks(rows, list(result.layers))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(4 if figure_width(ax) > 5 else 2))
+    ax.xaxis.set_major_formatter(lambda x, _: number(x, 2))
     ax.set(xlabel="penalty, in units of the loss")
     legend_above(ax, columns=2)
     return ax

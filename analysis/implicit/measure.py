@@ -49,12 +49,12 @@ class ImplicitPlan(Plan):
     """How the model was, or would be, trained."""
 
     lr: float = setting(text="Learning rate of SGD.", above=0)
-    batch_size: int | None = setting(None, "In examples. Default: the batches of the task as they are.")
-    drop_last: bool = setting(False, "An epoch leaves out the examples that fill no batch.")
+    batch_size: int | None = setting(None, "Batch size, in examples. Default: the batches of the task as they are.")
+    drop_last: bool = setting(False, "Leave out the last, incomplete batch of an epoch.")
     momentum: float = setting(0.0, "Heavy-ball momentum of SGD.", least=0, below=1)
     weight_decay: float = setting(0.0, "Weight decay of SGD.", least=0)
-    directions: bool = setting(True, "Look where the penalties push, too.")
-    k: int = setting(3, "How many of the sharpest directions to look against.", least=1)
+    directions: bool = setting(True, "Also compute the gradients of the penalties.")
+    k: int = setting(3, "Number of sharpest directions to compare these gradients with.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ class ImplicitRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self)
 
 
@@ -112,7 +112,7 @@ def _cards(found: ImplicitRegularization, *, decay: bool) -> tuple[Card, ...]:
         Card(
             label="Full-gradient penalty",
             value=number(found.full_penalty),
-            hint=f"{_of_loss(found.full_penalty, found)}full-batch descent has it, too",
+            hint=f"{_of_loss(found.full_penalty, found)}also in full-batch gradient descent",
         ),
         Card(label="Modified loss", value=number(found.modified_loss), hint="what the mean iterate of SGD descends"),
     ]
@@ -122,7 +122,7 @@ def _cards(found: ImplicitRegularization, *, decay: bool) -> tuple[Card, ...]:
             share = 100 * rate * found.lr * found.num_batches / found.eigenvalues[0]
             cards.append(
                 Card(
-                    label="Sharpness",
+                    label="Change of sharpness",
                     value=f"{number(share, 2)}{wording.THIN}%",
                     hint="change of the largest eigenvalue in an epoch, by the variance penalty",
                 )
@@ -137,11 +137,14 @@ def _cards(found: ImplicitRegularization, *, decay: bool) -> tuple[Card, ...]:
 
 
 def _findings(found: ImplicitRegularization) -> tuple[Finding, ...]:
-    answers = [Finding("What does SGD add to the loss?", _added(found)), Finding("Which layers pay?", _payers(found))]
+    answers = [
+        Finding("What does SGD add to the loss?", _added(found)),
+        Finding("Which layers carry the variance penalty?", _payers(found)),
+    ]
     if math.isfinite(found.num_examples) and found.loss > 0:
         answers.append(Finding("What would another batch size do?", _elsewhere(found)))
     if found.batch is not None:
-        answers.append(Finding("Which way does it push?", _push(found, found.batch)))
+        answers.append(Finding("In which direction does it act?", _push(found, found.batch)))
     if found.eigenvalues:
         answers.append(Finding("Does the theory hold here?", _validity(found)))
     return tuple(answers)
@@ -161,7 +164,7 @@ def _added(found: ImplicitRegularization) -> str:
         f"loss, and the penalty on the full gradient {full}.{_epoch(found)}"
     )
     if found.loss > 0 and found.batch_penalty > found.loss:
-        text += " It outweighs the loss itself: the noise decides where SGD goes from here."
+        text += " It exceeds the loss itself: gradient noise dominates the steps of SGD."
     return text
 
 
@@ -205,7 +208,7 @@ def _elsewhere(found: ImplicitRegularization) -> str:
 
 def _push(found: ImplicitRegularization, batch: PenaltyDirection) -> str:
     if batch.norm == 0:
-        return "Nowhere: its gradient is zero."
+        return "In none: its gradient is zero."
     cosine = batch.cosine_with_gradient
     towards = "against" if cosine < -0.1 else ("along with" if cosine > 0.1 else "at right angles to")
     text = f"Descending the variance penalty goes {towards} descending the loss (cosine {wording.number(cosine, 2)})."
@@ -229,12 +232,12 @@ def _validity(found: ImplicitRegularization) -> str:
     product = found.lr * found.eigenvalues[0]
     text = f"lr · λ is {wording.number(product, 3)} along the sharpest direction"
     if product >= 2:
-        return text + ": beyond 2, where plain gradient descent diverges. The expansion says nothing of it."
+        return text + ": beyond 2, gradient descent diverges and the expansion in the learning rate does not apply."
     if product > _SMALL:
-        return text + ", which is not small: along that direction the penalties are an order of magnitude."
+        return f"{text}, which is not small: there the penalties are right in their order of magnitude only."
     return (
-        text + ": small, so that the expansion in the learning rate is meaningful for single steps; over an epoch what "
-        f"counts is that times the number of batches, {wording.number(product * found.num_batches, 3)}."
+        text + ": small, so the expansion in the learning rate is meaningful for single steps; over an epoch it is "
+        f"multiplied by the number of batches, {wording.number(product * found.num_batches, 3)}."
     )
 
 
@@ -300,7 +303,7 @@ def _directions(found: ImplicitRegularization, full: PenaltyDirection, batch: Pe
         rows.append((*cells, wording.number(rate, 3)))
     tops = tuple(f"with u{wording.subscript(i)}" for i in range(1, len(found.eigenvalues) + 1))
     return Section(
-        title="Where the penalties push",
+        title="Directions of the penalties",
         tables=(
             Table(
                 caption="Gradients of the penalties: length, cosine with the loss gradient, with the sharpest "
@@ -330,8 +333,8 @@ _TERMS = (
     (
         "Change of the largest eigenvalue",
         "Its derivative along the flow of minus the penalty's gradient, by first-order perturbation, times the time "
-        "lr·m of an epoch. It needs a third derivative: with ReLU or max-pooling it is that of the piece the model is "
-        "in.",
+        "lr·m of an epoch. It needs a third derivative: with ReLU or max-pooling it is that of the smooth piece the "
+        "model is in.",
     ),
     ("± with other data", "One standard error over data of the same size, from the spread over single examples."),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from analysis.show.drawing import Array, Colors, asinh_ticks, figure_width, legend_above
+from analysis.show.drawing import Array, Colors, asinh_ticks, figure_width, legend_above, new_axes
 from analysis.show.wording import MINUS
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def plot_layer_coupling(result: LayerCoupling, *, ax: Axes | None = None, colors
         colors: what to paint with.
     """
     L, colors = len(result.names), colors or Colors()
-    ax = _axes(L) if ax is None else ax
+    side = min(2.0 + 0.5 * L, 12.0)
+    ax = new_axes(ax, side, side)
     norms, stderr, shown = (t.double().cpu().numpy() for t in (result.norms, result.stderr, result.relative.clone()))
     np.fill_diagonal(shown, np.diagonal(norms) / (np.diagonal(norms).max() or 1.0))
     ax.set(xlim=(-0.5, L - 0.5), ylim=(L - 0.5, -0.5), aspect="equal")
@@ -69,10 +70,8 @@ def plot_layer_diagonals(result: LayerDiagonals, *, ax: Axes | None = None, colo
         ax: where to draw; a new figure by default, of a height for the layers.
         colors: what to paint with.
     """
-    from matplotlib.figure import Figure
-
     rows, colors = result.rows, colors or Colors()
-    ax = ax or Figure(figsize=(7.0, 1.2 + 0.3 * len(rows)), layout="constrained").subplots()
+    ax = new_axes(ax, 1.2 + 0.3 * len(rows))
     places = np.arange(len(rows), dtype=float)
     q = np.array([row.quantiles for row in rows])
     mean = np.array([row.mean for row in rows])
@@ -92,13 +91,6 @@ def plot_layer_diagonals(result: LayerDiagonals, *, ax: Axes | None = None, colo
     ax.set(xlabel="diagonal entries of the Hessian" + ("" if result.exact else ", widened by their noise"))
     legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
     return ax
-
-
-def _axes(L: int) -> Axes:
-    from matplotlib.figure import Figure
-
-    side = min(2.0 + 0.5 * L, 12.0)
-    return Figure(figsize=(side, side), layout="constrained").subplots()
 
 
 def _draw_cells(ax: Axes, shown: Array, colors: Colors) -> None:

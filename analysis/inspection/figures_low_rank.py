@@ -1,4 +1,4 @@
-"""Figure of how well low-rank approximations stand for a matrix; made as those of `analysis.inspection.figures` are."""
+"""Figure of the error of low-rank approximations of a matrix; made as those of `analysis.inspection.figures` are."""
 
 from __future__ import annotations
 

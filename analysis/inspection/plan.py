@@ -49,20 +49,22 @@ class InspectionPlan(Plan):
         InputError: for values out of range.
     """
 
-    k: int = setting(10, "How many of the largest eigenvalues (all, if there are fewer); of a layer one.", least=1)
-    num_bottom: int = setting(3, "How many of the smallest eigenvalues; of a layer one.", least=1)
+    k: int = setting(10, "Number of largest eigenvalues (all, if there are fewer); one for each layer.", least=1)
+    num_bottom: int = setting(3, "Number of smallest eigenvalues; one for each layer.", least=1)
     rtol: float = setting(
         1e-3,
-        "Residual of the largest eigenpairs, relative to the eigenvalue; of layers ten, of the smallest thirty times.",
+        "Relative residual of the largest eigenpairs; ten times that for layers, thirty times for the smallest.",
         above=0,
         most=0.1,
     )
-    num_probes: int = setting(4, "Probes, for the whole and for each layer.", least=2)
+    num_probes: int = setting(4, "Random probes, for the whole model and for each layer.", least=2)
     num_steps: int = setting(
-        24, "Block Lanczos steps on the whole, for layers two fifths; more where eigenpairs need them.", least=4
+        24,
+        "Block Lanczos steps on the whole model, two fifths of that on layers; more where eigenpairs need them.",
+        least=4,
     )
-    layers: bool = setting(True, "Inspect each layer, too.")
-    coupling: bool = setting(False, "Measure how strongly layers act on each other, too.")
+    layers: bool = setting(True, "Also inspect each layer.")
+    coupling: bool = setting(False, "Also measure the coupling between layers.")
 
     @property
     def whole(self) -> SpectrumPlan:

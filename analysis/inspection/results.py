@@ -116,7 +116,7 @@ class LayerCoupling(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDiagonals:
-    """The diagonal of the Hessian, layer by layer: what diagonal methods divide by, and pruning goes by."""
+    """The diagonal of the Hessian, layer by layer: what diagonal methods divide by and pruning uses."""
 
     rows: tuple[DiagonalRow, ...]
     """One for each module that owns parameters, in the order of the model; loss / parameter^2."""

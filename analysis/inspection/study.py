@@ -32,7 +32,7 @@ class InspectionRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         found = self.inspection
         return Report(
             title="Curvature",
@@ -224,9 +224,10 @@ def _diagonal(diagonal: LayerDiagonals, estimated: dict[str, Measured]) -> Secti
             )
         )
     told = (
-        "Their sums are the traces of the blocks, exactly; beside them what the random probes made of the same number."
+        "Their sums are the traces of the blocks, exactly; the last column is the estimate from the random probes."
         if diagonal.exact
-        else "Single entries are noisy, as the last column says: at 1 they mean nothing; means are far better known."
+        else "Single entries are noisy: the last column is their relative noise; at 1 they carry no information. "
+        "Means are far more accurate."
     )
     last = "trace, estimated" if diagonal.exact else "noise of entries"
     return Section(
@@ -236,7 +237,7 @@ def _diagonal(diagonal: LayerDiagonals, estimated: dict[str, Measured]) -> Secti
                 name="diagonal",
                 label=f"How the diagonal entries of each layer are spread; medians: {medians}.",
                 caption="The diagonal of the Hessian, parameter by parameter: what diagonal methods divide by and "
-                f"pruning goes by. {diagonal.how}",
+                f"pruning criteria use. {diagonal.how}",
                 draw=lambda ax, colors: plot_layer_diagonals(diagonal, ax=ax, colors=colors),
                 height=1.1 + 0.24 * len(diagonal.rows),
             ),
@@ -263,7 +264,7 @@ def _coupling(coupling: LayerCoupling) -> Section:
         height=min(1.2 + 0.45 * len(coupling.names), 0.8 * WIDE),
         narrow_height=NARROW,
     )
-    return Section(title="How strongly layers act on each other", figures=(figure,))
+    return Section(title="Coupling between layers", figures=(figure,))
 
 
 def _terms(i: Inspection) -> tuple[tuple[str, str], ...]:
@@ -275,7 +276,7 @@ def _terms(i: Inspection) -> tuple[tuple[str, str], ...]:
                 "Other data",
                 "How far a number would move with another sample of data of the same size: one standard error, from "
                 f"leaving out each of {i.data.num_groups} groups of batches in turn (jackknife). It is usually far "
-                "larger than what the solver leaves, and says how many digits of a sharpness are worth comparing.",
+                "larger than the solver's error and limits how many digits are worth comparing.",
             ),
         )
     )
@@ -304,7 +305,7 @@ def _terms(i: Inspection) -> tuple[tuple[str, str], ...]:
         (
             "Effective condition",
             "The largest λ over the mean of |λ|. The usual ratio of the largest to the smallest says nothing here, "
-            "since many eigenvalues are next to zero.",
+            "since many eigenvalues are close to zero.",
         ),
         (
             "Negative curvature",

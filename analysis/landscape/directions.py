@@ -63,7 +63,7 @@ def random_direction(
         scaling: one of the above.
         scale_vectors: whether biases and their like move with "filter" and "layer".
         generator: source of the entries, on the objective's device, or a seed.
-        name: for people.
+        name: for display.
 
     Raises:
         InputError: for another scaling, or if nothing would move.
@@ -153,7 +153,7 @@ def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoin
 
 @checked
 def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Direction:
-    """Return a vector (n,) of one's own as a direction, as it is.
+    """Return the given vector (n,) as a direction, unscaled.
 
     Raises:
         InputError: for another shape, entries that are not finite, or zero.

@@ -124,7 +124,7 @@ def plot_plane(
     """Plot contours of the loss on a plane, or those of its quadratic model at the same levels.
 
     Lengths along the two directions are drawn alike (per step), so the shape is true where both are of equal length and
-    at right angles. A trajectory is drawn through the feet of its checkpoints.
+    at right angles. A trajectory is drawn through the projections of its checkpoints.
 
     Args:
         plane: from `analysis.landscape.measure.loss_on_plane`.
@@ -134,6 +134,7 @@ def plot_plane(
     ax = new_axes(ax)
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
 
     x, y = to_numpy(plane.x), to_numpy(plane.y)
     levels = contour_levels(to_numpy(plane.losses))
@@ -152,6 +153,8 @@ def plot_plane(
         _draw_trajectory(ax, plane.trajectory)
     ax.plot(0, 0, "*", color="#ffffff", markeredgecolor="#111111", markeredgewidth=0.7, markersize=10, zorder=5)
     ax.set_aspect("equal")
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.set(xlabel=plane.first.name, ylabel=plane.second.name)
     ax.set_title("loss" if show == "loss" else "quadratic model at the star", fontsize="medium")
     return ax

@@ -52,7 +52,7 @@ def look_around(
     progress: Progress | None = None,
     draft: Draft | None = None,
 ) -> Landscape:
-    """Look at the loss around the objective's point: along directions, on a plane, on the way to a checkpoint.
+    """Look at the loss around the objective's point: along directions, on a plane, on paths to a checkpoint.
 
     Cost: see `LandscapePlan.price`.
 

@@ -1,4 +1,4 @@
-"""The loss on the way from one set of parameters to another: straight, or along a curve that was trained to be low.
+"""The loss on a path from one set of parameters to another: straight, or along a curve that was trained to be low.
 
 A straight path between two minima usually crosses a barrier; a quadratic Bezier curve through one more point often
 finds a way around it.

@@ -38,23 +38,23 @@ class LandscapePlan(Plan):
 
     directions: Directions = setting(
         "auto",
-        "Random ones, the two sharpest eigenvectors, gradient (and the sharpest), pca (of --trajectory) or path (of "
-        "--to with --curve).",
+        "Random directions, the two sharpest eigenvectors, gradient and sharpest eigenvector, pca (of --trajectory) "
+        "or path (of --to with --curve).",
     )
-    scaling: Scaling = setting("filter", "Of random directions.")
-    scale_biases: bool = setting(False, "Move biases and normalisation parameters with filter and layer scaling, too.")
-    to: Path | None = setting(None, "Look at the way to this checkpoint, too.", flag="--to CHECKPOINT")
+    scaling: Scaling = setting("filter", "Normalisation of random directions.")
+    scale_biases: bool = setting(False, "With filter and layer scaling, also move biases and normalisation parameters.")
+    to: Path | None = setting(None, "Also evaluate the path to this checkpoint.", flag="--to CHECKPOINT")
     curve: int = setting(
-        0, "Spend N gradients on a curved way to --to that avoids high loss.", least=0, flag="--curve N"
+        0, "Spend N gradients on a curved path to --to that avoids high loss.", least=0, flag="--curve N"
     )
     trajectory: tuple[Path, ...] = setting(
-        (), "A checkpoint of the training; in order of time, several times.", flag="--trajectory CHECKPOINT"
+        (), "A checkpoint of the training; give several, in order of time.", flag="--trajectory CHECKPOINT"
     )
     points: int = setting(31, "Points along each axis; the plane takes the square.", least=5)
     radius: float | None = setting(
-        None, "Steps run from -R to R. Default: what shows the valley.", above=0, flag="--radius R"
+        None, "Steps run from -R to R. Default: chosen so that the loss rises visibly.", above=0, flag="--radius R"
     )
-    plane: bool = setting(True, "Look at a plane, or along lines only.", flag="--plane/--line")
+    plane: bool = setting(True, "Evaluate a plane, or lines only.", flag="--plane/--line")
     checkpoint_key: str | None = None
     """Which state dict of the checkpoints, where they hold several."""
 

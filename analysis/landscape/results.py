@@ -91,12 +91,12 @@ class LossSlice:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """Checkpoints seen in a plane: the feet of the perpendiculars, and how far off the plane they really are."""
+    """Checkpoints seen in a plane: their projections and their distances from it."""
 
     names: tuple[str, ...]
     """Of the k checkpoints, in order of time."""
     coordinates: Tensor
-    """(k, 2), of the feet, in units of the plane's two directions."""
+    """(k, 2), of the projections, in units of the plane's two directions."""
     distances: Tensor
     """(k,), from the plane, Euclidean; parameter. The loss at a foot is not that of the checkpoint."""
     losses: Tensor
@@ -195,7 +195,7 @@ class LandscapeCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Landscape(Plain):
-    """The loss around a point: along lines, on a plane, and on the way to another point."""
+    """The loss around a point: along lines, on a plane, and on paths to another point."""
 
     loss: float
     """At the point."""

@@ -30,10 +30,10 @@ class LandscapeRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         found, cost = self.landscape, self.landscape.cost
         known = f" ({count(cost.num_known)} from before)" if cost.num_known else ""
-        spent = f"{count(cost.num_losses)} looks{known}, {count(cost.num_matvecs)} Hessian products"
+        spent = f"{count(cost.num_losses)} losses{known}, {count(cost.num_matvecs)} Hessian products"
         return Report(
             title="Loss landscape",
             facts=(spent, f"{count(cost.num_gradients)} gradients"),
@@ -43,7 +43,7 @@ class LandscapeRun(StudyRun):
             terms=tuple(_terms(found, moved=bool(self.settings["scale_biases"]))),
             method=(
                 f"Every point is the loss on all {count(found.total_weight)} terms, with the parameters set for one "
-                "forward pass and restored bit for bit; buffers and random states are left alone."
+                "forward pass and restored bit for bit; buffers and random states do not change."
             ),
             notes=found.notes,
         )
@@ -55,8 +55,8 @@ def _cards(found: Landscape) -> tuple[Card, ...]:
         hint = "zero at a stationary point"
         cards.append(Card(label="Gradient norm", value=number(found.gradient_norm), hint=hint))
     for s in found.slices:
-        label, hint = f"Model holds, {s.direction.name}", "how far the parabola is the loss"
-        cards.append(Card(label=label, value=_radii(s)[0], error="steps, to 10 %", hint=hint))
+        label, hint = f"Quadratic model, {s.direction.name}", "up to where it predicts the loss to 10 %"
+        cards.append(Card(label=label, value=_radii(s)[0], error="steps", hint=hint))
     for path in found.paths[-1:]:
         straight = number(found.paths[0].barrier, 3)
         hint = f"{straight} on the straight path" if path.kind == "curved" else f"on the way to {path.end}"
@@ -67,26 +67,26 @@ def _cards(found: Landscape) -> tuple[Card, ...]:
 def _findings(found: Landscape) -> list[Finding]:
     radii = [s.quadratic_radius(0.1) for s in found.slices]
     parts = [
-        f"{_radii(s)[0]} steps along {s.direction.name} ({number(r * s.direction.norm, 2)} of distance)"
+        f"{_radii(s)[0]} steps along {s.direction.name} (a distance of {number(r * s.direction.norm, 2)})"
         if math.isfinite(r)
-        else f"as far as was looked along {s.direction.name}"
+        else f"the end of the line along {s.direction.name}"
         for s, r in zip(found.slices, radii, strict=True)
     ]
-    text = f"To 10 % it predicts the change of the loss up to {' and up to '.join(parts)}."
+    text = f"It predicts the change of the loss to 10 % up to {' and up to '.join(parts)}."
     answers = [Finding("How far does the quadratic model hold?", text)]
     places = [(s.losses, s.direction.name) for s in found.slices]
     places += [] if found.plane is None else [(found.plane.losses, "the plane")]
     least, where = min((float(losses.nan_to_num(nan=math.inf).min()), name) for losses, name in places)
     if least < found.loss * (1 - 1e-4) - 1e-12:
-        text = f"No: {where} holds a loss of {number(least)}, {number(100 * (1 - least / found.loss), 2)} % lower."
+        text = f"No: {where} has a point of loss {number(least)}, {number(100 * (1 - least / found.loss), 2)} % lower."
     else:
-        text = f"Yes: no point that was looked at lies below its loss of {number(found.loss)}."
-    answers.append(Finding("Is the model the lowest point in view?", text))
+        text = f"Yes: no evaluated point lies below its loss of {number(found.loss)}."
+    answers.append(Finding("Is the model the lowest point found?", text))
     bends = " and ".join(s.direction.name for s in found.slices if s.curvature < 0)
-    text = "It is positive along every direction that was looked along."
+    text = "Yes, along every direction that was evaluated."
     if bends:
-        text = f"It is negative along {bends}: there the loss bends downwards."
-    answers.append(Finding("Which way does it curve?", text))
+        text = f"No: it is negative along {bends}."
+    answers.append(Finding("Is the curvature positive?", text))
     if found.paths:
         straight = found.paths[0]
         text = f"The straight path rises by {number(straight.barrier, 3)} above the line between the ends"

@@ -19,7 +19,7 @@ class NoiseScale(Result):
     """A ratio of noise to signal, the batch size at which both are equal, with its interval (Fieller)."""
 
     value: float
-    """The ratio of unbiased estimates, in examples; negative where the noise drowns the mean gradient."""
+    """The ratio of unbiased estimates, in examples; negative where the mean gradient is below its noise."""
     lower: float
     """Lower end of the confidence interval, in examples."""
     upper: float
@@ -30,7 +30,7 @@ class NoiseScale(Result):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GradientNoise(Result):
-    """Moments of the gradients of single examples, and what they say of every batch size B.
+    """Moments of the gradients of single examples, and what follows for every batch size B.
 
     Of the N examples the i-th has the share p_i, the gradient g_i, and g = sum_i p_i g_i. The data are taken as a
     sample: S and G are covariance and mean of the population's gradients, N stands for 1 / sum p_i^2.
@@ -82,7 +82,7 @@ class GradientNoise(Result):
 
     @property
     def layer_noise_scales(self) -> Tensor:
-        """(L,), tr S / |G|^2 of each layer, in examples; negative where noise drowns the mean."""
+        """(L,), tr S / |G|^2 of each layer, in examples; negative where the mean is below its noise."""
         return self.layer_traces / self.layer_squared_norms
 
     @property

@@ -32,13 +32,13 @@ _MOST = 0.9  # of the full gradient's progress: from where on a larger batch giv
 class NoisePlan(Plan):
     """What to measure of the noise."""
 
-    batch_size: int | None = setting(None, "Batch size of the training, in examples, to judge it.", least=1)
-    lr: float | None = setting(None, "Learning rate of the training with plain SGD, to judge its steps.", above=0)
-    curvature: bool = setting(True, "Look at how noise lies against curvature, too.")
-    num_probes: int = setting(16, "Probes for that.", least=2)
-    damping: float | None = setting(
-        None, "Solve for the Takeuchi criterion with this much on the diagonal, too.", above=0
+    batch_size: int | None = setting(
+        None, "Batch size of the training, in examples: also report how much progress its steps make.", least=1
     )
+    lr: float | None = setting(None, "Learning rate of plain SGD: also report what one step does.", above=0)
+    curvature: bool = setting(True, "Also measure how the noise is aligned with the curvature.")
+    num_probes: int = setting(16, "Probes for the alignment with the curvature.", least=2)
+    damping: float | None = setting(None, "Also compute the Takeuchi criterion, with this damping.", above=0)
     confidence: float = setting(0.95, "Confidence level of the interval of the noise scale.", above=0, below=1)
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class NoiseStudy:
     """What was found about gradient noise at one point."""
 
     noise: GradientNoise
-    """Moments of the gradients of single examples, and what they say of every batch size."""
+    """Moments of the gradients of single examples, and what follows for every batch size."""
     curvature: CurvatureNoise | None
     """How the noise lies against the Hessian; None if it was not asked for."""
     batch_size: int | None
@@ -72,7 +72,7 @@ class NoiseRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self.noise)
 
 
@@ -118,9 +118,9 @@ def _report(study: NoiseStudy) -> Report:
         sections=(_batches(study), _layers(noise)),
         terms=_terms(study),
         method=(
-            "Every example's gradient was met once, none was kept: norms come from the activations and errors of each "
-            "layer where that is cheaper, inner products with the mean from the same pass or, for several batches, "
-            "from one product of the Jacobian. All batch sizes follow from the same sums."
+            "Each example's gradient was used once and not stored: norms come from the activations and errors of "
+            "each layer where that is cheaper, inner products with the mean from the same pass or, for several "
+            "batches, from one product of the Jacobian. All batch sizes follow from the same sums."
         ),
         notes=noise.notes,
     )
@@ -132,15 +132,15 @@ def _cards(study: NoiseStudy) -> tuple[Card, ...]:
     cards = [
         _scale_card("Noise scale", noise.noise_scale, hint),
         Card.of("Noise of one example", noise.trace, "tr S, variance of its gradient"),
-        Card.of("Signal", noise.squared_norm, "|G|², squared mean gradient, without bias"),
+        Card.of("Signal", noise.squared_norm, "|G|², squared norm of the mean gradient, unbiased"),
         Card(label="Loss", value=number(noise.loss), hint=f"mean over {wording.count(noise.num_examples)} examples"),
     ]
     if study.curvature is not None:
         c = study.curvature
-        hint = "tr(HS) / G'HG: the noise scale that counts curvature, too"
+        hint = "tr(HS) / G'HG: the noise scale weighted by curvature"
         cards.append(_scale_card("Critical batch size", c.noise_scale, hint))
-        hint = "above 1: noise is concentrated in high-curvature directions"
-        cards.append(Card(label="Noise meets curvature", value=number(c.anisotropy, 3), hint=hint))
+        hint = "tr(HS) over that of isotropic noise; above 1: noise is concentrated in high-curvature directions"
+        cards.append(Card(label="Noise anisotropy", value=number(c.anisotropy, 3), hint=hint))
     hint = "inner-product and orthogonality test, θ = 0.9"
     cards.append(Card(label="Batch size by tests", value=_batch(noise.tested_batch_size()), hint=hint))
     hint = "above 0: indistinguishable from sampling noise"
@@ -171,17 +171,17 @@ def _scale_card(label: str, scale: NoiseScale, hint: str) -> Card:
 
 def _findings(study: NoiseStudy) -> tuple[Finding, ...]:
     found = [
-        Finding("How large a batch is of use?", _useful(study)),
+        Finding("How large a batch is useful?", _useful(study)),
         Finding(
             "Which layers carry the noise?",
             wording.carriers(study.noise.layers, study.noise.layer_traces.tolist(), "the variance"),
         ),
-        Finding("Do the data still say where to go?", _evidence(study.noise)),
+        Finding("Does the gradient exceed its noise?", _evidence(study.noise)),
     ]
     if study.curvature is not None:
-        found.append(Finding("Does the noise lie where the curvature is?", _against(study.curvature)))
+        found.append(Finding("Is the noise aligned with the curvature?", _against(study.curvature)))
     if study.lr is not None:
-        found.append(Finding("What does a step do?", _step(study, study.lr)))
+        found.append(Finding("What does one step of SGD do?", _step(study, study.lr)))
     return tuple(found)
 
 
@@ -194,14 +194,14 @@ def _useful(study: NoiseStudy) -> str:
         least = f" It is at least {number(scale.lower, 3)}." if scale.lower > 0 else ""
         return (
             f"The mean gradient cannot be told from zero with {wording.count(round(N))} examples: the noise scale has "
-            f"no upper bound, and no batch of these data is too large.{least} Training has nearly "
-            "converged on these data."
+            f"no upper bound, so no batch from these data is too large.{least} Training has nearly converged on these "
+            "data."
         )
     enough = _MOST / (1 - _MOST) * scale.value
     text = (
         f"Noise and signal are equal at a batch of {_batch(scale.value)} (between {_batch(max(scale.lower, 1.0))} and "
-        f"{_batch(scale.upper)}). Steps on batches beyond {_batch(enough)} make more than {100 * _MOST:.0f}"
-        f"{wording.THIN}% of the full gradient's progress: a larger one gives little."
+        f"{_batch(scale.upper)}). A step on a batch beyond {_batch(enough)} makes more than "
+        f"{100 * _MOST:.0f}{wording.THIN}% of the full gradient's progress: larger batches gain little."
     )
     if study.batch_size is not None:
         text += f" A batch of {wording.count(study.batch_size)} makes {_progress(noise, study.batch_size)} of it."
@@ -214,15 +214,15 @@ def _evidence(noise: GradientNoise) -> str:
     evidence = f"evidence {wording.number(noise.evidence, 3)}"
     if noise.evidence > 0:
         return (
-            f"No: entry by entry the mean gradient is as small as sampling noise alone would make it ({evidence} > 0). "
-            "Training on these data may stop."
+            f"No: entry by entry the mean gradient is no larger than sampling noise alone ({evidence} > 0). Training "
+            "on these data may stop."
         )
     if noise.squared_norm.value <= 0:
         return (
-            "Hardly: entry by entry the mean gradient is a little larger than sampling noise would make it "
-            f"({evidence} < 0), but its length is not."
+            f"Barely: entry by entry the mean gradient is slightly larger than sampling noise alone ({evidence} < 0), "
+            "but its norm is not."
         )
-    return f"Yes: entry by entry the mean gradient is larger than sampling noise would make it ({evidence} < 0)."
+    return f"Yes: entry by entry the mean gradient is larger than sampling noise alone ({evidence} < 0)."
 
 
 def _against(c: CurvatureNoise) -> str:
@@ -230,15 +230,14 @@ def _against(c: CurvatureNoise) -> str:
         return "There is nothing to compare: the noise or the curvature is zero."
     text = (
         f"The cosine between covariance and Hessian is {wording.number(c.cosine, 2)} (1 where they are proportional), "
-        f"and the noise meets {wording.number(c.anisotropy, 3)} times the curvature that isotropic noise of its size "
-        "would."
+        f"and tr(HS) is {wording.number(c.anisotropy, 3)} times that of isotropic noise of the same size."
     )
     scale = c.noise_scale
     if math.isfinite(scale.upper) and scale.value > 0:
         between = f"between {_batch(scale.lower)} and {_batch(scale.upper)}"
-        text += f" Counting curvature, noise and signal are equal at a batch of {_batch(scale.value)} ({between})."
+        text += f" Weighted by curvature, noise and signal are equal at a batch of {_batch(scale.value)} ({between})."
     elif scale.lower > 1:
-        text += f" Counting curvature, noise and signal are equal at a batch of at least {_batch(scale.lower)}."
+        text += f" Weighted by curvature, noise and signal are equal at a batch of at least {_batch(scale.lower)}."
     return text
 
 
@@ -277,16 +276,16 @@ def _batches(study: NoiseStudy) -> Section:
             Figure(
                 name="batch-sizes",
                 label="Share of the full gradient's progress that a step makes, against the batch size.",
-                caption="How much of the full gradient's progress a step on B examples makes, 1 / (1 + scale / B), "
-                "with the confidence interval of the noise scale. Half of it at the scale itself.",
+                caption="Share of the full gradient's progress that a step on B examples makes, 1 / (1 + scale / B), "
+                "with the confidence interval of the noise scale. It is one half where B equals the scale.",
                 draw=lambda ax, colors: plot_batch_sizes(noise, ax=ax, colors=colors),
             ),
         ),
         tables=(
             Table(
-                caption="What a batch of B examples knows of the mean gradient. A test holds at a batch if its number "
-                "is no larger than what is asked for: 0.9 for norm and inner product, 5.84 for orthogonality are "
-                "usual.",
+                caption="How well a batch of B examples determines the mean gradient. A batch passes a test if the "
+                "number is at most a threshold: usually 0.9 for norm and inner product, 5.84 for "
+                "orthogonality.",
                 columns=("batch size", "progress", "norm test θ", "inner product θ", "orthogonality ν"),
                 rows=rows,
             ),
@@ -315,15 +314,15 @@ def _layers(noise: GradientNoise) -> Section:
                 name="layer-noise",
                 label="Noise and signal of each layer on a logarithmic axis; the table below has the numbers.",
                 caption="Variance of one example's gradient, and squared mean gradient, layer by layer. Their "
-                "distance is the layer's own noise scale. A signal that is not positive without bias has no mark.",
+                "distance is the layer's own noise scale. Where the unbiased estimate of the signal is not "
+                "positive, it has no mark.",
                 draw=lambda ax, colors: plot_layer_noise(noise, ax=ax, colors=colors),
                 height=1.2 + 0.26 * len(noise.layers),
             ),
         ),
         tables=(
             Table(
-                caption="Layers. Where the signal is not positive without bias the layer's mean gradient drowns in "
-                "noise.",
+                caption="Noise by layer. “Noise only”: the unbiased estimate of the layer's signal is not positive.",
                 columns=("layer", "noise tr S", "share", "signal |G|²", "noise scale", "GSNR"),
                 rows=rows,
             ),
@@ -349,7 +348,7 @@ def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
         (
             "Tests of a batch",
             "How large the relative error of a batch gradient is: as a whole (Byrd et al. 2012), along the mean "
-            "gradient and at right angles to it (Bollapragada et al. 2018). They use the gradient of these very data.",
+            "gradient and at right angles to it (Bollapragada et al. 2018). They use the gradient of these data.",
         ),
         (
             "Stopping evidence",
@@ -363,8 +362,8 @@ def _terms(study: NoiseStudy) -> tuple[tuple[str, str], ...]:
     ]
     if study.curvature is not None:
         meaning = (
-            "tr(HS) / G'HG: as the noise scale, every direction weighed by its curvature. Fieller's interval has the "
-            "error of the signal over data and that of the noise over probes; H is taken as that of these data."
+            "tr(HS) / G'HG: the noise scale with every direction weighted by its curvature. Fieller's interval has "
+            "the error of the signal over data and that of the noise over probes; H is taken as that of these data."
         )
         terms.insert(1, ("Critical batch size", meaning))
     return tuple(terms)

@@ -80,7 +80,7 @@ def _kind(hint: Any) -> Any:
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Turn what a user can mend into one sentence and exit code 2, Ctrl-C into exit code 130, and SIGTERM into 143."""
+    """Turn errors of use into one sentence and exit code 2, Ctrl-C into exit code 130, and SIGTERM into 143."""
     from curvature.errors import CurvatureError
 
     try:

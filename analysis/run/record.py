@@ -55,7 +55,7 @@ class Record:
     """What the self-check of the objective found; None if it was switched off."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it, for terminal and page; each kind of record has its own."""
+        """Return the report of it, for terminal and page; each kind of record has its own."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,19 +48,19 @@ class SharpnessPlan(Plan):
     rho: float = setting(
         0.05, "Length of a perturbation; for linf the cube inside that ball, for averages the rms length.", above=0
     )
-    adaptive_rho: float = setting(0.5, "The same, relative to the parameters.", above=0)
-    num_steps: int = setting(20, "Gradients of an ascent, at most, for each start.", least=1)
+    adaptive_rho: float = setting(0.5, "The same for perturbations relative to the parameters.", above=0)
+    num_steps: int = setting(20, "Most gradients of an ascent, for each start.", least=1)
     num_restarts: int = setting(2, "Starts of an ascent.", least=1)
     ascent_rtol: float = setting(
-        1e-3, "Share of the rise below which steps of an ascent are idle; two in succession end a start.", above=0
+        1e-3, "An ascent ends after two steps in a row that add less than this share of the rise.", above=0
     )
-    num_probes: int = setting(16, "Pairs of noise for averages.", least=2)
+    num_probes: int = setting(16, "Antithetic pairs of noise for averages.", least=2)
     num_matvecs: int = setting(32, "Products for a trace, a norm, or each layer's relative flatness.", least=4)
-    rtol: float = setting(1e-3, "Residual of eigenvalues, relative.", above=0)
-    piece: int = setting(32, "Examples of a piece of m-sharpness.", least=1)
-    rise: float = setting(0.1, "Rise of the loss that noise is allowed in the PAC-Bayes search.", above=0)
+    rtol: float = setting(1e-3, "Relative residual of eigenvalues.", above=0)
+    piece: int = setting(32, "Examples per piece, the m of m-sharpness.", least=1)
+    rise: float = setting(0.1, "Mean rise of the loss that the PAC-Bayes search allows.", above=0)
     epsilon: float = setting(1e-3, "Size of Keskar's box.", above=0)
-    box_iterations: int = setting(10, "Iterations of L-BFGS-B in it.", least=1)
+    box_iterations: int = setting(10, "Iterations of L-BFGS-B in that box.", least=1)
     damping: float = setting(1e-3, "Prior precision of the local volume, per loss term.", above=0)
 
 
@@ -195,7 +195,7 @@ Invariance = Literal["layers", "units"]
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How to compute a measure, and what a row says of it."""
+    """How to compute a measure, and how its row describes it."""
 
     compute: Callable[[Objective, SharpnessPlan, torch.Generator], Found]
     formula: str

@@ -288,7 +288,7 @@ def fisher_rao(objective: Objective) -> Found:
 def logit_normalised(objective: Objective) -> Objective:
     """Return the objective with each output vector centred and divided by its Euclidean norm before the loss.
 
-    Scaling all logits then leaves the loss as it is, so that sharpness tells of the function rather than of how
+    Scaling all logits then leaves the loss as it is, so that sharpness measures the function rather than how
     confident it is. Classes lie along dimension 1 of the outputs.
 
     Raises:

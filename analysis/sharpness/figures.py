@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.show.drawing import Colors, decade_ticks, figure_width, legend_above
+from analysis.show.drawing import Colors, decade_ticks, figure_width, legend_above, new_axes
 from analysis.show.wording import MINUS, number
 
 if TYPE_CHECKING:
@@ -37,10 +37,8 @@ def plot_sharpness(
         ax: where to draw; a new figure by default, of a height for the rows.
         colors: what to paint with.
     """
-    from matplotlib.figure import Figure
-
     colors, rows = colors or Colors(), table.rows
-    ax = ax or Figure(figsize=(7.0, 1.2 + 0.27 * len(rows)), layout="constrained").subplots()
+    ax = new_axes(ax, 1.2 + 0.27 * len(rows))
     ratios = None if reference is None else table.ratios(reference)
     seen = set()
     for place, row in enumerate(rows):
@@ -52,7 +50,7 @@ def plot_sharpness(
         if not (value > 0 and math.isfinite(value)):
             continue
         color = colors.outlier if row.rescaling_invariant else colors.negative
-        label = "unmoved by rescaling layers" if row.rescaling_invariant else "moved by rescaling layers"
+        label = "invariant" if row.rescaling_invariant else "not invariant"
         if stderr > 0:
             low = max(value - stderr, value / 100)
             ax.plot([low, value + stderr], [place, place], color=color, linewidth=1.4)

@@ -31,7 +31,7 @@ _CARDS = {
     "adaptive_worst_linf": "rise of the loss within relative changes",
     "adaptive_average": "mean rise under relative noise",
     "m_sharpness": "one-step rise over pieces of the data (SAM)",
-    "adaptive_pac_bayes": "1/σ² of the relative noise the loss bears",
+    "adaptive_pac_bayes": "1/σ² of the relative noise that the loss tolerates",
     "relative_flatness": "layer by layer, of weights and curvature",
 }
 """Measures that the report opens with, where they were asked for."""
@@ -49,7 +49,7 @@ class SharpnessRun(StudyRun):
     """The results."""
 
     def report(self) -> Report:
-        """Return what there is to tell of it."""
+        """Return the report of it."""
         return _report(self.sharpness)
 
 
@@ -108,8 +108,8 @@ def _report(table: SharpnessTable) -> Report:
         cards=tuple(_card(table[name], hint) for name, hint in _CARDS.items() if _has(table, name)),
         findings=_findings(table),
         sections=(
-            *_chapters("Measures that rescaling of layers leaves alone", table, invariant=True),
-            *_chapters("Measures that rescaling of layers moves", table, invariant=False),
+            *_chapters("Measures invariant under rescaling of layers", table, invariant=True),
+            *_chapters("Measures that change under rescaling of layers", table, invariant=False),
             _definitions(table),
         ),
         terms=_TERMS,
@@ -148,7 +148,7 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
     found = []
     if _has(table, "top_eigenvalue"):
         top = table["top_eigenvalue"]
-        text = f"Along the sharpest direction the loss curves with λ = {wording.quantity(_measured(top))}"
+        text = f"The largest curvature is λ = {wording.quantity(_measured(top))}"
         if _has(table, "trace") and table["trace"].value > 0:
             mean = table["trace"].value / table.num_params
             text += f", {wording.number(top.value / mean, 3)} times the average over all directions"
@@ -157,22 +157,23 @@ def _findings(table: SharpnessTable) -> tuple[Finding, ...]:
         row = table["adaptive_top_eigenvalue"]
         rise = wording.number(0.5e-4 * row.value * table.num_params, 2)
         text = (
-            f"In relative changes the largest curvature is {wording.quantity(_measured(row))}: changing every "
-            f"parameter by 1{wording.THIN}%, in whatever pattern, raises the loss by {rise} at most, to second order."
+            "With respect to relative changes of the parameters, the largest curvature is "
+            f"{wording.quantity(_measured(row))}: changing every parameter by 1{wording.THIN}%, in any pattern, "
+            f"raises the loss by at most {rise} to second order."
         )
-        found.append(Finding("And whatever the scale of the weights?", text))
+        found.append(Finding("How sharp is it relative to the weights?", text))
     if _has(table, "adaptive_pac_bayes"):
         sigma = table["adaptive_pac_bayes"].value ** -0.5 if table["adaptive_pac_bayes"].value > 0 else math.inf
         text = (
             f"Relative noise of {wording.number(100 * sigma, 2)}{wording.THIN}% on every parameter raises it by "
             f"{SharpnessPlan.rise:g}."
         )
-        found.append(Finding("How much noise does the loss bear?", text))
+        found.append(Finding("How much noise does the loss tolerate?", text))
     bounds = [row for row in table.rows if row.kind == "lower bound"]
     if bounds:
         text = (
-            f"{len(bounds)} of {len(table.rows)} measures are worst cases found by ascent: what they found exists, "
-            "something worse may."
+            f"{len(bounds)} of {len(table.rows)} measures are worst cases found by gradient ascent: the true maximum "
+            "may be higher."
         )
         found.append(Finding("What is only a lower bound?", text))
     return tuple(found)
@@ -191,8 +192,9 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Se
             Figure(
                 name=f"sharpness-{name}",
                 label="The measures on a logarithmic axis; the table below has the numbers.",
-                caption=f"Measures that {what} when a ReLU network is written otherwise, one layer's weights times a, "
-                "the next one's divided by a. Each has its own unit: only the same measure of another model compares.",
+                caption=f"Measures that {what} when the weights of one layer of a ReLU network are multiplied by a "
+                "and those of the next divided by a, which changes no output. Each has its own unit: compare "
+                "it with the same measure of another model only.",
                 draw=partial(_draw, part),
                 height=1.4 + 0.27 * len(rows),
             ),
@@ -200,7 +202,8 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Se
         tables=(
             Table(
                 caption="Values with one standard error (of an eigenvalue: its residual); worst cases are lower "
-                "bounds. Scales that do not matter: of whole layers, or of every unit. Cost in passes over the data.",
+                "bounds. “Scales”: rescalings that do not change the measure, of whole layers or of every "
+                "unit. Cost in passes over the data.",
                 columns=("measure", "value", "unit", "scales", "products", "gradients", "losses", "time"),
                 rows=tuple(_cells(row) for row in rows),
             ),
@@ -238,9 +241,9 @@ _TERMS = (
     (
         "Rescaling",
         "Multiplying the weights and biases of one layer of a ReLU network by a and dividing the next one's weights "
-        "by a changes no output, but most measures of sharpness at will (Dinh et al. 2017). Measures relative to "
-        "layers, filters or parameters stay as they are. Every single unit may have an a of its own, too: then only "
-        "those relative to single parameters stay, with “units” in their column.",
+        "by a changes no output, but changes most sharpness measures arbitrarily (Dinh et al. 2017). Measures "
+        "relative to layers, filters or parameters are invariant. If every unit has a factor of its own, only those "
+        "relative to single parameters are invariant (“units” in the column).",
     ),
     (
         "Worst case",

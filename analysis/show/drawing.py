@@ -49,13 +49,13 @@ class Colors:
     """Reference lines and what steps back."""
 
 
-def new_axes(ax: Axes | None) -> Axes:
-    """Return `ax`, or the axes of a new figure that pyplot knows nothing of."""
+def new_axes(ax: Axes | None, height: float = 3.6, width: float = 7.0) -> Axes:
+    """Return `ax`, or the axes of a new figure of this size in inches, that pyplot knows nothing of."""
     if ax is not None:
         return ax
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7.0, 3.6), layout="constrained").subplots()
+    return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
 def to_numpy(tensor: Tensor) -> Array:

@@ -121,7 +121,7 @@ class Report:
     cards: tuple[Card, ...]
     """Key numbers."""
     findings: tuple[Finding, ...]
-    """What they say."""
+    """What the numbers mean, as questions and answers."""
     sections: tuple[Section, ...]
     """Figures and tables."""
     terms: tuple[tuple[str, str], ...]

@@ -123,12 +123,14 @@ def carriers(names: Sequence[str], parts: Sequence[float], of: str) -> str:
     if not total > 0:
         return f"None: there is no {of.removeprefix('the ')}."
     for part, name in sorted(zip(parts, names, strict=True), reverse=True):
-        named.append(f"{name} ({100 * part / total:.0f}{THIN}%)")
+        named.append((name, part / total))
         held += part / total
         if held > 0.8:
             break
-    few = f"{len(named)} of {len(names)} layers" if len(names) > 1 else "the only layer"
-    return f"{', '.join(named)}: {100 * held:.0f}{THIN}% of {of}, in {few}."
+    if len(named) == 1:
+        return f"{named[0][0]} carries {100 * held:.0f}{THIN}% of {of}."
+    listed = ", ".join(f"{name} ({100 * part:.0f}{THIN}%)" for name, part in named)
+    return f"{listed} together carry {100 * held:.0f}{THIN}% of {of}."
 
 
 def power_of_ten(exponent: int) -> str:

@@ -66,7 +66,7 @@ class GradientPenalty:
         optimizer: any whose `step()` reads `.grad`; state, schedules and parameter groups stay its own.
         strength: of the penalty, not negative; parameter^2 / loss.
         kind: which penalty.
-        mode: how its gradient is had. Finite differences are for smooth models.
+        mode: how its gradient is computed. Finite differences are for smooth models.
         reach: relative step of the finite difference; default the root of the dtype's epsilon. Error O(reach).
 
     Raises:

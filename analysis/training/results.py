@@ -31,7 +31,7 @@ class TrainingReading(Result):
     trace: float
     """Tr S of single examples' gradients; (loss / parameter)^2."""
     noise_scale: float
-    """B_simple, in examples; negative where noise drowns the mean gradient."""
+    """B_simple, in examples; negative where the mean gradient is below its noise."""
     noise_scale_lower: float
     """Lower end of its interval, in examples."""
     noise_scale_upper: float

@@ -216,94 +216,38 @@ def _seigh(recovery: str) -> Estimate:
 
 
 def _all() -> list[Estimator]:
-    het, clo, skr = "hessian-eigenthings 1.0.0a5", "curvlinops 3.0.1", "skerch 1.2.0"
-    found = [
-        Estimator(
-            name=f"ours-{m}", quantity="trace", label=f"`trace`, {m}", make=_ours, estimate=_our_trace(m), ours=True
-        )
-        for m in ("auto", "hutchinson", "hutch++", "xtrace")
+    het, clo, skr = "hessian-eigenthings 1.0.0a5", "curvlinops 3.0.1", "skerch 1.2.0 on our products"
+    of_trace = (("Hutchinson", "hutchinson_trace"), ("Hutch++", "hutchpp_trace"), ("XTrace", "xtrace"))
+    of_diagonal = (("Hutchinson", "hutchinson_diag"), ("XDiag", "xdiag"))
+    entries: list[tuple[Quantity, str, str, Any, Estimate]] = []
+    for m in ("auto", "hutchinson", "hutch++", "xtrace"):
+        entries.append(("trace", f"ours-{m}", f"`trace`, {m}", _ours, _our_trace(m)))
+    for label, name in of_trace:
+        entries.append(("trace", f"curvlinops-{name}", f"{clo}, {label}", _curvlinops, _from_curvlinops(name)))
+    for label, name in (("Hutchinson", "hutchinson"), ("Hutch++ (default)", "hutch++")):
+        estimate = _from_hessian_eigenthings(name)
+        entries.append(("trace", f"het-{name}", f"{het}, {label}", _hessian_eigenthings, estimate))
+    for name in ("hutch", "xhutchpp"):
+        entries.append(("trace", f"skerch-{name}", f"{skr}, `{name}`", _wrapped, _from_skerch(name, "tr")))
+    for m in ("auto", "hutchinson", "xdiag"):
+        entries.append(("diagonal", f"ours-{m}", f"`diagonal`, {m}", _ours, _our_diagonal(m)))
+    for label, name in of_diagonal:
+        entries.append(("diagonal", f"curvlinops-{name}", f"{clo}, {label}", _curvlinops, _from_curvlinops(name)))
+    for name in ("hutch", "xhutchpp"):
+        entries.append(("diagonal", f"skerch-{name}", f"{skr}, `{name}`", _wrapped, _from_skerch(name, "diag")))
+    randomized = ("randomized_eigh", "`randomized_eigh`", _our_randomized_eigh)
+    nystrom = ("nystrom", "`nystrom`, 10 products of them tests", _our_nystrom)
+    kinds: tuple[tuple[Quantity, tuple[str, str, Estimate]], ...] = (("pairs", randomized), ("ggn-pairs", nystrom))
+    for quantity, other in kinds:
+        for name, label, estimate in (("eigsh", "`eigsh`", _our_eigsh), other):
+            entries.append((quantity, f"ours-{name}", label, _ours, estimate))
+        for recovery in ("hmt", "nystrom", "singlepass"):
+            label = f"{skr}, `seigh`, {recovery}"
+            entries.append((quantity, f"skerch-{recovery}", label, _wrapped, _seigh(recovery)))
+    return [
+        Estimator(name=name, quantity=quantity, label=label, make=make, estimate=estimate, ours=make is _ours)
+        for quantity, name, label, make, estimate in entries
     ]
-    for label, function in (("Hutchinson", "hutchinson_trace"), ("Hutch++", "hutchpp_trace"), ("XTrace", "xtrace")):
-        found.append(
-            Estimator(
-                name=f"curvlinops-{function}",
-                quantity="trace",
-                label=f"{clo}, {label}",
-                make=_curvlinops,
-                estimate=_from_curvlinops(function),
-            )
-        )
-    for label, method in (("Hutchinson", "hutchinson"), ("Hutch++ (default)", "hutch++")):
-        found.append(
-            Estimator(
-                name=f"het-{method}",
-                quantity="trace",
-                label=f"{het}, {label}",
-                make=_hessian_eigenthings,
-                estimate=_from_hessian_eigenthings(method),
-            )
-        )
-    parts: tuple[tuple[Quantity, str], ...] = (("trace", "tr"), ("diagonal", "diag"))
-    for quantity, part in parts:
-        if quantity == "diagonal":
-            found += [
-                Estimator(
-                    name=f"ours-{m}",
-                    quantity=quantity,
-                    label=f"`diagonal`, {m}",
-                    make=_ours,
-                    estimate=_our_diagonal(m),
-                    ours=True,
-                )
-                for m in ("auto", "hutchinson", "xdiag")
-            ]
-            found += [
-                Estimator(
-                    name=f"curvlinops-{function}",
-                    quantity=quantity,
-                    label=f"{clo}, {label}",
-                    make=_curvlinops,
-                    estimate=_from_curvlinops(function),
-                )
-                for label, function in (("Hutchinson", "hutchinson_diag"), ("XDiag", "xdiag"))
-            ]
-        found += [
-            Estimator(
-                name=f"skerch-{function}",
-                quantity=quantity,
-                label=f"{skr} on our products, `{function}`",
-                make=_wrapped,
-                estimate=_from_skerch(function, part),
-            )
-            for function in ("hutch", "xhutchpp")
-        ]
-    kinds: tuple[tuple[Quantity, list[tuple[str, Estimate]]], ...] = (
-        ("pairs", [("eigsh", _our_eigsh), ("randomized_eigh", _our_randomized_eigh)]),
-        ("ggn-pairs", [("eigsh", _our_eigsh), ("nystrom", _our_nystrom)]),
-    )
-    for quantity, ours in kinds:
-        found += [
-            Estimator(
-                name=f"ours-{name}",
-                quantity=quantity,
-                label=f"`{name}`" + (", 10 products of them tests" if name == "nystrom" else ""),
-                make=_ours,
-                estimate=estimate,
-                ours=True,
-            )
-            for name, estimate in ours
-        ]
-        found += [
-            Estimator(
-                name=f"skerch-{recovery}",
-                quantity=quantity,
-                label=f"{skr} on our products, `seigh`, {recovery}",
-                make=_wrapped,
-                estimate=_seigh(recovery),
-            )
-            for recovery in ("hmt", "nystrom", "singlepass")
-        ]
-    return found
 
 
 ESTIMATORS: dict[tuple[Quantity, str], Estimator] = {(e.quantity, e.name): e for e in _all()}

@@ -78,7 +78,7 @@ class Evaluator:
         head: returns the weight of the last linear layer, whose logits are computed in blocks where they are large.
         head_in_use: whether logits were large, and all evaluations could do with blocks of them.
         head_refusal: why one could not; "" while nothing speaks against blocks.
-        batch_weights: tests whether a loss of one's own divides by what its batches are counted by; None does not.
+        batch_weights: tests whether a custom loss divides by what its batches are counted by; None does not.
     """
 
     model: nn.Module

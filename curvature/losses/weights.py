@@ -77,7 +77,7 @@ def fit_of_loss(rule: LossRule, outputs: Sequence[Tensor], targets: Sequence[Any
 
 
 class WeightsOfBatches:
-    """Finds, while batches are evaluated, whether a loss of one's own divides by what its batches are counted by.
+    """Finds, while batches are evaluated, whether a custom loss divides by what its batches are counted by.
 
     Where there are several batches, each is cut in two, and joined to some outputs of the first, once.
     """

@@ -25,8 +25,8 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     for equal weights. With `reduction="sum"` Sigma is W^2 times what it is for the mean.
 
     Symmetric; positive semi-definite up to rounding, which is that of Sigma + g g': where |g|^2 is far above the spread
-    of the g_i, small eigenvalues drown. Cost of one product: that of `EmpiricalFisherOperator`; at a new point one
-    gradient more.
+    of the g_i, small eigenvalues are lost in rounding. Cost of one product: that of
+    `EmpiricalFisherOperator`; at a new point one gradient more.
 
     Args:
         objective: one with `loss=`, any whose loss is a sum over examples, whose targets are one tensor.

@@ -1,4 +1,4 @@
-"""What is kept of the per-example gradients of a parameter, and the sums that can be had without writing them out.
+"""What is kept of the per-example gradients of a parameter, and the sums that need no gradient written out.
 
 A linear map's gradient of example i is a sum over its rows t (tokens, places of an image) of outer products d_it a_it',
 with squared norm sum_ts (d_it' d_is) (a_it' a_is); the weighted sum of its squares, where there is one row, is the

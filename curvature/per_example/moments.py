@@ -42,7 +42,7 @@ def gradient_norms(
 ) -> GradientNorms:
     """Return |g_i|^2 for every example, with the mean gradient and the trace of the gradients' covariance.
 
-    Gradients are not written out where their norms can be had without: a linear map's from inner products of its inputs
+    Gradients are not written out where their norms do not need it: a linear map's from inner products of its inputs
     and of the gradients in its outputs (`Factors`). Cost: one gradient and between 0.1 and 2 more.
 
     Args:

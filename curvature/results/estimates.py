@@ -130,7 +130,7 @@ class Estimate(Result):
     skewness: Tensor | float = 0.0
     """Of one probe's numbers, of the shape of `value`; dimensionless."""
     data_stderr: Tensor | None = None
-    """Of the same shape: standard error over data of the same size. None where nobody asked, or data are too few."""
+    """Of the same shape: standard error over data of the same size. None if not asked for, or for too few data."""
     data_dof: float = math.inf
     """Degrees of freedom of `data_stderr`: groups of the data less one."""
     num_matvecs: int = 0

@@ -61,9 +61,9 @@ class SolveResult(Result):
     kept: tuple[KeptIterate, ...] = ()
     """Iterates that `cg` was asked to keep."""
     direction: Tensor | None = None
-    """(n,) or (n, k), unit vectors of no positive curvature that `cg` met; zero for columns that met none."""
+    """(n,) or (n, k), unit vectors of no positive curvature that `cg` found; zero for columns without."""
     curvature: Tensor | None = None
-    """(...), d'(A + damping I) d for the direction d, not positive beyond rounding; NaN where there is none."""
+    """(...), d'(A + damping I) d for the direction d, not positive beyond rounding; NaN if there is none."""
     gradient_norms: Tensor | None = None
     """(...), |A r| (|A P^-1 r| with a preconditioner), or |J'r - damping x| for `lsmr`, recomputed; NaN where
     it was not needed."""
@@ -105,7 +105,7 @@ class SubproblemResult(Result):
     hard_case: bool
     """Whether lambda is -lambda_min(A) to rounding, so that the step holds some of that eigenvector."""
     curvature: float
-    """The smallest curvature s'A s / |s|^2 that was met: an upper bound of A's smallest eigenvalue. NaN for none."""
+    """The smallest curvature s'A s / |s|^2 that was found: an upper bound of A's smallest eigenvalue. NaN for none."""
     residual_norm: float
     """|g + A s + lambda P s| in the norm of P^-1, as the iteration carries it; units of g."""
     num_iterations: int

@@ -82,7 +82,7 @@ class CurvatureOptimizer(BaseOptimizer):
 
     Raises:
         InputError: for complex parameters, settings out of range, closures that return something else than agreed.
-        CheckFailedError: where curvature is due and cannot be had; the message says what to call.
+        CheckFailedError: where curvature is due and cannot be computed; the message says what to call.
         NonFiniteError: see `check_finite`.
     """
 

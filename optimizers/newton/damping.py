@@ -53,7 +53,7 @@ class DampingRule:
     low: float = 0.25  # ratio below which damping rises
     high: float = 0.75  # ratio above which damping falls
     highest: float = math.inf
-    """Ratio above which it stays after all: the loss fell by so much more than promised that the model is no guide."""
+    """Ratio above which it stays: the loss fell far more than predicted, so the model cannot be trusted."""
     increase: float = 3 / 2  # factor upward
     decrease: float = 2 / 3  # factor downward
     minimum: float = 0.0  # least damping

@@ -97,7 +97,7 @@ def eigsh(
             inferred from the recurrence. By default one product with a random combination of all pairs checks the
             recurrence, and only where it disagrees are all of them multiplied.
         confidence: probability with which no eigenvalue may be missed, between 0 and 1. None does without the chain and
-            the product that checks residuals: CONVERGED then speaks of residuals only.
+            the product that checks residuals: CONVERGED then refers to residuals only.
 
     Returns:
         Eigenpairs, eigenvalues descending; `method` says what was chosen, and why, and `miss_probability` is the bound

@@ -57,7 +57,7 @@ class ErrorCurve(Result):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LowRank(Result):
-    """A symmetric A of size n as U diag(values) U', with what fresh probes say of the error.
+    """A symmetric A of size n as U diag(values) U', with an error estimate from fresh probes.
 
     It is a matrix itself: `@`, `shape`, `dtype` and `device` make an operand of it for sums, shifts and solvers. By
     Weyl's inequality every eigenvalue of A lies within `error_bound` of the one of the approximation that has its rank

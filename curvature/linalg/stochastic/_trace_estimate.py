@@ -138,7 +138,7 @@ def enlarge(pool: ProbePool, goal: Goal, sample: Callable[[ProbePool], Samples],
 
 
 def sketch_by_pilot(pool: ProbePool, budget: int, choose: Callable[[Tensor], int], *, fewest: int) -> None:
-    """Draw probes for a basis until more of them would not pay, and forget those that it does not need.
+    """Draw probes for a basis as long as more of them save products, and forget those it does not need.
 
     Probes drawn later, `fewest` at least, have no part in the basis or its size, which `choose` takes from the pilot's
     `residual_curve`, so that samples from them are independent and unbiased.

@@ -57,8 +57,9 @@ def diagonal(
 
     "hutchinson" spends all products on random signs. "xdiag" spends half on a basis of A's range, on which the diagonal
     is exact, and uses every sign vector for both; it wins wherever the spectrum decays. "auto" finds out from the
-    products themselves how large a basis pays, as `trace` does: the sum of the variances with a basis from s probes
-    is at most what of a product lies outside the range of s others. Where the budget reaches n the diagonal is exact.
+    products themselves how large a basis saves most, as `trace` does: the sum of the variances with a basis from s
+    probes is at most the part of a product outside the range of s others. Where the budget reaches n the diagonal is
+    exact.
 
     Known eigenpairs are taken out first, at no product, which removes their share from every row.
 

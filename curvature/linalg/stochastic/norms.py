@@ -63,7 +63,7 @@ def frobenius_norm(
     Cost: num_matvecs products; n where the budget allows as many, and then the norm is exact.
 
     Args:
-        A: symmetric, (n, n). Without symmetry the estimate is still right, but the basis does not pay.
+        A: symmetric, (n, n). Without symmetry the estimate is still right, but the basis saves nothing.
         num_matvecs: products to spend, 4 at least.
         sketch_size: s, at most num_matvecs / 2 - 1. Default: chosen.
         block_size: columns multiplied at a time.

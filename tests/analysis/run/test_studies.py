@@ -134,7 +134,7 @@ def test_noise_from_the_command_to_the_report(folder: Path) -> None:
     again = curvature_noise(objective(), damping=0.1, generator=generator())
     assert along.trace_h_sigma.value == pytest.approx(again.trace_h_sigma.value, rel=1e-5)
     assert (run.noise.batch_size, run.noise.lr, run.seed) == (8, 0.1, 3)
-    check_report(folder / "here", "How large a batch is of use?", "Takeuchi criterion", "The temperature lr / B")
+    check_report(folder / "here", "How large a batch is useful?", "Takeuchi criterion", "The temperature lr / B")
     assert {path.name for path in (folder / "here").glob("*.pdf")} == {"batch-sizes.pdf", "layer-noise.pdf"}
     for text in ("Noise scale", "Which layers carry the noise?", "spent:"):
         assert text in done.stdout
@@ -203,7 +203,7 @@ def test_sharpness_from_the_command_to_the_report(folder: Path) -> None:
     reference = measure_sharpness(objective(), measures=names, piece=10, generator=generator())
     assert [row.name for row in run.sharpness.rows] == [row.name for row in reference.rows]
     assert [row.value for row in run.sharpness.rows] == pytest.approx([row.value for row in reference.rows], rel=1e-4)
-    told = ("1 of 5 measures are worst cases", "Measures that rescaling of layers moves", "Definitions")
+    told = ("1 of 5 measures are worst cases", "Measures that change under rescaling of layers", "Definitions")
     check_report(folder / "here", *told)
     for text in ("m-sharpness", "worst ℓ₂", "adaptive PAC-Bayes", "≥"):
         assert text in done.stdout
@@ -228,7 +228,7 @@ def test_critical_from_the_command_to_the_report(folder: Path) -> None:
     assert isinstance(run, CriticalRun)
     reference = critical_points(objective(), generator=generator())
     assert (run.critical.kind, run.critical.index_at_least) == (reference.kind, reference.index_at_least)
-    check_report(folder / "here", "Is this a minimum?", "Directions that are flat whatever the data")
+    check_report(folder / "here", "Is this a minimum?", "Symmetries: directions that are flat for any data")
     held = [s.name for s in run.critical.symmetries if s.holds]
     assert held == ["scale of 0 against 2"]  # of a ReLU network
     assert f"Some are so whatever the data: {held[0]}." in " ".join(done.stdout.split())
@@ -239,8 +239,8 @@ def test_a_minimum_is_called_one() -> None:
     run = run_study(CRITICAL, Request(task="toy.py:minimum", check=False), CriticalPlan())
     answers = {finding.question: finding.answer for finding in run.report().findings}
     assert answers["Is this a minimum?"].startswith("A minimum")
-    assert answers["Is there a way down?"].startswith("The loss rises")
-    assert answers["Is there a way down?"].endswith("both ways.")
+    assert answers["Does the loss fall in some direction?"].startswith("The loss rises")
+    assert answers["Does the loss fall in some direction?"].endswith("both ways.")
 
 
 @pytest.mark.parametrize("task", ["same", "solved", "flat"])
@@ -271,7 +271,7 @@ def test_where_there_is_nothing_to_measure_it_says_so(
         assert "None: there is no variance." in said
     if (command[0], task) == ("implicit", "solved"):
         assert "the loss is not positive" in said
-        assert "Nowhere: its gradient is zero." in said
+        assert "In none: its gradient is zero." in said
     if (command[0], task) == ("sharpness", "flat"):
         assert "Fisher" not in said
 
