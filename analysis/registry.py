@@ -74,7 +74,7 @@ def measure(
     """Measure an objective as a command of this kind measures a task, and return the same record.
 
     The record holds the result under `record.result`, and what produced it: settings, seed, versions, cost. Its
-    `report()` is what there is to tell, its `save(folder)` writes the folder of the command with the same page.
+    `report()` returns the report, its `save(folder)` writes the folder of the command with the same page.
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit".

@@ -95,7 +95,7 @@ class LandscapePlan(Plan):
         of_product = median_seconds(lambda: H @ v, device)
         products = 6 + _EIGEN_MATVECS * (self.directions in ("eigenvectors", "gradient"))
         gradients = 3 + self.curve
-        text = f"{count(self.num_losses)} looks at the loss, {duration(of_loss)} each, about {count(products)} Hessian "
+        text = f"{count(self.num_losses)} losses, {duration(of_loss)} each, about {count(products)} Hessian "
         return Price(
             f"{text}products and {count(gradients)} gradients",
             self.num_losses * of_loss + (products + gradients) * of_product,

@@ -77,7 +77,7 @@ class Screen(Listener):
 
 
 def show_report(screen: Screen, report: Report, seconds: float | None) -> None:
-    """Print all there is to tell but the figures, and what it took where something was measured."""
+    """Print the report without its figures, and its cost where something was measured."""
     moved = any(card.data for card in report.cards)
     table = _new_table(report.title, "", "value", "uncertainty", *(["other data"] if moved else []), "")
     table.columns[-1].justify = "left"

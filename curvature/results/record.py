@@ -58,7 +58,7 @@ class Result:
         return [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
 
     def _lines(self) -> list[tuple[str, str]]:
-        """Return names and short texts of what there is to tell."""
+        """Return names and short texts of what is shown."""
         told = [(name, _short(value)) for name, value in self._items() if _tells(value)]
         if len(told) > _LINES - 1:
             names = ", ".join(name for name, _ in told[_LINES - 2 :])

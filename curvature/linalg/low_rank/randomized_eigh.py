@@ -54,8 +54,8 @@ def randomized_eigh(
 
     With w = rank + oversampling columns and q power iterations, an eigenvector's share outside the block falls as
     (|lambda_(w+1)| / |lambda|)^(q + 1), its eigenvalue's error as the square of that. Where the spectrum decays slowly
-    the pairs are inaccurate, which the result reports: residuals above rtol |lambda| make the status SLOW_DECAY, and every
-    eigenvalue lies within its residual of one of A's, within `error_bound` of the one of its rank in order.
+    the pairs are inaccurate, which the result reports: residuals above rtol |lambda| make the status SLOW_DECAY, and
+    every eigenvalue lies within its residual of one of A's, within `error_bound` of the one of its rank in order.
 
     A block is worth its price where products with many columns at once are cheap, or where the approximation of all of
     A is wanted with a bound. To reach a tolerance for the outer pairs `eigsh` takes fewer products.

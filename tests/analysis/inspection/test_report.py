@@ -169,7 +169,7 @@ def test_where_nothing_curves(run: InspectionRun) -> None:
     flat = replace(run.inspection, top=top, effective_condition=undefined, negative_share=undefined)
     page = page_of(replace(run, inspection=flat))
     assert "There is no curvature" in page
-    assert "No direction curves upwards" in page
+    assert "No curvature is positive" in page
 
 
 def plain(text: str) -> str:

@@ -80,7 +80,7 @@ def test_from_the_command_to_the_report(folder: Path) -> None:
     done = landscape("digits-mlp", "--points", "7", "--no-check", "--out", "here")
     assert done.exit_code == 0, done.output
     assert done.stdout.rstrip().endswith(str(Path("here") / "report.html"))
-    for text in ("estimate: 63 looks", "random 1", "random 2", "curvature d·Hd", "spent: 63 looks"):
+    for text in ("estimate: 63 losses", "random 1", "random 2", "curvature d·Hd", "spent: 63 losses"):
         assert text in done.stdout
     names = {path.name for path in (folder / "here").iterdir()}
     assert names >= {"config.json", "results.json", "arrays.npz", "report.html", "contours.pdf", "surface.pdf"}

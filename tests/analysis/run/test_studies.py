@@ -164,7 +164,7 @@ def test_implicit_from_the_command_to_the_report(folder: Path) -> None:
     assert found.batch.cosines_with_top is not None
     assert len(run.implicit.eigenvalues) == len(found.batch.cosines_with_top) == 2
     share = 100 * found.batch_penalty / found.loss
-    check_report(folder / "here", f"is {float(f'{share:.3g}'):g}", "Which way does it push?", "From a batch of")
+    check_report(folder / "here", f"is {float(f'{share:.3g}'):g}", "In which direction does it act?", "From a batch of")
     assert "At a learning rate of 0.1 and batches of 6 the gradient-variance penalty is" in " ".join(
         done.stdout.split()
     )
@@ -231,7 +231,7 @@ def test_critical_from_the_command_to_the_report(folder: Path) -> None:
     check_report(folder / "here", "Is this a minimum?", "Symmetries: directions that are flat for any data")
     held = [s.name for s in run.critical.symmetries if s.holds]
     assert held == ["scale of 0 against 2"]  # of a ReLU network
-    assert f"Some are so whatever the data: {held[0]}." in " ".join(done.stdout.split())
+    assert f"Some are flat for any data: {held[0]}." in " ".join(done.stdout.split())
 
 
 @pytest.mark.usefixtures("folder")
