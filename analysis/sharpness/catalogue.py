@@ -89,7 +89,13 @@ def _trace(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: Sc
 
 def _frobenius(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
     found = frobenius_norm(HessianOperator(objective), num_matvecs=s.num_matvecs, generator=g)
-    return Found(value=float(found.value), stderr=float(found.stderr), dof=found.dof, num_matvecs=found.num_matvecs)
+    return Found(
+        value=float(found.value),
+        stderr=float(found.stderr),
+        dof=found.dof,
+        skewness=float(found.skewness),
+        num_matvecs=found.num_matvecs,
+    )
 
 
 def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
@@ -210,7 +216,7 @@ class Measure:
 _CURVATURE = "loss / parameter^2"
 _ANDRIUSHCHENKO = "Andriushchenko et al. (2023), arXiv 2302.07011"
 _SAM = "Foret et al. (2021), arXiv 2010.01412"
-_ASAM = "Kwon et al. (2021), arXiv 2102.11600"
+_ASAM = "Kwon et al. (2021), arXiv 2102.11600, whose code adds 0.01 to |theta| and leaves biases unscaled"
 _JIANG = "Jiang et al. (2020), arXiv 1912.02178, who bound the rise of the error rate by 0.1"
 _DINH = "Dinh et al. (2017), arXiv 1703.04933, who show how rescaling moves it"
 _NEYSHABUR = "Neyshabur et al. (2017), arXiv 1706.08947"

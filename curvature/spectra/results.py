@@ -142,7 +142,7 @@ class Spectrum(Result):
             data_stderr=data,
             dof=self.dof,
             data_dof=math.inf if self.spread is None else len(self.spread.shares) - 1.0,
-            skewness=float(skewness(of_probes)) if of_probes.ndim == 1 and not self.exact else 0.0,
+            skewness=0.0 if self.exact else skewness(of_probes),
         )
 
     @property
@@ -211,7 +211,9 @@ class Spectrum(Result):
         if self.layer_trace_samples is None:
             return None
         value, stderr = mean_and_stderr(self.layer_trace_samples, dim=1)
-        return SpectrumEstimate(value=value, stderr=stderr, rule=torch.zeros_like(value), dof=self.dof)
+        lopsided = 0.0 if self.exact else skewness(self.layer_trace_samples.T)
+        rule = torch.zeros_like(value)
+        return SpectrumEstimate(value=value, stderr=stderr, rule=rule, dof=self.dof, skewness=lopsided)
 
     def rule_error(self, value: Tensor, from_fewer: Sequence[Tensor]) -> Tensor:
         """Return the error of the quadrature in a value, from what each rule of `coarse` gives instead."""

@@ -123,16 +123,12 @@ class NewtonCG(FullBatchOptimizer):
         damping, g, A = float(group["damping"]), here.gradient, here.operator
         P = newton_preconditioner(self, flat, A, damping)
         last = self._recall(flat, "newton_direction") if group["warm_start"] > 0 else None
-        x0 = None if last is None else group["warm_start"] * last
-        found = self._solve(g, A, damping, P, x0)
-        if x0 is not None and float(g @ found.x) >= 0:  # a stale start can leave CG uphill when it ends early
-            found = self._solve(g, A, damping, P, None)
+        for x0 in (None,) if last is None else (group["warm_start"] * last, None):
+            found = self._solve(g, A, damping, P, x0)
+            d, model, loss = self._direction(evaluations, found, damping, g, A)
+            if float(g @ d) < 0:  # else a stale start has left CG, or the iterate that was kept, uphill
+                break
         self._remember(flat, newton_direction=found.x)
-        loss = math.nan
-        if found.direction is None:
-            d, model, loss = self._best_kept(evaluations, found, damping)
-        else:
-            d, model = _with_negative_curvature(found, g, A)
         # parts of a step may move at rates of their own; the direction is then theirs
         rates = self._rates(flat)
         initial = rates if isinstance(rates, float) else 1.0
@@ -168,8 +164,15 @@ class NewtonCG(FullBatchOptimizer):
         history = found.model_history[~found.model_history.isnan()]
         return float(history[step]) - damping / 2 * float(d @ d)
 
-    def _best_kept(self, evaluations: Evaluations, found: SolveResult, damping: float) -> tuple[Tensor, float, float]:
-        """Return (d, model, loss) of the kept iterate from which going further back does not lower the loss."""
+    def _direction(
+        self, evaluations: Evaluations, found: SolveResult, damping: float, g: Tensor, A: Any
+    ) -> tuple[Tensor, float, float]:
+        """Return (d, model, loss) along negative curvature, where it was met and the loss is NaN, or of the best kept.
+
+        That is the iterate from which going further back does not lower the loss.
+        """
+        if found.direction is not None:
+            return *_with_negative_curvature(found, g, A), math.nan
         start, d, model = evaluations.start, found.x, self._model(found, damping, found.x, -1)
         loss = evaluations.value(start + d)
         for kept in reversed(found.kept):

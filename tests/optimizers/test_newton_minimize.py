@@ -67,6 +67,16 @@ def test_no_success_is_false(name: str, method: str) -> None:
         assert reached or (budget == 5 and not result.success), result
 
 
+@pytest.mark.parametrize("name", ["CUBE", "HUMPS", "LOGHAIRY"])
+def test_a_stale_start_of_conjugate_gradients_ends_no_run(name: str) -> None:
+    """An iterate kept from a start at the last solution may point uphill: conjugate gradients then start from zero."""
+    problem = PUBLISHED[name]
+    x0 = torch.tensor(problem.start, dtype=torch.float64)
+    result = minimize(problem.value, x0, method="hessian-free", max_gradients=1000)
+    assert result.success
+    assert result.fun == pytest.approx(problem.minima[0], rel=1e-8, abs=1e-10)
+
+
 def test_a_circle_is_not_fitted_by_a_line() -> None:
     """Damping that fell although the loss had fallen by twice what the model promised led to infinity."""
     problem = PUBLISHED["LSC1LS"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.linop import SymmetricOperator
 from curvature.results.estimates import Estimate, Status, mean_and_stderr
+from curvature.results.intervals import skewness
 from curvature.results.record import Result
 
 
@@ -107,8 +108,9 @@ class LowRank(Result):
     @property
     def frobenius_error(self) -> Estimate:
         """An estimate of |A - U diag(values) U'|_F and its standard error over the tests, units of A."""
-        curve = self.error_curve()
-        return Estimate(value=curve.frobenius[-1], stderr=curve.frobenius_stderr[-1])
+        curve, squares = self.error_curve(), self.test_norms[-1].square()
+        value, stderr = curve.frobenius[-1], curve.frobenius_stderr[-1]
+        return Estimate(value=value, stderr=stderr, dof=len(squares) - 1.0, skewness=skewness(squares).to(value))
 
     def error_curve(self) -> ErrorCurve:
         """Return the error by the number of pairs that are kept, from the same tests."""

@@ -276,13 +276,16 @@ def test_the_bound_fails_at_its_rate_for_an_error_of_rank_one() -> None:
         assert abs(failures - p * NUM_SEEDS) < 4 * (NUM_SEEDS * p * (1 - p)) ** 0.5
 
 
-def test_the_bound_of_the_result_holds_at_its_rate() -> None:
+def test_the_bound_of_the_result_holds_at_its_rate_and_the_interval_at_its_own() -> None:
     values = torch.cat([torch.linspace(3, 1, 6, dtype=F64), torch.full((1,), 0.5, dtype=F64), torch.zeros(33)])
     A, p = with_spectrum(values), 0.2  # what is left is nearly of rank one, the worst case
-    failures = 0
+    failures = covered = 0
     for seed in range(NUM_SEEDS):
         found = nystrom(A, 6, num_tests=2, failure_probability=p, generator=generator(seed))
         failures += int(float(found.error_bound) < norm(A - found.to_dense()))
+        low, high = nystrom(A, 6, num_tests=5, generator=generator(seed)).frobenius_error.interval()
+        covered += bool(low <= (A - found.to_dense()).norm() <= high)
+    assert covered > 0.9 * NUM_SEEDS
     assert abs(failures - p * NUM_SEEDS) < 4 * (NUM_SEEDS * p * (1 - p)) ** 0.5
 
 
