@@ -68,7 +68,8 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     powers = torch.tensor(orders, dtype=torch.float64)
     samples = (density.weights[..., None] * density.nodes[..., None] ** powers).sum(dim=1)
     mean, stderr = mean_and_stderr(samples)
-    return Estimate(value=mean, stderr=stderr, dof=len(density.weights) - 1.0, skewness=skewness(samples))
+    known = (density.deflated[:, None] ** powers).sum(dim=0) / density.dimension
+    return Estimate(value=mean, stderr=stderr, dof=len(density.weights) - 1.0, skewness=skewness(samples, known))
 
 
 @numerics

@@ -149,6 +149,7 @@ def test_few_probes_of_one_outlier_cover_counts_and_sums() -> None:
         counted += bool(low <= n - 2 <= high)
         low, high = spectral_sum(found, lambda x: x).interval()
         summed += bool(low <= 77 + 0.005 * (n - 2) <= high)
+        torch.testing.assert_close(n * torch.cat(moments(found, [1]).interval()), torch.stack([low, high]))
     assert 0.92 <= counted / 400 <= 0.97
     assert 0.92 <= summed / 400 <= 0.97
 
