@@ -97,6 +97,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
         self._modules = list(self.model.modules())
+        self._looked_for_checkpoints = False
         self._keeps_float32 = not self.allow_tf32 and is_gpu(self.parameters[0].device)
 
     def forget(self) -> None:
@@ -176,7 +177,9 @@ class Evaluator:
             drew_random_numbers = drew()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             raise InputError(f"the loss of a batch must be a real tensor with one entry, got {advice_on_loss(loss)}")
-        refuse_reentrant(loss)
+        if not self._looked_for_checkpoints and loss.requires_grad:
+            refuse_reentrant(loss)
+            self._looked_for_checkpoints = True
         weight = self._weight(batch, outputs, targets)
         if weight != 0 and not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")

@@ -70,7 +70,10 @@ def as_around() -> Iterator[None]:
 
 def present() -> tuple[tuple[str, torch.dtype], ...]:
     """Return the devices for which models run under autocast now, and in what."""
-    devices = sorted({*_around.get(), *_enabled()})
+    around, enabled = _around.get(), _enabled()
+    if not around and not enabled:
+        return ()
+    devices = sorted({*around, *enabled})
     return tuple((device, torch.get_autocast_dtype(device)) for device in devices)
 
 
