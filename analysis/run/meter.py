@@ -73,6 +73,9 @@ class Meter:
         yield
         synchronize(self.device)
         spent, seconds = self._done - self._before, time.perf_counter() - start
+        if 0 < spent < planned:  # the bar goes on from what there is
+            self._planned = spent
+            self._tell()
         self.stages.append(StageCost(name=name, planned=planned, num_matvecs=spent, seconds=seconds, whole=whole))
 
     def cost(self) -> Cost:

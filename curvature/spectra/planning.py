@@ -31,6 +31,7 @@ PATIENCE = 4
 """Eigenpairs that have not converged after the planned products are given so many times as much again."""
 _EXACT_IS_WORTH = 1.5
 _SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
+_CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
 _CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
@@ -102,9 +103,13 @@ class SpectrumPlan:
         return n if n <= _EXACT_IS_WORTH * planned else planned
 
     def num_search(self, n: int) -> int:
-        """Return about how many products it takes to show that no eigenpair of a matrix of size n was missed."""
-        needless = self.confidence is None or self.k + self.num_bottom == 0 or self.all_entries(n)
-        return 0 if needless else _SEARCH
+        """Return about how many products come on top for a matrix of size n.
+
+        The smallest pairs are continued, and it is shown that no eigenpair was missed.
+        """
+        if self.all_entries(n) or self.k + self.num_bottom == 0:
+            return 0
+        return _CONTINUED * (self.num_bottom > 0) + _SEARCH * (self.confidence is not None)
 
     def all_entries(self, n: int) -> bool:
         """Return whether a matrix of size n is computed entry by entry."""
@@ -118,8 +123,9 @@ class SpectrumPlan:
             if self.all_entries(n):
                 held += 3 * 8 * n * n
             else:
-                basis = self.num_matvecs(n) + self.num_probes
-                held += n * itemsize * (basis + self.k + self.num_bottom + 6 * self.num_probes + self.num_search(n))
+                basis = self.num_matvecs(n) + self.num_probes + self.k + self.num_bottom
+                at_work = 5 * self.num_probes  # a block, its products and what these leave behind
+                held += n * itemsize * (basis + max(at_work, self.num_search(n)))
         return held
 
     def check_memory(self, A: MatrixLike, sizes: Sequence[int], basis_device: torch.device | str | None) -> None:
