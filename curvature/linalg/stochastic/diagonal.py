@@ -63,7 +63,9 @@ def diagonal(
 
     Known eigenpairs are taken out first, at no product, which removes their share from every row.
 
-    Of nominal 95 % intervals 92 to 98 % cover.
+    Of nominal 95 % intervals 92 to 98 % cover. Entries of rows with one or two others off the diagonal are the
+    exception with few probes: k samples agree by chance with a probability of up to 2^(1 - k), with an error of 0. With
+    4 products 77 to 95 % of those are covered, with 12 92 to 98 %.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these, and one more
     a probe; two in all for "hutchinson" on a budget, without samples.
