@@ -36,6 +36,6 @@ def plot_escape(point: CriticalPoint, *, ax: Axes | None = None, colors: Colors 
     text = f"u'Hu = {quantity(point.lowest, 3)}\nnegative: {between(point.index)}"
     below = point.escape.curvature < 0  # where the loss leaves room
     ax.text(0.5, 0.04 if below else 0.96, text, transform=ax.transAxes, ha="center", va="bottom" if below else "top")
-    ax.set(xlabel="step along the least curvature", ylabel="loss")
+    ax.set(xlabel="step along the eigenvector u", ylabel="loss")
     legend_above(ax, columns=3)
     return ax

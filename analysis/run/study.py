@@ -162,20 +162,7 @@ def study_objective(
     check: bool = True,
     listener: Listener | None = None,
 ) -> R:
-    """Measure an objective and return the same record that the command makes of a task; `save` writes its folder.
-
-    Args:
-        study: what to measure.
-        objective: the loss at its point.
-        plan: the study's settings.
-        generator: source of all random numbers, on the objective's device, or a seed.
-        name: what the model is called; its class by default.
-        check: whether to run the objective's self-check first.
-        listener: told about progress.
-
-    Raises:
-        CurvatureError: whatever stands in the way, with the remedy.
-    """
+    """Measure an objective and return the same record that the command makes of a task; see `analysis.measure`."""
     generator = as_generator(generator, objective.device)
     call = f"analysis.measure({study.record.kind!r}, objective, generator={generator.initial_seed()})"
     request = Request(task="", seed=generator.initial_seed(), check=check, command=call)
