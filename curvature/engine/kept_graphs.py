@@ -19,8 +19,8 @@ from curvature.engine.linearize import Linearization
 from curvature.environment.memory import HeldMemory, available_memory, keep_freed, return_unused
 
 __all__ = ["BUDGET_SHARE", "GraphBudget", "KeptGraphs"]
-
 BUDGET_SHARE = 0.5  # of the free memory, for kept graphs
+_FAULTS = (2**16, 2**25)  # bytes of a vector where page faults slow products down; beyond it memory is what is short
 _PATIENCE = 1.0  # s: how long what was found free is believed while graphs fit
 _LARGE = 1 << 26  # bytes of kept graphs from which it is worth to give unused memory back ...
 _TIDY_SHARE = 0.1  # ... and the share of the time that this may take
@@ -185,7 +185,8 @@ class KeptGraphs:
             meter: what watches it.
             own_bytes: of the batch, where nobody else holds it.
         """
-        keep_freed()
+        if _FAULTS[0] <= lin.vector_bytes < _FAULTS[1]:
+            keep_freed()
         self._entries.append(_Entry(mark, batch, lin, meter, own_bytes))
         self._grown(meter)
 

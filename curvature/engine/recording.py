@@ -165,6 +165,11 @@ class Recording:
         self._evaluate()
 
     @property
+    def vector_bytes(self) -> int:
+        """Of a vector with an entry for each parameter."""
+        return self._space.num_params * self._space.dtype.itemsize
+
+    @property
     def num_lean_layers(self) -> int:
         """How many layers were recorded in their lean form."""
         return self._lean.num_replaced
