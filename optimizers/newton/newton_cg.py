@@ -126,7 +126,7 @@ class NewtonCG(FullBatchOptimizer):
         for x0 in (None,) if last is None else (group["warm_start"] * last, None):
             found = self._solve(g, A, damping, P, x0)
             d, model, loss = self._direction(evaluations, found, damping, g, A)
-            if float(g @ d) < 0:  # else a stale start has left CG, or the iterate that was kept, uphill
+            if float(g @ d) < 0 and float(g @ found.x) < 0:  # else a stale start left CG, or what was kept, uphill
                 break
         self._remember(flat, newton_direction=found.x)
         # parts of a step may move at rates of their own; the direction is then theirs
