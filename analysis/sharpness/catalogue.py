@@ -30,7 +30,7 @@ from curvature.linalg import eigsh, frobenius_norm, trace
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators import GGNOperator, HessianOperator
-from curvature.results.estimates import mean_and_stderr
+from curvature.results.estimates import Estimate, mean_and_stderr
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 
@@ -75,27 +75,23 @@ def _top(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: Scal
     return Found(value=value, stderr=residual, num_matvecs=pairs.num_matvecs)
 
 
+def _found(estimate: Estimate) -> Found:
+    return Found(
+        value=float(estimate.value),
+        stderr=float(estimate.stderr),
+        dof=estimate.dof,
+        skewness=float(estimate.skewness),
+        num_matvecs=estimate.num_matvecs,
+    )
+
+
 def _trace(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:
     A = diagonally_scaled(HessianOperator(objective), perturbation_scale(objective, scale))
-    found = trace(A, num_matvecs=s.num_matvecs, generator=g)
-    return Found(
-        value=float(found.value),
-        stderr=float(found.stderr),
-        dof=found.dof,
-        skewness=float(found.skewness),
-        num_matvecs=found.num_matvecs,
-    )
+    return _found(trace(A, num_matvecs=s.num_matvecs, generator=g))
 
 
 def _frobenius(objective: Objective, s: SharpnessPlan, g: torch.Generator) -> Found:
-    found = frobenius_norm(HessianOperator(objective), num_matvecs=s.num_matvecs, generator=g)
-    return Found(
-        value=float(found.value),
-        stderr=float(found.stderr),
-        dof=found.dof,
-        skewness=float(found.skewness),
-        num_matvecs=found.num_matvecs,
-    )
+    return _found(frobenius_norm(HessianOperator(objective), num_matvecs=s.num_matvecs, generator=g))
 
 
 def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale: ScaleKind = "raw") -> Found:

@@ -95,7 +95,8 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         logits = args[0] if args else None
-        if isinstance(logits, LazyLogits) and not any(isinstance(a, LazyLogits) for a in args[1:]):
+        follows = torch.is_grad_enabled() or name == "detach"  # else the result would be a constant
+        if follows and isinstance(logits, LazyLogits) and not any(isinstance(a, LazyLogits) for a in args[1:]):
             found = _followed(func, name, logits, args[1:], kwargs or {})
             if found is not None:
                 return found
@@ -118,6 +119,12 @@ class HeadInBlocks(TorchFunctionMode):
         super().__init__()
         self.in_use, self.refusal = False, ""
         self._weight = weight
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if any(t._version != version for t, version in self._versions):
+            self.refusal = "what the head's logits are made of was changed in place behind them"
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -125,7 +132,9 @@ class HeadInBlocks(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear and len(args) > 1 and args[1] is self._weight and _large(args[0], self._weight):
             self.in_use = True
-            return LazyLogits(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            self._versions += [(t, t._version) for t in (args[0], args[1], bias) if t is not None]
+            return LazyLogits(args[0], args[1], bias)
         try:
             if any(isinstance(arg, LazyLogits) for arg in args):
                 return LazyLogits.__torch_function__(func, types, args, kwargs)
@@ -136,7 +145,12 @@ class HeadInBlocks(TorchFunctionMode):
 
 
 def _large(h: Tensor, W: Tensor) -> bool:
-    if type(h) is not Tensor or not h.is_floating_point() or torch.is_autocast_enabled(h.device.type):
+    if (
+        not torch.is_grad_enabled()
+        or type(h) is not Tensor
+        or not h.is_floating_point()
+        or torch.is_autocast_enabled(h.device.type)
+    ):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -227,7 +241,8 @@ def _to(logits: LazyLogits, *kinds: Any) -> LazyLogits | None:
     dtypes = [kind for kind in kinds if isinstance(kind, torch.dtype)]
     others = [kind for kind in kinds if not isinstance(kind, torch.dtype)]
     here = all(isinstance(kind, (str, torch.device)) and torch.device(kind) == logits.device for kind in others)
-    return logits.like(dtype=dtypes[0] if dtypes else logits.dtype) if here and len(dtypes) < 2 else None
+    real = all(dtype.is_floating_point for dtype in dtypes)
+    return logits.like(dtype=dtypes[0] if dtypes else logits.dtype) if here and real and len(dtypes) < 2 else None
 
 
 def _cross_entropy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,9 @@ class _Weight:
 
     def __call__(self) -> Any:
         if self.name is None:
-            return getattr(self.model.get_output_embeddings(), "weight", None)  # type: ignore[operator] # a method
+            with contextlib.suppress(NotImplementedError, AttributeError, TypeError):  # a model without a head
+                return getattr(self.model.get_output_embeddings(), "weight", None)  # type: ignore[operator] # a method
+            return None
         return self.model.get_submodule(self.name).weight
 
 

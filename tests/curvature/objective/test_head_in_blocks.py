@@ -170,6 +170,37 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Overwritten(Language):
+    """Changes what goes into the head once its logits are made."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.middle(torch.tanh(self.embedding(tokens)))
+        logits = self.head(rows)
+        rows.mul_(2.0)
+        return logits
+
+
+class Constant(Language):
+    """Its logits are a constant to autograd, but for a part that is added."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self.head(torch.tanh(self.middle(self.embedding(tokens))))
+        return logits + self.head.bias
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Constant])
+def test_logits_are_those_of_the_moment_they_were_made(kind: type[Language], generator: torch.Generator) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = kind(bias=True).double()
+    selection = "head.bias" if kind is Constant else ["embedding", "middle"]  # torch refuses to differentiate the rest
+    blocked, whole = both(model, LOSSES["mean"], batch_of(0), params=selection)
+    v = torch.randn(blocked.num_params, dtype=torch.float64, generator=generator)
+    assert torch.equal(blocked.loss(), whole.loss())
+    assert_close(HessianOperator(blocked) @ v, HessianOperator(whole) @ v, 1e-12)
+
+
 @pytest.mark.parametrize("how", REFUSED)
 def test_what_logits_cannot_follow_leaves_them_whole(how: str, generator: torch.Generator) -> None:
     model = model_of(bias=True, finish=REFUSED[how])
