@@ -103,6 +103,8 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
         array = arrays.get(f"{path}{field.name}")
         if array is None and kind is Tensor:
             raise KeyError(f"{path}{field.name}")
+        if array is None and field.name not in data:  # the seal holds, so nothing was lost
+            raise InputError(f"the run is of a version whose records have no {field.name!r}; read it with that.")
         values[field.name] = array if array is not None else _restore(kind, data[field.name], arrays, below)
     return cls(**values)
 

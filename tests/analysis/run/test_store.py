@@ -20,6 +20,7 @@ from analysis.registry import load_run
 from analysis.run.record import versions
 from analysis.run.reservation import reserve, stem_of
 from analysis.run.saving import add_report, save_run
+from analysis.run.seal import sealed
 from analysis.tasks.checkpoint_files import file_sha256
 from curvature.errors import InputError, WriteError
 
@@ -204,6 +205,17 @@ def test_a_format_of_the_future(run: InspectionRun, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "format": 99}))
     with pytest.raises(InputError, match="format 99"):
+        load_run(folder)
+
+
+def test_records_of_a_version_with_fewer_fields(run: InspectionRun, folder: Path) -> None:
+    save_run(run, folder)
+    results = json.loads((folder / "results.json").read_text())
+    del results["gradient_norm"]
+    (folder / "results.json").write_text(json.dumps(results))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sealed(config, folder)))
+    with pytest.raises(InputError, match=r"of a version whose records have no 'gradient_norm'"):
         load_run(folder)
 
 
