@@ -14,16 +14,14 @@ from curvature.linalg.systems.cg import cg
 from curvature.linalg.systems.minres import minres
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.objective.objective import Objective
-from curvature.operators import (
-    EmpiricalFisherOperator,
-    FisherOperator,
-    GGNOperator,
-    GradientCovarianceOperator,
-    HessianOperator,
-    MCFisherOperator,
-    NTKOperator,
-)
 from curvature.operators._objective_operator import ObjectiveOperator
+from curvature.operators.empirical_fisher import EmpiricalFisherOperator
+from curvature.operators.fisher import FisherOperator
+from curvature.operators.ggn import GGNOperator
+from curvature.operators.gradient_covariance import GradientCovarianceOperator
+from curvature.operators.hessian import HessianOperator
+from curvature.operators.mc_fisher import MCFisherOperator
+from curvature.operators.ntk import NTKOperator
 from curvature.parameters import ParameterSpace
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult

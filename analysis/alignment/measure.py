@@ -18,7 +18,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["gradient_alignment", "overlap_over_time", "subspace_overlap"]
 

@@ -28,7 +28,9 @@ from curvature.generators import AnyGenerator, as_generator, spawn
 from curvature.linalg import diagonal
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
-from curvature.operators import GGNOperator, HessianOperator, PreconditionedOperator
+from curvature.operators.ggn import GGNOperator
+from curvature.operators.hessian import HessianOperator
+from curvature.operators.preconditioned import PreconditionedOperator
 from curvature.results.intervals import combined_error
 from curvature.spectra.counts import count_between, smallest_beyond
 from curvature.spectra.planning import SpectrumPlan

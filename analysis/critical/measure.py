@@ -24,7 +24,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_dots, gradient_norms
 from curvature.spectra.counts import count_between
 from curvature.spectra.planning import SpectrumPlan

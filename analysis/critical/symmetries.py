@@ -21,7 +21,7 @@ from analysis.critical.results import Symmetry
 from curvature.environment.autocast import full_precision
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["rescaling_symmetries", "try_rescaling"]
 

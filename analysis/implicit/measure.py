@@ -35,7 +35,7 @@ from curvature.errors import DataError, InputError
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
 from curvature.objective.third_order import curvature_gradient
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results.estimates import EigenPairs
 from curvature.results.intervals import LIGHT_TAILS, spread_of, tail_exponent

@@ -18,7 +18,7 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.stochastic.probes import rademacher
 from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import mean_and_stderr
 
 __all__ = ["layer_coupling"]

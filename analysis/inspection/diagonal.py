@@ -13,7 +13,7 @@ from curvature.layerwise import exact_diagonal
 from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import diagonal
 from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
 __all__ = ["layer_diagonals"]

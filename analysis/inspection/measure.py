@@ -28,7 +28,7 @@ from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
 from curvature.results.intervals import combined_error
 from curvature.spectra.results import Samples, Spectrum

@@ -14,7 +14,7 @@ from curvature.environment.cost import current_memory, median_seconds, peak_memo
 from curvature.errors import InputError
 from curvature.layerwise import num_columns
 from curvature.objective.objective import Objective
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
 from curvature.spectra.planning import SpectrumPlan
 

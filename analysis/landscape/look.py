@@ -33,7 +33,7 @@ from curvature.errors import InputError
 from curvature.generators import spawn
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["look_around"]
 

@@ -23,7 +23,7 @@ from curvature.errors import InputError
 from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["evaluate_points", "loss_along", "loss_on_plane"]
 

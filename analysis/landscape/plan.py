@@ -17,7 +17,7 @@ from curvature.environment.cost import median_seconds
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 from curvature.objective.shift import loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["LandscapePlan"]
 

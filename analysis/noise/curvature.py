@@ -16,7 +16,9 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.generators import AnyGenerator
 from curvature.linalg import cg, rademacher
 from curvature.objective.objective import Objective
-from curvature.operators import GGNOperator, GradientCovarianceOperator, HessianOperator
+from curvature.operators.ggn import GGNOperator
+from curvature.operators.gradient_covariance import GradientCovarianceOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import ratio_interval, skewness, student_quantile

@@ -27,7 +27,7 @@ from curvature.environment.cost import median_seconds, timed
 from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 
 __all__ = ["Price", "Study", "StudyCost", "StudyRun", "Work", "run_study", "study_objective"]
 

@@ -29,7 +29,8 @@ from curvature.arguments import checked_fields
 from curvature.linalg import eigsh, frobenius_norm, trace
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
-from curvature.operators import GGNOperator, HessianOperator
+from curvature.operators.ggn import GGNOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import Estimate, mean_and_stderr
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum

@@ -23,7 +23,8 @@ from curvature.linalg import trace
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
-from curvature.operators import FisherOperator, HessianOperator
+from curvature.operators.fisher import FisherOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import combined_error, skewness
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at, shifted
-from curvature.operators import HessianOperator
+from curvature.operators.hessian import HessianOperator
 from tests.cases import CASES, Case
 
 
