@@ -29,6 +29,7 @@ CASES: dict[str, Callable[[torch.dtype], Iterable[Case]]] = {
     "trace": spectra.trace_cases,
     "diagonal": spectra.diagonal_cases,
     "spectral sum": spectra.sum_cases,
+    "Frobenius norm": spectra.frobenius_cases,
     "density": spectra.density_cases,
     "rank": spectra.rank_cases,
     "nullity": spectra.nullity_cases,

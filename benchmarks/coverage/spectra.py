@@ -14,7 +14,7 @@ from analysis.conditioning.measure import _condition
 from analysis.records.measured import Bounded
 from benchmarks.coverage.cases import Case, Interval
 from curvature import SpectrumPlan, spectrum
-from curvature.linalg import count, diagonal, spectral_density, spectral_sum, trace
+from curvature.linalg import count, diagonal, frobenius_norm, spectral_density, spectral_sum, trace
 from curvature.results.estimates import SpectralDensity
 from curvature.spectra.results import Spectrum
 
@@ -23,6 +23,7 @@ __all__ = [
     "condition_cases",
     "density_cases",
     "diagonal_cases",
+    "frobenius_cases",
     "make_matrix",
     "nullity_cases",
     "rank_cases",
@@ -163,6 +164,28 @@ def sum_cases(dtype: torch.dtype) -> Iterator[Case]:
 
             yield Case(f"spectrum, {label}", name, exact, whole, 100 * _rounding(A))
             yield Case(f"spectral_density, {label}", name, exact, single, 100 * _rounding(A))
+
+
+def frobenius_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Yield |A|_F by `frobenius_norm` with budgets, and from a block Krylov space."""
+    for name in SPECTRA:
+        A, values = _scaled(name, dtype)
+        exact = values.square().sum().sqrt()
+        for num_matvecs in (12, 40) if len(A) == SIZE else (4,):
+
+            def alone(seed: int, A: Tensor = A, num_matvecs: int = num_matvecs) -> Interval:
+                found = frobenius_norm(A, num_matvecs=num_matvecs, generator=seed, block_size=16)
+                return Interval.around(found.value, found.half_width(), products=found.num_matvecs)
+
+            yield Case(f"{num_matvecs} products", name, exact, alone, 100 * _rounding(A))
+
+        def of_spectrum(seed: int, name: str = name) -> Interval:
+            found = _spectrum(name, dtype, seed)
+            estimate = found.frobenius_norm()
+            low, high = torch.tensor(estimate.interval(), dtype=torch.float64)
+            return Interval(estimate.value, low, high, found.num_matvecs)
+
+        yield Case("spectrum", name, exact, of_spectrum, 100 * _rounding(A))
 
 
 def density_cases(dtype: torch.dtype) -> Iterator[Case]:
