@@ -293,9 +293,14 @@ def main() -> None:
     suites = ["autoencoder", *PINNS, "published", "nist", "logistic"]
     parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
     parser.add_argument("--problems", nargs="+", help="names; by default all")
+    parser.add_argument("--methods", nargs="+", help="names; by default all")
     parser.add_argument("--processes", type=int, default=1)
     a = parser.parse_args()
-    jobs = [job for job in _jobs(a.suites) if not a.problems or job[1] in a.problems]
+    jobs = [
+        job
+        for job in _jobs(a.suites)
+        if (not a.problems or job[1] in a.problems) and (not a.methods or job[2] in a.methods)
+    ]
     with Rows(a.out, ("suite", "problem", "method"), len(jobs)) as rows:
         for row in in_parallel(_row, jobs, a.processes):
             rows.add(asdict(row))
