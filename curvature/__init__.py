@@ -21,7 +21,7 @@ from curvature.operators.jacobian import JacobianOperator as JacobianOperator
 from curvature.operators.mc_fisher import MCFisherOperator as MCFisherOperator
 from curvature.operators.ntk import NTKOperator as NTKOperator
 from curvature.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
-from curvature.operators.preconditioned import optimizer_preconditioner as optimizer_preconditioner
+from curvature.operators.preconditioned import optimizer_divisor as optimizer_divisor
 from curvature.operators.submatrix import SubmatrixOperator as SubmatrixOperator
 from curvature.parameters import Block as Block
 from curvature.parameters import ParameterSpace as ParameterSpace
@@ -73,7 +73,7 @@ __all__ = [
     "TraceEstimate",
     "eigsh",
     "layer_spectra",
-    "optimizer_preconditioner",
+    "optimizer_divisor",
     "plan",
     "solve",
     "spawn",

@@ -183,7 +183,7 @@ def test_diagonals_and_kronecker_factors_are_those_of_the_cpu(name: str, route: 
     case = BY_NAME[name]
     for kind in ("ggn", "hessian"):
         way = route if kind == "ggn" else "auto"
-        assert_same_outcome(case, lambda o, kind=kind, way=way: exact_diagonal(o, kind, route=way).values)
+        assert_same_outcome(case, lambda o, kind=kind, way=way: exact_diagonal(o, kind, route=way).value)
 
     def factors(objective: Objective) -> Tensor:
         found = kronecker_factors(objective)

@@ -89,7 +89,7 @@ def class_structure(objective: Objective, *, top: Tensor | None = None) -> Class
     class_means = moments.masked_fill(own[..., None], 0).sum(dim=1) / others.clamp_min(tiny)[:, None]
     class_factor = (others.sqrt()[:, None] * class_means).T
     cross = W.sqrt()[..., None] * (pair_means - class_means[:, None])
-    trace = exact_diagonal(objective, "ggn").values.double().sum()
+    trace = exact_diagonal(objective, "ggn").value.double().sum()
     gram = class_factor.double().T @ class_factor.double()
     return ClassStructure(
         num_classes=count,

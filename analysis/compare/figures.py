@@ -78,4 +78,4 @@ def _relative_error(row: Compared, model: int, *, data: bool) -> float:
 
 
 def _of(measured: Measured, *, data: bool) -> float:
-    return math.hypot(measured.stderr, measured.data) if data else measured.stderr
+    return math.hypot(measured.stderr, measured.data_stderr) if data else measured.stderr

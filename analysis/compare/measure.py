@@ -151,7 +151,7 @@ def _p_value(a: Measured, b: Measured, *, data: bool) -> float:
 def _errors(measured: Measured, data: bool) -> list[tuple[float, float]]:
     """Return the standard errors of a number with their degrees of freedom."""
     own = [] if measured.residual else [(measured.stderr, measured.dof)]
-    return [*own, (measured.data, measured.data_dof)] if data else own
+    return [*own, (measured.data_stderr, measured.data_dof)] if data else own
 
 
 def _holm(p_values: Sequence[tuple[float, ...]], parents: Sequence[list[int]], level: float) -> list[list[bool]]:
@@ -256,7 +256,7 @@ def _(result: ImplicitRegularization) -> Quantities:
     return {
         "loss": (_exact(result.loss), "loss"),
         "variance penalty": (
-            Measured(value=result.batch_penalty, stderr=0.0, data=stderr, data_dof=result.batch_variance_dof),
+            Measured(value=result.batch_penalty, stderr=0.0, data_stderr=stderr, data_dof=result.batch_variance_dof),
             "loss",
         ),
         "full-gradient penalty": (_exact(result.full_penalty), "loss"),
@@ -320,7 +320,7 @@ def _unknown(value: float) -> Measured:
 
 def _over_data(measured: Measured) -> Measured:
     """Return a number whose only error is that over other data: on these very data it is exact."""
-    return Measured(value=measured.value, stderr=0.0, data=measured.stderr, data_dof=measured.dof)
+    return Measured(value=measured.value, stderr=0.0, data_stderr=measured.stderr, data_dof=measured.dof)
 
 
 def _overlaps(results: Sequence[Any]) -> Tensor | None:

@@ -89,7 +89,7 @@ def measure_conditioning(
       products, exact if the matrix has no more columns.
     - "block diagonal": P = |A_ll| of each layer by its eigenvalues, raised likewise. Blocks are built in full: as many
       products as the largest layer has parameters, and its square of memory.
-    - optimizers: P as `optimizer_preconditioner` reads it, e.g. of Adam or AdaHessian; 1 for what they have not moved.
+    - optimizers: P as `optimizer_divisor` reads it, e.g. of Adam or AdaHessian; 1 for what they have not moved.
 
     Cost: num_probes x num_steps products for the matrix and for each preconditioner, and with `layers` as many with
     the blocks of all layers together.

@@ -49,7 +49,7 @@ def layer_diagonals(
         exact = exact_diagonal(objective, "hessian", route="rules", max_columns=MOST_COLUMNS)
     except InputError as error:
         return _estimated(objective, str(error).rstrip("."), top, num_matvecs, generator, progress)
-    known = DiagonalEstimate(value=exact.values, stderr=exact.stderr, num_matvecs=0)
+    known = DiagonalEstimate(value=exact.value, stderr=exact.stderr, num_matvecs=0)
     rows = summarise_diagonal(known, objective.space).rows
     how = f"Exactly, from {exact.num_columns} columns propagated ({exact.reason.rstrip('.')})."
     return LayerDiagonals(rows=rows, exact=True, how=how)

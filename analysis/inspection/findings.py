@@ -29,8 +29,10 @@ def _sharpness(inspection: Inspection) -> str:
     k, n, trace = len(inspection.top.eigenvalues), inspection.num_params, float(inspection.trace.value)
     top = inspection.sharpness
     text = f"The largest curvature over {count(n)} dimensions is λ = {quantity(top)}."
-    if math.isfinite(top.data):
-        text += f" Other data of the same size would change it by about {number(top.data, 2)} (one standard error)."
+    if math.isfinite(top.data_stderr):
+        text += (
+            f" Other data of the same size would change it by about {number(top.data_stderr, 2)} (one standard error)."
+        )
     if 1 < k < n and trace > 0:
         held = 100 * float(inspection.top.eigenvalues.sum()) / trace
         text += f" The {k} largest eigenvalues add up to {held:.0f}{THIN}% of the trace"

@@ -133,7 +133,7 @@ def _data_errors(found: Spectrum) -> DataErrors | None:
         num_groups=len(found.spread.shares),
         top=top,
         bottom=bottom,
-        trace=Measured.of(found.spectral_sum(lambda x: x)).data,
+        trace=Measured.of(found.spectral_sum(lambda x: x)).data_stderr,
         density=density,
         shares=found.spread.shares,
         nodes=torch.stack([rule.nodes for rule in found.spread.rules]),
@@ -164,7 +164,7 @@ def _effective_condition(found: Spectrum) -> Measured:
         without = [t / m for t, m in zip(found.spread.top[:, 0], means, strict=True)]
         data = float(found.spread.stderr(torch.tensor(value), without))
     stderr, dof = combined_error([(residual / mean.value, math.inf), (value * mean.stderr / mean.value, mean.dof)])
-    return replace(mean, value=value, stderr=stderr, data=data, dof=dof, skewness=-mean.skewness)
+    return replace(mean, value=value, stderr=stderr, data_stderr=data, dof=dof, skewness=-mean.skewness)
 
 
 def _negative_share(found: Spectrum) -> Measured:

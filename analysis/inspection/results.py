@@ -213,14 +213,14 @@ class Inspection(Plain):
         """The largest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.top[0])
         value, residual = float(self.top.eigenvalues[0]), float(self.top.residual_norms[0])
-        return Measured(value=value, stderr=residual, residual=True, data=data, data_dof=self._data_dof)
+        return Measured(value=value, stderr=residual, residual=True, data_stderr=data, data_dof=self._data_dof)
 
     @property
     def lowest(self) -> Measured:
         """The smallest eigenvalue of H and the residual it is certified with; loss / parameter^2."""
         data = math.nan if self.data is None else float(self.data.bottom[-1])
         value, residual = float(self.bottom.eigenvalues[-1]), float(self.bottom.residual_norms[-1])
-        return Measured(value=value, stderr=residual, residual=True, data=data, data_dof=self._data_dof)
+        return Measured(value=value, stderr=residual, residual=True, data_stderr=data, data_dof=self._data_dof)
 
     @property
     def total_curvature(self) -> Measured:
@@ -229,7 +229,7 @@ class Inspection(Plain):
         return Measured(
             value=float(self.trace.value),
             stderr=float(self.trace.stderr),
-            data=data,
+            data_stderr=data,
             dof=self.trace.dof,
             data_dof=self._data_dof,
             skewness=float(self.trace.skewness),
@@ -246,7 +246,7 @@ class Inspection(Plain):
         if top.value <= 0:
             return Measured(value=math.inf, stderr=0.0)
         slope = 2 / top.value**2
-        return replace(top, value=2 / top.value, stderr=slope * top.stderr, data=slope * top.data)
+        return replace(top, value=2 / top.value, stderr=slope * top.stderr, data_stderr=slope * top.data_stderr)
 
     def extreme_eigenvalues(self) -> list[tuple[int, float, float, bool]]:
         """Return (rank, eigenvalue, residual, converged) of the pairs at both ends, by rank from 1; none twice."""

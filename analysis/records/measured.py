@@ -19,14 +19,14 @@ class Measured:
     """The estimate; its unit is that of the field that holds it. NaN where it is not defined (0 / 0)."""
     stderr: float
     """One standard error: the spread over the probes, the error of the quadrature and residuals, root of squares."""
-    data: float = math.nan
+    data_stderr: float = math.nan
     """One standard error over other data of the same size, by the jackknife; NaN where it is not known."""
     residual: bool = False
     """Whether `stderr` is the residual of an eigenvalue, a bound on the error instead of a standard error."""
     dof: float = math.inf
     """Degrees of freedom of `stderr`: samples less one; infinite where it is known."""
     data_dof: float = math.inf
-    """Degrees of freedom of `data`."""
+    """Degrees of freedom of `data_stderr`."""
     skewness: float = 0.0
     """Of the samples that `stderr` is the spread of; dimensionless."""
 
@@ -34,11 +34,11 @@ class Measured:
     def of(cls, estimate: SpectrumEstimate) -> Measured:
         """Return a single number that followed from a spectrum."""
         stderr, dof = estimate.error
-        data = math.nan if estimate.data_stderr is None else float(estimate.data_stderr)
+        data_stderr = math.nan if estimate.data_stderr is None else float(estimate.data_stderr)
         return cls(
             value=float(estimate.value),
             stderr=stderr,
-            data=data,
+            data_stderr=data_stderr,
             dof=dof,
             data_dof=estimate.data_dof,
             skewness=float(estimate.skewness),

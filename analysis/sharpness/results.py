@@ -70,7 +70,7 @@ class SharpnessRow:
     def measured(self) -> Measured:
         """The value with its error; of m-sharpness, exact on these data, with its error over other data."""
         if self.name.endswith("m_sharpness"):
-            return Measured(value=self.value, stderr=0.0, data=self.stderr, data_dof=self.dof)
+            return Measured(value=self.value, stderr=0.0, data_stderr=self.stderr, data_dof=self.dof)
         residual = self.kind == "residual"
         return Measured(value=self.value, stderr=self.stderr, residual=residual, dof=self.dof, skewness=self.skewness)
 

@@ -89,9 +89,9 @@ def value_and_error(measured: Measured, *, percent: bool = False) -> tuple[str, 
 
 def over_data(measured: Measured, *, percent: bool = False) -> str:
     """Return how far other data of the same size would move a value; nothing where that is not known."""
-    if not math.isfinite(measured.data):
+    if not math.isfinite(measured.data_stderr):
         return ""
-    return f"± {number(100 * measured.data, 2)}{THIN}%" if percent else f"± {number(measured.data, 2)}"
+    return f"± {number(100 * measured.data_stderr, 2)}{THIN}%" if percent else f"± {number(measured.data_stderr, 2)}"
 
 
 def count(value: float) -> str:

@@ -48,12 +48,12 @@ _FAILURES = (UnsupportedError, DataError, CheckFailedError)
 class ExactDiagonal(Result):
     """The diagonal of a curvature matrix of an objective."""
 
-    _large = ("values", "stderr")
+    _large = ("value", "stderr")
 
-    values: Tensor
+    value: Tensor
     """(n,), units of the loss per squared unit of the parameter."""
     stderr: Tensor
-    """(n,), standard error over the Monte Carlo samples; zeros where the values are exact, infinite for one sample."""
+    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact, infinite for one sample."""
     kind: str
     """Which matrix: "ggn", "hessian", or a Monte Carlo estimate of the Gauss-Newton diagonal."""
     route: str
@@ -63,16 +63,16 @@ class ExactDiagonal(Result):
     num_columns: int
     """Columns pulled back, or products, summed over batches: about a gradient of a batch each."""
     num_samples: int
-    """Monte Carlo samples; 0 where the values are exact."""
+    """Monte Carlo samples; 0 where the diagonal is exact."""
     seconds: float
     """Wall-clock time, with checks."""
     layout: tuple[tuple[str, tuple[int, ...]], ...]
-    """Names and shapes of the parameters, in the order of `values`."""
+    """Names and shapes of the parameters, in the order of `value`."""
 
     def by_parameter(self) -> dict[str, Tensor]:
-        """Return views of `values` in the parameters' shapes, by name."""
+        """Return views of `value` in the parameters' shapes, by name."""
         sizes = [torch.Size(shape).numel() for _, shape in self.layout]
-        return {name: part.view(s) for (name, s), part in zip(self.layout, self.values.split(sizes), strict=True)}
+        return {name: part.view(s) for (name, s), part in zip(self.layout, self.value.split(sizes), strict=True)}
 
 
 @full_precision
@@ -146,7 +146,7 @@ def exact_diagonal(
         stderr = (squares / (samples - 1) / samples).sqrt()
     shapes = [tuple(shape) for shape in objective.space.shapes]
     return ExactDiagonal(
-        values=mean,
+        value=mean,
         stderr=stderr,
         kind=kind,
         route="+".join(dict.fromkeys(work.routes)),

@@ -32,10 +32,11 @@ class PreconditionedOperator(SymmetricOperator):
 
     Args:
         A: symmetric, (n, n).
-        preconditioner: the diagonal of P, (n,), positive and finite.
+        divisor: the diagonal of P, (n,), positive and finite: what a method divides by. The `preconditioner` of a
+            solver is its inverse.
 
     Raises:
-        InputError: if A is not square, or the preconditioner is not positive and finite in every entry.
+        InputError: if A is not square, or the divisor is not positive and finite in every entry.
 
     Reference: Cohen et al. (2022), Adaptive gradient methods at the edge of stability.
 
@@ -47,26 +48,26 @@ class PreconditionedOperator(SymmetricOperator):
     """
 
     @checked
-    def __init__(self, A: MatrixLike, preconditioner: Tensor) -> None:
+    def __init__(self, A: MatrixLike, divisor: Tensor) -> None:
         n = A.shape[0] if len(A.shape) else 0
         if len(A.shape) != 2 or A.shape[1] != n:
             raise InputError(f"PreconditionedOperator needs a square matrix, got shape {tuple(A.shape)}.")
-        if preconditioner.shape != (n,):
-            raise InputError(f"preconditioner must have shape ({n},), got {tuple(preconditioner.shape)}.")
-        if preconditioner.is_complex() or preconditioner.device != A.device:
-            got = f"{preconditioner.dtype} on {preconditioner.device}"
-            raise InputError(f"preconditioner must be real and on the device of A, {A.device}, got {got}.")
-        positive = (preconditioner > 0) & preconditioner.isfinite()
+        if divisor.shape != (n,):
+            raise InputError(f"divisor must have shape ({n},), got {tuple(divisor.shape)}.")
+        if divisor.is_complex() or divisor.device != A.device:
+            got = f"{divisor.dtype} on {divisor.device}"
+            raise InputError(f"divisor must be real and on the device of A, {A.device}, got {got}.")
+        positive = (divisor > 0) & divisor.isfinite()
         if not bool(positive.all()):
             i = int((~positive).nonzero()[0])
             raise InputError(
-                f"preconditioner must be positive and finite, got {float(preconditioner[i])} in entry {i} "
+                f"divisor must be positive and finite, got {float(divisor[i])} in entry {i} "
                 f"({int((~positive).sum())} of {n} are not); entries whose gradient has always been zero need an eps."
             )
         super().__init__((n, n), A.dtype, A.device)
         self.A = A
-        self.preconditioner = preconditioner.detach().to(A.dtype)
-        self._factor = self.preconditioner.rsqrt()
+        self.divisor = divisor.detach().to(A.dtype)
+        self._factor = self.divisor.rsqrt()
 
     @property
     def overhead(self) -> float:
@@ -83,27 +84,27 @@ class PreconditionedOperator(SymmetricOperator):
     ) -> Self:
         """Return a matrix of an objective as the optimizer that trains its parameters sees it at this moment.
 
-        `include_lr`, `missing` and errors are those of `optimizer_preconditioner`; A may be a diagonal block.
+        `include_lr`, `missing` and errors are those of `optimizer_divisor`; A may be a diagonal block.
         """
         if not isinstance(A, ObjectiveOperator):
             raise InputError(
                 f"from_optimizer needs a matrix of an objective, whose parameters are known, got {type(A).__name__}; "
-                "pass optimizer_preconditioner(optimizer, space) as preconditioner of other matrices."
+                "pass optimizer_divisor(optimizer, space) as divisor of other matrices."
             )
         space = A.objective.space
         if A.block is not None:
             space = ParameterSpace({name: space.tensors[name] for name in A.block.parameters})
-        return cls(A, optimizer_preconditioner(optimizer, space, include_lr=include_lr, missing=missing))
+        return cls(A, optimizer_divisor(optimizer, space, include_lr=include_lr, missing=missing))
 
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block for some of the parameters, which costs less; see `HessianOperator.restrict`."""
         if not isinstance(self.A, ObjectiveOperator):
             raise InputError(
                 f"restrict needs a matrix of an objective, got {type(self.A).__name__}; restrict the matrix and the "
-                "preconditioner themselves."
+                "divisor themselves."
             )
         block = block_within(self.A.objective, self.A.block, selection)
-        outer, diagonal = self.A.block, self.preconditioner
+        outer, diagonal = self.A.block, self.divisor
         full = diagonal if outer is None else outer.embed(diagonal, self.A.objective.num_params)
         return type(self)(self.A.restrict(block), block.take(full))
 
@@ -119,7 +120,7 @@ class PreconditionedOperator(SymmetricOperator):
 
 
 @checked
-def optimizer_preconditioner(
+def optimizer_divisor(
     optimizer: Any,
     space: ParameterSpace,
     *,
@@ -153,7 +154,7 @@ def optimizer_preconditioner(
         >>> adam = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.5, 0.999), eps=0.0)
         >>> model(torch.tensor([3.0, 4.0])).sum().backward()
         >>> adam.step()
-        >>> optimizer_preconditioner(adam, ParameterSpace.from_model(model))  # (1 - 0.5) |g|
+        >>> optimizer_divisor(adam, ParameterSpace.from_model(model))  # (1 - 0.5) |g|
         tensor([1.5000, 2.0000])
     """
     if missing not in ("error", "identity"):

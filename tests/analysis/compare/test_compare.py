@@ -45,7 +45,7 @@ def _(result: Numbers) -> dict[str, tuple[Measured, str]]:
 
 
 def of(value: float, stderr: float = 0.0, data: float = NAN) -> Measured:
-    return Measured(value=value, stderr=stderr, data=data)
+    return Measured(value=value, stderr=stderr, data_stderr=data)
 
 
 def test_p_values_are_those_of_welchs_test() -> None:
@@ -68,7 +68,7 @@ def test_p_values_are_those_of_welchs_test() -> None:
 
 def test_bounds_are_taken_off_the_difference() -> None:
     def bound(value: float, error: float, data: float = NAN) -> Measured:
-        return Measured(value=value, stderr=error, residual=True, data=data)
+        return Measured(value=value, stderr=error, residual=True, data_stderr=data)
 
     found = compare_results(
         {
@@ -222,8 +222,8 @@ def row(name: str, value: float, stderr: float, kind: Kind = "estimate") -> Shar
 def test_sharpness_of_pieces_has_its_error_over_data() -> None:
     rows = (row("trace", 3.0, 0.1), row("m_sharpness", 2.0, 0.2), row("worst_l2", 1.0, NAN, "lower bound"))
     found = quantities(SharpnessTable(rows=rows, loss=1.0, num_params=2))
-    assert found["trace"][0] == of(3.0, 0.1) or math.isnan(found["trace"][0].data)
-    assert (found["m-sharpness"][0].stderr, found["m-sharpness"][0].data) == (0.0, 0.2)
+    assert found["trace"][0] == of(3.0, 0.1) or math.isnan(found["trace"][0].data_stderr)
+    assert (found["m-sharpness"][0].stderr, found["m-sharpness"][0].data_stderr) == (0.0, 0.2)
     assert math.isnan(found["worst ℓ₂"][0].stderr)
 
 

@@ -67,7 +67,7 @@ MEASURED: dict[str, Callable[[Objective], Tensor]] = {
     "eigenpairs": lambda o: eigsh(HessianOperator(o), 2, generator=generator()).eigenvalues,
     "eigenvectors": lambda o: eigsh(HessianOperator(o), 1, generator=generator()).eigenvectors.abs(),
     "trace": lambda o: torch.as_tensor(trace(HessianOperator(o), num_matvecs=60, generator=generator()).value),
-    "diagonal": lambda o: exact_diagonal(o, "ggn").values,
+    "diagonal": lambda o: exact_diagonal(o, "ggn").value,
     "factors": lambda o: next(iter(kronecker_factors(o).layers.values())).A,
     "moments": lambda o: gradient_moments(o).variance,
 }

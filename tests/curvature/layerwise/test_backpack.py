@@ -31,7 +31,7 @@ def test_diagonals(activation: type[nn.Module], loss: type[nn.Module]) -> None:
     objective = Objective(model, loss(), list(zip(X.split((4, 2, 1)), y.split((4, 2, 1)), strict=True)))
     ours = [operator(objective).to_dense().diagonal() for operator in (HessianOperator, GGNOperator)]
     for kind, diagonal in zip(("hessian", "ggn"), ours, strict=True):
-        assert_close(exact_diagonal(objective, kind).values, diagonal)  # type: ignore[arg-type]
+        assert_close(exact_diagonal(objective, kind).value, diagonal)  # type: ignore[arg-type]
 
     extended, criterion = backpack.extend(model), backpack.extend(loss())
     with backpack.backpack(extensions.DiagHessian(), extensions.DiagGGNExact()):

@@ -47,7 +47,7 @@ def test_layers(layer: Layer, kind: Any) -> None:
     model, loss, x, y = setting(layer.name)
     dense = DENSE[kind](model, loss, x, y).diagonal()
     found = exact_diagonal(Objective(model, loss, cut(x, y)), kind)
-    assert_close(found.values, dense)
+    assert_close(found.value, dense)
     curved = kind == "hessian" and layer.name in ("LayerNorm", "GroupNorm")
     assert found.route == ("products" if curved else "rules")
 
@@ -57,7 +57,7 @@ def test_layers(layer: Layer, kind: Any) -> None:
 def test_losses(loss: Loss, kind: Any, route: Any) -> None:
     model, function, x, y = setting("Tanh", loss)
     found = exact_diagonal(Objective(model, function, cut(x, y)), kind, route=route)
-    assert_close(found.values, DENSE[kind](model, function, x, y).diagonal())
+    assert_close(found.value, DENSE[kind](model, function, x, y).diagonal())
     assert found.route == route
 
 
@@ -80,7 +80,7 @@ def test_every_kind_of_model(case: Case, kind: Any) -> None:
         dense = dense_hessian(lambda: total_loss(forward, data, case.criterion), params)
     with assert_untouched(model):
         found = exact_diagonal(objective, kind)
-    assert_close(found.values, dense.diagonal())
+    assert_close(found.value, dense.diagonal())
 
 
 # -- awkward models ------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_awkward_models(name: str, kind: Any) -> None:
         model: nn.Module = build().double()  # type: ignore[operator]
         x, y = torch.randn(5, *shape, dtype=torch.float64), targets(CE)
     found = exact_diagonal(Objective(model, nn.CrossEntropyLoss(), (x, y)), kind)
-    assert_close(found.values, DENSE[kind](model, nn.CrossEntropyLoss(), x, y).diagonal())
+    assert_close(found.value, DENSE[kind](model, nn.CrossEntropyLoss(), x, y).diagonal())
     expected = routes[kind == "hessian"]
     assert found.route == expected or (not expected and found.route in ("vmap", "loop", "rules+vmap", "rules+loop"))
     if expected in ("products", "columns"):
@@ -231,7 +231,7 @@ def test_residual_network(kind: Any) -> None:
         model, x, y = Residual().double().eval(), torch.randn(5, 2, 3, 3, dtype=torch.float64), targets(CE)
     with assert_untouched(model):
         found = exact_diagonal(Objective(model, nn.CrossEntropyLoss(), cut(x, y)), kind, route="rules")
-    assert_close(found.values, DENSE[kind](model, nn.CrossEntropyLoss(), x, y).diagonal())
+    assert_close(found.value, DENSE[kind](model, nn.CrossEntropyLoss(), x, y).diagonal())
 
 
 def test_columns_are_counted_beforehand() -> None:
@@ -251,7 +251,7 @@ def test_dropout_on_exact_zeros() -> None:
         model[0].weight[:3] = 0
         model[0].bias[:3] = 0
     objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
-    assert_close(exact_diagonal(objective).values, GGNOperator(objective).to_dense().diagonal())
+    assert_close(exact_diagonal(objective).value, GGNOperator(objective).to_dense().diagonal())
 
 
 def test_loss_that_couples_examples() -> None:
@@ -259,7 +259,7 @@ def test_loss_that_couples_examples() -> None:
     loss = lambda z, _: z.sum(0).square().mean()  # noqa: E731
     found = exact_diagonal(Objective(model, loss, (x, y)))
     assert found.route == "products"
-    assert_close(found.values, ggn(model, loss, x, y).diagonal())
+    assert_close(found.value, ggn(model, loss, x, y).diagonal())
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_small_memory_gives_the_same(layer: str, route: Any, budget: int, kind: 
     route = route if kind == "ggn" else "auto"
     model, loss, x, y = setting(layer)
     found = exact_diagonal(Objective(model, loss, (x, y)), kind, route=route, memory_budget=budget)
-    assert_close(found.values, DENSE[kind](model, loss, x, y).diagonal())
+    assert_close(found.value, DENSE[kind](model, loss, x, y).diagonal())
 
 
 @pytest.mark.parametrize("route", ["auto", "vmap"])
@@ -286,7 +286,7 @@ def test_chosen_parameters_and_frozen_ones(route: Any) -> None:
         p.requires_grad_(False)
     found = exact_diagonal(Objective(model, loss, (x, y), params=chosen), route=route)
     offsets = torch.cat([torch.full((p.numel(),), float(name in chosen)) for name, p in params.items()])
-    assert_close(found.values, dense[offsets.bool()])
+    assert_close(found.value, dense[offsets.bool()])
     assert list(found.by_parameter()) == chosen
     assert all(found.by_parameter()[name].shape == params[name].shape for name in chosen)
     assert not any(p.requires_grad for p in params.values())
@@ -296,11 +296,11 @@ def test_weights_of_batches_and_batches_that_do_not_count() -> None:
     model, loss, x, y = setting()
     y[3:] = -100
     found = exact_diagonal(Objective(model, loss, cut(x, y)))
-    assert_close(found.values, ggn(model, loss, x[:3], y[:3]).diagonal())
+    assert_close(found.value, ggn(model, loss, x[:3], y[:3]).diagonal())
     y = targets(CE)
     objective = Objective(model, loss, cut(x, y), weight=lambda batch: 1.0 if len(batch[0]) == 3 else 5.0)
     expected = (ggn(model, loss, x[:3], y[:3]) + 5 * ggn(model, loss, x[3:], y[3:])).diagonal() / 6
-    assert_close(exact_diagonal(objective).values, expected)
+    assert_close(exact_diagonal(objective).value, expected)
 
 
 @pytest.mark.parametrize("route", ["auto", "vmap"])
@@ -308,20 +308,20 @@ def test_single_precision(route: Any) -> None:
     model, loss, x, y = setting("Conv2d")
     dense = ggn(model, loss, x, y).diagonal()
     found = exact_diagonal(Objective(model.float(), loss, cut(x.float(), y)), route=route)
-    assert found.values.dtype == torch.float32
-    assert relative_error(found.values.double(), dense) < 1e-5
+    assert found.value.dtype == torch.float32
+    assert relative_error(found.value.double(), dense) < 1e-5
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_small_things() -> None:
     one = nn.Linear(1, 1, bias=False).double()
     x = torch.tensor([[3.0]], dtype=torch.float64)
-    assert_close(exact_diagonal(Objective(one, nn.MSELoss(), (x, x))).values, torch.tensor([18.0], dtype=torch.float64))
+    assert_close(exact_diagonal(Objective(one, nn.MSELoss(), (x, x))).value, torch.tensor([18.0], dtype=torch.float64))
     model, loss, x, y = setting()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    assert_close(exact_diagonal(Objective(model, loss, (x, y))).values, ggn(model, loss, x, y).diagonal())
+    assert_close(exact_diagonal(Objective(model, loss, (x, y))).value, ggn(model, loss, x, y).diagonal())
 
 
 def test_sequence_outputs_and_refusal_of_what_is_too_dear() -> None:
@@ -331,12 +331,12 @@ def test_sequence_outputs_and_refusal_of_what_is_too_dear() -> None:
     objective = Objective(model, loss, (x, y))
     dense = ggn(model, loss, x, y).diagonal()
     for route in ("rules", "vmap"):
-        assert_close(exact_diagonal(objective, route=route).values, dense)  # type: ignore[arg-type]
+        assert_close(exact_diagonal(objective, route=route).value, dense)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"takes 10 columns.*max_columns=9; kind='ggn-mc'"):
         exact_diagonal(objective, route="vmap", max_columns=9)
     with pytest.raises(InputError, match=r"linalg\.diagonal"):
         exact_diagonal(Objective(model, loss, (x, y)), "hessian", max_columns=10)
-    assert_close(exact_diagonal(objective, route="vmap", max_columns=None).values, dense)
+    assert_close(exact_diagonal(objective, route="vmap", max_columns=None).value, dense)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_bad_objectives() -> None:
     no_split = Objective(model, None, (x, y), forward=lambda m, batch: loss(m(batch[0]), batch[1]))
     with pytest.raises(InputError, match="needs the split"):
         exact_diagonal(no_split)
-    assert_close(exact_diagonal(no_split, "hessian").values, hessian(model, loss, x, y).diagonal())
+    assert_close(exact_diagonal(no_split, "hessian").value, hessian(model, loss, x, y).diagonal())
     generator = torch.Generator().manual_seed(0)
     model, loss, x, y = setting("Tanh", BY_LOSS["smooth L1"])
     no_likelihood = Objective(model, loss, (x, y))
@@ -382,13 +382,13 @@ def test_monte_carlo_is_unbiased_and_knows_its_error(kind: Any, route: Any) -> N
     model = nn.Linear(2, 3, bias=False).double()
     x, y = BY_LAYER["Tanh"].inputs()[:, :2], targets(CE)
     objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
-    exact = exact_diagonal(objective).values
+    exact = exact_diagonal(objective).value
     runs, errors = [], []
     for seed in range(400):
         found = exact_diagonal(
             objective, kind, route=route, mc_samples=2, generator=torch.Generator().manual_seed(seed)
         )
-        runs.append(found.values)
+        runs.append(found.value)
         errors.append(found.stderr)
     samples = torch.stack(runs)
     z = (samples.mean(0) - exact) / (samples.std(0) / 20)
@@ -403,8 +403,8 @@ def test_monte_carlo_of_one_sample_and_of_indefinite_losses() -> None:
     single = exact_diagonal(objective, "ggn-mc", generator=torch.Generator().manual_seed(0))
     assert torch.isinf(single.stderr).all()
     many = exact_diagonal(objective, "ggn-mc", mc_samples=200, generator=torch.Generator().manual_seed(0))
-    drawn = many.stderr > 1e-12 * many.values.abs().max()  # what one column makes up is the same in every sample
-    z = ((many.values - ggn(model, loss, x, y).diagonal()) / many.stderr)[drawn]
+    drawn = many.stderr > 1e-12 * many.value.abs().max()  # what one column makes up is the same in every sample
+    z = ((many.value - ggn(model, loss, x, y).diagonal()) / many.stderr)[drawn]
     assert drawn.sum() > 20
     assert float(z.abs().max()) < 4.5
 
@@ -425,7 +425,7 @@ def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = exact_diagonal(Objective(model, loss, (x, y)))
     assert "do not add up" in found.reason
     assert found.route == "rules+vmap"
-    assert_close(found.values, right)
+    assert_close(found.value, right)
 
 
 def test_a_wrong_curve_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ def test_a_wrong_curve_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = exact_diagonal(Objective(model, loss, (x, y)), "hessian")
     assert "differ from products" in found.reason
     assert found.route == "products"
-    assert_close(found.values, hessian(model, loss, x, y).diagonal())
+    assert_close(found.value, hessian(model, loss, x, y).diagonal())
 
 
 def test_a_wrong_root_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +477,7 @@ def test_model_is_left_as_it_was(kind: Any, interrupted: bool, monkeypatch: pyte
             with pytest.raises(KeyboardInterrupt):
                 exact_diagonal(objective, kind)
         else:
-            first, second = (exact_diagonal(objective, kind).values for _ in range(2))
+            first, second = (exact_diagonal(objective, kind).value for _ in range(2))
             assert torch.equal(first, second)
             assert_close(first, DENSE[kind](model, loss, x, y).diagonal())
     assert _whole_state(model) == before

@@ -15,7 +15,7 @@ from curvature import (
     Objective,
     ParameterSpace,
     PreconditionedOperator,
-    optimizer_preconditioner,
+    optimizer_divisor,
 )
 from curvature.errors import InputError
 from curvature.linalg import eigsh
@@ -114,11 +114,11 @@ def test_last_step_was_minus_lr_times_inverse_times_average_of_gradients(name: s
     if "exp_avg" in next(iter(optimizer.state.values()), {}):
         m = torch.cat([optimizer.state[p]["exp_avg"].reshape(-1) for p in model.parameters()])
     moved = objective.space.current() - before
-    P = optimizer_preconditioner(optimizer, objective.space)
+    P = optimizer_divisor(optimizer, objective.space)
     assert P.dtype == objective.dtype
     lr = optimizer.param_groups[0]["lr"]
     assert_close(-m / P * lr, moved, 1e-6 if "fresh" in name else 1e-9)  # w + 1e-9 keeps few digits of the step
-    assert_close(optimizer_preconditioner(optimizer, objective.space, include_lr=True), P / lr, EXACT)
+    assert_close(optimizer_divisor(optimizer, objective.space, include_lr=True), P / lr, EXACT)
 
 
 def test_state_of_other_implementations_of_adahessian_is_read() -> None:
@@ -130,7 +130,7 @@ def test_state_of_other_implementations_of_adahessian_is_read() -> None:
     w = nn.Parameter(torch.ones(2, dtype=F64))
     optimizer = Foreign([w], {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1.0, "hessian_power": 0.5})
     optimizer.state[w] = {"step": 2, "exp_hessian_diag_sq": torch.tensor([7.0, 0.0], dtype=F64)}
-    P = optimizer_preconditioner(optimizer, ParameterSpace({"w": w}))
+    P = optimizer_divisor(optimizer, ParameterSpace({"w": w}))
     assert_close(P, 0.75 * torch.tensor([16**0.25 + 1, 1.0], dtype=F64), EXACT)  # 7 / (1 - 0.75^2) = 16
 
 
@@ -180,29 +180,27 @@ def test_parameters_that_were_not_moved() -> None:
     objective = Objective(model, case.loss, case.data())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match=r"has not moved 'unused.weight'"):
-        optimizer_preconditioner(optimizer, objective.space)
+        optimizer_divisor(optimizer, objective.space)
     case.loss(model(case.data()[0]), case.data()[1]).backward()
     optimizer.step()
     with pytest.raises(InputError, match=r"has not moved 'unused.weight'"):
-        optimizer_preconditioner(optimizer, objective.space)
-    P = objective.space.to_dict(optimizer_preconditioner(optimizer, objective.space, missing="identity"))
+        optimizer_divisor(optimizer, objective.space)
+    P = objective.space.to_dict(optimizer_divisor(optimizer, objective.space, missing="identity"))
     assert torch.equal(P["unused.weight"], torch.ones(2, 3, dtype=F64))
     assert not torch.equal(P["head.weight"], torch.ones(3, 4, dtype=F64))
     partly = torch.optim.Adagrad(model.get_submodule("head").parameters(), lr=0.1)
     with pytest.raises(InputError, match=r"does not hold 'unused.weight'"):
-        optimizer_preconditioner(partly, objective.space)
+        optimizer_divisor(partly, objective.space)
     with pytest.raises(InputError, match=r"has not moved 'head.weight'"):  # its state is there before the first step
-        optimizer_preconditioner(partly, objective.restrict("head").space)
-    P = objective.space.to_dict(
-        optimizer_preconditioner(optimizer, objective.space, missing="identity", include_lr=True)
-    )
+        optimizer_divisor(partly, objective.restrict("head").space)
+    P = objective.space.to_dict(optimizer_divisor(optimizer, objective.space, missing="identity", include_lr=True))
     assert_close(P["unused.bias"], torch.full((2,), 10.0, dtype=F64), EXACT)
 
 
 def test_fresh_adahessian_has_no_preconditioner_yet() -> None:
     model, objective = problem()
     with pytest.raises(InputError, match=r"has not moved '0.weight'"):
-        optimizer_preconditioner(AdaHessian(model.parameters()), objective.space)
+        optimizer_divisor(AdaHessian(model.parameters()), objective.space)
 
 
 def test_what_cannot_be_read_is_refused() -> None:
@@ -212,9 +210,9 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(InputError, match=r"preconditioner of Adadelta is not known: known are Adam, .*AdaHessian"):
         PreconditionedOperator.from_optimizer(H, other)
     with pytest.raises(InputError, match=r"must be a torch.optim.Optimizer, got str"):
-        optimizer_preconditioner("adam", objective.space)
+        optimizer_divisor("adam", objective.space)
     with pytest.raises(InputError, match=r"missing must be 'error' or 'identity', got 'skip'"):
-        optimizer_preconditioner(other, objective.space, missing="skip")  # type: ignore[arg-type]
+        optimizer_divisor(other, objective.space, missing="skip")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"needs a matrix of an objective.*got Scaled"):
         PreconditionedOperator.from_optimizer(2 * H, other)  # type: ignore[arg-type]
     ones = torch.ones(n, dtype=F64)
