@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.problems import Problem
 
-__all__ = ["METHODS", "Method", "Operator", "Product"]
+__all__ = ["GPU_METHODS", "METHODS", "Method", "Operator", "Product"]
 
 Operator = Literal["hessian", "ggn"]
 Product = Callable[[Tensor], Tensor]
@@ -98,6 +98,60 @@ def by_hand(problem: Problem, operator: Operator) -> Product:
         return flatten(torch.autograd.grad(outputs, params, HJv, retain_graph=True))
 
     return product
+
+
+def _by_hand_replayed(problem: Problem, operator: Operator) -> Product:
+    """Capture the kernels of a product by hand in a CUDA graph, and replay them without launching each."""
+    v = torch.zeros(problem.num_params, device=problem.inputs.device, dtype=problem.params[0].dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # backward passes run on the streams of their forward passes
+        product = by_hand(problem, operator)
+        for _ in range(3):
+            product(v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = product(v)
+
+    def replayed(x: Tensor, _alive: Product = product) -> Tensor:
+        v.copy_(x)
+        graph.replay()
+        return result.clone()
+
+    return replayed
+
+
+def _compiled(problem: Problem, operator: Operator) -> Product:
+    """Forward mode over reverse mode, compiled: torch.func has no graph that is kept."""
+    assert operator == "hessian"
+    names = [name for name, _ in problem.model.named_parameters()]
+    sizes = [p.numel() for p in problem.params]
+
+    def loss(*values: Tensor) -> Tensor:
+        outputs = torch.func.functional_call(problem.model, dict(zip(names, values, strict=True)), problem.inputs)
+        result: Tensor = problem.loss(outputs, problem.targets)
+        return result
+
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(names))))
+
+    @torch.compile
+    def product(values: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = torch.func.jvp(gradient, values, directions)[1]
+        return result
+
+    values = tuple(p.detach() for p in problem.params)
+
+    def flat(v: Tensor) -> Tensor:
+        parts = v.split(sizes)
+        return flatten(product(values, tuple(part.view_as(p) for part, p in zip(parts, values, strict=True))))
+
+    return flat
+
+
+def _load_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise ImportError("there is no CUDA device")
 
 
 # -- other libraries --------------------------------------------------------------------------------------------------
@@ -216,3 +270,22 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
+GPU_METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="by-hand-replayed",
+            label="double backward by hand, CUDA graph",
+            make=_by_hand_replayed,
+            load=_load_cuda,
+        ),
+        Method(
+            name="compiled",
+            label="forward over reverse mode by hand, torch.compile",
+            make=_compiled,
+            load=lambda: None,
+            operators=("hessian",),
+        ),
+    )
+}
+"""Tried on GPUs only, where launching kernels is what a small network's product may cost."""

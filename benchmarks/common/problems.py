@@ -1,4 +1,4 @@
-"""The networks that are measured: a multilayer perceptron, a convolutional network, a GPT; small ones, and for GPUs.
+"""The networks that are measured: perceptrons, convolutional networks, decoders; small ones, and for GPUs.
 
 Each comes with one batch of synthetic data, seeded: what a product costs does not depend on what the numbers are.
 Models return (terms, classes), targets are (terms,), so that the cross-entropy of every library applies as it is.
@@ -7,13 +7,16 @@ Models return (terms, classes), targets are (terms,), so that the cross-entropy 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPU_PROBLEMS", "PROBLEMS", "Problem", "make_gpt", "make_problem"]
+__all__ = ["GPU_PROBLEMS", "PROBLEMS", "TINY_PROBLEMS", "Problem", "make_gpt", "make_problem"]
+
+Made = tuple[nn.Module, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,26 @@ class Problem:
         loss: Tensor = self.loss(self.model(self.inputs), self.targets)
         return loss
 
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with weights and real inputs in another dtype; the model is changed in place."""
+        inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
+        return replace(self, model=self.model.to(dtype), inputs=inputs)
+
 
 def make_problem(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
-    """Return the named problem, the same on every call up to rounding to `dtype`."""
-    with torch.random.fork_rng(devices=[]):
+    """Return the named problem, the same on every call for a device, up to rounding to `dtype`."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.device(device):
         torch.manual_seed(0)
-        model, inputs, targets = {**PROBLEMS, **GPU_PROBLEMS}[name]()
-    model.eval()
-    inputs = inputs.to(device=device, dtype=dtype if inputs.is_floating_point() else None)
-    return Problem(name, model.to(device=device, dtype=dtype), nn.CrossEntropyLoss(), inputs, targets.to(device))
+        model, inputs, targets = {**PROBLEMS, **GPU_PROBLEMS, **TINY_PROBLEMS}[name]()
+    return Problem(name, model.eval(), nn.CrossEntropyLoss(), inputs, targets).to(dtype)
 
 
-def _mlp(width: int = 256, batch: int = 256) -> tuple[nn.Module, Tensor, Tensor]:
+def _mlp(width: int = 256, batch: int = 256) -> Made:
     hidden = [nn.Linear(784, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
     return nn.Sequential(*hidden, nn.Linear(width, 10)), torch.randn(batch, 784), torch.randint(10, (batch,))
 
 
-def _cnn(width: int = 16, batch: int = 64) -> tuple[nn.Module, Tensor, Tensor]:
+def _cnn(width: int = 16, batch: int = 64) -> Made:
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -120,16 +126,81 @@ def make_gpt(*, vocabulary: int, context: int, width: int, num_heads: int, num_l
 
 def _gpt(
     vocabulary: int = 65, context: int = 64, width: int = 96, num_heads: int = 4, num_layers: int = 4, batch: int = 16
-) -> tuple[nn.Module, Tensor, Tensor]:
+) -> Made:
     model = _GPT(vocabulary=vocabulary, context=context, width=width, num_heads=num_heads, num_layers=num_layers)
     text = torch.randint(vocabulary, (batch, context + 1))
     return model, text[:, :-1].contiguous(), text[:, 1:].flatten()
 
 
-PROBLEMS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"mlp": _mlp, "cnn": _cnn, "gpt": _gpt}
-GPU_PROBLEMS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
+class _Logits(nn.Module):
+    """A Hugging Face decoder as a function of tokens alone; returns logits (B * T, vocabulary)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits.reshape(-1, logits.shape[-1])
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the last layer, whose logits torch-curvature works in blocks."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+
+def _texts(model: Any, batch: int, length: int) -> Made:
+    text = torch.randint(model.config.vocab_size, (batch, length + 1))
+    return _Logits(model), text[:, :-1].contiguous(), text[:, 1:].flatten()
+
+
+def _gpt2(batch: int, length: int, **measures: Any) -> Made:
+    """GPT-2 with random weights; its measures are those of the one with 124 million parameters."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _texts(GPT2LMHeadModel(GPT2Config(**{"bos_token_id": 0, "eos_token_id": 0, **measures})), batch, length)
+
+
+def _llama(
+    batch: int, length: int, *, width: int, hidden: int, layers: int, heads: int, groups: int, vocabulary: int = 151_936
+) -> Made:
+    """Return a decoder with random weights, RMSNorm, rotary positions, SwiGLU, grouped queries and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    return _texts(LlamaForCausalLM(config), batch, length)
+
+
+def _llama_half_billion(batch: int = 4, length: int = 256) -> Made:
+    return _llama(batch, length, width=896, hidden=4864, layers=24, heads=14, groups=2)  # Qwen2.5-0.5B's measures
+
+
+def _llama_billion_and_half(batch: int = 2, length: int = 256) -> Made:
+    return _llama(batch, length, width=1536, hidden=8960, layers=28, heads=12, groups=2)  # Qwen2.5-1.5B's measures
+
+
+PROBLEMS: dict[str, Callable[[], Made]] = {"mlp": _mlp, "cnn": _cnn, "gpt": _gpt}
+GPU_PROBLEMS: dict[str, Callable[[], Made]] = {
     "mlp-20m": lambda: _mlp(width=4096, batch=4096),
     "cnn-1m": lambda: _cnn(width=128, batch=512),
-    "gpt-98m": lambda: _gpt(vocabulary=8192, context=256, width=768, num_heads=12, num_layers=12, batch=8),
+    "gpt2-124m": lambda: _gpt2(4, 128),
+    "gpt2-124m-long": lambda: _gpt2(8, 512),
+    "llama-0.5b": _llama_half_billion,
+    "llama-1.5b": _llama_billion_and_half,
 }
 """Large enough that a GPU computes for most of the time."""
+TINY_PROBLEMS: dict[str, Callable[[], Made]] = {
+    "mlp-tiny": lambda: _mlp(width=8, batch=8),
+    "cnn-tiny": lambda: _cnn(width=2, batch=4),
+    "gpt2-tiny": lambda: _gpt2(2, 8, n_layer=1, n_embd=8, n_head=2, vocab_size=32),
+    "llama-tiny": lambda: _llama(2, 8, width=8, hidden=16, layers=1, heads=2, groups=1, vocabulary=32),
+}
+"""For trying out what is measured with those for GPUs."""

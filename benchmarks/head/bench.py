@@ -12,15 +12,13 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.harness import one_line
+from benchmarks.common.harness import Gauge, one_line
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Rows, command
 
@@ -73,41 +71,36 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor, str], Product]] = {
 }
 
 
-def _resident(kind: str) -> float:
-    """Return the resident set (VmRSS) or its peak since it was last reset (VmHWM), in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 2**10
-
-
-def measure(N: int, V: int, d: int, matrix: str, method: str) -> dict[str, Any]:
+def measure(N: int, V: int, d: int, matrix: str, method: str, device: str = "cpu") -> dict[str, Any]:
     """Return the row of a method."""
     torch.manual_seed(0)
+    gauge = Gauge(device)
     row: dict[str, Any] = {"N": N, "V": V, "d": d, "matrix": matrix, "method": method}
-    if method != "blocks" and 5 * 4 * N * V > LIMIT_GIBIBYTES * 2**30:
+    if not gauge.on_gpu and method != "blocks" and 5 * 4 * N * V > LIMIT_GIBIBYTES * 2**30:
         return row | {"failure": "does not fit"}
-    model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, V, bias=False))
-    x, y = torch.randn(N, d), torch.randint(V, (N,))
-    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, V, bias=False))
+        x, y = torch.randn(N, d), torch.randint(V, (N,))
+        v = torch.randn(sum(p.numel() for p in model.parameters()))
     try:
         product = METHODS[method](model, x[:64], y[:64], matrix)  # code is loaded before the first reading
         product(v)
         del product
         gc.collect()
         product = METHODS[method](model, x, y, matrix)
-        before, start = _resident("VmRSS"), time.process_time()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is reset
+        gauge.reset()
+        start = gauge.now()
         product(v)
-        first, seconds = time.process_time() - start, []
+        first, seconds = gauge.now() - start, []
         for _ in range(ROUNDS):
-            start = time.process_time()
+            start = gauge.now()
             product(v)
-            seconds.append(time.process_time() - start)
+            seconds.append(gauge.now() - start)
     except Exception as error:
         return row | {"failure": one_line(error)}
-    of_vector = 4 * len(v) / 2**20
     row |= {
-        "extra_mebibytes": _resident("VmHWM") - before,
-        "vector_mebibytes": of_vector,
+        "extra_mebibytes": gauge.extra_mebibytes(),
+        "vector_mebibytes": 4 * len(v) / 2**20,
         "logits_mebibytes": 4 * N * V / 2**20,
     }
     return row | {"first_seconds": first, "seconds": statistics.median(seconds)}

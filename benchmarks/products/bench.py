@@ -1,41 +1,27 @@
-"""Hessian and Gauss-Newton products, all methods in one run: `python -m benchmarks.products.bench [--device cuda]`.
+"""Hessian and Gauss-Newton products, all methods in one run: `python -m benchmarks.products.bench`.
 
-A row comes from a process of its own. On a GPU, where torch's allocator tells one row's memory from another's, all come
-from this one.
+A row comes from a process of its own.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from benchmarks.common.harness import measure, one_line
-from benchmarks.common.peers import METHODS
-from benchmarks.common.problems import GPU_PROBLEMS, PROBLEMS
+from benchmarks.common.harness import measure
+from benchmarks.common.peers import METHODS, Operator
+from benchmarks.common.problems import PROBLEMS
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Row, Rows, command
 
-__all__ = ["main", "middle"]
+__all__ = ["OPERATORS", "main", "middle", "said"]
 
-OPERATORS = ["hessian", "ggn"]
+OPERATORS: list[Operator] = ["hessian", "ggn"]
 TIMEOUT_SECONDS = 600
 
 
-def _gpu_row(known: Row, settings: Row) -> Row:
-    try:
-        return asdict(measure(**settings, device="cuda"))
-    except torch.OutOfMemoryError as error:
-        return {**known, "failure": one_line(error)}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _summary(row: dict[str, Any]) -> str:
+def said(row: dict[str, Any]) -> str:
+    """Return a line on a row."""
     what = f"{row['problem']:4} {row['operator']:8} {row['method']:24}"
     if row.get("failure"):
         return f"{what} {row['failure']}"
@@ -58,31 +44,24 @@ def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Measure what the command line selects and write the rows."""
     parser = command("products", __doc__)
-    parser.add_argument("--problems", nargs="+", choices=[*PROBLEMS, *GPU_PROBLEMS])
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--runs", type=int, default=3, help="processes a row; they take turns")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing a process")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: to products_gpu.json")
     a = parser.parse_args()
-    on_gpu = a.device == "cuda"
-    out = a.out.with_stem("products_gpu") if on_gpu and a.out == parser.get_default("out") else a.out
-    problems = a.problems or list(GPU_PROBLEMS if on_gpu else PROBLEMS)
-    cases = [(p, o, m) for p in problems for o in a.operators for m in a.methods if o in METHODS[m].operators]
+    cases = [(p, o, m) for p in a.problems for o in a.operators for m in a.methods if o in METHODS[m].operators]
     runs: dict[tuple[str, str, str], list[Row]] = {case: [] for case in cases}
-    with Rows(out, ("problem", "operator", "method"), len(cases) * a.runs) as rows:
+    with Rows(a.out, ("problem", "operator", "method"), len(cases) * a.runs) as rows:
         for case in cases * a.runs:
             rows.begin(" ".join(case))
             problem, operator, method = case
             known = {"problem": problem, "operator": operator, "method": method, "label": METHODS[method].label}
             settings = {"problem_name": problem, "operator": operator, "method_name": method, "seconds": a.seconds}
-            if on_gpu:
-                row = _gpu_row(known, settings)
-            else:
-                row = alone(measure, known, timeout_seconds=TIMEOUT_SECONDS, threads=a.threads, **settings)
+            row = alone(measure, known, timeout_seconds=TIMEOUT_SECONDS, threads=a.threads, **settings)
             runs[case].append(row)
-            rows.add(middle(runs[case]), said=_summary(row))
+            rows.add(middle(runs[case]), said=said(row))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import harness, peers, problems
-from benchmarks.common.report import BEGIN, END, TABLES, insert, table
+from benchmarks.common.markdown import insert, markers
+from benchmarks.common.report import TABLES
 from benchmarks.common.summary_report import summary_table
 from benchmarks.products.bench import middle
+from benchmarks.products.report import table
 from curvature import GGNOperator, HessianOperator, Objective
 
 
@@ -37,7 +39,7 @@ def test_problems_are_repeatable_and_of_the_stated_size(name: str) -> None:
 @pytest.mark.parametrize(("operator", "kind"), [("hessian", HessianOperator), ("ggn", GGNOperator)])
 def test_reference_is_the_matrix(operator: peers.Operator, kind: Any) -> None:
     problem = problems.make_problem("tiny", dtype=torch.float64)
-    product = harness._reference("tiny", operator)
+    product = harness._reference(problem, operator)
     dense = torch.stack([product(e) for e in torch.eye(problem.num_params, dtype=torch.float64)], dim=1)
     expected = kind(Objective(problem.model, problem.loss, (problem.inputs, problem.targets))).to_dense()
     torch.testing.assert_close(dense, expected, rtol=1e-10, atol=1e-12)
@@ -131,11 +133,12 @@ def test_middle_run_is_the_median_and_keeps_all_costs() -> None:
 
 
 def test_insertion_replaces_only_what_is_between_the_markers() -> None:
-    text = f"before\n{BEGIN}\nold\n{END}\nafter"
+    begin, end = markers("products")
+    text = f"before\n{begin}\nold\n{end}\nafter"
     once = insert(text, "new\n")
-    assert once == f"before\n{BEGIN}\nnew\n{END}\nafter"
+    assert once == f"before\n{begin}\nnew\n{end}\nafter"
     assert insert(once, "new\n") == once
-    for bad in ("nothing", f"{END} {BEGIN}", text + text):
+    for bad in ("nothing", f"{end} {begin}", text + text):
         with pytest.raises(ValueError, match="must hold"):
             insert(bad, "new\n")
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.processes import alone
+from benchmarks.common.processes import Worker, alone
 from benchmarks.common.suite import Rows, command, stored
 
 
@@ -37,3 +39,42 @@ def test_a_row_of_a_process_that_dies_is_a_failure() -> None:
     assert alone(doubled, {"x": 2}, timeout_seconds=60, x=2) == {"found": 4}
     died = alone(doubled, {"x": -1}, timeout_seconds=60, x=-1)
     assert died == {"x": -1, "failure": "exit status 1: ValueError: a negative number"}
+
+
+BROKEN: list[str] = []
+
+
+def work(how: str) -> dict[str, Any]:
+    if how == "hangs":
+        time.sleep(60)
+    if how == "dies":
+        os._exit(3)
+    if how == "raises":
+        raise ValueError("a negative number")
+    if how == "breaks":
+        BROKEN.append(how)
+    return {"pid": os.getpid()}
+
+
+def begin() -> None:
+    pass
+
+
+def tidy() -> None:
+    if BROKEN:
+        raise RuntimeError("the device is out of order")
+
+
+def test_a_worker_is_replaced_where_a_row_dies_hangs_or_leaves_a_broken_device() -> None:
+    worker = Worker(begin, tidy)
+
+    def row(how: str, seconds: float = 60) -> dict[str, Any]:
+        found: dict[str, Any] = worker.row(work, {"how": how}, timeout_seconds=seconds, how=how)
+        return found
+
+    first = row("works")["pid"]
+    assert row("raises") == {"how": "raises", "failure": "ValueError: a negative number"}
+    assert row("breaks")["pid"] == first
+    assert row("dies") == {"how": "dies", "failure": "exit status 3"}
+    assert row("hangs", 0.4) == {"how": "hangs", "failure": "took more than 0.4 s"}
+    worker.stop()

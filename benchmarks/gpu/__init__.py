@@ -1,0 +1,1 @@
+"""Products, eigenpairs, steps and memory on a GPU."""
