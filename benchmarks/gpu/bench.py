@@ -105,14 +105,17 @@ def cases(device: str, row_limit: float) -> list[Case]:
 
 
 def _small_cases(device: str, row_limit: float) -> list[Case]:
-    """Return one row of each kind, with tiny networks."""
+    """Return a row or two of each kind, with tiny networks."""
+    options = {"num_basis": 5, "rtol": 1e-2, "basis_dtype": "bfloat16"}
     return [
-        *_products("llama-tiny", ("kept", "by-hand-replayed"), device),
+        *_products("mlp-tiny", ("kept", "by-hand-replayed"), device),
         _product("cnn-tiny", "hessian", "by-hand", device),
-        _product("gpt2-tiny", "ggn", "kept", device, "bfloat16"),
-        _pairs("gpt2-tiny", "eigsh", device, row_limit, 1, {"num_basis": 5, "rtol": 1e-2, "basis_dtype": "bfloat16"}),
+        _product("cnn-tiny", "ggn", "kept", device, "bfloat16"),
+        _pairs("mlp-tiny", "eigsh", device, row_limit, 1, options),
         _step("mlp-tiny", "adahessian-10", device),
         _head("64,50,4", "ggn", "blocks", device),
+        *_products("gpt2-tiny", ("kept",), device),
+        *_products("llama-tiny", ("kept",), device),
     ]
 
 
@@ -130,7 +133,7 @@ def main() -> None:
     """Measure what the command line selects and write the rows."""
     parser = command("gpu", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny networks, one row of each kind")
+    parser.add_argument("--small", action="store_true", help="tiny networks, a row or two of each kind")
     parser.add_argument("--tests", action="store_true", help="first the tests that need a GPU")
     parser.add_argument("--kinds", nargs="+", choices=("product", "pairs", "step", "head"))
     parser.add_argument("--problems", nargs="+", help="only rows of these")
