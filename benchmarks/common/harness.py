@@ -24,7 +24,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common.peers import GPU_METHODS, METHODS, Method, Operator, Product, by_hand, flatten
 from benchmarks.common.problems import Problem, make_problem
 
-__all__ = ["Conditions", "Gauge", "Row", "gradient", "math_attention", "measure", "one_line", "peak_mebibytes"]
+__all__ = [
+    "DOUBLE_PARAMS",
+    "Conditions",
+    "Gauge",
+    "Row",
+    "gradient",
+    "math_attention",
+    "measure",
+    "one_line",
+    "peak_mebibytes",
+]
 
 WARM_UP = 3
 LONG = 1.0

@@ -134,6 +134,7 @@ def _compiled(problem: Problem, operator: Operator) -> Product:
         return result
 
     gradient = torch.func.grad(loss, argnums=tuple(range(len(names))))
+    torch.compiler.reset()  # another network's shapes would make these dynamic
 
     @torch.compile
     def product(values: tuple[Tensor, ...], directions: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -88,8 +89,9 @@ class Worker:
         process.start()
         there.close()
         self._running = process, here
-        if here.poll(START_SECONDS):
-            here.recv()
+        with contextlib.suppress(EOFError):  # the row will say that it died
+            if here.poll(START_SECONDS):
+                here.recv()
         return self._running
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.harness import Gauge
+from benchmarks.common.harness import Gauge, math_attention
 from benchmarks.common.problems import Problem, make_problem
 from benchmarks.common.suite import ROOT, Row
 from benchmarks.eigen.methods import EIGEN_METHODS, Meter
@@ -71,7 +71,8 @@ def measure_pairs(problem_name: str, k: int, method_name: str, options: Row, dev
     if method.ours:
         row |= _our_pairs(problem, k, meter, options)
     else:
-        found = method.make(problem, k, meter, torch.empty(0))()
+        with math_attention():  # which other libraries need
+            found = method.make(problem, k, meter, torch.empty(0))()
         row |= {"eigenvalues": _listed(found.values), "status": found.said, "converged": found.converged}
     row |= {"seconds": gauge.now() - start, "products": meter.products}
     return row | {"peak_mebibytes": gauge.extra_mebibytes()}

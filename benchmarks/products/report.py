@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.common.harness import DOUBLE_PARAMS
 from benchmarks.common.markdown import conditions, marked
 
 __all__ = ["Row", "table"]
@@ -89,7 +90,7 @@ def _conditions(rows: Sequence[Row]) -> str:
     return (
         "In gradients of the same batch, median over rounds in which gradient and product alternate; in brackets the "
         f"peak memory {_memory(measured)}; blocks are per column. Every product is compared with double backward "
-        f"in float64: all agree to {worst:.0e}, except where the table says wrong. {_looks(measured)}"
+        f"in float64{_beyond(measured)}: all agree to {worst:.0e}, except where the table says wrong. {_looks(measured)}"
         f"{conditions(measured)}"
     )
 
@@ -98,6 +99,11 @@ def _memory(rows: Sequence[Row]) -> str:
     if all(row.get("peak_mebibytes") is None for row in rows):
         return "above that of one gradient"
     return "beyond model, data and vector"
+
+
+def _beyond(rows: Sequence[Row]) -> str:
+    large = any(row["num_params"] > DOUBLE_PARAMS for row in rows)
+    return f" (float32 above {DOUBLE_PARAMS / 1e6:.0f} million parameters)" if large else ""
 
 
 def _looks(rows: Sequence[Row]) -> str:
