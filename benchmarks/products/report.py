@@ -90,8 +90,8 @@ def _conditions(rows: Sequence[Row]) -> str:
     return (
         "In gradients of the same batch, median over rounds in which gradient and product alternate; in brackets the "
         f"peak memory {_memory(measured)}; blocks are per column. Every product is compared with double backward "
-        f"in float64{_beyond(measured)}: all agree to {worst:.0e}, except where the table says wrong. {_looks(measured)}"
-        f"{conditions(measured)}"
+        f"in float64{_beyond(measured)}: all agree to {worst:.0e}, except where the table says wrong. "
+        f"{_looks(measured)}{conditions(measured)}"
     )
 
 
