@@ -108,8 +108,7 @@ class KrylovSpace:
         The directions that carry most of the residuals of V `aim` go first.
         """
         self._frame = None
-        X = self.propose(width, aim)
-        self.absorb(self.A @ X.to(self.A.device, self.A.dtype))
+        self.absorb(self.A @ self.propose(width, aim).to(self.A.device, self.A.dtype))
 
     def propose(self, width: int, aim: Tensor | None = None) -> Tensor:
         """Return the directions that a step multiplies, (n, at most width), so that somebody else can."""
@@ -221,6 +220,12 @@ class KrylovSpace:
     def vectors(self, S: Tensor) -> Tensor:
         """Return V S, (n, k), on the device of A."""
         return (self.V.T @ S.to(self.rows)).to(self.A.device)
+
+    def final(self, S: Tensor, keep: bool) -> Tensor:
+        """Return V S; if the rows are not kept, they are given up."""
+        U = self.vectors(S)
+        self.rows = self.rows if keep else self.rows.new_empty(0, self.n)
+        return U
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, tensors and numbers only."""

@@ -130,9 +130,11 @@ class RoundedSpace(KrylovSpace):
         place = self.num_known + self.count - 1
         return float(self.G[place, place])
 
-    def refined(self, S: Tensor, multiply: Callable[[Tensor], Tensor], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def refined(
+        self, S: Tensor, multiply: Callable[[Tensor], Tensor], width: int, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, descending, vectors and residuals of V S, multiplied anew, `width` columns at a time."""
-        U = orthonormalise(self.vectors(S), self.U.T.to(self.A.device))
+        U = orthonormalise(self.final(S, keep), self.U.T.to(self.A.device))
         AU = torch.empty_like(U.T).T
         for X, AX in zip(U.split(width, dim=1), AU.split(width, dim=1), strict=True):
             AX.copy_(multiply(X))
@@ -186,10 +188,10 @@ class RoundedSpace(KrylovSpace):
         return torch.cat([self.U @ X.T, H])
 
     def _without(self, X: Tensor, inner: Tensor) -> Tensor:
-        """Return X without what U and the rows span, given its inner products with them."""
+        """Take from X, in its place, what U and the rows span, given its inner products with them."""
         m = len(inner)
         H = torch.cholesky_solve(inner.double().cpu(), torch.linalg.cholesky(self.G[:m, :m])).to(X)
-        X = torch.addmm(X, H[: self.num_known].T, self.U, alpha=-1) if self.num_known else X.clone()
+        X.addmm_(H[: self.num_known].T, self.U, alpha=-1)
         H = H[self.num_known :]
         for part, x in zip(self.rows[: len(H)].split(self.columns, dim=1), X.split(self.columns, dim=1), strict=True):
             x -= H.T @ self._wide(part)
@@ -201,6 +203,6 @@ class RoundedSpace(KrylovSpace):
         """Return N, R and the inner products of W with U and the rows."""
         del recent  # what rounding took from the rows couples W with all of them
         floor, H = floor_of(W, least), self._inner(W, count)
-        N, R = gram_schmidt(self._without(W, H), floor)
+        N, R = gram_schmidt(self._without(W.clone(), H), floor)
         N, R_again = gram_schmidt(self._without(N, self._inner(N, count)), floor.new_tensor(dependent_share(W)))
         return N, R_again @ R, H

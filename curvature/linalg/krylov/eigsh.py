@@ -161,7 +161,7 @@ def eigsh(
     )
     columns = "single products" if width == 1 else f"blocks of {width}"
     shares = "as asked for" if block_size else f"as columns of a block share {'work' if overhead else 'nothing'}"
-    pairs = lanczos.run(max_matvecs=max_matvecs)
+    pairs = lanczos.run(max_matvecs=max_matvecs, keep_basis=False)
     return replace(pairs, method=f"thick-restart Lanczos: {why}; {columns}, {shares}")
 
 

@@ -135,11 +135,13 @@ class ThickRestartLanczos:
         self._fell = 0  # ... and the products spent when it last fell
 
     @one_matrix
-    def run(self, *, max_matvecs: int | None = None) -> EigenPairs:
+    def run(self, *, max_matvecs: int | None = None, keep_basis: bool = True) -> EigenPairs:
         """Go on until the pairs have converged or `max_matvecs` products, those of earlier runs included, are spent.
 
+        Without `keep_basis` the basis is given up before the pairs are multiplied at the end, and this run is the last.
+
         Raises:
-            InputError: if the limit leaves no room for a step.
+            InputError: if the limit leaves no room for a step, or the basis was given up.
             NonFiniteError: if a product is not finite.
         """
         certificate = self.k if self.certify else 0
@@ -148,13 +150,15 @@ class ThickRestartLanczos:
             raise InputError(
                 f"max_matvecs must be at least {certificate + 1}{' with certify=True' * self.certify}, got {limit}."
             )
+        if len(self.space.rows) < self.space.count:
+            raise InputError("the basis was given up by keep_basis=False; make a new solver.")
         look = self._look()
         while not self._finished(look) and (width := self._width(look, limit - certificate)):
             self._advance(look, width)
             look = self._look()
             if self.callback is not None:
                 self.callback(self.space.num_matvecs, f"{int(look.done.sum())} of {self.k} eigenpairs")
-        return self._result(look, limit)
+        return self._result(look, limit, keep_basis)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run: tensors and numbers, as long as the basis is full."""
@@ -309,14 +313,14 @@ class ThickRestartLanczos:
         """Return the ends beyond which no eigenvalue may be missed: the last wanted values and their tolerance."""
         return bounds_of(theta, self.which, self._tolerance(theta).clamp_min(self.space.noise()))
 
-    def _result(self, look: Look, limit: int) -> EigenPairs:
+    def _result(self, look: Look, limit: int, keep_basis: bool) -> EigenPairs:
         space = self.space
         values, S = look.values.flip(0), look.coefficients.flip(1)
         norms = torch.hypot(look.residuals.flip(0), space.coupling(S)).clamp_min(space.rounding())
         tolerance, inexact = self._tolerance(values), space.num_known > 0
         done, num_checks, confirmed = self._all_done(look), 0, self.confidence is None
         if isinstance(space, RoundedSpace):
-            values, U, R = space.refined(S, self._product, self.block_size)
+            values, U, R = space.refined(S, self._product, self.block_size, keep_basis)
             norms, num_checks, confirmed = torch.linalg.vector_norm(R, dim=0).double().cpu(), len(values), True
             tolerance = self._asked(values, rounding_level(self.A) * space.norm)
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
@@ -324,9 +328,13 @@ class ThickRestartLanczos:
         else:
             if space.rows.device.type == "cpu" and space.rows.nbytes >= _SPARE_BYTES:
                 return_unused()  # what the products left: the check and the result need vectors beside the basis
-            if self.certify or (done and self.confidence is not None):
-                norms, num_checks, confirmed = self._computed(values, S, norms, tolerance, limit)
-            U = space.vectors(S)  # last, so that no product has to find room beside them
+            once = done and not confirmed and not self.certify and limit > space.num_matvecs
+            U, gap = self._vectors(S, once, keep_basis)
+            num_checks = int(once)
+            confirmed = confirmed or (once and gap <= max(_AGREE * float(tolerance.min()), self._noise_of_sum()))
+            if self.certify or (once and not confirmed and limit > space.num_matvecs + self.k):
+                norms, confirmed = self._computed(U, values), True
+                num_checks += len(values)
         converged = norms <= tolerance
         certified = done and self._certified(look) and confirmed
         if not done and not self._stagnated(look):
@@ -360,32 +368,26 @@ class ThickRestartLanczos:
             1.0, self._spent + (self._chain.miss_probability() if last else self._chain.miss_probability_of_all())
         )
 
-    def _computed(
-        self, values: Tensor, S: Tensor, inferred: Tensor, tolerance: Tensor, limit: int
-    ) -> tuple[Tensor, int, bool]:
-        """Return residual norms, how many products were spent on them, and whether these confirm them.
+    def _vectors(self, S: Tensor, once: bool, keep_basis: bool) -> tuple[Tensor, float]:
+        """Return V S and how far a product with a random sum of its columns is from what the recurrence says of it."""
+        space = self.space
+        z = torch.randint(0, 2, (S.shape[1], 1), generator=torch.Generator().manual_seed(self.k)).to(S) * 2 - 1
+        image = space.image(S @ z) if once else S
+        U = space.final(S, keep_basis)
+        return U, float(torch.linalg.vector_norm(image.sub_(self._product(U @ z.to(U))))) if once else math.nan
 
-        With z random signs, A V S z by a product and by the recurrence differ by what the recurrence is wrong. Where
-        that is not small beside the tolerance every pair is multiplied.
-        """
-        space, k = self.space, len(values)
-        left = limit - space.num_matvecs
-        if not self.certify:
-            if left < 1:
-                return inferred, 0, False
-            z = torch.randint(0, 2, (k, 1), generator=torch.Generator().manual_seed(k), dtype=torch.float64) * 2 - 1
-            image = self._product(space.vectors(S @ z))
-            gap = float(torch.linalg.vector_norm(image.sub_(space.image(S @ z))))
-            if gap <= max(_AGREE * float(tolerance.min()), space.rounding() * k**0.5):
-                return inferred, 1, True
-            if left < 1 + k:
-                return inferred, 1, False
-        norms = []
-        for columns, theta in zip(S.split(self.block_size, dim=1), values.split(self.block_size), strict=True):
-            U = space.vectors(columns)
-            R = self._product(U).addcmul_(U, theta.to(U), value=-1)
-            norms.append(column_norms(R, space.num_matvecs).double().cpu())
-        return torch.cat(norms), k + int(not self.certify), True
+    def _noise_of_sum(self) -> float:
+        return self.space.rounding() * self.k**0.5
+
+    def _computed(self, U: Tensor, values: Tensor) -> Tensor:
+        """Return the residual norms of pairs that are multiplied once more, `block_size` at a time."""
+
+        def norms(X: Tensor, theta: Tensor) -> Tensor:
+            R = self._product(X).addcmul_(X, theta.to(X), value=-1)
+            return column_norms(R, self.space.num_matvecs).double().cpu()
+
+        pieces = zip(U.split(self.block_size, dim=1), values.split(self.block_size), strict=True)
+        return torch.cat([norms(X, theta) for X, theta in pieces])
 
     def _product(self, U: Tensor) -> Tensor:
         """Return A U, in memory of its own."""
