@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.data.tensors import attributes_of, tensors_in
+from curvature.data.tensors import attributes_of, map_tensors, tensors_in
 
-__all__ = ["num_examples", "sparse_rows", "take", "ways_to_cut"]
+__all__ = ["num_examples", "small_part", "sparse_rows", "take", "ways_to_cut"]
+
+_SHARE, _TOKENS = 8, 8  # of a small part: one in so many; the shortest sequences
 
 
 def num_examples(batch: Any) -> int:
@@ -38,6 +40,21 @@ def take(batch: Any, rows: Sequence[int], count: int) -> Any:
         examples = batch.to_data_list()
         return batch.from_data_list([examples[i] for i in rows])
     return _taken(batch, rows, count)
+
+
+def small_part(batch: Any) -> Any | None:
+    """Return an eighth of the examples, and of the length of sequences of tokens (N, T); None if neither can be cut."""
+    count = num_examples(batch)
+    if count == 0:
+        return None
+    few = take(batch, range(max(1, count // _SHARE)), count) if count > 1 else batch
+    part = map_tensors(few, lambda t: t[:, : max(_TOKENS, t.shape[1] // _SHARE)] if _are_tokens(t) else t)
+    sizes = [sum(t.numel() for t in tensors_in(of)) for of in (part, batch)]
+    return part if sizes[0] < sizes[1] else None
+
+
+def _are_tokens(t: Tensor) -> bool:
+    return t.ndim == 2 and t.layout is torch.strided and not t.is_floating_point() and not t.is_complex()
 
 
 def sparse_rows(t: Tensor, rows: Tensor) -> Tensor:

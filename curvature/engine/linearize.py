@@ -25,7 +25,7 @@ from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
 from curvature.autograd.lean import LeanLayers
 from curvature.autograd.lean_trust import LeanTrust
-from curvature.data.parts import num_examples, take
+from curvature.data.parts import small_part
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
 from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly
 from curvature.errors import InputError
@@ -284,15 +284,16 @@ class Linearization(Recording):
             self._trust = trust
 
     def _agrees_on_a_part(self, product: Literal["hvp", "ggnvp"], trust: LeanTrust, v: Tensor, eps: float) -> bool:
-        """Compare on an eighth of the batch, where it can be cut: a layer's derivative does not depend on how many.
+        """Compare on a small part of the batch, if it can be cut: a layer's derivative does not depend on how many.
 
         Only agreement counts; whatever else comes of it, the whole batch decides.
         """
-        rule, count = self._evaluator.rule, num_examples(self.batch)
-        if count < 2 or rule is None or not rule.closed_form:
+        rule = self._evaluator.rule
+        if rule is None or not rule.closed_form:
             return False
         try:
-            part = take(self.batch, range(max(1, count // 8)), count)
+            if (part := small_part(self.batch)) is None:
+                return False
             lean = Linearization(self._evaluator, self._space, part, self.index, trust=LeanTrust())
             if lean.weight == 0 or lean._lean.calls() != self._lean.calls():
                 return False

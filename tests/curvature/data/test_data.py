@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import GGNOperator, HessianOperator, MCFisherOperator, NTKOperator, Objective
 from curvature.data.fingerprints import fingerprint
+from curvature.data.parts import small_part
 from curvature.data.tensors import map_tensors, move_batch, tensors_in
 from curvature.errors import DataError
 from tests.checks import assert_close
@@ -339,3 +340,21 @@ def test_objects_that_move_themselves() -> None:
     moved = move_batch([Movable(X), Record(X, Y)], device)
     assert moved[0].device == device
     assert all(t.device == device for t in tensors_in(moved))
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [
+        ({"input_ids": torch.zeros(16, 128, dtype=torch.long), "labels": torch.zeros(16)}, [(2, 16), (2,)]),
+        ({"input_ids": torch.zeros(1, 32, dtype=torch.long)}, [(1, 8)]),
+        ((torch.zeros(9, 5), torch.zeros(9, 1)), [(1, 5), (1, 1)]),
+        ((torch.zeros(1, 50), torch.zeros(1)), None),
+        ({"input_ids": torch.zeros(1, 8, dtype=torch.long)}, None),
+        ("no tensors", None),
+    ],
+)
+def test_a_small_part_has_an_eighth_of_examples_and_of_tokens(
+    batch: Any, sizes: list[tuple[int, ...]] | None
+) -> None:
+    part = small_part(batch)
+    assert (part if part is None else [tuple(t.shape) for t in tensors_in(part)]) == sizes
