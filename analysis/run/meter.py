@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from analysis.show.listener import Progress
-from curvature.environment.cost import peak_memory, synchronize
+from curvature.environment.cost import peak_memory
+from curvature.environment.device import synchronize
 
 __all__ = ["Cost", "Meter", "StageCost"]
 

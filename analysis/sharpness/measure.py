@@ -18,7 +18,7 @@ from analysis.sharpness.results import SharpnessRow, SharpnessTable
 from analysis.show.listener import Progress, stages
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
-from curvature.environment.cost import synchronize
+from curvature.environment.device import synchronize
 from curvature.errors import InputError
 from curvature.generators import spawn
 from curvature.objective.memory_format import fast_layout

@@ -177,7 +177,7 @@ class _Work:
             present.restore()
 
     def _random_states(self) -> RandomStates:
-        return RandomStates(sorted({p.device.index for p in self.params if p.is_cuda}))
+        return RandomStates({p.device for p in self.params})
 
     def gradient(self, k: int, *, create_graph: bool = False) -> Grads:
         self.spent += 1

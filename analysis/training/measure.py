@@ -19,7 +19,6 @@ from analysis.noise.results import GradientNoise
 from analysis.training.results import TrainingReading, TrainingRecord
 from curvature.arguments import checked
 from curvature.data.random_states import RandomStates, generators_of
-from curvature.environment.device import gpus
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
@@ -156,7 +155,7 @@ def _put_back(objective: Objective, evaluation_mode: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
-    states = RandomStates(gpus(objective.device), generators_of(objective.settings["data"]))
+    states = RandomStates([objective.device], generators_of(objective.settings["data"]))
     try:
         if evaluation_mode:
             for module, _ in modes:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature.environment.device import ATTENTION_KERNELS
+
 __all__ = ["SUBSTITUTES"]
 
 
@@ -68,7 +70,7 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    if torch.backends.cuda.math_sdp_enabled():
+    if ATTENTION_KERNELS[SDPBackend.MATH][0]():
         return F.scaled_dot_product_attention(*args, **kwargs)
     with sdpa_kernel(SDPBackend.MATH):  # the model asks for fused kernels, which have no second derivative
         return F.scaled_dot_product_attention(*args, **kwargs)

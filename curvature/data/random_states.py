@@ -20,6 +20,7 @@ from numpy.random import mtrand
 from torch import Tensor
 
 from curvature.data.tensors import attributes_of
+from curvature.environment.device import default_generators
 from curvature.environment.lock import one_at_a_time
 
 __all__ = ["RandomStates", "generators_of", "unnoticed"]
@@ -32,12 +33,12 @@ class RandomStates:
     """Random states at the time this was made; `restore` puts them back.
 
     Args:
-        devices: GPUs whose states count, beside that of the CPU.
+        devices: those whose states count, beside the CPU; None all that are in use.
         generators: of torch, NumPy or Python, beside the global ones.
     """
 
-    def __init__(self, devices: Iterable[torch.device | int] = (), generators: Iterable[Any] = ()) -> None:
-        self._torch = [(g, g.get_state()) for g in (torch.default_generator, *map(_cuda_generator, devices))]
+    def __init__(self, devices: Iterable[torch.device] | None = (), generators: Iterable[Any] = ()) -> None:
+        self._torch = [(g, g.get_state()) for g in default_generators(devices)]
         self._numpy = _NumPyState()
         self._python = random.getstate()
         self._held = [(g, _state(g)) for g in generators]
@@ -107,18 +108,17 @@ def unnoticed(data: Iterable[Any], stream: list[RandomStates]) -> Iterator[Any]:
         data: a loader; what is drawn while it yields comes from the stream.
         stream: the states that the last pass ended with; empty before the first, which starts from the present ones.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     held = generators_of(data)
 
     def drawing(call: Any) -> Any:
         with one_at_a_time:
-            outside = RandomStates(devices, held)
+            outside = RandomStates(None, held)
             try:
                 if stream:
                     stream[0].restore()
                 return call()
             finally:
-                stream[:] = [RandomStates(devices, held)]
+                stream[:] = [RandomStates(None, held)]
                 outside.restore()
 
     batches = drawing(lambda: iter(data))
@@ -163,11 +163,6 @@ def _is_filled(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _cuda_generator(device: torch.device | int) -> torch.Generator:
-    index = device if isinstance(device, int) else device.index
-    return torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
 
 
 def _state(generator: Any) -> Any:

@@ -27,7 +27,7 @@ from curvature.data.random_states import RandomStates
 from curvature.data.tensors import ordinary, tensors_in
 from curvature.engine.advice import advice_on_inputs, advice_on_loss, advice_on_outputs, first_line
 from curvature.environment.autocast import as_around
-from curvature.environment.device import gpus, is_gpu
+from curvature.environment.device import is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.precision import tf32_in_use, tf32_off
 from curvature.errors import DataError, InputError, NonFiniteError
@@ -327,12 +327,11 @@ def _unhooked(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Ite
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Seed all generators and restore them; yields a function that says whether random numbers were drawn since."""
-    devices = gpus(device)
-    before = RandomStates(devices)
+    before = RandomStates([device])
     try:
         before.seed(seed)
-        seeded = RandomStates(devices)
-        yield lambda: not seeded.same_as(RandomStates(devices))
+        seeded = RandomStates([device])
+        yield lambda: not seeded.same_as(RandomStates([device]))
     finally:
         before.restore()
 

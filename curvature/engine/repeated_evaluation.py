@@ -179,7 +179,7 @@ class RandomStreams:
     """The random streams of torch, NumPy and Python: every evaluation starts where the first did."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.devices = sorted({p.device.index for p in params if p.is_cuda})
+        self.devices = {p.device for p in params}
         self.before = RandomStates(self.devices)
         self.after: RandomStates | None = None
         self._moved = False

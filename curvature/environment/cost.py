@@ -11,20 +11,14 @@ from typing import TypeVar
 import psutil
 import torch
 
-from curvature.environment.device import is_gpu
+from curvature.environment.device import gpu_memory, is_gpu, synchronize
 from curvature.environment.memory import PROC, available_memory
 from curvature.errors import InputError
 
-__all__ = ["check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "synchronize", "timed"]
+__all__ = ["check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "timed"]
 
 T = TypeVar("T")
 _RUNS, _LONG = 5, 0.5  # s
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it, so that clocks mean something."""
-    if is_gpu(device):
-        torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -47,7 +41,7 @@ def median_seconds(work: Callable[[], object], device: torch.device) -> float:
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes ever in use: of torch on a CUDA device, else of the process since its start."""
     if is_gpu(device):
-        return int(torch.cuda.max_memory_allocated(device))
+        return gpu_memory(device).peak
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":  # ru_maxrss takes over the peak of the process that started this one
@@ -63,7 +57,7 @@ def peak_memory(device: torch.device) -> int:
 
 def current_memory(device: torch.device) -> int:
     """Return the bytes in use now: of torch on a CUDA device, else of the process."""
-    return torch.cuda.memory_allocated(device) if is_gpu(device) else int(psutil.Process().memory_info().rss)
+    return gpu_memory(device).allocated if is_gpu(device) else int(psutil.Process().memory_info().rss)
 
 
 def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvature.environment.device import is_gpu
+from curvature.environment.device import gpu_memory, is_gpu
 
 __all__ = ["HeldMemory", "available_memory", "keep_freed", "return_unused", "tensor_bytes"]
 
@@ -104,10 +104,7 @@ def available_memory(device: torch.device) -> int:
     CUDA device: what is free there, no more than torch's own share (`set_per_process_memory_fraction`).
     """
     if is_gpu(device):
-        free, total = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        return max(0, min(free + unused, share - torch.cuda.memory_allocated(device)))
+        return gpu_memory(device).free
     rooms = [int(psutil.virtual_memory().available)]
     if sys.platform == "linux":
         rooms += [*_process_rooms(), *_group_rooms(PROC)]

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from curvature.autograd.backward import pull_back
 from curvature.autograd.lean import LeanLayers
 from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
+from curvature.environment.device import ATTENTION_KERNELS
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import CurvatureError, DataError
 from curvature.per_example.capture import Capture
@@ -58,14 +59,7 @@ def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[LeanLayers]
     First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.
     """
     with one_at_a_time:
-        cuda = torch.backends.cuda
-        kernels = {
-            SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-            SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-            SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
-            SDPBackend.MATH: cuda.math_sdp_enabled(),
-        }
-        allowed = [kernel for kernel, enabled in kernels.items() if enabled]
+        allowed = [kernel for kernel, (is_on, _) in ATTENTION_KERNELS.items() if is_on()]
         trains = any(module.training for module in evaluator.model.modules())
         attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
         lean = evaluator.corrected_layers()

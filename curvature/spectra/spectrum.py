@@ -17,7 +17,7 @@ import torch
 
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
-from curvature.environment.cost import synchronize
+from curvature.environment.device import synchronize
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator, spawn
 from curvature.linalg.base.validate import check_square

@@ -14,11 +14,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.backends import cuda
+from torch.nn.attention import SDPBackend
 
 from curvature.autograd.backward import differentiable, no_autocast, pull_back, walk
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean import LeanLayers, MustRecordAnewError
+from curvature.environment.device import ATTENTION_KERNELS
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import CheckFailedError, CurvatureError, InputError
 
@@ -26,12 +27,8 @@ __all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "produ
 
 T = TypeVar("T")
 
-_KERNELS = (  # `torch.nn.attention.sdpa_kernel` does the same and takes as long as a small layer
-    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
-    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
-    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
-    (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
-)
+_KERNELS = [(*switches, kernel is SDPBackend.MATH) for kernel, switches in ATTENTION_KERNELS.items()]
+"""`torch.nn.attention.sdpa_kernel` does the same as these switches and takes as long as a small layer."""
 
 
 class curvature_session:  # a generator's context takes three times as long

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from curvature.environment.device import present_gpu
 from curvature.fingerprints.portable import content, text_digest
 from curvature.losses.rules import LossRule
 from curvature.objective.ranks import RankAgreement, failing_together
@@ -99,8 +100,8 @@ def share_of_rank(rule: LossRule | None, outputs: Tensor | None, targets: Any, g
 def _device(group: dist.ProcessGroup, outputs: Tensor | None) -> torch.device:
     if outputs is not None:
         return outputs.device
-    on_host = "gloo" in str(dist.get_backend(group)) or not torch.cuda.is_available()
-    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    gpu = None if "gloo" in str(dist.get_backend(group)) else present_gpu()
+    return torch.device("cpu") if gpu is None else gpu
 
 
 def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup, share: float = 1.0) -> None:

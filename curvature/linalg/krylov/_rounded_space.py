@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature.environment.device import is_gpu
 from curvature.errors import InputError
 from curvature.linalg.base.orthonormal import gram_schmidt, orthonormalise
 from curvature.linalg.base.validate import working_dtype
@@ -25,7 +26,7 @@ from curvature.linalg.krylov._krylov_space import KrylovSpace, dependent_share, 
 from curvature.linop import MatrixLike
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-COLUMNS = {"cpu": 1 << 16, "cuda": 1 << 20}  # coordinates that are widened at a time, for caches and for launches
+COLUMNS, GPU_COLUMNS = 1 << 16, 1 << 20  # coordinates that are widened at a time, for caches and for launches
 _ROOT_MEAN_SQUARE = 0.2  # of the relative rounding error of a coordinate, in units of eps
 
 
@@ -60,7 +61,7 @@ class RoundedSpace(KrylovSpace):
     def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
         self.first = 0
         self.U = known.T.to(device)
-        self.columns = COLUMNS.get(device.type, COLUMNS["cuda"])
+        self.columns = GPU_COLUMNS if is_gpu(device) else COLUMNS
         return torch.empty(size, self.n, dtype=self.basis_dtype, device=device)
 
     def noise_of(self, values: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
 from curvature.linalg import ThickRestartLanczos
-from curvature.linalg.krylov import _krylov_space, thick_restart
-from curvature.linalg.krylov._rounded_space import COLUMNS
+from curvature.linalg.krylov import _krylov_space, _rounded_space, thick_restart
 from curvature.linop import Counting, LinearOperator, to_scipy
 from curvature.results.estimates import Status
 from tests.matrices import F64, generator, orthogonal, spectra, true_residuals, twenty_spectra, wanted, with_spectrum
@@ -333,7 +332,7 @@ def test_the_basis_has_the_dtype_asked_for_and_the_result_that_of_the_work(dtype
 
 def test_no_step_holds_a_second_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that an operation returns has a few rows of the basis, not all."""
-    monkeypatch.setitem(COLUMNS, "cpu", 64)
+    monkeypatch.setattr(_rounded_space, "COLUMNS", 64)
     n, size = 4096, 20
     sizes: list[int] = []
 
@@ -364,7 +363,7 @@ def test_no_more_vectors_than_the_basis_and_a_few_are_held(
     for module, name in ((thick_restart, "_SPARE_BYTES"), (_krylov_space, "_SMALL")):
         monkeypatch.setattr(module, name, 0)  # as for vectors that are large
     monkeypatch.setattr(_krylov_space, "_COLUMNS", n // 64)
-    monkeypatch.setitem(COLUMNS, "cpu", n // 64)
+    monkeypatch.setattr(_rounded_space, "COLUMNS", n // 64)
 
     class Diagonal(LinearOperator):
         def _matmat(self, X: Tensor) -> Tensor:
