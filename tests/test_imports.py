@@ -129,6 +129,17 @@ def _modules_imported(path: Path, modules: dict[str, Path]) -> set[str]:
     return found
 
 
+def test_one_room_speaks_of_cuda() -> None:
+    found = set()
+    for path in [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else [name]
+            if {"cuda", "is_cuda"} & {name for name in names if isinstance(name, str)}:
+                found.add(str(path.relative_to(ROOT)))
+    assert found == {f"curvature/environment/{name}.py" for name in ("device", "precision")}
+
+
 def test_files_are_short() -> None:
     lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for k in PACKAGES for p in (ROOT / k).rglob("*.py")}
     assert {str(p.relative_to(ROOT)) for p, n in lengths.items() if n > MAX_LINES} == LONGER

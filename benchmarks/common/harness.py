@@ -12,6 +12,7 @@ import gc
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "measure",
     "one_line",
     "peak_mebibytes",
+    "waits",
 ]
 
 WARM_UP = 3
@@ -85,6 +87,8 @@ class Row(Conditions):
     """On a GPU: the most that was allocated, gradients, set-up and products, beyond model, data and vectors."""
     gradient_mebibytes: float | None = None
     """On a GPU: the same with gradients only."""
+    waits: int | None = None
+    """On a GPU: how often the host waits for it within a product."""
     error: float | None = None
     """|A X - R| / |R|, Frobenius, over up to `CHECKED_COLUMNS` columns and `CHECKED_ENTRIES` evenly spaced entries of
     each; R by double backward, in float64 up to `DOUBLE_PARAMS` parameters and in float32 beyond."""
@@ -159,7 +163,7 @@ def _figures(
         result = product(X)
     figures["extra_mebibytes"] = peak_mebibytes(gauge.device) - peak
     if gauge.on_gpu:
-        figures["peak_mebibytes"] = gauge.extra_mebibytes()
+        figures |= {"peak_mebibytes": gauge.extra_mebibytes(), "waits": waits(lambda: product(X))}
     gradients, products = _time(lambda: gradient(problem), lambda: product(X), gauge.now, seconds)
     look = getattr(product, "look", None)
     looks = None if look is None else _time(lambda: product(X), look, gauge.now, min(seconds, 1.0))
@@ -210,6 +214,18 @@ class Gauge:
     def extra_mebibytes(self) -> float:
         """Return the most that was in use since the reset, above what was in use then."""
         return (torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else _resident("VmHWM")) - self._before
+
+
+def waits(work: Callable[[], object]) -> int:
+    """Return how often the host waits for the GPU within some work."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def _resident(kind: str) -> float:

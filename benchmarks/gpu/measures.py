@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.harness import Gauge, math_attention
+from benchmarks.common.harness import Gauge, math_attention, waits
 from benchmarks.common.problems import Problem, make_problem
 from benchmarks.common.suite import ROOT, Row
 from benchmarks.eigen.methods import EIGEN_METHODS, Meter
@@ -120,9 +120,11 @@ def measure_step(problem_name: str, method_name: str, device: str) -> Row:
     for _ in range(2):
         take_step(method, optimizer, training, batch)
     row["peak_mebibytes"] = gauge.extra_mebibytes()
+    if gauge.on_gpu:
+        row["waits"] = waits(lambda: take_step(method, optimizer, training, batch))
     plain = sgd.make(training.params, NO_STEP, problem.loss)
     take_step(sgd, plain, training, batch)
-    for _ in range(-2 % period):  # the first refresh of a round is its first step
+    for _ in range((-3 if gauge.on_gpu else -2) % period):  # the first refresh of a round is its first step
         take_step(method, optimizer, training, batch)
     steps: list[float] = []
     of_sgd: list[float] = []

@@ -17,7 +17,7 @@ def gpu_table(rows: Sequence[Row]) -> str:
     ran = [row for row in rows if not (row.get("failure") or "").startswith("not run")]
     kinds = {kind: [row for row in ran if row["kind"] == kind] for kind in KINDS}
     products = [row if row["dtype"] == "float32" else {**row, "problem": _narrow(row)} for row in kinds["product"]]
-    parts = [table(products)] if products else []
+    parts = [table(products), *_waits(products)] if products else []
     for kind, make in (("pairs", _pairs), ("step", _steps), ("head", _heads)):
         if kinds[kind]:
             parts.append(make(kinds[kind]))
@@ -29,6 +29,16 @@ def gpu_table(rows: Sequence[Row]) -> str:
 
 def _narrow(row: Row) -> str:
     return f"{row['problem']} in {row['dtype']}"
+
+
+def _waits(rows: Sequence[Row]) -> list[str]:
+    """Say how often products wait for the GPU, of those methods of which it is known."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        if row.get("waits") is not None:
+            found.setdefault(row["label"], set()).add(row["waits"])
+    said = [f"{label} {min(n)}" + (f" to {max(n)}" if len(n) > 1 else "") for label, n in found.items()]
+    return [f"How often a product waits for the GPU: {', '.join(said)}.\n"] if said else []
 
 
 def _pairs(rows: Sequence[Row]) -> str:

@@ -120,9 +120,10 @@ def numbers(read: Iterable[Group]) -> tuple[int, ...]:
             runs = group.large
             if group.small:
                 runs = [_Run.of(_joined(group.small)), *runs]
-            found += torch.stack([total for run in runs for total in run.sums()]).tolist()
+            totals = torch.stack([total for run in runs for total in run.sums()])
             products = torch.stack([product for run in runs for product in run.inner_products()])
-            found += products.view(WORDS[products.element_size()]).tolist()  # bits, so that NaN equals itself
+            bits = products.view(WORDS[products.element_size()])  # so that NaN equals itself
+            found += torch.cat([totals, bits.long()]).tolist()  # a GPU is waited for once
     return tuple(found)
 
 
