@@ -9,16 +9,16 @@ import torch
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
-from curvature.errors import InputError
+from curvature.errors import CheckFailedError, InputError
 
 __all__ = [
     "ATTENTION_KERNELS",
     "check_served",
     "default_generators",
     "gpu_memory",
-    "is_captured",
     "is_gpu",
     "present_gpu",
+    "refuse_capture",
     "synchronize",
 ]
 
@@ -60,9 +60,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def is_captured(device: torch.device) -> bool:
-    """Say whether work on the device is being recorded into a CUDA graph, not done."""
-    return is_gpu(device) and torch.cuda.is_current_stream_capturing()
+def refuse_capture(device: torch.device, why: str) -> None:
+    """Raise CheckFailedError where work on the device is being recorded into a CUDA graph."""
+    if is_gpu(device) and torch.cuda.is_current_stream_capturing():
+        raise CheckFailedError(f"{why}: take it outside of the CUDA graph.")
 
 
 def default_generators(devices: Iterable[torch.device] | None) -> list[torch.Generator]:

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature.environment.device import is_gpu
-
 __all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Squares", "Sum", "Windows", "merge"]
 
 CACHE_BYTES = 2**22  # of temporaries on a CPU that are filled again and again: more leaves the caches
@@ -239,7 +237,7 @@ class Factors(Form):
     def _written_out(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None) -> Squares:
         """Write gradients out a few at a time, into the same memory: new memory costs more than the sums."""
         G, T, p, q, left = self.groups, self.rows, self.p, self.q, self.left
-        chunks = list(self.chunks(chunk_bytes if is_gpu(left.device) else min(chunk_bytes, CACHE_BYTES)))
+        chunks = list(self.chunks(min(chunk_bytes, CACHE_BYTES) if left.device.type == "cpu" else chunk_bytes))
         size = chunks[0][1] if chunks else 0
         windows = left.new_empty(size * G * T * p) if isinstance(self.right, Windows) else None
         products = left.new_empty(size * G, q, p)

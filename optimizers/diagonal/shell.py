@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
-from curvature.environment.device import is_captured, is_gpu
+from curvature.environment.device import is_gpu, refuse_capture
 from curvature.errors import CheckFailedError, InputError, NonFiniteError
 from optimizers.diagonal.curvature_source import WIDE, BatchGraph, CurvatureSource
 from optimizers.shared.base import COUNTERS, BaseOptimizer, Group, Shared
@@ -201,8 +201,8 @@ class CurvatureOptimizer(BaseOptimizer):
             loss, outputs, targets = self._evaluated(closure, moves_buffers=part != "curvature")
             scaled = loss if weight == 1.0 else loss * weight
             scaled = scaled if scaler is None else scaler.scale(scaled)
-        may_wait = measured or not is_gpu(loss.device)
-        looks = self.check_finite and scaler is None and self.process_group is None and may_wait
+        looks = self.check_finite and scaler is None and self.process_group is None
+        looks = looks and (measured or not is_gpu(loss.device))
         if looks and not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss is {loss.item()}: parameters are left as they are. Look at the batch, lower lr, or pass "
@@ -259,10 +259,7 @@ class CurvatureOptimizer(BaseOptimizer):
     def _measure(self, params: Tensors, grads: list[Tensor | None], scale: Tensor | None, **of_batch: Any) -> None:
         refuse_sparse(grads, type(self).__name__)
         curved = self._curved()
-        if is_captured(params[0].device):
-            raise CheckFailedError(
-                "curvature is due and its random numbers belong to this very step: take it outside of the CUDA graph."
-            )
+        refuse_capture(params[0].device, "curvature is due and its random numbers belong to this very step")
         group, settings = self.process_group, self.param_groups
         ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         if len(curved) < len(params):
