@@ -50,13 +50,13 @@ def _data(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + 1.2 * torch.randn(120, 10, generator=g).double(), labels
 
 
-def _objective(scale: float, data: int | None) -> Objective:
+def _objective(scale: float, data: int | None, batch_size: int) -> Objective:
     model, x, y = small_network("tanh", torch.float64)
     moved = nn.Sequential(nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     moved.load_state_dict({name: scale * value for name, value in model.state_dict().items()})
     if data is not None:
         x, y = _data(data)
-    return Objective(moved, nn.CrossEntropyLoss(), list(zip(x.split(8), y.split(8), strict=True)))
+    return Objective(moved, nn.CrossEntropyLoss(), list(zip(x.split(batch_size), y.split(batch_size), strict=True)))
 
 
 def _noise(objective: Objective, generator: torch.Generator) -> Result:
@@ -88,7 +88,8 @@ KINDS: dict[str, tuple[Callable[[Objective, torch.Generator], Result], tuple[boo
 
 def run(kind: str, other_data: bool, scale: float, place: int) -> Result:
     """Return one run: of the network with its weights times `scale`."""
-    objective = _objective(scale, place if other_data else None)
+    batch_size = 120 if kind == "sharpness" else 8  # batches matter to what is measured over them only
+    objective = _objective(scale, place if other_data else None, batch_size)
     return KINDS[kind][0](objective, torch.Generator().manual_seed(place))
 
 
