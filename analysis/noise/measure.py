@@ -44,8 +44,8 @@ def gradient_noise(
     With t_i = |g_i - g|^2 and u_i = 2 (g_i'g - |g|^2), the spread over examples of t_i gives the error of tr S. The
     variance of |G|^2 is 4 G'S G / N + 2 tr S^2 / N^2, with Var(t_i) for 2 tr S^2, as for normal noise, and no less than
     2 (tr S)^2 over the dimension. Fieller's interval of their ratio R takes it at the |G|^2 that R stands for. Nominal
-    95 % cover 93 to 99 % for light tails, whatever the spectrum of S and also where the mean is below its noise;
-    where the largest t_i fall off as a power below 4 (`tail`) standard errors have no variance; they cover down to 77 %
+    95 % cover 93 % and more for light tails, whatever the spectrum of S and also where the mean is below its noise;
+    where the largest t_i fall off as a power below 4 (`tail`) standard errors have no variance; they cover down to 78 %
     where it is near 2 or less, and `notes` say so.
 
     Cost: one pass of `gradient_moments`; for several batches also one product with the Jacobian of the outputs.

@@ -47,8 +47,8 @@ class GradientNoise(Result):
     mean_squared_norm: float
     """|g|^2; (loss / parameter)^2, as for all squares below."""
     trace: Measured
-    """Tr S without bias, with one standard error over other data. Its 95 % interval covers 91 to 97 % where
-    squares of gradients have a variance, 84 to 92 % where they have none, which `notes` tell of as a rule."""
+    """Tr S without bias, with one standard error over other data. Its 95 % interval covers 93 to 97 % where squares of
+    gradients have a variance, 85 to 92 % where they have none, which `notes` tell of in nine cases of ten and more."""
     squared_norm: Measured
     """|G|^2 without bias, |g|^2 - tr S / N, which may be negative; with one standard error."""
     noise_scale: NoiseScale

