@@ -302,8 +302,10 @@ class _Place:
     def tensor(self, model: nn.Module) -> Tensor | None:
         module: nn.Module | None = model
         for name in self.modules:
-            module = None if module is None else module._modules.get(name)
-        if module is None or self.key not in module._parameters:  # those of a traced module have no get()
+            if module is None or name not in module._modules:  # those of a scripted module have no get()
+                return None
+            module = module._modules[name]
+        if module is None or self.key not in module._parameters:
             return None
         return module._parameters[self.key]
 

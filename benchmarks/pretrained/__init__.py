@@ -1,0 +1,1 @@
+"""Pretrained models that packages ship, looked at by the command."""
