@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from curvature.autograd.backward import no_autocast
+from curvature.environment.device import is_gpu
 
 __all__ = ["WORDS", "digest", "groups", "is_view", "numbers", "stripes", "version"]
 
 _LENGTH = 2**13  # weights; they stay in cache
 _PIECE = 2**22  # entries that are widened at a time
-_SMALL = 2**12  # entries; tensors up to this size are joined, which saves calls
+_SMALL, _SMALL_ON_GPU = 2**12, 2**23  # entries; tensors up to this size are joined, which saves calls ...
+_JOINED = 2**25  # ... but for more than so many entries
 _STRIPES = 64
 _PLAIN = (Tensor, torch.nn.Parameter)
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,8 +48,27 @@ class Group:
     """Flat tensors of one device and dtype: small ones, to be joined, and how larger ones are read."""
 
     device: torch.device
-    small: list[Tensor]
+    small: list[list[Tensor]]
     large: list[_Run]
+
+    def add(self, flat: Tensor) -> None:
+        """Take in a tensor."""
+        if flat.numel() > (_SMALL_ON_GPU if is_gpu(self.device) else _SMALL):
+            self.large.append(_Run.of(flat))
+        else:
+            self.join(flat)
+
+    def join(self, part: Tensor) -> None:
+        """Take in a tensor beside the small ones."""
+        if not self.small or sum(map(Tensor.numel, self.small[-1])) + part.numel() > _JOINED:
+            self.small.append([])
+        self.small[-1].append(part)
+
+    def runs(self) -> Iterator[_Run]:
+        """Yield what is read, one after another: those that are joined take memory."""
+        for parts in self.small:
+            yield _Run.of(_joined(parts))
+        yield from self.large
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,9 @@ class _Run:
     @classmethod
     def of(cls, flat: Tensor) -> _Run:
         run = cls(list(_words(flat)), [], [])
-        wide = flat.dtype in (torch.float32, torch.float64)
-        weights = _weights(flat.device, flat.dtype if wide else torch.float64)
-        for piece in (flat,) if wide else flat.split(_PIECE):
+        wide = _wide(flat.dtype)
+        weights = _weights(flat.device, wide)
+        for piece in (flat,) if wide == flat.dtype else flat.split(_JOINED if is_gpu(flat.device) else _PIECE):
             num_rows, rest = divmod(piece.numel(), _LENGTH)
             if num_rows:
                 of_rows = [weights[: min(_LENGTH, num_rows - i)] for i in range(0, num_rows, _LENGTH)]
@@ -81,7 +102,7 @@ class _Run:
     def inner_products(self) -> Iterator[Tensor]:
         """Yield inner products with fixed weights; an entry's weight is that of its place in a row, times its row's."""
         for rows, weights in self.rows:
-            wide = _weights(rows.device, rows.dtype if rows.dtype == torch.float32 else torch.float64)
+            wide = _weights(rows.device, _wide(rows.dtype))
             products = torch.mv(rows.to(wide.dtype), wide)
             for part, of_rows in zip(products.split(_LENGTH), weights, strict=True):
                 yield torch.dot(part, of_rows)
@@ -102,12 +123,10 @@ def groups(tensors: Iterable[Tensor], most: int | None) -> list[Group]:
                 group = found.setdefault(
                     (flat.device, flat.dtype if most is None else None), Group(flat.device, [], [])
                 )
-                if most is not None:
-                    group.small.append(_striped(flat, most) if flat.numel() > most else flat)
-                elif flat.numel() <= _SMALL:
-                    group.small.append(flat)
+                if most is None:
+                    group.add(flat)
                 else:
-                    group.large.append(_Run.of(flat))
+                    group.join(_striped(flat, most) if flat.numel() > most else flat)
     return list(found.values())
 
 
@@ -117,14 +136,17 @@ def numbers(read: Iterable[Group]) -> tuple[int, ...]:
     found: list[int] = []
     for group in read:
         with no_autocast(group.device):
-            runs = group.large
-            if group.small:
-                runs = [_Run.of(_joined(group.small)), *runs]
-            totals = torch.stack([total for run in runs for total in run.sums()])
-            products = torch.stack([product for run in runs for product in run.inner_products()])
+            read_off = [(list(run.sums()), list(run.inner_products())) for run in group.runs()]
+            totals = torch.stack([total for sums, _ in read_off for total in sums])
+            products = torch.stack([product for _, inner in read_off for product in inner])
             bits = products.view(WORDS[products.element_size()])  # so that NaN equals itself
             found += torch.cat([totals, bits.long()]).tolist()  # a GPU is waited for once
     return tuple(found)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which entries are multiplied, which holds them exactly but for the largest integers."""
+    return torch.float32 if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float64
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -353,8 +353,6 @@ def test_objects_that_move_themselves() -> None:
         ("no tensors", None),
     ],
 )
-def test_a_small_part_has_an_eighth_of_examples_and_of_tokens(
-    batch: Any, sizes: list[tuple[int, ...]] | None
-) -> None:
+def test_a_small_part_has_an_eighth_of_examples_and_of_tokens(batch: Any, sizes: list[tuple[int, ...]] | None) -> None:
     part = small_part(batch)
     assert (part if part is None else [tuple(t.shape) for t in tensors_in(part)]) == sizes

@@ -168,6 +168,26 @@ def test_digests_see_what_sums_and_parities_miss() -> None:
     assert digest([nan]) == digest([nan.clone()])
 
 
+@pytest.mark.parametrize("joined", [2**25, 2**13])
+def test_digests_of_tensors_that_are_joined_as_on_a_gpu(joined: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curvature.fingerprints.digest.is_gpu", lambda _: True)
+    monkeypatch.setattr("curvature.fingerprints.digest._JOINED", joined)
+    sizes = (10, 5000, 20000, 9000)
+    tensors = [torch.randn(n) for n in sizes] + [torch.randn(n).bfloat16() for n in sizes]
+
+    def swapped(words: Tensor) -> None:
+        words[[0, 9]] = words[[9, 0]]
+
+    found = {digest(tensors), digest([t.clone() for t in tensors])}
+    assert len(found) == 1
+    for i, t in enumerate(tensors):
+        for change in (swapped, lambda words: words[2].bitwise_xor_(1)):
+            others = [t.clone() for t in tensors]
+            change(others[i].view(torch.int32 if t.dtype == torch.float32 else torch.int16))
+            found.add(digest(others))
+    assert len(found) == 1 + 2 * len(tensors)
+
+
 @pytest.mark.parametrize("most", [None, 640])
 @pytest.mark.parametrize("room", [0, 3000, 2**20])  # digests; both; copies
 def test_contents_stand_until_they_change(most: int | None, room: int) -> None:
