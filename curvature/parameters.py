@@ -302,10 +302,8 @@ class _Place:
     def tensor(self, model: nn.Module) -> Tensor | None:
         module: nn.Module | None = model
         for name in self.modules:
-            if module is None or name not in module._modules:  # those of a scripted module have no get()
-                return None
-            module = module._modules[name]
-        if module is None or self.key not in module._parameters:
+            module = None if module is None or name not in module._modules else module._modules[name]
+        if module is None or self.key not in module._parameters:  # those of scripted modules have no get()
             return None
         return module._parameters[self.key]
 

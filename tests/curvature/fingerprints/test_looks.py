@@ -178,14 +178,13 @@ def test_digests_of_tensors_that_are_joined_as_on_a_gpu(joined: int, monkeypatch
     def swapped(words: Tensor) -> None:
         words[[0, 9]] = words[[9, 0]]
 
-    found = {digest(tensors), digest([t.clone() for t in tensors])}
-    assert len(found) == 1
+    found = digest(tensors)
+    assert digest([t.clone() for t in tensors]) == found
     for i, t in enumerate(tensors):
         for change in (swapped, lambda words: words[2].bitwise_xor_(1)):
             others = [t.clone() for t in tensors]
             change(others[i].view(torch.int32 if t.dtype == torch.float32 else torch.int16))
-            found.add(digest(others))
-    assert len(found) == 1 + 2 * len(tensors)
+            assert digest(others) != found
 
 
 @pytest.mark.parametrize("most", [None, 640])
