@@ -18,6 +18,7 @@ from benchmarks.common.harness import measure
 from benchmarks.common.peers import GPU_METHODS, METHODS, Operator
 from benchmarks.common.processes import Worker
 from benchmarks.common.suite import Row, Rows, command, stored
+from benchmarks.eigen.methods import EIGEN_METHODS
 from benchmarks.gpu.measures import measure_head, measure_pairs, measure_step, prepare, run_tests, tidy
 from benchmarks.optimizers.peers import method_of
 from benchmarks.products.bench import said as product_said
@@ -64,6 +65,7 @@ def _products(problem: str, methods: tuple[str, ...], device: str) -> Iterator[C
 
 def _pairs(problem: str, method: str, device: str, row_limit: float, k: int, options: Row) -> Case:
     known = {"kind": "pairs", "problem": problem, "operator": "hessian", "method": method, "k": k, "dtype": "float32"}
+    known |= {"label": EIGEN_METHODS[method].label}
     settings = {"problem_name": problem, "k": k, "method_name": method, "options": options}
     return Case(known, measure_pairs, {**settings, "device": device, "limit": 0.8 * row_limit})
 

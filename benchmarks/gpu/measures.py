@@ -64,7 +64,7 @@ def measure_pairs(problem_name: str, k: int, method_name: str, options: Row, dev
     gauge, method = Gauge(device), EIGEN_METHODS[method_name]
     method.load()
     problem = make_problem(problem_name, device=device)
-    row = {**_facts(problem, gauge), "label": method.label, "options": options}
+    row = {**_facts(problem, gauge), "options": options}
     meter = Meter(time.process_time() + limit)
     gauge.reset()
     start = gauge.now()
@@ -101,7 +101,7 @@ def measure_step(problem_name: str, method_name: str, device: str) -> Row:
     A method that measures curvature on every n-th step takes n of them a round.
     """
     gauge, method, problem = Gauge(device), method_of(method_name), make_problem(problem_name, device=device)
-    row = {**_facts(problem, gauge), "label": method.label}
+    row = _facts(problem, gauge)
     training = TrainingProblem(
         name=problem_name,
         model=problem.model,

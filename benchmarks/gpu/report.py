@@ -45,7 +45,7 @@ def _pairs(rows: Sequence[Row]) -> str:
     footnotes: list[str] = []
     lines = ["| largest eigenpairs of the Hessian | pairs | seconds | products | memory |", "|---|--:|--:|--:|--:|"]
     for row in rows:
-        label = "**torch-curvature**, `eigsh`" if row["method"] == "eigsh" else row.get("label", row["method"])
+        label = f"**torch-curvature**, {row['label']}" if row["method"] == "eigsh" else row["label"]
         name = f"| {row['problem'].upper()}, {label} | {row['k']} | "
         if row.get("failure"):
             lines.append(f"{name}fails{marked(f'`{_plain(row)}`', footnotes)} | | |")
@@ -112,4 +112,4 @@ def _plain(row: Row) -> str:
 
 def _joined(lines: list[str], footnotes: list[str], facts: str) -> str:
     notes = [f"{i}. {text}" for i, text in enumerate(footnotes, start=1)]
-    return "\n".join([*lines, "", *notes, *([""] if notes else []), facts]) + "\n"
+    return "\n".join([*lines, "", *notes, *([""] if notes and facts else []), *([facts] if facts else [])]) + "\n"
