@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ from optimizers import (
 )
 from tests.cases import BY_NAME, CASES, Case
 from tests.checks import assert_close
+from tests.matrices import spectra, with_spectrum
 from tests.optimizers.problems import Problem, mlp, train
 
 pytestmark = [
@@ -244,6 +246,22 @@ def test_dropout_masks_are_those_of_the_gpu_and_the_same_each_time() -> None:
     assert_close(first, first.T, 1e-12)
 
 
+def test_products_have_the_accuracy_of_float32() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
+    batch = (torch.randn(512, 256).cuda(), torch.randint(10, (512,)).cuda())
+    v = torch.randn(sum(p.numel() for p in model.parameters())).cuda()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        product = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v
+        rough = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch, allow_tf32=True)) @ v
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    model, batch = model.double(), (batch[0].double(), batch[1])
+    exact = HessianOperator(Objective(model, nn.CrossEntropyLoss(), batch)) @ v.double()
+    assert (product - exact).norm() <= 1e-5 * exact.norm()
+    assert (product - exact).norm() < 0.1 * (rough - exact).norm()
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +324,7 @@ def _matrix() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("solver", [eigsh, lobpcg])
+@pytest.mark.parametrize("solver", [partial(eigsh, method="lanczos"), lobpcg])
 def test_eigenpairs(solver: Callable[..., Any], k: int) -> None:
     A, values = _matrix()
     found = solver(A, k, rtol=1e-6, generator=generator())
@@ -314,10 +332,20 @@ def test_eigenpairs(solver: Callable[..., Any], k: int) -> None:
     assert found.eigenvectors.is_cuda
 
 
+@pytest.mark.parametrize("basis_device", [None, "cpu"])
+def test_repeated_eigenvalues_by_blocks(basis_device: str | None) -> None:
+    A = with_spectrum(spectra(N)["repeated"]).cuda()
+    settings: dict[str, Any] = {"rtol": 1e-6, "basis_device": basis_device, "block_size": 2}
+    found = eigsh(A, 6, method="lanczos", generator=generator(), **settings)
+    assert_close(found.eigenvalues, torch.linalg.eigvalsh(A).flip(0)[:6], 1e-6)
+    assert found.eigenvectors.is_cuda
+
+
 @pytest.mark.parametrize("basis_dtype", [torch.float32, torch.bfloat16])
 def test_eigenpairs_with_the_basis_on_the_cpu(basis_dtype: torch.dtype) -> None:
     A, values = _matrix()
-    found = eigsh(A, 4, generator=generator(), basis_device="cpu", basis_dtype=basis_dtype, num_basis=30)
+    settings: dict[str, Any] = {"basis_device": "cpu", "basis_dtype": basis_dtype, "num_basis": 30}
+    found = eigsh(A, 4, method="lanczos", generator=generator(), **settings)
     assert_close(found.eigenvalues, values.flip(0)[:4], 1e-3)
     assert found.eigenvectors.is_cuda
 

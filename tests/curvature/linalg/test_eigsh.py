@@ -262,22 +262,6 @@ def test_bad_deflation(deflate: Tensor, message: str) -> None:
         eigsh(with_spectrum(spectra(N)["flat"]), 2, generator=generator(), deflate=deflate)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("basis_device", [None, "cpu"])
-def test_on_a_gpu_with_the_basis_there_or_here(basis_device: str | None) -> None:
-    A = with_spectrum(spectra(N)["repeated"])
-    pairs = eigsh(
-        A.cuda(),
-        6,
-        rtol=1e-6,
-        generator=torch.Generator("cuda").manual_seed(0),
-        basis_device=basis_device,
-        block_size=2,
-    )
-    assert pairs.eigenvectors.is_cuda
-    torch.testing.assert_close(pairs.eigenvalues.cpu(), wanted(A, 6, "LA"), rtol=0, atol=1e-6)
-
-
 # -- a basis in fewer bits ----------------------------------------------------------------------------------------
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]
