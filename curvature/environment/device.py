@@ -17,7 +17,6 @@ __all__ = [
     "default_generators",
     "gpu_memory",
     "is_gpu",
-    "present_gpu",
     "refuse_capture",
     "synchronize",
 ]
@@ -47,11 +46,6 @@ def check_served(device: torch.device) -> None:
             f"the parameters lie on {str(device)!r}, and curvature is computed on 'cpu' and 'cuda' devices only: call "
             "model.to('cpu') first."
         )
-
-
-def present_gpu() -> torch.device | None:
-    """Return the GPU on which this process works; None where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -150,7 +150,7 @@ class RankAgreement:
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group = group
         on_device = is_gpu(device) and "nccl" in str(dist.get_backend(group))
-        self._device = device if on_device else torch.device("cpu")
+        self.device = device if on_device else torch.device("cpu")
         self._point: tuple[Any, dict[str, int]] | None = None
 
     def agree(
@@ -173,7 +173,7 @@ class RankAgreement:
         if error is not None:
             values[1:] = [None] * (len(_FIELDS) - 1)
         low_high = [_NONE if v is None else v for v in values] + [_NONE if v is None else -v for v in values]
-        packed = torch.tensor(low_high, dtype=torch.int64, device=self._device)
+        packed = torch.tensor(low_high, dtype=torch.int64, device=self.device)
         with _explained():
             dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
         high, low = packed[: len(_FIELDS)].tolist(), [-v for v in packed[len(_FIELDS) :].tolist()]
@@ -246,12 +246,12 @@ class RankAgreement:
 
     def everywhere(self, flag: bool) -> bool:
         """Whether something holds on all ranks."""
-        total, _ = sum_over_ranks(torch.tensor([float(flag)], device=self._device), 1.0, self.group)
+        total, _ = sum_over_ranks(torch.tensor([float(flag)], device=self.device), 1.0, self.group)
         return round(float(total)) == self.group.size()
 
     def mean(self, *values: float) -> list[float]:
         """Return the means over the ranks."""
-        total, count = sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=self._device), 1.0, self.group)
+        total, count = sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=self.device), 1.0, self.group)
         return (total / count).tolist()
 
 

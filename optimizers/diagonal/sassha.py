@@ -142,7 +142,7 @@ class SASSHA(CurvatureOptimizer):
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
         if self.process_group is not None:
             compare_ranks(self, "gradients at the start of SASSHA's step")
-            share = share_of_rank(self._rule, outputs, targets, self.process_group)
+            share = share_of_rank(self, outputs, targets)
             grads = average_over_ranks(grads, self.process_group, share)
         group = self.param_groups[0]
         norms = [n.to(loss.device, torch.promote_types(n.dtype, torch.float32)) for n in torch._foreach_norm(grads)]

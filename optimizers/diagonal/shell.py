@@ -336,7 +336,7 @@ class CurvatureOptimizer(BaseOptimizer):
     def _join(self, group: ProcessGroup) -> None:
         compare_ranks(self, f"gradients of {type(self).__name__}", point=True)
         outputs, targets = self._counted[0] if len(self._counted) == 1 else (None, None)
-        share = share_of_rank(self._rule, outputs, targets, group)
+        share = share_of_rank(self, outputs, targets)
         average_gradients(self._trained(), group, share)
         if self._sums is not None:
             means = iter(average_over_ranks([t for tensors in self._sums for t in tensors], group, share))

@@ -275,7 +275,7 @@ class FullBatchOptimizer(BaseOptimizer):
         """Return the mean over ranks that each count by their share of the joined batch."""
         group = cast("ProcessGroup", self.process_group)
         compare_ranks(self, "shares of a batch")
-        share = share_of_rank(self._rule, outputs, targets, group)
+        share = share_of_rank(self, outputs, targets)
 
         def mean(t: Tensor) -> Tensor:
             compare_ranks(self, "a mean", total=t)

@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from curvature.environment.device import present_gpu
 from curvature.fingerprints.portable import content, text_digest
-from curvature.losses.rules import LossRule
 from curvature.objective.ranks import RankAgreement, failing_together
 
 __all__ = ["average_gradients", "average_over_ranks", "compare_ranks", "on_all_ranks", "share_of_rank"]
@@ -80,28 +78,23 @@ def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup, shar
     return means
 
 
-def share_of_rank(rule: LossRule | None, outputs: Tensor | None, targets: Any, group: dist.ProcessGroup) -> float:
+def share_of_rank(optimizer: Any, outputs: Tensor | None, targets: Any) -> float:
     """Return the factor under which a mean over the ranks is that of the joined batch: of losses that sum, their sum.
 
     1 where the closure returned the loss itself, so that nobody knows how much a rank counts.
     """
+    rule, group = optimizer._rule, optimizer.process_group
     if rule is None or outputs is None:
         terms = math.nan
     elif rule.reduction == "sum":
         return float(group.size())
     else:
         terms = float(rule.num_terms(outputs, targets))
-    total = torch.tensor(terms, dtype=torch.float64, device=_device(group, outputs))
+    ranks = cast("RankAgreement", _agreement(optimizer))
+    total = torch.tensor(terms, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(total, group=group)
     share = terms * group.size() / float(total) if float(total) != 0 else 1.0
     return share if math.isfinite(share) else 1.0
-
-
-def _device(group: dist.ProcessGroup, outputs: Tensor | None) -> torch.device:
-    if outputs is not None:
-        return outputs.device
-    gpu = None if "gloo" in str(dist.get_backend(group)) else present_gpu()
-    return torch.device("cpu") if gpu is None else gpu
 
 
 def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup, share: float = 1.0) -> None:
