@@ -16,14 +16,18 @@ from curvature.linalg.base.validate import check_count
 def rademacher(
     n: int, k: int, *, generator: AnyGenerator, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
-    """Return k columns of independent random signs, (n, k).
+    """Return k columns of random signs, (n, k).
 
-    They have the least variance for traces: Var(z'Az) = 2 sum_{i != j} A_ij^2 for symmetric A. The device is that of
-    the generator by default, which may be a seed.
+    They have the least variance for traces: Var(z'Az) = 2 sum_{i != j} A_ij^2 for symmetric A. Columns are independent,
+    but drawn anew where all are one vector up to sign, which for 1 < n <= 64 happens and would tell no spread; means of
+    z'Az and |Az|^2 stay unbiased. The device is that of the generator by default, which may be a seed.
     """
     source = _source(n, k, generator, dtype, device)
-    bits = torch.randint(0, 2, (k, n), generator=source, device=device or source.device)
-    return (2 * bits - 1).to(dtype).T
+    while True:
+        bits = torch.randint(0, 2, (k, n), generator=source, device=device or source.device)
+        Z = (2 * bits - 1).to(dtype).T
+        if not (1 < n <= 64 and one_direction(Z)):
+            return Z
 
 
 @checked

@@ -27,6 +27,16 @@ def test_probes_have_the_moments_they_promise() -> None:
     )
 
 
+def test_two_short_sign_vectors_are_never_one_and_their_means_are_unbiased() -> None:
+    A = torch.tensor([[1.0, -2.0, 0.5], [-2.0, 3.0, 1.0], [0.5, 1.0, -1.0]], dtype=F64)
+    pairs = [rademacher(3, 2, generator=generator(seed), dtype=F64) for seed in range(600)]
+    assert max(abs(float(Z[:, 0] @ Z[:, 1])) for Z in pairs) == 1.0
+    means = torch.stack([(Z * (A @ Z)).sum(dim=0).mean() for Z in pairs])
+    assert abs(means.mean() - A.trace()) < 4 * means.std() / 600**0.5
+    alone = rademacher(1, 3, generator=generator(), dtype=F64)
+    torch.testing.assert_close(alone.abs(), torch.ones(1, 3, dtype=F64))
+
+
 # -- density ----------------------------------------------------------------------------------------------------------
 
 
