@@ -207,7 +207,7 @@ def pac_bayes_cases(dtype: torch.dtype) -> Iterator[Case]:
 def _jackknife(dtype: torch.dtype, seed: int) -> dict[str, tuple[float, float]]:
     """Return trace and largest eigenvalue of the Hessian on a fresh data set of 16 batches of 15, with their errors.
 
-    The batches' Hessians are made whole, which is what `spectrum` finds of so few parameters, in a twentieth of its time.
+    The batches' Hessians are made whole: what `spectrum` finds of so few parameters, in a twentieth of its time.
     """
     g = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

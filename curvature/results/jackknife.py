@@ -6,7 +6,7 @@ same without group g, the delete-a-group jackknife for groups of unequal weight 
     (1/G) sum_g (theta~_g - theta_J)^2 / (h_g - 1),    h_g = sum w / w_g,
     theta~_g = h_g theta - (h_g - 1) theta_(g),    theta_J = G theta - sum_g (1 - 1/h_g) theta_(g).
 
-Of nominal 95 % intervals from 16 groups 91 (trace) and 94 % (largest eigenvalue) cover the number over all data.
+Of nominal 95 % intervals from 16 groups 96 (trace) and 94 % (largest eigenvalue) cover the number over all data.
 
 Reference: Busing, Meijer and van der Leeden (1999), Delete-m jackknife for unequal m; Efron and Stein (1981), The
 jackknife estimate of variance.

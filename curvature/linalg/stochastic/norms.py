@@ -59,7 +59,7 @@ def frobenius_norm(
     that of the square over 2 |A|_F, the first order in it. |A|_F of a Hessian rules the error of Hutchinson's trace.
 
     Where few eigenvalues rule, samples are skewed as squares of few normal numbers are, and the standard error is too
-    small by up to a third with 5 to 30 of them. Intervals allow for it: of nominal 95 % 92 to 99 % cover.
+    small by up to a third with 5 to 30 of them. Intervals allow for it: of nominal 95 % 93 % and more cover.
 
     Cost: num_matvecs products; n where the budget allows as many, and then the norm is exact.
 
