@@ -62,9 +62,10 @@ def trace(
     With rtol the run ends when the half width of the confidence interval, Student's t over the samples, is at most rtol
     |value|, with 8 samples at least; the status says where a trace near zero, with terms of both signs, prevents it.
     The standard error allows for samples that happen to lie close together. Of nominal 95 % intervals 92 % and more
-    cover (docs/benchmarks.md). Where nearly all entries off the diagonal are zero, samples from signs take few values,
-    and k of them agree by chance with a probability of up to 2^(1 - k), with an error of 0. With 4 products 76 to 85 %
-    cover there, with 12 95 % and more; distribution="normal" has no such chance.
+    cover (docs/benchmarks.md), of "hutchinson" with 4 products of a matrix of rank one 91 %. Where nearly all entries
+    off the diagonal are zero, samples from signs take few values, and k of them agree by chance with a probability of
+    up to 2^(1 - k), with an error of 0. With 4 products 76 to 85 % cover there, with 12 95 % and more;
+    distribution="normal" has no such chance.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these.
 
