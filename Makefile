@@ -9,7 +9,7 @@ RUN ?= runs/demo
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench notebooks clean
+.PHONY: help demo test check lint format bench bench-quick notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -51,6 +51,9 @@ bench: $(BENCH)/.ready ## measure against other libraries (in an environment of 
 	$(BENCH)/bin/python -m benchmarks.compare.bench
 	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.optimizers.bench $$part || exit 1; done
 	$(BENCH)/bin/python -m benchmarks.common.report
+
+bench-quick: $(VENV)/.ready ## measure a few rows again and say what moved (3 minutes)
+	$(VENV)/bin/python -m benchmarks.common.quick
 
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
 	$(VENV)/bin/python notebooks/execute.py

@@ -108,10 +108,9 @@ class DataSource:
             else:
                 if self.sample is None or num_examples(self.sample) < 2:
                     count, most = next((n for n, _ in ways_to_cut(batch)), 0), _MOST_SAMPLED
-                    self.sample = (
-                        take(batch, [i * count // most for i in range(most)], count) if count > most else batch
-                    )
-                yield from _split(batch, self._micro_batch)
+                    chosen = [i * count // most for i in range(most)]
+                    self.sample = take(batch, chosen, count, flattened=self._paired) if count > most else batch
+                yield from _split(batch, self._micro_batch, flattened=self._paired)
 
     def _note_order(self, index: int, mark: Fingerprint) -> None:
         """Compare with the batches seen so far, of passes that were completed or not."""
@@ -144,7 +143,7 @@ def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
     return data
 
 
-def _split(batch: Any, size: int) -> Iterator[Any]:
+def _split(batch: Any, size: int, *, flattened: bool) -> Iterator[Any]:
     """Cut a batch along the first dimension of its tensors; tensors of another length are handed to every piece."""
     count = next((n for n, _ in ways_to_cut(batch) if n), 0)
     if count == 0:
@@ -152,4 +151,4 @@ def _split(batch: Any, size: int) -> Iterator[Any]:
             "micro_batch= cuts batches along the first dimension of their tensors, and this batch has none."
         )
     for start in range(0, count, size):
-        yield take(batch, range(start, min(start + size, count)), count)
+        yield take(batch, range(start, min(start + size, count)), count, flattened=flattened)

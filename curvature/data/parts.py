@@ -34,12 +34,15 @@ def ways_to_cut(batch: Any) -> Iterator[tuple[int, Any]]:
         yield count, batch
 
 
-def take(batch: Any, rows: Sequence[int], count: int) -> Any:
-    """Return a batch of `count` examples with some of them only; what has another length is handed on whole."""
+def take(batch: Any, rows: Sequence[int], count: int, *, flattened: bool = False) -> Any:
+    """Return a batch of `count` examples with some of them only; what has another length is handed on whole.
+
+    With `flattened` a tensor that is several times as long holds as many rows of each example, one after another.
+    """
     if callable(getattr(batch, "from_data_list", None)):
         examples = batch.to_data_list()
         return batch.from_data_list([examples[i] for i in rows])
-    return _taken(batch, rows, count)
+    return _taken(batch, rows, count, flattened)
 
 
 def small_part(batch: Any) -> Any | None:
@@ -62,18 +65,20 @@ def sparse_rows(t: Tensor, rows: Tensor) -> Tensor:
     return t.to_sparse_coo().index_select(0, rows).to_sparse(layout=t.layout)
 
 
-def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
+def _taken(value: Any, rows: Sequence[int], count: int, flattened: bool) -> Any:
     if isinstance(value, Tensor):
-        if value.ndim == 0 or len(value) != count:
-            return value
         strided = value.layout is torch.strided
+        if value.ndim == 0 or len(value) != count:
+            if not flattened or not strided or value.ndim == 0 or len(value) % count:
+                return value
+            return value.unflatten(0, (count, -1))[_index(rows, value)].flatten(0, 1)
         return value[_index(rows, value)] if strided else sparse_rows(value, torch.tensor(rows, device=value.device))
     if isinstance(value, Mapping):
-        mapped = {key: _taken(part, rows, count) for key, part in value.items()}
+        mapped = {key: _taken(part, rows, count, flattened) for key, part in value.items()}
         return mapped if type(value) is dict else type(value)(mapped)  # type: ignore[call-arg]
     if isinstance(value, (list, tuple)):
         whole = len(value) != count or any(isinstance(t, Tensor) and t.ndim > 0 and len(t) == count for t in value)
-        items = [_taken(part, rows, count) for part in value] if whole else [value[i] for i in rows]
+        items = [_taken(part, rows, count, flattened) for part in value] if whole else [value[i] for i in rows]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if hasattr(value, "__array__") and hasattr(value, "shape"):
         return value[list(rows)] if value.shape and value.shape[0] == count else value
@@ -81,7 +86,7 @@ def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
         return value
     changed = copy.copy(value)
     for name, part in attributes_of(value).items():
-        object.__setattr__(changed, name, _taken(part, rows, count))
+        object.__setattr__(changed, name, _taken(part, rows, count, flattened))
     return changed
 
 

@@ -116,8 +116,8 @@ def cut_in_two(
             rows = [i * count // size for i in range(size)]
             at = max(1, min(size - 1, int(share * size)))
             at -= at > 2 and at % 2 == 0
-            for place in dict.fromkeys((at, size - 1, 1)):
-                pieces = [take(whole, part, count) for part in (rows, rows[:place], rows[place:])]
+            for place, flattened in itertools.product(dict.fromkeys((at, size - 1, 1)), (False, True)):
+                pieces = [take(whole, part, count, flattened=flattened) for part in (rows, rows[:place], rows[place:])]
                 verdict = _compare(evaluator, pieces, index)
                 if verdict is None or not verdict.refused:
                     break

@@ -267,3 +267,29 @@ def test_an_ignored_batch_of_a_subclass_counts_nothing() -> None:
     objective = Objective(model, Own(), [(X[:9], Y[:9]), (X[9:], ignored)])
     assert_close(objective.loss(), 2 * CE(model(X[:9]), Y[:9]).detach(), 1e-12)
     assert objective.total_weight == 9
+
+
+class Tokens(nn.Module):
+    """Logits of all places of all texts, one after another."""
+
+    def __init__(self, *, mixes: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.head, self.mixes = nn.Embedding(7, 5), nn.Linear(5, 7), mixes
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens).tanh()
+        return self.head(x - x.mean(0) if self.mixes else x).flatten(0, 1)
+
+
+def test_targets_that_are_flattened_over_places_belong_to_their_examples() -> None:
+    model, loss = Tokens().double(), nn.CrossEntropyLoss()
+    x, y = torch.randint(7, (6, 4)), torch.randint(7, (24,))
+    objective = Objective(model, loss, (x, y))
+    alone = [loss(model(x[i : i + 1]), y[4 * i : 4 * i + 4]) for i in range(6)]
+    gradients = torch.stack([flat_gradient(value, [*model.parameters()]) for value in alone])
+    assert_close(gradient_norms(objective).squared_norms, gradients.square().sum(1))
+    assert_close(objective.gradient(), gradients.mean(0))
+    assert_close(objective.split(4).gradient(), gradients.mean(0))
+    for use in (lambda o: gradient_norms(o), lambda o: o.split(4).gradient()):
+        with pytest.raises((DataError, InputError), match=r"gradient of its own|micro_batch= would change"):
+            use(Objective(Tokens(mixes=True).double(), loss, (x, y)))
