@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from analysis.inspection.results import Inspection, LayerCurvature
 from analysis.records.measured import Measured
@@ -70,19 +71,30 @@ def _conditioning(inspection: Inspection) -> str:
 
 
 def _layers(layers: tuple[LayerCurvature, ...]) -> str:
-    def condition(layer: LayerCurvature) -> float:
-        return layer.effective_condition.value if math.isfinite(layer.effective_condition.value) else -math.inf
-
-    sharpest, worst = max(layers, key=lambda layer: layer.top), max(layers, key=condition)
+    sharpest = max(layers, key=lambda layer: layer.top)
+    worst, as_bad = _largest(layers, lambda layer: layer.effective_condition)
     text = f"{sharpest.name} is the sharpest on its own (λ = {number(sharpest.top, 3)})"
     total = sum(layer.trace.value for layer in layers)
     if total > 0:
-        heaviest = max(layers, key=lambda layer: layer.trace.value)
+        heaviest, as_heavy = _largest(layers, lambda layer: layer.trace)
         text += " and" if heaviest is sharpest else f", {heaviest.name}"
-        text += f" has the largest share of the trace ({100 * heaviest.trace.value / total:.0f}{THIN}%)"
-    return (
-        text + f", and {worst.name} is the worst conditioned (λ is {number(condition(worst), 3)} times its mean |λ|)."
-    )
+        text += f" has the largest share of the trace ({100 * heaviest.trace.value / total:.0f}{THIN}%{as_heavy})"
+    condition = f"λ is {quantity(worst.effective_condition)} times its mean |λ|{as_bad}"
+    return f"{text}, and {worst.name} is the worst conditioned ({condition})."
+
+
+def _largest(
+    layers: tuple[LayerCurvature, ...], of: Callable[[LayerCurvature], Measured]
+) -> tuple[LayerCurvature, str]:
+    """Return the layer with the largest number, and which other one may have a larger."""
+
+    def value(layer: LayerCurvature) -> float:
+        return of(layer).value if math.isfinite(of(layer).value) else -math.inf
+
+    first, *others = sorted(layers, key=value, reverse=True)
+    least = of(first).interval()[0]
+    rival = next((layer for layer in others if of(layer).interval()[1] > least), None)
+    return first, "" if rival is None else f"; {rival.name} is within the error"
 
 
 def _step(inspection: Inspection) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from analysis.inspection.findings import findings
-from analysis.inspection.results import Inspection
+from analysis.inspection.results import Inspection, LayerCurvature
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.run.report import page_of
@@ -161,6 +161,19 @@ def test_largest_stable_step(run: InspectionRun) -> None:
     found = {f.question: f.answer for f in findings(run.inspection)}
     assert wording.number(2 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
     assert wording.number(3.8 / float(run.inspection.top.eigenvalues[0]), 3) in found["How large a step is stable?"]
+
+
+@pytest.mark.parametrize(("stderr", "rival"), [(0.1, ""), (4.0, "; b is within the error")])
+def test_layers_that_lead_and_those_that_may(run: InspectionRun, stderr: float, rival: str) -> None:
+    def layer(name: str, value: float) -> LayerCurvature:
+        known = Measured(value=value, stderr=stderr)
+        return replace(run.inspection.layers[0], name=name, trace=known, effective_condition=known)
+
+    inspection = replace(run.inspection, layers=(layer("a", 30.0), layer("b", 25.0), layer("c", 1.0)))
+    answer = next(f.answer for f in findings(inspection) if "layers" in f.question)
+    assert f"share of the trace (54 %{rival})" in answer.replace(wording.THIN, " ")
+    assert f"a is the worst conditioned (λ is 30.{'00 ± 0.10' if not rival else '0 ± 4.0'} times" in answer
+    assert answer.endswith(f"mean |λ|{rival}).")
 
 
 def test_where_nothing_curves(run: InspectionRun) -> None:
