@@ -37,6 +37,7 @@ __all__ = [
     "logit_normalised",
     "pieces",
     "relative_flatness",
+    "tolerated",
     "tolerated_noise",
 ]
 
@@ -113,22 +114,27 @@ def average_rise(objective: Objective, c: Tensor, *, rho: float, num_probes: int
 def tolerated_noise(
     objective: Objective, c: Tensor, *, rise: float, num_probes: int, generator: torch.Generator
 ) -> Found:
-    """Return 1 / sigma^2 for the sigma at which noise sigma c z lifts the loss by `rise` on average, z normal.
-
-    The same pairs +-z serve every sigma, so that the mean rise is one function of it. Its root is bracketed and found
-    by secants of log rise over log sigma, whose slope is 2 where the loss is quadratic. The search ends where the mean
-    rise is off by a hundredth of its standard error, or the bracket is narrow. Where the loss is flat the value is 0.
-    The standard error is that of the mean rise over its slope. Cost: two losses a probe for each of some 5 sigmas.
-    """
+    """Return `tolerated` of noise sigma c z, z normal, from pairs +-z. Cost: two losses a probe for each sigma."""
     z = torch.randn(len(c), num_probes, generator=generator, dtype=c.dtype, device=c.device)
     theta = objective.space.current()
     base = loss_at(objective, theta).value
     length = float((c * theta).norm() / c.square().norm().clamp_min(torch.finfo(c.dtype).tiny))
-    sigma, low, high = 0.1 * (length or 1.0), 0.0, math.inf
+    return tolerated(lambda sigma: _pair_rises(objective, c, sigma, z, base), rise=rise, start=0.1 * (length or 1.0))
+
+
+def tolerated(rises: Callable[[float], Tensor], *, rise: float, start: float) -> Found:
+    """Return 1 / sigma^2 for the sigma at which `rises(sigma)`, (num_probes,), is `rise` on average.
+
+    The same probes serve every sigma, so that the mean rise is one function of it. Its root is bracketed and found by
+    secants of log rise over log sigma, whose slope is 2 where the loss is quadratic. The search ends where the mean
+    rise is off by a hundredth of its standard error, or the bracket is narrow, after some 5 values of sigma. Where the
+    loss is flat the value is 0. The standard error is that of the mean rise over its slope.
+    """
+    sigma, low, high = start, 0.0, math.inf
     before: tuple[float, float] | None = None  # log sigma, log rise
     slope, tried = 2.0, 0
     while True:
-        samples = _pair_rises(objective, c, sigma, z, base)
+        samples = rises(sigma)
         tried += 1
         mean, stderr = (float(x) for x in mean_and_stderr(samples))
         low, high = (low, sigma) if mean > rise else (sigma, high)
@@ -146,14 +152,14 @@ def tolerated_noise(
         sigma *= math.exp(min(max(step, -_STRIDE), _STRIDE))
         if bracketed and (tried > _SECANTS or not low < sigma < high):
             sigma = (low * high) ** 0.5
-    spent = 2 * num_probes * tried + 1
+    spent = 2 * len(samples) * tried + 1
     if not (close or bracketed):
         return Found(value=math.inf if low == 0 else 0.0, stderr=math.nan, num_losses=spent, details={"rise": rise})
     error = stderr * sigma / (slope * mean) if known else math.nan
     return Found(
         value=sigma**-2,
         stderr=2 * error / sigma**3,
-        dof=num_probes - 1.0,
+        dof=len(samples) - 1.0,
         skewness=float(skewness(samples)) if known else 0.0,
         num_losses=spent,
         details={"sigma": sigma, "sigma_stderr": error, "rise": rise},
