@@ -188,13 +188,14 @@ def _pac_bayes(activation: str, dtype: torch.dtype, measure: str, num_probes: in
     model, x, y = small_network(activation, dtype)
     theta, shapes = nn.utils.parameters_to_vector(model.parameters()).detach(), [p.shape for p in model.parameters()]
     c = theta.abs() if measure == "adaptive_pac_bayes" else torch.ones_like(theta)
+    activate = nn.ReLU() if activation == "ReLU" else nn.Tanh()
     z = torch.randn(len(c), num_probes, generator=torch.Generator().manual_seed(seed), dtype=dtype).T
 
     def losses(thetas: Tensor) -> Tensor:
         outputs = x.expand(len(thetas), -1, -1)
         parts = thetas.split([shape.numel() for shape in shapes], dim=1)
         tensors = [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        for weight, bias, act in zip(tensors[::2], tensors[1::2], (model[1], model[3], nn.Identity()), strict=True):
+        for weight, bias, act in zip(tensors[::2], tensors[1::2], (activate, activate, nn.Identity()), strict=True):
             outputs = act(torch.baddbmm(bias[:, None], outputs, weight.mT))
         targets = y.expand(len(thetas), -1)
         return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").mean(dim=1).double()
