@@ -433,7 +433,7 @@ def test_figures_and_records(tables) -> None:
 
 
 def test_tolerated_noise_of_rises_with_heavy_tails_covers() -> None:
-    """Rises (sigma z)^4: 1 / sigma^2 is (E z^4 / rise)^(1/2), which 92.4 % of intervals of 15 degrees of freedom cover."""
+    """Of (sigma z)^4: 1 / sigma^2 is (E z^4 / rise)^(1/2), which 92.4 % of intervals of 15 degrees of freedom cover."""
     g, truth = torch.Generator().manual_seed(0), (3 / 0.1) ** 0.5
     covered = 0
     for _ in range(1000):
