@@ -4,7 +4,8 @@
 attributes of modules and of other objects, containers, arguments of `functools.partial`, cells of closures, and what
 functions name: globals and, of Python modules and classes of one's own, attributes. Of own classes all methods count.
 What it does not follow is known by identity: modules of Python, classes and functions of torch and of the standard
-library, and what lies deeper than a few steps. Of large containers it reads some entries.
+library, and what lies deeper than a few steps. Of large containers it reads some entries, and of the functions of one
+package it follows some hundreds: vendored libraries would cost seconds a look.
 
 Where every thing read is still the very same object, nothing has changed: `stands` says so without another walk.
 """
@@ -18,9 +19,11 @@ import math
 import operator
 import sys
 import types
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ _MOST = 256  # entries of a container; of larger ones as many are looked at, eve
 _NUMBERS = 2**17  # ... so many plain numbers and strings
 _ENTRIES = 2**20  # of a tensor that is neither parameter nor buffer; of larger ones stripes are looked at
 _COPIED = 2**16  # bytes of such a tensor that are kept; of more a digest is
+_FUNCTIONS = 500  # of one package whose names are followed: of a library that lies among own code, the first it calls
 _FOREIGN = ("torch.", "numpy.", "builtins", "functools", "typing", "collections")  # their functions are not followed
 _OPAQUE = frozenset({"_thread", "asyncio", "concurrent", "io", "_io", "logging", "multiprocessing", "random", "socket"})
 _OPAQUE |= {"threading", "weakref", "curvature", "optimizers", "analysis"}  # whose objects change in the course of work
@@ -74,6 +78,7 @@ class PythonState:
         self._attributes: list[tuple[Any, str]] = []
         self._globals: list[tuple[dict[str, Any], str]] = []
         self._contents: list[Contents] = []
+        self._followed: Counter[str] = Counter()
         if model is not None:
             self._walk(model, copied=True)
         for name, other in others.items():
@@ -282,7 +287,8 @@ class PythonState:
         self._attributes += [(function, "__code__"), (function, "__defaults__"), (function, "__kwdefaults__")]
         self.entries[owner, "code"] = id(function.__code__)
         self._held.append(function.__code__)
-        if f"{function.__module__}.".startswith(_FOREIGN):
+        self._followed[top := str(function.__module__).partition(".")[0]] += 1
+        if f"{function.__module__}.".startswith(_FOREIGN) or self._followed[top] > _FUNCTIONS:
             return
         for name, part in (("defaults", function.__defaults__), ("keywords", function.__kwdefaults__)):
             if part:
@@ -324,7 +330,19 @@ def _is_own(module: str) -> bool:
     """Say whether a module of Python is neither installed nor of the standard library."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return top not in _OPAQUE | sys.stdlib_module_names and "-packages" not in file
+    if top in _OPAQUE | sys.stdlib_module_names or "-packages" in file:
+        return False
+    depth = module.count(".") + Path(file).name.startswith("__init__.")
+    return top not in _installed_in(Path(file).parents[depth]) if depth < len(Path(file).parents) else True
+
+
+@lru_cache(maxsize=64)
+def _installed_in(folder: Path) -> frozenset[str]:
+    """Return the top-level modules that an installer put into a folder, as `pip install --target` does."""
+    records = (record.read_text("utf-8", "replace").splitlines() for record in folder.glob("*.dist-info/RECORD"))
+    return frozenset(
+        line.partition(",")[0].partition("/")[0].removesuffix(".py") for lines in records for line in lines
+    )
 
 
 def _is_own_module(value: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import Systems, indefinite
-from curvature.linalg.base.validate import column_norms, non_finite_message
+from curvature.linalg.base.validate import non_finite_message
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import KeptIterate, SolveResult
@@ -133,8 +133,11 @@ class _Run:
             P = Z + (rho / rho_old if step > 1 else 0) * P
             Q = s.multiply(P)
             curvature = (P * Q).sum(dim=0)
-            lengths = column_norms(P, s.num_matvecs).double()
-            size = torch.maximum(size, (column_norms(Q, s.num_matvecs) / lengths).max())  # approaches |A|
+            lengths = torch.linalg.vector_norm(
+                P, dim=0, dtype=torch.float64
+            )  # float32 squares neither vanish there ...
+            images = torch.linalg.vector_norm(Q, dim=0, dtype=torch.float64)  # ... nor overflow, and nobody waits
+            size = torch.maximum(size, (images / lengths).max())  # approaches |A|
             positive = curvature > eps * size * lengths**2
             alpha = torch.where(positive, rho / curvature, 0)
             X, R, rho_old = X + alpha * P, R - alpha * Q, rho

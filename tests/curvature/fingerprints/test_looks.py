@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +143,33 @@ def test_a_short_look_sees_what_a_long_one_does(name: str) -> None:
     after = freshness.look()
     assert after is not before
     assert freshness._changes(before, after)
+
+
+def test_installed_packages_are_not_walked_and_others_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pip install --target` into the folder of one's own code leaves that code own; vendored code is read in part."""
+    many = "\n".join(f"def f{i}():\n    return F{i}[0], f{i + 1}()\nF{i} = [0]" for i in range(3000))
+    layer = "\nfrom torch import nn\nclass Layer(nn.Linear):\n    scale = [1.0]\n    def forward(self, x):\n"
+    layer += "        return super().forward(x) * self.halved()\n    def halved(self):\n        return LEVEL[0]\nLEVEL = [1.0]\n"
+    layer += "".join(f"    \nLayer.g{i} = f{i}\n" for i in range(0, 3000, 2))
+    for name, text in {"prec_installed": layer, "prec_own": layer}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+        (tmp_path / name / "layers.py").write_text(many + text)
+    (tmp_path / "prec_installed-1.0.dist-info").mkdir()
+    (tmp_path / "prec_installed-1.0.dist-info" / "RECORD").write_text("prec_installed/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sizes = {}
+    for name in ("prec_installed", "prec_own"):
+        module = importlib.import_module(f"{name}.layers")
+        own_layer = module.Layer(2, 2)
+        before = PythonState(own_layer, {}, set())
+        sizes[name] = len(before.entries)
+        module.LEVEL[0] = 2.0
+        seen = before.changes(PythonState(own_layer, {}, set()))
+        assert bool(seen) == (name == "prec_own")
+    assert sizes["prec_installed"] < 100 < sizes["prec_own"] < 6000  # of 12 000
 
 
 @pytest.mark.parametrize("large", [list(range(2**20)), {i: object() for i in range(2**12)}], ids=["list", "dict"])
