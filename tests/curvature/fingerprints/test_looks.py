@@ -151,7 +151,8 @@ def test_installed_packages_are_not_walked_and_others_are_bounded(
     """`pip install --target` into the folder of one's own code leaves that code own; vendored code is read in part."""
     many = "\n".join(f"def f{i}():\n    return F{i}[0], f{i + 1}()\nF{i} = [0]" for i in range(3000))
     layer = "\nfrom torch import nn\nclass Layer(nn.Linear):\n    scale = [1.0]\n    def forward(self, x):\n"
-    layer += "        return super().forward(x) * self.halved()\n    def halved(self):\n        return LEVEL[0]\nLEVEL = [1.0]\n"
+    layer += "        return super().forward(x) * self.halved()\n"
+    layer += "    def halved(self):\n        return LEVEL[0]\nLEVEL = [1.0]\n"
     layer += "".join(f"    \nLayer.g{i} = f{i}\n" for i in range(0, 3000, 2))
     for name, text in {"prec_installed": layer, "prec_own": layer}.items():
         (tmp_path / name).mkdir()
