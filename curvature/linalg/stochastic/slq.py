@@ -52,7 +52,7 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate the eigenvalue density of A, smoothed by a Gaussian, with its standard error over the probes.
 
-    Cost: num_probes x num_steps products. Memory: block_size x num_steps vectors. Of nominal 95 % intervals 93 to 99 %
+    Cost: num_probes x num_steps products. Memory: block_size x num_steps vectors. Of nominal 95 % intervals 95 to 99 %
     cover the smoothed density.
 
     Args:
