@@ -135,7 +135,7 @@ class InspectionPlan(Plan):
             total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
         sizes = [block.num_params for block in blocks]
         held = max(self.whole.num_bytes(H, [n]), self.layer.num_bytes(H, sizes) if sizes else 0)
-        self.whole.check_memory(H, [n], None)
+        self.whole.check_memory(H, [n], device)
         most = memory(max(peak_memory(device), current_memory(device) + held))
         products = f"{count(whole)} Hessian products"
         if of_layers:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -15,7 +17,7 @@ from curvature.environment.device import gpu_memory, is_gpu, synchronize
 from curvature.environment.memory import PROC, available_memory
 from curvature.errors import InputError
 
-__all__ = ["check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "timed"]
+__all__ = ["ELSEWHERE", "check_fits", "current_memory", "gibibytes", "median_seconds", "peak_memory", "timed"]
 
 T = TypeVar("T")
 _RUNS, _LONG = 5, 0.5  # s
@@ -60,15 +62,18 @@ def current_memory(device: torch.device) -> int:
     return gpu_memory(device).allocated if is_gpu(device) else int(psutil.Process().memory_info().rss)
 
 
-def check_fits(num_bytes: int, device: torch.device, what: str, remedy: str) -> None:
+ELSEWHERE = 'basis_device="cpu" or "disk" holds it there'
+
+
+def check_fits(num_bytes: int, place: torch.device | Literal["disk"], what: str, remedy: str) -> None:
     """Refuse, with numbers and what would fit, to begin something that the memory cannot hold.
 
     Raises:
-        InputError: if fewer than `num_bytes` are free on the device.
+        InputError: if fewer than `num_bytes` are free on the device, or in the folder for temporary files.
     """
-    free = available_memory(device)
+    free = shutil.disk_usage(tempfile.gettempdir()).free if place == "disk" else available_memory(place)
     if num_bytes > free:
-        raise InputError(f"{what} takes {gibibytes(num_bytes)} and {device} has {gibibytes(free)} free; {remedy}.")
+        raise InputError(f"{what} takes {gibibytes(num_bytes)} and {place} has {gibibytes(free)} free; {remedy}.")
 
 
 def gibibytes(num_bytes: float) -> str:

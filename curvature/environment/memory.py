@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.environment.device import gpu_memory, is_gpu
 
-__all__ = ["HeldMemory", "available_memory", "keep_freed", "return_unused", "tensor_bytes"]
+__all__ = ["HeldMemory", "available_memory", "drop_pages", "keep_freed", "return_unused", "tensor_bytes"]
 
 PROC = Path("/proc/self")
 _MAPPED = 2**25 - 2**16  # bytes
+_MADV_DONTNEED = 4
 
 
 class HeldMemory(TorchDispatchMode):
@@ -125,6 +126,15 @@ def return_unused() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def drop_pages(t: Tensor) -> None:
+    """Let go of the pages of a tensor that lies in a shared file mapping; they are read again when they are used.
+
+    The file has what was written to them. Of other memory this would lose the contents.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.nbytes), _MADV_DONTNEED)
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Cuts", "Verdict", "cut_in_two"]
 
 _MOST = 16  # examples that a batch is tested on
+_CHUNK = 1 << 22  # entries that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,19 @@ def cut_in_two(
 @dataclass(frozen=True)
 class _Part:
     evaluation: Evaluation
+    """With its graph and its outputs only where they were to be kept."""
     gradient: Tensor
     eps: float
 
 
 def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict | None:
     """Return what three batches, the last two of which are the first, say; None where all is zero."""
+    noise = None
     try:
-        whole, *parts = (_evaluate(evaluator, piece, index, None) for piece in pieces)
+        whole, *parts = (_evaluate(evaluator, piece, index, noise) for piece in pieces)
         if whole.evaluation.drew_random_numbers:
-            whole, *parts = (_evaluate(evaluator, piece, index, SteadyDraws) for piece in pieces)
+            noise = SteadyDraws
+            whole, *parts = (_evaluate(evaluator, piece, index, noise) for piece in pieces)
     except CurvatureError as error:
         return Verdict(coupled=f"a part of a batch cannot be evaluated alone: {error}", refused=True)
     except Exception as error:  # whatever the model or the loss raises
@@ -157,31 +162,37 @@ def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict
         additive = True
     else:
         additive = abs(weights[0] - weights[1] - weights[2]) <= 1e-6 * sum(weights)
-    losses = [_counted(w, part.evaluation.loss.detach().double()) for w, part in zip(weights, everything, strict=True)]
-    gradients = [_counted(w, part.gradient) for w, part in zip(weights, everything, strict=True)]
-    of_loss = _gap(losses)
-    of_gradient = _gap(gradients)
+    of_loss = _gap([part.evaluation.loss.reshape(1) for part in everything], weights)
+    of_gradient = _gap([part.gradient for part in everything], weights)
     if of_loss is None and of_gradient is None:
         return None
     gap = max(value for value in (of_loss, of_gradient, 0.0) if value is not None)
     close = (of_loss is None or of_loss <= min(200 * eps, 0.05)) and (of_gradient is None or of_gradient <= eps**0.5)
     if close and additive:
         return Verdict(gap=gap)
+    if evaluator.rule is not None:
+        everything = tuple(_evaluate(evaluator, piece, index, noise, keep=True) for piece in pieces)
     return _explain(evaluator, everything, eps, gap)
 
 
-def _counted(weight: float, value: Tensor) -> Tensor:
-    return weight * value if weight != 0 else torch.zeros_like(value)
-
-
-def _gap(values: Sequence[Tensor]) -> float | None:
-    """Return |S - A - B| / (|S| + |A| + |B|), infinite for NaN; None where all is zero."""
-    largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in values)
+def _gap(values: Sequence[Tensor], weights: Sequence[float] = (1.0, 1.0, 1.0)) -> float | None:
+    """Return |S - A - B| / (|S| + |A| + |B|), each times its weight, infinite for NaN; None where all is zero."""
+    sizes = [
+        abs(w) * float(v.abs().max()) if v.numel() and w != 0 else 0.0 for v, w in zip(values, weights, strict=True)
+    ]
+    largest = max(sizes) if all(size == size for size in sizes) else math.nan
     if largest == 0:
         return None
-    whole, first, second = (value.double() / largest for value in values)  # squares might overflow
-    gap = float((whole - first - second).norm() / (whole.norm() + first.norm() + second.norm()))
-    return gap if gap == gap else float("inf")
+    squares = torch.zeros(4, dtype=torch.float64)
+    for chunk in zip(*(value.flatten().split(_CHUNK) for value in values), strict=True):  # no vector in float64
+        parts = [
+            c.double() * (w / largest) if w != 0 else torch.zeros_like(c) for c, w in zip(chunk, weights, strict=True)
+        ]
+        whole, first, second = parts  # squares might overflow
+        squares += torch.stack([(whole - first - second).square().sum(), *(p.square().sum() for p in parts)]).cpu()
+    apart, *norms = squares.sqrt().tolist()
+    gap = apart / sum(norms)
+    return gap if gap == gap else math.inf
 
 
 def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: float) -> Verdict:
@@ -258,14 +269,19 @@ def _explain_scalar(parts: Sequence[_Part], eps: float, otherwise: Verdict) -> V
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], Any] | None) -> _Part:
+def _evaluate(
+    evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], Any] | None, *, keep: bool = False
+) -> _Part:
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         with contextlib.nullcontext() if noise is None else noise():
-            evaluation = evaluator.evaluate(piece, index)
+            evaluation = None if keep else _in_blocks(evaluator, piece, index)
+            evaluation = evaluator.evaluate(piece, index) if evaluation is None else evaluation
         loss = evaluation.loss
         with no_autocast(loss.device):
             gradients = (
-                pull_back([loss], evaluator.parameters) if loss.requires_grad else [None] * len(evaluator.parameters)
+                pull_back([loss], evaluator.parameters, retain_graph=keep)
+                if loss.requires_grad
+                else [None] * len(evaluator.parameters)
             )
     dtypes = {p.dtype for p in evaluator.parameters} | {
         entry.dtype for node in walk([loss.grad_fn]) for entry in node._input_metadata if entry.dtype.is_floating_point
@@ -273,7 +289,20 @@ def _evaluate(evaluator: Evaluator, piece: Any, index: int, noise: Callable[[], 
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     if evaluator.allow_tf32 and is_gpu(loss.device):
         eps = max(eps, 2.0**-11)
+    if not keep:
+        evaluation = replace(evaluation, loss=loss.detach(), outputs=None)
     return _Part(evaluation, joined(gradients, evaluator.parameters), eps)
+
+
+def _in_blocks(evaluator: Evaluator, piece: Any, index: int) -> Evaluation | None:
+    """Evaluate with a head whose logits are never whole; None where there is none, or it does not go."""
+    blocks = evaluator.head_in_blocks()
+    if blocks is None:
+        return None
+    with contextlib.suppress(Exception):  # the model's own error comes again without blocks
+        evaluation = evaluator.evaluate(piece, index, blocks)
+        return None if blocks.refusal else evaluation
+    return None
 
 
 def _pulled(evaluator: Evaluator, outputs: Tensor, vector: Tensor) -> Sequence[Tensor | None]:

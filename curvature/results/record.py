@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -82,11 +83,13 @@ def _tells(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as (nested) lists and numbers, enums by name: what JSON can hold."""
+    """Tensors as (nested) lists and numbers, enums and dtypes by name: what JSON can hold."""
     if isinstance(value, Tensor):
         return value.detach().cpu().tolist()
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, torch.dtype):
+        return str(value)
     if isinstance(value, Result):
         return value.to_dict(arrays=True)
     if is_dataclass(value):

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from curvature.arguments import checked, checked_fields
-from curvature.environment.cost import check_fits, current_memory, peak_memory, timed
+from curvature.environment.cost import ELSEWHERE, check_fits, gibibytes, peak_memory, timed
 from curvature.errors import InputError
-from curvature.linalg.base.validate import check_confidence, check_square, working_dtype
+from curvature.linalg.base.places import Place
+from curvature.linalg.base.validate import check_confidence, check_count, check_square, working_dtype
 from curvature.linalg.krylov.eigsh import block_penalty
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.results.record import Result
-from curvature.spectra.product_cost import predicted_product
+from curvature.spectra.product_cost import ProductCost, product_cost
+from curvature.spectra.ways import Way, graph_choices, present_memory, ways_to_pairs
 
 __all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
 
@@ -115,20 +117,24 @@ class SpectrumPlan:
         """Return whether a matrix of size n is computed entry by entry."""
         return self.num_matvecs(n) == n
 
-    def num_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> int:
-        """Return the bytes of the vectors held at once for matrices of these sizes, beside graphs and parameters."""
+    def parts_of_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> tuple[int, int]:
+        """Return the bytes of the bases held at once for matrices of these sizes, and of the vectors beside them."""
         itemsize = torch.empty(0, dtype=working_dtype(A)).element_size()
-        held = 0
+        bases = others = 0
         for n in sizes:
             if self.all_entries(n):
-                held += 3 * 8 * n * n
+                others += 3 * 8 * n * n
             else:
-                basis = self.num_matvecs(n) + self.num_probes + self.k + self.num_bottom
+                bases += n * itemsize * (self.num_matvecs(n) + self.num_probes)
                 at_work = 5 * self.num_probes  # a block, its products and what these leave behind
-                held += n * itemsize * (basis + max(at_work, self.num_search(n)))
-        return held
+                others += n * itemsize * (self.k + self.num_bottom + max(at_work, self.num_search(n)))
+        return bases, others
 
-    def check_memory(self, A: MatrixLike, sizes: Sequence[int], basis_device: torch.device | str | None) -> None:
+    def num_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> int:
+        """Return the bytes of the vectors held at once for matrices of these sizes, beside graphs and parameters."""
+        return sum(self.parts_of_bytes(A, sizes))
+
+    def check_memory(self, A: MatrixLike, sizes: Sequence[int], place: Place) -> None:
         """Refuse what does not fit.
 
         Raises:
@@ -136,20 +142,17 @@ class SpectrumPlan:
         """
         if not sizes:
             raise InputError("blocks must hold one or more, got none; leave them out for all layers.")
-        device = A.device if basis_device is None else torch.device(basis_device)
         needed = self.num_bytes(A, sizes)
         remedy = "plan fewer num_steps or num_probes"
-        if device.type != "cpu":
-            remedy += ', or hold the Krylov space elsewhere with basis_device="cpu"'
-        check_fits(needed, device, f"a Krylov space of {self.num_matvecs(max(sizes))} vectors", remedy)
+        if place != "disk":
+            remedy += f"; {ELSEWHERE}"
+        check_fits(needed, place, f"a Krylov space of {self.num_matvecs(max(sizes))} vectors", remedy)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PlannedCost(Result):
-    """What a plan will spend on one matrix, predicted from a timed gradient or, for plain matrices, product."""
+    """What a call will spend on one matrix, predicted from a timed gradient or, for plain matrices, product."""
 
-    plan: SpectrumPlan
-    """To be passed to `curvature.spectrum`."""
     quantities: tuple[str, ...]
     """What it yields."""
     num_matvecs: int
@@ -160,12 +163,20 @@ class PlannedCost(Result):
     """Wall-clock time of all products, s."""
     peak_bytes: int
     """Largest memory of the process (on CUDA: of torch on the device), bytes."""
+    changes: dict[str, Any]
+    """What the objective is to be changed in, for `Objective.replace`."""
+    settings: dict[str, Any]
+    """Keywords for the call."""
+    plan: SpectrumPlan | None
+    """To be passed to `curvature.spectrum`; None for eigenpairs and single products."""
+    ways: tuple[Way, ...]
+    """The other ways, and what they would cost, the fastest first."""
 
 
 @checked
 def plan(
     A: AnyMatrix,
-    quantities: Collection[Quantity] = ("top", "bottom", "trace", "density"),
+    quantities: Collection[Quantity] | Literal["eigenpairs", "product"] = ("top", "bottom", "trace", "density"),
     *,
     matrix: MatrixName = "hessian",
     k: int = 10,
@@ -174,11 +185,13 @@ def plan(
     num_probes: int = 4,
     num_steps: int = 30,
     moment_order: int = 2,
+    memory_limit: int | None = None,
 ) -> PlannedCost:
-    """Say what the quantities will cost together, and how.
+    """Say what the quantities will cost together, and how they are computed within a limit on memory.
 
     Cost: two to six gradients and the graph of one batch, no product (`curvature.spectra.product_cost`); for a matrix
-    that is not an objective's, two block products.
+    that is not an objective's, two block products. Peaks are within 25 % and times within a factor of two on networks
+    of 10 thousand to 124 million parameters (`benchmarks/memory`).
 
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
     as the spectra of trained networks take, which the truth may exceed.
@@ -186,57 +199,123 @@ def plan(
     Args:
         A: the matrix.
         matrix: which one of an objective; see `as_matrix`.
-        quantities: what is wanted.
+        quantities: what is wanted of `spectrum`; or "eigenpairs", the k largest by `eigsh`; or "product".
         k: how many of the largest eigenpairs.
         num_bottom: how many of the smallest.
         rtol: residual of the largest, relative to the eigenvalue.
         num_probes: probes, at least 2.
         num_steps: block steps of a density.
         moment_order: highest power whose mean is wanted.
+        memory_limit: bytes that the process may hold, or torch on a device. The fastest way within it is chosen, among
+            graphs kept or rebuilt, batches whole or in pieces, and bases that are shorter, narrower or on disk.
 
     Raises:
-        InputError: for unknown quantities and values out of range.
+        InputError: for unknown quantities and values out of range, or if no way fits the limit.
 
     Example:
         >>> A = torch.diag(torch.linspace(0, 1, 1000))
         >>> plan(A, ["trace"]).num_matvecs, plan(A, ["trace", "density"]).num_matvecs
         (4, 120)
+        >>> plan(A, "eigenpairs", k=3).settings, plan(A, "eigenpairs", k=3).num_matvecs
+        ({}, 31)
     """
     A = as_matrix(A, matrix)
     n = check_square(A)
-    unknown = sorted(set(quantities) - set(get_args(Quantity)))
-    if unknown or not quantities:
+    names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
+    unknown = sorted(set(names) - set(get_args(Quantity)))
+    if isinstance(quantities, str) and quantities in ("eigenpairs", "product"):
+        made = None
+    elif unknown or not names:
         raise InputError(
-            f"quantities must be some of {', '.join(get_args(Quantity))}, got {', '.join(unknown) or 'none'}."
+            f"quantities must be some of {', '.join(get_args(Quantity))}, or 'eigenpairs' or 'product', got "
+            f"{', '.join(unknown) or 'none'}."
         )
+    else:
+        made = _spectrum_plan(names, k, num_bottom, rtol, num_probes, num_steps, moment_order)
+    width = 1 if made is None else min(num_probes, n)
+    cost, seconds = None, 0.0
+    if isinstance(A, ObjectiveOperator):
+        cost = product_cost(A)
+    else:
+        X = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device)
+        _ = A @ X
+        _, seconds = timed(lambda: A @ X, A.device)
+    if quantities == "eigenpairs":
+        check_count("k", k, 1, n)
+        ways = ways_to_pairs(A, k, cost, seconds)
+    else:
+        ways = _ways_to(made, A, cost, seconds, width)
+    first, others = _chosen(ways, memory_limit)
+    return PlannedCost(
+        quantities=names,
+        num_matvecs=first.num_matvecs,
+        seconds_per_matvec=first.seconds / first.num_matvecs,
+        seconds=first.seconds,
+        peak_bytes=max(peak_memory(A.device), first.peak_bytes),
+        changes=first.changes,
+        settings=first.settings,
+        plan=made,
+        ways=others,
+    )
+
+
+def _spectrum_plan(
+    names: Sequence[str], k: int, num_bottom: int, rtol: float, num_probes: int, num_steps: int, moment_order: int
+) -> SpectrumPlan:
     steps = 1
-    if {"density", "effective_dimension", "logdet"} & set(quantities):
+    if {"density", "effective_dimension", "logdet"} & set(names):
         steps = num_steps
-    elif "moments" in quantities:
+    elif "moments" in names:
         steps = max(1, math.ceil((moment_order + 1) / 2))
-    made = SpectrumPlan(
-        k=k if "top" in quantities else 0,
-        num_bottom=num_bottom if "bottom" in quantities else 0,
+    return SpectrumPlan(
+        k=k if "top" in names else 0,
+        num_bottom=num_bottom if "bottom" in names else 0,
         rtol=rtol,
         num_probes=num_probes,
         num_steps=steps,
     )
-    width = min(num_probes, n)
-    if isinstance(A, ObjectiveOperator):
-        seconds, graphs = predicted_product(A, width)
-    else:
-        X, graphs = torch.full((n, width), n**-0.5, dtype=A.dtype, device=A.device), 0
-        _ = A @ X
-        _, seconds = timed(lambda: A @ X, A.device)
-    spent = made.num_matvecs(n) + made.num_search(n)
-    return PlannedCost(
-        plan=made,
-        quantities=tuple(quantities),
-        num_matvecs=spent,
-        seconds_per_matvec=seconds / width,
-        seconds=spent * seconds / width,
-        peak_bytes=max(peak_memory(A.device), current_memory(A.device) + graphs + made.num_bytes(A, [n])),
-    )
+
+
+def _ways_to(
+    made: SpectrumPlan | None, A: MatrixLike, cost: ProductCost | None, seconds: float, width: int
+) -> list[Way]:
+    """Return the ways to a spectrum, or to one product without a plan."""
+    n, present = int(A.shape[0]), present_memory(A.device)
+    vector = n * working_dtype(A).itemsize
+    count = 1 if made is None else made.num_matvecs(n) + made.num_search(n)
+    found = []
+    for changes, pieces, keep in graph_choices(cost):
+        each = seconds / width if cost is None else cost.seconds(width, pieces, keep) / width
+        graphs = 0 if cost is None else cost.graphs(pieces, keep)
+        work = vector if cost is None else cost.work(pieces)
+        places: list[dict[str, Any]] = [{}] if made is None or made.all_entries(n) else [{}, {"basis_device": "disk"}]
+        for settings in places:
+            basis, rest = (0, vector) if made is None else made.parts_of_bytes(A, [n])
+            peak = present + graphs + work + rest + (0 if settings else basis)
+            setup = 0.0 if cost is None or made is None else cost.setup
+            found.append(Way(changes, settings, count, setup + count * each, peak))
+    return found
+
+
+def _chosen(ways: Sequence[Way], memory_limit: int | None) -> tuple[Way, tuple[Way, ...]]:
+    """Return the first way, or the fastest within a limit, and the others.
+
+    Raises:
+        InputError: if none fits.
+    """
+    by_time = sorted(ways, key=lambda way: way.seconds)
+    first = ways[0]
+    if memory_limit is not None and first.peak_bytes > memory_limit:
+        fitting = [way for way in by_time if way.peak_bytes <= memory_limit]
+        if not fitting:
+            least = min(ways, key=lambda way: way.peak_bytes)
+            how = {**least.changes, **least.settings} or "the settings as they are"
+            raise InputError(
+                f"no way fits into {gibibytes(memory_limit)}: the smallest takes {gibibytes(least.peak_bytes)}, with "
+                f"{how}; ask for fewer pairs or probes, or for some of the parameters (params=)."
+            )
+        first = fitting[0]
+    return first, tuple(way for way in by_time if way is not first)
 
 
 def _top_matvecs(k: int) -> int:

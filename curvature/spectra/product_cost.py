@@ -1,49 +1,111 @@
 """What a product with an objective's matrix will take, without making one.
 
 Seconds are those of a gradient, which is timed, times what products take in gradients. On a kept graph that is 1.3 to
-2.4 for the Hessian and 1.1 to 1.5 for the Gauss-Newton matrix (`benchmarks/products/bench.py`), here 1.75 and 1.25; a
+2.4 for the Hessian and 1.1 to 1.5 for the Gauss-Newton matrix (`benchmarks/products/bench.py`), here 2 and 1.4; a
 graph that is built anew costs 2 more, once for all columns. Bytes are those of the graph of the first batch, which is
-built and watched.
+built and watched; a product holds about as much again: a derivative for each activation, until the backward pass comes
+to its layer, and what kernels work in (`benchmarks/memory`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from curvature.data.parts import num_examples
 from curvature.engine.linearize import LOSS_HESSIAN
 from curvature.environment.cost import median_seconds
 from curvature.environment.memory import HeldMemory
 from curvature.operators._objective_operator import ObjectiveOperator
 
-__all__ = ["predicted_product"]
+__all__ = ["ProductCost", "product_cost"]
 
-_COLUMN = {"hvp": 1.75, "ggnvp": 1.25}  # gradients that a column takes on a graph that is there
+_COLUMN = {"hvp": 2.0, "ggnvp": 1.4}  # gradients that a column takes on a graph that is there
 _REBUILT = 2.0  # gradients that building the graph of a product takes
+_DERIVATIVES = {"hvp": 1.4, "ggnvp": 1.1}  # of what a graph holds: what a product holds besides (0.9 to 2)
 _BACKWARD = 2 / 3  # of a gradient: all that is left of it where the graph of the loss is kept
+_VECTOR_SECONDS = 4e-9  # a byte: what products of a piece take for their vectors, however small the piece
 
 
-def predicted_product(A: ObjectiveOperator, width: int) -> tuple[float, int]:
-    """Return the seconds of a product with `width` columns and the bytes that its graphs will hold beyond the present.
+@dataclass(frozen=True)
+class ProductCost:
+    """Of a product, by how graphs are kept and batches cut."""
 
-    Cost: two to six gradients over the data, and the graph of one batch.
-    """
+    gradient: float
+    """Seconds of a gradient over the data."""
+    per_column: float
+    """Gradients that a column takes on a graph that is there."""
+    num_batches: int
+    num_examples: int
+    """Of the first batch; 0 if unknown."""
+    graph: int
+    """Bytes that the graph of the first batch holds beside its gradient."""
+    derivatives: int
+    """Bytes that a product with it holds besides."""
+    vector: int
+    """Bytes of a gradient."""
+    keeps: bool
+    """Whether graphs are kept at all."""
+    room: float
+    """Bytes that kept graphs may hold; no end where all are kept whatever they hold."""
+    held: int
+    """Bytes that they hold already."""
+
+    def kept(self, pieces: int, keep: bool) -> tuple[int, bool]:
+        """Return the bytes of kept graphs where each batch is cut into so many pieces, and whether these are all."""
+        wanted = self.num_batches * (self.graph + pieces * self.vector) if keep else 0
+        return int(min(wanted, self.room)), 0 < wanted <= self.room
+
+    def seconds(self, width: int, pieces: int = 1, keep: bool | None = None) -> float:
+        """Return the seconds of a product with `width` columns."""
+        _, everything = self.kept(pieces, self.keeps if keep is None else keep)
+        passes = self.per_column * width + (0.0 if everything else _REBUILT)
+        return self.gradient * passes + (pieces - 1) * self.num_batches * passes * self.vector * _VECTOR_SECONDS
+
+    def graphs(self, pieces: int = 1, keep: bool | None = None) -> int:
+        """Return the bytes of graphs that come on top of what is held now, that of a piece at work included."""
+        kept, everything = self.kept(pieces, self.keeps if keep is None else keep)
+        return max(0, kept + (0 if everything else self.graph // pieces + self.vector) - self.held)
+
+    def work(self, pieces: int = 1) -> int:
+        """Return the bytes that a product needs beside graphs and the vectors it is made with."""
+        sums = 3 if pieces * self.num_batches > 1 else 2  # of batches, parts of a product, the same as one vector
+        return self.derivatives // pieces + sums * self.vector
+
+    @property
+    def setup(self) -> float:
+        """Seconds that the first product takes on top: graphs are built, and lean layers compared with autograd."""
+        return self.gradient * (_REBUILT + 1)
+
+
+def product_cost(A: ObjectiveOperator) -> ProductCost:
+    """Return what products will take. Cost: two to six gradients over the data, and the graph of one batch."""
     objective, product = A.objective, getattr(A, "_product", "ggnvp")
     objective.loss_and_gradient()  # loads, warms up, counts the batches
     seconds = median_seconds(objective.loss_and_gradient, objective.device)
-    gradient = seconds / _BACKWARD if objective.keeps_all_graphs else seconds
-    of_batch, num_batches = _graph_bytes(A, product), objective.num_batches or 1
-    wanted = of_batch * num_batches if objective.may_keep_graphs else 0
-    kept = wanted if objective.kept.keep is True else min(wanted, objective.kept.budget.num_bytes)
-    all_kept = 0 < wanted == kept
-    in_work = 0 if all_kept else of_batch
-    columns = gradient * _COLUMN[product] * width + (0.0 if all_kept else gradient * _REBUILT)
-    return columns, max(0, kept + in_work - objective.held_bytes)
+    vector = objective.num_params * objective.dtype.itemsize
+    held, batch = _graph_of_first_batch(A, product)
+    graph = max(0, held - vector)
+    return ProductCost(
+        gradient=seconds / _BACKWARD if objective.keeps_all_graphs else seconds,
+        per_column=_COLUMN[product],
+        num_batches=objective.num_batches or 1,
+        num_examples=num_examples(batch),
+        graph=graph,
+        derivatives=int(_DERIVATIVES[product] * graph),
+        vector=vector,
+        keeps=objective.may_keep_graphs,
+        room=float("inf") if objective.kept.keep is True else objective.kept.budget.num_bytes,
+        held=objective.held_bytes,
+    )
 
 
-def _graph_bytes(A: ObjectiveOperator, product: str) -> int:
-    """Return what the graph of the first batch holds."""
+def _graph_of_first_batch(A: ObjectiveOperator, product: str) -> tuple[int, Any]:
+    """Return the bytes that the graph of the first batch holds, and that batch."""
     objective, meter = A.objective, HeldMemory()
     _, _, batch = next(iter(objective.source))
     lin = objective.linearise(batch, trust=objective.trust, meter=meter)
     if lin.weight == 0:
-        return 0
+        return 0, batch
     _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))
-    return meter.held_bytes()
+    return meter.held_bytes(), batch

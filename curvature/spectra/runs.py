@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature.environment.one_matrix import one_matrix
+from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import check_finite
 from curvature.linalg.krylov._krylov_space import KrylovSpace
 from curvature.linalg.stochastic.probes import normal
@@ -58,7 +59,7 @@ class BlockKrylov:
         num_probes: int,
         num_steps: int,
         generator: torch.Generator,
-        device: torch.device | None = None,
+        place: Place,
     ) -> None:
         self.num_steps = num_steps
         self.num_probes = min(num_probes, n)
@@ -72,7 +73,7 @@ class BlockKrylov:
             num_directions=self.num_probes,
             known=self.probes.new_zeros(n, 0),
             generator=generator,
-            device=A.device if device is None else device,
+            place=place,
         )
         self.space.start(self.probes.T)
         self._start = self.space.P.T.clone()

@@ -20,6 +20,7 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.device import synchronize
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator, spawn
+from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import check_square
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -40,7 +41,7 @@ def spectrum(
     *,
     matrix: MatrixName = "hessian",
     generator: AnyGenerator,
-    basis_device: torch.device | str | None = None,
+    basis_device: BasisDevice = None,
     progress: Callable[[int], None] | None = None,
 ) -> Spectrum:
     """Return eigenpairs at both ends, density, trace and what follows, from one block Krylov space.
@@ -54,7 +55,8 @@ def spectrum(
         matrix: which one of an objective; see `as_matrix`.
         plan: what to compute and how well. Default: `SpectrumPlan()`.
         generator: for the probes, on A's device, or a seed.
-        basis_device: where the Krylov space is held, "cpu" for one that does not fit beside the model.
+        basis_device: where the Krylov space is held: "cpu" for one that does not fit beside the model on a device,
+            "disk" for one that does not fit into memory, in a temporary file. Default: A's device.
         progress: told the number of columns after each product.
 
     Raises:
@@ -117,18 +119,18 @@ def _spectra(
     blocks: Sequence[Block | None],
     plan: SpectrumPlan,
     generators: Sequence[torch.Generator],
-    basis_device: torch.device | str | None,
+    basis_device: BasisDevice,
     progress: Callable[[int], None] | None,
 ) -> list[Spectrum]:
     n = check_square(A)
     sizes = [n if block is None else block.num_params for block in blocks]
-    plan.check_memory(A, sizes, basis_device)
+    place = place_of(basis_device, A.device)
+    plan.check_memory(A, sizes, place)
     runs: list[Run] = []
     for size, generator in zip(sizes, generators, strict=True):
         if plan.all_entries(size):
             runs.append(AllEntries(A, n=size))
         else:
-            device = None if basis_device is None else torch.device(basis_device)
             runs.append(
                 BlockKrylov(
                     A,
@@ -136,7 +138,7 @@ def _spectra(
                     num_probes=plan.num_probes,
                     num_steps=plan.num_steps_for(size),
                     generator=generator,
-                    device=device,
+                    place=place,
                 )
             )
     num_groups, reason = _num_groups(A, plan)

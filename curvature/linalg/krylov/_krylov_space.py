@@ -17,8 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from curvature.environment.memory import drop_pages
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.orthonormal import gram_schmidt
+from curvature.linalg.base.places import Place, empty_rows
 from curvature.linalg.base.validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linalg.krylov._completeness import Bound
 from curvature.linop import MatrixLike
@@ -32,7 +34,7 @@ _COLUMNS = 1 << 18  # coordinates that a restart treats at a time
 
 
 class KrylovSpace:
-    """U, V and P as rows on `device`; T, C and D in float64 on the CPU, so that a step waits for the device once."""
+    """U, V and P as rows at `place`; T, C and D in float64 on the CPU, so that a step waits for the device once."""
 
     def __init__(
         self,
@@ -42,13 +44,13 @@ class KrylovSpace:
         num_directions: int,
         known: Tensor,
         generator: torch.Generator,
-        device: torch.device,
+        place: Place,
     ) -> None:
-        self.A, self.generator = A, generator
+        self.A, self.generator, self._place = A, generator, place
         self.dtype = working_dtype(A)
         self.n = int(A.shape[0])
         self.num_known = known.shape[1]
-        self.rows = self._allocate(known, size + num_directions, device)
+        self.rows = self._allocate(known, size + num_directions)
         self.count = 0
         self.num_directions = 0
         self.T = torch.zeros(0, 0, dtype=torch.float64)
@@ -60,10 +62,10 @@ class KrylovSpace:
         self._frame: Tensor | None = None  # the directions that a chain began with, in terms of P, ...
         self._chained = self._correction = torch.zeros(0, 1, dtype=torch.float64)  # ... and of the newest of V
 
-    def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
+    def _allocate(self, known: Tensor, size: int) -> Tensor:
         """Return one buffer, so that nothing is copied as the basis grows, with U in its first rows."""
         self.first = self.num_known
-        rows = torch.empty(self.first + size, self.n, dtype=self.dtype, device=device)
+        rows = empty_rows(self.first + size, self.n, self.dtype, self._place)
         rows[: self.first] = known.T.to(rows)
         return rows
 
@@ -108,7 +110,13 @@ class KrylovSpace:
         The directions that carry most of the residuals of V `aim` go first.
         """
         self._frame = None
-        self.absorb(self.A @ self.propose(width, aim).to(self.A.device, self.A.dtype))
+        self.absorb(self._product(self.propose(width, aim)))
+
+    def _product(self, X: Tensor) -> Tensor:
+        """Return A X, with as little of a basis on disk in memory as can be."""
+        if self._place == "disk":
+            drop_pages(self.rows)
+        return self.A @ X.to(self.A.device, self.A.dtype)
 
     def propose(self, width: int, aim: Tensor | None = None) -> Tensor:
         """Return the directions that a step multiplies, (n, at most width), so that somebody else can."""
@@ -175,7 +183,7 @@ class KrylovSpace:
         """Take the next step of the chain by one product; return its alpha and its beta."""
         if not self._injected:
             self._sort_directions(self._ahead())
-        self.absorb(self.A @ self._wide(self.P[:1]).T.to(self.A.device, self.A.dtype))
+        self.absorb(self._product(self._wide(self.P[:1]).T))
         alpha = self.T[-1, -1] + (self._chained.T @ self._correction @ self._chained)[0, 0]
         squared = self._newest_squared()
         return float(alpha) / squared, float(torch.linalg.vector_norm(self._ahead())) / squared**0.5
@@ -297,7 +305,8 @@ class KrylovSpace:
         if num_rows <= len(self.rows):
             return
         used = self.first + self.count + self.num_directions
-        rows = self.rows.new_empty(num_rows + (_MORE if num_rows * self.n <= _SMALL else 0), self.n)
+        more = _MORE if num_rows * self.n <= _SMALL else 0
+        rows = empty_rows(num_rows + more, self.n, self.rows.dtype, self._place)
         rows[:used] = self.rows[:used]
         self.rows = rows
 

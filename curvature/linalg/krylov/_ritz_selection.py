@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from curvature.environment.cost import check_fits
+from curvature.environment.cost import ELSEWHERE, check_fits
 from curvature.errors import InputError
+from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import check_count, working_dtype
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs
@@ -65,10 +66,10 @@ def known_directions(A: MatrixLike, deflate: EigenPairs | Tensor | None) -> Tens
     return torch.linalg.qr(U)[0]
 
 
-def check_memory(num_bytes: int, device: torch.device, may_be_narrower: bool) -> None:
+def check_memory(num_bytes: int, place: Place, may_be_narrower: bool) -> None:
     remedies = ["basis_dtype=torch.bfloat16 halves it at least"] if may_be_narrower else []
-    remedies += ['basis_device="cpu" holds it there'] if device.type != "cpu" else []
-    check_fits(num_bytes, device, "the basis", "; ".join([*remedies, "a smaller k or num_basis takes fewer vectors"]))
+    remedies += [ELSEWHERE] if place != "disk" else []
+    check_fits(num_bytes, place, "the basis", "; ".join([*remedies, "a smaller k or num_basis takes fewer vectors"]))
 
 
 def check_problem(n: int, k: int, which: str, num_basis: int | None, least: int) -> None:

@@ -12,21 +12,24 @@ from the directions: the solver multiplies the pairs it returns once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.environment.device import is_gpu
+from curvature.environment.memory import drop_pages
 from curvature.errors import InputError
 from curvature.linalg.base.orthonormal import gram_schmidt, orthonormalise
+from curvature.linalg.base.places import empty_rows
 from curvature.linalg.base.validate import working_dtype
 from curvature.linalg.krylov._krylov_space import KrylovSpace, dependent_share, floor_of
 from curvature.linop import MatrixLike
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 COLUMNS, GPU_COLUMNS = 1 << 16, 1 << 20  # coordinates that are widened at a time, for caches and for launches
+_DROP = 32  # pieces after which the pages of a basis on disk are let go of
 _ROOT_MEAN_SQUARE = 0.2  # of the relative rounding error of a coordinate, in units of eps
 
 
@@ -58,11 +61,12 @@ class RoundedSpace(KrylovSpace):
         self.dropped = 0.0
         super().__init__(A, **measures)
 
-    def _allocate(self, known: Tensor, size: int, device: torch.device) -> Tensor:
+    def _allocate(self, known: Tensor, size: int) -> Tensor:
         self.first = 0
-        self.U = known.T.to(device)
-        self.columns = GPU_COLUMNS if is_gpu(device) else COLUMNS
-        return torch.empty(size, self.n, dtype=self.basis_dtype, device=device)
+        rows = empty_rows(size, self.n, self.basis_dtype, self._place)
+        self.U = known.T.to(rows.device)
+        self.columns = GPU_COLUMNS if is_gpu(rows.device) else COLUMNS
+        return rows
 
     def noise_of(self, values: Tensor) -> Tensor:
         """Return the residual norms that rounded rows leave of pairs with these eigenvalues.
@@ -105,9 +109,9 @@ class RoundedSpace(KrylovSpace):
         """Keep V S only, rounded: T follows to first order in what rounding adds."""
         W = self._weights(S)
         weights, P = W.T.to(self.rows.device, self.dtype), self.P.clone()
-        k, columns = len(weights), self.V.split(self.columns, dim=1)
+        k = len(weights)
         M, N = weights.new_zeros(k, k), weights.new_zeros(len(P), k)
-        for v, p in zip(columns, P.split(self.columns, dim=1), strict=True):  # in place
+        for v, p in self._pieces(self.V, P):  # in place
             exact = weights @ self._wide(v)
             v[:k] = self._stored(exact)
             added = self._wide(v[:k]) - exact
@@ -123,7 +127,7 @@ class RoundedSpace(KrylovSpace):
     def vectors(self, S: Tensor) -> Tensor:
         weights = self._weights(S).T.to(self.rows.device, self.dtype)
         rows = weights.new_empty(len(weights), self.n, device=self.A.device)
-        for part, row in zip(self.V.split(self.columns, 1), rows.split(self.columns, 1), strict=True):
+        for part, row in self._pieces(self.V, rows):
             row.copy_(weights @ self._wide(part))
         return rows.T
 
@@ -161,7 +165,7 @@ class RoundedSpace(KrylovSpace):
         """Take the inner products of all rows with those from `old` on."""
         rows, first = self.rows[: self.count + self.num_directions], self.num_known + old
         new = rows.new_zeros(self.num_known + len(rows), len(rows) - old, dtype=self.dtype)
-        for u, part in zip(self.U.split(self.columns, dim=1), rows.split(self.columns, dim=1), strict=True):
+        for u, part in self._pieces(self.U, rows):
             wide = self._wide(part)
             new += torch.cat([u, wide]) @ wide[old:].T
         G = torch.zeros(len(new), len(new), dtype=torch.float64)
@@ -169,6 +173,13 @@ class RoundedSpace(KrylovSpace):
         G[:, first:] = new.double().cpu()
         G[first:, :first] = G[:first, first:].T
         self.G = G
+
+    def _pieces(self, *of: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the same few columns of each; a basis on disk is in memory where it is at work only."""
+        for i, parts in enumerate(zip(*(t.split(self.columns, dim=1) for t in of), strict=True)):
+            yield parts
+            if self._place == "disk" and i % _DROP == _DROP - 1:
+                drop_pages(self.rows)
 
     def _stored(self, X: Tensor) -> Tensor:
         return (X if self.scale == 1 else X * self.scale).to(self.basis_dtype)
@@ -184,7 +195,7 @@ class RoundedSpace(KrylovSpace):
     def _inner(self, X: Tensor, count: int) -> Tensor:
         """Return the inner products of U and the first `count` rows with the rows of X."""
         H = X.new_zeros(count, len(X))
-        for part, x in zip(self.rows[:count].split(self.columns, dim=1), X.split(self.columns, dim=1), strict=True):
+        for part, x in self._pieces(self.rows[:count], X):
             H += self._wide(part) @ x.T
         return torch.cat([self.U @ X.T, H])
 
@@ -194,7 +205,7 @@ class RoundedSpace(KrylovSpace):
         H = torch.cholesky_solve(inner.double().cpu(), torch.linalg.cholesky(self.G[:m, :m])).to(X)
         X.addmm_(H[: self.num_known].T, self.U, alpha=-1)
         H = H[self.num_known :]
-        for part, x in zip(self.rows[: len(H)].split(self.columns, dim=1), X.split(self.columns, dim=1), strict=True):
+        for part, x in self._pieces(self.rows[: len(H)], X):
             x -= H.T @ self._wide(part)
         return X
 

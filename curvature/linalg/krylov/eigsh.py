@@ -12,6 +12,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import check_count, check_square, working_dtype
 from curvature.linalg.krylov._ritz_selection import Which, wanted
 from curvature.linalg.krylov.lobpcg import lobpcg
@@ -41,7 +42,7 @@ def eigsh(
     preconditioner: MatrixLike | None = None,
     deflate: EigenPairs | Tensor | None = None,
     max_matvecs: int | None = None,
-    basis_device: torch.device | str | None = None,
+    basis_device: BasisDevice = None,
     basis_dtype: torch.dtype | None = None,
     certify: bool = False,
     confidence: float | None = 0.99,
@@ -90,7 +91,8 @@ def eigsh(
         v0: start vector (n,) or block (n, p), e.g. the eigenvectors of a nearby matrix. Default: random.
         deflate: eigenvectors that are known, as pairs (the converged ones are used) or orthonormal columns (n, p); the
             answer is orthogonal to them. What they lack in accuracy shows in the residuals.
-        basis_device: where the basis is held, "cpu" for one that does not fit beside the model. Default: A's device.
+        basis_device: where the basis is held: "cpu" for one that does not fit beside the model on a device, "disk" for
+            one that does not fit into memory, in a temporary file that goes with the call. Default: A's device.
         basis_dtype: in what the basis is held: bfloat16, float16 or float32 below the working dtype, that of A or
             float32. Products and sums stay in the working dtype, at about twice the time. It implies `certify`.
         certify: multiply every pair once more at the end, k products, and report residuals that were computed, not
@@ -119,6 +121,7 @@ def eigsh(
         A.agree("eigsh", num_basis=num_basis, max_matvecs=max_matvecs, certify=certify)
     generator = as_generator(generator, A.device)
     check_count("k", k, 1, n)
+    place_of(basis_device, A.device)
     for name, value, allowed in (("method", method, EigenMethod), ("which", which, Which)):
         if value not in get_args(allowed):
             raise InputError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}.")

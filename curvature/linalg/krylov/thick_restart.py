@@ -24,6 +24,7 @@ from curvature.environment.memory import return_unused
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import (
     check_confidence,
     check_count,
@@ -91,7 +92,7 @@ class ThickRestartLanczos:
         num_basis: int | None = None,
         block_size: int = 1,
         deflate: EigenPairs | Tensor | None = None,
-        basis_device: torch.device | str | None = None,
+        basis_device: BasisDevice = None,
         basis_dtype: torch.dtype | None = None,
         certify: bool = False,
         confidence: float | None = 0.99,
@@ -115,14 +116,14 @@ class ThickRestartLanczos:
         self.callback = callback
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
-        held = A.device if basis_device is None else torch.device(basis_device)
+        held = place_of(basis_device, A.device)
         row = n * basis_dtype.itemsize
         check_memory((self.size + start_size + 2 * k) * row, held, basis_dtype == working_dtype(A))
         directions: dict[str, Any] = {"num_directions": start_size, "known": known, "generator": generator}
         if basis_dtype != working_dtype(A):
             directions["basis_dtype"] = basis_dtype
         space = KrylovSpace if basis_dtype == working_dtype(A) else RoundedSpace
-        self.space: KrylovSpace = space(A, size=self.size, device=held, **directions)
+        self.space: KrylovSpace = space(A, size=self.size, place=held, **directions)
         self.space.start(start.T)
         self._room = max(self.size + start_size, min(n, _SPARE_BYTES // row))
         self._chain: Chain | None = None

@@ -1,0 +1,88 @@
+"""Peaks and times that `plan` predicts, beside those measured, on six networks of 11 thousand to 124 million weights.
+
+The peak is that of the resident set above what the process held after a small call of the same kind.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common.problems import PROBLEMS, Made, _cnn, _gpt, _gpt2
+
+__all__ = ["CALLS", "PLAN_MODELS", "plan_row"]
+
+MEBI = 2**20
+PLAN_MODELS = {
+    "mlp-11k": lambda: _mlp_of(32, 64, 64, 64, 10, batch=16_384),
+    "cnn-70k": lambda: _cnn(width=32, batch=256),
+    "gpt-0.5m": PROBLEMS["gpt"],
+    "gpt-6m": lambda: _gpt(vocabulary=512, context=128, width=320, num_heads=5, num_layers=5, batch=16),
+    "gpt2-37m": lambda: _gpt2(1, 32, n_layer=4, vocab_size=10_000),
+    "gpt2-124m": lambda: _gpt2(4, 128),
+}
+CALLS = ("product", "ggn product", "eigenpairs", "spectrum")
+
+
+def _mlp_of(*widths: int, batch: int) -> Made:
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]), torch.randn(batch, widths[0]), torch.randint(widths[-1], (batch,))
+
+
+def plan_row(model: str, call: str) -> dict[str, Any]:
+    """Return predicted and measured peak above the start, in MiB, and wall-clock seconds."""
+    from curvature import Objective, SpectrumPlan, eigsh, plan, spectrum
+    from curvature.environment.cost import current_memory, peak_memory
+    from curvature.linop import as_matrix
+
+    torch.set_num_threads(1)
+    taken: list[float] = []
+    cpu, matrix = torch.device("cpu"), "ggn" if call.startswith("ggn") else "hessian"
+    quantities: Any = {"eigenpairs": "eigenpairs", "spectrum": ["top", "trace"]}.get(call, "product")
+
+    def run(made: Any, settings: SpectrumPlan | None) -> int:
+        of = Objective(made[0], nn.CrossEntropyLoss(), (made[1], made[2]))
+        if call == "eigenpairs":
+            return eigsh(of, 3, generator=0).num_matvecs
+        if settings is not None:
+            return spectrum(of, settings, generator=0).num_matvecs
+        A, v = as_matrix(of, matrix), torch.ones(of.num_params)  # type: ignore[arg-type]
+        _ = A @ v
+        begun = time.perf_counter()
+        for _ in range(2):
+            _ = A @ v
+        taken.append((time.perf_counter() - begun) / 2)
+        return 1
+
+    torch.manual_seed(0)
+    small = _gpt2(1, 16, n_layer=1, n_embd=12, n_head=2, vocab_size=300)
+    run(small, SpectrumPlan(k=3, num_bottom=0, num_steps=4) if call == "spectrum" else None)
+    plan(Objective(small[0], nn.CrossEntropyLoss(), (small[1], small[2])), quantities, matrix=matrix, k=3)
+    before = current_memory(cpu)
+    made = PLAN_MODELS[model]()
+    of = Objective(made[0], nn.CrossEntropyLoss(), (made[1], made[2]))
+    planned = plan(of, quantities, matrix=matrix, k=3)
+    of_plan = peak_memory(cpu)
+    del of
+    taken.clear()
+    start = time.perf_counter()
+    spent = run(made, planned.plan)
+    seconds = taken[0] if taken else time.perf_counter() - start
+    num_params = sum(p.numel() for p in made[0].parameters())
+    return {
+        "part": "plan",
+        "model": model,
+        "num_params": num_params,
+        "call": call,
+        "planned_mebibytes": (planned.peak_bytes - before) / MEBI,
+        "mebibytes": (peak_memory(cpu) - before) / MEBI,
+        "of_plan_mebibytes": (of_plan - before) / MEBI,
+        "planned_matvecs": planned.num_matvecs,
+        "matvecs": spent,
+        "planned_seconds": planned.seconds,
+        "seconds": seconds,
+    }

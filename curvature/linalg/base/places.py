@@ -1,0 +1,45 @@
+"""Where the vectors of a basis are held: on a device, or in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvature.errors import InputError
+
+BasisDevice: TypeAlias = torch.device | Literal["disk"] | str | None
+Place: TypeAlias = torch.device | Literal["disk"]
+
+
+def place_of(basis_device: BasisDevice, default: torch.device) -> Place:
+    """Return where a basis is to be held.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if basis_device is None or basis_device == "disk":
+        return default if basis_device is None else "disk"
+    try:
+        return torch.empty(0, device=basis_device).device
+    except Exception as error:  # backends raise what they like
+        raise InputError(
+            f'basis_device must be a device that there is here, such as "cpu", or "disk", got {basis_device!r}.'
+        ) from error
+
+
+def empty_rows(count: int, n: int, dtype: torch.dtype, place: Place) -> Tensor:
+    """Return (count, n) entries; on disk, in a file of the folder for temporary files that goes with the tensor.
+
+    The file has no name (on Windows it is deleted when it is closed), so that nothing is left whatever happens. Its
+    pages count as memory of the process while they are in use, and the system writes them out when it needs room.
+    """
+    size = count * n * dtype.itemsize
+    if place != "disk" or size == 0:
+        return torch.empty(count, n, dtype=dtype, device="cpu" if place == "disk" else place)
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, np.uint8, "w+", shape=(size,))
+    return torch.from_numpy(mapped).view(dtype).view(count, n)

@@ -1,0 +1,119 @@
+"""Ways to multiply and to hold a basis, and what each costs: what `plan` chooses among for a limit on memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from curvature.environment.cost import current_memory
+from curvature.environment.device import is_gpu
+from curvature.environment.memory import return_unused
+from curvature.linalg.base.validate import working_dtype
+from curvature.linalg.krylov._rounded_space import COLUMNS
+from curvature.linop import MatrixLike
+from curvature.spectra.product_cost import ProductCost
+
+__all__ = ["Way", "graph_choices", "present_memory", "ways_to_pairs"]
+
+_CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
+_FEW = 11  # vectors beside k: three to work with, and the chain
+_SPARE = 1 << 28  # bytes that a basis may grow to for the chain
+_PASSES = 6  # over the basis, for each product
+_SPEED = {"cpu": 5e9, "cuda": 5e11, "disk": 5e8}  # bytes a second of passes over a basis
+_MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute what was asked for."""
+
+    changes: dict[str, Any]
+    """What is changed of the objective, for `Objective.replace`."""
+    settings: dict[str, Any]
+    """Keywords for the call."""
+    num_matvecs: int
+    """Products."""
+    seconds: float
+    """Wall-clock time of all products and of the basis, s."""
+    peak_bytes: int
+    """Largest memory of the process (on CUDA: of torch on the device), with what it holds now, bytes."""
+
+
+def present_memory(device: torch.device) -> int:
+    """Return the bytes in use now, without those that were freed."""
+    if device.type == "cpu":
+        return_unused()
+    return current_memory(device)
+
+
+def graph_choices(cost: ProductCost | None) -> Iterator[tuple[dict[str, Any], int, bool | None]]:
+    """Yield (changes of the objective, pieces of a batch, whether graphs are kept), the fastest first."""
+    yield {}, 1, None
+    if cost is None:
+        return
+    if cost.keeps:
+        yield {"keep_graphs": False}, 1, False
+    pieces = 2
+    while pieces <= min(cost.num_examples, _MOST_PIECES):
+        size = math.ceil(cost.num_examples / pieces)
+        yield {"keep_graphs": False, "micro_batch": size}, math.ceil(cost.num_examples / size), False
+        pieces *= 2
+
+
+def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: float) -> list[Way]:
+    """Return the ways to k eigenpairs by `eigsh`, that of its defaults first.
+
+    Args:
+        A: the matrix.
+        k: number of pairs.
+        cost: of a product with an objective's matrix.
+        seconds: of a product with another.
+    """
+    n, dtype, present = int(A.shape[0]), working_dtype(A), present_memory(A.device)
+    vector, expected = n * dtype.itemsize, min(n, 10 + 2 * k + _CHAIN)
+    found = []
+    for changes, pieces, keep in graph_choices(cost):
+        each = seconds if cost is None else cost.seconds(1, pieces, keep)
+        graphs = 0 if cost is None else cost.graphs(pieces, keep)
+        work = 2 * vector if cost is None else cost.work(pieces)
+        setup = 0.0 if cost is None else cost.setup
+        for settings, place, itemsize in _bases(A, k, dtype):
+            size = min(n, settings.get("num_basis", max(2 * k + 1, 20)))
+            row = n * itemsize
+            rows = max(size + 1, min(_SPARE // row, size + _CHAIN)) * row
+            rounded = "basis_dtype" in settings
+            count = expected + k * rounded
+            here = rows if place == A.device.type or (place == "disk" and not rounded) else 0
+            widened = 2 * (size + 1) * min(n, COLUMNS.get(place, COLUMNS["cpu"])) * dtype.itemsize
+            kept = 0 if place == "disk" else here  # a file's pages are let go of during a product
+            step = max(kept + work + vector * (kept == 0 or rounded), here + (2 + rounded) * vector + rounded * widened)
+            last = max(here + k * vector, (k * (1 + rounded) + 2) * vector + work)
+            passes = count * _PASSES * (1 + rounded) * rows
+            found.append(
+                Way(
+                    changes=changes,
+                    settings=settings,
+                    num_matvecs=count,
+                    seconds=setup + count * each + passes / _SPEED["cuda" if place == "cuda" else place],
+                    peak_bytes=present + graphs + max(step, last),
+                )
+            )
+    return found
+
+
+def _bases(A: MatrixLike, k: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Yield (settings, where the basis is, bytes of an entry)."""
+    here, full = A.device.type, dtype.itemsize
+    few = {"num_basis": k + _FEW} if k + _FEW < max(2 * k + 1, 20) else {}
+    yield {}, here, full
+    if few:
+        yield few, here, full
+    yield {**few, "basis_dtype": torch.bfloat16}, here, 2
+    if is_gpu(A.device):
+        yield {"basis_device": "cpu"}, "cpu", full
+    for narrow in ({}, {"basis_dtype": torch.bfloat16}):
+        yield {**few, **narrow, "basis_device": "disk"}, "disk", 2 if narrow else full
