@@ -1,4 +1,6 @@
-"""Peak memory of the 3 largest eigenpairs of a GPT-2 of 37 million parameters, beside what is allowed.
+"""Peak memory: of the 3 largest eigenpairs of a GPT-2 beside what is allowed, and of what `plan` predicts.
+
+    python -m benchmarks.memory.bench [--parts ...] [--models ...] [--calls ...]      rows to results/memory.json
 
 Each row is measured in a process of its own, above what that holds after a small call. Allowed: weights, kept graph and
 num_basis + 4 vectors, and a fifth more.
@@ -6,12 +8,14 @@ num_basis + 4 vectors, and a fifth more.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Rows, command
+from benchmarks.memory.plans import CALLS, PLAN_MODELS, plan_row
 
 __all__ = ["measure"]
 
@@ -63,13 +67,22 @@ def measure(basis: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every row and write the file."""
-    a = command("memory", __doc__).parse_args()
-    bases = ("float32", "bfloat16")
-    with Rows(a.out, ("basis",), len(bases)) as rows:
+    parser = command("memory", __doc__)
+    parser.add_argument("--parts", nargs="+", choices=("bases", "plans"), default=["bases", "plans"])
+    parser.add_argument("--models", nargs="+", choices=PLAN_MODELS, default=list(PLAN_MODELS))
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
+    a = parser.parse_args()
+    bases = ("float32", "bfloat16") if "bases" in a.parts else ()
+    plans = list(itertools.product(a.models, a.calls)) if "plans" in a.parts else []
+    with Rows(a.out, ("part", "basis", "model", "call"), len(bases) + len(plans)) as rows:
         for basis in bases:
             row = alone(measure, {"basis": basis}, timeout_seconds=TIMEOUT_SECONDS, basis=basis)
             peak, allowed = row.get("peak_mebibytes", 0.0), row.get("allowed_mebibytes", 0.0)
             rows.add(row, said=f"{basis:9} {peak:6.0f} MiB at most, {allowed:6.0f} allowed")
+        for model, call in plans:
+            known = {"part": "plan", "model": model, "call": call}
+            row = alone(plan_row, known, timeout_seconds=TIMEOUT_SECONDS, model=model, call=call)
+            rows.add(row, said=str(row))
 
 
 if __name__ == "__main__":

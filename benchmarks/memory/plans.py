@@ -41,7 +41,8 @@ def plan_row(model: str, call: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     taken: list[float] = []
-    cpu, matrix = torch.device("cpu"), "ggn" if call.startswith("ggn") else "hessian"
+    cpu = torch.device("cpu")
+    matrix: Any = "ggn" if call.startswith("ggn") else "hessian"
     quantities: Any = {"eigenpairs": "eigenpairs", "spectrum": ["top", "trace"]}.get(call, "product")
 
     def run(made: Any, settings: SpectrumPlan | None) -> int:
@@ -50,7 +51,7 @@ def plan_row(model: str, call: str) -> dict[str, Any]:
             return eigsh(of, 3, generator=0).num_matvecs
         if settings is not None:
             return spectrum(of, settings, generator=0).num_matvecs
-        A, v = as_matrix(of, matrix), torch.ones(of.num_params)  # type: ignore[arg-type]
+        A, v = as_matrix(of, matrix), torch.ones(of.num_params)
         _ = A @ v
         begun = time.perf_counter()
         for _ in range(2):
@@ -78,6 +79,7 @@ def plan_row(model: str, call: str) -> dict[str, Any]:
         "model": model,
         "num_params": num_params,
         "call": call,
+        "start_mebibytes": before / MEBI,
         "planned_mebibytes": (planned.peak_bytes - before) / MEBI,
         "mebibytes": (peak_memory(cpu) - before) / MEBI,
         "of_plan_mebibytes": (of_plan - before) / MEBI,
