@@ -12,6 +12,7 @@ import torch
 from curvature.environment.cost import current_memory
 from curvature.environment.device import is_gpu
 from curvature.environment.memory import return_unused
+from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import working_dtype
 from curvature.linalg.krylov._rounded_space import COLUMNS
 from curvature.linop import MatrixLike
@@ -23,7 +24,7 @@ _CHAIN = 15  # products of a chain outside the Krylov space and of the check at 
 _FEW = 11  # vectors beside k: three to work with, and the chain
 _SPARE = 1 << 28  # bytes that a basis may grow to for the chain
 _PASSES = 6  # over the basis, for each product
-_SPEED = {"cpu": 5e9, "cuda": 5e11, "disk": 5e8}  # bytes a second of passes over a basis
+_SPEED, _GPU_SPEED, _DISK_SPEED = 5e9, 5e11, 5e8  # bytes a second of passes over a basis
 _MOST_PIECES = 64
 
 
@@ -87,8 +88,8 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
             rows = max(size + 1, min(_SPARE // row, size + _CHAIN)) * row
             rounded = "basis_dtype" in settings
             count = expected + k * rounded
-            here = rows if place == A.device.type or (place == "disk" and not rounded) else 0
-            widened = 2 * (size + 1) * min(n, COLUMNS.get(place, COLUMNS["cpu"])) * dtype.itemsize
+            here = rows if place == A.device or (place == "disk" and not rounded) else 0
+            widened = 2 * (size + 1) * min(n, COLUMNS) * dtype.itemsize
             kept = 0 if place == "disk" else here  # a file's pages are let go of during a product
             step = max(kept + work + vector * (kept == 0 or rounded), here + (2 + rounded) * vector + rounded * widened)
             last = max(here + k * vector, (k * (1 + rounded) + 2) * vector + work)
@@ -98,22 +99,26 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
                     changes=changes,
                     settings=settings,
                     num_matvecs=count,
-                    seconds=setup + count * each + passes / _SPEED["cuda" if place == "cuda" else place],
+                    seconds=setup + count * each + passes / _speed(place),
                     peak_bytes=present + graphs + max(step, last),
                 )
             )
     return found
 
 
-def _bases(A: MatrixLike, k: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], str, int]]:
+def _speed(place: Place) -> float:
+    return _DISK_SPEED if place == "disk" else _GPU_SPEED if is_gpu(place) else _SPEED
+
+
+def _bases(A: MatrixLike, k: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Place, int]]:
     """Yield (settings, where the basis is, bytes of an entry)."""
-    here, full = A.device.type, dtype.itemsize
+    here, full = A.device, dtype.itemsize
     few = {"num_basis": k + _FEW} if k + _FEW < max(2 * k + 1, 20) else {}
     yield {}, here, full
     if few:
         yield few, here, full
     yield {**few, "basis_dtype": torch.bfloat16}, here, 2
     if is_gpu(A.device):
-        yield {"basis_device": "cpu"}, "cpu", full
+        yield {"basis_device": "cpu"}, torch.device("cpu"), full
     for narrow in ({}, {"basis_dtype": torch.bfloat16}):
         yield {**few, **narrow, "basis_device": "disk"}, "disk", 2 if narrow else full
