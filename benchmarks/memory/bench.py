@@ -9,19 +9,25 @@ num_basis + 4 vectors, and a fifth more.
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Rows, command
-from benchmarks.memory.plans import CALLS, PLAN_MODELS, plan_row
+from benchmarks.memory.plans import CALLS, PLAN_MODELS, limit_row, plan_row
 
-__all__ = ["measure"]
+__all__ = ["measure", "products"]
 
 TIMEOUT_SECONDS = 900
 NUM_BASIS = 8
 MEBI = 2**20
+PARTS = ("bases", "products", "plans", "limit")
+LIMIT_SECONDS, LIMIT_BYTES = 7200, 6 * 10**9
 
 
 def measure(basis: str) -> dict[str, Any]:
@@ -65,20 +71,80 @@ def measure(basis: str) -> dict[str, Any]:
     }
 
 
+def products(method: str) -> dict[str, Any]:
+    """Return peak above the start and CPU seconds of Hessian products of GPT-2, the first and the median of later ones.
+
+    "plain" is double backward by hand with eager attention, which builds the graph for each product.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from curvature import HessianOperator
+    from curvature.adapters.hugging_face import causal_lm_objective
+    from curvature.environment.cost import current_memory, peak_memory
+
+    def made(tokens: int, **measures: Any) -> tuple[Callable[[], Tensor], int]:
+        torch.manual_seed(0)
+        attention = "eager" if method == "plain" else "sdpa"
+        model = GPT2LMHeadModel(GPT2Config(**{"attn_implementation": attention, **measures})).eval()
+        ids, params = torch.randint(0, model.config.vocab_size, (4, tokens)), list(model.parameters())
+        v = torch.randn(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(1))
+        if method != "plain":
+            H = HessianOperator(causal_lm_objective(model, [{"input_ids": ids, "labels": ids}]))
+            return lambda: H @ v, len(v)
+        parts = [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
+
+        def by_hand() -> Tensor:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            gradient = torch.autograd.grad(loss, params, create_graph=True)
+            return torch.cat([h.flatten() for h in torch.autograd.grad(gradient, params, parts)])
+
+        return by_hand, len(v)
+
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    made(8, n_layer=1, n_embd=12, vocab_size=300, bos_token_id=0, eos_token_id=0)[0]()
+    product, num_params = made(128)
+    before, seconds = current_memory(cpu), []
+    for _ in range(4):
+        start = time.process_time()
+        norm = float(product().norm())
+        seconds.append(time.process_time() - start)
+    return {
+        "part": "products",
+        "method": method,
+        "num_params": num_params,
+        "norm": norm,
+        "peak_mebibytes": (peak_memory(cpu) - before) / MEBI,
+        "first_seconds": seconds[0],
+        "seconds": statistics.median(seconds[1:]),
+    }
+
+
 def main() -> None:
     """Measure every row and write the file."""
     parser = command("memory", __doc__)
-    parser.add_argument("--parts", nargs="+", choices=("bases", "plans"), default=["bases", "plans"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=PLAN_MODELS, default=list(PLAN_MODELS))
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
     a = parser.parse_args()
     bases = ("float32", "bfloat16") if "bases" in a.parts else ()
     plans = list(itertools.product(a.models, a.calls)) if "plans" in a.parts else []
-    with Rows(a.out, ("part", "basis", "model", "call"), len(bases) + len(plans)) as rows:
+    methods = ("plain", "toolkit") if "products" in a.parts else ()
+    total = len(bases) + len(plans) + len(methods) + ("limit" in a.parts)
+    with Rows(a.out, ("part", "basis", "model", "call", "method"), total) as rows:
+        for method in methods:
+            known = {"part": "products", "method": method}
+            row = alone(products, known, timeout_seconds=TIMEOUT_SECONDS, method=method)
+            rows.add(row, said=str(row))
         for basis in bases:
             row = alone(measure, {"basis": basis}, timeout_seconds=TIMEOUT_SECONDS, basis=basis)
             peak, allowed = row.get("peak_mebibytes", 0.0), row.get("allowed_mebibytes", 0.0)
             rows.add(row, said=f"{basis:9} {peak:6.0f} MiB at most, {allowed:6.0f} allowed")
+        if "limit" in a.parts:
+            of = {"model": "gpt2-124m"}
+            known = {"part": "limit", **of}
+            row = alone(limit_row, known, timeout_seconds=LIMIT_SECONDS, limit_bytes=LIMIT_BYTES, **of)
+            rows.add(row, said=str(row))
         for model, call in plans:
             known = {"part": "plan", "model": model, "call": call}
             row = alone(plan_row, known, timeout_seconds=TIMEOUT_SECONDS, model=model, call=call)

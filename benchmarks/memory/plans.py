@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.common.problems import PROBLEMS, Made, _cnn, _gpt, _gpt2
 
-__all__ = ["CALLS", "PLAN_MODELS", "plan_row"]
+__all__ = ["CALLS", "PLAN_MODELS", "limit_row", "plan_row"]
 
 MEBI = 2**20
 PLAN_MODELS = {
@@ -87,4 +87,32 @@ def plan_row(model: str, call: str) -> dict[str, Any]:
         "matvecs": spent,
         "planned_seconds": planned.seconds,
         "seconds": seconds,
+    }
+
+
+def limit_row(model: str, limit_bytes: int) -> dict[str, Any]:
+    """Return the 3 largest eigenpairs to 1 %, computed as `plan` says within a limit, and the peak of the process."""
+    from curvature import Objective, eigsh, plan
+    from curvature.environment.cost import peak_memory
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = PLAN_MODELS[model]()
+    of = Objective(made[0], nn.CrossEntropyLoss(), (made[1], made[2]))
+    planned = plan(of, "eigenpairs", k=3, memory_limit=limit_bytes)
+    start = time.perf_counter()
+    pairs = eigsh(of.replace(**planned.changes), 3, rtol=0.01, generator=0, **planned.settings)
+    return {
+        "part": "limit",
+        "model": model,
+        "limit_mebibytes": limit_bytes / MEBI,
+        "settings": str(planned.changes | planned.settings),
+        "planned_mebibytes": planned.peak_bytes / MEBI,
+        "mebibytes": peak_memory(torch.device("cpu")) / MEBI,
+        "planned_seconds": planned.seconds,
+        "seconds": time.perf_counter() - start,
+        "matvecs": pairs.num_matvecs,
+        "status": pairs.status.name,
+        "eigenvalues": pairs.eigenvalues.tolist(),
+        "residual_norms": pairs.residual_norms.tolist(),
     }

@@ -29,11 +29,13 @@ __all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan
 Quantity = Literal[
     "top", "bottom", "trace", "frobenius_norm", "moments", "density", "effective_dimension", "logdet", "layer_traces"
 ]
+Whole = Literal["eigenpairs", "product", "layers"]
 PATIENCE = 4
 """Eigenpairs that have not converged after the planned products are given so many times as much again."""
 _EXACT_IS_WORTH = 1.5
 _SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
 _CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
+_OF_BLOCK = 0.7  # of a product: that with the block of a layer, on average
 _CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
 SMALL = 1e-4
 """Smallest eigenvalues need not be known better than this, relative to the largest."""
@@ -176,7 +178,7 @@ class PlannedCost(Result):
 @checked
 def plan(
     A: AnyMatrix,
-    quantities: Collection[Quantity] | Literal["eigenpairs", "product"] = ("top", "bottom", "trace", "density"),
+    quantities: Collection[Quantity] | Whole = ("top", "bottom", "trace", "density"),
     *,
     matrix: MatrixName = "hessian",
     k: int = 10,
@@ -199,7 +201,8 @@ def plan(
     Args:
         A: the matrix.
         matrix: which one of an objective; see `as_matrix`.
-        quantities: what is wanted of `spectrum`; or "eigenpairs", the k largest by `eigsh`; or "product".
+        quantities: what is wanted of `spectrum`; or "eigenpairs", the k largest by `eigsh`; or "product"; or
+            "layers", all of `layer_spectra`.
         k: how many of the largest eigenpairs.
         num_bottom: how many of the smallest.
         rtol: residual of the largest, relative to the eigenvalue.
@@ -223,11 +226,15 @@ def plan(
     n = check_square(A)
     names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     unknown = sorted(set(names) - set(get_args(Quantity)))
-    if isinstance(quantities, str) and quantities in ("eigenpairs", "product"):
+    if quantities == "eigenpairs" or quantities == "product":
         made = None
+    elif quantities == "layers":
+        if not isinstance(A, ObjectiveOperator):
+            raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
+        made = _spectrum_plan(("top", "bottom", "density"), k, num_bottom, rtol, num_probes, num_steps, moment_order)
     elif unknown or not names:
         raise InputError(
-            f"quantities must be some of {', '.join(get_args(Quantity))}, or 'eigenpairs' or 'product', got "
+            f"quantities must be some of {', '.join(get_args(Quantity))}, or 'eigenpairs', 'product' or 'layers', got "
             f"{', '.join(unknown) or 'none'}."
         )
     else:
@@ -244,7 +251,10 @@ def plan(
         check_count("k", k, 1, n)
         ways = ways_to_pairs(A, k, cost, seconds)
     else:
-        ways = _ways_to(made, A, cost, seconds, width)
+        sizes = [n]
+        if quantities == "layers" and isinstance(A, ObjectiveOperator):
+            sizes = [block.num_params for block in A.objective.space.blocks]
+        ways = _ways_to(made, A, sizes, cost, seconds / width, width)
     first, others = _chosen(ways, memory_limit)
     return PlannedCost(
         quantities=names,
@@ -277,23 +287,27 @@ def _spectrum_plan(
 
 
 def _ways_to(
-    made: SpectrumPlan | None, A: MatrixLike, cost: ProductCost | None, seconds: float, width: int
+    made: SpectrumPlan | None, A: MatrixLike, sizes: list[int], cost: ProductCost | None, seconds: float, width: int
 ) -> list[Way]:
-    """Return the ways to a spectrum, or to one product without a plan."""
+    """Return the ways to spectra of matrices of these sizes side by side, or to one product without a plan."""
     n, present = int(A.shape[0]), present_memory(A.device)
     vector = n * working_dtype(A).itemsize
-    count = 1 if made is None else made.num_matvecs(n) + made.num_search(n)
+    counts = [1] if made is None else [made.num_matvecs(size) + made.num_search(size) for size in sizes]
+    count, walks = sum(counts), max(counts) / width
+    columns = count / walks * (1.0 if len(sizes) == 1 else _OF_BLOCK)
     found = []
     for changes, pieces, keep in graph_choices(cost):
-        each = seconds / width if cost is None else cost.seconds(width, pieces, keep) / width
+        taken = count * seconds if cost is None else walks * cost.seconds(columns, pieces, keep)
         graphs = 0 if cost is None else cost.graphs(pieces, keep)
         work = vector if cost is None else cost.work(pieces)
-        places: list[dict[str, Any]] = [{}] if made is None or made.all_entries(n) else [{}, {"basis_device": "disk"}]
+        places: list[dict[str, Any]] = (
+            [{}] if made is None or len(sizes) > 1 or made.all_entries(n) else [{}, {"basis_device": "disk"}]
+        )
         for settings in places:
-            basis, rest = (0, vector) if made is None else made.parts_of_bytes(A, [n])
+            basis, rest = (0, vector) if made is None else made.parts_of_bytes(A, sizes)
             peak = present + graphs + work + rest + (0 if settings else basis)
             setup = 0.0 if cost is None or made is None else cost.setup
-            found.append(Way(changes, settings, count, setup + count * each, peak))
+            found.append(Way(changes, settings, count, setup + taken, peak))
     return found
 
 

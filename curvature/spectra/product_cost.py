@@ -56,7 +56,7 @@ class ProductCost:
         wanted = self.num_batches * (self.graph + pieces * self.vector) if keep else 0
         return int(min(wanted, self.room)), 0 < wanted <= self.room
 
-    def seconds(self, width: int, pieces: int = 1, keep: bool | None = None) -> float:
+    def seconds(self, width: float, pieces: int = 1, keep: bool | None = None) -> float:
         """Return the seconds of a product with `width` columns."""
         _, everything = self.kept(pieces, self.keeps if keep is None else keep)
         passes = self.per_column * width + (0.0 if everything else _REBUILT)

@@ -92,6 +92,7 @@ def layer_spectra(
 
     Cost: for each layer, products with its block, plan.num_probes x plan.num_steps or as many as it has parameters; a
     graph that is not kept is built once a step for all layers. Memory: as many vectors, of all layers together (n,).
+    `plan(A, "layers")` says what that is; `progress` counts to its `num_matvecs`.
 
     Args:
         A: an objective, or an operator of one.

@@ -280,6 +280,17 @@ def test_layers_are_diagonal_blocks(keep_graphs: bool, settings: SpectrumPlan) -
         assert float(top[0]) > 0
 
 
+def test_layers_have_a_price_and_steps_to_count() -> None:
+    at = objective()
+    planned, told = plan(at, "layers", k=3), []
+    assert planned.plan is not None
+    found = layer_spectra(at, planned.plan, generator=0, progress=told.append)
+    assert sum(told) == sum(layer.num_matvecs for layer in found.values())
+    assert sum(told) == pytest.approx(planned.num_matvecs, rel=0.25)
+    with pytest.raises(InputError, match="layers are those of an objective"):
+        plan(torch.eye(4), "layers")
+
+
 def test_layers_walk_the_data_once_a_step() -> None:
     forwards = 0
 
