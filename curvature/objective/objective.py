@@ -218,12 +218,10 @@ class Objective:
             unused = [name for i, name in enumerate(self._space.names) if i not in used]
             notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
         if self.num_batches is not None and len(self.kept) > 0:
-            of = (
-                f"{len(self.kept)} of {self.num_batches}"
-                if len(self.kept) < self.num_batches
-                else f"all {self.num_batches}"
-            )
-            notes.append(f"Graphs of {of} batches are kept between products ({self.held_bytes / 2**20:.1f} MiB).")
+            num_kept, total = len(self.kept), self.num_batches
+            which = "The graph of the batch is" if total == 1 else f"Graphs of {num_kept} of {total} batches are"
+            which = f"Graphs of all {total} batches are" if 1 < total == num_kept else which
+            notes.append(f"{which} kept between products ({self.held_bytes / 2**20:.1f} MiB).")
         if any(lin.drew_random_numbers for lin in self.kept):
             notes.append(
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
