@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvature.environment.device import gpu_memory, is_gpu
 from curvature.errors import InputError
 
 BasisDevice: TypeAlias = torch.device | Literal["disk"] | str | None
+_SPARE_BYTES = 1 << 28
 Place: TypeAlias = torch.device | Literal["disk"]
 
 
@@ -29,6 +31,13 @@ def place_of(basis_device: BasisDevice, default: torch.device) -> Place:
         raise InputError(
             f'basis_device must be a device that there is here, such as "cpu", or "disk", got {basis_device!r}.'
         ) from error
+
+
+def spare_bytes(place: Place, *, shared: bool = True) -> int:
+    """Return what a basis may grow to where that helps: 256 MiB, or, not `shared`, a quarter of what a GPU has free."""
+    if shared or not isinstance(place, torch.device) or not is_gpu(place):
+        return _SPARE_BYTES
+    return max(_SPARE_BYTES, gpu_memory(place).free // 4)
 
 
 def empty_rows(count: int, n: int, dtype: torch.dtype, place: Place) -> Tensor:

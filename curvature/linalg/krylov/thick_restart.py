@@ -24,7 +24,7 @@ from curvature.environment.memory import return_unused
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
-from curvature.linalg.base.places import BasisDevice, place_of
+from curvature.linalg.base.places import BasisDevice, place_of, spare_bytes
 from curvature.linalg.base.validate import (
     check_confidence,
     check_count,
@@ -55,7 +55,6 @@ _STATE = ("least", "fell", "spent", "num_chains", "closed", "beyond", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule
 _FIRST = 0.8  # of the failure probability for the first chain, as a rule the only one
-_SPARE_BYTES = 1 << 28  # that the basis may grow to for a chain
 _AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
 
@@ -125,7 +124,8 @@ class ThickRestartLanczos:
         space = KrylovSpace if basis_dtype == working_dtype(A) else RoundedSpace
         self.space: KrylovSpace = space(A, size=self.size, place=held, **directions)
         self.space.start(start.T)
-        self._room = max(self.size + start_size, min(n, _SPARE_BYTES // row))
+        spare = spare_bytes(held, shared=num_basis is not None)  # for a chain
+        self._room = max(self.size + start_size, min(n, spare // row))
         self._chain: Chain | None = None
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
         self._spent = 0.0  # of the failure probability, in chains that found something
@@ -327,7 +327,7 @@ class ThickRestartLanczos:
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
             inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
         else:
-            if space.rows.device.type == "cpu" and space.rows.nbytes >= _SPARE_BYTES:
+            if space.rows.device.type == "cpu" and space.rows.nbytes >= spare_bytes(space.rows.device):
                 return_unused()  # what the products left: the check and the result need vectors beside the basis
             once = done and not confirmed and not self.certify and limit > space.num_matvecs
             U, gap = self._vectors(S, once, keep_basis)

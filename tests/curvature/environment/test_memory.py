@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, eigsh, plan, spectrum
 from curvature.engine import kept_graphs
 from curvature.engine.linearize import Linearization
+from curvature.environment.device import GpuMemory
 from curvature.environment.memory import HeldMemory, _group_rooms, available_memory
 from curvature.errors import InputError
-from curvature.linalg.krylov import thick_restart
+from curvature.linalg.base import places
 from curvature.linop import as_matrix
 from curvature.objective import coupling
 from curvature.spectra import planning, ways
@@ -330,7 +331,7 @@ def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "present_memory", lambda _: 0)
     monkeypatch.setattr(planning, "peak_memory", lambda _: 0)
     monkeypatch.setattr(ways, "_SPARE", 0)
-    monkeypatch.setattr(thick_restart, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(places, "_SPARE_BYTES", 0)
 
 
 def wide(examples: int, **settings: object) -> Objective:
@@ -402,3 +403,13 @@ def test_cutting_a_batch_holds_a_few_vectors(monkeypatch: pytest.MonkeyPatch) ->
     with PeakBytes() as meter:
         assert of.cuts.verdict(of.evaluator, batch, 0).problem is None
     assert meter.peak < 6 * 4 * of.num_params  # three gradients, and that which is taken from a graph
+
+
+def test_a_basis_may_grow_into_a_quarter_of_a_gpu_where_its_size_was_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "gpu_memory", lambda _: GpuMemory(0, 0, 1 << 32))
+    gpu = torch.device("cuda", 0)
+    assert places.spare_bytes(gpu, shared=False) == 1 << 30
+    assert {places.spare_bytes(gpu), places.spare_bytes("disk", shared=False)} == {1 << 28}
+    assert places.spare_bytes(torch.device("cpu"), shared=False) == 1 << 28

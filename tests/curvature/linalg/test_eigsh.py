@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
 from curvature.linalg import ThickRestartLanczos
-from curvature.linalg.krylov import _krylov_space, _rounded_space, thick_restart
+from curvature.linalg.base import places
+from curvature.linalg.krylov import _krylov_space, _rounded_space
 from curvature.linop import Counting, LinearOperator, to_scipy
 from curvature.results.estimates import Status
 from tests.matrices import F64, generator, orthogonal, spectra, true_residuals, twenty_spectra, wanted, with_spectrum
@@ -344,7 +345,7 @@ def test_no_more_vectors_than_the_basis_and_a_few_are_held(
     basis_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, size = 1 << 16, 8
-    for module, name in ((thick_restart, "_SPARE_BYTES"), (_krylov_space, "_SMALL")):
+    for module, name in ((places, "_SPARE_BYTES"), (_krylov_space, "_SMALL")):
         monkeypatch.setattr(module, name, 0)  # as for vectors that are large
     monkeypatch.setattr(_krylov_space, "_COLUMNS", n // 64)
     monkeypatch.setattr(_rounded_space, "COLUMNS", n // 64)
