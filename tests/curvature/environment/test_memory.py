@@ -343,7 +343,7 @@ def wide(examples: int, **settings: object) -> Objective:
 
 @pytest.mark.usefixtures("nothing_held")
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
-@pytest.mark.parametrize("examples", [32, 2048])  # vectors, or activations, are most of the memory
+@pytest.mark.parametrize("examples", [32, 1024])  # vectors, or activations, are most of the memory
 def test_a_plan_knows_the_peak_of_a_product_within_a_quarter(examples: int, matrix: Any) -> None:
     planned, of = plan(wide(examples), "product", matrix=matrix), wide(examples)
     v = torch.ones(of.num_params)
@@ -352,19 +352,32 @@ def test_a_plan_knows_the_peak_of_a_product_within_a_quarter(examples: int, matr
     assert planned.peak_bytes == pytest.approx(meter.peak, rel=0.25)
 
 
+@pytest.mark.parametrize("micro_batch", [None, 16])
+def test_a_product_holds_a_stated_multiple_of_what_a_gradient_holds(micro_batch: int | None) -> None:
+    of = wide(128, keep_graphs=False, micro_batch=micro_batch)
+    v, peaks = torch.ones(of.num_params), []
+    for work in (of.gradient, lambda: HessianOperator(of) @ v, lambda: GGNOperator(of) @ v):
+        work()  # the first compares lean layers and cuts a batch
+        with PeakBytes() as meter:
+            work()
+        peaks.append(meter.peak)
+    assert peaks[1] <= 3 * peaks[0]
+    assert peaks[2] <= 2.2 * peaks[0]
+
+
 @pytest.mark.usefixtures("nothing_held")
-@pytest.mark.parametrize("examples", [32, 512])
-def test_a_plan_knows_the_peak_of_eigenpairs_within_a_quarter_for_every_basis(examples: int) -> None:
-    of, seen = wide(examples, keep_graphs=False), 0
+def test_a_plan_knows_the_peak_of_eigenpairs_within_a_quarter_whatever_the_basis() -> None:
+    of, seen = wide(128, keep_graphs=False), 0
     planned = plan(of, "eigenpairs", k=3)
     _ = HessianOperator(of) @ torch.ones(of.num_params)  # lean layers are compared before rows are written
     for settings, peak in ((w.settings, w.peak_bytes) for w in (planned, *planned.ways) if not w.changes):
+        if "basis_device" in settings or list(settings) == ["num_basis"]:  # pages of a file are no tensor's own memory
+            continue
         with PeakBytes() as meter:
-            eigsh(of, 3, rtol=0.1, generator=0, confidence=None, **settings)
-        if settings.get("basis_device") != "disk":  # pages of a file are no tensor's own memory
-            assert peak == pytest.approx(meter.peak, rel=0.25), settings
-            seen += 1
-    assert seen == 3
+            eigsh(of, 3, max_matvecs=21, block_size=1, generator=0, confidence=None, **settings)
+        assert peak == pytest.approx(meter.peak, rel=0.25), settings
+        seen += 1
+    assert seen == 2
 
 
 @pytest.mark.usefixtures("nothing_held")
