@@ -40,12 +40,12 @@ class LeanTrust:
         Args:
             product: "hvp" or "ggnvp".
             signature: of the layers.
-            lean: (n,).
+            lean: (n,), overwritten.
             reference: (n,).
             sizes: of the parameters, whose parts are compared each on its own.
             eps: rounding error of the widest-spaced dtype.
         """
-        apart = torch.stack(torch._foreach_norm((lean - reference).split(list(sizes))))
+        apart = torch.stack(torch._foreach_norm(lean.sub_(reference).split(list(sizes))))
         lengths = torch.stack(torch._foreach_norm(reference.split(list(sizes))))
         floor = (_SMALL * reference.norm()).clamp_min(torch.finfo(reference.dtype).tiny)
         difference = float((apart / lengths.maximum(floor)).max())  # NaN if any part is

@@ -35,6 +35,8 @@ PATIENCE = 4
 _EXACT_IS_WORTH = 1.5
 _SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
 _CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
+_COMPARED = 5  # vectors that the first product of all holds, which compares lean layers with autograd, ...
+_HEAP = 2  # ... and those that the heap of the process keeps meanwhile, in pieces
 _OF_BLOCK = 0.7  # of a product: that with the block of a layer, on average
 _CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
 SMALL = 1e-4
@@ -192,8 +194,7 @@ def plan(
     """Say what the quantities will cost together, and how they are computed within a limit on memory.
 
     Cost: two to six gradients and the graph of one batch, no product (`curvature.spectra.product_cost`); for a matrix
-    that is not an objective's, two block products. Peaks are within 25 % and times within a factor of two on networks
-    of 10 thousand to 124 million parameters (`benchmarks/memory`).
+    that is not an objective's, two block products. What was measured beside it: `benchmarks/memory`.
 
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
     as the spectra of trained networks take, which the truth may exceed.
@@ -305,7 +306,10 @@ def _ways_to(
         )
         for settings in places:
             basis, rest = (0, vector) if made is None else made.parts_of_bytes(A, sizes)
-            peak = present + graphs + work + rest + (0 if settings else basis)
+            held = graphs + work + rest + (0 if settings else basis)
+            if made is None and cost is not None:
+                held = max(held, (_COMPARED + _HEAP * (A.device.type == "cpu")) * vector)
+            peak = present + held
             setup = 0.0 if cost is None or made is None else cost.setup
             found.append(Way(changes, settings, count, setup + taken, peak))
     return found

@@ -326,10 +326,11 @@ def test_a_plan_makes_no_product(
 
 @pytest.fixture
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans speak of what is added, and a basis does not grow for the chain."""
+    """Plans speak of the tensors that are added, and a basis does not grow for the chain."""
     for module in (planning, ways):
         monkeypatch.setattr(module, "present_memory", lambda _: 0)
     monkeypatch.setattr(planning, "peak_memory", lambda _: 0)
+    monkeypatch.setattr(planning, "_HEAP", 0)
     monkeypatch.setattr(ways, "_SPARE", 0)
     monkeypatch.setattr(places, "_SPARE_BYTES", 0)
 
