@@ -122,6 +122,11 @@ class LinearOperator(ABC):
         """What a product costs whatever its columns, in columns: 0 where a block saves nothing."""
         return 0.0
 
+    @property
+    def product_noise(self) -> float:
+        """Error of a product relative to its size, where models compute below float32: the larger of A's and B's."""
+        return max(float(getattr(getattr(self, part, None), "product_noise", 0.0)) for part in "AB")
+
     def agree(self, call: str, **settings: Any) -> None:
         """Compare the settings of a call over the ranks that hold parts of the matrix, where there are any.
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from curvature.errors import CheckFailedError
 
-__all__ = ["differentiable", "joined", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
+__all__ = ["differentiable", "dtypes_of_graph", "joined", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
 
 
 _REFUSAL = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
@@ -100,3 +100,9 @@ def walk(roots: Sequence[Any]) -> Iterator[Any]:
             seen.add(node)
             yield node
             stack += [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def dtypes_of_graph(roots: Sequence[Any]) -> set[torch.dtype]:
+    """Return the floating dtypes of what a graph passes on."""
+    found = {entry.dtype for node in walk(roots) for entry in node._input_metadata}
+    return {dtype for dtype in found if dtype.is_floating_point}

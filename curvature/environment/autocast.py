@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["as_around", "full_precision", "present", "suspended"]
+__all__ = ["as_around", "full_precision", "present", "suspended", "without"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +48,17 @@ def suspended() -> Iterator[None]:
         for device in devices:
             torch.set_autocast_enabled(device, True)
         _around.reset(token)
+
+
+@contextlib.contextmanager
+def without() -> Iterator[None]:
+    """Have models, too, run without autocast."""
+    with suspended():
+        token = _around.set(())
+        try:
+            yield
+        finally:
+            _around.reset(token)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvature.arguments import checked
+from curvature.autograd.backward import dtypes_of_graph
 from curvature.autograd.guards import custom_functions
 from curvature.engine.linearize import Linearization, walk
 from curvature.environment.autocast import full_precision
@@ -256,13 +257,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _working_precision(lin: Linearization, objective: ObjectiveLike) -> float:
     """Return the rounding error of the narrowest dtype in the graph, which may be narrower than the parameters'."""
     dtypes = {t.dtype for t in objective.space.tensors.values()}
-    dtypes |= {
-        entry.dtype
-        for node in walk([lin.graph_root()])
-        for entry in node._input_metadata
-        if entry.dtype.is_floating_point
-    }
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max(torch.finfo(dtype).eps for dtype in dtypes | dtypes_of_graph([lin.graph_root()]))
 
 
 def _first_kink(lin: Linearization) -> str | None:

@@ -12,13 +12,15 @@ import math
 import operator
 import time
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from curvature.autograd.backward import dtypes_of_graph
 from curvature.autograd.lean import LeanLayers
 from curvature.data.tensors import tensors_in
 from curvature.environment import autocast
@@ -59,6 +61,8 @@ class Look:
     """Batches in memory and their tensors, or what makes batches; known by their ids, and kept alive for it."""
     settings: tuple[object, ...]
     """Of torch: autocast and the default dtype."""
+    measured: dict[Hashable, Any] = field(default_factory=dict)
+    """What was measured at this point, and is to be measured once."""
 
     def stands(self, sources: list[Any]) -> bool:
         """Say whether another look would see the same; False where only that look can tell."""
@@ -144,6 +148,7 @@ class Freshness:
         """Compare a batch that was evaluated anew with what it gave before at this point."""
         if self._witness is None:
             self._witness = _witness_of(lin, keep_outputs=False)
+            self.measured()["recorded"] = dtypes_of_graph([lin.graph_root()])
         known = self._losses.get(lin.index)
         if known is None or known[0] != mark:
             self._losses[lin.index] = (mark, lin.loss)
@@ -209,6 +214,10 @@ class Freshness:
     def current(self) -> object:
         """Return what `point` does as of the latest walk, without a look."""
         return self.point() if self._point is None else self._point
+
+    def measured(self) -> dict[Hashable, Any]:
+        """Return what was measured at the point of the latest walk, to add to; of no account before it."""
+        return {} if self._point is None else self._point.measured
 
     # -- looking ------------------------------------------------------------------------------------------------------
 

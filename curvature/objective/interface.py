@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,8 @@ class Watch(Point, Protocol):
     """What a check asks of `curvature.objective.freshness.Freshness`."""
 
     def check_kept(self) -> None: ...
+
+    def measured(self) -> dict[Hashable, Any]: ...
 
 
 class ObjectiveLike(Compared, Protocol):

@@ -31,6 +31,7 @@ from curvature.objective.check import CheckReport, check_objective
 from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
 from curvature.objective.freshness import Freshness
+from curvature.objective.product_noise import noise_notes
 from curvature.objective.ranks import RankAgreement, built_together, sum_of_parts
 from curvature.objective.refusals import refuse_other_batches, refuse_pieces
 from curvature.parameters import ParameterSpace, Selection
@@ -230,7 +231,7 @@ class Objective:
                 "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
                 "seed."
             )
-        return (*notes, *self.evaluator.notes(), *self.trust.notes())
+        return (*notes, *self.evaluator.notes(), *self.trust.notes(), *noise_notes(self))
 
     # -- values -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from curvature.engine.output_metrics import OutputMetric
 from curvature.errors import DataError, InputError, ParameterSelectionError
 from curvature.linop import SymmetricOperator
 from curvature.objective.objective import Objective
+from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import agree_on
 from curvature.parameters import Block, Selection
 
@@ -75,6 +76,19 @@ class ObjectiveOperator(SymmetricOperator):
             objective.loss()  # builds what can be kept
         kept = objective.keeps_all_graphs
         return 1.0 - float(kept if objective.ranks is None else objective.ranks.everywhere(kept))
+
+    @property
+    def product_noise(self) -> float:
+        """Relative error of a product where the model computes below float32; see `objective.product_noise`."""
+
+        def product(objective: Objective, Z: Tensor) -> Tensor:
+            other = copy.copy(self)
+            other.objective, other.dtype = objective, objective.dtype
+            return other @ Z
+
+        what = type(self).__name__ if self.block is None else f"{type(self).__name__} of {self.block.name}"
+        key = (type(self), self.block and self.block.parameters)
+        return product_noise(self.objective, what, key, self.shape[0], product)
 
     def agree(self, call: str, **settings: Any) -> None:
         agree_on(self, call, **settings)

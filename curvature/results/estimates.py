@@ -43,6 +43,10 @@ class Status(Enum):
     )
     BUDGET = "all probes of the budget were spent; no accuracy was asked for"
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
+    WITHIN_NOISE = (
+        "residuals may exceed the tolerance by the error of products below float32, which product_noise states; loosen "
+        "rtol, or compute in float32 (model.float(), no autocast)"
+    )
     MAX_RANK = (
         "rank limit reached before the bound on the error fell below the tolerance; raise max_rank or loosen rtol, and "
         "where the spectrum decays slowly take only its outer pairs, with eigsh"
@@ -107,6 +111,9 @@ class EigenPairs(Result):
     """Tolerance asked for: residual <= max(rtol * |eigenvalue|, atol), with a floor at rounding."""
     method: str = ""
     """Which method ran and why, from `eigsh`."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norms`
+    hold twice that, in units of the largest eigenvalue that was met. None for float32 and wider."""
     miss_probability: float = math.nan
     """Bound on the probability, over a random direction, that an eigenvalue was missed that belongs among these and
     differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.
@@ -139,6 +146,9 @@ class Estimate(Result):
     """Whether the accuracy that was asked for was reached."""
     method: str = ""
     """Which estimator gave the value, where there is a choice."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch. None for float32 and
+    wider."""
 
     def half_width(self, confidence: float = 0.95) -> Tensor:
         """Return h: `value` +- h covers the truth with this probability, entry by entry; see `interval_factor`."""

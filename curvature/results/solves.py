@@ -69,6 +69,9 @@ class SolveResult(Result):
     it was not needed."""
     method: str = ""
     """Which solver ran and why, where the choice was left to `solve`."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norms`
+    hold twice that, in units of A x. None for float32 and wider."""
     named: dict[str, Tensor] | None = None
     """The solution by parameter name, where the right-hand side came so."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.linalg import eigsh
-from curvature.linalg.base.validate import rounding_level
+from curvature.linalg.base.validate import noise_level
 from curvature.linalg.krylov._completeness import Bound, grow_chain, judge
 from curvature.linalg.stochastic.quadrature import Quadrature, quadrature
 from curvature.linalg.stochastic.slq import COARSE_SHARES, smoothed
@@ -231,7 +231,7 @@ class SpectrumAnalysis:
         return pairs(slice(0, self.k)), pairs(slice(self.n - self.num_bottom, self.n))
 
     def _rounding(self, rule: Quadrature) -> float:
-        return rounding_level(self.A) * float(rule.nodes.abs().max())
+        return noise_level(self.A) * float(rule.nodes.abs().max())
 
     def _coarse(self, B: Tensor, low: int, high: int, rule: Quadrature, share: float) -> Quadrature:
         """Return the rule of the first steps, with the same pairs known."""

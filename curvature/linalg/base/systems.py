@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.linalg.base.validate import check_square, check_tolerances, non_finite_message, working_dtype
+from curvature.linalg.base.validate import (
+    check_square,
+    check_tolerances,
+    leaving_room,
+    non_finite_message,
+    product_noise,
+    with_noise,
+    working_dtype,
+)
 from curvature.linop import MatrixLike
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
@@ -52,7 +60,9 @@ class Columns:
     def begin(self, norms: list[float], sizes: list[float]) -> None:
         """Note what is to fall and from where, and below which share of `sizes` it is to end."""
         self.norms, self.history = norms, [[norm] for norm in norms]
-        self.tolerance = [max(self.rtol * size, self.atol / c) for size, c in zip(sizes, self.scales, strict=True)]
+        self.asked = [max(self.rtol * size, self.atol / c) for size, c in zip(sizes, self.scales, strict=True)]
+        asked, norms_of = torch.tensor([self.asked, sizes], dtype=torch.float64)
+        self.tolerance: list[float] = leaving_room(self.A, asked, norms_of).tolist()
 
     def report(self, active: Sequence[int]) -> None:
         """Tell the callback how far the open columns are."""
@@ -157,9 +167,15 @@ class Systems(Columns):
             active = again
 
     def solution(self, **more: Any) -> SolveResult:
-        """Return what was reached."""
-        reached = [norm <= tolerance for norm, tolerance in zip(self.norms, self.tolerance, strict=True)]
-        return self.result(self.X, self.norms, reached, **more)
+        """Return what was reached; products below float32 add their noise, in units of |A x|, to the residuals."""
+        images = torch.linalg.vector_norm(self.B - self.R - self.damping * self.X, dim=0, dtype=torch.float64).cpu()
+        self.norms = with_noise(self.A, torch.tensor(self.norms, dtype=torch.float64), images)[0].tolist()
+        reached = [norm <= tolerance for norm, tolerance in zip(self.norms, self.asked, strict=True)]
+        stood = (Status.CONVERGED, Status.STAGNATED) if product_noise(self.A) else ()
+        for i, is_reached in enumerate(reached):
+            if self.statuses[i] in stood and not is_reached:
+                self.statuses[i] = Status.WITHIN_NOISE
+        return self.result(self.X, self.norms, reached, product_noise=product_noise(self.A) or None, **more)
 
 
 def step_limit(max_iterations: int | None, n: int) -> int:

@@ -13,7 +13,7 @@ from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.places import BasisDevice, place_of
-from curvature.linalg.base.validate import check_count, check_square, working_dtype
+from curvature.linalg.base.validate import check_count, check_square, product_noise, with_noise, working_dtype
 from curvature.linalg.krylov._ritz_selection import Which, wanted
 from curvature.linalg.krylov.lobpcg import lobpcg
 from curvature.linalg.krylov.thick_restart import ThickRestartLanczos
@@ -146,7 +146,7 @@ def eigsh(
         else:
             chosen, why = "lanczos", f"about {iterated} products of {n}"
     if chosen == "dense":
-        return _dense(A, k, which, rtol, f"all entries: {why}")
+        return _dense(A, k, which, rtol, atol, f"all entries: {why}")
     if chosen == "lobpcg":
         pairs = lobpcg(A, k, preconditioner=preconditioner, max_matvecs=max_matvecs, **common)
         return replace(pairs, method=f"LOBPCG: {why}")
@@ -184,20 +184,23 @@ def block_penalty(k: int, width: int) -> float:
     return 1 + 0.55 * (width - 1) / k**0.55
 
 
-def _dense(A: MatrixLike, k: int, which: Which, rtol: float, method: str) -> EigenPairs:
+def _dense(A: MatrixLike, k: int, which: Which, rtol: float, atol: float, method: str) -> EigenPairs:
     matrix = to_dense(A, columns_at_a_time=8).to(torch.promote_types(working_dtype(A), torch.float64))
     values, U = torch.linalg.eigh((matrix + matrix.T) / 2)
-    places = wanted(values, k, which).flip(0)
+    norm, places = values.abs().max(), wanted(values, k, which).flip(0)
     values, U = values[places], U[:, places]
     dtype = working_dtype(A)
+    residuals, is_noisy = with_noise(A, torch.linalg.vector_norm(matrix @ U - U * values, dim=0), norm)
+    converged = (residuals <= (rtol * values.abs()).clamp_min(atol)) | (not is_noisy)
     return EigenPairs(
         eigenvalues=values.to(dtype),
         eigenvectors=U.to(dtype),
-        residual_norms=torch.linalg.vector_norm(matrix @ U - U * values, dim=0).to(dtype),
-        converged=torch.ones(k, dtype=torch.bool, device=A.device),
+        residual_norms=residuals.to(dtype),
+        converged=converged,
         num_matvecs=0 if isinstance(A, Tensor) else A.shape[0],
-        status=Status.CONVERGED,
+        status=Status.CONVERGED if bool(converged.all()) else Status.WITHIN_NOISE,
         rtol=rtol,
         miss_probability=0.0,
         method=method,
+        product_noise=product_noise(A) or None,
     )

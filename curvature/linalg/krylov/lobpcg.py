@@ -30,7 +30,10 @@ from curvature.linalg.base.validate import (
     check_square,
     check_start,
     check_tolerances,
+    leaving_room,
+    product_noise,
     rounding_level,
+    with_noise,
     working_dtype,
 )
 from curvature.linalg.krylov._completeness import Bound, grow_chain
@@ -104,7 +107,7 @@ def lobpcg(
     while True:
         tolerance = (rtol * iteration.theta.abs()).clamp_min(max(atol, iteration.rounding()))
         R, norms = iteration.residuals()
-        is_open = norms > tolerance
+        is_open = norms > leaving_room(A, tolerance, iteration.norm)
         num_open = int(is_open[:k].sum())
         if callback is not None:
             callback(iteration.num_matvecs, f"{k - num_open} of {k} eigenpairs")
@@ -219,9 +222,10 @@ def _result(
     if certify:
         AX = iteration.sign * check_finite(A @ X.to(A.dtype), iteration.num_matvecs + k).to(X)
         norms = torch.linalg.vector_norm(AX - X * values.to(X), dim=0).double().cpu()
+    norms, is_noisy = with_noise(A, norms, iteration.norm)
     converged = norms <= tolerance
     if status is Status.CONVERGED and not bool(converged.all()):
-        status = Status.STAGNATED
+        status = Status.WITHIN_NOISE if is_noisy else Status.STAGNATED
     elif status is Status.CONVERGED and not search.passed:
         status = Status.UNCERTIFIED
     values = iteration.sign * values
@@ -235,4 +239,5 @@ def _result(
         status=status,
         rtol=rtol,
         miss_probability=search.miss_probability,
+        product_noise=product_noise(A) or None,
     )

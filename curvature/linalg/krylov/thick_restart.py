@@ -33,7 +33,10 @@ from curvature.linalg.base.validate import (
     check_start,
     check_tolerances,
     column_norms,
+    leaving_room,
+    product_noise,
     rounding_level,
+    with_noise,
     working_dtype,
 )
 from curvature.linalg.krylov._completeness import Bound, Chain, bounds_of
@@ -199,7 +202,7 @@ class ThickRestartLanczos:
         """Return how far residuals of the recurrence are to fall: where the basis is rounded, not below its noise."""
         tolerance = self._tolerance(values)
         if not isinstance(self.space, RoundedSpace):
-            return tolerance
+            return leaving_room(self.A, tolerance, self.space.norm)
         noise = self.space.noise_of(values)
         return torch.maximum((tolerance**2 - (2 * noise) ** 2).clamp_min(0).sqrt(), noise)
 
@@ -336,12 +339,14 @@ class ThickRestartLanczos:
             if self.certify or (once and not confirmed and limit > space.num_matvecs + self.k):
                 norms, confirmed = self._computed(U, values), True
                 num_checks += len(values)
+        norms, is_noisy = with_noise(self.A, norms, space.norm)
         converged = norms <= tolerance
         certified = done and self._certified(look) and confirmed
         if not done and not self._stagnated(look):
             status = Status.MAX_MATVECS
         elif not bool(converged.all()):
             status = Status.DEFLATION_INEXACT if inexact else Status.STAGNATED
+            status = Status.WITHIN_NOISE if is_noisy else status
         else:
             status = Status.CONVERGED if certified else Status.UNCERTIFIED
         return EigenPairs(
@@ -353,6 +358,7 @@ class ThickRestartLanczos:
             status=status,
             rtol=self.rtol,
             miss_probability=self._miss_probability(look),
+            product_noise=product_noise(self.A) or None,
         )
 
     def _miss_probability(self, look: Look) -> float:

@@ -28,6 +28,7 @@ from curvature.linalg.base.validate import (
     check_range,
     check_square,
     rounding_level,
+    with_noise,
     working_dtype,
 )
 from curvature.linalg.low_rank.low_rank import LowRank, error_norms
@@ -111,7 +112,8 @@ def randomized_eigh(
     residuals = torch.linalg.vector_norm(AQ @ S - U * values, dim=0)
     W = normal(n, num_tests, generator=generator, dtype=dtype, device=A.device).to(A.dtype).to(dtype)
     AW = multiply(W, "tests") if num_tests else W
-    floor = rounding_level(A) * theta.abs().max()
+    residuals, is_noisy = with_noise(A, residuals, norm := theta.abs().max())
+    floor = rounding_level(A) * norm
     converged = residuals <= (rtol * values.abs()).clamp_min(floor)
     return LowRank(
         eigenvalues=values,
@@ -122,5 +124,5 @@ def randomized_eigh(
         residual_norms=residuals,
         converged=converged,
         num_matvecs=spent,
-        status=Status.CONVERGED if bool(converged.all()) else Status.SLOW_DECAY,
+        status=Status.CONVERGED if bool(converged.all()) else Status.WITHIN_NOISE if is_noisy else Status.SLOW_DECAY,
     )

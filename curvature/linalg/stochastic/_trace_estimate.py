@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.linalg.base.validate import check_count
+from curvature.linalg.base.validate import check_count, product_noise
 from curvature.linalg.stochastic._probe_plan import cheapest, most_accurate, residual_curve, with_left_out
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.results.estimates import Status, TraceEstimate
@@ -110,6 +110,21 @@ def summary(pool: ProbePool, samples: Samples, goal: Goal) -> TraceEstimate:
         skewness=skewness(values, samples.fixed + pool.known.trace).to(pool.basis),
     )
     return replace(estimate, status=Status.CONVERGED) if goal.met(estimate) else estimate
+
+
+def with_noise(pool: ProbePool, goal: Goal, estimate: TraceEstimate) -> TraceEstimate:
+    """Return the estimate, with the error of products below float32 in its standard error and status.
+
+    Traces of networks in bfloat16 and float16 erred by up to 0.3 times the noise of products, of |A|_F or the trace.
+    """
+    if not (noise := product_noise(pool.A)):
+        return estimate
+    sizes = torch.linalg.vector_norm(pool.products, dim=0)  # each about |A|_F
+    scale = torch.cat([estimate.value.abs()[None], sizes.mean()[None]] if len(sizes) else [estimate.value.abs()[None]])
+    stderr = torch.hypot(estimate.stderr, noise / 2 * scale.max())
+    noisy = replace(estimate, stderr=stderr, product_noise=noise)
+    is_within = estimate.status is Status.CONVERGED and not goal.met(noisy)
+    return replace(noisy, status=Status.WITHIN_NOISE) if is_within else noisy
 
 
 def exact(pool: ProbePool, goal: Goal) -> TraceEstimate:

@@ -28,7 +28,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.validate import check_count, check_square, rounding_level, working_dtype
+from curvature.linalg.base.validate import check_count, check_square, noise_level, rounding_level, working_dtype
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.stochastic._probe_plan import most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
@@ -163,12 +163,16 @@ def spectral_norm(
         reached = process.over or upper <= (1 + rtol) * lower
         if reached:
             break
+    status = Status.CONVERGED if reached else Status.MAX_MATVECS
+    if (noise := noise_level(A)) > rounding_level(A):  # of products below float32
+        lower, upper = (1 - noise) * lower, (1 + noise) * max(upper, lower)
+        status = Status.WITHIN_NOISE if reached and upper > (1 + rtol) * lower else status
     return NormBounds(
         lower=start.new_tensor(lower),
         upper=start.new_tensor(max(upper, lower)),
         failure_probability=failure_probability,
         num_matvecs=k,
-        status=Status.CONVERGED if reached else Status.MAX_MATVECS,
+        status=status,
     )
 
 
@@ -200,8 +204,10 @@ def _root(distances: Tensor, logs: float) -> float:
     """Return x > 0 with sum log(x + distances) = logs, from above."""
     d = distances.numpy()
     high = math.exp(min(logs / len(d), _LARGEST_LOG))  # the root if all distances were zero
-    excess = np.log(high + d).sum() - logs
-    if not excess > 0:
+    low = max(high * 1e-300, 1e-300)
+    if not np.log(high + d).sum() > logs:
         return high
-    root = brentq(lambda x: np.log(x + d).sum() - logs, max(high * 1e-300, 1e-300), high, rtol=1e-12)
+    if np.log(low + d).sum() > logs:  # after very many steps
+        return low
+    root = brentq(lambda x: np.log(x + d).sum() - logs, low, high, rtol=1e-12)
     return float(root) * (1 + 1e-11)

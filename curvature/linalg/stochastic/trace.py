@@ -14,7 +14,7 @@ from curvature.generators import AnyGenerator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.stochastic._hutchpp import hutchpp
 from curvature.linalg.stochastic._probe_pool import ProbePool
-from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, spend
+from curvature.linalg.stochastic._trace_estimate import Goal, Samples, enlarge, spend, with_noise
 from curvature.linalg.stochastic._xnystrace import nystrom_samples
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, TraceEstimate
@@ -118,11 +118,13 @@ def trace(
         callback=callback,
     )
     if method == "hutch++":
-        return hutchpp(pool, goal, sketch_size)
-    if method == "auto":
-        return spend(pool, goal, _best if psd else _mixed)
-    sample = {"hutchinson": _mixed, "xtrace": _xtrace, "xnystrace": _xnystrace}[method]
-    return enlarge(pool, goal, sample, price=2 if method == "xtrace" else 1)
+        estimate = hutchpp(pool, goal, sketch_size)
+    elif method == "auto":
+        estimate = spend(pool, goal, _best if psd else _mixed)
+    else:
+        sample = {"hutchinson": _mixed, "xtrace": _xtrace, "xnystrace": _xnystrace}[method]
+        estimate = enlarge(pool, goal, sample, price=2 if method == "xtrace" else 1)
+    return with_noise(pool, goal, estimate)
 
 
 def _mixed(pool: ProbePool) -> Samples:

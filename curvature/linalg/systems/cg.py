@@ -133,10 +133,8 @@ class _Run:
             P = Z + (rho / rho_old if step > 1 else 0) * P
             Q = s.multiply(P)
             curvature = (P * Q).sum(dim=0)
-            lengths = torch.linalg.vector_norm(
-                P, dim=0, dtype=torch.float64
-            )  # float32 squares neither vanish there ...
-            images = torch.linalg.vector_norm(Q, dim=0, dtype=torch.float64)  # ... nor overflow, and nobody waits
+            # in float64, squares of float32 neither vanish nor overflow, and nobody waits for the device
+            lengths, images = (torch.linalg.vector_norm(X, dim=0, dtype=torch.float64) for X in (P, Q))
             size = torch.maximum(size, (images / lengths).max())  # approaches |A|
             positive = curvature > eps * size * lengths**2
             alpha = torch.where(positive, rho / curvature, 0)

@@ -1,0 +1,111 @@
+"""Products below float32: what they are said to err by and what is claimed on them, beside float64 of the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import GGNOperator, HessianOperator, Objective, linalg
+from curvature.results.estimates import Status
+
+KINDS = ("bfloat16", "float16", "autocast", "autocast inside")
+
+
+class Autocasting(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+def setup(kind: str) -> tuple[Objective, Tensor, Tensor, Callable[[], AbstractContextManager[Any]]]:
+    """Return an objective, its Hessian and Gauss-Newton matrix in float64, and what to compute in."""
+    torch.manual_seed(0)
+    net: nn.Module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3))
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    if kind in ("bfloat16", "float16"):
+        dtype = getattr(torch, kind)
+        net, x = net.to(dtype), x.to(dtype)
+    exact = Objective(copy.deepcopy(net).double(), nn.CrossEntropyLoss(), (x.double(), y))
+    model = Autocasting(net) if kind == "autocast inside" else net
+    H, G = HessianOperator(exact).to_dense(), GGNOperator(exact).to_dense()
+
+    def around() -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast")
+
+    return Objective(model, nn.CrossEntropyLoss(), (x, y)), H, G, around
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stated_noise_and_claims(kind: str) -> None:
+    objective, H, G, around = setup(kind)
+    name = "float16" if kind == "float16" else "bfloat16"
+    for exact, operator in ((H, HessianOperator), (G, GGNOperator)):
+        norm = float(torch.linalg.matrix_norm(exact, 2))
+        with around():
+            A = operator(objective)
+            error = A.to_dense().double() - exact
+            noise = A.product_noise
+            true = float(error.norm() / exact.norm())
+            assert true / 3 < noise < 3 * true
+            assert (2 * A).product_noise == noise
+            assert any(name in note and f"{noise:.1e}" in note for note in objective.notes)
+            settings = [("lanczos", 0.3), ("lanczos", 10), ("lobpcg", 10), ("dense", 0.3), ("dense", 10)]
+            for method, ratio in settings:
+                rtol = ratio * noise
+                pairs = linalg.eigsh(A, 2, rtol=rtol, method=method, generator=0)
+                U, values = pairs.eigenvectors.double(), pairs.eigenvalues.double()
+                residuals = (exact @ U - U * values).norm(dim=0)
+                assert bool((residuals <= pairs.residual_norms).all())
+                assert pairs.product_noise == noise
+                assert bool((residuals <= rtol * values.abs())[pairs.converged].all())
+                assert pairs.status is (Status.CONVERGED if ratio > 2 else Status.WITHIN_NOISE)
+            trace = linalg.trace(A, num_matvecs=20, generator=0)
+            low, high = trace.interval(0.99)
+            assert low <= exact.trace() <= high
+            assert trace.product_noise == noise
+            b = exact[:, 0].float()
+            for damping, ratio in ((0.05, 1), (2, 5)):
+                solved = linalg.minres(A, b, damping=damping * norm, rtol=ratio * noise)
+                x = solved.x.double()
+                residual = float((b.double() - exact @ x - damping * norm * x).norm())
+                assert residual <= float(solved.residual_norms)
+                assert solved.status is (Status.CONVERGED if ratio > 2 else Status.WITHIN_NOISE)
+            bounds = linalg.spectral_norm(A, generator=0)
+            assert bounds.lower <= norm <= bounds.upper
+
+
+def test_what_cannot_be_repeated_in_float32_is_said() -> None:
+    """A frozen base in bfloat16 under adapters in float32 counts; a model that refuses another dtype is told."""
+
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(4, 4).bfloat16().requires_grad_(False)
+            self.adapter = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.adapter(self.base(x.bfloat16()).float())
+
+    objective = Objective(Stubborn(), nn.CrossEntropyLoss(), (torch.randn(8, 4), torch.randint(3, (8,))))
+    pairs = linalg.eigsh(objective, 1, rtol=1e-2, method="lanczos", generator=0)
+    assert pairs.product_noise == 10 * 2**-7
+    assert pairs.status is Status.WITHIN_NOISE
+    assert any("could not be repeated in float32 (RuntimeError" in note for note in objective.notes)
+
+
+def test_float32_is_not_measured() -> None:
+    model = nn.Linear(3, 2)
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.randint(2, (8,))))
+    assert linalg.eigsh(objective, 1, method="lanczos", generator=0).product_noise is None
+    assert linalg.trace(objective, num_matvecs=4, generator=0).product_noise is None
+    assert not any("float32" in note for note in objective.notes)
