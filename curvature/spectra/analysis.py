@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.linalg import eigsh
-from curvature.linalg.base.validate import noise_level
+from curvature.linalg.base.validate import noise_level, product_noise, with_noise
 from curvature.linalg.krylov._completeness import Bound, grow_chain, judge
 from curvature.linalg.stochastic.quadrature import Quadrature, quadrature
 from curvature.linalg.stochastic.slq import COARSE_SHARES, smoothed
@@ -108,7 +108,18 @@ class SpectrumAnalysis:
             top = self._continue(top, "LA", plan.rtol, 0.0, generator, progress)
         if not bool(bottom.converged.all()):
             bottom = self._continue(bottom, "SA", plan.bottom_rtol, atol, generator, progress)
-        return top, bottom, low, high
+        norm = float(theta.abs().max())
+        return self._with_noise(top, of_high, norm), self._with_noise(bottom, of_low, norm), low, high
+
+    def _with_noise(self, pairs: EigenPairs, tolerance: Callable[[Tensor], Tensor], norm: float) -> EigenPairs:
+        """Return the pairs with the error of products below float32 in their residuals, unless `eigsh` did that."""
+        if pairs.product_noise is not None or not (noise := product_noise(self.A)):
+            return pairs
+        residuals, _ = with_noise(self.A, pairs.residual_norms, norm)
+        converged = residuals <= tolerance(pairs.eigenvalues)
+        is_within = pairs.status is Status.CONVERGED and not bool(converged.all())
+        status = Status.WITHIN_NOISE if is_within else pairs.status
+        return replace(pairs, residual_norms=residuals, converged=converged, status=status, product_noise=noise)
 
     def _searched(
         self,
@@ -216,9 +227,9 @@ class SpectrumAnalysis:
         values, U = torch.linalg.eigh(self.T)
         values, U = values.flip(0), U.flip(1)
 
-        def pairs(chosen: slice) -> EigenPairs:
+        def pairs(chosen: slice, rtol: float) -> EigenPairs:
             residuals = (matrix @ U[:, chosen] - values[chosen] * U[:, chosen]).norm(dim=0)
-            return EigenPairs(
+            exact = EigenPairs(
                 eigenvalues=values[chosen].to(self.A.device),
                 eigenvectors=U[:, chosen].to(self.A.device),
                 residual_norms=residuals.to(self.A.device),
@@ -227,8 +238,11 @@ class SpectrumAnalysis:
                 status=Status.CONVERGED,
                 rtol=torch.finfo(self.A.dtype).eps,
             )
+            least = SMALL * float(values.abs().max())
+            return self._with_noise(exact, lambda found: (rtol * found.abs()).clamp_min(least), least / SMALL)
 
-        return pairs(slice(0, self.k)), pairs(slice(self.n - self.num_bottom, self.n))
+        top, bottom = slice(0, self.k), slice(self.n - self.num_bottom, self.n)
+        return pairs(top, self.plan.rtol), pairs(bottom, self.plan.bottom_rtol)
 
     def _rounding(self, rule: Quadrature) -> float:
         return noise_level(self.A) * float(rule.nodes.abs().max())

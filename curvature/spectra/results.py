@@ -163,12 +163,17 @@ class Spectrum(Result):
         return replace(found, skewness=float(skewness(chance)))
 
     def trace(self) -> TraceEstimate:
-        """Return tr A with its standard error over the probes."""
+        """Return tr A with its standard error over the probes, and what products below float32 err by, as `trace`."""
         samples = self.density.dimension * (self.rule.weights * self.rule.nodes).sum(dim=1)
         value, stderr = mean_and_stderr(samples)
+        stderr, noise = torch.zeros_like(value) if self.exact else stderr, self.top.product_noise
+        if noise is not None:
+            size = (self.density.dimension * (self.rule.weights * self.rule.nodes.square()).sum(dim=1)).mean().sqrt()
+            stderr = torch.hypot(stderr, noise / 2 * torch.maximum(value.abs(), size))
         return TraceEstimate(
             value=value,
-            stderr=torch.zeros_like(value) if self.exact else stderr,
+            product_noise=noise,
+            stderr=stderr,
             num_matvecs=self.num_matvecs,
             samples=samples,
             status=Status.CONVERGED if self.exact else Status.BUDGET,

@@ -345,8 +345,7 @@ class ThickRestartLanczos:
         if not done and not self._stagnated(look):
             status = Status.MAX_MATVECS
         elif not bool(converged.all()):
-            status = Status.DEFLATION_INEXACT if inexact else Status.STAGNATED
-            status = Status.WITHIN_NOISE if is_noisy else status
+            status = Status.WITHIN_NOISE if is_noisy else Status.DEFLATION_INEXACT if inexact else Status.STAGNATED
         else:
             status = Status.CONVERGED if certified else Status.UNCERTIFIED
         return EigenPairs(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective, linalg
+from curvature import GGNOperator, HessianOperator, Objective, linalg, spectrum
 from curvature.results.estimates import Status
 
 KINDS = ("bfloat16", "float16", "autocast", "autocast inside")
@@ -82,6 +82,20 @@ def test_stated_noise_and_claims(kind: str) -> None:
                 assert solved.status is (Status.CONVERGED if ratio > 2 else Status.WITHIN_NOISE)
             bounds = linalg.spectral_norm(A, generator=0)
             assert bounds.lower <= norm <= bounds.upper
+
+
+def test_spectra_hold_the_noise() -> None:
+    objective, H, _, _ = setup("bfloat16")
+    exact = torch.linalg.eigvalsh(H)
+    found = spectrum(objective, generator=0)
+    noise = found.top.product_noise
+    assert noise is not None
+    assert found.top.status is Status.WITHIN_NOISE
+    assert not bool(found.top.converged.any())
+    U, values = found.top.eigenvectors.double(), found.top.eigenvalues.double()
+    assert bool(((H @ U - U * values).norm(dim=0) <= found.top.residual_norms).all())
+    low, high = found.trace().interval(0.99)
+    assert low <= exact.sum() <= high
 
 
 def test_what_cannot_be_repeated_in_float32_is_said() -> None:
