@@ -335,7 +335,9 @@ class ThickRestartLanczos:
             once = done and not confirmed and not self.certify and limit > space.num_matvecs
             U, gap = self._vectors(S, once, keep_basis)
             num_checks = int(once)
-            confirmed = confirmed or (once and gap <= max(_AGREE * float(tolerance.min()), self._noise_of_sum()))
+            confirmed = confirmed or (
+                once and gap <= max(_AGREE * float(tolerance.min()), space.rounding() * self.k**0.5)
+            )
             if self.certify or (once and not confirmed and limit > space.num_matvecs + self.k):
                 norms, confirmed = self._computed(U, values), True
                 num_checks += len(values)
@@ -381,9 +383,6 @@ class ThickRestartLanczos:
         image = space.image(S @ z) if once else S
         U = space.final(S, keep_basis)
         return U, float(torch.linalg.vector_norm(image.sub_(self._product(U @ z.to(U))))) if once else math.nan
-
-    def _noise_of_sum(self) -> float:
-        return self.space.rounding() * self.k**0.5
 
     def _computed(self, U: Tensor, values: Tensor) -> Tensor:
         """Return the residual norms of pairs that are multiplied once more, `block_size` at a time."""
