@@ -24,6 +24,8 @@ from curvature.spectra.planning import SpectrumPlan
 
 __all__ = ["Prepared", "Request", "data_sha256", "fingerprint", "in_groups", "load", "prepare"]
 
+_MOST_NAMES = 20  # of parameters in a record
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Plan):
@@ -52,12 +54,20 @@ class Request(Plan):
     command: str = ""
     """The command line this came from, for the record."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What of it belongs among the settings of a record."""
-        parameters = ", ".join(self.params) if self.params else "all that require a gradient"
-        settings: dict[str, Any] = {"parameters": parameters, "micro_batch": self.micro_batch}
+    def settings(self, objective: Objective) -> dict[str, Any]:
+        """Return what belongs among the settings of a record, of an objective that was made for this or given."""
+        micro_batch = objective.settings["micro_batch"] if self.micro_batch is None else self.micro_batch
+        settings = {"parameters": ", ".join(self.params or _chosen(objective)), "micro_batch": micro_batch}
         return settings if self.checkpoint_key is None else {**settings, "checkpoint_key": self.checkpoint_key}
+
+
+def _chosen(objective: Objective) -> tuple[str, ...]:
+    """Return the names of the parameters, if they are not all that require a gradient."""
+    space = objective.space
+    trained = {id(p) for p in objective.model.parameters() if p.requires_grad}
+    if trained == set(map(id, space.tensors.values())):
+        return ("all that require a gradient",)
+    return space.names if len(space.names) <= _MOST_NAMES else (*space.names[:_MOST_NAMES], "...")
 
 
 @dataclass(frozen=True)

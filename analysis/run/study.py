@@ -180,7 +180,7 @@ def _studied(
     draft: Draft | None,
     listener: Listener,
 ) -> R:
-    settings = {**request.settings, **{f.name: _plain(getattr(plan, f.name)) for f in fields(plan)}}  # type: ignore[arg-type]
+    settings = {**request.settings(objective), **{f.name: _plain(getattr(plan, f.name)) for f in fields(plan)}}  # type: ignore[arg-type]
     if draft is not None:
         draft.begin(task, request, settings)
     ready = prepare(task, objective, request, listener, groups=study.groups)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import analysis
 from analysis.cli import app
 from analysis.conditioning.measure import measure_conditioning
 from analysis.conditioning.study import ConditioningRun
@@ -337,3 +338,12 @@ def test_progress_and_price_are_told(folder: Path) -> None:
     assert run.cost.seconds > 0
     with pytest.raises(InputError, match="holds no complete run"):
         load_run(folder)
+
+
+def test_a_record_names_the_parameters_and_pieces_of_an_objective_that_was_given() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    data = (torch.randn(12, 3), torch.randint(2, (12,)))
+    for choice, micro_batch, said in ((None, None, "all that require a gradient"), ("1", 4, "1.weight, 1.bias")):
+        objective = Objective(model, torch.nn.CrossEntropyLoss(), data, params=choice, micro_batch=micro_batch)
+        run = analysis.measure("noise", objective, generator=0, check=False)
+        assert (run.settings["parameters"], run.settings["micro_batch"]) == (said, micro_batch)
