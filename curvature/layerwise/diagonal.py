@@ -118,7 +118,7 @@ def exact_diagonal(
         >>> from curvature import Objective
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> objective = Objective(torch.nn.Linear(2, 1, bias=False), torch.nn.MSELoss(), (x, torch.zeros(2, 1)))
-        >>> exact_diagonal(objective).values  # of (2 / N) x'x
+        >>> exact_diagonal(objective).value  # of (2 / N) x'x
         tensor([1., 4.])
     """
     if kind not in KINDS:

@@ -184,7 +184,7 @@ def test_no_curvature_at_all() -> None:
     assert math.isnan(found.effective_condition.value)
     assert math.isnan(found.negative_share.value)
     assert math.isinf(found.max_stable_lr.value)
-    assert found.to_dict()["negative_share"].items() >= {"value": None, "stderr": None, "data": None}.items()
+    assert found.to_dict()["negative_share"].items() >= {"value": None, "stderr": None, "data_stderr": None}.items()
 
 
 def test_extreme_eigenvalues_are_listed_once() -> None:
