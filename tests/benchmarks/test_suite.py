@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.processes import Worker, alone
-from benchmarks.common.quick import cases, verdict
-from benchmarks.common.suite import RESULTS, Rows, command, stored
+from benchmarks.common.suite import Rows, command, stored
 
 
 def test_rows_measured_again_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
@@ -79,13 +78,3 @@ def test_a_worker_is_replaced_where_a_row_dies_hangs_or_leaves_a_broken_device()
     assert row("dies") == {"how": "dies", "failure": "exit status 3"}
     assert row("hangs", 0.4) == {"how": "hangs", "failure": "took more than 0.4 s"}
     worker.stop()
-
-
-def test_rows_have_moved_where_their_spreads_lie_apart() -> None:
-    before = {"gradients": 1.4, "gradients_quartiles": (1.3, 1.5)}
-    assert verdict(before, {"gradients": 1.2, "gradients_quartiles": (1.1, 1.25)}) == "faster"
-    assert verdict(before, {"gradients": 1.45, "gradients_quartiles": (1.4, 1.6)}) == "as before"
-    assert verdict({"gradients": 1.4, "gradients_range": [1.3, 1.5]}, before) == "as before"
-    assert verdict(before, {"gradients": 1.7, "gradients_quartiles": (1.6, 1.8)}) == "slower"
-    for case in cases():
-        assert any(case.key.items() <= row.items() for row in stored(RESULTS / f"{case.suite}.json"))
