@@ -12,7 +12,7 @@ import torch
 from curvature.environment.cost import current_memory
 from curvature.environment.device import is_gpu
 from curvature.environment.memory import return_unused
-from curvature.linalg.base.places import Place
+from curvature.linalg.base.places import Place, spare_bytes
 from curvature.linalg.base.validate import working_dtype
 from curvature.linalg.krylov._rounded_space import COLUMNS
 from curvature.linop import MatrixLike
@@ -22,7 +22,6 @@ __all__ = ["Way", "graph_choices", "present_memory", "ways_to_pairs"]
 
 _CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
 _FEW = 11  # vectors beside k: three to work with, and the chain
-_SPARE = 1 << 28  # bytes that a basis may grow to for the chain
 _PASSES = 6  # over the basis, for each product
 _SPEED, _GPU_SPEED, _DISK_SPEED = 5e9, 5e11, 5e8  # bytes a second of passes over a basis
 _MOST_PIECES = 64
@@ -85,7 +84,8 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
         for settings, place, itemsize in _bases(A, k, dtype):
             size = min(n, settings.get("num_basis", max(2 * k + 1, 20)))
             row = n * itemsize
-            rows = max(size + 1, min(_SPARE // row, size + _CHAIN)) * row
+            spare = spare_bytes(place, size_given="num_basis" in settings)
+            rows = max(size + 1, min(spare // row, size + _CHAIN)) * row
             rounded = "basis_dtype" in settings
             count = expected + k * rounded
             here = rows if place == A.device or (place == "disk" and not rounded) else 0

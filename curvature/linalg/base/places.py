@@ -33,9 +33,12 @@ def place_of(basis_device: BasisDevice, default: torch.device) -> Place:
         ) from error
 
 
-def spare_bytes(place: Place, *, shared: bool = True) -> int:
-    """Return what a basis may grow to where that helps: 256 MiB, or, not `shared`, a quarter of what a GPU has free."""
-    if shared or not isinstance(place, torch.device) or not is_gpu(place):
+def spare_bytes(place: Place, *, size_given: bool) -> int:
+    """Return what a basis may grow to for the search of missed pairs: 256 MiB, or a quarter of what a GPU has free.
+
+    The latter only where the size of the basis was not given.
+    """
+    if size_given or not isinstance(place, torch.device) or not is_gpu(place):
         return _SPARE_BYTES
     return max(_SPARE_BYTES, gpu_memory(place).free // 4)
 

@@ -127,7 +127,7 @@ class ThickRestartLanczos:
         space = KrylovSpace if basis_dtype == working_dtype(A) else RoundedSpace
         self.space: KrylovSpace = space(A, size=self.size, place=held, **directions)
         self.space.start(start.T)
-        spare = spare_bytes(held, shared=num_basis is not None)  # for a chain
+        spare = spare_bytes(held, size_given=num_basis is not None)  # for a chain
         self._room = max(self.size + start_size, min(n, spare // row))
         self._chain: Chain | None = None
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
@@ -330,7 +330,7 @@ class ThickRestartLanczos:
             outside = torch.linalg.vector_norm(space.U.to(R) @ R, dim=0).double().cpu()
             inexact = inexact and bool((norms**2 - outside**2 <= tolerance**2).all())
         else:
-            if space.rows.device.type == "cpu" and space.rows.nbytes >= spare_bytes(space.rows.device):
+            if space.rows.device.type == "cpu" and space.rows.nbytes >= spare_bytes(space.rows.device, size_given=True):
                 return_unused()  # what the products left: the check and the result need vectors beside the basis
             once = done and not confirmed and not self.certify and limit > space.num_matvecs
             U, gap = self._vectors(S, once, keep_basis)

@@ -331,7 +331,6 @@ def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "present_memory", lambda _: 0)
     monkeypatch.setattr(planning, "peak_memory", lambda _: 0)
     monkeypatch.setattr(planning, "_HEAP", 0)
-    monkeypatch.setattr(ways, "_SPARE", 0)
     monkeypatch.setattr(places, "_SPARE_BYTES", 0)
 
 
@@ -424,6 +423,6 @@ def test_a_basis_may_grow_into_a_quarter_of_a_gpu_where_its_size_was_not_asked_f
 ) -> None:
     monkeypatch.setattr(places, "gpu_memory", lambda _: GpuMemory(0, 0, 1 << 32))
     gpu = torch.device("cuda", 0)
-    assert places.spare_bytes(gpu, shared=False) == 1 << 30
-    assert {places.spare_bytes(gpu), places.spare_bytes("disk", shared=False)} == {1 << 28}
-    assert places.spare_bytes(torch.device("cpu"), shared=False) == 1 << 28
+    assert places.spare_bytes(gpu, size_given=False) == 1 << 30
+    assert {places.spare_bytes(gpu, size_given=True), places.spare_bytes("disk", size_given=False)} == {1 << 28}
+    assert places.spare_bytes(torch.device("cpu"), size_given=False) == 1 << 28
