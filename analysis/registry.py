@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from analysis.inspection.study import InspectionRun
@@ -123,8 +123,7 @@ def inspect(objective: Objective, plan: Any = None, *, generator: AnyGenerator, 
         >>> [round(x, 4) for x in run.inspection.top.eigenvalues.tolist()]  # of (w_1^2 + 4 w_2^2) / 2
         [4.0, 1.0]
     """
-    run: InspectionRun = measure("inspect", objective, plan, generator=generator, **others)  # type: ignore[assignment]
-    return run
+    return cast("InspectionRun", measure("inspect", objective, plan, generator=generator, **others))
 
 
 def load_run(folder: Path | str) -> StudyRun:

@@ -17,7 +17,7 @@ from analysis.show.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
+    from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]  # has no types
 
     from analysis.landscape.results import LossPath, LossPlane, LossSlice, Trajectory
 

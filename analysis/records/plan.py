@@ -39,7 +39,7 @@ class Plan:
     def __post_init__(self) -> None:
         from curvature.errors import InputError  # not before: torch comes with it, and a list of commands needs none
 
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):  # type: ignore[arg-type]  # every plan is a dataclass
             value, words = getattr(self, f.name), choices(self.__class__, f.name)
             if words and value not in words:
                 raise InputError(f"{f.name} must be one of {', '.join(words)}, got {value!r}.")

@@ -36,7 +36,7 @@ def command(name: str, summary: str, settings: tuple[type, ...], run: Callable[[
 
     options = {f.name: _option(cls, f) for cls in reversed(settings) for f in fields(cls) if "text" in f.metadata}
     order = dict.fromkeys(f.name for cls in settings for f in fields(cls) if f.name in options)
-    call.__signature__ = inspect.Signature([options[key] for key in order])  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature([options[key] for key in order])  # type: ignore[attr-defined]  # typer reads it
     call.__annotations__ = {key: options[key].annotation for key in order}
     call.__doc__ = summary
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -48,7 +48,7 @@ def command(name: str, summary: str, settings: tuple[type, ...], run: Callable[[
 
 def made(cls: type[T], given: dict[str, Any], **others: Any) -> T:
     """Return a dataclass with those of its fields that were given."""
-    return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given} | others)  # type: ignore[arg-type]
+    return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given} | others)  # type: ignore[arg-type]  # a plan
 
 
 def _option(cls: type, f: Field[Any]) -> inspect.Parameter:
@@ -75,7 +75,7 @@ def _kind(hint: Any) -> Any:
         return str
     if get_origin(hint) is UnionType:
         return _kind(get_args(hint)[0]) | None
-    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
+    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]  # made at run time
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def load_record(folder: Path | str, cls: type[R]) -> R:
 def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor], path: str) -> T:
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):  # type: ignore[arg-type]  # records and what they hold are dataclasses
         kind = hints[field.name]
         below = "" if field.name == getattr(cls, "result", None) else f"{path}{field.name}."
         array = arrays.get(f"{path}{field.name}")
@@ -111,7 +111,7 @@ def _rebuild(cls: type[T], data: Mapping[str, Any], arrays: Mapping[str, Tensor]
 
 def _restore(kind: Any, value: Any, arrays: Mapping[str, Tensor], path: str) -> Any:
     if is_dataclass(kind):
-        return _rebuild(kind, value, arrays, path)  # type: ignore[arg-type]
+        return _rebuild(kind, value, arrays, path)  # type: ignore[arg-type]  # is_dataclass says so
     if get_origin(kind) is tuple:
         return tuple(_restore(get_args(kind)[0], item, arrays, f"{path}{i}.") for i, item in enumerate(value))
     if get_origin(kind) is dict:

@@ -180,7 +180,8 @@ def _studied(
     draft: Draft | None,
     listener: Listener,
 ) -> R:
-    settings = {**request.settings(objective), **{f.name: _plain(getattr(plan, f.name)) for f in fields(plan)}}  # type: ignore[arg-type]
+    names = [f.name for f in fields(plan)]  # type: ignore[arg-type]  # every plan is a dataclass
+    settings = {**request.settings(objective), **{name: _plain(getattr(plan, name)) for name in names}}
     if draft is not None:
         draft.begin(task, request, settings)
     ready = prepare(task, objective, request, listener, groups=study.groups)

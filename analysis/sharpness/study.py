@@ -213,7 +213,7 @@ def _chapters(title: str, table: SharpnessTable, *, invariant: bool) -> tuple[Se
 
 
 def _draw(part: SharpnessTable, ax: object, colors: object) -> object:
-    return plot_sharpness(part, ax=ax, colors=colors)  # type: ignore[arg-type]
+    return plot_sharpness(part, ax=ax, colors=colors)  # type: ignore[arg-type]  # of this study
 
 
 def _cells(row: SharpnessRow) -> tuple[str, ...]:

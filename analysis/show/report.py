@@ -10,7 +10,7 @@ from analysis.records.measured import Measured
 from analysis.show.wording import over_data, value_and_error
 
 if TYPE_CHECKING:
-    from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
+    from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]  # has no types
 
 __all__ = ["Card", "Figure", "Finding", "Report", "Section", "Surface", "Table"]
 

