@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from curvature.errors import CheckFailedError, InputError
 from curvature.layerwise import exact_diagonal
 from curvature.per_example import per_example_gradients
 from tests.checks import assert_close
-from tests.references import flat_gradient
+from tests.references import dense_hessian, flat_gradient
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -223,3 +224,16 @@ def test_complex_losses_and_sparse_parameters_are_refused() -> None:
     model.weight = nn.Parameter(torch.eye(3, 4).to_sparse())
     with pytest.raises(InputError, match=r"layout torch.sparse_coo"):
         Objective(model, nn.MSELoss(), batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_followed_like_others() -> None:
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    data = torch.randn(10, 4, dtype=torch.float64), torch.randint(3, (10,))
+    H = HessianOperator(Objective(scripted, nn.CrossEntropyLoss(), data))
+    for _ in range(2):
+        expected = dense_hessian(lambda: nn.CrossEntropyLoss()(plain(data[0]), data[1]), list(plain.parameters()))
+        assert_close(H.to_dense(), expected, 1e-10)
+        for model in (plain, scripted):
+            next(iter(model.parameters())).data.mul_(2)  # which no counter of versions sees
