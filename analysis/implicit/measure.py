@@ -25,7 +25,7 @@ from analysis.implicit.results import (
     momentum_factors,
     penalty_factors,
 )
-from analysis.noise.measure import HEAVY_TAILS, inner_products, is_one_batch
+from analysis.noise.measure import HEAVY_TAILS, inner_products, takes_one_pass
 from analysis.records.plan import Plan, from_plan, setting
 from analysis.show.listener import Progress
 from curvature.arguments import checked, checked_fields
@@ -142,7 +142,7 @@ def implicit_regularization(
         P, V = momentum_factors(lr, momentum, num_batches)
     else:
         if norms is None:
-            norms = gradient_norms(objective, along_mean=is_one_batch(objective))
+            norms = gradient_norms(objective, along_mean=takes_one_pass(objective))
         N = norms.num_examples
         num_batches = float(sum(count for count, _ in batch_sizes(N, batch_size, drop_last=drop_last)))
         B, examples, loss, g = float(batch_size), float(N), norms.loss, norms.mean

@@ -2,8 +2,8 @@
 
 All measures here are functions of few sums over examples: of g_i, of their squares entry by entry, of |g_i|^2 and of
 g_i'g. All come from one pass (`curvature.per_example`) where the data are one batch. The mean gradient of several is
-known only after it: then the last come from one product J g of the outputs' Jacobian, since g_i'g is the derivative of
-example i's loss along g.
+known only after it: what single gradients are made of is held until then or, if the objective keeps no graphs, the
+last come from one product J g of the outputs' Jacobian, since g_i'g is the derivative of example i's loss along g.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective.objective import Objective
 from curvature.per_example import GradientMoments, GradientNorms, gradient_moments
+from curvature.per_example.moments import refuse_shuffling
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import LIGHT_TAILS, ratio_interval, spread_of, student_quantile, tail_exponent
 
-__all__ = ["gradient_noise", "inner_products", "is_one_batch", "noise_scale_from_two_sizes", "projections"]
+__all__ = ["gradient_noise", "inner_products", "noise_scale_from_two_sizes", "projections", "takes_one_pass"]
 
 HEAVY_TAILS = (
     "Heavy tails: the largest squared distances of single gradients from their mean fall off like a power of exponent "
@@ -48,8 +49,9 @@ def gradient_noise(
     where the largest t_i fall off as a power below 4 (`tail`) standard errors have no variance; they cover down to 78 %
     where it is near 2 or less, and `notes` say so.
 
-    Cost: one pass of `gradient_moments`; for several batches also one product with the Jacobian of the outputs.
-    Memory: that of one batch, and of graphs as the objective's `keep_graphs` has it.
+    Cost: one pass of `gradient_moments`; for several batches and `keep_graphs=False` also one product with the Jacobian
+    of the outputs, at the memory of one batch. Else inputs and gradients of the layers are held for all batches, while
+    they fit.
 
     Args:
         objective: with `loss=`, examples along the first dimension, in an order that is the same at every pass.
@@ -57,7 +59,8 @@ def gradient_noise(
         moments: `gradient_moments(objective)` of this very point, if it was taken before.
 
     Raises:
-        DataError: for fewer than two examples that count, for a loader that shuffles, and as `gradient_moments`.
+        DataError: for fewer than two examples that count, for a loader that shuffles where two passes are made, and as
+            `gradient_moments`.
         InputError: for a confidence outside (0, 1), data on several ranks, and as `gradient_moments`.
         CheckFailedError: if the examples' inner products with g do not average to |g|^2.
 
@@ -78,14 +81,12 @@ def gradient_noise(
         raise InputError("gradient noise is measured on one rank; gather the data there, or measure each rank's own.")
     clock = time.perf_counter()
     if moments is None:
-        moments = gradient_moments(objective, along_mean=is_one_batch(objective))
+        moments = gradient_moments(objective, along_mean=takes_one_pass(objective))
     factor, share2 = moments.unbiased_factor, moments.sum_squared_shares
     if not math.isfinite(factor):
         raise DataError("the covariance of gradients needs at least two examples that count; pass more data.")
     p = moments.weights / moments.weights.sum()
     along = inner_products(objective, moments)
-    if objective.shuffles:
-        raise DataError("the loader shuffles, but two passes must meet the examples in one order; pass list(loader).")
     if moments.squared_norms is None:
         raise InputError("moments hold no norms of single examples' gradients; take them with norms=True.")
     square = float(moments.mean.double().square().sum())
@@ -146,16 +147,20 @@ def gradient_noise(
 
 
 @checked
-def is_one_batch(objective: Objective) -> bool:
-    """Return whether all data are known to be one batch, whose mean gradient is at hand while it is looked at."""
-    return objective.num_batches == 1
+def takes_one_pass(objective: Objective) -> bool:
+    """Return whether g_i'g comes with the norms: of one batch, or of several whose gradients' factors may be held."""
+    return objective.num_batches == 1 or objective.may_keep_graphs
 
 
 @full_precision
 @checked
 def inner_products(objective: Objective, norms: GradientNorms) -> Tensor:
     """Return g_i'g for every example (N,), float64: those that came with the norms, or by `projections`."""
-    return projections(objective, norms.mean)[1] if norms.along_mean is None else norms.along_mean.double()
+    if norms.along_mean is not None:
+        return norms.along_mean.double()
+    along = projections(objective, norms.mean)[1]
+    refuse_shuffling(objective)
+    return along
 
 
 @full_precision

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.environment.device import gpu_memory, is_gpu
 
-__all__ = ["HeldMemory", "available_memory", "drop_pages", "keep_freed", "return_unused", "tensor_bytes"]
+__all__ = [
+    "HeldMemory",
+    "available_memory",
+    "drop_pages",
+    "keep_freed",
+    "lately_available",
+    "return_unused",
+    "tensor_bytes",
+]
 
 PROC = Path("/proc/self")
 _MAPPED = 2**25 - 2**16  # bytes
@@ -110,6 +120,19 @@ def available_memory(device: torch.device) -> int:
     if sys.platform == "linux":
         rooms += [*_process_rooms(), *_group_rooms(PROC)]
     return max(0, min(rooms))
+
+
+def lately_available(device: torch.device) -> int:
+    """Return what `available_memory` found, up to a second ago: looking takes as long as a small layer."""
+    now = time.monotonic()
+    found, looked = _LATELY.get(device, (0, -math.inf))
+    if now - looked > _PATIENCE:
+        _LATELY[device] = found, _ = available_memory(device), now
+    return found
+
+
+_PATIENCE = 1.0  # s
+_LATELY: dict[torch.device, tuple[int, float]] = {}
 
 
 @functools.cache

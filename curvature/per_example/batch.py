@@ -20,7 +20,7 @@ from torch import Tensor
 from curvature.autograd.backward import joined, no_autocast, pull_back
 from curvature.engine.evaluation import BufferCopies, Evaluation
 from curvature.engine.kept_graphs import BUDGET_SHARE
-from curvature.environment.memory import available_memory
+from curvature.environment.memory import lately_available
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.objective.objective import Objective
 from curvature.per_example.capture import Capture
@@ -35,6 +35,7 @@ __all__ = ["Part", "Run", "Splitter", "coarsest_eps", "flat_gradient", "toleranc
 CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
 _COARSEST = 0.05  # relative difference that a check lets pass in the narrowest dtypes
 _PROVED: WeakKeyDictionary[Objective, set[Any]] = WeakKeyDictionary()
+_PROBES: WeakKeyDictionary[Objective, dict[int, Probe]] = WeakKeyDictionary()
 _LAYOUTS: WeakKeyDictionary[Objective, dict[Any, tuple[Any, tuple[Layout | None, ...]]]] = WeakKeyDictionary()
 
 
@@ -92,11 +93,11 @@ class Splitter:
         self._route = route
         if memory_budget is not None and memory_budget < 1:
             raise InputError(f"memory_budget must be a positive number of bytes, got {memory_budget}.")
-        free = BUDGET_SHARE * available_memory(objective.device) if memory_budget is None else memory_budget
+        free = BUDGET_SHARE * lately_available(objective.device) if memory_budget is None else memory_budget
         self.budget = int(free)
         self.chunk_bytes = min(CHUNK_BYTES, max(1, self.budget // 4))
         self._generator = torch.Generator().manual_seed(0)
-        self._probes: dict[int, Probe] = {}
+        self._probes = _PROBES.setdefault(objective, {})
 
     def open(self, batch: Any, index: int) -> Run:
         """Evaluate a batch and record the uses of the parameters."""
@@ -311,9 +312,12 @@ class Splitter:
             return (None,) * len(structure)
         known = _LAYOUTS.setdefault(self._objective, {})
         key = (structure, tuple((id(m), type(m), m.training) for m in self._evaluator.model.modules()))
-        if key not in known:
-            known[key] = layouts_of_uses(self._evaluator, run.batch, run.index, run.num_examples)
-        seen, layouts = known[key]
+        found = known.get(key)
+        if found is None:
+            found, shown = layouts_of_uses(self._evaluator, run.batch, run.index, run.num_examples)
+            if shown:
+                known[key] = found
+        seen, layouts = found
         return layouts if seen == structure else (None,) * len(structure)
 
     def _prove_layouts(self, run: Run, vectors: Tensor, deltas: Sequence[Tensor | None]) -> None:
@@ -328,10 +332,11 @@ class Splitter:
         if not tested or (key in proved and not run.capture.moves_rows):
             return
         kept: dict[int, bool] = dict.fromkeys(range(len(uses)), False)
+        shown = False  # zeros are in every layout
         if vectors.ndim > 0 and vectors.shape[0] % N == 0:
             scaled, scale = self._scaled(run, vectors)
             found = pull_back([run.evaluation.outputs], [uses[k].edge for k in tested], [scaled])  # type: ignore[list-item,misc]
-            verdicts = []
+            verdicts, nonzero = [], []
             with torch.no_grad():
                 for k, other in zip(tested, found, strict=True):
                     delta, layout, shape = deltas[k], run.layouts[k], uses[k].shape
@@ -339,8 +344,10 @@ class Splitter:
                     assert layout is not None
                     reshaped = None if other is None else other.reshape(shape)
                     verdicts.append(follows(delta.reshape(shape), reshaped, layout, scale))
+                    nonzero.append(delta.any())
                 kept = dict(zip(tested, torch.stack(verdicts).tolist(), strict=True))  # one wait for the device
-        if all(kept.values()):
+                shown = bool(torch.stack(nonzero).all())
+        if all(kept.values()) and shown:
             proved.add(key)
         run.layouts = tuple(x if kept.get(k, True) else None for k, x in enumerate(run.layouts))
 

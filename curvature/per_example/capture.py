@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from curvature.objective.steady_draws import inside
 from curvature.per_example.forms import Factors, Form, Scattered
 from curvature.per_example.layout import Build, Examples, Layout
-from curvature.per_example.row_order import rows_stay
+from curvature.per_example.row_order import reads_number, rows_stay
 from curvature.per_example.rules import RULES, Claim
 
 __all__ = ["Capture", "Use"]
@@ -97,7 +97,7 @@ class Capture(TorchFunctionMode):
     Attributes:
         uses: in the order of the calls.
         moves_rows: whether a function was called that may move examples to other rows, by what the data are (sorting,
-            indexing with tensors, anything unknown).
+            indexing with tensors, anything unknown, anything after Python has read a number).
 
     Args:
         parameters: the tensors to look for.
@@ -106,7 +106,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.uses: list[Use] = []
-        self.moves_rows = False
+        self.moves_rows = self._may_branch = False
         self._places = {id(p): _Place(p, i) for i, p in enumerate(parameters)}
 
     @property
@@ -118,7 +118,16 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.moves_rows = self.moves_rows or not (func in RULES or rows_stay(func, args, self._places))
+        if reads_number(func):
+            self._may_branch = True
+        elif not (func in RULES or rows_stay(func, args, self._places)):
+            self.moves_rows = True
+        out = self._call(func, args, kwargs)
+        if self._may_branch and isinstance(out, Tensor) and out.requires_grad and out.numel() > 1:
+            self.moves_rows = True
+        return out
+
+    def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         rule = RULES.get(func)
         operands = args[0] if args and func in _JOINS else (*args, *kwargs.values())
         placed = [self._places.get(id(t)) for t in operands if isinstance(t, Tensor)]

@@ -87,13 +87,14 @@ def outputs_of(evaluator: Evaluator, part: Any) -> Tensor:
 
 def layouts_of_uses(
     evaluator: Evaluator, batch: Any, index: int, num_examples: int
-) -> tuple[Any, tuple[Layout | None, ...]]:
+) -> tuple[tuple[Any, tuple[Layout | None, ...]], bool]:
     """Find where the examples lie in the output of every use of a parameter, on two examples of a batch.
 
     A vector in the outputs of one example is pulled back: in the right layout it reaches no row of the other.
 
     Returns:
-        The structure of the uses that were seen, and the layout of each; None where rows mix examples.
+        The structure of the uses that were seen, and the layout of each, None where rows mix examples; and whether each
+        was reached by something else than zeros, as it is not behind a layer whose weights are zero.
 
     Raises:
         DataError: if the model does not run on two examples alone.
@@ -114,14 +115,14 @@ def layouts_of_uses(
                 "must lie along the first dimension of all inputs; pass forward= that arranges them so."
             ) from error
         if outputs.ndim == 0 or outputs.shape[0] % 2:
-            return capture.structure, (None,) * len(capture.uses)
+            return (capture.structure, (None,) * len(capture.uses)), True
         found = []
         for place in (0, 1) if outputs.requires_grad and capture.uses else ():
             vector = torch.zeros(outputs.shape, dtype=outputs.dtype, device=device)
             own = vector.view(2, -1)[place]
             own.copy_(torch.randn(own.shape, generator=generator))
             found.append(pull_back([outputs], [use.edge for use in capture.uses], [vector]))  # type: ignore[misc]
-    layouts = []
+    layouts, shown = [], True
     for i, use in enumerate(capture.uses):
         mine = [deltas[i] for deltas in found]
         rows = [None if delta is None else delta.detach().reshape(use.shape) for delta in mine]
@@ -129,7 +130,8 @@ def layouts_of_uses(
             layout for layout in Layout if all(_spares(r, layout, other=1 - place) for place, r in enumerate(rows))
         )
         layouts.append(next(spared, None))
-    return capture.structure, tuple(layouts)
+        shown = shown and all(r is None or bool(r.any()) for r in rows)
+    return (capture.structure, tuple(layouts)), shown
 
 
 def _spares(delta: Tensor | None, layout: Layout, other: int) -> bool:

@@ -7,7 +7,7 @@ Bai, Jiang, Wang, Wang and Hou (2020), Understanding why neural networks general
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from curvature.errors import DataError, InputError
 from curvature.objective.objective import Objective
 from curvature.objective.ranks import together
 from curvature.per_example.gram import Gram
+from curvature.per_example.held import Held
 from curvature.per_example.results import GradientMoments, GradientNorms
 from curvature.per_example.walk import Group, Walk
 
-__all__ = ["gradient_dots", "gradient_moments", "gradient_norms", "per_example_gradients"]
+__all__ = ["gradient_dots", "gradient_moments", "gradient_norms", "per_example_gradients", "refuse_shuffling"]
 
 Per = Literal["example", "target"]
 Route = Literal["auto", "rules", "vmap", "loop"]
@@ -51,7 +52,8 @@ def gradient_norms(
         per: "example" takes what one place of the first dimension holds for an example; "target" every target (each
             token of a text), at a backward pass for each target of a sequence.
         along_mean: also return g_i'g. Where all data are one batch that costs between nothing and a third of a
-            gradient; for several, whose mean is known only at the end, a second pass, of a gradient and a half.
+            gradient, as for several, whose mean is known only at the end, while what their gradients are made of fits
+            into `memory_budget`; else, or if the objective keeps no graphs, a second pass, of a gradient and a half.
         route: "auto" takes rules for the layers they are known for and computes the gradients of other parameters
             example by example, with `torch.func.vmap` or, where the model does not go through that, in a loop; "rules"
             refuses where rules do not do; "vmap" and "loop" take these for all parameters.
@@ -188,7 +190,7 @@ def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[T
 class _Sums:
     """What is added up over groups; of squares the parts h_i, times what makes them w_i g_i^2."""
 
-    gradient: Tensor
+    gradient: Tensor | None
     squares: Tensor | None
     places: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -199,12 +201,17 @@ class _Sums:
     """(E,) a group, of its own gradient sum_i h_i with all its g_i; only where asked for."""
 
     def add(self, group: Group, starts: list[int], chunk_bytes: int, *, norms: bool, along: bool) -> None:
-        self.gradient.add_(group.gradient, alpha=group.share)
+        if self.gradient is None:
+            self.gradient = group.gradient * group.share
+        else:
+            self.gradient.add_(group.gradient, alpha=group.share)
         self.places.append(group.places)
         self.weights.append(group.weights)
-        found = self.gradient.new_zeros(len(starts) - 1 if norms else 0, len(group.places))
-        factors = (group.weights * group.scale.double().square()).to(self.gradient.dtype)
-        inner = torch.zeros(len(group.places), dtype=torch.float64, device=found.device)
+        found = [torch.zeros_like(group.scale)] * (len(starts) - 1) if norms else []
+        factors = None
+        if self.squares is not None:
+            factors = (group.weights * group.scale.double().square()).to(self.gradient.dtype)
+        inner = torch.zeros(len(group.places), dtype=torch.float64, device=group.scale.device)
         for part in group.parts:
             for i in part.positions:
                 if i not in self.routes or self.routes[i] == "single" or ":" in part.route:  # the one that tells most
@@ -212,16 +219,17 @@ class _Sums:
             if self.squares is None and not norms:
                 continue
             own = _at(group.gradient, part.positions, starts) if along else None
-            total, squared, dots = part.form.squares(None if self.squares is None else factors, chunk_bytes, own)
+            total, squared, dots = part.form.squares(factors, chunk_bytes, own)
             if dots is not None:
                 inner += dots.double()
-            if norms:
-                found[list(part.positions)] = squared * group.scale.square()
+            for i, row in zip(part.positions, squared if norms else (), strict=norms):
+                found[i] = row
             if self.squares is not None:
                 assert total is not None
                 for i, piece in zip(part.positions, total.split(part.form.numels), strict=True):
                     self.squares[starts[i] : starts[i + 1]] += piece
-        self.norms.append(found)
+        if norms:
+            self.norms.append(torch.stack(found) * group.scale.square())
         if along:
             self.along.append(inner * group.scale.double())
 
@@ -244,13 +252,16 @@ def _collect(
     walk = Walk(objective, per=per, route=route, memory_budget=memory_budget)
     space = objective.space
     starts = torch.tensor([0, *space.numels]).cumsum(0).tolist()
-    zeros = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device)
-    sums = _Sums(zeros, zeros.clone() if moments else None)
+    squares = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device) if moments else None
+    sums = _Sums(None, squares)
     gram = Gram(walk.budget) if dots else None
     alone = along_mean and objective.process_group is None and objective.num_batches in (1, None)
+    may_hold = along_mean and objective.process_group is None and objective.num_batches != 1
+    held = Held(walk.budget if may_hold and objective.may_keep_graphs else 0)
     share = 0.0
     for group in walk:
         share = group.share
+        held.add(group, walk.batch)
         sums.add(group, starts, walk.chunk_bytes, norms=norms, along=alone and walk.num_groups == 1)
         if gram is not None:
             for part in group.parts:
@@ -270,25 +281,29 @@ def _collect(
     if along_mean and len(sums.along) == walk.num_groups == 1:  # the mean is this group's gradient, but for a factor
         inner = sums.along[0] * unit * (share if objective.is_sum else share / total)
     elif along_mean:
-        again = Walk(objective, per=per, route=route, memory_budget=memory_budget)
-        inner = _along(again, mean, starts)[order] * unit
-    layers = space.blocks
-    by_layer = [list(block.positions) for block in layers]
-    of_mean = torch.stack([block.take(mean).norm().square() for block in layers])
+        groups: Iterable[Group] | None = held.groups
+        if groups is None:
+            groups = Walk(objective, per=per, route=route, memory_budget=memory_budget)
+        inner = _along(groups, mean, starts, walk.chunk_bytes)[order] * unit
+        if held.groups is None:
+            refuse_shuffling(objective)
+    layers, pieces = space.blocks, mean.split(space.numels)
+    within = mean.new_zeros(len(layers), len(pieces))  # which parameters a layer has
+    for row, block in zip(within, layers, strict=True):
+        row[list(block.positions)] = 1
+    of_mean = within @ torch.stack(torch._foreach_norm(pieces)).square()
     if second is None:
         assert weighted_norms is not None
-        of_second = torch.stack([weighted_norms[at].sum() for at in by_layer]) * (unit**2 / total)
+        of_second = within.double() @ weighted_norms * (unit**2 / total)
     else:
-        of_second = torch.stack([block.take(second).sum() for block in layers])
+        of_second = within @ torch.stack([piece.sum() for piece in second.split(space.numels)])
     result: dict[str, Any] = {
         "mean": mean,
         "loss": loss if objective.is_sum else loss / total,
         "weights": weights,
         "squared_norms": None if squared_norms is None else squared_norms.sum(0) * unit**2,
         "layers": tuple(block.name for block in layers),
-        "layer_squared_norms": None
-        if squared_norms is None
-        else torch.stack([squared_norms[at].sum(0) for at in by_layer]) * unit**2,
+        "layer_squared_norms": None if squared_norms is None else within @ squared_norms * unit**2,
         "layer_mean_squared_norms": of_mean,
         "layer_traces": (of_second - of_mean).clamp_min(0),
         "sum_squared_shares": sum_squares / total**2,
@@ -302,6 +317,16 @@ def _collect(
     if second is None:
         return GradientNorms(**result)
     return GradientMoments(**result, second_moment=second, blocks=layers)
+
+
+def refuse_shuffling(objective: Objective) -> None:
+    """Refuse two passes over single examples that were seen to come in different orders.
+
+    Raises:
+        DataError: with the remedy.
+    """
+    if objective.shuffles:
+        raise DataError("the loader shuffles, but two passes must meet the examples in one order; pass list(loader).")
 
 
 def _over_ranks(
@@ -322,13 +347,13 @@ def _over_ranks(
     return gradient, squares, weight, squared, norms, losses
 
 
-def _along(walk: Walk, vector: Tensor, starts: list[int]) -> Tensor:
-    """Return scale_i h_i'v for all examples of another pass, (N,), float64, in the order of the groups."""
+def _along(groups: Iterable[Group], vector: Tensor, starts: list[int], chunk_bytes: int) -> Tensor:
+    """Return scale_i h_i'v for all examples, (N,), float64, in the order of the groups."""
     found = []
-    for group in walk:
+    for group in groups:
         inner = torch.zeros(len(group.places), dtype=torch.float64, device=vector.device)
         for part in group.parts:
-            inner += part.form.along(_at(vector, part.positions, starts), walk.chunk_bytes).double()
+            inner += part.form.along(_at(vector, part.positions, starts), chunk_bytes).double()
         found.append(inner * group.scale.double())
     return torch.cat(found)
 

@@ -10,27 +10,31 @@ from torch import Tensor
 
 from curvature.per_example.layout import Examples, Layout
 
-__all__ = ["follows", "rows_stay"]
+__all__ = ["follows", "reads_number", "rows_stay"]
 
 _NAMES = """
-__get__ __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
-__itruediv__ __neg__ __pow__ __rpow__ __len__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ add add_ sub sub_ mul
-mul_ div div_ neg pow square sqrt rsqrt exp log log1p sin cos tanh tanh_ sigmoid sigmoid_ erf abs clamp clamp_
-relu relu_ gelu silu elu selu celu leaky_relu softplus softsign hardtanh hardswish hardsigmoid mish logsigmoid
-prelu glu softmax log_softmax dropout dropout1d dropout2d dropout3d linear bilinear conv1d conv2d conv3d
-conv_transpose1d conv_transpose2d conv_transpose3d embedding layer_norm group_norm rms_norm batch_norm
-instance_norm scaled_dot_product_attention multi_head_attention_forward max_pool1d max_pool2d max_pool3d
-avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d interpolate pad
-mean sum amax amin var std norm view view_as reshape flatten unflatten squeeze unsqueeze transpose permute
-movedim swapaxes t contiguous expand expand_as chunk split narrow select cat concat stack to float double half
-bfloat16 type_as size dim numel stride is_contiguous is_floating_point get_device requires_grad_ detach clone
-masked_fill masked_fill_ tril triu arange zeros ones full empty zeros_like ones_like full_like empty_like
-new_zeros new_ones new_full new_empty tensor lerp addcmul cross_entropy mse_loss nll_loss
-binary_cross_entropy_with_logits item type is_complex broadcast_tensors logical_and logical_or logical_not
-__and__ __or__ __invert__ bool is_autocast_enabled
+get add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv neg pow rpow len eq ne lt le gt ge div square
+sqrt rsqrt exp log log1p sin cos tanh sigmoid erf abs clamp relu gelu silu elu selu celu leaky_relu softplus softsign
+hardtanh hardswish hardsigmoid mish logsigmoid prelu glu softmax log_softmax dropout dropout1d dropout2d dropout3d
+linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding layer_norm
+group_norm rms_norm batch_norm instance_norm scaled_dot_product_attention multi_head_attention_forward max_pool1d
+max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
+interpolate pad mean sum amax amin var std norm view view_as reshape flatten unflatten squeeze unsqueeze transpose
+permute movedim swapaxes t contiguous expand expand_as chunk split narrow select cat concat stack to float double
+half bfloat16 type_as size dim numel stride is_contiguous is_floating_point get_device requires_grad detach clone
+masked_fill tril triu arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full
+new_empty tensor lerp addcmul cross_entropy mse_loss nll_loss binary_cross_entropy_with_logits is_complex
+broadcast_tensors logical_and logical_or logical_not and or invert bool is_autocast_enabled isfinite isnan
+where reciprocal maximum minimum unbind
 """
 _STAY = frozenset(_NAMES.split())
 _PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "bmm"))
+_NUMBERS = frozenset(("__bool__", "__float__", "__index__", "__int__", "allclose", "equal", "item"))
+
+
+def reads_number(func: Any) -> bool:
+    """Return whether a call tells Python an entry of a tensor, by which it may decide anything."""
+    return getattr(func, "__name__", "") in _NUMBERS
 
 
 def rows_stay(func: Any, args: Sequence[Any], parameters: Collection[int]) -> bool:
@@ -49,7 +53,7 @@ def rows_stay(func: Any, args: Sequence[Any], parameters: Collection[int]) -> bo
         return all(isinstance(t, Tensor) and (t.ndim > 2 or id(t) in parameters) for t in args[:2]) or any(
             id(t) in parameters for t in args[:2]
         )
-    return name in _STAY
+    return name.strip("_") in _STAY
 
 
 def follows(delta: Tensor, scaled: Tensor | None, layout: Layout, scale: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Walk:
         num_backwards: backward passes through whole batches so far.
         num_batches: batches seen so far.
         num_groups: groups yielded so far.
+        batch: the latest.
         loss: sum of the batches' losses times what they count, so far; (), float64.
 
     Args:
@@ -73,12 +74,13 @@ class Walk:
         self._per = per
         self._dependence = Dependence(objective.dependence.whole)
         self.num_examples = self.num_backwards = self.num_batches = self.num_groups = 0
+        self.batch: Any = None
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
 
     def __iter__(self) -> Iterator[Group]:
         """Yield the groups in the order of the data."""
         for index, batch in enumerate(self._objective.batches()):
-            self.num_batches += 1
+            self.num_batches, self.batch = self.num_batches + 1, batch
             for group in self._batch(batch, index):
                 self.num_groups += 1
                 yield group

@@ -15,8 +15,8 @@ from analysis.implicit.measure import implicit_regularization
 from analysis.noise.curvature import curvature_noise, tail_index
 from analysis.noise.measure import gradient_noise, noise_scale_from_two_sizes, projections
 from curvature import Objective
-from curvature.errors import CurvatureError, DataError, InputError
-from curvature.per_example import gradient_moments
+from curvature.errors import DataError, InputError
+from curvature.per_example import gradient_moments, gradient_norms
 from tests.cases import BY_NAME
 from tests.references import dense_ggn, dense_hessian, example_gradients, total_loss
 
@@ -309,8 +309,14 @@ def test_bad_arguments_are_refused() -> None:
         noise_scale_from_two_sizes([1.0, 2.0], [1.0, 2.0], small_size=2, big_size=2)
     data = torch.utils.data.TensorDataset(torch.randn(8, 2).double(), torch.randn(8, 1).double())
     loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
-    with pytest.raises(CurvatureError, match="list"):
-        gradient_noise(Objective(two.model, nn.MSELoss(), loader))
+    with pytest.raises(DataError, match="list"):
+        gradient_noise(Objective(two.model, nn.MSELoss(), loader, keep_graphs=False))
+    with pytest.raises(DataError, match="list"):
+        gradient_norms(Objective(two.model, nn.MSELoss(), loader), along_mean=True, memory_budget=1)
+    in_order = gradient_noise(Objective(two.model, nn.MSELoss(), list(loader)))
+    assert gradient_noise(Objective(two.model, nn.MSELoss(), loader)).trace.stderr == pytest.approx(
+        in_order.trace.stderr
+    )
 
 
 # -- against curvature ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -142,8 +142,25 @@ def test_float32(name: str) -> None:
 def test_little_memory_changes_nothing(name: str, budget: int) -> None:
     case = BY_NAME[name]
     model = case.model()
-    moments = gradient_moments(Objective(model, case.loss, case.data()), memory_budget=budget, along_mean=True)
-    check(moments, *loop(case, model, [case.data()]))
+    for data in ([case.data()], case.ragged()):
+        moments = gradient_moments(Objective(model, case.loss, data), memory_budget=budget, along_mean=True)
+        check(moments, *loop(case, model, data))
+
+
+def test_a_loader_may_fill_one_tensor_again_and_again() -> None:
+    """What is held of a batch until the mean is known does not change with the next."""
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    model, buffer = nn.Linear(3, 2).double(), x[:2].clone()
+
+    class Refilled:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for start in (0, 2, 4):
+                yield buffer.copy_(x[start : start + 2]), y[start : start + 2]
+
+    found = gradient_norms(Objective(model, nn.MSELoss(), Refilled()), along_mean=True).along_mean
+    torch.testing.assert_close(
+        found, gradient_norms(Objective(model, nn.MSELoss(), (x, y)), along_mean=True).along_mean
+    )
 
 
 def test_inner_products_that_do_not_fit_are_refused_with_numbers() -> None:

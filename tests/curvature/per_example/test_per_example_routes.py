@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from curvature import Objective
 from curvature.errors import DataError, InputError
-from curvature.per_example import GradientMoments, gradient_moments, gradient_norms, per_example_gradients
+from curvature.per_example import GradientMoments, batch, gradient_moments, gradient_norms, per_example_gradients
 from curvature.per_example.cutting import layouts_of_uses
 from curvature.per_example.forms import Factors
 from curvature.per_example.layout import Layout
+from curvature.per_example.row_order import follows
 from tests.checks import assert_close, assert_untouched
 from tests.references import flat_gradient, twice_differentiable_attention
 
@@ -339,14 +340,43 @@ def test_where_examples_lie(name: str, layout: Layout) -> None:
     build, x = BY_RULES[name]
     model = build().double()
     evaluator = Objective(model, nn.MSELoss(), (x, model(x).detach())).evaluator
-    _, layouts = layouts_of_uses(evaluator, (x, None), 0, N)
+    (_, layouts), _ = layouts_of_uses(evaluator, (x, None), 0, N)
     assert set(layouts) == {layout}
+
+
+def test_layers_behind_zeros_are_looked_at_again() -> None:
+    """While a head is zero nothing shows in which rows examples lie, nor that they do."""
+    build, x = BY_RULES["as many tokens as examples, time first"]
+    model = nn.Sequential(build().double(), nn.Flatten())
+    model.append(nn.Linear(model(x).shape[1], 2).double())
+    targets, head = real(2), model[-1].weight.detach().clone()
+    objective = Objective(model, nn.MSELoss(), (x, targets))
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        gradient_norms(objective)
+        model[-1].weight.copy_(head)
+    singles = [Objective(model, nn.MSELoss(), (x[i : i + 1], targets[i : i + 1])) for i in range(N)]
+    expected = [single.gradient().square().sum() for single in singles]
+    torch.testing.assert_close(gradient_norms(objective).squared_norms, torch.stack(expected))
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_where_examples_lie_is_proved_once_unless_data_decide(branches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that looks at a number may move rows by it: the proof is made for each batch then."""
+    proofs: list[int] = []
+    monkeypatch.setattr(batch, "follows", lambda *a: proofs.append(1) or follows(*a))
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    model = Own(lambda m, x: m.plain(x * 2 if branches and float(x.sum()) > 1e3 else x))
+    model.plain = plain.double()
+    data = [(real(1, 4, 4), torch.arange(5) % 3) for _ in range(3)]
+    gradient_norms(Objective(model, nn.CrossEntropyLoss(), data))
+    assert len(proofs) == 6 * (3 if branches else 1)  # weights and biases of three layers
 
 
 def test_rows_that_mix_examples_are_found() -> None:
     model = Own(lambda m, x: F.linear(x.mean(0, keepdim=True), m.w) + F.linear(x, m.v), w=(3, 4), v=(3, 4)).double()
     evaluator = Objective(model, nn.MSELoss(), (real(4), real(3))).evaluator
-    structure, layouts = layouts_of_uses(evaluator, (real(4), None), 0, N)
+    (structure, layouts), _ = layouts_of_uses(evaluator, (real(4), None), 0, N)
     assert [name for name, _ in structure] == ["linear", "linear"]
     assert layouts == (None, Layout.BLOCKS)
 
