@@ -68,10 +68,13 @@ _PLACES = {
     "sharpness.results": "SharpnessRow SharpnessTable",
     "sharpness.study": "SharpnessRun",
     "tasks": "Task load_task",
-    "training.figures": "plot_training",
+    "training.critical_sharpness": "critical_sharpness",
+    "training.edge": "edge_of_stability",
+    "training.figures": "plot_layer_sharpness plot_predictions plot_stability plot_training",
     "training.gradient_penalty": "GradientPenalty",
-    "training.measure": "TrainingMonitor",
-    "training.results": "TrainingReading TrainingRecord",
+    "training.results": "CriticalSharpness CriticalStatus EdgeOfStability Phase TrainingReading TrainingRecord",
+    "training.rows": "load_training",
+    "training.tracker": "CurvatureTracker",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}
 

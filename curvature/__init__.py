@@ -22,6 +22,7 @@ from curvature.operators.mc_fisher import MCFisherOperator as MCFisherOperator
 from curvature.operators.ntk import NTKOperator as NTKOperator
 from curvature.operators.preconditioned import PreconditionedOperator as PreconditionedOperator
 from curvature.operators.preconditioned import optimizer_divisor as optimizer_divisor
+from curvature.operators.preconditioned import stability_limit as stability_limit
 from curvature.operators.submatrix import SubmatrixOperator as SubmatrixOperator
 from curvature.parameters import Block as Block
 from curvature.parameters import ParameterSpace as ParameterSpace
@@ -78,6 +79,7 @@ __all__ = [
     "solve",
     "spawn",
     "spectrum",
+    "stability_limit",
 ]
 
 _SUBMODULES = ("layerwise", "linalg", "per_example")

@@ -34,7 +34,7 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 
 from analysis import (
-    TrainingMonitor,
+    CurvatureTracker,
     backward_error,
     implicit_regularization,
     plot_backward_error,
@@ -182,17 +182,19 @@ for level in LEVELS:
 # %%
 model = fresh("digits-mlp")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-monitor = TrainingMonitor(Objective(model, nn.CrossEntropyLoss(), data), lr=0.1, batch_size=32)
-draws, step = torch.Generator().manual_seed(2), 0
+objective = Objective(model, nn.CrossEntropyLoss(), data)
+wanted = ["noise", "penalties"]
+tracker = CurvatureTracker(  # a reading an epoch
+    objective, optimizer, quantities=wanted, every=45, budget=None, batch_size=32, generator=0
+)
+draws = torch.Generator().manual_seed(2)
 for _ in range(3 if FAST else 30):
     for chosen in torch.randperm(len(labels), generator=draws).split(32)[:-1]:  # a batch of two would be all noise
-        if step % 45 == 0:  # once an epoch
-            monitor(step)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
         optimizer.step()
-        step += 1
-record = monitor.record
+        tracker.step()
+record = tracker.record
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
 plot_training(record, ax=ax)
 first, last = record.readings[0], record.readings[-1]

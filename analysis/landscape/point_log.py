@@ -7,12 +7,11 @@ equals one that was not, bit for bit.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from pathlib import Path
 
+from analysis.run.lines import append_line, read_lines
 from curvature.errors import InputError
 
 __all__ = ["PointLog"]
@@ -64,25 +63,12 @@ class PointLog:
         record = {"section": section, "key": key, "place": place, "loss": _plain(loss), "stderr": _plain(stderr)}
         try:
             if not self.failed:
-                self._append((json.dumps(record) + "\n").encode())
+                append_line(self.path, json.dumps(record))
         except OSError as error:
             if self.num_points == 0:
                 raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another place.") from error
             self.failed = True
         self._add(section, key, place, loss, stderr)
-
-    def _append(self, line: bytes) -> None:
-        """Add a line, whole or not at all."""
-        with self.path.open("ab", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            written = 0
-            try:
-                written = file.write(line)
-            finally:
-                if written != len(line):
-                    file.truncate(before)
-        if written != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _add(self, section: str, key: str, place: int, loss: float, stderr: float) -> None:
         self._keys.setdefault(section, key)
@@ -92,11 +78,7 @@ class PointLog:
 
     def _read(self) -> None:
         try:
-            content = self.path.read_bytes()
-            length = content.rfind(b"\n") + 1
-            if length != len(content):  # cut off while it was written
-                os.truncate(self.path, length)
-            lines = content[:length].decode().splitlines()
+            lines = read_lines(self.path, repair=True)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path} cannot be read ({error}); delete it and begin again.") from error
         for line in lines:

@@ -1,45 +1,156 @@
-"""Readings of gradient noise and implicit regularization over a training run: what a figure of it is made from."""
+"""Readings of curvature and noise along a training run, and what follows from them about its stability."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvature.errors import InputError
 from curvature.results.record import Result
 
-__all__ = ["TrainingReading", "TrainingRecord"]
+__all__ = ["CriticalSharpness", "CriticalStatus", "EdgeOfStability", "Phase", "TrainingReading", "TrainingRecord"]
+
+NAN = math.nan
+
+
+class CriticalStatus(Enum):
+    """How the search for the critical step ended."""
+
+    OK = "bracketed"
+    NO_BRACKET = (
+        "the loss was still lower at the longest step that was tried; the sharpness is at most the number given"
+    )
+    ASCENT = "the loss rises along the update from the start: there is no critical step"
+    ROUNDING = "the loss changes by no more than rounding along the update; evaluate in a wider dtype"
+
+    @property
+    def ok(self) -> bool:
+        """Whether the critical step was found."""
+        return self is CriticalStatus.OK
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CriticalSharpness(Result):
+    """How far along an update the loss stays below where it started."""
+
+    value: float
+    """2 / step; an upper bound where no bracket was found, NaN with the other statuses."""
+    step: float
+    """Learning rate at which the loss is back at where it started; a lower bound where no bracket was found."""
+    lower: float
+    """The loss is below its start at this learning rate, ..."""
+    upper: float
+    """... and not below it at this one; infinite if there was none."""
+    num_losses: int
+    """Forward passes over the data."""
+    status: CriticalStatus
+    """How the search ended."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TrainingReading(Result):
-    """The state of a run at one step."""
+    """What was measured around one step; NaN where it was not asked for.
+
+    All of it belongs to the parameters before the step, from which the step led away.
+    """
 
     step: int
-    """Where in the run it was taken."""
-    lr: float
-    """Learning rate then."""
-    loss: float
-    """C on the monitor's data, weight decay included; loss."""
-    full_penalty: float
-    """What finite steps add by the full gradient; loss."""
-    batch_penalty: float
-    """What they add by the noise of batches; loss."""
-    gradient_norm: float
+    """Steps that were taken before this one."""
+    interval: int = 0
+    """Steps since the reading before: how old that was just before this one; 0 at the first."""
+    lr: float = NAN
+    """Learning rate of the step, of the first group of parameters."""
+    threshold: float = NAN
+    """Largest curvature at which steps are stable: `stability_limit` / lr; loss / parameter^2 for SGD."""
+    train_loss: float = NAN
+    """The training loss that the loop passed on."""
+    highest_loss: float = NAN
+    """The highest of these since the reading before."""
+    loss: float = NAN
+    """Loss on the tracker's data."""
+    gradient_norm: float = NAN
     """|g|; loss / parameter."""
-    trace: float
-    """Tr S of single examples' gradients; (loss / parameter)^2."""
-    noise_scale: float
+    update_norm: float = NAN
+    """|u|, u the step that was taken; parameter."""
+    sharpness: float = NAN
+    """Largest eigenvalue of the Hessian; loss / parameter^2."""
+    sharpness_residual: float = NAN
+    """|H v - sharpness v|: an eigenvalue lies within it."""
+    preconditioned: float = NAN
+    """Largest eigenvalue of P^-1 H, P what the optimizer divides by."""
+    preconditioned_residual: float = NAN
+    """Of its eigenvector."""
+    alignment: float = NAN
+    """|cosine| between the gradient and the eigenvector of the sharpness."""
+    oscillation: float = NAN
+    """Gradient along that eigenvector after the step over that before it: about -1 where it swings."""
+    rayleigh: float = NAN
+    """u'Hu / u'u; loss / parameter^2."""
+    change: float = NAN
+    """Loss after the step less that before it."""
+    linear_change: float = NAN
+    """g'u: what the gradient predicts of it."""
+    quadratic_change: float = NAN
+    """g'u + u'Hu / 2."""
+    critical_sharpness: float = NAN
+    """2 / lr_c, lr_c the learning rate at which this update would not lower the loss."""
+    critical_status: str = ""
+    """Name of its `CriticalStatus`."""
+    relative: dict[str, float] = field(default_factory=dict)
+    """The same on other losses, by name: their curvature along the update of this one."""
+    relative_status: dict[str, str] = field(default_factory=dict)
+    """Names of their statuses."""
+    layers: dict[str, float] = field(default_factory=dict)
+    """Largest eigenvalue of the diagonal block of each layer."""
+    layer_residuals: dict[str, float] = field(default_factory=dict)
+    """Of their eigenvectors."""
+    hessian_trace: float = NAN
+    """tr H; loss / parameter^2."""
+    hessian_trace_stderr: float = NAN
+    """One standard error, over the probes."""
+    noise_trace: float = NAN
+    """tr S of single examples' gradients; (loss / parameter)^2."""
+    noise_scale: float = NAN
     """B_simple, in examples; negative where the mean gradient is below its noise."""
-    noise_scale_lower: float
+    noise_scale_lower: float = NAN
     """Lower end of its interval, in examples."""
-    noise_scale_upper: float
+    noise_scale_upper: float = NAN
     """Upper end; may be infinite."""
-    evidence: float
+    evidence: float = NAN
     """Of the stopping criterion of Mahsereci et al.; above 0, training on these data may stop."""
-    seconds: float
+    full_penalty: float = NAN
+    """What finite steps add to the loss by the full gradient."""
+    batch_penalty: float = NAN
+    """What they add by the noise of batches."""
+    num_matvecs: int = 0
+    """Products with the Hessian that the reading took."""
+    num_losses: int = 0
+    """Forward passes."""
+    seconds: float = NAN
     """Wall clock of the reading."""
+
+    @property
+    def stability(self) -> float:
+        """(Preconditioned) sharpness over its threshold; above 1 the step is unstable on a quadratic."""
+        top = self.sharpness if math.isnan(self.preconditioned) else self.preconditioned
+        return top / self.threshold
+
+    def row(self) -> dict[str, Any]:
+        """Return what was measured as JSON holds it, numbers that are not finite as text; what was not is left out."""
+        default = TrainingReading(step=-1)
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _plain(x) for name, x in kept.items() if _plain(x) != _plain(getattr(default, name))}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> TrainingReading:
+        """Return the reading of a row; names that this version does not know are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: _number(x) for name, x in row.items() if name in known})
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -47,15 +158,70 @@ class TrainingRecord(Result):
     """All readings of a run, in the order they were taken."""
 
     readings: tuple[TrainingReading, ...]
-    """One a call of the monitor."""
-    batch_size: int
-    """Of the training, in examples."""
+    """One whenever the tracker took one."""
+    optimizer: str = ""
+    """Class of the optimizer; "" where the tracker was given none."""
+    batch_size: int | None = None
+    """Of the training, in examples, where it was told."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know: how often readings were taken, and why."""
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps that the readings are filed under."""
         return tuple(reading.step for reading in self.readings)
 
-    def series(self, field: str) -> Tensor:
-        """Return one field of all readings, (R,), float64."""
-        return torch.tensor([getattr(reading, field) for reading in self.readings], dtype=torch.float64)
+    def series(self, name: str) -> Tensor:
+        """Return one field, or `stability`, of all readings, (R,), float64.
+
+        Raises:
+            InputError: for a name that is none of a reading's numbers.
+        """
+        if not self.readings:
+            return torch.zeros(0, dtype=torch.float64)
+        values = [getattr(reading, name, None) for reading in self.readings]
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise InputError(f"series takes the name of a number of a reading, such as 'sharpness', got {name!r}.")
+        return torch.tensor(values, dtype=torch.float64)
+
+
+class Phase(Enum):
+    """Where a run stands between its sharpness and the threshold of its learning rate."""
+
+    BELOW = "below the threshold"
+    SHARPENING = "below the threshold, and sharpness rises"
+    EDGE = "at the threshold"
+    CATAPULT = "above the threshold, the loss rises, and both come back"
+    ABOVE = "above the threshold for a while, without a rise of the loss"
+    UNSTABLE = "above the threshold until the end, or a loss that is not finite"
+    UNKNOWN = "the threshold is not known"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EdgeOfStability(Result):
+    """A run against the threshold of stability of its optimizer."""
+
+    phases: tuple[Phase, ...]
+    """Of each reading."""
+    arrival: int | None
+    """Step at which sharpness first came up to its threshold, or where the run began above it; None if neither."""
+    mean: float
+    """Mean of sharpness over threshold after the arrival, weighted by steps; NaN without one."""
+    std: float
+    """Its standard deviation over readings."""
+    share_above: float
+    """Share of all steps at which sharpness was above the threshold."""
+    oscillation: float
+    """Median of the readings' oscillation at the edge: about -1 in the regime; NaN where it was not measured."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _number(x) for name, x in value.items()}
+    return float(value) if value in ("nan", "inf", "-inf") else value

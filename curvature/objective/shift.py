@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,13 @@ def shifted(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
 
 
 @together
-def loss_at(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None) -> PointLoss:
+def loss_at(
+    objective: ObjectiveLike,
+    point: Tensor,
+    *,
+    buffers: Mapping[str, Tensor] | None = None,
+    batches: Sequence[Any] | None = None,
+) -> PointLoss:
     """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
 
     With weights w_b, p_b = w_b / sum w and B batches of losses l_b, the delete-one jackknife of the weighted mean is
@@ -87,6 +94,7 @@ def loss_at(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
         objective: the function; it stays at its own point.
         point: (n,).
         buffers: as `shifted` takes them.
+        batches: other data than the objective's own.
 
     Raises:
         InputError: for a vector of another shape.
@@ -94,18 +102,18 @@ def loss_at(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
     """
     with shifted(objective, point, buffers=buffers):
         try:
-            batches = _batch_losses(objective, recorded=False)
+            losses = _batch_losses(objective, batches, recorded=False)
         except RuntimeError:  # a forward pass that differentiates in the parameters itself
-            batches = _batch_losses(objective, recorded=True)
+            losses = _batch_losses(objective, batches, recorded=True)
     ranks = objective.ranks
-    weight, total, count = sum(w for w, _ in batches), sum(w * loss for w, loss in batches), float(len(batches))
+    weight, total, count = sum(w for w, _ in losses), sum(w * loss for w, loss in losses), float(len(losses))
     if ranks is not None:
         packed, weight = ranks.sum(_packed(objective, total, count), weight)
         total, count = packed.tolist()
     if weight == 0:
         raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
     mean = total / weight
-    shares = [(w / weight, loss) for w, loss in batches]
+    shares = [(w / weight, loss) for w, loss in losses]
     variance = sum((loss - mean) ** 2 * p / max(1 - p, _EPS) / count for p, loss in shares) if count > 1 else math.nan
     if ranks is not None:
         packed, _ = ranks.sum(_packed(objective, variance), 0.0)
@@ -134,15 +142,18 @@ def _packed(objective: ObjectiveLike, *values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=objective.device)
 
 
-def _batch_losses(objective: ObjectiveLike, *, recorded: bool) -> list[tuple[float, float]]:
+def _batch_losses(
+    objective: ObjectiveLike, batches: Sequence[Any] | None, *, recorded: bool
+) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
-    evaluator, found = objective.evaluator, []
+    evaluator, found = objective.evaluator, list[tuple[float, float]]()
+    walk = ((index, batch) for index, _, batch in objective.source) if batches is None else enumerate(batches)
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         try:
             if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
                 for p in evaluator.parameters:
                     p.requires_grad_(False)
-            for index, _, batch in objective.source:
+            for index, batch in walk:
                 try:
                     with evaluator.copy_buffers().installed():
                         evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -26,17 +27,18 @@ class PreconditionedOperator(SymmetricOperator):
     - (2 + 2 beta1) / ((1 - beta1) lr) for m the average (1 - beta1) g + beta1 m: 38 / lr for Adam and AdaHessian with
       beta1 = 0.9. In full-batch training the sharpness rises to this edge and stays there.
 
-    An eigenvector u of this matrix is P^1/2 times one of P^-1 A; `unscale` takes it back to parameters.
+    An infinite entry of P leaves its parameter out: its row and column are zero. An eigenvector u of this matrix is
+    P^1/2 times one of P^-1 A; `unscale` takes it back to parameters.
 
     Cost of one product: one with A.
 
     Args:
         A: symmetric, (n, n).
-        divisor: the diagonal of P, (n,), positive and finite: what a method divides by. The `preconditioner` of a
+        divisor: the diagonal of P, (n,), positive: what a method divides by. The `preconditioner` of a
             solver is its inverse.
 
     Raises:
-        InputError: if A is not square, or the divisor is not positive and finite in every entry.
+        InputError: if A is not square, or the divisor is not positive in every entry.
 
     Reference: Cohen et al. (2022), Adaptive gradient methods at the edge of stability.
 
@@ -57,11 +59,11 @@ class PreconditionedOperator(SymmetricOperator):
         if divisor.is_complex() or divisor.device != A.device:
             got = f"{divisor.dtype} on {divisor.device}"
             raise InputError(f"divisor must be real and on the device of A, {A.device}, got {got}.")
-        positive = (divisor > 0) & divisor.isfinite()
+        positive = divisor > 0  # not so for NaN
         if not bool(positive.all()):
             i = int((~positive).nonzero()[0])
             raise InputError(
-                f"divisor must be positive and finite, got {float(divisor[i])} in entry {i} "
+                f"divisor must be positive, got {float(divisor[i])} in entry {i} "
                 f"({int((~positive).sum())} of {n} are not); entries whose gradient has always been zero need an eps."
             )
         super().__init__((n, n), A.dtype, A.device)
@@ -126,6 +128,7 @@ def optimizer_divisor(
     *,
     include_lr: bool = False,
     missing: Literal["error", "identity"] = "error",
+    unseen: Literal["keep", "exclude"] = "keep",
 ) -> Tensor:
     """Return the diagonal P, (n,), with which the optimizer's last step was -lr P^-1 m, m its average of gradients.
 
@@ -144,6 +147,9 @@ def optimizer_divisor(
             for all groups, e.g. 38 for Adam with beta1 = 0.9.
         missing: what stands for parameters that the optimizer does not hold or has not moved yet: "error", or
             "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`).
+        unseen: what stands for entries whose gradient has always been zero, as in rows of an embedding: "keep" for
+            their eps, 1e-8 for Adam, which lets them rule the spectrum, or "exclude" for infinity, which leaves them
+            out.
 
     Raises:
         InputError: for another kind of optimizer, or parameters without state.
@@ -159,6 +165,8 @@ def optimizer_divisor(
     """
     if missing not in ("error", "identity"):
         raise InputError(f"missing must be 'error' or 'identity', got {missing!r}.")
+    if unseen not in ("keep", "exclude"):
+        raise InputError(f"unseen must be 'keep' or 'exclude', got {unseen!r}.")
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise InputError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -175,6 +183,9 @@ def optimizer_divisor(
                     "parameters, take a step that moves it, or pass missing='identity'."
                 )
             diagonal = torch.ones_like(p)
+        second = next((state[name] for name in _SECOND_MOMENTS if name in state), None)
+        if unseen == "exclude" and second is not None:
+            diagonal = diagonal.masked_fill(second == 0, math.inf)
         scale = float(group["lr"]) if include_lr and group is not None else 1.0
         parts.append(diagonal.detach().reshape(-1).to(space.device, space.dtype) / scale)
     return torch.cat(parts)
@@ -226,9 +237,55 @@ def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return (1 + (float(state["step"]) - 1) * group["lr_decay"]) * (v.sqrt() + group["eps"])
 
 
+_SECOND_MOMENTS = ("exp_avg_sq", "exp_hessian_diag_sq", "square_avg", "sum")  # zero where no gradient ever was
 _RULES: dict[type, Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]] = {
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,
     torch.optim.RMSprop: _rmsprop,
     torch.optim.Adagrad: _adagrad,
 }
+
+
+def stability_limit(optimizer: Any, group: int = 0) -> float:
+    """Return c, where steps with a learning rate lr are stable on a quadratic: largest eigenvalue of P^-1 H < c / lr.
+
+    P is that of `optimizer_divisor` (1 for SGD), held fixed. Weight decay is not part of it.
+
+    - SGD, also RMSprop with momentum: 2 + 2 momentum; over 1 - dampening where momentum is in use.
+    - SGD with Nesterov's momentum b: (2 + 2 b) / (1 + 2 b).
+    - Adam, AdamW, AdaHessian: (2 + 2 beta1) / (1 - beta1), 38 for beta1 = 0.9.
+    - Adagrad: 2.
+
+    Args:
+        optimizer: one of these.
+        group: which of its groups of parameters.
+
+    Raises:
+        InputError: for another kind of optimizer, or one that maximizes.
+
+    Reference: Cohen et al. (2021), Gradient descent on neural networks typically occurs at the edge of stability
+    (arXiv 2103.00065); Cohen et al. (2022), Adaptive gradient methods at the edge of stability (arXiv 2207.14484).
+
+    Example:
+        >>> stability_limit(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9))
+        3.8
+    """
+    settings = optimizer.param_groups[group]
+    if settings.get("maximize"):
+        raise InputError("the optimizer maximizes, and stability is that of descent; minimize the negative loss.")
+    if isinstance(optimizer, torch.optim.SGD):
+        beta = float(settings["momentum"])
+        if settings["nesterov"]:
+            return (2 + 2 * beta) / (1 + 2 * beta)
+        return (2 + 2 * beta) / (1 - float(settings["dampening"]) if beta else 1.0)
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return 2 + 2 * float(settings["momentum"])
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return 2.0
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or type(optimizer).__name__ == "AdaHessian":
+        beta = float(settings["betas"][0])
+        return (2 + 2 * beta) / (1 - beta)
+    raise InputError(
+        f"the edge of stability of {type(optimizer).__name__} is not known: known are SGD, Adam, AdamW, RMSprop, "
+        "Adagrad and AdaHessian; read sharpness alone, or critical sharpness, which holds for any optimizer."
+    )

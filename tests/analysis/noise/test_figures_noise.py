@@ -17,8 +17,8 @@ from analysis.noise.figures import plot_batch_sizes, plot_layer_noise
 from analysis.noise.measure import gradient_noise
 from analysis.noise.results import NoiseScale
 from analysis.training.figures import plot_training
-from analysis.training.measure import TrainingMonitor
 from analysis.training.results import TrainingRecord
+from analysis.training.tracker import CurvatureTracker
 from curvature import Objective
 
 
@@ -80,11 +80,17 @@ def test_distances_stay_in_sight_where_a_flow_leaves_the_range(objective: Object
 
 
 def test_a_run_shows_loss_penalties_and_noise_scale(objective: Objective) -> None:
-    monitor = TrainingMonitor(objective, lr=0.1, batch_size=3)
-    for step in range(3):
-        monitor(step)
-    ax = plot_training(monitor.record)
+    optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.1)
+    quantities, budget = ["noise", "penalties"], None
+    tracker = CurvatureTracker(objective, optimizer, quantities=quantities, budget=budget, batch_size=3, generator=0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in objective.model.parameters()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        tracker.step()
+    record = tracker.record
+    ax = plot_training(record)
     for line, field in zip(ax.lines[:3], ("loss", "full_penalty", "batch_penalty"), strict=True):
-        np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), monitor.record.series(field).numpy())
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), record.series(field).numpy())
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]
-    plot_training(TrainingRecord(readings=monitor.record.readings[:1], batch_size=3))
+    plot_training(TrainingRecord(readings=record.readings[:1], batch_size=3))

@@ -222,7 +222,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         PreconditionedOperator(H, torch.ones(3))
     with pytest.raises(InputError, match=r"needs a square matrix, got shape \(2, 3\)"):
         PreconditionedOperator(torch.ones(2, 3), torch.ones(2))
-    for bad in (0.0, -1.0, float("nan"), float("inf")):
+    for bad in (0.0, -1.0, float("nan")):
         d = ones.clone()
         d[5] = bad
         with pytest.raises(InputError, match=rf"got {bad} in entry 5 \(1 of {n} are not\)"):
