@@ -32,6 +32,8 @@ from curvature import (
     solve,
     spectrum,
 )
+from curvature.engine import replays
+from curvature.environment.device import CapturedCall, gpu_memory
 from curvature.errors import CurvatureError
 from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linalg import (
@@ -585,6 +587,132 @@ def test_steps_without_curvature_go_into_a_graph_of_the_gpu() -> None:
         theirs.step()
         theirs.zero_grad(set_to_none=False)
     torch.testing.assert_close(problem.flat(), twin.flat(), rtol=1e-9, atol=1e-11)
+
+
+# -- replayed products ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[CapturedCall | None]:
+    """Have every product replayed that can be, from the second on; what came of each attempt."""
+    found: list[CapturedCall | None] = []
+    plain = CapturedCall.attempt
+
+    def attempt(function: Callable[[Tensor], Tensor], x: Tensor) -> CapturedCall | None:
+        found.append(plain(function, x))
+        return found[-1]
+
+    monkeypatch.setattr(replays, "_FIRST", 0)
+    monkeypatch.setattr(replays, "_HOST_SHARE", 0.0)
+    monkeypatch.setattr(CapturedCall, "attempt", attempt)
+    return found
+
+
+def _three_products(operator: type[HessianOperator], objective: Objective) -> Tensor:
+    A = operator(objective)
+    V = torch.randn(A.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.stack([A @ v for v in V.to(A.device, A.dtype).unbind(1)])
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, MCFisherOperator])
+@pytest.mark.parametrize("case", REPEATABLE, ids=lambda case: case.name)
+def test_replayed_products_are_those_of_the_cpu(
+    case: Case, operator: type[HessianOperator], captured: list[CapturedCall | None]
+) -> None:
+    if operator is not MCFisherOperator:
+        assert_same_outcome(case, partial(_three_products, operator))
+        return
+    objective = there(case)
+    replayed = outcome(partial(_three_products, operator), objective)
+    captured.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replays, "_FIRST", 1000)
+        plain = outcome(partial(_three_products, operator), there(case))
+    assert not captured
+    assert isinstance(replayed, Tensor) == isinstance(plain, Tensor)
+    if isinstance(plain, Tensor) and isinstance(replayed, Tensor):
+        assert_close(replayed, plain, SAME_SUM)
+
+
+def test_most_products_can_be_replayed(captured: list[CapturedCall | None]) -> None:
+    for case in REPEATABLE:
+        outcome(partial(_three_products, HessianOperator), there(case, keep_graphs=True))
+    failed = sum(call is None for call in captured)
+    assert len(captured) > len(REPEATABLE)
+    assert failed <= 0.1 * len(captured)
+
+
+def test_replayed_products_see_changed_weights_and_blocks(captured: list[CapturedCall | None]) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    twin = copy.deepcopy(model).cuda()
+    x, y = torch.randn(20, 5, dtype=torch.float64), torch.randint(3, (20,))
+    A, B = (HessianOperator(Objective(m, nn.CrossEntropyLoss(), [(x, y)])) for m in (model, twin))
+    for _ in range(2):
+        for part in (lambda H: H, lambda H: H.restrict("0.*"), lambda H: H.restrict("2.weight")):
+            for _ in range(3):
+                v = torch.randn(part(A).shape[0], dtype=torch.float64)
+                assert_close((part(B) @ v.cuda()).cpu(), part(A) @ v, SAME_SUM)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                q.copy_(p.mul_(1.5))
+    assert len(captured) == 6
+    assert None not in captured
+
+
+class _Looks(torch.autograd.Function):
+    """A square whose backward pass reads a value of the GPU, which no CUDA graph can hold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  # torch leaves the arguments open
+        (x,) = ctx.saved_tensors
+        return 2 * x * g if float(g.abs().sum()) >= 0 else g
+
+
+class _Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        squares: Tensor = _Looks.apply(x)
+        return squares
+
+
+def test_what_cannot_be_captured_goes_on_without_and_leaves_the_gpu_in_order(
+    captured: list[CapturedCall | None],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), _Squared(), nn.Linear(6, 2)).double()
+    twin = copy.deepcopy(model).cuda()
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+    A, B = (HessianOperator(Objective(m, nn.MSELoss(), [(x, y)])) for m in (model, twin))
+    with nothing_changes():
+        for _ in range(4):
+            v = torch.randn(A.shape[0], dtype=torch.float64)
+            assert_close((B @ v.cuda()).cpu(), A @ v, SAME_SUM)
+    assert captured == [None]
+    assert torch.isfinite(torch.randn(1000, device="cuda")).all()  # the generator draws
+    torch.cuda.synchronize()
+
+
+def test_memory_of_replayed_products_counts(captured: list[CapturedCall | None]) -> None:
+    model, data = _wide()
+    objective = Objective(model.cuda(), nn.CrossEntropyLoss(), data)
+    H = HessianOperator(objective)
+    v = torch.randn(H.shape[0], device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    H @ v
+    held = [objective.kept.held_bytes for _ in range(3) if (H @ v) is not None]
+    assert captured
+    assert captured[0] is not None
+    assert held[-1] >= captured[0].num_bytes > 0
+    free = gpu_memory(torch.device("cuda")).free
+    captured.clear()
+    del H, objective
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert gpu_memory(torch.device("cuda")).free > free
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

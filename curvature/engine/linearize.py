@@ -12,7 +12,8 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -27,13 +28,16 @@ from curvature.autograd.lean import LeanLayers
 from curvature.autograd.lean_trust import LeanTrust
 from curvature.data.parts import small_part
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
-from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly
+from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly, stacked
+from curvature.engine.replays import Replays
+from curvature.environment.device import is_gpu
 from curvature.errors import InputError
 from curvature.parameters import Block
 
 __all__ = ["Linearization", "walk"]
 
 LOSS_HESSIAN = LossHessian()
+HESSIAN = frozenset({"hvp"})  # a name, as an output metric is that of its products
 
 
 class Linearization(Recording):
@@ -44,7 +48,14 @@ class Linearization(Recording):
         self._jacobian: tuple[Sequence[Tensor | None], list[Tensor]] | None = None
         self._output_maps: WeakKeyDictionary[OutputMetric, Any] = WeakKeyDictionary()
         self._roots: list[Tensor] = []
+        self._replays: Replays | None = None
         super()._evaluate()
+
+    def _record_again(self) -> None:
+        """Record the batch on another stream, for products that are replayed from now on."""
+        replays = self._replays
+        self._evaluate()
+        self._replays = replays
 
     # -- gradient -----------------------------------------------------------------------------------------------------
 
@@ -112,18 +123,26 @@ class Linearization(Recording):
         if self.weight == 0:  # nothing counts in this batch: its mean is 0 / 0
             return torch.zeros_like(X)
         self._verify("hvp")
-        gradient = self._build_gradient()
+        self._build_gradient()
         chosen = self._positions(block)
-        params = [self._params[i] for i in chosen]
+        return self._products(X, lambda x: self._curve(chosen, x), chosen, HESSIAN)
+
+    def _products(
+        self, X: Tensor, product: Callable[[Tensor], Tensor], chosen: Sequence[int], which: object = None
+    ) -> Tensor:
+        """Return the product with each row of X; if it is said which matrix that is, it may be replayed."""
+        run, device = product, self._space.device
+        if which is not None and self._meter is not None and is_gpu(device) and not self._lean.saw_hooks:
+            self._replays = self._replays or Replays(device, self._meter)
+            run = functools.partial(self._replays.run, self._record_again, which, chosen, product)
         with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack((self._curve(gradient, chosen, params, x) for x in X.unbind()), len(X))
+            rows = stacked(map(run, X.unbind()), len(X))
         if not all_finite(rows):
-            self._refuse(rows, X, chosen, lambda: [self._curve(gradient, chosen, params, x) for x in X.unbind()])
+            self._refuse(rows, X, chosen, lambda: [product(x) for x in X.unbind()])
         return rows
 
-    def _curve(
-        self, gradient: Sequence[Tensor | None], chosen: Sequence[int], params: list[Tensor], x: Tensor
-    ) -> Tensor:
+    def _curve(self, chosen: Sequence[int], x: Tensor) -> Tensor:
+        gradient, params = self._build_gradient(), [self._params[i] for i in chosen]
         g, v = differentiable([gradient[i] for i in chosen], self._unflatten(x, chosen))
         if not g:
             return torch.zeros_like(x)
@@ -165,19 +184,16 @@ class Linearization(Recording):
         if self.weight == 0:
             return torch.zeros_like(X)
         self._verify("ggnvp")
-        M = self._map(metric)
+        self._map(metric)
+        chosen = self._positions(block)
 
         def product(x: Tensor) -> Tensor:
-            Jx = self._push(x, block)
+            M, Jx = self._map(metric), self._push(x, block)
             if all(part is None for part in Jx):
                 return torch.zeros_like(x)
             return self._pull(M(Jx) if self.in_blocks else [M(Jx[0])], block)
 
-        with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack((product(x) for x in X.unbind()), len(X))
-        if not all_finite(rows):
-            self._refuse(rows, X, self._positions(block), lambda: [product(x) for x in X.unbind()])
-        return rows
+        return self._products(X, product, chosen, metric)
 
     @property
     def num_outputs(self) -> int:
@@ -191,13 +207,13 @@ class Linearization(Recording):
         self._leave_blocks()
         self._verify("ggnvp")
         self._build_jacobian()
-        with self._backward_session(), no_autocast(self._space.device):
-            rows = [self._push(x, block)[0] for x in X.unbind()]
         zero = X.new_zeros(self.num_outputs)
-        products = _stack((zero if row is None else row.reshape(-1).to(X.dtype) for row in rows), len(X))
-        if not all_finite(products):
-            self._refuse(products, X, (), lambda: [self._push(x, block) for x in X.unbind()])
-        return products
+
+        def product(x: Tensor) -> Tensor:
+            row = self._push(x, block)[0]
+            return zero if row is None else row.reshape(-1).to(X.dtype)
+
+        return self._products(X, product, ())
 
     @invisibly
     def vjp(self, U: Tensor, block: Block | None = None) -> Tensor:
@@ -210,11 +226,7 @@ class Linearization(Recording):
         def product(u: Tensor) -> Tensor:
             return self._pull([u.reshape(outputs.shape)], block)
 
-        with self._backward_session(), no_autocast(self._space.device):
-            rows = _stack((product(u) for u in U.unbind()), len(U))
-        if not all_finite(rows):
-            self._refuse(rows, U, self._positions(block), lambda: [product(u) for u in U.unbind()])
-        return rows
+        return self._products(U, product, self._positions(block))
 
     def _push(self, x: Tensor, block: Block | None) -> Sequence[Tensor | None]:
         """Return J x in the shapes of the roots; None where they do not depend on the block."""
@@ -376,16 +388,3 @@ class Linearization(Recording):
                 "pass forward= that picks it, e.g. lambda model, batch: (model(batch[0]).logits, batch[1])."
             )
         return outputs
-
-
-def _stack(rows: Iterable[Tensor], count: int) -> Tensor:
-    """Return the rows as one tensor; a single one is not copied, and of more no two are held beside it."""
-    stacked: Tensor | None = None
-    for i, row in enumerate(rows):
-        if count == 1:
-            return row[None]
-        stacked = row.new_empty(count, *row.shape) if stacked is None else stacked
-        stacked[i] = row
-        del row
-    assert stacked is not None
-    return stacked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -22,7 +22,7 @@ from curvature.environment.memory import HeldMemory
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.parameters import Block, ParameterSpace
 
-__all__ = ["NOT_OF_LAYERS", "Recording", "all_finite", "invisibly"]
+__all__ = ["NOT_OF_LAYERS", "Recording", "all_finite", "invisibly", "stacked"]
 
 NOT_OF_LAYERS = (InputError, DataError, torch.OutOfMemoryError)
 """Errors that recording a model without lean layers would not mend."""
@@ -246,3 +246,16 @@ def _gathered(parts: list[Tensor | None], params: Sequence[Tensor], dtype: torch
         else:
             place.view(part.shape).copy_(part)
     return flat
+
+
+def stacked(rows: Iterable[Tensor], count: int) -> Tensor:
+    """Return the rows as one tensor; a single one is not copied, and of more no two are held beside it."""
+    together: Tensor | None = None
+    for i, row in enumerate(rows):
+        if count == 1:
+            return row[None]
+        together = row.new_empty(count, *row.shape) if together is None else together
+        together[i] = row
+        del row
+    assert together is not None
+    return together

@@ -55,6 +55,8 @@ class HeldMemory(TorchDispatchMode):
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._closed = closed
+        self.outside = 0
+        """Bytes that are held and were not seen here."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -75,13 +77,18 @@ class HeldMemory(TorchDispatchMode):
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(exc_type, exc_val, exc_tb)
-        if self._closed is not None and exc_type is None:
+        if exc_type is None:
+            self.grown()
+
+    def grown(self) -> None:
+        """Say that what is held may have grown."""
+        if self._closed is not None:
             self._closed()
 
     def held_bytes(self) -> int:
-        """Return the bytes of the storages seen that are still in use."""
+        """Return the bytes of the storages seen that are still in use, and of what is held outside."""
         self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        return sum(size for _, size in self._storages.values())
+        return self.outside + sum(size for _, size in self._storages.values())
 
 
 def _parts(value: Any) -> Iterator[Tensor]:

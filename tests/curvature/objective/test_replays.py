@@ -1,0 +1,132 @@
+"""When products are replayed and what that may not change; on the CPU, with a stand-in for CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import GGNOperator, HessianOperator, Objective
+from curvature.engine import linearize, replays
+from curvature.environment.device import CapturedCall, GpuMemory
+from tests.checks import assert_close
+
+
+class StandIn(CapturedCall):
+    """Holds the function as it was when it was captured, as a CUDA graph would."""
+
+    made: int = 0
+    replayed: int = 0
+    wrong: bool = False
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.num_bytes, self.function = 1000, function
+        StandIn.made += 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        StandIn.replayed += 1
+        return self.function(x) * (2.0 if StandIn.wrong else 1.0)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have products run as on a GPU that waits for its host."""
+    monkeypatch.setattr(linearize, "is_gpu", lambda device: True)
+    monkeypatch.setattr(replays, "CapturedCall", StandIn)
+    monkeypatch.setattr(replays, "beside", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(replays, "seconds_to_start", lambda device, work: (0.9, 1.0, work()))
+    monkeypatch.setattr(replays, "gpu_memory", lambda device: GpuMemory(0, 0, 1 << 30))
+    StandIn.made, StandIn.replayed, StandIn.wrong = 0, 0, False
+    yield
+
+
+def objective(batches: int = 1, **settings: object) -> Objective:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = [(torch.randn(20, 5, dtype=torch.float64), torch.randint(3, (20,))) for _ in range(batches)]
+    return Objective(model, nn.CrossEntropyLoss(), data, **settings)  # type: ignore[arg-type]  # any settings
+
+
+def dense(f: Objective) -> Tensor:
+    """Return the Hessian by differentiating the loss of all batches twice."""
+    names = dict(f.model.named_parameters())
+    sizes = [p.numel() for p in names.values()]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        values = {name: part.view_as(p) for (name, p), part in zip(names.items(), parts, strict=True)}
+        losses = [
+            nn.functional.cross_entropy(torch.func.functional_call(f.model, values, (x,)), y)
+            for x, y in f.source.given
+        ]
+        return torch.stack(losses).mean()
+
+    point = torch.cat([p.detach().flatten() for p in names.values()])
+    matrix: Tensor = torch.autograd.functional.hessian(loss, point)
+    return matrix
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_products_are_replayed_from_the_sixth_on(batches: int) -> None:
+    H = HessianOperator(objective(batches))
+    V = torch.randn(H.shape[0], 8, dtype=torch.float64)
+    products = torch.stack([H @ v for v in V.unbind(1)], 1)
+    assert_close(products, dense(H.objective) @ V, 1e-12)
+    assert StandIn.made == batches
+    assert StandIn.replayed == 4 * batches  # one to compare, and three products
+
+
+def test_every_matrix_and_block_has_its_own() -> None:
+    f = objective()
+    H, G = HessianOperator(f), GGNOperator(f)
+    expected = G.to_dense()
+    assert StandIn.made == 1
+    assert_close(torch.stack([G @ v for v in torch.eye(len(expected), dtype=torch.float64)]), expected, 1e-12)
+    block = H.restrict("2.*")
+    assert_close(block.to_dense(), dense(f)[-27:, -27:], 1e-12)
+    assert StandIn.made == 2
+
+
+def test_changed_weights_end_replaying() -> None:
+    H = HessianOperator(objective())
+    H.to_dense()
+    with torch.no_grad():
+        H.objective.model[0].weight.mul_(2.0)  # type: ignore[index, operator]  # a Sequential
+    assert_close(H.to_dense(), dense(H.objective), 1e-12)
+    assert StandIn.made == 2
+
+
+def test_a_replay_that_differs_is_given_up() -> None:
+    StandIn.wrong = True
+    H = HessianOperator(objective())
+    assert_close(H.to_dense(), dense(H.objective), 1e-12)
+    assert (StandIn.made, StandIn.replayed) == (1, 1)
+
+
+@pytest.mark.parametrize("host, free", [(0.5, 1 << 30), (0.9, 1000)])
+def test_nothing_is_captured_where_the_gpu_is_busy_or_full(
+    host: float, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "seconds_to_start", lambda device, work: (host, 1.0, work()))
+    monkeypatch.setattr(replays, "gpu_memory", lambda device: GpuMemory(0, 0, free))
+    H = HessianOperator(objective())
+    assert_close(H.to_dense(), dense(H.objective), 1e-12)
+    assert StandIn.made == 0
+
+
+def test_graphs_that_are_not_kept_are_not_captured() -> None:
+    H = HessianOperator(objective(keep_graphs=False))
+    assert_close(H.to_dense(), dense(H.objective), 1e-12)
+    assert StandIn.made == 0
+
+
+def test_what_is_held_counts_as_the_graph_s() -> None:
+    f = objective()
+    HessianOperator(f).to_dense()
+    held = f.kept.held_bytes
+    f.kept.clear()
+    StandIn.wrong = True
+    HessianOperator(f).to_dense()
+    assert held == f.kept.held_bytes + 1000
