@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,12 +113,25 @@ class Evaluator:
         """Return layers as autograd has them, right to the order that this model needs, to enter a session with."""
         return LeanLayers(corrections_only=True, third_order=self.forward_differentiates is not False)
 
-    def copy_buffers(self) -> BufferCopies:
+    def copy_buffers(self) -> StandIns:
         with one_at_a_time:  # in another thread, copies may be installed
-            return BufferCopies(self.model)
+            return StandIns((m._buffers for m in self.model.modules()), lambda buffer: ordinary(buffer.detach()))
 
     @contextlib.contextmanager
-    def session(self, buffers: BufferCopies, lean: LeanLayers) -> Iterator[None]:
+    def with_new_leaves(self) -> Iterator[Evaluator]:
+        """Put leaves that no graph has seen yet, on the same memory, in the place of the parameters.
+
+        A leaf's end of every graph stays on the stream on which its first one was recorded.
+        """
+        leaves = [p.detach().requires_grad_() for p in self.parameters]
+        by_id = {id(p): leaf for p, leaf in zip(self.parameters, leaves, strict=True)}
+        with one_at_a_time:
+            stores = (m._parameters for m in self.model.modules())
+            with StandIns(stores, lambda p: by_id.get(id(p), p)).installed():
+                yield replace(self, parameters=leaves)
+
+    @contextlib.contextmanager
+    def session(self, buffers: StandIns, lean: LeanLayers) -> Iterator[None]:
         """Make the model safe to evaluate and differentiate twice, with its layers as `lean` has them; restore it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(one_at_a_time)
@@ -248,24 +261,30 @@ class Evaluator:
         return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
 
 
-class BufferCopies:
-    """Copies of a model's buffers that stand in for them during a session and belong to one graph."""
+class StandIns:
+    """Tensors that stand in for a model's own while they are installed, and belong to one graph.
 
-    def __init__(self, model: nn.Module) -> None:
-        copies: dict[int, Tensor] = {}
-        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    copy = copies.setdefault(id(buffer), ordinary(buffer.detach()))
-                    self._places.append((module._buffers, name, copy))
+    Args:
+        stores: where modules hold tensors by name.
+        make: returns what stands in for a tensor; called once for each.
+    """
+
+    def __init__(self, stores: Iterable[dict[str, Any]], make: Callable[[Tensor], Tensor]) -> None:
+        made: dict[int, Tensor] = {}
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = []
+        for store in stores:
+            for name, own in store.items():
+                if own is not None:
+                    if id(own) not in made:
+                        made[id(own)] = make(own)
+                    self._places.append((store, name, made[id(own)]))
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         originals = [(store, name, store[name]) for store, name, _ in self._places]
         try:
-            for store, name, copy in self._places:
-                store[name] = copy
+            for store, name, stand_in in self._places:
+                store[name] = stand_in
             yield
         finally:
             for store, name, original in originals:

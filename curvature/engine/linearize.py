@@ -12,8 +12,10 @@ Both are ordinary reverse-mode double backward, the route that is right for ever
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -29,7 +31,7 @@ from curvature.autograd.lean_trust import LeanTrust
 from curvature.data.parts import small_part
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
 from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly, stacked
-from curvature.engine.replays import Replays
+from curvature.engine.replays import Replays, agree
 from curvature.environment.device import is_gpu
 from curvature.errors import InputError
 from curvature.parameters import Block
@@ -51,11 +53,21 @@ class Linearization(Recording):
         self._replays: Replays | None = None
         super()._evaluate()
 
-    def _record_again(self) -> None:
-        """Record the batch on another stream, for products that are replayed from now on."""
-        replays = self._replays
-        self._evaluate()
+    def _recorded_again(self, beside: AbstractContextManager[None]) -> bool:
+        """Record the batch on another stream, for products that are replayed from now on; False if it cannot be."""
+        replays, own, before, good = self._replays, (self._evaluator, self._params), self.gradient(), False
+        try:
+            with contextlib.suppress(Exception), beside, self._evaluator.with_new_leaves() as self._evaluator:
+                self._params = list(self._evaluator.parameters)
+                self._evaluate()
+                good = agree(self.gradient(), before)  # it is not where a loss holds parameters that the model does not
+        finally:
+            if not good:
+                self._evaluator, self._params = own
+        if not good:
+            self._evaluate()
         self._replays = replays
+        return good
 
     # -- gradient -----------------------------------------------------------------------------------------------------
 
@@ -77,11 +89,9 @@ class Linearization(Recording):
 
     def used_parameters(self) -> tuple[bool, ...] | None:
         """Say for each parameter whether this batch depends on it; None before a graph was built."""
-        if self._gradient is not None:
-            return tuple(g is not None for g in self._gradient)
-        if self._jacobian is not None:
-            return tuple(j is not None for j in self._jacobian[0])
-        return None
+        transposed = None if self._jacobian is None else self._jacobian[0]
+        parts = transposed if self._gradient is None else self._gradient
+        return None if parts is None else tuple(part is not None for part in parts)
 
     def outputs_and_targets(self) -> tuple[Tensor, Any]:
         """Return the model's outputs on this batch, detached, and the targets.
@@ -134,7 +144,7 @@ class Linearization(Recording):
         run, device = product, self._space.device
         if which is not None and self._meter is not None and is_gpu(device) and not self._lean.saw_hooks:
             self._replays = self._replays or Replays(device, self._meter)
-            run = functools.partial(self._replays.run, self._record_again, which, chosen, product)
+            run = functools.partial(self._replays.run, self._recorded_again, which, chosen, product)
         with self._backward_session(), no_autocast(self._space.device):
             rows = stacked(map(run, X.unbind()), len(X))
         if not all_finite(rows):

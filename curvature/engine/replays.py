@@ -7,6 +7,7 @@ the clock shows that, they are recorded into a CUDA graph and replayed from then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from curvature.environment.device import CapturedCall, beside, gpu_memory, secon
 from curvature.environment.memory import HeldMemory
 from curvature.environment.precision import tf32_in_use
 
-__all__ = ["Replays"]
+__all__ = ["Replays", "agree"]
 
 _FIRST = 4  # products that are left alone: a graph may serve for no more, and recording them costs as much as four
 _HOST_SHARE = 0.7  # of a product's time, spent on starting kernels, from which replaying pays
@@ -44,12 +45,12 @@ class Replays:
 
     def __init__(self, device: torch.device, meter: HeldMemory) -> None:
         self._device, self._meter = device, meter
-        self._recorded_beside = False
+        self._recorded_beside: bool | None = None
         self._seen: WeakKeyDictionary[object, dict[tuple[int, ...], _Seen]] = WeakKeyDictionary()
 
     def run(
         self,
-        record_anew: Callable[[], None],
+        record_anew: Callable[[AbstractContextManager[None]], bool],
         which: object,
         chosen: Sequence[int],
         product: Callable[[Tensor], Tensor],
@@ -58,7 +59,8 @@ class Replays:
         """Return product(x), replayed if that was found to pay.
 
         Args:
-            record_anew: records the batch again: backward passes run on the stream of their forward pass.
+            record_anew: records the batch again, within a context, for backward passes run on the stream of their
+                forward pass; says whether that can be.
             which: what is multiplied by; its products with the parameters `chosen` are all the same function.
             chosen: places of parameters.
             product: a function of the vector alone, which may be called at any time; it starts kernels, and looks at
@@ -84,22 +86,24 @@ class Replays:
         return self._meter.held_bytes() + 4 * x.nbytes < _ROOM * gpu_memory(self._device).free
 
     def _captured(
-        self, record_anew: Callable[[], None], product: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor
+        self,
+        record_anew: Callable[[AbstractContextManager[None]], bool],
+        product: Callable[[Tensor], Tensor],
+        x: Tensor,
+        expected: Tensor,
     ) -> CapturedCall | None:
-        if not self._recorded_beside:
-            with beside(self._device):
-                record_anew()
-            self._recorded_beside = True
-        call = CapturedCall.attempt(product, x)
-        if call is None or not _agree(call(x), expected):
+        if self._recorded_beside is None:
+            self._recorded_beside = record_anew(beside(self._device))
+        call = CapturedCall.attempt(product, x) if self._recorded_beside else None
+        if call is None or not agree(call(x), expected):
             return None
         self._meter.outside += call.num_bytes
         self._meter.grown()
         return call
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Compare norms in float64; sums whose order the GPU chooses differ by a few roundings."""
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Say whether vectors are equal but for rounding; sums whose order the GPU chooses differ by that."""
     tolerance = torch.finfo(found.dtype).eps ** 0.5
     scale = expected.double().norm()
     return bool((found.double() - expected.double()).norm() <= tolerance * scale)

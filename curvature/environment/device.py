@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
@@ -142,7 +143,8 @@ class CapturedCall:
         self._pool = _pools.setdefault(number, _Pool())
         self._x = x.clone()
         with beside(x.device):
-            function(self._x)  # libraries make their workspaces
+            if _waits(lambda: function(self._x)):  # libraries make their workspaces, too
+                raise RuntimeError("the host waits for a result within")
             synchronize(x.device)
             before = torch.cuda.memory_reserved(number)
             self._graph, self._result = _recorded(lambda: function(self._x), self._pool)
@@ -183,13 +185,32 @@ def _number(gpu: torch.device) -> int:
     return torch.cuda.current_device() if gpu.index is None else gpu.index
 
 
+def _waits(work: Callable[[], object]) -> bool:
+    """Say whether the host waits for a GPU within some work."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # not "error": that of other threads is their own business
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return any("called a synchronizing" in str(warning.message) for warning in caught)
+
+
 def _recorded(work: Callable[[], Tensor], pool: _Pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
     try:
         result = work()
     finally:
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except Exception:  # after which the allocator has not heard of the end
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, pool.handle)
+            torch._C._cuda_releasePool(device, pool.handle)
+            raise
     return graph, result
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvature.autograd.backward import joined, no_autocast, pull_back
-from curvature.engine.evaluation import BufferCopies, Evaluation
+from curvature.engine.evaluation import Evaluation, StandIns
 from curvature.engine.kept_graphs import BUDGET_SHARE
 from curvature.environment.memory import lately_available
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
@@ -59,7 +59,7 @@ class Run:
     num_examples: int
     evaluation: Evaluation
     capture: Capture
-    buffers: BufferCopies
+    buffers: StandIns
     runs_again: bool
     """Whether parts of the model run in every backward pass, as activation checkpointing has it."""
     layouts: tuple[Layout | None, ...] = ()

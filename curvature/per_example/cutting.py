@@ -18,7 +18,7 @@ from curvature.autograd.backward import pull_back
 from curvature.autograd.lean import LeanLayers
 from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
-from curvature.engine.evaluation import BufferCopies, Evaluator, _seeded
+from curvature.engine.evaluation import Evaluator, StandIns, _seeded
 from curvature.environment.device import ATTENTION_KERNELS
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import CurvatureError, DataError
@@ -53,7 +53,7 @@ def seeded(evaluator: Evaluator, index: int) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def session(evaluator: Evaluator, buffers: BufferCopies) -> Iterator[LeanLayers]:
+def session(evaluator: Evaluator, buffers: StandIns) -> Iterator[LeanLayers]:
     """Evaluate and differentiate once, leaving no trace; yields what records the layers.
 
     First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,10 +21,15 @@ class StandIn(CapturedCall):
     made: int = 0
     replayed: int = 0
     wrong: bool = False
+    function: Callable[[Tensor], Tensor]
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.num_bytes, self.function = 1000, function
+    @classmethod
+    def attempt(cls, function: Callable[[Tensor], Tensor], x: Tensor) -> CapturedCall | None:
+        call = cls.__new__(cls)
+        call.num_bytes, call.function = 1000, function
+        function(x)
         StandIn.made += 1
+        return call
 
     def __call__(self, x: Tensor) -> Tensor:
         StandIn.replayed += 1
@@ -32,15 +37,14 @@ class StandIn(CapturedCall):
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have products run as on a GPU that waits for its host."""
-    monkeypatch.setattr(linearize, "is_gpu", lambda device: True)
+    monkeypatch.setattr(linearize, "is_gpu", lambda _: True)
     monkeypatch.setattr(replays, "CapturedCall", StandIn)
-    monkeypatch.setattr(replays, "beside", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(replays, "seconds_to_start", lambda device, work: (0.9, 1.0, work()))
-    monkeypatch.setattr(replays, "gpu_memory", lambda device: GpuMemory(0, 0, 1 << 30))
+    monkeypatch.setattr(replays, "beside", contextlib.nullcontext)
+    monkeypatch.setattr(replays, "seconds_to_start", lambda _, work: (0.9, 1.0, work()))
+    monkeypatch.setattr(replays, "gpu_memory", lambda _: GpuMemory(0, 0, 1 << 30))
     StandIn.made, StandIn.replayed, StandIn.wrong = 0, 0, False
-    yield
 
 
 def objective(batches: int = 1, **settings: object) -> Objective:
@@ -58,8 +62,7 @@ def dense(f: Objective) -> Tensor:
         parts = flat.split(sizes)
         values = {name: part.view_as(p) for (name, p), part in zip(names.items(), parts, strict=True)}
         losses = [
-            nn.functional.cross_entropy(torch.func.functional_call(f.model, values, (x,)), y)
-            for x, y in f.source.given
+            nn.functional.cross_entropy(torch.func.functional_call(f.model, values, (x,)), y) for x, y in f.source.given
         ]
         return torch.stack(losses).mean()
 
@@ -105,12 +108,12 @@ def test_a_replay_that_differs_is_given_up() -> None:
     assert (StandIn.made, StandIn.replayed) == (1, 1)
 
 
-@pytest.mark.parametrize("host, free", [(0.5, 1 << 30), (0.9, 1000)])
+@pytest.mark.parametrize(("host", "free"), [(0.5, 1 << 30), (0.9, 1000)])
 def test_nothing_is_captured_where_the_gpu_is_busy_or_full(
     host: float, free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replays, "seconds_to_start", lambda device, work: (host, 1.0, work()))
-    monkeypatch.setattr(replays, "gpu_memory", lambda device: GpuMemory(0, 0, free))
+    monkeypatch.setattr(replays, "seconds_to_start", lambda _, work: (host, 1.0, work()))
+    monkeypatch.setattr(replays, "gpu_memory", lambda _: GpuMemory(0, 0, free))
     H = HessianOperator(objective())
     assert_close(H.to_dense(), dense(H.objective), 1e-12)
     assert StandIn.made == 0
@@ -130,3 +133,42 @@ def test_what_is_held_counts_as_the_graph_s() -> None:
     StandIn.wrong = True
     HessianOperator(f).to_dense()
     assert held == f.kept.held_bytes + 1000
+
+
+class _Held(nn.Module):
+    """Its loss is penalised by a parameter that a closure holds, and no module gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_a_loss_that_holds_parameters_itself_is_recorded_as_it_was() -> None:
+    model = _Held()
+    weight = model.layer.weight
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets) + (weight**4).sum()
+
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)
+    found = HessianOperator(Objective(model, None, (x, y), forward=lambda m, b: loss(m(b[0]), b[1]))).to_dense()
+    expected = torch.zeros(15, 15, dtype=torch.float64)
+    for i in range(3):
+        expected[4 * i : 4 * i + 4, 4 * i : 4 * i + 4] = 2 / 30 * x.T @ x
+        expected[4 * i : 4 * i + 4, 12 + i] = expected[12 + i, 4 * i : 4 * i + 4] = 2 / 30 * x.sum(0)
+        expected[12 + i, 12 + i] = 20 / 30
+    expected[:12, :12] += (12 * weight.detach().flatten() ** 2).diag()
+    assert_close(found, expected, 1e-12)
+    assert StandIn.made == 0
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    f = objective()
+    before = [(name, id(p), p.requires_grad) for name, p in f.model.named_parameters()]
+    HessianOperator(f).to_dense()
+    assert StandIn.made == 1
+    assert before == [(name, id(p), p.requires_grad) for name, p in f.model.named_parameters()]
