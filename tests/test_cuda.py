@@ -54,6 +54,7 @@ from curvature.linalg import (
     trace,
     trust_region,
 )
+from curvature.linop import SymmetricOperator
 from curvature.objective.third_order import curvature_gradient
 from curvature.per_example import gradient_moments, per_example_gradients
 from optimizers import (
@@ -608,8 +609,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[CapturedCall | None]:
     return found
 
 
-def _three_products(operator: type[HessianOperator], objective: Objective) -> Tensor:
-    A = operator(objective)
+def _three_products(operator: Callable[..., SymmetricOperator], objective: Objective) -> Tensor:
+    A = operator(objective, generator=0) if operator is MCFisherOperator else operator(objective)
     V = torch.randn(A.shape[0], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.stack([A @ v for v in V.to(A.device, A.dtype).unbind(1)])
 

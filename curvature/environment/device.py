@@ -143,7 +143,8 @@ class CapturedCall:
         self._pool = _pools.setdefault(number, _Pool())
         self._x = x.clone()
         with beside(x.device):
-            if _waits(lambda: function(self._x)):  # libraries make their workspaces, too
+            function(self._x)  # which makes what it keeps
+            if _waits(lambda: function(self._x)):
                 raise RuntimeError("the host waits for a result within")
             synchronize(x.device)
             before = torch.cuda.memory_reserved(number)
