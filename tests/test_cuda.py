@@ -671,7 +671,7 @@ class _Looks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  # torch leaves the arguments open
         (x,) = ctx.saved_tensors
-        return 2 * x * g if float(g.abs().sum()) >= 0 else g
+        return 2 * x * g if float(g.detach().abs().sum()) >= 0 else g
 
 
 class _Squared(nn.Module):
@@ -708,12 +708,12 @@ def test_memory_of_replayed_products_counts(captured: list[CapturedCall | None])
     assert captured
     assert captured[0] is not None
     assert held[-1] >= captured[0].num_bytes > 0
-    free = gpu_memory(torch.device("cuda")).free
+    device, free = objective.device, gpu_memory(objective.device).free
     captured.clear()
     del H, objective
     gc.collect()
     torch.cuda.empty_cache()
-    assert gpu_memory(torch.device("cuda")).free > free
+    assert gpu_memory(device).free > free
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -63,12 +63,12 @@ def outer_products(batch: _Batch, shares: Tensor) -> RootsMap:
 
 
 def _head(batch: _Batch) -> tuple[SoftmaxHead, Tensor, Tensor]:
-    """Return the head on the rows that count, the logarithms of its sums, and which rows count (N,)."""
+    """Return the head on the rows that count, the logarithms of its sums, and the places of the rows that count."""
     logits, rule = batch.outputs, batch.rule
     assert isinstance(logits, LazyLogits)
     if not isinstance(rule, CrossEntropy):
         raise NotInBlocksError("the loss is not torch's cross-entropy")
-    counted = batch.targets != rule.settings.get("ignore_index", -100)
+    counted = (batch.targets != rule.settings.get("ignore_index", -100)).nonzero()[:, 0]
     rows = logits.like(h=logits.h[counted])
     head = rows.head(batch.targets[counted], rule.settings.get("weight"), rule.settings.get("label_smoothing", 0.0))
     log_sums, _ = head.log_sums_and_losses()
@@ -83,7 +83,8 @@ def _sizes(batch: _Batch, head: SoftmaxHead) -> Tensor:
 
 def _map(batch: _Batch, M: Core, head: SoftmaxHead, log_sums: Tensor, counted: Tensor) -> RootsMap:
     assert isinstance(batch.outputs, LazyLogits)
-    varies, left_out = batch.outputs.varies, not bool(counted.all())
+    varies, N = batch.outputs.varies, len(batch.targets)
+    left_out = len(counted) < N
 
     def product(u: Sequence[Tensor | None]) -> list[Tensor]:
         given = iter(u)
@@ -91,7 +92,7 @@ def _map(batch: _Batch, M: Core, head: SoftmaxHead, log_sums: Tensor, counted: T
         x = x[counted] if x is not None and left_out else x
         of_h, of_W, of_b = head.curved(M, log_sums, (x, Y, beta), varies)
         if of_h is not None and left_out:
-            of_h = of_h.new_zeros(len(counted), of_h.shape[1]).masked_scatter_(counted[:, None], of_h)
+            of_h = of_h.new_zeros(N, of_h.shape[1]).index_copy_(0, counted, of_h)
         return [part for part in (of_h, of_W, of_b) if part is not None]
 
     return product
