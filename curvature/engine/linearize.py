@@ -51,19 +51,19 @@ class Linearization(Recording):
         self._output_maps: WeakKeyDictionary[OutputMetric, Any] = WeakKeyDictionary()
         self._roots: list[Tensor] = []
         self._replays: Replays | None = None
+        self._params = list(self._space.tensors.values())
         super()._evaluate()
 
     def _recorded_again(self, beside: AbstractContextManager[None]) -> bool:
         """Record the batch on another stream, for products that are replayed from now on; False if it cannot be."""
-        replays, own, before, good = self._replays, (self._evaluator, self._params), self.gradient(), False
+        replays, own, before, good = self._replays, self._evaluator, self.gradient(), False
         try:
-            with contextlib.suppress(Exception), beside, self._evaluator.with_new_leaves() as self._evaluator:
-                self._params = list(self._evaluator.parameters)
+            with contextlib.suppress(Exception), beside, own.with_new_leaves() as self._evaluator:
                 self._evaluate()
+                self._params = list(self._evaluator.parameters)
                 good = agree(self.gradient(), before)  # it is not where a loss holds parameters that the model does not
         finally:
-            if not good:
-                self._evaluator, self._params = own
+            self._evaluator = own
         if not good:
             self._evaluate()
         self._replays = replays

@@ -45,6 +45,7 @@ class Replays:
 
     def __init__(self, device: torch.device, meter: HeldMemory) -> None:
         self._device, self._meter = device, meter
+        meter.outside = 0  # of what was recorded before
         self._recorded_beside: bool | None = None
         self._seen: WeakKeyDictionary[object, dict[tuple[int, ...], _Seen]] = WeakKeyDictionary()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective
+from curvature import GGNOperator, HessianOperator, JacobianOperator, Objective
 from curvature.engine import linearize, replays
 from curvature.environment.device import CapturedCall, GpuMemory
 from tests.checks import assert_close
@@ -90,6 +90,19 @@ def test_every_matrix_and_block_has_its_own() -> None:
     block = H.restrict("2.*")
     assert_close(block.to_dense(), dense(f)[-27:, -27:], 1e-12)
     assert StandIn.made == 2
+
+
+def test_other_matrices_of_a_batch_that_was_recorded_again_are_its_own() -> None:
+    f = objective(2)
+    HessianOperator(f).to_dense()
+    assert StandIn.made == 2
+    J, G = JacobianOperator(f).to_dense(), GGNOperator(f).to_dense()
+    with torch.no_grad():
+        p = torch.cat([torch.softmax(f.model(x), 1) for x, _ in f.source.given])
+    curved = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    J = J.reshape(len(p), 3, -1)
+    assert_close(G, torch.einsum("nia,nij,njb->ab", J, curved, J) / len(p), 1e-12)
+    assert_close(HessianOperator(f).to_dense(), dense(f), 1e-12)
 
 
 def test_changed_weights_end_replaying() -> None:
