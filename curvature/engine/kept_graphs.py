@@ -7,6 +7,7 @@ made it grow: graphs, the latest batches first, are given up until the rest fits
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,7 +173,11 @@ class KeptGraphs:
             if kept is not None:
                 kept._grown(meter)
 
-        meter = HeldMemory(grown)
+        def room() -> float:
+            kept = store()
+            return math.inf if kept is None or kept.keep is True else kept.budget.num_bytes - kept.budget.held_bytes
+
+        meter = HeldMemory(grown, room)
         return meter
 
     def add(self, mark: int, batch: Any, lin: Linearization, meter: HeldMemory, own_bytes: int) -> None:

@@ -83,8 +83,9 @@ class Replays:
         return result
 
     def _has_room(self, x: Tensor) -> bool:
-        """Say whether what a product needs on its way, as much as its graph holds at most, is there to be kept."""
-        return self._meter.held_bytes() + 4 * x.nbytes < _ROOM * gpu_memory(self._device).free
+        """Say whether what a product needs on its way, as much as its graph holds at most, may be kept."""
+        needed = self._meter.held_bytes() + 4 * x.nbytes
+        return needed < min(self._meter.room(), _ROOM * gpu_memory(self._device).free)
 
     def _captured(
         self,

@@ -44,6 +44,7 @@ class HeldMemory(TorchDispatchMode):
 
     Args:
         closed: called each time the watch ends, unless by an error: what is held may have grown.
+        room: returns how many bytes more may be held.
     """
 
     @classmethod
@@ -51,8 +52,9 @@ class HeldMemory(TorchDispatchMode):
         """Never runs under the compiler; saying so to it would import it, 1.5 s of a first product."""
         return False
 
-    def __init__(self, closed: Callable[[], None] | None = None) -> None:
+    def __init__(self, closed: Callable[[], None] | None = None, room: Callable[[], float] = lambda: math.inf) -> None:
         super().__init__()
+        self.room = room
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._closed = closed
         self.outside = 0

@@ -64,7 +64,8 @@ class Objective:
         process_group: a `torch.distributed` group whose ranks hold different parts of the data; sums run over all
             ranks. All ranks make the same calls; where one fails or differs, all of them raise.
         keep_graphs: True keeps the graph of every batch between products, False builds it anew for each product, "auto"
-            keeps as many as fit into `memory_budget`.
+            keeps as many as fit into `memory_budget`. On a GPU that waits for the host to start kernels, the fifth
+            product on a kept graph is captured and later ones are replayed (CUDA graphs), which takes more memory.
         memory_budget: bytes that kept graphs may hold, those of `restrict` and `split` included; the graph that is
             being worked on comes on top. Default: half of what is free, below all limits of the process, as they grow.
         micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph: where none

@@ -132,6 +132,15 @@ def test_nothing_is_captured_where_the_gpu_is_busy_or_full(
     assert StandIn.made == 0
 
 
+def test_nothing_is_captured_beyond_the_budget_of_graphs() -> None:
+    plain = objective(2)
+    HessianOperator(plain) @ torch.ones(plain.num_params, dtype=torch.float64)
+    f = objective(2, memory_budget=plain.kept.held_bytes + 5000)
+    assert_close(HessianOperator(f).to_dense(), dense(f), 1e-12)
+    assert len(f.kept) == 2
+    assert StandIn.made == 0
+
+
 def test_graphs_that_are_not_kept_are_not_captured() -> None:
     H = HessianOperator(objective(keep_graphs=False))
     assert_close(H.to_dense(), dense(H.objective), 1e-12)
