@@ -10,7 +10,7 @@ one, or products with unit vectors do the work. Before trust, a few entries are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,6 @@ from curvature.layerwise.bends import Bend, bends
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
-from curvature.parameters import ParameterSpace
 from curvature.per_example.batch import Run, Splitter
 from curvature.per_example.cutting import session
 from curvature.results.record import Result
@@ -195,7 +194,6 @@ class _Work:
         self.splitter = None
         if objective.has_split:
             self.splitter = Splitter(objective, route=route, memory_budget=memory_budget)
-        self.product: Literal["hvp", "ggnvp"] = "hvp" if kind == "hessian" else "ggnvp"
         self.draws = kind.endswith("-mc")
 
     def of_batch(self, lin: Linearization) -> Tensor:
@@ -300,7 +298,7 @@ class _Work:
         n = len(diagonal)
         generator = torch.Generator().manual_seed(0)
         chosen = [int(diagonal.abs().argmax()), *torch.randint(n, (NUM_CHECKED - 1,), generator=generator).tolist()]
-        expected = _products(lin, self.objective.space, self.product, chosen)
+        expected = self._products(lin, chosen)
         eps = max(torch.finfo(t.dtype).eps for t in self.objective.space.tensors.values())
         scale = expected.abs() + eps**0.5 * expected.abs().max()
         if not bool(((diagonal[chosen] - expected).abs() <= 10 * eps**0.5 * scale).all()):
@@ -343,7 +341,34 @@ class _Work:
         n = self.objective.num_params
         self.routes.append("products")
         self.num_columns += n
-        return _products(lin, self.objective.space, self.product, range(n))
+        return self._products(lin, range(n))
+
+    def _products(self, lin: Linearization, entries: Sequence[int]) -> Tensor:
+        """Return entries of the diagonal of a batch's matrix: e'He from a product, e'Ge = (Je)'H(Je) from half of one.
+
+        Each is restricted to the tensor that the entry lies in: what a product with a block costs is less.
+        """
+        space, rule = self.objective.space, self.objective.rule
+        found = torch.zeros(len(entries), dtype=space.dtype, device=space.device)
+        curve: Callable[[Tensor], Tensor] | None = None
+        if self.kind != "hessian":
+            outputs, targets = lin.outputs_and_targets()
+            assert rule is not None
+            curve = rule.output_hessian(outputs, targets)
+        start = 0
+        for name, size in zip(space.names, space.numels, strict=True):
+            block = space.block({name: space.tensors[name]})
+            inside = [(k, entry - start) for k, entry in enumerate(entries) if start <= entry < start + size]
+            for k, place in inside:
+                unit = torch.zeros(1, size, dtype=space.dtype, device=space.device)
+                unit[0, place] = 1
+                if curve is None:
+                    found[k] = lin.hvp(unit, block)[0, place]
+                else:
+                    pushed = lin.jvp(unit, block).view(outputs.shape)
+                    found[k] = (pushed * curve(pushed)).sum()
+            start += size
+        return found
 
     # -- accounts -----------------------------------------------------------------------------------------------------
 
@@ -361,23 +386,3 @@ class _Work:
 
     def _zero(self) -> Tensor:
         return torch.zeros(self.objective.num_params, dtype=self.objective.dtype, device=self.objective.device)
-
-
-def _products(
-    lin: Linearization, space: ParameterSpace, product: Literal["hvp", "ggnvp"], entries: Sequence[int]
-) -> Tensor:
-    """Return entries of the diagonal of a batch's matrix from its products with unit vectors.
-
-    Each is restricted to the tensor that the entry lies in: what a product with a block costs is less.
-    """
-    found = torch.zeros(len(entries), dtype=space.dtype, device=space.device)
-    start = 0
-    for name, size in zip(space.names, space.numels, strict=True):
-        block = space.block({name: space.tensors[name]})
-        inside = [(k, entry - start) for k, entry in enumerate(entries) if start <= entry < start + size]
-        for k, place in inside:
-            unit = torch.zeros(1, size, dtype=space.dtype, device=space.device)
-            unit[0, place] = 1
-            found[k] = getattr(lin, product)(unit, block)[0, place]
-        start += size
-    return found

@@ -24,9 +24,10 @@ from curvature.environment.memory import lately_available
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.objective.objective import Objective
 from curvature.per_example.capture import Capture
+from curvature.per_example.columns import ColumnSquares
 from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne
-from curvature.per_example.forms import Direct, Factors, Form, Probe, Rows, merge
+from curvature.per_example.forms import Direct, Form, Probe, merge
 from curvature.per_example.layout import Layout
 from curvature.per_example.row_order import follows
 
@@ -150,36 +151,22 @@ class Splitter:
         space, N = self._objective.space, run.num_examples
         inputs: Any = self._params if N == 1 else [use.edge for use in run.capture.uses]
         total = torch.zeros(space.num_params, dtype=space.dtype, device=space.device)
-        pieces, ones = total.split(space.numels), total.new_ones(N)
-        stacked: dict[int, tuple[Tensor, Tensor]] = {}  # where examples have one row: sum of left^2, and the right
-
-        def unstack(i: int) -> None:
-            squares, right = stacked.pop(i)
-            pieces[i].add_((squares.permute(1, 2, 0) @ right.square().transpose(0, 1)).reshape(-1))
-
+        pieces, sums = total.split(space.numels), dict[int, ColumnSquares]()
         place: Any = run.evaluation.outputs if source is None else source
         for column, sign in columns:
-            factors = ones * sign
             with self._backward_session(run), no_autocast(space.device):
                 found = pull_back([place], inputs, [column]) if inputs else ()
             for positions, form in self._forms(run, column, found):
-                i = positions[0]
-                if isinstance(form, Factors) and form.rows == 1 and isinstance(form.right, Rows):
-                    squares = form.left[:, :, 0].square() * factors[:, None, None]
-                    right = form.right.values[:, :, 0]
-                    if i in stacked and stacked[i][1].data_ptr() == right.data_ptr():
-                        stacked[i][0].add_(squares)
-                        continue
-                    if i in stacked:
-                        unstack(i)
-                    stacked[i] = squares, right
+                if len(positions) == 1:
+                    i = positions[0]
+                    sums.setdefault(i, ColumnSquares(pieces[i], self.chunk_bytes)).add(form, sign)
                     continue
-                squared = form.squares(factors, self.chunk_bytes).total
+                squared = form.squares(total.new_ones(N) * sign, self.chunk_bytes).total
                 assert squared is not None
                 for k, piece in zip(positions, squared.split(form.numels), strict=True):
                     pieces[k].add_(piece)
-        for i in [*stacked]:
-            unstack(i)
+        for of_parameter in sums.values():
+            of_parameter.flush()
         return total
 
     def _forms(

@@ -6,6 +6,7 @@ per-example gradients follow from d, the gradient in the call's output, and from
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[C
 
 def _last_dimension(d: Tensor, ex: Examples) -> Form | None:
     rows = ex.rows(d)
-    return None if rows is None else Direct(rows.sum((1, 2)))
+    if rows is None:
+        return None
+    return Direct(rows.sum((1, 2)) if rows.shape[2] > 1 else rows[:, 0, 0])
 
 
 def _matmul(input: Tensor, mat2: Tensor) -> list[Claim]:
@@ -98,13 +101,17 @@ def _convolution(spatial: int) -> Callable[..., list[Claim]]:
         else:
             sides = [(n, n) for n in _tuple(padding, spatial)]
 
+        @functools.lru_cache(1)
+        def windows(dtype: torch.dtype, places: tuple[int, ...]) -> Windows:
+            padded = F.pad(input.to(dtype), [n for side in reversed(sides) for n in side])
+            return Windows(padded, kernel, steps, spread, groups, places)
+
         def of_weight(d: Tensor, ex: Examples) -> Form | None:
             N = ex.count
             if input.ndim != spatial + 2 or input.shape[0] != N or ex.layout is Layout.SECOND:
                 return None  # images that are pieces of an example would need their windows regrouped
-            padded = F.pad(input.to(d.dtype), [n for side in reversed(sides) for n in side])
-            windows = Windows(padded, kernel, steps, spread, groups, tuple(d.shape[2:]))
-            return Factors(d.reshape(N, groups, d.shape[1] // groups, -1).mT, windows)
+            left = d.reshape(N, groups, d.shape[1] // groups, -1).mT
+            return Factors(left, windows(d.dtype, tuple(d.shape[2:])))
 
         return [Claim(weight, of_weight), Claim(bias, _per_channel)]
 
@@ -204,9 +211,13 @@ def _batch_norm(
         return []
     mean, var = running_mean.detach().clone(), running_var.detach().clone()
 
+    @functools.lru_cache(1)
+    def centred(dtype: torch.dtype) -> Tensor:
+        return input.to(dtype) - mean.to(dtype).view(-1, *(1,) * (input.ndim - 2))
+
     def of_weight(d: Tensor, ex: Examples) -> Form | None:
-        shape = (-1, *(1,) * (d.ndim - 2))
-        terms = (input.to(d.dtype) - mean.to(d.dtype).view(shape)).mul_(d)  # in one array: this is all about memory
+        x = centred(d.dtype)
+        terms = x * d if d.ndim == 2 else torch.linalg.vecdot(x.flatten(2), d.flatten(2))
         form = _per_channel(terms, ex)
         return None if form is None else Direct(form.dense(0, ex.count) * torch.rsqrt(var.to(d.dtype) + eps))
 
