@@ -83,16 +83,25 @@ def measure(name: str) -> list[dict[str, Any]]:
         implicit_regularization(objective, lr=0.1, batch_size=32, norms=moments)
 
     cut = [(x[i::16], y[i::16]) for i in range(16)]
-    in_batches = Objective(model, nn.CrossEntropyLoss(), cut, keep_graphs=False)
+    in_batches = Objective(model, nn.CrossEntropyLoss(), cut)
+    nothing_kept = Objective(model, nn.CrossEntropyLoss(), cut, keep_graphs=False)
 
     def in_sixteen_batches() -> None:
-        gradient_noise(in_batches)
-        implicit_regularization(in_batches, lr=0.1, batch_size=32)
+        moments = gradient_moments(in_batches, along_mean=True)
+        gradient_noise(in_batches, moments=moments)
+        implicit_regularization(in_batches, lr=0.1, batch_size=32, norms=moments)
+
+    def sixteen_gradients() -> None:
+        for inputs, targets in cut:
+            torch.autograd.grad(nn.functional.cross_entropy(model(inputs), targets), params)
 
     methods = {
         "gradient_noise": lambda: gradient_noise(objective),
         "gradient_noise and implicit_regularization, moments shared": noise_and_penalties,
-        "gradient_noise and implicit_regularization, 16 batches, nothing shared or kept": in_sixteen_batches,
+        "gradient, 16 batches": sixteen_gradients,
+        "gradient_noise, 16 batches": lambda: gradient_noise(in_batches),
+        "gradient_noise and implicit_regularization, moments shared, 16 batches": in_sixteen_batches,
+        "gradient_noise, 16 batches, nothing kept": lambda: gradient_noise(nothing_kept),
         "gradient_moments alone": lambda: gradient_moments(objective),
         "BackPACK BatchL2Grad + SumGradSquared": with_backpack,
     }
@@ -145,9 +154,11 @@ def _clocked(call: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Measure all problems and write the rows."""
-    a = command("noise", __doc__).parse_args()
-    with Rows(a.out, ("problem", "method"), len(PROBLEMS)) as rows:
-        for name in PROBLEMS:
+    parser = command("noise", __doc__)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    a = parser.parse_args()
+    with Rows(a.out, ("problem", "method"), len(a.problems)) as rows:
+        for name in a.problems:
             rows.begin(name)
             found = measure(name)
             lines = (f"{r['problem']:10} {r['gradients']:7.2f} gradients {r['peak_mebibytes']:7.1f} MiB" for r in found)
