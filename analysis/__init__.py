@@ -72,8 +72,10 @@ _PLACES = {
     "training.edge": "edge_of_stability",
     "training.figures": "plot_layer_sharpness plot_predictions plot_stability plot_training",
     "training.gradient_penalty": "GradientPenalty",
+    "training.measure": "TrackPlan track_training",
     "training.results": "CriticalSharpness CriticalStatus EdgeOfStability Phase TrainingReading TrainingRecord",
     "training.rows": "load_training",
+    "training.study": "TrackRun",
     "training.tracker": "CurvatureTracker",
 }
 _HOME = {name: place for place, names in _PLACES.items() for name in names.split()}

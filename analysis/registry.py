@@ -42,6 +42,10 @@ STUDIES = {
         "analysis.implicit.study",
         "Measure what SGD adds to the loss: the penalties on the gradient and on its variance over batches.",
     ),
+    "track": (
+        "analysis.training.study",
+        "Train a model and follow its curvature: sharpness against the edge of stability, step by step.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -77,7 +81,8 @@ def measure(
     `report()` returns the report, its `save(folder)` writes the folder of the command with the same page.
 
     Args:
-        kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit".
+        kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
+            "track".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

@@ -24,10 +24,10 @@ from analysis.run.saving import write_text
 from analysis.tasks import Task
 from curvature.errors import InputError
 
-__all__ = ["POINTS", "Draft"]
+__all__ = ["POINTS", "STATE", "Draft"]
 
-POINTS = "points.jsonl"
-"""Where what was found is noted; a folder without it is worth nothing."""
+POINTS, STATE = "points.jsonl", "state.pt"
+"""Where what was found is noted, or the state of a training kept; a folder without either is worth nothing."""
 
 
 class Draft:
@@ -119,8 +119,8 @@ class Draft:
             raise InputError(f"{file} cannot be read ({error}); begin again with --overwrite.") from error
 
     def remove_if_empty(self) -> None:
-        """Delete the folder if it holds no point that was found."""
-        if not (self.path / POINTS).is_file():
+        """Delete the folder if it holds nothing to go on from."""
+        if not any((self.path / name).is_file() for name in (POINTS, STATE)):
             self.remove()
 
     def remove(self) -> None:

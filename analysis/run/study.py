@@ -122,6 +122,8 @@ class Study(Generic[P, R]):
     """Whether data in one piece are cut into groups, for errors over the data."""
     num_vectors: Callable[[P], int] = lambda _: 0
     """How many vectors as long as the parameters the record holds."""
+    unit: str = "stages"
+    """What progress is told in, where the price is one of work."""
     resumable: bool = False
     """Whether it keeps what it finds in a draft, from which an interrupted run goes on."""
 
@@ -188,7 +190,7 @@ def _studied(
     objective = ready.objective
     with listener.doing("timing"):
         price = study.price(objective, plan)
-        price = price if isinstance(price, Price) else _priced(objective, price)
+        price = price if isinstance(price, Price) else _priced(objective, price, study.unit)
     listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
     kept = {"draft": draft} if study.resumable else {}
     result, seconds = timed(
@@ -207,7 +209,7 @@ def _studied(
     )
 
 
-def _priced(objective: Objective, work: Work) -> Price:
+def _priced(objective: Objective, work: Work, unit: str) -> Price:
     """Return what work costs. Each unit that is needed is timed; its first run, which warms up, does not count."""
     here, device = objective.space.current(), objective.device
     H, v = HessianOperator(objective), torch.ones_like(here)
@@ -222,7 +224,7 @@ def _priced(objective: Objective, work: Work) -> Price:
             run()
             parts.append((count, unit, median_seconds(run, device)))
     text = ", ".join(f"{number(count, 2)} {unit} of {duration(each)}" for count, unit, each in parts)
-    return Price(f"about {text}", sum(count * each for count, _, each in parts))
+    return Price(f"about {text}", sum(count * each for count, _, each in parts), unit=unit)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["Listener", "Progress", "stages"]
 
 Progress = Callable[[str, int, int], None]
-"""Told the stage, how many units of work are done, and how many there are."""
+"""Told the stage, how many units of work are done, and how many there are; lines below the stage are shown live."""
 
 
 def stages(progress: Progress | None, total: int) -> Callable[[str], None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
+from rich.text import Text
 
 from analysis.show.listener import Listener
 from analysis.show.report import Report, Table
@@ -18,6 +20,18 @@ from analysis.show.wording import duration
 __all__ = ["Screen", "show_report"]
 
 _PLAIN_WIDTH = 132  # of files and pipes, which have no width of their own
+
+
+class _Bar(Progress):
+    """A progress bar, and below it what a measurement shows of itself as it goes."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return both."""
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below)
 
 
 class Screen(Listener):
@@ -44,9 +58,7 @@ class Screen(Listener):
             TextColumn("{task.fields[unit]}, left"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(
-            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
-        )
+        self._progress = _Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._bar = self._progress.add_task("starting", total=None, visible=False, unit="")
 
     def __enter__(self) -> Screen:
@@ -75,6 +87,7 @@ class Screen(Listener):
         self._console.print(what)
 
     def advanced(self, stage: str, done: int, planned: int) -> None:
+        stage, _, self._progress.below = stage.partition("\n")
         self._progress.update(self._bar, description=stage, completed=done, total=planned)
 
     def last_line(self, text: str) -> None:

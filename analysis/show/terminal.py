@@ -96,6 +96,7 @@ _PLAIN = str.maketrans(
         "≤": "<=",
         "≥": ">=",
         "→": "->",
+        **dict(zip(wording.BARS, "_.:-=+*#", strict=True)),
         wording.THIN: " ",
         "\N{NO-BREAK SPACE}": " ",
         "\N{NARROW NO-BREAK SPACE}": " ",

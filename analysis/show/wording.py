@@ -20,6 +20,7 @@ __all__ = [
     "power_of_ten",
     "quantity",
     "share",
+    "sparkline",
     "subscript",
     "value_and_error",
 ]
@@ -27,6 +28,8 @@ __all__ = [
 MINUS = "\u2212"
 TIMES = "\u00d7"
 THIN = "\u202f"  # thin and unbreakable: between thousands, before a per cent sign
+
+BARS = "▁▂▃▄▅▆▇█"
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -131,6 +134,14 @@ def carriers(names: Sequence[str], parts: Sequence[float], of: str) -> str:
         return f"{named[0][0]} carries {100 * held:.0f}{THIN}% of {of}."
     listed = ", ".join(f"{name} ({100 * part:.0f}{THIN}%)" for name, part in named)
     return f"{listed} together carry {100 * held:.0f}{THIN}% of {of}."
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return numbers as a line of bars from the smallest to the largest, with a blank for what is not finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)
 
 
 def power_of_ten(exponent: int) -> str:

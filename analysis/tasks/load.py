@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from analysis.tasks.checkpoint import Checkpoint, load_checkpoint
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.digits import BUNDLED, UNTRAINED, half_squared_error, load_digits, untrained_tanh
 from analysis.tasks.task import Task
 from curvature import Objective
 from curvature.errors import TaskError
@@ -30,8 +30,9 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """Return the task that a reference names.
 
     Args:
-        reference: a bundled name (`digits-cnn`, `digits-mlp`), or `file.py:function` or `package.module:function`, a
-            function without arguments that returns a `Task` or a `curvature.Objective`. It is executed.
+        reference: a bundled name (`digits-cnn`, `digits-mlp`, or `digits-tanh`, which is to be trained), or
+            `file.py:function` or `package.module:function`, a function without arguments that returns a `Task` or a
+            `curvature.Objective`. It is executed.
         checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's: a file
             or folder, as `analysis.tasks.checkpoint.read_checkpoint` reads it.
         checkpoint_key: which of its state dicts, if it holds several.
@@ -43,18 +44,34 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """
     if reference in BUNDLED:
         return _bundled(reference, checkpoint, checkpoint_key)
+    task = _untrained() if reference == UNTRAINED else _of_function(reference)
+    if checkpoint is None:
+        return task
+    return _loaded(task, Path(checkpoint), load_checkpoint(checkpoint, task.model, key=checkpoint_key))
+
+
+def _of_function(reference: str) -> Task:
     place, colon, function_name = reference.rpartition(":")
     if not colon:
+        known = (*BUNDLED, UNTRAINED)
         raise TaskError(
-            f"no bundled task is called {reference!r}{_nearest(reference, BUNDLED)}; give {', '.join(BUNDLED)}, "
+            f"no bundled task is called {reference!r}{_nearest(reference, known)}; give {', '.join(known)}, "
             "file.py:function or package.module:function."
         )
     if not place or not function_name.isidentifier():
         raise TaskError(f"{reference!r} names no function; write file.py:function or package.module:function.")
-    task = _as_task(_call(_function(_module(place), function_name, place), reference), reference)
-    if checkpoint is None:
-        return task
-    return _loaded(task, Path(checkpoint), load_checkpoint(checkpoint, task.model, key=checkpoint_key))
+    return _as_task(_call(_function(_module(place), function_name, place), reference), reference)
+
+
+def _untrained() -> Task:
+    model, data = untrained_tanh()
+    return Task(
+        name=UNTRAINED,
+        description="A 64-64-64-10 tanh network before training, with a squared loss on 500 handwritten digits.",
+        model=model,
+        loss=half_squared_error,
+        train_data=data,
+    )
 
 
 def _loaded(task: Task, path: Path, checkpoint: Checkpoint) -> Task:

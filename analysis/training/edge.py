@@ -12,6 +12,7 @@ from curvature.errors import InputError
 
 __all__ = ["edge_of_stability"]
 
+_AHEAD = 10  # parts of a run that are compared to see whether it sharpens
 _RISEN = 1.01  # times the loss before: a rise
 
 
@@ -19,7 +20,7 @@ def edge_of_stability(record: TrainingRecord, *, low: float = 0.9, high: float =
     """Compare a run's sharpness with the threshold of its optimizer, reading by reading.
 
     With r = (preconditioned) sharpness over threshold, a reading is at the EDGE for low <= r <= high. Below, it is
-    SHARPENING where r is higher at the next reading (the last: than at the one before), else BELOW. Above `high` it is
+    SHARPENING where r is higher a tenth of all readings later (at its end: than then), else BELOW. Above `high` it is
     UNSTABLE if no later reading comes back to `high` or less, or if its loss is not finite; else a CATAPULT if the loss
     rises before that, and ABOVE if it does not, as in the first steps of Adam, whose averages are young. In full-batch
     training r rises to about 1 and stays there.
@@ -82,6 +83,7 @@ def _phase(i: int, readings: tuple[TrainingReading, ...], ratios: list[float], l
         return Phase.CATAPULT if max(between) > _RISEN * readings[i].loss else Phase.ABOVE
     if r >= low:
         return Phase.EDGE
-    here = min(i, max(0, len(ratios) - 2))
-    rising = len(ratios) > 1 and ratios[here + 1] > ratios[here]
+    ahead = max(1, len(ratios) // _AHEAD)
+    here = max(0, min(i, len(ratios) - 1 - ahead))
+    rising = len(ratios) > 1 and ratios[here + ahead] > ratios[here]
     return Phase.SHARPENING if rising else Phase.BELOW

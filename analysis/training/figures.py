@@ -87,6 +87,7 @@ def plot_layer_sharpness(result: TrainingRecord, *, ax: Axes | None = None, colo
         values = np.where(values > 0, values, np.nan)
         _line(ax, result, values, paints[i % len(paints)], styles[i // len(paints) % len(styles)], name)
     ax.set_yscale("log")
+    ax.autoscale_view()
     decade_ticks(ax.yaxis)
     ax.set(xlabel="step", ylabel="sharpness of the layer")
     legend_above(ax, columns=4)

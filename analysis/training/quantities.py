@@ -15,6 +15,7 @@ from analysis.noise.measure import gradient_noise
 from analysis.training.critical_sharpness import losses_along, rounding_of, search_critical_step
 from analysis.training.point import PointBlock, PointHessian
 from analysis.training.results import CriticalSharpness
+from analysis.training.untouched import untouched
 from curvature.errors import InputError
 from curvature.linalg import trace
 from curvature.linalg.krylov.following import Followed, follow_largest
@@ -35,7 +36,7 @@ QUANTITIES = {
     "critical": "critical sharpness from at most 6 losses along the step",
     "layers": "sharpness of each layer: 2 to 3 products with its block",
     "trace": "trace of the Hessian: 8 products",
-    "noise": "gradient noise and the noise scale: a pass over single examples",
+    "noise": "gradient noise and the noise scale, in evaluation mode: a pass over single examples",
     "penalties": "implicit regularization of SGD: a pass over single examples, shared with noise",
 }
 """Name -> what it is and costs."""
@@ -210,7 +211,12 @@ class Measurer:
         return self.followed[name]
 
     def _noise(self, step: StepTaken | None, batches: list[Any] | None) -> dict[str, Any]:
+        """Measure in evaluation mode: batch statistics would couple the examples."""
         objective = self.objective if batches is None else self.objective.replace(data=batches)
+        with untouched(objective):
+            return self._noise_of(objective, step)
+
+    def _noise_of(self, objective: Objective, step: StepTaken | None) -> dict[str, Any]:
         moments = gradient_moments(objective, along_mean=True)  # one for both
         found: dict[str, Any] = {}
         if "noise" in self.wanted:

@@ -159,6 +159,8 @@ class TrainingRecord(Result):
 
     readings: tuple[TrainingReading, ...]
     """One whenever the tracker took one."""
+    num_steps: int = 0
+    """Steps of the run so far."""
     optimizer: str = ""
     """Class of the optimizer; "" where the tracker was given none."""
     batch_size: int | None = None

@@ -95,7 +95,8 @@ def load_training(folder: Path | str) -> TrainingRecord:
         head, *rows = (json.loads(line) for line in read_lines(path, repair=False))
         if head["format"] != _FORMAT:
             raise InputError(f"{path} was written in format {head['format']}, and this version reads {_FORMAT}.")
-        return TrainingRecord(readings=tuple(TrainingReading.from_row(row) for row in rows))
+        readings = tuple(TrainingReading.from_row(row) for row in rows)
+        return TrainingRecord(readings=readings, num_steps=readings[-1].step + 1 if readings else 0)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the folder of a tracker.") from error
     except (ValueError, KeyError, TypeError) as error:

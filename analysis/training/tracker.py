@@ -130,6 +130,7 @@ class CurvatureTracker:
         """All readings so far."""
         return TrainingRecord(
             readings=tuple(self._readings),
+            num_steps=self._steps,
             optimizer="" if self.optimizer is None else type(self.optimizer).__name__,
             batch_size=self.batch_size,
             notes=self._notes(),

@@ -18,7 +18,7 @@ from curvature.engine.linearize import Linearization
 
 _OF_LOSS = 1 / 3  # of a gradient
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape")),
+    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "track")),
     ("landscape", {"points": 9}),
     ("noise", {"curvature": False}),
     ("noise", {"damping": 0.1}),
@@ -29,6 +29,8 @@ _SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("implicit", {"lr": 0.1}),
     ("implicit", {"lr": 0.1, "batch_size": 1}),
     ("implicit", {"lr": 0.1, "directions": False}),
+    ("track", {"lr": 0.1, "steps": 20, "every": 2}),
+    ("track", {"lr": 0.01, "steps": 20, "optimizer": "adam", "quantities": ("preconditioned", "trace", "alignment")}),
 ]
 
 

@@ -205,8 +205,8 @@ def test_moved_copy_leaves_the_task_alone() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("digit-cnn", r"no bundled task is called 'digit-cnn' \(did you mean digits-cnn or digits-mlp\?\)"),
-        ("zebra", r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, file.py:function"),
+        ("digit-cnn", r"no bundled task is called 'digit-cnn' \(did you mean digits-cnn or digits-tanh\?\)"),
+        ("zebra", r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, digits-tanh, file.py:function"),
         ("my_task.py", "no bundled task is called 'my_task.py'"),
         (":task", "names no function"),
         ("my_task.py:", "names no function"),
