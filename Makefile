@@ -32,25 +32,8 @@ format: $(VENV)/.ready ## rewrite the sources as ruff would have them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(BENCH)/.ready ## measure against other libraries (in an environment of its own) and renew the tables
-	$(BENCH)/bin/python -m benchmarks.products.bench
-	$(BENCH)/bin/python -m benchmarks.eigen.bench
-	$(BENCH)/bin/python -m benchmarks.tracking.bench
-	$(BENCH)/bin/python -m benchmarks.density.bench
-	$(BENCH)/bin/python -m benchmarks.estimators.bench
-	$(BENCH)/bin/python -m benchmarks.exact.bench
-	$(BENCH)/bin/python -m benchmarks.per_example.bench
-	$(BENCH)/bin/python -m benchmarks.scale.bench
-	$(BENCH)/bin/python -m benchmarks.noise.bench
-	$(BENCH)/bin/python -m benchmarks.regularization.bench
-	$(BENCH)/bin/python -m benchmarks.sharpness.bench
-	$(BENCH)/bin/python -m benchmarks.relations.bench
-	$(BENCH)/bin/python -m benchmarks.newton.bench
-	$(BENCH)/bin/python -m benchmarks.coverage.bench
-	$(BENCH)/bin/python -m benchmarks.completeness.bench
-	$(BENCH)/bin/python -m benchmarks.compare.bench
-	for part in costs memory training variants checks report; do $(BENCH)/bin/python -m benchmarks.optimizers.bench $$part || exit 1; done
-	$(BENCH)/bin/python -m benchmarks.common.report
+bench: $(BENCH)/.ready ## measure against other libraries, in parts; again to continue (PARTS="eigen-gpt noise" picks)
+	$(BENCH)/bin/python -m benchmarks.common.parts $(PARTS)
 
 bench-quick: $(VENV)/.ready ## measure a few rows again and say what moved (3 minutes)
 	$(VENV)/bin/python -m benchmarks.common.quick

@@ -41,6 +41,7 @@ ALL_SETS = {**SETS, **LARGER}
 OURS = ("newton-cg", "hessian-free", "trust-region", "gltr", "cubic", "saddle-free")
 SCIPY = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-exact")
 PINNS = {"poisson": POISSON, "convection": CONVECTION, "burgers": BURGERS}
+SUITES = ("autoencoder", *PINNS, "published", "nist", "logistic")
 PINN_SEEDS = {
     "poisson": {"levenberg-marquardt": 10, PLAIN: 3, "torch L-BFGS": 3, "torch Adam": 3},
     "convection": {"levenberg-marquardt": 3, "torch L-BFGS": 2, "torch Adam": 1},
@@ -290,8 +291,7 @@ def _jobs(suites: list[str]) -> list[Job]:
 def main() -> None:
     """Measure everything, or what the command line names, and write the rows."""
     parser = command("newton", __doc__)
-    suites = ["autoencoder", *PINNS, "published", "nist", "logistic"]
-    parser.add_argument("--suites", nargs="+", choices=suites, default=suites)
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--problems", nargs="+", help="names; by default all")
     parser.add_argument("--methods", nargs="+", help="names; by default all")
     parser.add_argument("--processes", type=int, default=1)

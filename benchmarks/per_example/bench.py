@@ -273,10 +273,11 @@ def main() -> None:
     """Measure what the command line selects, write the rows and print the table."""
     parser = command("per_example", __doc__)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--quantities", nargs="+", choices=QUANTITIES, default=list(QUANTITIES))
     parser.add_argument("--seconds", type=float, default=6.0)
     a = parser.parse_args()
     key = ("problem", "quantity", "method")
-    cases = [(problem, *case) for problem in a.problems for case in METHODS]
+    cases = [(problem, *case) for problem in a.problems for case in METHODS if case[0] in a.quantities]
     with Rows(a.out, key, len(cases)) as rows:
         for case in cases:
             rows.begin(" ".join(case))

@@ -13,21 +13,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import ROOT, Rows, command
 
-__all__ = ["BASE", "GRIDS", "main", "measure", "plot"]
+__all__ = ["BASE", "GRIDS", "growth", "main", "measure", "plot"]
 
 FIGURE = ROOT / "docs" / "scale.png"
 BASE = {"n": 100_000, "N": 500, "k": 3}
 GRIDS = {
     "n": [10_000, 100_000, 1_000_000, 10_000_000],
     "N": [50, 500, 5_000, 50_000],
-    "k": [1, 10, 100],
+    "k": [1, 10, 30, 100, 300],
 }
+DECADES = 2  # of the largest values, that exponents are fitted to: below, set-up hides the growth
 TIMEOUT_SECONDS = 3600
 BATCH = 500  # examples of a batch, whose graph is built anew for every product
 
@@ -67,6 +69,27 @@ def measure(n: int, N: int, k: int, keep_graphs: bool) -> dict[str, Any]:
     }
 
 
+def growth(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of the exponents of time in each measure, least squares of logarithms, with errors."""
+    lines = ["| time grows as a power of | graphs kept | graphs rebuilt |", "|---|--:|--:|"]
+    for name, what in (
+        ("n", "parameters n, a product"),
+        ("N", "examples N, a product"),
+        ("k", "eigenpairs k, the whole"),
+    ):
+        cells = []
+        for kept in (True, False):
+            found = [r for r in rows if r["varied"] == name and r["kept"] == kept]
+            found = [r for r in found if r[name] * 1.01 * 10**DECADES >= max(r[name] for r in found)]
+            x, y = np.log([[r[name], r["seconds" if name == "k" else "seconds_a_product"]] for r in found]).T
+            x = x - x.mean()
+            slope = x @ y / (x @ x)
+            rest = y - y.mean() - slope * x
+            cells.append(f"{slope:.2f} ± {(rest @ rest / (len(x) - 2) / (x @ x)) ** 0.5:.2f}")
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw seconds a product and memory against each measure, with a line of slope 1."""
     import matplotlib as mpl
@@ -99,8 +122,9 @@ def main() -> None:
     """Measure every row, write the file and draw the figure."""
     parser = command("scale", __doc__)
     parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--varied", nargs="+", choices=GRIDS, default=list(GRIDS))
     a = parser.parse_args()
-    cases = [(varied, value, kept) for varied, grid in GRIDS.items() for value in grid for kept in (True, False)]
+    cases = [(varied, value, kept) for varied in a.varied for value in GRIDS[varied] for kept in (True, False)]
     with Rows(a.out, ("varied", "n", "N", "k", "kept"), len(cases)) as rows:
         for varied, value, kept in cases:
             setting = {**BASE, varied: value, "keep_graphs": kept}
@@ -112,6 +136,7 @@ def main() -> None:
                 f"{row['gradients_a_product']:5.2f} gradients a product  {row['extra_mebibytes']:+8.0f} MiB",
             )
     plot(rows.rows, a.figure)
+    print(growth(rows.rows))
 
 
 if __name__ == "__main__":
