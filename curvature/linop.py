@@ -18,6 +18,7 @@ from torch import Tensor
 from curvature.environment.autocast import full_precision
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
+from curvature.sharding.layout import Layout
 
 __all__ = [
     "AnyMatrix",
@@ -127,6 +128,11 @@ class LinearOperator(ABC):
         """Error of a product relative to its size, where models compute below float32: the larger of A's and B's."""
         return max(float(getattr(getattr(self, part, None), "product_noise", 0.0)) for part in "AB")
 
+    @property
+    def sharding(self) -> Layout | None:
+        """How vectors lie over ranks, of a square matrix; None where each rank holds all of them."""
+        return next(filter(None, (getattr(getattr(self, part, None), "sharding", None) for part in "AB")), None)
+
     def agree(self, call: str, **settings: Any) -> None:
         """Compare the settings of a call over the ranks that hold parts of the matrix, where there are any.
 
@@ -224,10 +230,10 @@ class Transposed(LinearOperator):
 
 def transpose(A: MatrixLike) -> MatrixLike:
     """Return A', of whatever has an attribute `T`."""
-    transpose: MatrixLike | None = getattr(A, "T", None)
-    if transpose is None:
+    if (transpose := getattr(A, "T", None)) is None:
         raise InputError(f"a transpose needs that of {type(A).__name__}, which has no attribute T.")
-    return transpose
+    found: MatrixLike = transpose
+    return found
 
 
 def _from_numpy(x: np.ndarray, A: MatrixLike) -> Tensor:
@@ -237,11 +243,9 @@ def _from_numpy(x: np.ndarray, A: MatrixLike) -> Tensor:
 
 
 def _check_operand(A: LinearOperator, X: Tensor) -> None:
-    n = A.shape[1]
+    n, name = A.shape[1], type(A).__name__
     if not isinstance(X, Tensor):
-        raise InputError(
-            f"{type(A).__name__} @ X needs a tensor, a NumPy array or an operator, got {type(X).__name__}."
-        )
+        raise InputError(f"{name} @ X needs a tensor, a NumPy array or an operator, got {type(X).__name__}.")
     if X.ndim not in (1, 2) or X.shape[0] != n:
         raise InputError(f"{type(A).__name__} @ X needs X of shape ({n},) or ({n}, k), got {tuple(X.shape)}.")
     if X.layout is not torch.strided:
@@ -375,8 +379,8 @@ def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
     if isinstance(A, Tensor):
         return A if A.layout == torch.strided else A.to_dense()
     n = A.shape[1]
-    identity = torch.eye(n, dtype=A.dtype, device=A.device)
-    return torch.cat([A @ block for block in identity.split(columns_at_a_time, dim=1)], dim=1)
+    blocks = torch.eye(n, dtype=A.dtype, device=A.device).split(columns_at_a_time, dim=1)
+    return torch.cat([A @ block for block in blocks], dim=1)
 
 
 def to_scipy(A: MatrixLike) -> ScipyLinearOperator:

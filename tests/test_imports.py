@@ -32,7 +32,7 @@ RULES = {  # places, as globs -> what nothing there may import; a new file canno
 ROOMS = {
     "curvature": (
         "adapters solve spectra layerwise per_example operators objective engine losses data fingerprints linalg linop "
-        "autograd parameters results environment arguments generators errors"
+        "sharding autograd parameters results environment arguments generators errors"
     ),
     "curvature.linalg": "systems low_rank stochastic krylov base",
     "optimizers": "checks newton diagonal shared",

@@ -78,6 +78,8 @@ class Evaluator:
         head: returns the weight of the last linear layer, whose logits are computed in blocks where they are large.
         head_in_use: whether logits were large, and all evaluations could do with blocks of them.
         head_refusal: why one could not; "" while nothing speaks against blocks.
+        stand_ins: makes the context in which tensors that can be differentiated stand in the model in place of its own;
+            None where its own can.
         batch_weights: tests whether a custom loss divides by what its batches are counted by; None does not.
     """
 
@@ -92,6 +94,7 @@ class Evaluator:
     head: Callable[[], Any] | None = None
     head_in_use: bool = False
     head_refusal: str = ""
+    stand_ins: Callable[[], AbstractContextManager[None]] | None = None
     batch_weights: WeightsOfBatches | None = field(default_factory=WeightsOfBatches)
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ class Evaluator:
 
     def copy_buffers(self) -> StandIns:
         with one_at_a_time:  # in another thread, copies may be installed
-            return StandIns((m._buffers for m in self.model.modules()), lambda buffer: ordinary(buffer.detach()))
+            return StandIns((m._buffers for m in self.model.modules()), lambda buffer: ordinary(_here(buffer)))
 
     @contextlib.contextmanager
     def with_new_leaves(self) -> Iterator[Evaluator]:
@@ -138,6 +141,8 @@ class Evaluator:
             stack.enter_context(as_around())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            if self.stand_ins is not None:
+                stack.enter_context(self.stand_ins())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
@@ -289,6 +294,12 @@ class StandIns:
         finally:
             for store, name, original in originals:
                 store[name] = original
+
+
+def _here(buffer: Tensor) -> Tensor:
+    """Return a buffer as an ordinary tensor, also where it is one that ranks hold replicas of."""
+    local: Tensor = getattr(buffer, "to_local", buffer.detach)()
+    return local
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def _fresh_pass(objective: ObjectiveLike) -> tuple[Tensor, Tensor]:
             refuse_other_batches(objective, lin)
             dependence.note(lin)
             yield lin.weight, torch.cat([lin.loss.to(objective.dtype)[None], lin.gradient()])
-        dependence.require(objective.evaluator)
+        dependence.require()
 
     mean = objective.mean(parts())
     return mean[0], mean[1:]

@@ -11,7 +11,6 @@ from curvature.autograd.backward import walk
 from curvature.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from curvature.engine.evaluation import Evaluator
     from curvature.engine.linearize import Linearization
 
 __all__ = ["Dependence", "depends"]
@@ -23,16 +22,6 @@ def depends(root: Tensor, parameters: Sequence[Tensor]) -> bool:
     if root.grad_fn is None:
         return id(root) in wanted
     return any(id(getattr(node, "variable", None)) in wanted for node in walk([root.grad_fn]))
-
-
-_SHARDED = (
-    "the model is sharded (fully_shard), and forward computes with gathered copies; use a copy of the model that is "
-    "not sharded, with process_group= for data-parallel sums"
-)
-
-
-def _is_sharded(evaluator: Evaluator) -> bool:
-    return any(hasattr(type(module), "unshard") for module in evaluator.model.modules())
 
 
 class Dependence:
@@ -67,7 +56,7 @@ class Dependence:
             self._of_loss = depends(loss, parameters)
             self._recorded = self._recorded or loss.requires_grad
 
-    def require(self, evaluator: Evaluator) -> None:
+    def require(self) -> None:
         """Raise an error if batches were seen and none depends on a parameter.
 
         Raises:
@@ -77,9 +66,7 @@ class Dependence:
             self.whole().gradient()  # refuses itself
             self._of_loss = True
         if self._of_loss is False:
-            raise CheckFailedError(
-                f"the loss of no batch depends on any of the chosen parameters: {self._reason(evaluator)}."
-            )
+            raise CheckFailedError(f"the loss of no batch depends on any of the chosen parameters: {self._reason()}.")
         if self._of_outputs is False and self.whole is None:
             raise CheckFailedError(
                 "the model's outputs depend on none of the chosen parameters, although the loss does: their Jacobian "
@@ -87,18 +74,7 @@ class Dependence:
                 "Hessian."
             )
 
-    def refuse_shards(self, evaluator: Evaluator) -> None:
-        """Raise an error for a model whose gathered copies take the place of its parameters, to be freed again.
-
-        Raises:
-            CheckFailedError: with the remedy.
-        """
-        if self.used is None and _is_sharded(evaluator):
-            raise CheckFailedError(f"the loss of no batch depends on any of the chosen parameters: {_SHARDED}.")
-
-    def _reason(self, evaluator: Evaluator) -> str:
-        if _is_sharded(evaluator) or any(hasattr(p, "to_local") for p in evaluator.parameters):
-            return _SHARDED
+    def _reason(self) -> str:
         if not self._recorded:
             return (
                 "no gradient was recorded; take torch.no_grad(), detach(), .item(), NumPy and argmax out of forward "

@@ -12,7 +12,7 @@ import math
 import operator
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from curvature.autograd.backward import dtypes_of_graph
 from curvature.autograd.lean import LeanLayers
-from curvature.data.tensors import tensors_in
+from curvature.data.tensors import move_batch, tensors_in
 from curvature.environment import autocast
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.one_matrix import in_use, note_use
@@ -34,6 +34,7 @@ from curvature.losses.rules import loss_rule
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.moving import moving_module
+from curvature.objective.shards import Shards
 
 if TYPE_CHECKING:
     from curvature.engine.linearize import Linearization
@@ -121,7 +122,7 @@ class Freshness:
             CheckFailedError: if the point moved although a run of products with one matrix goes on.
         """
         recent = in_use(self) and time.perf_counter() - self._looked < self._look_cost / _LOOKS
-        if recent and self._versions == self._present_versions():
+        if recent and self._versions == self._present_versions() and self._objective.shards is None:
             return
         with one_at_a_time:
             self._enter()
@@ -133,6 +134,8 @@ class Freshness:
         self._looked = time.perf_counter()
         self._look_cost, self._versions = self._looked - start, self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
+        if (shards := self._objective.shards) is not None and self._gathered(shards, what):
+            what = what or ([] if self._point is None else ["parameters that other ranks hold"])
         if what:
             self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
         elif len(self._objective.kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:
@@ -141,8 +144,26 @@ class Freshness:
             self._objective._space.verify()
             self._point = now
 
+    def _gathered(self, shards: Shards, what: list[str]) -> bool:
+        """Gather the parameters where they moved on any rank; all ranks look together."""
+        ranks = self._objective.ranks
+        assert ranks is not None
+        stays = shards.pinned or not (what or shards.stale() or self._point is None)
+        if ranks.everywhere(stays, "a look at the parameters"):
+            return False
+        shards.gather()
+        if not shards.compared():
+            batch = next((batch for _, _, batch in self._objective.source), None)
+            if ranks.everywhere(batch is not None, "the first batch"):
+                shards.compare(self._objective.evaluator, move_batch(batch, self._objective.device), ranks.agree)
+        return True
+
     def _present_versions(self) -> tuple[int, ...]:
-        return tuple(version(t) for t in self._objective._space.tensors.values())
+        return tuple(version(t) for t in self._watched())
+
+    def _watched(self) -> Iterable[Tensor]:
+        """Return the chosen parameters; whole copies of what ranks hold in parts are none of them."""
+        return () if self._objective.shards is not None else self._objective.space.tensors.values()
 
     def built(self, lin: Linearization, mark: int) -> None:
         """Compare a batch that was evaluated anew with what it gave before at this point."""
@@ -244,7 +265,7 @@ class Freshness:
         state = PythonState(objective.model, called, self._volatile)
         loader = PythonState(None, made_by, self._volatile)
         met = {id(t) for t in state.parameters}
-        others = [t for t in objective.space.tensors.values() if id(t) not in met]
+        others = [t for t in self._watched() if id(t) not in met]
         contents = Contents([*state.parameters, *others, *state.buffers])
         if data.in_memory:
             of_data = Contents(leaves, max(64, _DATA_ENTRIES // max(1, len(leaves))))

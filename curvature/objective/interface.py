@@ -45,6 +45,9 @@ class ObjectiveLike(Compared, Protocol):
     def freshness(self) -> Watch: ...
 
     @property
+    def held_bytes(self) -> int: ...
+
+    @property
     def num_params(self) -> int: ...
 
     @property

@@ -31,10 +31,13 @@ from curvature.objective.check import CheckReport, check_objective
 from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
 from curvature.objective.freshness import Freshness
-from curvature.objective.product_noise import noise_notes
+from curvature.objective.notes import notes_of
 from curvature.objective.ranks import RankAgreement, built_together, sum_of_parts
 from curvature.objective.refusals import refuse_other_batches, refuse_pieces
+from curvature.objective.shards import Shards, space_of
 from curvature.parameters import ParameterSpace, Selection
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import in_parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,7 +49,9 @@ class Objective:
     """The weighted mean loss of a model over a data set, as a function of the chosen parameters.
 
     Args:
-        model: any module that trains with ordinary autograd. It is neither copied nor changed.
+        model: any module that trains with ordinary autograd. It is neither copied nor changed. One that
+            `DistributedDataParallel` wraps, whose ranks hold different data, or of which ranks hold parts: by
+            `fully_shard`, or as DTensors (see docs/distributed.md).
         loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the
             objective is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar
             itself.
@@ -83,6 +88,7 @@ class Objective:
     """
 
     ranks: RankAgreement | None
+    shards: Shards | None
 
     @built_together
     @checked
@@ -107,7 +113,7 @@ class Objective:
         check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
         self.model = model
-        self._space = ParameterSpace.from_model(model, params)
+        self._space = space_of(model, params, self.shards)
         self.device = self._space.device
         check_served(self.device)
         if device is not None and torch.empty(0, device=device).device != self.device:
@@ -118,6 +124,7 @@ class Objective:
         self.rule = None if loss is None else loss_rule(loss)
         tensors, found = list(self._space.tensors.values()), head_of(model, head)
         self.evaluator = Evaluator(model, self.rule, forward, weight, tensors, seed, allow_tf32, head=found)
+        self.evaluator.stand_ins = None if self.shards is None else self.shards.installed
         self.source = DataSource(
             data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
         )
@@ -155,6 +162,11 @@ class Objective:
     @property
     def num_params(self) -> int:
         return self._space.num_params
+
+    @property
+    def sharding(self) -> Layout | None:
+        """How vectors lie over ranks, where the model's parameters do; None where each rank holds all of them."""
+        return getattr(self._space, "sharding", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -195,11 +207,6 @@ class Objective:
         return self.kept.held_bytes
 
     @property
-    def _budget(self) -> int:
-        """Bytes that kept graphs may hold at present."""
-        return self.kept.budget.num_bytes
-
-    @property
     def has_split(self) -> bool:
         """Whether model and loss are known apart, as the Gauss-Newton matrix and the Fisher need."""
         return self.rule is not None
@@ -217,22 +224,7 @@ class Objective:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results should know: unused parameters, what was kept, which route was taken."""
-        notes = []
-        used = self.dependence.used
-        if used and len(used) < len(self._space.names):
-            unused = [name for i, name in enumerate(self._space.names) if i not in used]
-            notes.append(f"The loss does not depend on {', '.join(unused)}: their rows and columns are zero.")
-        if self.num_batches is not None and len(self.kept) > 0:
-            num_kept, total = len(self.kept), self.num_batches
-            which = "The graph of the batch is" if total == 1 else f"Graphs of {num_kept} of {total} batches are"
-            which = f"Graphs of all {total} batches are" if 1 < total == num_kept else which
-            notes.append(f"{which} kept between products ({self.held_bytes / 2**20:.1f} MiB).")
-        if any(lin.drew_random_numbers for lin in self.kept):
-            notes.append(
-                "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its "
-                "seed."
-            )
-        return (*notes, *self.evaluator.notes(), *self.trust.notes(), *noise_notes(self))
+        return notes_of(self)
 
     # -- values -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +239,7 @@ class Objective:
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L and its gradient (n,). Cost: one gradient."""
         mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
-        return mean[0], mean[1:]
+        return mean[0], in_parts(mean[1:], self.sharding)
 
     def restrict(self, selection: Selection) -> Objective:
         """Return the objective as a function of some of the parameters only, over the same data."""
@@ -303,8 +295,6 @@ class Objective:
 
     def _linearised(self, *, to_differentiate: bool) -> Iterator[Linearization]:
         self.freshness.enter()
-        if to_differentiate:
-            self.dependence.refuse_shards(self.evaluator)
         self.kept.begin_walk()
         built = False
         for index, mark, batch in self._walk():
@@ -320,7 +310,7 @@ class Objective:
             self.freshness.leave()
         self.kept.end_walk()
         if to_differentiate:
-            self.dependence.require(self.evaluator)
+            self.dependence.require()
 
     def _walk(self) -> Iterator[tuple[int, int, Any]]:
         if not self.keeps_all_graphs:
@@ -352,6 +342,7 @@ class Objective:
         *,
         observe: Callable[[int, float, Tensor], None] | None = None,
         vectors: Sequence[Tensor] = (),
+        sharding: Layout | None = None,
     ) -> Tensor:
         """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks).
 
@@ -359,8 +350,9 @@ class Objective:
             products: a tensor of one shape for every batch.
             observe: told the place, weight and tensor of each of this rank's batches that count.
             vectors: what is multiplied by; compared over ranks.
+            sharding: of the last dimension of what is returned; None for an ordinary tensor, alike on all ranks.
         """
-        return self.mean(self._parts(self.linearizations(), products, observe), vectors)
+        return self.mean(self._parts(self.linearizations(), products, observe), vectors, sharding)
 
     @staticmethod
     def _parts(
@@ -377,13 +369,18 @@ class Objective:
             yield weight, part
             del part
 
-    def mean(self, parts: Iterable[tuple[float, Tensor]], vectors: Sequence[Tensor] = ()) -> Tensor:
+    def mean(
+        self,
+        parts: Iterable[tuple[float, Tensor]],
+        vectors: Sequence[Tensor] = (),
+        sharding: Layout | None = None,
+    ) -> Tensor:
         """Return the weighted mean of (weight, tensor) over batches and ranks, or their sum where the loss sums."""
         if self.ranks is None:
             total, weight, unit = sum_of_parts(parts)
             assert total is not None
         else:
-            total, weight, unit = self.ranks.summed(self, lambda: sum_of_parts(parts), vectors)
+            total, weight, unit = self.ranks.summed(self, lambda: sum_of_parts(parts), vectors, sharding)
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight

@@ -91,6 +91,7 @@ def _narrowest(objective: ObjectiveLike, recorded: set[torch.dtype]) -> torch.dt
     """Return the narrowest dtype of parameters, autocast or a graph; None if it is float32 or wider."""
     dtypes = {t.dtype for t in objective.model.parameters()}
     dtypes |= {dtype for device, dtype in autocast.present() if device == objective.device.type}
+    dtypes |= set() if objective.shards is None else objective.shards.dtypes()
     dtypes |= recorded if objective.ranks is None else set()  # all ranks are to agree, those without data, too
     return max(filter(_is_narrow, dtypes), key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
@@ -102,6 +103,8 @@ def _is_narrow(dtype: torch.dtype) -> bool:
 def _measured(
     objective: ObjectiveLike, size: int, product: Callable[[Any, Tensor], Tensor], dtype: torch.dtype, what: str
 ) -> ProductNoise:
+    if objective.shards is not None:  # a copy would not be
+        return ProductNoise(_UNKNOWN * torch.finfo(dtype).eps, dtype, what, "the model is sharded")
     batch = next((batch for batch in objective.batches() if objective.linearise(batch).weight != 0), None)
     if batch is None:
         return ProductNoise(math.nan, dtype, what)

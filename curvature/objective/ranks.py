@@ -20,6 +20,10 @@ from curvature.environment.device import is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, RankError
 from curvature.fingerprints.portable import content, text_digest
+from curvature.objective.shards import Shards, is_part, spread
+from curvature.sharding.collectives import apart, explained
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import ShardedTensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +56,7 @@ def sum_over_ranks(total: Tensor, weight: float, group: ProcessGroup) -> tuple[T
     if total.dtype == torch.float32:
         packed = packed.double()  # a count above 2^24 would be rounded in float32
         packed[-1] = weight
-    with _explained():
+    with explained():
         dist.all_reduce(packed, group=group)
     return packed[:-1].view_as(total).to(total.dtype), float(packed[-1])
 
@@ -90,6 +94,7 @@ class Compared(Protocol):
     rule: LossRule | None
     settings: dict[str, Any]
     ranks: RankAgreement | None
+    shards: Shards | None
     device: torch.device
 
     @property
@@ -106,7 +111,8 @@ def _point_digests(objective: Compared) -> dict[str, int]:
     """Return the digests of all that the loss depends on beside the data: parameters, buffers, modes, the criterion."""
     found: dict[str, int] = {}
     for name, p in objective.model.named_parameters():
-        found[f"parameter {name!r}"] = content([p])
+        if not is_part(p):  # of which ranks hold different parts
+            found[f"parameter {name!r}"] = content([p])
     for path, module in objective.model.named_modules():
         ignored = isinstance(module, nn.modules.batchnorm._NormBase) and module.training  # its statistics are not used
         for name, buffer in module._buffers.items():
@@ -129,26 +135,20 @@ def _of_mapping(values: Mapping[str, Any]) -> int:
 # -- agreement --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # of the backend: connections that broke, time that ran out
-        raise RankError(
-            "another rank of the process group ended, failed outside of this toolkit, or did not come to this call in "
-            f"time ({str(error).splitlines()[0][:200]}); all ranks must make the same calls. See what the others wrote."
-        ) from error
-
-
 class RankAgreement:
     """Compares the ranks of an objective.
+
+    Args:
+        group: all of them.
+        device: of the parameters.
+        data: those that hold different data, which are summed over; None where all hold the same.
 
     Raises:
         RankError: on all ranks, where something differs, and where another rank failed.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self.group = group
+    def __init__(self, group: ProcessGroup, device: torch.device, data: ProcessGroup | None) -> None:
+        self.group, self.data = group, data
         on_device = is_gpu(device) and "nccl" in str(dist.get_backend(group))
         self.device = device if on_device else torch.device("cpu")
         self._point: tuple[Any, dict[str, int]] | None = None
@@ -174,7 +174,7 @@ class RankAgreement:
             values[1:] = [None] * (len(_FIELDS) - 1)
         low_high = [_NONE if v is None else v for v in values] + [_NONE if v is None else -v for v in values]
         packed = torch.tensor(low_high, dtype=torch.int64, device=self.device)
-        with _explained():
+        with explained():
             dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
         high, low = packed[: len(_FIELDS)].tolist(), [-v for v in packed[len(_FIELDS) :].tolist()]
         if high[0] or any(a != b for a, b in zip(high, low, strict=True) if a != _NONE):
@@ -186,7 +186,7 @@ class RankAgreement:
 
     def _refuse(self, error: Exception | None, mine: dict[str, Any]) -> None:
         every: list[Any] = [None] * self.group.size()
-        with _explained():
+        with explained():
             dist.all_gather_object(every, mine, group=self.group)
         failed = [(rank, told["error"]) for rank, told in enumerate(every) if told["error"] is not None]
         if error is not None:
@@ -213,11 +213,19 @@ class RankAgreement:
             self.agree(call)
 
     def summed(
-        self, objective: Compared, add: Callable[[], tuple[Tensor | None, float, float]], vectors: Sequence[Tensor]
+        self,
+        objective: Compared,
+        add: Callable[[], tuple[Tensor | None, float, float]],
+        vectors: Sequence[Tensor],
+        sharding: Layout | None = None,
     ) -> tuple[Tensor, float, float]:
-        """Return (sum, weight, 1) over all ranks of what `add` returns on this one: (total, weight, unit)."""
+        """Return (sum, weight, 1) over all ranks of what `add` returns on this one: (total, weight, unit).
+
+        The sum is an ordinary tensor, alike on every rank, or with `sharding` for its last dimension a sharded one.
+        """
         with failing_together(self):
-            total, weight, unit = add()
+            with apart():
+                total, weight, unit = add()
             if total is not None:
                 total = total * unit
             found = self.agree(
@@ -230,13 +238,19 @@ class RankAgreement:
                 raise _told("the data hold no batch on any rank; pass data that are not empty.", DataError)
         if total is None:
             total = torch.zeros(found[0], dtype=found[1], device=objective.device)
-        total, weight = sum_over_ranks(total, weight, self.group)
-        return total, weight, 1.0
+        if sharding is None:
+            return *self._sum(total, weight), 1.0
+        _, weight = self._sum(total.new_zeros(0, dtype=torch.float64), weight)
+        rows = sharding.summed(total.view(-1, total.shape[-1]), self.data)
+        return ShardedTensor(rows.view(*total.shape[:-1], -1), sharding), weight, 1.0
+
+    def _sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
+        return (total, weight) if self.data is None else sum_over_ranks(total, weight, self.data)
 
     def sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
         """Return the sums of `total` and `weight` over the ranks."""
         self.agree("a sum", total=total)
-        return sum_over_ranks(total, weight, self.group)
+        return self._sum(total, weight)
 
     def _digests(self, objective: Compared) -> dict[str, int]:
         mark = objective.freshness.current()
@@ -244,8 +258,10 @@ class RankAgreement:
             self._point = (mark, _point_digests(objective))
         return self._point[1]
 
-    def everywhere(self, flag: bool) -> bool:
-        """Whether something holds on all ranks."""
+    def everywhere(self, flag: bool, call: str = "") -> bool:
+        """Whether something holds on all ranks; with `call`, compared as what they are at."""
+        if call:
+            self.agree(call)
         total, _ = sum_over_ranks(torch.tensor([float(flag)], device=self.device), 1.0, self.group)
         return round(float(total)) == self.group.size()
 
@@ -315,16 +331,19 @@ def built_together(init: _Init) -> _Init:
     """Make the constructor of an objective compare its ranks, and fail on all of them where it fails on one."""
 
     @functools.wraps(init)
-    def wrapped(self: Compared, *args: Any, process_group: ProcessGroup | None = None, **settings: Any) -> None:
-        if process_group is None:
+    def wrapped(
+        self: Compared, model: Any, *args: Any, process_group: ProcessGroup | None = None, **settings: Any
+    ) -> None:
+        model, self.shards, data = spread(model, process_group)
+        group = data if self.shards is None else self.shards.group
+        if group is None:
             self.ranks = None
-            init(self, *args, **settings)
+            init(self, model, *args, **settings)
             return
-        model = args[0] if args else settings.get("model")
         device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-        self.ranks = RankAgreement(process_group, device or torch.device("cpu"))
+        self.ranks = RankAgreement(group, device or torch.device("cpu"), data)
         with failing_together(self.ranks):
-            init(self, *args, process_group=process_group, **settings)
+            init(self, model, *args, process_group=data, **settings)
             self.ranks.agree("Objective", settings=_settings_digest(self))
 
     return cast("_Init", wrapped)

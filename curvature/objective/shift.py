@@ -20,6 +20,7 @@ from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.ranks import together
+from curvature.sharding.tensors import whole
 
 __all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
 
@@ -52,7 +53,7 @@ def shifted(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
     Raises:
         InputError: for a vector of another shape, or a buffer that the model does not have.
     """
-    parts = objective.space.to_dict(point.detach().to(objective.device))
+    parts = objective.space.to_dict(whole(point).detach().to(objective.device))
     changes = [(tensor, parts[name].to(tensor.dtype)) for name, tensor in objective.space.tensors.items()]
     if buffers:
         known = dict(objective.model.named_buffers())
@@ -63,15 +64,20 @@ def shifted(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
                     f"buffers must name buffers of the model, in their shapes; {name!r} of {shape} is none."
                 )
             changes.append((known[name], values.detach().to(known[name])))
+    shards = objective.shards
     with one_at_a_time:
         originals = [tensor.data for tensor, _ in changes]
         try:
+            if shards is not None:
+                shards.pinned = True
             for tensor, values in changes:
                 tensor.data = torch.empty_like(tensor.data).copy_(values)  # in the memory format that it had
             yield
         finally:
             for (tensor, _), original in zip(changes, originals, strict=True):
                 tensor.data = original
+            if shards is not None:
+                shards.pinned = False
 
 
 @together
@@ -133,7 +139,7 @@ def gradient_at(
         NonFiniteError: if the loss is not finite there.
     """
     there = objective.replace(keep_graphs=False)
-    with shifted(objective, point, buffers=buffers):
+    with shifted(there, point, buffers=buffers):
         loss, gradient = there.loss_and_gradient()
     return float(loss), gradient
 

@@ -50,7 +50,7 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
             lin = objective.linearise(batch, index, third_order=True)
             dependence.note(lin)
             yield lin.weight, lin.curvature_gradient(v)
-        dependence.require(objective.evaluator)
+        dependence.require()
 
     dependence = Dependence(objective.dependence.whole)
 

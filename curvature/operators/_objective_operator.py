@@ -20,6 +20,8 @@ from curvature.objective.objective import Objective
 from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import agree_on
 from curvature.parameters import Block, Selection
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import ShardedTensor, in_parts, whole
 
 
 class ObjectiveOperator(SymmetricOperator):
@@ -49,7 +51,8 @@ class ObjectiveOperator(SymmetricOperator):
         Graphs that are not kept are thus built once for all blocks. `observe` is told the place and weight of every
         batch that counts, and its own products.
         """
-        rows = [x.T.contiguous() for x in X]
+        rows = [whole(x).T.contiguous() for x in X]
+        sharding = X[0].sharding if len(X) == 1 and isinstance(X[0], ShardedTensor) else None
 
         def of_batch(lin: Linearization) -> Tensor:
             parts = [self._of_batch(lin, r, block) for r, block in zip(rows, blocks, strict=True)]
@@ -66,7 +69,17 @@ class ObjectiveOperator(SymmetricOperator):
             observe(index, weight, split(packed))
 
         told = None if observe is None else pass_on
-        return split(self.objective.reduce(of_batch, observe=told, vectors=rows))
+        found = split(self.objective.reduce(of_batch, observe=told, vectors=rows, sharding=sharding))
+        if sharding is not None:
+            return found
+        return [
+            in_parts(y, x.sharding if isinstance(x, ShardedTensor) else None, 0) for x, y in zip(X, found, strict=True)
+        ]
+
+    @property
+    def sharding(self) -> Layout | None:
+        every = self.objective.sharding
+        return every if every is None or self.block is None else every.of(self.block.positions)
 
     @property
     def overhead(self) -> float:

@@ -14,6 +14,7 @@ from curvature.errors import InputError
 from curvature.objective.objective import Objective
 from curvature.operators.empirical_fisher import EmpiricalFisherOperator
 from curvature.parameters import Block
+from curvature.sharding.tensors import whole
 
 
 class GradientCovarianceOperator(EmpiricalFisherOperator):
@@ -64,7 +65,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
     def _before_walk(self) -> None:
         if self._note_point() or self._gradient is None:
             self._gradient = None
-            self._gradient = self.objective.gradient()
+            self._gradient = whole(self.objective.gradient())
         if self._sums is None and (self._adds_up or self.unbiased):
             sums = self._count()
             if self.unbiased and 1 - sums[1] <= 100 * torch.finfo(torch.float64).eps:

@@ -84,7 +84,7 @@ class Walk:
             for group in self._batch(batch, index):
                 self.num_groups += 1
                 yield group
-        self._dependence.require(self._evaluator)
+        self._dependence.require()
 
     def count_terms(self) -> float:
         """Return the sum of all weights, over ranks too. Cost: a forward pass."""

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from curvature.environment.one_matrix import one_matrix
-from curvature.linalg.base.places import Place
+from curvature.linalg.base.places import Place, normal_rows
 from curvature.linalg.base.validate import check_finite
 from curvature.linalg.krylov._krylov_space import KrylovSpace
-from curvature.linalg.stochastic.probes import normal
 from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
+from curvature.sharding.layout import Layout
 
 __all__ = ["AllEntries", "BlockKrylov", "GroupSums", "Run", "advance"]
 
@@ -60,15 +60,17 @@ class BlockKrylov:
         num_steps: int,
         generator: torch.Generator,
         place: Place,
+        sharding: Layout | None = None,
     ) -> None:
         self.num_steps = num_steps
         self.num_probes = min(num_probes, n)
-        self.probes = normal(n, self.num_probes, generator=generator, dtype=A.dtype, device=A.device)
+        shape = _Shape(A, n, sharding)
+        self.probes = normal_rows(shape, self.num_probes, generator).T.to(A.dtype)
         self.first_products: Tensor | None = None
         self._A = A
         self._steps = 0
         self.space = KrylovSpace(
-            _Shape(A, n),
+            shape,
             size=self.num_probes * num_steps,
             num_directions=self.num_probes,
             known=self.probes.new_zeros(n, 0),
@@ -256,8 +258,8 @@ def _multiply(
 class _Shape:
     """What a Krylov space asks of a block of a matrix that somebody else multiplies with."""
 
-    def __init__(self, A: MatrixLike, n: int) -> None:
-        self.shape, self.dtype, self.device = (n, n), A.dtype, A.device
+    def __init__(self, A: MatrixLike, n: int, sharding: Layout | None) -> None:
+        self.shape, self.dtype, self.device, self.sharding = (n, n), A.dtype, A.device, sharding
 
     def __matmul__(self, X: Tensor, /) -> Tensor:
         raise NotImplementedError("the products of a run are made for all runs together")

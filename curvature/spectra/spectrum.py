@@ -25,6 +25,7 @@ from curvature.linalg.base.validate import check_square
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
+from curvature.sharding.layout import Layout
 from curvature.spectra.analysis import SpectrumAnalysis
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
@@ -128,7 +129,9 @@ def _spectra(
     place = place_of(basis_device, A.device)
     plan.check_memory(A, sizes, place)
     runs: list[Run] = []
-    for size, generator in zip(sizes, generators, strict=True):
+    for block, size, generator in zip(blocks, sizes, generators, strict=True):
+        sharding: Layout | None = getattr(A, "sharding", None)
+        sharding = sharding if sharding is None or block is None else sharding.of(block.positions)
         if plan.all_entries(size):
             runs.append(AllEntries(A, n=size))
         else:
@@ -140,6 +143,7 @@ def _spectra(
                     num_steps=plan.num_steps_for(size),
                     generator=generator,
                     place=place,
+                    sharding=sharding,
                 )
             )
     num_groups, reason = _num_groups(A, plan)
@@ -169,7 +173,7 @@ def _num_groups(A: MatrixLike, plan: SpectrumPlan) -> tuple[int, str | None]:
     """Return how many groups of batches the jackknife has, none if there is a reason."""
     if plan.num_groups == 0 or not isinstance(A, ObjectiveOperator):
         return 0, None
-    if A.objective.process_group is not None:
+    if A.objective.ranks is not None:
         return 0, "each rank sees its own batches only"
     num_batches = _num_batches(A)
     if num_batches < plan.least_groups:

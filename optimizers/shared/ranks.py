@@ -59,7 +59,7 @@ def on_all_ranks(method: _Method) -> _Method:
 
 def _agreement(optimizer: Any) -> RankAgreement | None:
     group = optimizer.process_group
-    return None if group is None else RankAgreement(group, optimizer.param_groups[0]["params"][0].device)
+    return None if group is None else RankAgreement(group, optimizer.param_groups[0]["params"][0].device, group)
 
 
 def average_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup, share: float = 1.0) -> list[Tensor]:

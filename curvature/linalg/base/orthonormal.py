@@ -34,7 +34,7 @@ def gram_schmidt(W: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     for j, w in enumerate(W):
         for _ in range(2 if j else 0):
             h = N[:j] @ w
-            w = w - h @ N[:j]
+            w = w - N[:j].T @ h
             R[:j, j] += h
         norm = torch.linalg.vector_norm(w)
         kept = ~(norm <= floor)  # NaN is kept, to be found

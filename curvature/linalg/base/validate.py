@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.places import normal_rows
 from curvature.linop import MatrixLike
 
 _DOUBT = 2.0  # eigenvectors of networks in bfloat16 and float16 erred by 0.3 to 1.5 times what random vectors did
@@ -176,4 +177,4 @@ def check_start(A: MatrixLike, v0: Tensor | None, width: int, generator: torch.G
             raise InputError(f"v0 must be finite, not zero, and on the device of A ({A.device}).")
         X = v0.reshape(n, -1).to(dtype)
     missing = max(width - X.shape[1], 0)
-    return torch.cat([X, torch.randn(missing, n, generator=generator, dtype=dtype, device=A.device).T], dim=1)
+    return torch.cat([X, normal_rows(A, missing, generator).T], dim=1)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from curvature.linalg.base.orthonormal import orthonormalise
+from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import check_finite, rounding_level, working_dtype
 from curvature.linalg.krylov._ritz_selection import Which
 from curvature.linop import MatrixLike
@@ -152,7 +153,7 @@ def grow_chain(
     n, dtype, (F, K) = A.shape[0], working_dtype(A), correction
     noise = max(rounding_level(A), _NOISE) * norm
     chain = Chain(bound, n - V.shape[1])
-    W = torch.randn(1, n, generator=generator, dtype=dtype, device=A.device).T
+    W = normal_rows(A, 1, generator).T
     W = orthonormalise(W.to(V), V).to(A.device)
     while W.shape[1] and len(chain.alphas) < max_steps and not chain.ended and chain.miss_probability() > allowed:
         w = W[:, -1:]

@@ -20,10 +20,11 @@ from torch import Tensor
 from curvature.environment.memory import drop_pages
 from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.orthonormal import gram_schmidt
-from curvature.linalg.base.places import Place, empty_rows
+from curvature.linalg.base.places import Place, empty_rows, normal_rows
 from curvature.linalg.base.validate import non_finite_message, rounding_level, unit_of, working_dtype
 from curvature.linalg.krylov._completeness import Bound
 from curvature.linop import MatrixLike
+from curvature.sharding.tensors import held
 
 Tolerance: TypeAlias = "Callable[[Tensor], Tensor]"  # of the residuals, by Ritz value
 _TINY = 1e-37  # keeps a start of zero zero
@@ -47,6 +48,7 @@ class KrylovSpace:
         place: Place,
     ) -> None:
         self.A, self.generator, self._place = A, generator, place
+        self._sharding = getattr(A, "sharding", None)
         self.dtype = working_dtype(A)
         self.n = int(A.shape[0])
         self.num_known = known.shape[1]
@@ -65,7 +67,7 @@ class KrylovSpace:
     def _allocate(self, known: Tensor, size: int) -> Tensor:
         """Return one buffer, so that nothing is copied as the basis grows, with U in its first rows."""
         self.first = self.num_known
-        rows = empty_rows(self.first + size, self.n, self.dtype, self._place)
+        rows = empty_rows(self.first + size, self.n, self.dtype, self._place, self._sharding)
         rows[: self.first] = known.T.to(rows)
         return rows
 
@@ -115,7 +117,7 @@ class KrylovSpace:
     def _product(self, X: Tensor) -> Tensor:
         """Return A X, with as little of a basis on disk in memory as can be."""
         if self._place == "disk":
-            drop_pages(self.rows)
+            drop_pages(held(self.rows))
         return self.A @ X.to(self.A.device, self.A.dtype)
 
     def propose(self, width: int, aim: Tensor | None = None) -> Tensor:
@@ -219,7 +221,7 @@ class KrylovSpace:
         """Keep V S only, S with orthonormal columns."""
         P = self.P.clone()
         weights = S.T.to(self.rows)
-        for part in self.V.split(_COLUMNS, dim=1):  # in place, so that no second basis is held
+        for part in held(self.V).split(_COLUMNS, dim=1):  # in place, so that no second basis is held
             part[: len(weights)] = weights @ part
         self.T, self.C, self.D = S.T @ self.T @ S, self.C @ S, self.D @ S
         self.count = len(weights)
@@ -279,7 +281,7 @@ class KrylovSpace:
         self._clear()
         old = self.num_directions
         self._reserve(self.first + self.count + old + width)
-        X = torch.randn(width, self.n, generator=self.generator, dtype=self.dtype, device=self.generator.device)
+        X = normal_rows(self.A, width, self.generator)
         N, R, H = self._orthonormalise(X.to(self.rows.device), self.count + old, recent=0)
         del X
         R, new = R.double().cpu(), _used(R.cpu())
@@ -287,7 +289,9 @@ class KrylovSpace:
         Q, _ = torch.linalg.qr(parts, mode="complete")
         Q = Q[:, : old + len(new)]
         self._set_directions(N, new, after=old)
-        for part, added in zip(self.P.split(_COLUMNS, dim=1), N.split(_COLUMNS, dim=1), strict=True):  # in place
+        for part, added in zip(
+            held(self.P).split(_COLUMNS, dim=1), held(N).split(_COLUMNS, dim=1), strict=True
+        ):  # in place
             P = torch.cat([self._wide(part[:old]), added[new]])
             part.copy_(self._stored(Q.T.to(P) @ P))
         self._measure(self.count)
@@ -306,7 +310,7 @@ class KrylovSpace:
             return
         used = self.first + self.count + self.num_directions
         more = _MORE if num_rows * self.n <= _SMALL else 0
-        rows = empty_rows(num_rows + more, self.n, self.rows.dtype, self._place)
+        rows = empty_rows(num_rows + more, self.n, self.rows.dtype, self._place, self._sharding)
         rows[:used] = self.rows[:used]
         self.rows = rows
 

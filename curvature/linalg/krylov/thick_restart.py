@@ -24,7 +24,7 @@ from curvature.environment.memory import return_unused
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
-from curvature.linalg.base.places import BasisDevice, place_of, spare_bytes
+from curvature.linalg.base.places import BasisDevice, entries_held, place_of, spare_bytes
 from curvature.linalg.base.validate import (
     check_confidence,
     check_count,
@@ -119,7 +119,7 @@ class ThickRestartLanczos:
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
         held = place_of(basis_device, A.device)
-        row = n * basis_dtype.itemsize
+        row = entries_held(A) * basis_dtype.itemsize
         check_memory((self.size + start_size + 2 * k) * row, held, basis_dtype == working_dtype(A))
         directions: dict[str, Any] = {"num_directions": start_size, "known": known, "generator": generator}
         if basis_dtype != working_dtype(A):

@@ -23,9 +23,9 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import check_count, check_range, check_square, working_dtype
 from curvature.linalg.low_rank.low_rank import LowRank, error_norms, spectral_bound
-from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
@@ -200,7 +200,7 @@ class _Sketch:
             )
 
     def _draw(self, count: int) -> Tensor:
-        return normal(self.n, count, generator=self.generator, dtype=self.dtype, device=self.A.device)
+        return normal_rows(self.A, count, self.generator).T.to(self.dtype)
 
     def _append(self, omega: Tensor, y: Tensor) -> None:
         self.omega, self.y = torch.cat([self.omega, omega], dim=1), torch.cat([self.y, y], dim=1)

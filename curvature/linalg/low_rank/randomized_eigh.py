@@ -23,6 +23,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import (
     check_count,
     check_range,
@@ -32,7 +33,6 @@ from curvature.linalg.base.validate import (
     working_dtype,
 )
 from curvature.linalg.low_rank.low_rank import LowRank, error_norms
-from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 
@@ -100,7 +100,7 @@ def randomized_eigh(
             callback(spent, what)
         return product
 
-    Q = normal(n, width, generator=generator, dtype=dtype, device=A.device)
+    Q = normal_rows(A, width, generator).T
     for j in range(power_iterations + 1):
         Q = torch.linalg.qr(multiply(Q, f"pass {j + 1} of {power_iterations + 2}"))[0]
     AQ = multiply(Q, f"pass {power_iterations + 2} of {power_iterations + 2}")
@@ -110,7 +110,7 @@ def randomized_eigh(
     values, S = theta[chosen], S[:, chosen]
     U = Q @ S
     residuals = torch.linalg.vector_norm(AQ @ S - U * values, dim=0)
-    W = normal(n, num_tests, generator=generator, dtype=dtype, device=A.device).to(A.dtype).to(dtype)
+    W = normal_rows(A, num_tests, generator).T.to(A.dtype).to(dtype)
     AW = multiply(W, "tests") if num_tests else W
     residuals, is_noisy = with_noise(A, residuals, norm := theta.abs().max())
     floor = rounding_level(A) * norm

@@ -45,6 +45,7 @@ from curvature.linalg.base.validate import (
 from curvature.linalg.stochastic.probes import DISTRIBUTIONS, one_direction
 from curvature.linop import MatrixLike
 from curvature.results.estimates import EigenPairs
+from curvature.sharding.tensors import whole
 
 
 class ProbePool:
@@ -98,21 +99,23 @@ class ProbePool:
     def add_probes(self, count: int) -> None:
         """Draw and multiply `count` more probes."""
         for width in [] if self.keep else [self.block_size] * (count // self.block_size) + [count % self.block_size]:
-            X = self._draw(width)
+            X = self.draw(width)
             energies = (X.to(self.basis) * self._multiply(X, "probes")).sum(dim=0)
             self._energies = torch.cat([self._energies, energies.double()])
             self._first = X[:, :1] if not self._first.numel() else self._first
             self._alike = self._alike and (not width or one_direction(torch.cat([self._first, X], dim=1)))
         if count <= 0 or not self.keep:
             return
-        X = self._draw(count)
+        X = self.draw(count)
         Y = self._multiply(X, "probes")
         self.probes = torch.cat([self.probes, X.to(Y)], dim=1)
         self.products = torch.cat([self.products, Y], dim=1)
 
-    def _draw(self, count: int) -> Tensor:
+    def draw(self, count: int) -> Tensor:
+        """Return `count` new probes, (n, count), sharded where A's vectors are."""
         A, draw = self.A, DISTRIBUTIONS[self.distribution]
-        return draw(self.n, count, generator=self.generator, dtype=A.dtype, device=A.device)
+        sharding = getattr(A, "sharding", None)
+        return draw(self.n, count, generator=self.generator, dtype=A.dtype, device=A.device, sharding=sharding)
 
     def alike(self, count: int) -> bool:
         """Return whether the last `count` probes are one vector up to sign, so that their samples tell no spread."""
@@ -134,7 +137,7 @@ class ProbePool:
         if self.rank == 0:
             self._extend(torch.eye(self.n, dtype=self.basis.dtype, device=self.basis.device))
         elif self.rank < self.n:
-            self._extend(torch.linalg.qr(self.basis, mode="complete")[0][:, self.rank :])
+            self._extend(torch.linalg.qr(whole(self.basis), mode="complete")[0][:, self.rank :])
 
     def _extend(self, Q: Tensor) -> None:
         images = self._multiply(Q, "directions of the sketch")

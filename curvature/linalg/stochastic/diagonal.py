@@ -29,7 +29,7 @@ from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import check_finite, working_dtype
 from curvature.linalg.stochastic._probe_pool import ProbePool
 from curvature.linalg.stochastic._trace_estimate import FEWEST, Goal, advance, spend_budget
-from curvature.linalg.stochastic.probes import one_direction, rademacher
+from curvature.linalg.stochastic.probes import one_direction
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import DiagonalEstimate, EigenPairs, Status
 
@@ -162,12 +162,14 @@ def _streamed(pool: ProbePool, goal: Goal) -> DiagonalEstimate:
     Variance of one probe in entry i: sum_{j != i} A_ij^2.
     """
     A, dtype, budget = pool.A, working_dtype(pool.A), goal.budget
-    mean, squares = (torch.zeros(pool.n, dtype=torch.float64, device=A.device) for _ in range(2))  # squares may vanish
+    mean = squares = torch.zeros(0)
     spent, first, alike = 0, None, True
     while spent < budget:
         width = min(pool.block_size, budget - spent)
-        Z = rademacher(pool.n, width, generator=pool.generator, dtype=A.dtype, device=A.device)
-        first = Z[:, :1] if first is None else first
+        Z = pool.draw(width)
+        if first is None:
+            first = Z[:, :1]
+            mean, squares = (torch.zeros_like(Z[:, 0], dtype=torch.float64) for _ in range(2))  # squares may vanish
         alike = alike and one_direction(torch.cat([first, Z], dim=1))
         for sample in (Z.to(dtype) * check_finite(A @ Z, spent + width).to(dtype)).T:  # Welford: no cancellation
             spent += 1

@@ -28,7 +28,8 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
-from curvature.linalg.base.validate import check_count, check_square, noise_level, rounding_level, working_dtype
+from curvature.linalg.base.places import normal_rows
+from curvature.linalg.base.validate import check_count, check_square, noise_level, rounding_level
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.stochastic._probe_plan import most_accurate
 from curvature.linalg.stochastic._probe_pool import ProbePool
@@ -150,7 +151,7 @@ def spectral_norm(
         raise InputError(f"failure_probability must be in (0, 1), got {failure_probability}.")
     per_end = failure_probability if psd else failure_probability / 2
     log_delta = 0.5 * math.log(_least_square(n, per_end))
-    start = torch.randn(n, 1, generator=generator, dtype=working_dtype(A), device=A.device)
+    start = normal_rows(A, 1, generator).T
     process, upper = LanczosProcess(A, start), torch.inf
     for k in range(1, max_matvecs + 1):
         process.step()

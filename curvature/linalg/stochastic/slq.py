@@ -23,10 +23,10 @@ from curvature.environment.cost import check_fits
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
+from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import check_count, check_square, working_dtype
 from curvature.linalg.krylov.lanczos import lanczos_runs, ritz
 from curvature.linalg.stochastic._mass_bounds import shortened
-from curvature.linalg.stochastic.probes import normal
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, Projected, as_matrix
 from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
 
@@ -77,7 +77,7 @@ def spectral_density(
     bulk = n - len(values)
     check_count("num_steps", num_steps, 1, n)
     if probes is None:
-        probes = normal(n, num_probes, generator=generator, dtype=working_dtype(A), device=A.device)
+        probes = normal_rows(A, num_probes, generator).T
     if tuple(probes.shape) != (n, num_probes):
         raise InputError(f"probes must have shape ({n}, {num_probes}), got {tuple(probes.shape)}.")
     steps = min(num_steps, bulk)

@@ -122,7 +122,7 @@ class _Run:
         active = list(columns)
         past: list[tuple[Tensor, Tensor, Tensor]] = []
         X, R, B = s.X[:, active], s.R[:, active], s.B[:, active]
-        P, rho_old = torch.zeros_like(R), torch.ones_like(R[0])
+        P, rho_old = torch.zeros_like(R), R.new_ones(R.shape[1])
         eps, size = torch.finfo(R.dtype).eps, R.new_zeros((), dtype=torch.float64)
         limit = s.limit - max(s.steps[i] for i in active)
         for step in range(1, limit + 1):

@@ -165,7 +165,7 @@ def test_graphs_fit_the_memory_that_building_them_left(monkeypatch: pytest.Monke
     of = objective()
     monkeypatch.setattr(kept_graphs, "available_memory", lambda _: 3 * free.held_bytes - 4 * of.held_bytes)
     _ = HessianOperator(of) @ _v(of)
-    assert 0 < of.held_bytes <= of._budget
+    assert 0 < of.held_bytes <= of.kept.budget.num_bytes
     assert of.num_batches is not None
     assert len(of.kept) < of.num_batches
 

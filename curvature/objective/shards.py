@@ -1,0 +1,341 @@
+"""Models whose parameters lie in parts on several ranks: FSDP2, tensor parallelism, or both on one mesh.
+
+Curvature is that of the plain model. Whole parameters are gathered into leaves once a point, and stand in the model in
+place of its own while it is evaluated; torch's hooks, which would gather them again or split activations, are left out,
+their casts to lower precision are made in the graph. So every derivative is one of ordinary autograd, to any order, and
+vectors are summed over ranks and cut into parts outside of it.
+
+The hooks of column-parallel modules have no second derivative: with them, products are wrong and no error is raised.
+Without them the model is what it would be on one device, which is compared with its own loss before the first product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from curvature.data.tensors import map_tensors
+from curvature.errors import CheckFailedError, InputError
+from curvature.fingerprints.digest import version
+from curvature.parameters import Block, ParameterSpace, Selection
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import ShardedTensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from curvature.engine.evaluation import Evaluator
+
+__all__ = ["Shards", "WholeSpace", "is_part", "space_of", "spread"]
+
+_COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose own loss was seen to be that of the plain model."""
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    return hasattr(tensor, "placements")
+
+
+def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, ProcessGroup | None]:
+    """Return the module to evaluate, how its parameters lie over ranks, and the ranks that hold different data.
+
+    Raises:
+        InputError: for wrappers without second derivative, and for placements that are not known.
+    """
+    if not isinstance(model, nn.Module) or not dist.is_available():
+        return model, None, group
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, None, group or model.process_group
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise InputError(
+            "FullyShardedDataParallel has no second derivative: shard the model by torch.distributed.fsdp.fully_shard, "
+            "which is handed in as it is, or pass one that is not sharded, with process_group=."
+        )
+    states = _fsdp_states(model)
+    for module in states:
+        module.reshard()  # type: ignore[operator] # a method of FSDP's; after a forward pass the root is left whole
+    parts = [p for p in model.parameters() if is_part(p)]
+    if not parts:
+        return model, None, group
+    mesh = max((p.device_mesh for p in parts), key=lambda m: m.size())  # type: ignore[attr-defined] # of DTensors
+    meshes = {info.mesh for state in states.values() for info in _mesh_infos(state)}
+    if group is None and meshes:
+        group = _group_of(max(meshes, key=lambda m: m.size()))
+    return model, Shards(model, _group_of(mesh), group), group
+
+
+def _mesh_infos(state: Any) -> list[Any]:
+    return [group.mesh_info for group in state._fsdp_param_groups]
+
+
+def _fsdp_states(model: nn.Module) -> dict[nn.Module, Any]:
+    """Return FSDP2's state of every module that it wraps."""
+    return {m: m._get_fsdp_state() for m in model.modules() if callable(getattr(m, "_get_fsdp_state", None))}  # type: ignore[operator] # a method of FSDP's
+
+
+def _group_of(mesh: Any) -> ProcessGroup:
+    """Return the group of all ranks of a mesh."""
+    if mesh.ndim == 1:
+        group: ProcessGroup = mesh.get_group()
+        return group
+    if mesh.size() == dist.get_world_size():
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    flat: ProcessGroup = mesh._flatten().get_group()
+    return flat
+
+
+class WholeSpace(ParameterSpace):
+    """The chosen parameters of a model that is held in parts, as whole tensors; vectors are sharded ones.
+
+    Raises:
+        CheckFailedError: by `tensors`, where the parameters have changed since they were gathered.
+    """
+
+    def __init__(self, shards: Shards, names: Sequence[str], aliases: Mapping[str, str]) -> None:
+        self._shards = shards
+        super().__init__({name: shards.leaves[name] for name in names}, aliases)
+        every = list(shards.leaves)
+        self.sharding = shards.layout.of([every.index(name) for name in names])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        if self._shards.stale():
+            raise CheckFailedError(
+                "the parameters have changed since the ranks gathered them; call objective.loss() on all ranks first."
+            )
+        return self._leaves
+
+    @tensors.setter
+    def tensors(self, tensors: dict[str, Tensor]) -> None:
+        self._leaves = tensors
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._leaves)
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(t.shape for t in self._leaves.values())
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        return tuple(t.numel() for t in self._leaves.values())
+
+    def block(self, selection: Selection, model: nn.Module | None = None) -> Block:
+        """Do what the base does, for modules and parameters of the model that is held in parts."""
+        items = [selection] if isinstance(selection, nn.Module) else selection
+        if isinstance(items, (list, tuple)):
+            selection = [name for item in items for name in self._shards.names_of(item, self.names)]
+        return super().block(selection, model)
+
+    def current(self) -> Tensor:
+        """Return the parameters' present values, (n,), sharded."""
+        parts = [self._shards.present(name) for name in self.names]
+        return ShardedTensor(torch.cat([p.detach().reshape(-1).to(self.dtype) for p in parts]), self.sharding)
+
+
+def space_of(model: nn.Module, selection: Selection | None, shards: Shards | None) -> ParameterSpace:
+    """Return the space of the chosen parameters: of the model's own tensors, or of whole ones gathered from ranks."""
+    if shards is None:
+        return ParameterSpace.from_model(model, selection)
+    if isinstance(selection, Mapping):
+        selection = list(selection)
+    chosen = ParameterSpace.from_model(model, selection)
+    for name, leaf in shards.leaves.items():
+        leaf.requires_grad_(name in chosen.tensors)
+    return WholeSpace(shards, chosen.names, chosen.aliases)
+
+
+class Shards:
+    """The parameters of a model, as they lie over ranks and as whole leaves.
+
+    Args:
+        model: some of whose parameters are DTensors.
+        group: all ranks that hold parts.
+        data: those of them that hold different data, which are summed over; None if all hold the same.
+
+    Attributes:
+        layout: of all parameters of the model, in its order.
+        leaves: whole tensors by the parameters' names, gathered once a point.
+    """
+
+    def __init__(self, model: nn.Module, group: ProcessGroup, data: ProcessGroup | None) -> None:
+        self.model, self.group, self.data = model, group, data
+        named = dict(model.named_parameters())
+        first = {id(p): name for name, p in named.items()}
+        self._places = [
+            (module, key, first[id(p)])
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None
+        ]
+        for name, buffer in model.named_buffers():
+            if is_part(buffer) and not all(p.is_replicate() for p in buffer.placements):  # type: ignore[attr-defined] # of a DTensor
+                raise InputError(f"the buffer {name!r} is sharded; replicate it over the ranks.")
+        self.layout = Layout.agreed(list(named.values()), group)
+        self.leaves = {
+            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
+            for name, p in named.items()
+        }
+        self.pinned = False
+        """Whether the leaves are at another point than the model, for a while."""
+        self.gather()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise InputError("a sharded model cannot be copied; build another objective of it.")
+
+    def names_of(self, item: Any, chosen: Sequence[str]) -> list[Any]:
+        """Return the names of the chosen parameters that a module or a parameter is; anything else as it is."""
+        if not isinstance(item, (nn.Module, Tensor)):
+            return [item]
+        held = {id(p) for p in (item.parameters() if isinstance(item, nn.Module) else (item,))}
+        named = {**dict(self.model.named_parameters()), **{f"\0{n}": leaf for n, leaf in self.leaves.items()}}
+        return [n.lstrip("\0") for n, p in named.items() if id(p) in held and n.lstrip("\0") in chosen]
+
+    def present(self, name: str) -> Tensor:
+        """Return this rank's part of a parameter as it is now."""
+        module, key, _ = next(place for place in self._places if place[2] == name)
+        p = module._parameters[key]
+        assert p is not None
+        part: Tensor = p.to_local() if is_part(p) else p  # type: ignore[attr-defined] # of a DTensor
+        return part.detach()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(
+            version(p) + (version(p._local_tensor) if is_part(p) else 0)  # type: ignore[attr-defined] # of a DTensor
+            for module, key, _ in self._places
+            for p in [module._parameters[key]]
+            if p is not None
+        )
+
+    def stale(self) -> bool:
+        """Whether autograd has counted writes to this rank's parts since they were gathered."""
+        return not self.pinned and self._seen != self._versions()
+
+    def gather(self) -> None:
+        """Write the whole parameters, as they are now, into the leaves. All ranks do so together."""
+        for module in _fsdp_states(self.model):
+            module.reshard()  # type: ignore[operator] # a method of FSDP's
+        for i, (name, leaf) in enumerate(self.leaves.items()):
+            whole = self.layout.of([i]).whole(self.present(name).reshape(1, -1))
+            leaf.data.copy_(whole.view(leaf.shape))
+        self._seen = self._versions()
+
+    # -- standing in --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the whole parameters stand in the model, without torch's hooks, inside the context."""
+        casts = {module: state._mp_policy for module, state in _fsdp_states(self.model).items()}
+        dtypes = _param_dtypes(self.model, casts)
+        originals = [(module, key, module._parameters[key]) for module, key, _ in self._places]
+        hooks = [h for m in self.model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+        kept = [(store, dict(store)) for store in hooks if store]
+        handles: list[Any] = []
+        cast: dict[tuple[str, torch.dtype], Tensor] = {}
+        try:
+            for module, key, name in self._places:
+                leaf, dtype = self.leaves[name], dtypes.get(module)
+                if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
+                    leaf = cast.setdefault((name, dtype), leaf.to(dtype))  # type: ignore[assignment] # no parameter
+                _put(module, key, leaf)
+            for store, _ in kept:
+                for handle in [i for i, hook in store.items() if _is_of_torch(hook)]:
+                    del store[handle]
+            for module, policy in casts.items():
+                handles += _casting(module, policy)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for store, before in kept:
+                store.clear()
+                store.update(before)
+            for module, key, original in originals:
+                _put(module, key, original)
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes that FSDP2 casts parameters to."""
+        policies = {module: state._mp_policy for module, state in _fsdp_states(self.model).items()}
+        return set(_param_dtypes(self.model, policies).values())
+
+    def compared(self) -> bool:
+        """Whether there is nothing to compare: no hook of torch's, or the loss of this model was."""
+        return self.model in _COMPARED or not any(map(_is_of_torch, _hooks(self.model)))
+
+    def compare(self, evaluator: Evaluator, batch: Any, agree: Callable[[str], Any]) -> None:
+        """Compare the loss of the plain model with the model's own on a batch, once a model. All ranks do so together.
+
+        Raises:
+            CheckFailedError: if they differ, or the model's own cannot be had.
+        """
+        own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None)
+        with torch.no_grad(), evaluator.copy_buffers().installed():
+            with self.installed():
+                ours = own.evaluate(batch, 0)
+            agree("the loss of the plain model")  # the other one takes collectives, which wait for those that failed
+            theirs = own.evaluate(batch, 0)
+            for module in _fsdp_states(self.model):
+                module.reshard()  # type: ignore[operator] # a method of FSDP's
+        eps = max(torch.finfo(t.dtype).eps for t in (*self.leaves.values(), theirs.loss))
+        gap = abs(float(theirs.loss) - float(ours.loss))
+        if not gap <= 1e4 * eps * max(abs(float(theirs.loss)), 1e-8):
+            raise CheckFailedError(
+                f"the loss of the model as it is parallelised, {float(theirs.loss):.8g}, is not that of the plain one, "
+                f"{float(ours.loss):.8g}: its forward depends on how it was split (a number of local heads?). Products "
+                "through torch's hooks would be wrong in silence; pass the plain model with fully_shard, or with "
+                "process_group=."
+            )
+        _COMPARED.add(self.model)
+
+
+def _hooks(model: nn.Module) -> list[Any]:
+    return [h for m in model.modules() for store in (m._forward_pre_hooks, m._forward_hooks) for h in store.values()]
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook is one of torch's that gathers parameters or splits activations."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+
+
+def _put(module: nn.Module, key: str, value: Any) -> None:
+    if isinstance(module, nn.RNNBase):
+        setattr(module, key, value)  # which renews its list of weights
+    else:
+        module._parameters[key] = value
+
+
+def _param_dtypes(model: nn.Module, policies: Mapping[nn.Module, Any]) -> dict[nn.Module, torch.dtype]:
+    """Return the dtype that FSDP2 casts the parameters of each module to, by the innermost wrapped one around it."""
+    found: dict[nn.Module, torch.dtype | None] = {}
+    for path, module in model.named_modules():
+        parent = found.get(model.get_submodule(path.rpartition(".")[0])) if path else None
+        found[module] = policies[module].param_dtype if module in policies else parent
+    return {module: dtype for module, dtype in found.items() if dtype is not None}
+
+
+def _casting(module: nn.Module, policy: Any) -> list[Any]:
+    """Register the casts of inputs and outputs that FSDP2's own hooks make; return the handles."""
+    handles: list[Any] = []
+    if policy.cast_forward_inputs and policy.param_dtype is not None:
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: _cast((args, kwargs), policy.param_dtype), prepend=True, with_kwargs=True
+            )
+        )
+    if policy.output_dtype is not None:
+        handles.append(module.register_forward_hook(lambda _, __, outputs: _cast(outputs, policy.output_dtype)))
+    return handles
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(values, lambda t: t.to(dtype) if t.is_floating_point() else t)

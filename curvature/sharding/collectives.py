@@ -1,0 +1,91 @@
+"""Collectives that say what happened where they fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from curvature.errors import InputError, RankError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["COUNTS", "all_gather", "all_reduce", "apart", "explained", "reduce_scatter", "refuse_apart"]
+
+COUNTS = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
+"""How many collectives this process made with tensors that are held in parts."""
+
+
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a backend raises into an error that says what the ranks should look for.
+
+    Raises:
+        RankError: where a connection broke or time ran out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            "another rank of the process group ended, failed outside of this toolkit, or did not come to this call in "
+            f"time ({str(error).splitlines()[0][:200]}); all ranks must make the same calls. See what the others wrote."
+        ) from error
+
+
+_apart: ContextVar[bool] = ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Refuse sums over entries of sharded tensors: a rank walks over its own data, and others may have no more."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def refuse_apart() -> None:
+    """Raise InputError inside `apart`."""
+    if _apart.get():
+        raise InputError(
+            "ranks walk over different data, so nothing can be summed over the entries of a sharded tensor here: take "
+            "x.whole() before the walk."
+        )
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Return the sum, or another reduction, over the ranks; in place where x is contiguous."""
+    COUNTS["all_reduce"] += 1
+    x = x.contiguous()
+    with explained():
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the x of all ranks, of one shape, (ranks, ...)."""
+    COUNTS["all_gather"] += 1
+    found = x.new_empty(group.size(), *x.shape)
+    with explained():
+        _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
+    return found
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum over ranks of x[rank], for x of shape (ranks, ...)."""
+    COUNTS["reduce_scatter"] += 1
+    found = torch.empty_like(x[0])
+    with explained():
+        _REDUCE_SCATTER(found.view(-1), x.contiguous().view(-1), group=group)
+    return found

@@ -1,0 +1,334 @@
+"""Two processes that hold parts of a model, or of the data, compute what one with all of it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from curvature import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GGNOperator,
+    GradientCovarianceOperator,
+    HessianOperator,
+    Objective,
+    eigsh,
+    solve,
+)
+from curvature.linalg import diagonal, trace
+from curvature.objective.shift import gradient_at, loss_at
+from curvature.sharding.collectives import COUNTS
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import ShardedTensor, in_parts, whole
+from tests.checks import BATCHING_TOLERANCE, assert_close
+
+
+class Net(nn.Module):
+    """Widths that two ranks do not divide, a tied table, a scalar, normalisation and attention by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.norm = nn.LayerNorm(3)
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.table(tokens))
+        x = x + torch.softmax(x @ x.mT * self.scale, dim=-1) @ x
+        x = x + self.down(torch.tanh(self.up(x)))
+        return x[:, -1] @ self.table.weight.T
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 5, (7, 4), generator=generator)
+    y = torch.randint(0, 5, (7,), generator=generator)
+    return [(x[i : i + 2], y[i : i + 2]) for i in range(0, 7, 2)]
+
+
+def objective(model: nn.Module, data: Any, **settings: Any) -> Objective:
+    return Objective(model, nn.CrossEntropyLoss(), data, **settings)
+
+
+def values(o: Objective, *, more: bool = False) -> dict[str, Tensor]:
+    """Return what is compared; vectors that are multiplied are sharded where those of the objective are."""
+    n = o.num_params
+    X = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S = in_parts(X, o.sharding, 0)
+    loss, gradient = o.loss_and_gradient()
+    theta = o.space.current()
+    H, G = HessianOperator(o), GGNOperator(o)
+    layer = o.space.block(o.model.up, o.model)
+    named = o.space.block([o.model.down.weight], o.model)
+    found = {
+        **{"loss": loss, "gradient": gradient, "parameters": theta, "Hessian": H @ S, "of whole vectors": H @ X},
+        **{"Gauss-Newton": G @ S, "layer": H.restrict(layer) @ layer.take(S)},
+        **{"one parameter": H.restrict(named) @ named.take(S)},
+    }
+    if more:
+        pairs = eigsh(H, 2, rtol=1e-7, generator=0)
+        found |= {
+            **{"Fisher": FisherOperator(o) @ S, "empirical": EmpiricalFisherOperator(o) @ S},
+            **{"covariance": GradientCovarianceOperator(o) @ S, "values": pairs.eigenvalues},
+            **{"vectors": pairs.eigenvectors.square(), "trace": trace(G, num_matvecs=8, generator=1).value},
+            "signs": trace(H, method="hutchinson", num_matvecs=4, generator=1).value,
+            "diagonal": diagonal(H, method="hutchinson", num_matvecs=4, generator=1).value,
+            "solution": solve(G, gradient, damping=1.0, rtol=1e-10).x,
+            "elsewhere": torch.tensor(loss_at(o, theta + 0.1 * gradient).value),
+            "gradient elsewhere": gradient_at(o, theta + 0.1 * gradient)[1],
+        }
+    return {name: whole(value).double() for name, value in found.items()}
+
+
+# -- models in parts --------------------------------------------------------------------------------------------------
+
+
+def fully_sharded(rank: int) -> dict[str, Tensor]:
+    model = _fully_sharded()
+    o = objective(model, batches()[:1] if rank == 0 else batches()[1:])
+    found = values(o, more=True)
+    vector = o.gradient()
+    assert isinstance(vector, ShardedTensor)
+    assert vector.local.numel() < o.num_params
+    before = dict(COUNTS)
+    HessianOperator(o) @ vector
+    counts = {name: COUNTS[name] - before[name] for name in COUNTS}
+    assert counts == {"all_reduce": 0, "all_gather": 1, "reduce_scatter": 1}, counts
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    found["after a step"] = whole(HessianOperator(o) @ vector)
+    with torch.no_grad():
+        if rank == 0:  # what only this rank sees of a step
+            model.scale.to_local().mul_(2.0)
+    return {**found, "after a step on one rank": o.loss()}
+
+
+def _fully_sharded() -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model.up)
+    fully_shard(model)
+    return model
+
+
+def tensor_parallel(_: int) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = net()
+    plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return values(objective(model, batches()))
+
+
+def replicas(rank: int) -> dict[str, Tensor]:
+    model = nn.parallel.DistributedDataParallel(net())
+    return values(objective(model, batches()[:1] if rank == 0 else batches()[1:]))
+
+
+def stepped() -> Any:
+    model = net()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    return model
+
+
+def in_lower_precision(rank: int) -> dict[str, Tensor]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = net()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64))
+    o = objective(model, batches()[:1] if rank == 0 else batches()[1:])
+    return {"gradient": whole(o.gradient()), "Hessian": whole(HessianOperator(o) @ o.space.current())}
+
+
+def narrow(model: nn.Module, batch: Any) -> Any:
+    single = {name: p.float() for name, p in model.named_parameters()}
+    return torch.func.functional_call(model, single, (batch[0],)).double(), batch[1]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+class LocalHeads(Net):
+    """Divides by a number of units that depends on how it is split."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local: Any = self.up.weight
+        return super().forward(tokens) * (len(local.to_local()) if hasattr(local, "to_local") else len(local))
+
+
+def _local_heads(_: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = parallelize_module(LocalHeads().double(), init_device_mesh("cpu", (2,)), plan)
+    return objective(model, batches()).gradient()
+
+
+def _failing(rank: int) -> Any:
+    def forward(model: nn.Module, batch: Any) -> Any:
+        if rank == 1:
+            raise ValueError("no such file")
+        return model(batch[0]), batch[1]
+
+    model = nn.Linear(2, 2)
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+    o = Objective(model, nn.MSELoss(), (torch.ones(2, 2), torch.ones(2, 2)), forward=forward)
+    return HessianOperator(o) @ o.space.current()
+
+
+def _out_of_step(rank: int) -> Any:
+    o = objective(_fully_sharded(), batches())
+    return o.loss() if rank == 0 else eigsh(o, 1, generator=0)
+
+
+REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
+    "a forward that depends on the split": (_local_heads, "is not that of the plain one"),
+    "a rank that fails": (_failing, "no such file"),
+    "ranks at different calls": (_out_of_step, "different calls"),
+    "half a parameter": (lambda _: objective(_fully_sharded(), batches()).gradient()[:4], "cut a parameter"),
+    "an unknown operation": (lambda _: objective(_fully_sharded(), batches()).gradient().cumsum(0), "cumsum is not kn"),
+}
+
+
+def algebra(group: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return pairs of what an expression gives for sharded tensors and for whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(3)
+    shapes: list[tuple[tuple[int, ...], Any]] = [((9, 3), Shard(0)), ((1,), Shard(0)), ((4, 6), Shard(1))]
+    shapes += [((), Replicate())]
+    tensors = [distribute_tensor(torch.randn(s, generator=generator), mesh, [p]) for s, p in shapes]
+    layout = Layout.agreed(tensors, group)
+    n = layout.num_entries
+    X, Y = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
+    C = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    expressions: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "sum": lambda x, y: x + 2 * y / x.abs().clamp_min(0.5),
+        "with a whole": lambda x, _: x - X,
+        "products": lambda x, y: x.T @ y,
+        "combination": lambda x, _: x @ C,
+        "projection": lambda x, y: torch.addmm(x, y, y.T @ x, alpha=-1),
+        "norms": lambda x, _: x.norm(dim=0),
+        "largest": lambda x, _: torch.stack([*torch.aminmax(x), x.abs().amax()]),
+        "means": lambda x, y: torch.stack([x.mean(), (x * y).sum(), x.sum(dim=1).sum()]),
+        "rows": lambda x, y: torch.cat([x.T[1:], y.T[[0, 2]]]),
+        "tensors": lambda x, y: torch.cat([x[:27], y[27:28]]),
+        "dot": lambda x, y: (x[:, 0] @ y[:, 1])[None],
+        "batched": lambda x, y: x.T[:, None] @ y.T[:, :, None],
+        "triangle": lambda x, _: torch.linalg.qr(x)[1].abs(),
+        "orthonormal": lambda x, _: torch.linalg.qr(x)[0] @ torch.linalg.qr(x)[1],
+        "singular values": lambda x, _: torch.linalg.svd(x, full_matrices=False)[1],
+        "written": _written,
+    }
+    x, y = (ShardedTensor(layout.part(each, 0), layout, 0) for each in (X, Y))
+    found = {name: (whole(f(x, y)), f(X, Y)) for name, f in expressions.items()}
+    drawn = layout.drawn(lambda count: torch.randn(count, generator=generator), 3, torch.float32)
+    again = torch.Generator().manual_seed(3)
+    for s, _ in shapes:
+        torch.randn(s, generator=again)
+    torch.randn(2, n, 3, generator=again, dtype=torch.float64)
+    torch.randn(3, 3, generator=again, dtype=torch.float64)
+    found["draws"] = (ShardedTensor(drawn, layout).whole(), torch.randn(3, n, generator=again))
+    return found
+
+
+def _written(x: Tensor, y: Tensor) -> Tensor:
+    rows = x.clone().T.contiguous()
+    rows[0] = y[:, 0]
+    return rows
+
+
+# -- both processes ---------------------------------------------------------------------------------------------------
+
+CASES = {"fully sharded": fully_sharded, "tensor parallel": tensor_parallel, "replicas": replicas}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        mine: dict[str, Any] = {name: case(rank) for name, case in CASES.items()}
+        mine["lower precision"] = in_lower_precision(rank)
+        mine["algebra"] = algebra(dist.group.WORLD)
+        for name, (call, _) in REFUSED.items():
+            try:
+                call(rank)
+                mine[name] = "nothing was raised"
+            except Exception as error:
+                mine[name] = f"{type(error).__name__}: {error}"
+        torch.save(mine, f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    o = objective(net(), batches())
+    later = objective(stepped(), batches())
+    found = {**values(o, more=True), "after a step": HessianOperator(later) @ o.gradient()}
+    with torch.no_grad():
+        later.model.scale.mul_(2.0)
+    return {**found, "after a step on one rank": later.loss()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_equal_one_process(ranks: list[dict[str, Any]], alone: dict[str, Tensor], case: str) -> None:
+    for rank in ranks:
+        assert set(rank[case]) <= set(alone)
+        for what, value in rank[case].items():
+            tolerance = 1e-6 if what in ("values", "vectors", "solution") else BATCHING_TOLERANCE
+            assert_close(value, alone[what].double(), tolerance)
+
+
+def test_casts_of_a_precision_policy_are_in_the_graph(ranks: list[dict[str, Any]]) -> None:
+    o = Objective(net(), nn.CrossEntropyLoss(), batches(), forward=narrow)
+    wide = objective(net(), batches())
+    for rank in ranks:
+        assert_close(rank["lower precision"]["gradient"], o.gradient(), 1e-6)
+        assert_close(rank["lower precision"]["Hessian"], HessianOperator(o) @ o.space.current(), 1e-5)
+        assert float((rank["lower precision"]["gradient"] - wide.gradient()).norm()) > 1e-9
+
+
+def test_algebra_of_parts_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, (of_parts, of_whole) in rank["algebra"].items():
+            assert of_parts.shape == of_whole.shape, name
+            assert float((of_parts - of_whole).abs().max()) <= 1e-12 * max(1.0, float(of_whole.abs().max())), name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nothing_wrong_is_answered(ranks: list[dict[str, Any]], name: str) -> None:
+    for rank in ranks:
+        assert REFUSED[name][1] in rank[name], rank[name]
