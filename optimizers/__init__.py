@@ -17,6 +17,7 @@ from optimizers.newton.pointwise import PointwiseResiduals
 from optimizers.newton.saddle_free import SaddleFreeNewton
 from optimizers.newton.sketchy_newton import SketchyNewton
 from optimizers.newton.trust_region_newton import TrustRegionNewton
+from optimizers.shared.sharded import Sharded
 
 __all__ = [
     "ESGD",
@@ -34,6 +35,7 @@ __all__ = [
     "PointwiseResiduals",
     "RadiusRule",
     "SaddleFreeNewton",
+    "Sharded",
     "SketchyNewton",
     "Sophia",
     "StrongWolfe",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from curvature.autograd.backward import dtypes_of_graph
 from curvature.autograd.lean import LeanLayers
-from curvature.data.tensors import move_batch, tensors_in
+from curvature.data.tensors import tensors_in
 from curvature.environment import autocast
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.one_matrix import in_use, note_use
@@ -34,7 +34,6 @@ from curvature.losses.rules import loss_rule
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.moving import moving_module
-from curvature.objective.shards import Shards
 
 if TYPE_CHECKING:
     from curvature.engine.linearize import Linearization
@@ -134,8 +133,9 @@ class Freshness:
         self._looked = time.perf_counter()
         self._look_cost, self._versions = self._looked - start, self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
-        if (shards := self._objective.shards) is not None and self._gathered(shards, what):
-            what = what or ([] if self._point is None else ["parameters that other ranks hold"])
+        first, shards = self._point is None, self._objective.shards
+        if shards is not None and shards.follow(self._objective, moved=bool(what) or first) and not first:
+            what = what or ["parameters that other ranks hold"]
         if what:
             self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
         elif len(self._objective.kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:
@@ -143,20 +143,6 @@ class Freshness:
         if self._point is None:
             self._objective._space.verify()
             self._point = now
-
-    def _gathered(self, shards: Shards, what: list[str]) -> bool:
-        """Gather the parameters where they moved on any rank; all ranks look together."""
-        ranks = self._objective.ranks
-        assert ranks is not None
-        stays = shards.pinned or not (what or shards.stale() or self._point is None)
-        if ranks.everywhere(stays, "a look at the parameters"):
-            return False
-        shards.gather()
-        if not shards.compared():
-            batch = next((batch for _, _, batch in self._objective.source), None)
-            if ranks.everywhere(batch is not None, "the first batch"):
-                shards.compare(self._objective.evaluator, move_batch(batch, self._objective.device), ranks.agree)
-        return True
 
     def _present_versions(self) -> tuple[int, ...]:
         return tuple(version(t) for t in self._watched())

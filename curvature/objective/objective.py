@@ -140,8 +140,8 @@ class Objective:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: no graphs, which are built again."""
-        if self.process_group is not None:
-            raise InputError("an objective with process_group= cannot be copied or pickled; build it on each rank.")
+        if self.ranks is not None:
+            raise InputError("an objective of several ranks cannot be copied or pickled; build it on each rank.")
         return {key: value for key, value in self.__dict__.items() if key not in ("kept", "freshness")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -258,6 +258,20 @@ class RankAgreement:
             self._point = (mark, _point_digests(objective))
         return self._point[1]
 
+    def same_data(self, place: int, digest: int) -> None:
+        """Refuse to go on where ranks at one place among those with different data differ in their first batch."""
+        every: list[Any] = [None] * self.group.size()
+        with explained():
+            dist.all_gather_object(every, (place, digest), group=self.group)
+        for here in {p for p, _ in every}:
+            digests = {r: d for r, (p, d) in enumerate(every) if p == here}
+            if len(set(digests.values())) > 1:
+                raise _told(
+                    f"ranks {', '.join(map(str, digests))} hold parts of one model for the same data, and differ in "
+                    "their first batch. Give the same batches, in the same order, to all ranks of a tensor-parallel "
+                    "mesh."
+                )
+
     def everywhere(self, flag: bool, call: str = "") -> bool:
         """Whether something holds on all ranks; with `call`, compared as what they are at."""
         if call:

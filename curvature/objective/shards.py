@@ -15,15 +15,16 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvature.data.tensors import map_tensors
+from curvature.data.tensors import map_tensors, move_batch, tensors_in
 from curvature.errors import CheckFailedError, InputError
 from curvature.fingerprints.digest import version
+from curvature.fingerprints.portable import content
 from curvature.parameters import Block, ParameterSpace, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor
@@ -31,6 +32,7 @@ from curvature.sharding.tensors import ShardedTensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from curvature.data.batches import DataSource
     from curvature.engine.evaluation import Evaluator
 
 __all__ = ["Shards", "WholeSpace", "is_part", "space_of", "spread"]
@@ -91,6 +93,17 @@ def _group_of(mesh: Any) -> ProcessGroup:
         return dist.group.WORLD
     flat: ProcessGroup = mesh._flatten().get_group()
     return flat
+
+
+class Followed(Protocol):
+    """What is asked of an objective whose parameters are followed."""
+
+    evaluator: Evaluator
+    source: DataSource
+    device: torch.device
+
+    @property
+    def ranks(self) -> Any: ...
 
 
 class WholeSpace(ParameterSpace):
@@ -230,6 +243,36 @@ class Shards:
             leaf.data.copy_(whole.view(leaf.shape))
         self._seen = self._versions()
 
+    def follow(self, objective: Followed, *, moved: bool) -> bool:
+        """Gather anew if the parameters moved on any rank; all ranks look together. Say whether they did.
+
+        Raises:
+            RankError: if ranks that must hold the same data do not.
+            CheckFailedError: from `compare`, which comes before the first product.
+        """
+        ranks = objective.ranks
+        assert ranks is not None
+        if ranks.everywhere(self.pinned or not (moved or self.stale()), "a look at the parameters"):
+            return False
+        self.gather()
+        batch = next((batch for _, _, batch in objective.source), None)
+        ranks.agree("reading the first batch")
+        if self.data is None or self.data.size() < self.group.size():
+            place = 0 if self.data is None else self.data.rank()
+            ranks.same_data(place, content(tensors_in(batch)))
+        has_hooks = any(map(_is_of_torch, _hooks(self.model)))
+        if has_hooks and self.model not in _COMPARED and ranks.everywhere(batch is not None, "the first batch"):
+            self.compare(objective.evaluator, move_batch(batch, objective.device), ranks.agree)
+        return True
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write this rank's parts of the leaves, alike on every rank, into the model's parameters."""
+        for i, (name, leaf) in enumerate(self.leaves.items()):
+            part = self.present(name)
+            part.copy_(self.layout.of([i]).part(leaf.detach().reshape(1, -1)).view(part.shape))
+        self._seen = self._versions()
+
     # -- standing in --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -267,10 +310,6 @@ class Shards:
         """Return the dtypes that FSDP2 casts parameters to."""
         policies = {module: state._mp_policy for module, state in _fsdp_states(self.model).items()}
         return set(_param_dtypes(self.model, policies).values())
-
-    def compared(self) -> bool:
-        """Whether there is nothing to compare: no hook of torch's, or the loss of this model was."""
-        return self.model in _COMPARED or not any(map(_is_of_torch, _hooks(self.model)))
 
     def compare(self, evaluator: Evaluator, batch: Any, agree: Callable[[str], Any]) -> None:
         """Compare the loss of the plain model with the model's own on a batch, once a model. All ranks do so together.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.losses.rules import LossRule, loss_rule
+from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import ClosureRecorder
 
 if TYPE_CHECKING:
@@ -110,6 +111,11 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _validate(self, group: Group) -> None:
         """Check the settings of one group."""
         for p in group["params"]:
+            if is_part(p):
+                raise InputError(
+                    "these parameters are DTensors, of which each rank holds a part: call optimizers.Sharded(model, "
+                    f"{type(self).__name__}, ...) with the model instead."
+                )
             if p.is_complex() or not p.is_floating_point():
                 raise InputError(
                     f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."

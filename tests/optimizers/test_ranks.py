@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from curvature.errors import CheckFailedError, RankError
-from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sophia, TrustRegionNewton
+from curvature.errors import CheckFailedError, InputError, RankError
+from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sharded, Sophia, TrustRegionNewton
 
 pytestmark = pytest.mark.xdist_group("ranks of optimizers")  # one pair of processes for all
 STEPS = 6
@@ -168,6 +169,33 @@ def refused(name: str, what: str, rank: int, group: Any) -> str:
     return "taken"
 
 
+IN_PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdaHessian": (AdaHessian, {"lr": 0.1}),
+    "Sophia": (Sophia, {"lr": 0.05, "curvature": "hessian-diagonal"}),
+    "SASSHA": (SASSHA, {"lr": 0.1}),
+    "NewtonCG": (NewtonCG, {}),
+}
+
+
+def in_parts(name: str, rank: int | None) -> Tensor:
+    """Return the parameters after some steps: of a model in parts on two ranks, or on one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, (method, settings) = Model().net, IN_PARTS[name]
+    x, y = data()
+    rows = slice(12) if rank is None else slice(6 * rank, 6 * rank + 6)
+    if rank is not None:
+        fully_shard(model[0])
+        fully_shard(model)
+        with pytest.raises(InputError, match=r"optimizers\.Sharded"):
+            method(model.parameters(), **settings)
+    optimizer = method(model.parameters(), **settings) if rank is None else Sharded(model, method, **settings)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(x[rows]), y[rows]))
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().reshape(-1) for p in whole])
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -182,6 +210,7 @@ def work(rank: int, folder: str) -> None:
         results |= {f"{n}, {what}": refused(n, what, rank, group) for n in UNEQUAL for what in DIFFERENT}
         results["misuse"] = ddp_misuse(group)
         results["sampled"] = sampled(group)
+        results |= {f"{name}, in parts": in_parts(name, rank) for name in IN_PARTS}
         torch.save(results, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -247,6 +276,12 @@ def test_micro_batches_of_all_ranks_draw_apart() -> None:
             draws.add(round(float(total - before), 12))
             before = total
     assert len(draws) == 9
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_a_model_in_parts_takes_the_steps_of_one_process(two_ranks: list[dict[str, Any]], name: str) -> None:
+    for results in two_ranks:
+        torch.testing.assert_close(results[f"{name}, in parts"], in_parts(name, None), rtol=1e-9, atol=1e-12)
 
 
 def test_errors_say_what_to_call(two_ranks: list[dict[str, Any]]) -> None:

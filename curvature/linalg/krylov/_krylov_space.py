@@ -49,6 +49,8 @@ class KrylovSpace:
     ) -> None:
         self.A, self.generator, self._place = A, generator, place
         self._sharding = getattr(A, "sharding", None)
+        if self._sharding is not None and A.device.type != "cpu" and place != A.device:
+            raise InputError("a basis of sharded vectors is held where they are; leave basis_device out.")
         self.dtype = working_dtype(A)
         self.n = int(A.shape[0])
         self.num_known = known.shape[1]

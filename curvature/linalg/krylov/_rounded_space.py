@@ -41,6 +41,8 @@ def check_basis_dtype(A: MatrixLike, basis_dtype: torch.dtype | None) -> torch.d
     if basis_dtype not in _DTYPES or torch.promote_types(basis_dtype, dtype) != dtype:
         allowed = ", ".join(str(d) for d in _DTYPES if torch.promote_types(d, dtype) == dtype)
         raise InputError(f"basis_dtype must be one of {allowed}, no wider than what is computed in, got {basis_dtype}.")
+    if basis_dtype != dtype and getattr(A, "sharding", None) is not None:
+        raise InputError("a basis of sharded vectors is held in the working dtype; leave basis_dtype out.")
     return basis_dtype
 
 

@@ -202,8 +202,18 @@ def _out_of_step(rank: int) -> Any:
     return o.loss() if rank == 0 else eigsh(o, 1, generator=0)
 
 
+def _other_data(rank: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = parallelize_module(net(), init_device_mesh("cpu", (2,)), plan)
+    return objective(model, batches()[rank:]).gradient()
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     "a forward that depends on the split": (_local_heads, "is not that of the plain one"),
+    "other data on a tensor-parallel rank": (_other_data, "differ in their first batch"),
     "a rank that fails": (_failing, "no such file"),
     "ranks at different calls": (_out_of_step, "different calls"),
     "half a parameter": (lambda _: objective(_fully_sharded(), batches()).gradient()[:4], "cut a parameter"),

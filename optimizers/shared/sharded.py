@@ -1,0 +1,76 @@
+"""Optimizers of models whose parameters lie in parts on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvature.arguments import checked
+from curvature.errors import InputError
+from curvature.objective.shards import spread
+
+__all__ = ["Sharded"]
+
+
+class Sharded:
+    """An optimizer of this package on a model that `fully_shard` or tensor parallelism has split, as it is.
+
+    A step gathers whole parameters, lets the optimizer take its step on them, its gradients and curvature averaged over
+    the ranks that hold different data, and writes each rank's part back. So the update is that of one process. The
+    optimizer's state is whole on every rank: two vectors for `AdaHessian`, beside parameters and gradient.
+
+    Args:
+        model: as `curvature.Objective` takes it. Closures call it as usual.
+        method: the optimizer, e.g. `AdaHessian`; called with the parameters, `process_group=` and the settings.
+        settings: of the optimizer.
+
+    Attributes:
+        inner: the optimizer, for schedulers and for its state.
+
+    Raises:
+        InputError: for a model that is not split; give its parameters to the optimizer itself.
+
+    Example:
+        >>> from torch.distributed.fsdp import fully_shard
+        >>> model = fully_shard(model)  # doctest: +SKIP
+        >>> optimizer = Sharded(model, AdaHessian, lr=0.1)  # doctest: +SKIP
+        >>> loss = optimizer.step(lambda: loss_of(model(x), y))  # doctest: +SKIP
+    """
+
+    @checked
+    def __init__(self, model: nn.Module, method: Callable[..., torch.optim.Optimizer], **settings: Any) -> None:
+        _, shards, data = spread(model, settings.pop("process_group", None))
+        if shards is None:
+            raise InputError(
+                "the model is not sharded: give its parameters to the optimizer itself, with process_group= where "
+                "ranks hold different data."
+            )
+        self._shards = shards
+        trained = [leaf for leaf in shards.leaves.values() if leaf.requires_grad]
+        self.inner = method(trained, process_group=data, **settings)
+
+    def step(self, closure: Callable[[], Any], **settings: Any) -> Tensor | None:
+        """Take one step, all ranks together, and return what the optimizer's `step` returns.
+
+        Where it raises, the parameters stay as they were.
+        """
+        self._shards.gather()
+        with self._shards.installed():
+            loss: Tensor | None = self.inner.step(closure, **settings)  # type: ignore[assignment] # or a number
+        self._shards.write()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the optimizer's gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, whole and alike on every rank."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that `state_dict` returned, for any number of ranks."""
+        self.inner.load_state_dict(state)
