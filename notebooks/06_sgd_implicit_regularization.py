@@ -42,7 +42,8 @@ from analysis import (
     plot_penalty_by_batch_size,
     plot_training,
 )
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.bundled import BUNDLED
+from analysis.tasks.digits import load_digits
 from benchmarks.regularization.bench import LEVELS, QUANTITIES, plot, recovery
 from curvature import Objective
 

@@ -32,7 +32,8 @@ class Request(Plan):
     """Which model to measure, on what, and how it was asked for."""
 
     task: str = setting(
-        flag="TASK", text="A bundled name (digits-cnn, digits-mlp), file.py:function or package.module:function."
+        flag="TASK",
+        text="A bundled name (digits-cnn, digits-mlp, text-gpt), file.py:function or package.module:function.",
     )
     checkpoint: Path | None = setting(
         None,

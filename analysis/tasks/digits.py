@@ -1,4 +1,4 @@
-"""The bundled tasks: small networks trained to convergence on the handwritten digits that scikit-learn ships.
+"""Networks for the handwritten digits that scikit-learn ships, and the digits.
 
 1797 images of 8 x 8 pixels, ten classes (Alpaydin and Kaynak 1998, UCI repository). Pixels are divided by 16, their
 largest value, and nothing else: no statistic of the data enters. The split is fixed and stratified: in the order of the
@@ -7,60 +7,15 @@ file, every fifth image of each class is for testing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from curvature.errors import TaskError
 
-__all__ = [
-    "BUNDLED",
-    "UNTRAINED",
-    "Bundled",
-    "Recipe",
-    "half_squared_error",
-    "load_digits",
-    "untrained_tanh",
-]
+__all__ = ["UNTRAINED", "half_squared_error", "load_digits", "make_cnn", "make_mlp", "untrained_tanh"]
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NUM_CLASSES = 10
 TEST_EVERY = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a bundled model was trained; see `analysis.tasks.train`."""
-
-    epochs: int
-    """Of SGD with momentum, the learning rate falling to 0 along half a cosine."""
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    """lambda in L + (lambda / 2) |theta|^2, on all parameters."""
-    batch_size: int
-    frozen_epochs: int = 0
-    """Of further SGD with batch normalisation in eval mode."""
-    frozen_learning_rate: float = 0.0
-    polish_tolerance: float | None = None
-    """Where a final full-batch L-BFGS in float64 stops: |gradient of L + (lambda / 2) |theta|^2|; None skips it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bundled:
-    """A bundled task before its checkpoint is loaded."""
-
-    name: str
-    description: str
-    make_model: Callable[[], nn.Module]
-    recipe: Recipe
-
-    @property
-    def checkpoint(self) -> Path:
-        return CHECKPOINTS / f"{self.name}.pt"
 
 
 def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -93,7 +48,8 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def _make_cnn() -> nn.Module:
+def make_cnn() -> nn.Module:
+    """Return three convolutions with batch normalisation and a linear layer."""
     model = nn.Sequential()
     model.add_module("block1", _convolution(1, 16))
     model.add_module("block2", _convolution(16, 32))
@@ -105,7 +61,8 @@ def _make_cnn() -> nn.Module:
     return model
 
 
-def _make_mlp() -> nn.Module:
+def make_mlp() -> nn.Module:
+    """Return a 64-10-10-10 tanh network."""
     model = nn.Sequential()
     model.add_module("flatten", nn.Flatten())
     model.add_module("hidden1", nn.Linear(64, 10))
@@ -114,40 +71,6 @@ def _make_mlp() -> nn.Module:
     model.add_module("tanh2", nn.Tanh())
     model.add_module("classifier", nn.Linear(10, NUM_CLASSES))
     return model
-
-
-BUNDLED: dict[str, Bundled] = {
-    task.name: task
-    for task in (
-        Bundled(
-            name="digits-cnn",
-            description="Three convolutions with batch normalisation and ReLU, trained on 8 x 8 handwritten digits.",
-            make_model=_make_cnn,
-            recipe=Recipe(
-                epochs=60,
-                learning_rate=0.1,
-                momentum=0.9,
-                weight_decay=5e-4,
-                batch_size=64,
-                frozen_epochs=20,
-                frozen_learning_rate=0.01,
-            ),
-        ),
-        Bundled(
-            name="digits-mlp",
-            description="A 64-10-10-10 tanh network at a minimum of its regularised loss on 8 x 8 handwritten digits.",
-            make_model=_make_mlp,
-            recipe=Recipe(
-                epochs=200,
-                learning_rate=0.1,
-                momentum=0.9,
-                weight_decay=1e-3,
-                batch_size=64,
-                polish_tolerance=1e-6,
-            ),
-        ),
-    )
-}
 
 
 UNTRAINED = "digits-tanh"

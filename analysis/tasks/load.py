@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from analysis.tasks.bundled import BUNDLED
 from analysis.tasks.checkpoint import Checkpoint, load_checkpoint
-from analysis.tasks.digits import BUNDLED, UNTRAINED, half_squared_error, load_digits, untrained_tanh
+from analysis.tasks.digits import UNTRAINED, half_squared_error, untrained_tanh
 from analysis.tasks.task import Task
 from curvature import Objective
 from curvature.errors import TaskError
@@ -30,7 +31,7 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """Return the task that a reference names.
 
     Args:
-        reference: a bundled name (`digits-cnn`, `digits-mlp`, or `digits-tanh`, which is to be trained), or
+        reference: a bundled name (`digits-cnn`, `digits-mlp`, `text-gpt`, or `digits-tanh`, which is to be trained), or
             `file.py:function` or `package.module:function`, a function without arguments that returns a `Task` or a
             `curvature.Objective`. It is executed.
         checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's: a file
@@ -80,7 +81,7 @@ def _loaded(task: Task, path: Path, checkpoint: Checkpoint) -> Task:
 
 def _bundled(name: str, checkpoint: Path | str | None, key: str | None) -> Task:
     bundled = BUNDLED[name]
-    train_data, test_data = load_digits()
+    train_data, test_data = bundled.load_data()
     with torch.random.fork_rng(devices=[]):  # the initialisation that the checkpoint overwrites draws random numbers
         model = bundled.make_model().eval()
     path = bundled.checkpoint if checkpoint is None else Path(checkpoint)

@@ -1,8 +1,8 @@
 """Train a bundled task and write its checkpoint: `python -m analysis.tasks.train digits-cnn`.
 
-Three phases, each for what it leaves behind; their settings are in `analysis.tasks.digits`:
+Three phases, each for what it leaves behind; their settings are in `analysis.tasks.bundled`:
 
-1. SGD with momentum, the learning rate falling to 0 along half a cosine.
+1. SGD with momentum, or AdamW, the learning rate falling to 0 along half a cosine.
 2. With batch normalisation: its running statistics are set to those of the whole training set, and SGD goes on in eval
    mode, so that the point is a minimum of the function that is inspected.
 3. Where asked for: L-BFGS on all data at once, in float64, to a stationary point of the regularised loss.
@@ -25,20 +25,19 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from analysis.tasks.bundled import BUNDLED, Data, Recipe
 from analysis.tasks.checkpoint import save_checkpoint
-from analysis.tasks.digits import BUNDLED, Recipe, load_digits
 
 __all__ = ["main", "train"]
 
 SEED = 0
-Pair = tuple[Tensor, Tensor]
 
 
 def train(name: str, out: Path, *, recipe: Recipe | None = None) -> dict[str, Any]:
     """Train a bundled model from scratch, write its checkpoint to `out`, and return the metadata stored with it."""
     bundled = BUNDLED[name]
     recipe = bundled.recipe if recipe is None else recipe
-    train_data, test_data = load_digits()
+    train_data, test_data = bundled.load_data()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = bundled.make_model()
@@ -55,7 +54,7 @@ def train(name: str, out: Path, *, recipe: Recipe | None = None) -> dict[str, An
 
     metadata = {
         "task": name,
-        "split": "stratified: every fifth image of each class, in the order of the file, is for testing",
+        "split": bundled.split,
         "num_train": len(train_data[1]),
         "num_test": len(test_data[1]),
         "num_params": sum(p.numel() for p in model.parameters()),
@@ -70,11 +69,14 @@ def train(name: str, out: Path, *, recipe: Recipe | None = None) -> dict[str, An
 
 
 def _descend(
-    model: nn.Module, data: Pair, recipe: Recipe, epochs: int, rate: float, generator: torch.Generator
+    model: nn.Module, data: Data, recipe: Recipe, epochs: int, rate: float, generator: torch.Generator
 ) -> None:
-    """SGD with momentum and weight decay, without replacement, the learning rate falling along half a cosine."""
+    """SGD with momentum, or AdamW, without replacement, the learning rate falling along half a cosine."""
     inputs, labels = data
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    params, decay = list(model.parameters()), recipe.weight_decay
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=decay)
+    if recipe.momentum is not None:
+        optimizer = torch.optim.SGD(params, lr=rate, momentum=recipe.momentum, weight_decay=decay)
     steps = epochs * math.ceil(len(labels) / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for _ in range(epochs):
@@ -101,7 +103,7 @@ def _set_batch_statistics(model: nn.Module, inputs: Tensor) -> None:
         norm.momentum = momentum
 
 
-def _polish(model: nn.Module, data: Pair, weight_decay: float, tolerance: float) -> None:
+def _polish(model: nn.Module, data: Data, weight_decay: float, tolerance: float) -> None:
     """Run L-BFGS in float64 until |gradient of L + (weight_decay / 2) |theta|^2| <= tolerance."""
     model.double()
     inputs, labels = data[0].double(), data[1]
@@ -136,7 +138,7 @@ def _polish(model: nn.Module, data: Pair, weight_decay: float, tolerance: float)
     model.float()
 
 
-def _evaluate(model: nn.Module, data: Pair) -> dict[str, float]:
+def _evaluate(model: nn.Module, data: Data) -> dict[str, float]:
     """Return loss, accuracy and gradient norm of the loss (without weight decay), in eval mode."""
     inputs, labels = data
     outputs = model(inputs)

@@ -102,7 +102,8 @@ def _accuracy(inputs: Tensor, targets: Tensor) -> Callable[[nn.Module], float]:
 
 def _digits(name: str, *, num_images: int, batch_size: int, steps: int) -> Callable[[], TrainingProblem]:
     def make() -> TrainingProblem:
-        from analysis.tasks.digits import BUNDLED, load_digits
+        from analysis.tasks.bundled import BUNDLED
+        from analysis.tasks.digits import load_digits
 
         (images, labels), test = load_digits()
         model = BUNDLED["digits-cnn"].make_model()

@@ -37,7 +37,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from analysis.show.drawing import Colors, decade_ticks
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.bundled import BUNDLED
+from analysis.tasks.digits import load_digits
 from analysis.training.gradient_penalty import GradientPenalty
 from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
 from benchmarks.common.suite import Rows, command, stored

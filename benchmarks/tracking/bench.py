@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.bundled import BUNDLED
+from analysis.tasks.digits import load_digits
 from benchmarks.common.suite import Rows, command
 from benchmarks.common.trained import make_trained
 from curvature import HessianOperator, Objective

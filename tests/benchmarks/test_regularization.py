@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.bundled import BUNDLED
+from analysis.tasks.digits import load_digits
 from benchmarks.regularization.bench import BATCH, LEVELS, RESULTS, WAYS, at_loss, plot, recovery, train
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from analysis.implicit.backward_error import Orders, backward_error
 from analysis.implicit.smoothness import kinks
-from analysis.tasks.digits import BUNDLED, load_digits
+from analysis.tasks.bundled import BUNDLED
+from analysis.tasks.digits import load_digits
 from curvature import Objective
 from curvature.errors import InputError
 

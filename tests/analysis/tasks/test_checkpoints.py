@@ -282,7 +282,7 @@ def test_damaged_files_are_refused_or_exact(tmp_path: Path) -> None:
 
 
 def test_odd_metadata_reach_the_record(tmp_path: Path) -> None:
-    from analysis.tasks.digits import BUNDLED
+    from analysis.tasks.bundled import BUNDLED
 
     state = torch.load(BUNDLED["digits-mlp"].checkpoint, weights_only=True)["state_dict"]
     odd: dict[Any, Any] = {"a": {1, 2}, "b": b"x", "c": 1j, 3: torch.zeros(2), "d": "\ud800", "e": 10**500}
@@ -310,7 +310,7 @@ def test_odd_metadata_reach_the_record(tmp_path: Path) -> None:
 def test_keys_on_the_command_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from analysis.tasks.digits import BUNDLED
+    from analysis.tasks.bundled import BUNDLED
 
     monkeypatch.chdir(tmp_path)
     state = torch.load(BUNDLED["digits-mlp"].checkpoint, weights_only=True)["state_dict"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import math
 import sys
 import textwrap
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from analysis.tasks import BUNDLED, Task, load_task
+from analysis.tasks.bundled import Recipe
 from analysis.tasks.checkpoint import load_checkpoint, save_checkpoint
-from analysis.tasks.digits import Recipe, load_digits
+from analysis.tasks.digits import load_digits
+from analysis.tasks.text import CONTEXT, VOCABULARY, load_text
 from analysis.tasks.train import train
 from curvature import HessianOperator, Objective
 from curvature.errors import CheckpointError, CurvatureError, TaskError
@@ -206,7 +209,7 @@ def test_moved_copy_leaves_the_task_alone() -> None:
     ("reference", "message"),
     [
         ("digit-cnn", r"no bundled task is called 'digit-cnn' \(did you mean digits-cnn or digits-tanh\?\)"),
-        ("zebra", r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, digits-tanh, file.py:function"),
+        ("zebra", r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, text-gpt, digits-tanh, file.py:function"),
         ("my_task.py", "no bundled task is called 'my_task.py'"),
         (":task", "names no function"),
         ("my_task.py:", "names no function"),
@@ -306,3 +309,21 @@ def test_bad_checkpoint(stored: Any, message: str, tmp_path: Path) -> None:
 def test_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder"):
         load_task("digits-mlp", tmp_path)
+
+
+def test_texts_are_the_same_everywhere() -> None:
+    (words, following), (test_words, _) = load_text()
+    assert words.shape == following.shape == (768, CONTEXT)
+    assert torch.equal(words[:, 1:], following[:, :-1])
+    assert hashlib.sha256(torch.cat([words, test_words]).numpy().tobytes()).hexdigest()[:16] == "766d2c70cb244309"
+    sentence = [VOCABULARY[i] for i in words[0]]
+    assert sentence[:4] == ["it (plural)", "verb 3.3 (plural)", "the (plural)", "noun 3.0 (plural)"]
+
+
+def test_the_gpt_knows_more_of_the_next_word_than_its_frequency() -> None:
+    task = load_task("text-gpt")
+    (_, y), (x_test, y_test) = load_text()
+    frequencies = torch.bincount(y.flatten(), minlength=len(VOCABULARY)) + 1.0
+    with torch.no_grad():
+        found = float(nn.functional.cross_entropy(task.model(x_test), y_test))
+    assert found < float(-(frequencies / frequencies.sum()).log()[y_test].mean()) - 1.0
