@@ -1,24 +1,31 @@
 """The curvature of pretrained models that packages ship, by the command: `python -m benchmarks.pretrained.bench`.
 
-Needs the packages of requirements/pretrained.txt. Each model is inspected in a process of its own, without its layers.
+Needs the packages of requirements/pretrained.txt. Each model is inspected in a process of its own, without its layers;
+`--layers` takes the traces of MiniLM's parts instead, into rows of their own.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 from analysis import load_run
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
 from analysis.show.wording import quantity
+from analysis.tasks.task import Task
 from benchmarks.common.processes import ROOT
 from benchmarks.common.suite import Row, Rows, command
-from benchmarks.pretrained.tasks import TASKS
+from benchmarks.pretrained.tasks import TASKS, minilm
+from curvature import HessianOperator
 
-__all__ = ["main", "pretrained_table", "row_of"]
+__all__ = ["main", "minilm_parts", "pretrained_table", "row_of", "traces_of_parts"]
 
 TIMEOUT_SECONDS = 3600
 OPTIONS = {"minilm": ("--no-check", "--k", "3", "--num-bottom", "1", "--num-steps", "8")}
@@ -56,6 +63,44 @@ def measure(name: str, folder: Path) -> Row:
     return row_of(name, folder)
 
 
+def traces_of_parts(task: Task, parts: Mapping[str, str | Sequence[str]], num_probes: int) -> list[Row]:
+    """Return a row for each part of a model: the trace of its diagonal block of the Hessian, from shared products.
+
+    Args:
+        task: the model and its data.
+        parts: name -> which parameters.
+        num_probes: vectors of random signs z, one product each: E z'Hz over the entries of a part is its trace.
+    """
+    objective = task.objective()
+    blocks = {name: objective.space.block(selection, task.model) for name, selection in parts.items()}
+    H, signs, samples = HessianOperator(objective), torch.Generator().manual_seed(0), []
+    start = time.monotonic()
+    for _ in range(num_probes):
+        z = torch.randint(0, 2, (objective.num_params,), generator=signs).to(objective.dtype) * 2 - 1
+        both = z * (H @ z)
+        samples.append(torch.stack([block.take(both).double().sum() for block in blocks.values()]))
+    found = torch.stack(samples)
+    known = {"model": task.name, "products": num_probes, "seconds": time.monotonic() - start}
+    values = zip(blocks.items(), found.mean(0).tolist(), (found.std(0) / num_probes**0.5).tolist(), strict=True)
+    return [
+        {**known, "part": name, "num_params": block.num_params, "trace": value, "trace_stderr": stderr}
+        for (name, block), value, stderr in values
+    ]
+
+
+def minilm_parts() -> dict[str, str | Sequence[str]]:
+    """Return the parts of MiniLM by name."""
+    parts: dict[str, str | Sequence[str]] = {
+        "table of words": "*word_embeddings.*",
+        "places and types": ["*position_embeddings.*", "*token_type_embeddings.*"],
+    }
+    for i in range(6):
+        layer = f"*layer.{i}."
+        parts[f"attention {i + 1}"] = [f"{layer}attention.self.*", f"{layer}attention.output.dense.*"]
+        parts[f"MLP {i + 1}"] = [f"{layer}intermediate.*", f"{layer}output.dense.*"]
+    return {**parts, "norms": "*LayerNorm.*"}
+
+
 def pretrained_table(rows: list[Row]) -> str:
     """Return the Markdown table."""
     heads = ["model", "parameters", "largest λ", "trace", "effective condition", "negative", "products"]
@@ -76,7 +121,13 @@ def main() -> None:
     """Measure what the command line selects and write the rows."""
     parser = command("pretrained", __doc__)
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--layers", action="store_true", help="traces of the parts of MiniLM (2 minutes)")
     a = parser.parse_args()
+    if a.layers:
+        with Rows(a.out.with_name("pretrained_layers.json"), ("model", "part"), len(minilm_parts())) as rows:
+            for row in traces_of_parts(minilm(), minilm_parts(), 16):
+                rows.add(row, said=f"{row['part']}: {row['trace']:.3g} +- {row['trace_stderr']:.2g}")
+        return
     with Rows(a.out, ("model",), len(a.models)) as rows:
         for name in a.models:
             rows.begin(name)
