@@ -19,4 +19,4 @@ def test_traces_of_parts_are_those_of_diagonal_blocks() -> None:
     for row, places in zip(rows, (slice(24), [*range(20), *range(24, 36)]), strict=True):
         assert row["num_params"] == len(diagonal[places])
         assert abs(row["trace"] - float(diagonal[places].sum())) < 5 * row["trace_stderr"]
-        assert 0 < row["trace_stderr"] < 0.2 * abs(row["trace"])
+        assert 0 < row["trace_stderr"] < 0.5 * abs(row["trace"])
