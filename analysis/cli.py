@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -81,7 +82,13 @@ def main() -> None:
     open_closed_streams()
     ends_as_interrupt()
     try:
-        app(prog_name="curvature")
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            app(prog_name="curvature")
+        else:
+            from analysis.run.processes import of_torchrun
+
+            with of_torchrun(sys.argv[1:]) as arguments:
+                app(arguments, prog_name="curvature")
     except KeyboardInterrupt:  # before or after the command's own handler
         sys.exit(130)
 

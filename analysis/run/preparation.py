@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.records.plain import plain_values
 from analysis.records.plan import Plan, setting
+from analysis.run.processes import share
 from analysis.run.record import now, versions
 from analysis.show.listener import Listener
 from analysis.show.wording import count
@@ -82,6 +83,7 @@ class Prepared:
 
     def record(self, request: Request) -> dict[str, Any]:
         """Return the fields of `analysis.run.record.Record` but `settings`."""
+        shared = self.task.prepared is None and self.objective.ranks is not None
         return {
             "task": request.task,
             "name": self.task.name,
@@ -92,7 +94,7 @@ class Prepared:
             "created": now(),
             "versions": versions(),
             "checkpoint": None if (read := self.task.checkpoint_record) is None else dict(read),
-            "data_sha256": data_sha256(self.objective.settings["data"]),
+            "data_sha256": data_sha256(self.task.train_data if shared else self.objective.settings["data"]),
             "check": self.messages,
         }
 
@@ -106,7 +108,7 @@ def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
     with listener.doing("loading the task"):
         task = _on_device(_task(request), request.device)
         params = list(request.params) if request.params else None
-        objective = task.objective(params=params, micro_batch=request.micro_batch)
+        objective = task.objective(params=params, micro_batch=request.micro_batch, **share(task))
     size = f"{count(objective.num_params)} parameters in {len(objective.space.names)} tensors"
     what = f"{task.name}: {task.description}" if task.description else task.name
     listener.loaded(what, f"{size}, {str(objective.dtype).removeprefix('torch.')} on {objective.device}")

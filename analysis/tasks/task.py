@@ -53,15 +53,16 @@ class Task:
         """Return the training loss as an objective of the model's parameters.
 
         Args:
-            **settings: as `curvature.Objective` takes them (`params`, `keep_graphs`, `memory_budget`, ...); None counts
-                as not given. A ready-made objective can only be restricted by `params`.
+            **settings: as `curvature.Objective` takes them (`params`, `keep_graphs`, `memory_budget`, ...), and `data`,
+                for other data of the task; None counts as not given. A ready-made objective can only be restricted by
+                `params`.
 
         Raises:
             TaskError: for any other setting of a ready-made objective.
         """
         given = {key: value for key, value in settings.items() if value is not None}
         if self.prepared is None:
-            return Objective(self.model, self.loss, self.train_data, **given)
+            return Objective(self.model, self.loss, given.pop("data", self.train_data), **given)
         params = given.pop("params", None)
         if given:
             raise TaskError(

@@ -27,7 +27,7 @@ from curvature.fingerprints.digest import version
 from curvature.fingerprints.portable import content
 from curvature.parameters import Block, ParameterSpace, Selection
 from curvature.sharding.layout import Layout
-from curvature.sharding.tensors import ShardedTensor
+from curvature.sharding.tensors import ShardedTensor, whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -149,6 +149,10 @@ class WholeSpace(ParameterSpace):
         if isinstance(items, (list, tuple)):
             selection = [name for item in items for name in self._shards.names_of(item, self.names)]
         return super().block(selection, model)
+
+    def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return whole tensors in the parameters' shapes, by name; a sharded vector is gathered, all ranks together."""
+        return super().to_dict(whole(flat))
 
     def current(self) -> Tensor:
         """Return the parameters' present values, (n,), sharded."""
