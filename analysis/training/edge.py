@@ -79,8 +79,9 @@ def _phase(i: int, readings: tuple[TrainingReading, ...], ratios: list[float], l
         back = next((j for j in range(i + 1, len(ratios)) if ratios[j] <= high), None)
         if back is None:
             return Phase.UNSTABLE
-        between = [max(s.loss, s.highest_loss) for s in readings[i + 1 : back + 1]]
-        return Phase.CATAPULT if max(between) > _RISEN * readings[i].loss else Phase.ABOVE
+        begun = next((j + 1 for j in range(i - 1, -1, -1) if not ratios[j] > high), 0)  # of the whole excursion
+        between = [max(s.loss, s.highest_loss) for s in readings[begun + 1 : back + 1]]
+        return Phase.CATAPULT if max(between) > _RISEN * readings[begun].loss else Phase.ABOVE
     if r >= low:
         return Phase.EDGE
     ahead = max(1, len(ratios) // _AHEAD)

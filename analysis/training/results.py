@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,7 +84,8 @@ class TrainingReading(Result):
     sharpness_residual: float = NAN
     """|H v - sharpness v|: an eigenvalue lies within it."""
     preconditioned: float = NAN
-    """Largest eigenvalue of P^-1 H, P what the optimizer divides by."""
+    """Largest eigenvalue of P^-1 H, P what the optimizer divides by; where groups of parameters have other thresholds
+    than the first, P holds the ratio."""
     preconditioned_residual: float = NAN
     """Of its eigenvector."""
     alignment: float = NAN
@@ -186,6 +189,23 @@ class TrainingRecord(Result):
             raise InputError(f"series takes the name of a number of a reading, such as 'sharpness', got {name!r}.")
         return torch.tensor(values, dtype=torch.float64)
 
+    def to_csv(self, path: Path | str) -> Path:
+        """Write a row for each reading and a column for each number, those of layers by name; return the path.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
+        rows = [_flat(reading) for reading in self.readings]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        try:
+            with Path(path).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:
+            raise InputError(f"cannot write {path} ({error.strerror}); choose another place.") from error
+        return Path(path)
+
 
 class Phase(Enum):
     """Where a run stands between its sharpness and the threshold of its learning rate."""
@@ -215,6 +235,14 @@ class EdgeOfStability(Result):
     """Share of all steps at which sharpness was above the threshold."""
     oscillation: float
     """Median of the readings' oscillation at the edge: about -1 in the regime; NaN where it was not measured."""
+
+
+def _flat(reading: TrainingReading) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in fields(reading):
+        value = getattr(reading, f.name)
+        found |= {f"{f.name}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {f.name: value}
+    return found
 
 
 def _plain(value: Any) -> Any:

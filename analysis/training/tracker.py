@@ -24,6 +24,8 @@ from curvature.operators.preconditioned import optimizer_divisor, stability_limi
 
 __all__ = ["CurvatureTracker"]
 
+_TICK = 1e-7  # seconds: no step is shorter, whatever a coarse clock says
+
 
 class CurvatureTracker:
     """Takes readings of curvature along a training loop, with any optimizer of torch.
@@ -38,7 +40,9 @@ class CurvatureTracker:
 
     Args:
         objective: on the model that is trained. Its data are the probe that all readings are taken on, e.g. a fixed
-            part of the training set; `step(batch=)` takes one on a batch of the training instead.
+            part of the training set; `step(batch=)` takes one on a batch of the training instead. A reading holds the
+            graphs of all of them at once, about 3 times the memory of their gradient, unless `keep_graphs=False`.
+            Where it has some of the parameters only, the others are as they are after the step.
         optimizer: whose steps are read, from its hooks. Without it a reading is of the parameters at the call.
         quantities: names in `QUANTITIES`. Default: the sharpness, and the preconditioned one if the optimizer's
             preconditioner can be read.
@@ -175,8 +179,11 @@ class CurvatureTracker:
             The reading; None if none was due.
 
         Raises:
+            InputError: for a loss that is no number.
             CurvatureError: whatever stands in the way of a measurement.
         """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise InputError(f"loss must be a number or a tensor with one entry, got shape {tuple(loss.shape)}.")
         if loss is not None:
             self._note_loss(loss)
         step, self._taken = self._taken, None
@@ -231,7 +238,7 @@ class CurvatureTracker:
             return 0.0
         training = self._training + time.perf_counter() - self._left
         missing = (self._spent + self._expected()) / self.budget - training
-        return max(0.0, missing / (training / max(self._steps, 1)))
+        return max(0.0, missing / max(training / max(self._steps, 1), _TICK))
 
     def _expected(self) -> float:
         return min(reading.seconds for reading in self._readings[-3:])

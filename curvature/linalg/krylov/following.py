@@ -20,6 +20,7 @@ from curvature.linop import MatrixLike
 __all__ = ["Followed", "follow_largest"]
 
 _NOISE = 0.05  # part of the random vector in a start, beside an eigenvector of norm 1
+_ROWS = 4  # of the basis to begin with
 _COLD = 1e-2  # relative residual at which a run from a random start ends
 _RELATED = 0.5  # cosine from which on two eigenvectors are taken for the same one, moved
 
@@ -47,6 +48,7 @@ def follow_largest(
 
     Steps end once the Ritz value changes by less than `rtol` of itself: 2 to 3 products where the matrix moved by a
     step of training. Without `before` they begin at a random vector, up to 40 of them, and end at a residual of 1 %.
+    Memory: a vector a product, and up to twice as many in a long run.
 
     Raises:
         NonFiniteError: if a product is not finite.
@@ -59,11 +61,13 @@ def follow_largest(
         start, most, least = u + _NOISE * z / z.norm(), min(max_matvecs, n), 2
         if old is not None and float(u @ old) > _RELATED:
             start = start + u - old
-    basis = torch.empty(most, n, dtype=A.dtype, device=A.device)
+    basis = torch.empty(min(_ROWS, most), n, dtype=A.dtype, device=A.device)
     diagonal: list[float] = []
     beside: list[float] = []
     q, value = start / start.norm(), math.nan
     while True:
+        if len(diagonal) == len(basis):
+            basis = torch.cat([basis, torch.empty_like(basis)[: most - len(basis)]])
         basis[len(diagonal)] = q
         w, V = A @ q, basis[: len(diagonal) + 1]
         image = float(w.norm())

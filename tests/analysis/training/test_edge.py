@@ -134,7 +134,7 @@ def test_phases() -> None:
     assert found.share_above == pytest.approx(2 / 6)
     assert found.oscillation == -1.0
     jump = edge_of_stability(made([2.0, 3.0, 0.6, 0.5], [1, 9, 2, 1]))
-    assert phases(jump) == ["CATAPULT", "ABOVE", "BELOW", "BELOW"]
+    assert phases(jump) == ["CATAPULT", "CATAPULT", "BELOW", "BELOW"]
     young = edge_of_stability(made([5.0, 0.6, 0.7, 1.0], [4, 3, 2, 1]))
     assert phases(young) == ["ABOVE", "SHARPENING", "SHARPENING", "EDGE"]
     assert young.arrival == 30

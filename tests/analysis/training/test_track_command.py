@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 import re
@@ -233,6 +234,19 @@ def test_the_bundled_task_is_untrained_and_the_same_each_time() -> None:
     assert first.objective().num_params == 8970
     assert float(first.objective().loss()) == float(second.objective().loss()) > 0.4
     assert first.checkpoint is None
+
+
+def test_readings_as_a_table(tmp_path: Path) -> None:
+    objective = Objective(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.ones(4, 1)))
+    record = track_training(objective, lr=0.1, steps=3, quantities=("sharpness", "layers"), every=1, generator=0)
+    lines = list(csv.DictReader(record.to_csv(tmp_path / "run.csv").read_text(encoding="utf-8").splitlines()))
+    assert [int(line["step"]) for line in lines] == [0, 1, 2]
+    assert [float(line["sharpness"]) for line in lines] == record.series("sharpness").tolist()
+    ((layer, value),) = record.readings[1].layers.items()
+    assert float(lines[1][f"layers.{layer}"]) == value
+    assert math.isnan(float(lines[0]["critical_sharpness"]))
+    with pytest.raises(InputError, match="cannot write"):
+        record.to_csv(tmp_path / "no" / "run.csv")
 
 
 def test_sparklines() -> None:

@@ -26,8 +26,9 @@ from analysis.training.results import TrainingReading
 from analysis.training.rows import ROWS, load_training
 from analysis.training.tracker import CurvatureTracker
 from analysis.training.untouched import untouched
-from curvature import Objective
+from curvature import Objective, optimizer_divisor
 from curvature.errors import InputError
+from optimizers import AdaHessian
 
 ALL = list(QUANTITIES)
 
@@ -378,6 +379,23 @@ def test_settings_that_cannot_be(settings: dict[str, Any], match: str | None) ->
         return
     with pytest.raises(InputError, match=match):
         CurvatureTracker(objective, generator=0, **settings)
+
+
+def test_our_own_optimizers_are_read_like_torchs() -> None:
+    model, data, objective = small()
+    optimizer = AdaHessian(model.parameters(), lr=0.05, betas=(0.9, 0.99))
+    tracker = CurvatureTracker(objective, optimizer, budget=None, generator=0)
+    for _ in range(3):
+        before = flat(model)
+        loss = optimizer.step(lambda: nn.functional.mse_loss(model(data[0]), data[1]))
+        r = tracker.step(loss)
+        assert r is not None
+        P = optimizer_divisor(optimizer, objective.space)
+        H = dense(before, data) / (P.sqrt()[:, None] * P.sqrt())
+        assert r.preconditioned == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.02)
+        assert r.threshold == pytest.approx(38 / 0.05)
+    with pytest.raises(InputError, match="one entry"):
+        tracker.step(torch.ones(2))
 
 
 def test_optimizers_that_cannot_be_read_are_refused_for_what_needs_it() -> None:
