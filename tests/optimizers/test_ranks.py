@@ -12,13 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import CheckFailedError, InputError, RankError
 from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sharded, Sophia, TrustRegionNewton
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
-pytestmark = pytest.mark.xdist_group("ranks of optimizers")  # one pair of processes for all
+pytestmark = IN_TWO_PROCESSES
 STEPS = 6
 FORMS = ("closure", "closure through ddp", "accumulate", "micro-batches", "ddp gradients", "closure, one rank unused")
 
@@ -219,7 +219,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

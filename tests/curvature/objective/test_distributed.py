@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from curvature import GGNOperator, HessianOperator, Objective
 from tests.cases import BY_NAME
 from tests.checks import BATCHING_TOLERANCE, assert_close
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 CASES = ("attention by hand", "MLP tanh")  # with padding, so that ranks differ in loss terms too
 SIZES = (5, 2)  # examples of the two ranks
@@ -55,8 +55,9 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@IN_TWO_PROCESSES
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for name in CASES:
         for reduction in ("mean", "sum"):

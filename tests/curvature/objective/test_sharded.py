@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from curvature import (
     EmpiricalFisherOperator,
@@ -28,6 +27,9 @@ from curvature.sharding.collectives import COUNTS
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
 from tests.checks import BATCHING_TOLERANCE, assert_close
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+
+pytestmark = IN_TWO_PROCESSES
 
 
 class Net(nn.Module):
@@ -299,7 +301,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.multiprocessing.spawn import spawn
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.operators.hessian import HessianOperator
 from tests.cases import CASES, Case
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 
 def regression(n: int = 30, **settings: object) -> tuple[Objective, Tensor, Tensor]:
@@ -147,8 +147,9 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@IN_TWO_PROCESSES
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, str(tmp_path))
 
 
 def test_an_overflow_is_nan_there_and_an_error_for_gradients() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from curvature import (
     EmpiricalFisherOperator,
@@ -22,6 +21,7 @@ from curvature import (
 from curvature.errors import InputError
 from tests.cases import BY_NAME
 from tests.checks import BATCHING_TOLERANCE, assert_close
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 NAME = "attention by hand"  # with padding, so that ranks differ in loss terms too
 SIZES = (5, 2)  # examples of the two ranks
@@ -72,8 +72,9 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@IN_TWO_PROCESSES
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for reduction in REDUCTIONS:
         for what, expected in results(slice(None), None, reduction).items():

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from curvature import Objective
 from curvature.errors import CheckFailedError, DataError, InputError
@@ -24,6 +23,7 @@ from curvature.per_example import (
 )
 from tests.cases import BY_NAME, CASES, Case, Pair
 from tests.checks import assert_close, assert_untouched
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 from tests.references import flat_gradient, twice_differentiable_attention
 
 EXACT = 1e-10  # float64
@@ -424,8 +424,9 @@ def work(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@IN_TWO_PROCESSES
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     case = BY_NAME["attention by hand"]
     for reduction in ("mean", "sum"):

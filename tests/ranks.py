@@ -1,0 +1,55 @@
+"""Two processes for all tests that need ranks: starting them takes longer than most of these tests do."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import pytest
+from torch.multiprocessing import get_context
+
+__all__ = ["IN_TWO_PROCESSES", "in_two_processes"]
+
+IN_TWO_PROCESSES = pytest.mark.xdist_group("ranks")
+"""Marks tests that share the processes, for one worker of pytest to run them all."""
+
+_pipes: list[Connection] = []
+
+
+def in_two_processes(work: Callable[[int, str], None], folder: str) -> None:
+    """Run work(rank, folder) in two processes that stay; it leaves no process group behind.
+
+    Raises:
+        RuntimeError: with the traceback of a rank that failed.
+    """
+    if not _pipes:
+        context = get_context("spawn")
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            context.Process(target=_serve, args=(rank, theirs), daemon=True).start()
+            theirs.close()
+            _pipes.append(ours)
+    try:
+        for pipe in _pipes:
+            pipe.send((work, folder))
+        said = [pipe.recv() for pipe in _pipes]
+    except (EOFError, OSError):
+        _pipes.clear()
+        raise
+    if failures := [text for text in said if text]:
+        raise RuntimeError("\n".join(failures))
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    while True:
+        try:
+            work, folder = pipe.recv()
+        except EOFError:
+            return
+        try:
+            work(rank, folder)
+        except Exception:
+            pipe.send(f"rank {rank}: {traceback.format_exc()}")
+        else:
+            pipe.send("")
