@@ -110,9 +110,13 @@ def track_training(
         draft: where the state is kept from which an interrupted run goes on.
 
     Raises:
-        InputError: for settings out of range, or data that cannot be cut.
+        InputError: for settings out of range, data that cannot be cut, or several ranks.
         CurvatureError: whatever stands in the way of a measurement.
     """
+    if objective.process_group is not None:
+        raise InputError(
+            "this trains in one process; put a CurvatureTracker into your own loop, whose ranks average gradients."
+        )
     seed = generator.initial_seed() % 2**62
     with _put_back(objective.model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

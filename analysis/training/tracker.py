@@ -59,7 +59,7 @@ class CurvatureTracker:
 
     Raises:
         InputError: for unknown quantities, those that need an optimizer without one, one that the optimizer does not
-            allow, or a folder that holds the rows of another run.
+            allow, a model in parts on several ranks, or a folder that is a file.
 
     Example:
         >>> from torch import nn
@@ -108,6 +108,11 @@ class CurvatureTracker:
         for name, other in (relative_to or {}).items():
             if other.model is not objective.model or other.space.names != objective.space.names:
                 raise InputError(f"relative_to[{name!r}] is not a loss of the same parameters of the same model.")
+        if any(given.shards is not None for given in (objective, *(relative_to or {}).values())):
+            raise InputError(
+                "the tracker does not follow models whose parameters lie in parts on several ranks; call "
+                "eigsh(objective, 1) between steps."
+            )
         self._generator = as_generator(generator, objective.device)
         self._measurer = Measurer(objective, wanted, relative_to or {}, batch_size, self._generator)
         self._readings: list[TrainingReading] = []

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis import CurvatureTracker, edge_of_stability
-from analysis.tasks.digits import BUNDLED, half_squared_error, load_digits, untrained_tanh
+from analysis.tasks import BUNDLED
+from analysis.tasks.digits import half_squared_error, load_digits, untrained_tanh
 from analysis.training.point import PointHessian
 from benchmarks.common.problems import make_gpt
 from benchmarks.common.suite import RESULTS, Rows, command
@@ -139,10 +140,10 @@ RUNS: dict[str, tuple[Run, int]] = {
     "mlp, gd": (_tanh(sgd(0.6)), 360),
     "mlp, heavy ball": (_tanh(sgd(0.3, momentum=0.9)), 240),
     "mlp, adam": (_tanh(adam(1e-3)), 240),
-    "cnn, sgd": (_cnn(sgd(0.1)), 100),
-    "cnn, adam": (_cnn(adam(3e-3)), 100),
-    "gpt, sgd": (_gpt(sgd(0.3)), 100),
-    "gpt, adam": (_gpt(adam(3e-3)), 100),
+    "cnn, sgd": (_cnn(sgd(0.1)), 60),
+    "cnn, adam": (_cnn(adam(3e-3)), 60),
+    "gpt, sgd": (_gpt(sgd(0.3)), 60),
+    "gpt, adam": (_gpt(adam(3e-3)), 60),
 }
 """Name -> run and the steps of it that are read."""
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from analysis.implicit.measure import implicit_regularization
 from analysis.noise.measure import gradient_noise
 from analysis.training import quantities as quantities_module
+from analysis.training.measure import track_training
 from analysis.training.quantities import QUANTITIES
 from analysis.training.results import TrainingReading
 from analysis.training.rows import ROWS, load_training
@@ -379,6 +380,17 @@ def test_settings_that_cannot_be(settings: dict[str, Any], match: str | None) ->
         return
     with pytest.raises(InputError, match=match):
         CurvatureTracker(objective, generator=0, **settings)
+
+
+def test_models_in_parts_and_runs_of_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, objective = small()
+    monkeypatch.setattr(objective, "shards", object())
+    with pytest.raises(InputError, match="in parts on several ranks"):
+        CurvatureTracker(objective, generator=0)
+    _, _, objective = small()
+    monkeypatch.setattr(objective, "process_group", object())
+    with pytest.raises(InputError, match="trains in one process"):
+        track_training(objective, lr=0.1, generator=0)
 
 
 def test_our_own_optimizers_are_read_like_torchs() -> None:
