@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 from torch import Tensor
 
 from curvature.environment.autocast import full_precision
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.sharding.layout import Layout
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 __all__ = [
     "AnyMatrix",
@@ -389,6 +391,7 @@ def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
     NumPy arrays of any float dtype are converted to A's dtype and back; the declared dtype is A's, so that SciPy works
     in the precision the products have.
     """
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
     def product(B: MatrixLike, x: np.ndarray) -> np.ndarray:
         X = _from_numpy(x, A)

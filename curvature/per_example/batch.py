@@ -20,7 +20,7 @@ from torch import Tensor
 from curvature.autograd.backward import joined, no_autocast, pull_back
 from curvature.engine.evaluation import Evaluation, StandIns
 from curvature.engine.kept_graphs import BUDGET_SHARE
-from curvature.environment.memory import lately_available
+from curvature.environment.memory import keep_freed, lately_available
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.objective.objective import Objective
 from curvature.per_example.capture import Capture
@@ -89,6 +89,7 @@ class Splitter:
                 "per-example gradients need the split between model and loss: give the objective loss= and a forward "
                 "that returns (outputs, targets), instead of loss=None."
             )
+        keep_freed()  # gradients in all outputs of layers come and go at once
         self._objective, self._evaluator = objective, objective.evaluator
         self._params = list(objective.space.tensors.values())
         self._route = route

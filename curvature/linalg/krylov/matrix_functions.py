@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
-import scipy.linalg
+import scipy  # whose parts are imported when used
 import torch
 from torch import Tensor
 

@@ -20,9 +20,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy  # whose parts are imported when used
 import torch
-from scipy.optimize import brentq
-from scipy.special import betaincinv
 from torch import Tensor
 
 from curvature.errors import InputError
@@ -179,7 +178,7 @@ def spectral_norm(
 
 def _least_square(n: int, probability: float) -> float:
     """Return what the square of one entry of a uniform unit vector of length n falls below with this probability."""
-    return float(betaincinv(0.5, (n - 1) / 2, probability)) if n > 1 else 1.0
+    return float(scipy.special.betaincinv(0.5, (n - 1) / 2, probability)) if n > 1 else 1.0
 
 
 def _norm_on_space(alpha: Tensor, beta: Tensor) -> float:
@@ -210,5 +209,5 @@ def _root(distances: Tensor, logs: float) -> float:
         return high
     if np.log(low + d).sum() > logs:  # after very many steps
         return low
-    root = brentq(lambda x: np.log(x + d).sum() - logs, low, high, rtol=1e-12)
+    root = scipy.optimize.brentq(lambda x: np.log(x + d).sum() - logs, low, high, rtol=1e-12)
     return float(root) * (1 + 1e-11)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import scipy.linalg
+import scipy  # whose parts are imported when used
 import torch
 from torch import Tensor
 
