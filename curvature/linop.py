@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, overload, runtime_checkable
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError
 from curvature.sharding.layout import Layout
-
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 __all__ = [
     "AnyMatrix",
@@ -197,7 +195,7 @@ class LinearOperator(ABC):
         """
         return to_dense(self)
 
-    def to_scipy(self) -> ScipyLinearOperator:
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Return a SciPy operator on NumPy arrays that computes with this one."""
         return to_scipy(self)
 
@@ -385,19 +383,18 @@ def to_dense(A: MatrixLike, *, columns_at_a_time: int = 64) -> Tensor:
     return torch.cat([A @ block for block in blocks], dim=1)
 
 
-def to_scipy(A: MatrixLike) -> ScipyLinearOperator:
+def to_scipy(A: MatrixLike) -> scipy.sparse.linalg.LinearOperator:
     """Return a `scipy.sparse.linalg.LinearOperator` that computes with A, and with A' for `rmatvec`, on A's own device.
 
     NumPy arrays of any float dtype are converted to A's dtype and back; the declared dtype is A's, so that SciPy works
     in the precision the products have.
     """
-    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+    import scipy.sparse.linalg  # it takes half a second
 
     def product(B: MatrixLike, x: np.ndarray) -> np.ndarray:
-        X = _from_numpy(x, A)
-        X = X[:, 0] if X.ndim == 2 and X.shape[1] == 1 else X
+        X = _from_numpy(x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x, A)
         return (B @ X).cpu().numpy().reshape(-1, *x.shape[1:])
 
     products = {"matvec": lambda x: product(A, x), "rmatvec": lambda x: product(transpose(A), x)}
     products |= {"matmat": products["matvec"], "rmatmat": products["rmatvec"]}
-    return ScipyLinearOperator(tuple(A.shape), dtype=torch.empty(0, dtype=A.dtype).numpy().dtype, **products)
+    return scipy.sparse.linalg.LinearOperator(A.shape, dtype=torch.empty(0, dtype=A.dtype).numpy().dtype, **products)
