@@ -244,8 +244,8 @@ class Objective:
     def restrict(self, selection: Selection) -> Objective:
         """Return the objective as a function of some of the parameters only, over the same data."""
         names = self.space.block(selection, self.model).parameters
-        restricted = self.replace(params={name: self.space.tensors[name] for name in names})._sharing_with(self)
-        whole = self.dependence.whole or functools.partial(self.replace, params=self.space.tensors)
+        restricted = self.replace(params=self._named(names))._sharing_with(self)
+        whole = self.dependence.whole or functools.partial(self.replace, params=self._named(self.space.names))
         restricted.dependence = Dependence(whole)
         return restricted
 
@@ -258,7 +258,11 @@ class Objective:
 
     def replace(self, **changes: Any) -> Objective:
         """Return an objective of the same model that is made with the same arguments, but for some."""
-        return Objective(self.model, **{"params": self.space.tensors, **self.settings, **changes})
+        return Objective(self.model, **{"params": self._named(self.space.names), **self.settings, **changes})
+
+    def _named(self, names: Sequence[str]) -> Selection:
+        """Return some of the parameters as what selects them; of a model in parts the names do."""
+        return list(names) if self.shards is not None else {name: self.space.tensors[name] for name in names}
 
     def linearise(self, batch: Any, index: int = 0, **recording: Any) -> Linearization:
         """Return the loss of one batch, linearised at the parameters as they are; kept nowhere."""
