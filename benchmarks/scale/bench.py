@@ -27,9 +27,9 @@ BASE = {"n": 100_000, "N": 500, "k": 3}
 GRIDS = {
     "n": [10_000, 100_000, 1_000_000, 10_000_000],
     "N": [50, 500, 5_000, 50_000],
-    "k": [1, 10, 30, 100, 300],
+    "k": [1, 10, 30, 100],
 }
-DECADES = 2  # of the largest values, that exponents are fitted to: below, set-up hides the growth
+DECADES = {"n": 2, "N": 2, "k": 1}  # the largest, that exponents are fitted to: below, set-up hides the growth
 TIMEOUT_SECONDS = 3600
 BATCH = 500  # examples of a batch, whose graph is built anew for every product
 
@@ -80,7 +80,7 @@ def growth(rows: list[dict[str, Any]]) -> str:
         cells = []
         for kept in (True, False):
             found = [r for r in rows if r["varied"] == name and r["kept"] == kept]
-            found = [r for r in found if r[name] * 1.01 * 10**DECADES >= max(r[name] for r in found)]
+            found = [r for r in found if r[name] * 1.01 * 10 ** DECADES[name] >= max(r[name] for r in found)]
             x, y = np.log([[r[name], r["seconds" if name == "k" else "seconds_a_product"]] for r in found]).T
             x = x - x.mean()
             slope = x @ y / (x @ x)
@@ -101,7 +101,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for column, name in enumerate(GRIDS):
             top, bottom = figure.add_subplot(2, 3, column + 1), figure.add_subplot(2, 3, column + 4)
             for kept, label, style in ((True, "graphs kept", "o-"), (False, "graphs rebuilt", "s--")):
-                chosen = [r for r in rows if r["varied"] == name and r["kept"] == kept]
+                chosen = sorted((r for r in rows if r["varied"] == name and r["kept"] == kept), key=lambda r: r[name])
                 at = [r[name] for r in chosen]
                 quantity = "seconds" if name == "k" else "seconds_a_product"
                 top.loglog(at, [r[quantity] for r in chosen], style, ms=4, label=label)

@@ -30,7 +30,7 @@ class ColumnSquares:
 
     def add(self, form: Form, sign: float | Tensor) -> None:
         """Add a column's gradients, with one sign or (N,) of them."""
-        if isinstance(form, Direct):
+        if isinstance(form, Direct) and form.values.nbytes <= self._chunk_bytes:
             self._accumulate(form.values, None, sign)
         elif isinstance(form, Factors) and form.rows == 1 and isinstance(form.right, Rows):
             self._accumulate(form.left[:, :, 0], form.right, sign)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common.processes import Worker, alone
 from benchmarks.common.suite import Rows, command, stored
+from benchmarks.scale.bench import growth
 
 
 def test_rows_measured_again_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
@@ -23,6 +27,21 @@ def test_rows_measured_again_take_the_place_of_the_old_ones(tmp_path: Path) -> N
     assert [(r["name"], r["cost"]) for r in json.loads(out.read_text(encoding="utf-8"))] == [("b", 7), ("a", 1)]
     assert set(stored(out)[0]) >= {"torch", "python", "git"}
     assert stored(tmp_path / "absent.json") == []
+
+
+def test_growth_is_fitted_to_the_largest_decades() -> None:
+    """Set-up of 1 s below, then a power of 2 for n; of 1 for N and k, with one value off by a factor e."""
+    rows = [{"varied": "n", "n": 10**i, "seconds_a_product": 1 + 1e-4 * 100.0**i} for i in range(1, 8)]
+    rows += [{"varied": "N", "N": 10**i, "seconds_a_product": 10.0**i * (math.e if i == 3 else 1)} for i in range(1, 5)]
+    rows += [{"varied": "k", "k": k, "seconds": k} for k in (1, 10, 30, 100)]
+    table = growth([{**row, "kept": kept} for row in rows for kept in (True, False)])
+    x = math.log(10) * np.array([-1, 0, 1])
+    fit, covariance = np.polyfit(x, x + np.array([0, 1, 0]), 1, cov=True)
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == [
+        "2.00 ± 0.00",
+        f"{fit[0]:.2f} ± {covariance[0, 0] ** 0.5:.2f}",
+        "1.00 ± 0.00",
+    ]
 
 
 def test_every_suite_writes_into_a_file_of_its_name() -> None:
