@@ -25,6 +25,8 @@ from analysis.noise.results import GradientNoise
 from analysis.noise.study import NoiseStudy
 from analysis.records.measured import Bounded, Measured
 from analysis.sharpness.results import SharpnessTable
+from analysis.training.edge import edge_of_stability
+from analysis.training.results import TrainingRecord
 from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.results.intervals import combined_error
@@ -298,6 +300,25 @@ def _(result: Landscape) -> Quantities:
         found[f"{s.direction.name}: curvature"] = (_exact(s.curvature), "loss")
         found[f"{s.direction.name}: model holds to 10 %"] = (_unknown(s.quadratic_radius(0.1)), "steps")
     return found
+
+
+@quantities.register
+def _(result: TrainingRecord) -> Quantities:
+    last, edge = result.readings[-1], edge_of_stability(result)
+    own = last.sharpness_residual if math.isnan(last.preconditioned) else last.preconditioned_residual
+    error = own / last.threshold
+    found = {
+        "loss": (_exact(last.loss), "loss"),
+        "gradient norm": (_exact(last.gradient_norm), "loss / parameter"),
+        "sharpness": (Measured(value=last.sharpness, stderr=last.sharpness_residual, residual=True), _CURVATURE),
+        "sharpness over threshold": (Measured(value=last.stability, stderr=error, residual=True), ""),
+        "critical sharpness": (_unknown(last.critical_sharpness), _CURVATURE),
+        "share of steps above the threshold": (_unknown(edge.share_above), ""),
+    }
+    for name, value in last.layers.items():
+        residual = last.layer_residuals[name]
+        found[f"{name}: sharpness"] = (Measured(value=value, stderr=residual, residual=True), _CURVATURE)
+    return {name: pair for name, pair in found.items() if not math.isnan(pair[0].value)}
 
 
 def _share(result: Inspection) -> Measured:

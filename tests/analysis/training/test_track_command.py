@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def test_the_command_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     canvas.draw_without_rendering()
     results = json.loads((tmp_path / "runs" / "toy-track-1" / "results.json").read_text())
     assert results["num_steps"] == 30
+    second = TrackRun(**{**vars(run), "training": replace(run.training, readings=run.training.readings[:5])})
+    second.save(tmp_path / "other")
+    compared = CliRunner().invoke(app, ["compare", "runs/toy-track-1", "other"], env={"COLUMNS": "160"})
+    assert compared.exit_code == 0, compared.output
+    assert "share of steps above the threshold" in compared.stdout
+    assert "2: sharpness" in compared.stdout
     bad = CliRunner().invoke(app, ["track", "toy.py:task", "--lr=0.5", "--quantity=sharp"])
     assert bad.exit_code == 2
     assert "got sharp" in bad.output
