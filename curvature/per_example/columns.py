@@ -14,7 +14,8 @@ class ColumnSquares:
     """sum_v sum_i s_vi h_vi^2 of one parameter, h_vi the part of example i for column v.
 
     Where examples have one row, d_vi a_i' for a linear map, squares of the d_vi are summed first and multiplied by
-    those of the a_i at the end. Where they have many, the rows of several columns are written out next to each other.
+    those of the a_i at the end. Where they have many, the gradients of several columns are written out from right factors
+    (windows of a convolution) that are formed once.
 
     Args:
         total: (numel,), where the sum is added.
@@ -35,7 +36,7 @@ class ColumnSquares:
         elif isinstance(form, Factors) and form.rows == 1 and isinstance(form.right, Rows):
             self._accumulate(form.left[:, :, 0], form.right, sign)
         elif isinstance(form, Factors) and isinstance(sign, float):
-            if self._lefts and not (sign == self._sign and _same(self._right, form.right)):
+            if not (self._lefts and sign == self._sign and _same(self._right, form.right)):
                 self.flush()
             self._lefts.append(form.left)
             self._right, self._sign = form.right, sign
@@ -78,7 +79,7 @@ class ColumnSquares:
                 self._total.addmv_(rows.square_().T, signs[: stop - start])
 
     def _accumulate(self, values: Tensor, right: Rows | None, sign: float | Tensor) -> None:
-        if self._squares is not None and not _same(self._right, right):
+        if self._squares is None or not _same(self._right, right):
             self.flush()
         if isinstance(sign, Tensor):
             term, factor = values * sign.view(-1, *[1] * (values.ndim - 1)), 1.0
