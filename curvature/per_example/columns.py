@@ -14,8 +14,8 @@ class ColumnSquares:
     """sum_v sum_i s_vi h_vi^2 of one parameter, h_vi the part of example i for column v.
 
     Where examples have one row, d_vi a_i' for a linear map, squares of the d_vi are summed first and multiplied by
-    those of the a_i at the end. Where they have many, the gradients of several columns are written out from right factors
-    (windows of a convolution) that are formed once.
+    those of the a_i at the end. Where they have many, the gradients of several columns are written out with right
+    factors (windows of a convolution) that are formed once.
 
     Args:
         total: (numel,), where the sum is added.
