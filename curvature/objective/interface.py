@@ -48,6 +48,9 @@ class ObjectiveLike(Compared, Protocol):
     def held_bytes(self) -> int: ...
 
     @property
+    def may_keep_graphs(self) -> bool: ...
+
+    @property
     def num_params(self) -> int: ...
 
     @property

@@ -226,7 +226,7 @@ class RankAgreement:
         with failing_together(self):
             with apart():
                 total, weight, unit = add()
-            if total is not None:
+            if total is not None and sharding is None:  # else pieces are scaled, which takes less memory
                 total = total * unit
             found = self.agree(
                 "a sum over the data",
@@ -241,7 +241,7 @@ class RankAgreement:
         if sharding is None:
             return *self._sum(total, weight), 1.0
         _, weight = self._sum(total.new_zeros(0, dtype=torch.float64), weight)
-        rows = sharding.summed(total.view(-1, total.shape[-1]), self.data)
+        rows = sharding.summed(total.view(-1, total.shape[-1]), self.data, unit)
         return ShardedTensor(rows.view(*total.shape[:-1], -1), sharding), weight, 1.0
 
     def _sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:

@@ -105,6 +105,9 @@ class Followed(Protocol):
     @property
     def ranks(self) -> Any: ...
 
+    @property
+    def may_keep_graphs(self) -> bool: ...
+
 
 class WholeSpace(ParameterSpace):
     """The chosen parameters of a model that is held in parts, as whole tensors; vectors are sharded ones.
@@ -256,6 +259,11 @@ class Shards:
         """
         ranks = objective.ranks
         assert ranks is not None
+        if self.pinned and objective.may_keep_graphs:
+            raise InputError(
+                "away from its point, a model in parts is evaluated by an objective that keeps no graphs: use loss_at "
+                "and gradient_at, or objective.replace(keep_graphs=False)."
+            )
         if ranks.everywhere(self.pinned or not (moved or self.stale()), "a look at the parameters"):
             return False
         self.gather()

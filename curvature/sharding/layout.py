@@ -219,15 +219,15 @@ class Layout:
                 place.copy_(received[rank, :, a:b].view(place.shape))
         return found
 
-    def summed(self, rows: Tensor, ranks: ProcessGroup | None) -> Tensor:
-        """Return this rank's part (k, num_local) of the sum of whole vectors (k, n) over the ranks that add up.
+    def summed(self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0) -> Tensor:
+        """Return this rank's part (k, num_local) of the sum of factor * rows (k, n) over the ranks that add up.
 
         One reduce-scatter for each bucket where these are all ranks; else their sums, of which the part is taken.
         """
         if ranks is None:
-            return self.part(rows)
+            return self.part(rows) * factor
         if set(dist.get_process_group_ranks(ranks)) != set(dist.get_process_group_ranks(self.group)):
-            return self.part(all_reduce(rows, ranks))
+            return self.part(all_reduce(rows * factor, ranks))
         k = len(rows)
         found = rows.new_empty(k, self.num_local)
         for first, stop in self._buckets(k):
@@ -237,7 +237,7 @@ class Layout:
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
                 sent[rank, :, a:b].view(place.shape).copy_(place)
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
-            found[:, a:b] = reduce_scatter(sent, self.group)[:, : b - a]
+            found[:, a:b] = reduce_scatter(sent.mul_(factor), self.group)[:, : b - a]
         return found
 
     def _buckets(self, k: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from curvature import (
     solve,
 )
 from curvature.linalg import diagonal, trace
-from curvature.objective.shift import gradient_at, loss_at
+from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.sharding.collectives import COUNTS
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
@@ -213,11 +213,18 @@ def _other_data(rank: int) -> Any:
     return objective(model, batches()[rank:]).gradient()
 
 
+def _away(_: int) -> Any:
+    o = objective(_fully_sharded(), batches())
+    with shifted(o, o.space.current()):
+        return o.gradient()
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     "a forward that depends on the split": (_local_heads, "is not that of the plain one"),
     "other data on a tensor-parallel rank": (_other_data, "differ in their first batch"),
     "a rank that fails": (_failing, "no such file"),
     "ranks at different calls": (_out_of_step, "different calls"),
+    "an objective that keeps graphs of another point": (_away, "keeps no graphs"),
     "half a parameter": (lambda _: objective(_fully_sharded(), batches()).gradient()[:4], "cut a parameter"),
     "an unknown operation": (lambda _: objective(_fully_sharded(), batches()).gradient().cumsum(0), "cumsum is not kn"),
 }

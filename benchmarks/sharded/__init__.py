@@ -1,0 +1,1 @@
+"""Models in parts on several processes."""
