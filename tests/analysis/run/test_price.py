@@ -15,6 +15,7 @@ from analysis.run.study import Price, Work
 from curvature import Objective
 from curvature.engine.evaluation import Evaluator
 from curvature.engine.linearize import Linearization
+from curvature.per_example.batch import Splitter
 
 _OF_LOSS = 1 / 3  # of a gradient
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
@@ -58,6 +59,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(Linearization, "_curve", "products")
     count(Linearization, "_push", "products")
     count(Linearization, "gradient", "gradients")
+    count(Splitter, "split", "backward passes")
     count(Evaluator, "evaluate", "losses")
     return counted
 
@@ -74,4 +76,5 @@ def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any
     work.clear()
     found.measure(objective, plan, generator=torch.Generator().manual_seed(0), progress=None)
     spent = 2 * work["products"] + work["gradients"] + _OF_LOSS * work["losses"]
+    spent += (1 - _OF_LOSS) * work["backward passes"]
     assert 0.5 <= predicted / spent <= 2, (price, work)
