@@ -6,23 +6,35 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from curvature.errors import CheckFailedError
 
-__all__ = ["differentiable", "dtypes_of_graph", "joined", "no_autocast", "pull_back", "refuse_checkpointing", "walk"]
+__all__ = [
+    "End",
+    "differentiable",
+    "dtypes_of_graph",
+    "ends_of",
+    "joined",
+    "no_autocast",
+    "pull_back",
+    "refuse_checkpointing",
+    "walk",
+]
 
-
+End: TypeAlias = Tensor | GradientEdge
+"""Where a graph ends: with its tensor, or without."""
+_End = TypeVar("_End", bound=End)
 _REFUSAL = re.compile(r"derivative for '?([\w:]+)'? is not implemented")
 
 
 def pull_back(
-    functions: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    functions: Sequence[End],
+    inputs: Sequence[End],
     vectors: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
@@ -34,7 +46,7 @@ def pull_back(
     off inside, and layers that activation checkpointing records again in the backward pass would be recorded otherwise.
     """
     if vectors is None:
-        vectors = [torch.ones_like(f) for f in functions]
+        vectors = [torch.ones_like(cast(Tensor, f)) for f in functions]
     try:
         return _engine_run_backward(
             tuple(functions),
@@ -78,10 +90,19 @@ def joined(gradients: Sequence[Tensor | None], params: Sequence[Tensor], dtype: 
     return torch.cat([(torch.zeros_like(p) if g is None else g.detach()).reshape(-1).to(dtype) for g, p in pairs])
 
 
-def differentiable(functions: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def differentiable(functions: Sequence[_End | None], vectors: Sequence[Tensor]) -> tuple[list[_End], list[Tensor]]:
     """Drop the entries that do not depend on anything: their derivative is zero."""
-    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and f.requires_grad]
+    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and _depends(f)]
     return [f for f, _ in pairs], [v for _, v in pairs]
+
+
+def ends_of(functions: Sequence[Tensor | None]) -> list[End | None]:
+    """Return what a backward pass begins with, without the memory of tensors that it does not need."""
+    return [get_gradient_edge(f) if f is not None and f.requires_grad else f for f in functions]
+
+
+def _depends(function: End) -> bool:
+    return isinstance(function, GradientEdge) or function.requires_grad
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

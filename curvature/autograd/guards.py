@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function, once_differentiable
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointFunction
 
 from curvature.autograd.backward import walk
@@ -34,7 +35,7 @@ def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second", *, of
     """Refuse tensors whose graph cannot be differentiated with a graph of its own, before that is done.
 
     Args:
-        tensors: what is differentiated; others than tensors are skipped.
+        tensors: what is differentiated, or edges of the graph; what is neither is skipped.
         order: which derivatives of the model are asked for, for the message.
         of_gradients: the tensors are gradients with a graph, to be differentiated without one: only what autograd has
             left out of it already counts.
@@ -42,7 +43,9 @@ def refuse_undifferentiable(tensors: Iterable[Any], order: str = "second", *, of
     Raises:
         CheckFailedError: with the operation and the remedy.
     """
-    roots = [t.grad_fn for t in tensors if isinstance(t, Tensor)]
+    roots = [
+        t.node if isinstance(t, GradientEdge) else t.grad_fn for t in tensors if isinstance(t, (Tensor, GradientEdge))
+    ]
     marked, norms = set(), set()
     for node in walk(roots):
         name = node.name()

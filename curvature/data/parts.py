@@ -46,12 +46,23 @@ def take(batch: Any, rows: Sequence[int], count: int, *, flattened: bool = False
 
 
 def small_part(batch: Any) -> Any | None:
-    """Return an eighth of the examples, and of the length of sequences of tokens (N, T); None if neither can be cut."""
+    """Return an eighth of the examples, and of the length of sequences of tokens (N, T); None if neither can be cut.
+
+    Targets of tokens may come in one row of N T.
+    """
     count = num_examples(batch)
     if count == 0:
         return None
     few = take(batch, range(max(1, count // _SHARE)), count) if count > 1 else batch
-    part = map_tensors(few, lambda t: t[:, : max(_TOKENS, t.shape[1] // _SHARE)] if _are_tokens(t) else t)
+    shape = next((t.shape for t in tensors_in(batch) if _are_tokens(t)), torch.Size())
+    length = max(_TOKENS, shape[1] // _SHARE) if shape else 0
+
+    def shortened(t: Tensor) -> Tensor:
+        if shape and t.shape == (shape.numel(),) and shape[1] > 1:
+            return t.view(shape)[: max(1, count // _SHARE), :length].flatten()
+        return t[:, :length] if _are_tokens(t) else t
+
+    part = map_tensors(few, shortened)
     sizes = [sum(t.numel() for t in tensors_in(of)) for of in (part, batch)]
     return part if sizes[0] < sizes[1] else None
 

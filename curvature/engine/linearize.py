@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from curvature.autograd.backward import differentiable, no_autocast, walk
+from curvature.autograd.backward import End, differentiable, no_autocast, walk
 from curvature.autograd.backward import pull_back as _pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
@@ -46,8 +46,8 @@ class Linearization(Recording):
     """The loss of one batch at the present parameters, ready for products."""
 
     def _evaluate(self) -> None:
-        self._gradient: Sequence[Tensor | None] | None = None
-        self._jacobian: tuple[Sequence[Tensor | None], list[Tensor]] | None = None
+        self._gradient: Sequence[End | None] | None = None
+        self._jacobian: tuple[Sequence[End | None], list[Tensor]] | None = None
         self._output_maps: WeakKeyDictionary[OutputMetric, Any] = WeakKeyDictionary()
         self._roots: list[Tensor] = []
         self._replays: Replays | None = None
@@ -78,8 +78,8 @@ class Linearization(Recording):
         Raises:
             NonFiniteError: with batch and parameter.
         """
-        if self._gradient is not None:
-            return self._flatten([None if g is None else g.detach() for g in self._gradient])
+        if self._gradient is not None and not self._is_large:
+            return self._flatten([g.detach() if isinstance(g, Tensor) else None for g in self._gradient])
         if not self._evaluation.loss.requires_grad:
             return self._flatten([None] * len(self._params))
         with self._session(), no_autocast(self._space.device):
@@ -168,18 +168,17 @@ class Linearization(Recording):
             return torch.zeros_like(v)
         parts, everywhere = self._unflatten(v, range(len(self._params))), range(len(self._params))
         try:
-            slopes: Sequence[Tensor | None] = self._build_gradient()
+            slopes = self._build_gradient()
             with self._session(), no_autocast(self._space.device):
                 for last in (False, True):  # g'v differentiated is H v, and v'H v what is asked for
                     along, directions = differentiable(slopes, parts)
                     if not along:
                         return torch.zeros_like(v)
                     refuse_undifferentiable(along, "third")
-                    inner = torch.stack([(a * d).sum() for a, d in zip(along, directions, strict=True)]).sum()
-                    slopes = _pull_back([inner], self._params, create_graph=not last)
+                    slopes = _pull_back(along, self._params, directions, create_graph=not last)
         except RuntimeError as error:
             raise InputError(f"the model holds an operation without a third derivative ({error})") from error
-        result = self._flatten(slopes)
+        result = self._flatten([part if isinstance(part, Tensor) else None for part in slopes])
         if not all_finite(result):
             self._refuse(result[None], v[None], everywhere)
         return result
@@ -346,19 +345,20 @@ class Linearization(Recording):
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
-    def _build_gradient(self) -> Sequence[Tensor | None]:
+    def _build_gradient(self) -> Sequence[End | None]:
         if self._gradient is None:
             loss = self._evaluation.loss
-            gradient: Sequence[Tensor | None] = (None,) * len(self._params)
+            gradient: Sequence[End | None] = (None,) * len(self._params)
             if loss.requires_grad:
                 refuse_undifferentiable([loss])
                 with self._session(), no_autocast(self._space.device), self._metered():
-                    gradient = _pull_back([loss], self._params, create_graph=True)
-                self._check_finite(gradient)
+                    parts = _pull_back([loss], self._params, create_graph=True)
+                    self._check_finite(parts)
+                    gradient, parts = self._ends(parts), ()  # before what is held is counted
             self._gradient = gradient
         return self._gradient
 
-    def _build_jacobian(self) -> tuple[Sequence[Tensor | None], list[Tensor]]:
+    def _build_jacobian(self) -> tuple[Sequence[End | None], list[Tensor]]:
         """Return J'u, a part for each parameter, and u; J is that of the outputs, or of what a head in blocks takes."""
         if self._jacobian is None:
             outputs = self._outputs("Gauss-Newton matrix")
@@ -366,9 +366,9 @@ class Linearization(Recording):
             with self._session(), no_autocast(self._space.device), self._metered():
                 self._roots = outputs.roots if isinstance(outputs, LazyLogits) else [outputs]
                 u = [torch.zeros_like(root, requires_grad=True) for root in self._roots]
-                transposed: Sequence[Tensor | None] = (None,) * len(self._params)
+                transposed: Sequence[End | None] = (None,) * len(self._params)
                 if any(root.requires_grad for root in self._roots):
-                    transposed = _pull_back(self._roots, self._params, u, create_graph=True)
+                    transposed = self._ends(_pull_back(self._roots, self._params, u, create_graph=True))
             self._jacobian = (transposed, u)
         return self._jacobian
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from curvature.autograd.backward import End, ends_of
 from curvature.autograd.guards import failing_operation
 from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits
 from curvature.autograd.lean import LeanLayers
@@ -31,7 +32,8 @@ P = ParamSpec("P")
 R = TypeVar("R", bound="Recording")
 T = TypeVar("T")
 
-_LARGE = 1 << 20  # entries of a vector from which memory counts more than calls
+_LARGE = 1 << 20  # entries of a vector from which memory counts more than calls, ...
+_FRUGAL = 1 << 25  # ... and bytes from which a gradient is rather computed again than held beside its graph
 
 
 def invisibly(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
@@ -168,6 +170,15 @@ class Recording:
     def vector_bytes(self) -> int:
         """Of a vector with an entry for each parameter."""
         return self._space.num_params * self._space.dtype.itemsize
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether graphs are kept without the vectors they yield."""
+        return self.vector_bytes >= _FRUGAL
+
+    def _ends(self, parts: Sequence[Tensor | None]) -> Sequence[End | None]:
+        """Return what products begin with."""
+        return ends_of(parts) if self._is_large else parts
 
     @property
     def num_lean_layers(self) -> int:

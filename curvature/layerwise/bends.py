@@ -103,7 +103,7 @@ def bends(outputs: Tensor, loss: Tensor) -> list[Bend]:
             raise UnsupportedError(f"{name} is neither linear, a product, nor a function of single entries")
     if not curved:
         return []
-    gradients = pull_back([loss], [GradientEdge(node, 0) for node in curved])  # type: ignore[misc]
+    gradients = pull_back([loss], [GradientEdge(node, 0) for node in curved])
     places = []
     for node, g in zip(curved, gradients, strict=True):
         edge = GradientEdge(*next(pair for pair in node.next_functions if pair[0] is not None))
@@ -112,7 +112,7 @@ def bends(outputs: Tensor, loss: Tensor) -> list[Bend]:
         with torch.enable_grad():
             first = node(g)
         first = next(t for t in first if t is not None) if isinstance(first, tuple) else first
-        (second,) = pull_back([first], [edge]) if first.requires_grad else (None,)  # type: ignore[list-item]
+        (second,) = pull_back([first], [edge]) if first.requires_grad else (None,)
         if second is not None and second.shape != g.shape:
             raise UnsupportedError(f"{type(node).__name__} broadcasts")
         if second is not None:

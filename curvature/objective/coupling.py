@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from curvature.environment.device import is_gpu
 from curvature.errors import CurvatureError
 from curvature.losses.weights import fit_of_loss
 from curvature.objective.steady_draws import SteadyDraws
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Cuts", "Verdict", "cut_in_two"]
 
@@ -138,24 +135,74 @@ def cut_in_two(
 class _Part:
     evaluation: Evaluation
     """With its graph and its outputs only where they were to be kept."""
-    gradient: Tensor
+    gradient: list[Tensor | None]
     eps: float
+
+
+class _Sum:
+    """|S - A - B| / (|S| + |A| + |B|) of gradients that come one after another, each times its weight: one is held."""
+
+    def __init__(self) -> None:
+        self._rest: list[Tensor | None] = []
+        self._unit, self._norms = 1.0, 0.0
+
+    def add(self, part: _Part) -> None:
+        """Take S, then A and B; the gradient is freed on the way."""
+        first, weight = not self._rest, part.evaluation.weight
+        if first:
+            self._rest = [None] * len(part.gradient)
+            self._unit = weight or 1.0  # so that nothing overflows that does not by itself
+        factor = (1.0 if first else -1.0) * weight / self._unit
+        self._norms += abs(factor) * _norm(part.gradient) if factor else 0.0
+        for i, rest in enumerate(self._rest):
+            g, part.gradient[i] = part.gradient[i], None
+            if g is not None and factor:
+                g = g.detach().to(torch.promote_types(g.dtype, torch.float32))
+                self._rest[i] = g * factor if rest is None else rest.add_(g, alpha=factor)
+
+    @property
+    def gap(self) -> float | None:
+        """The result, infinite for NaN; None where all is zero."""
+        if self._norms == 0:
+            return None
+        gap = _norm(self._rest) / self._norms
+        return gap if gap == gap else math.inf
+
+
+def _norm(gradient: Sequence[Tensor | None]) -> float:
+    """Return the norm, no square of which vanishes or overflows, with no vector in float64."""
+    parts = [g.detach() for g in gradient if g is not None and g.numel() > 0]
+    sizes = [max(map(abs, torch.stack(torch.aminmax(g)).tolist())) for g in parts]
+    largest = math.nan if any(map(math.isnan, sizes)) else max(sizes, default=0.0)
+    if not 0 < largest < math.inf:
+        return largest
+    squares = (float((c.double() / largest).square().sum()) for g in parts for c in g.flatten().split(_CHUNK))
+    return largest * math.sqrt(sum(squares))
 
 
 def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict | None:
     """Return what three batches, the last two of which are the first, say; None where all is zero."""
     noise = None
+
+    def evaluated() -> tuple[list[_Part], float | None]:
+        gradients, found = _Sum(), []
+        for piece in pieces:
+            part = _evaluate(evaluator, piece, index, noise)
+            gradients.add(part)
+            found.append(replace(part, gradient=[]))
+            del part
+        return found, gradients.gap
+
     try:
-        whole, *parts = (_evaluate(evaluator, piece, index, noise) for piece in pieces)
-        if whole.evaluation.drew_random_numbers:
+        everything, of_gradient = evaluated()
+        if everything[0].evaluation.drew_random_numbers:
             noise = SteadyDraws
-            whole, *parts = (_evaluate(evaluator, piece, index, noise) for piece in pieces)
+            everything, of_gradient = evaluated()
     except CurvatureError as error:
         return Verdict(coupled=f"a part of a batch cannot be evaluated alone: {error}", refused=True)
     except Exception as error:  # whatever the model or the loss raises
         reason = " ".join(str(error).split())[:200]
         return Verdict(coupled=f"the model does not run on a part of a batch ({reason})", refused=True)
-    everything = (whole, *parts)
     eps = max(part.eps for part in everything)
     weights = [part.evaluation.weight for part in everything]
     if evaluator.rule is not None and evaluator.rule.reduction == "sum" and evaluator.weight is None:
@@ -163,16 +210,14 @@ def _compare(evaluator: Evaluator, pieces: Sequence[Any], index: int) -> Verdict
     else:
         additive = abs(weights[0] - weights[1] - weights[2]) <= 1e-6 * sum(weights)
     of_loss = _gap([part.evaluation.loss.reshape(1) for part in everything], weights)
-    of_gradient = _gap([part.gradient for part in everything], weights)
     if of_loss is None and of_gradient is None:
         return None
     gap = max(value for value in (of_loss, of_gradient, 0.0) if value is not None)
     close = (of_loss is None or of_loss <= min(200 * eps, 0.05)) and (of_gradient is None or of_gradient <= eps**0.5)
     if close and additive:
         return Verdict(gap=gap)
-    if evaluator.rule is not None:
-        everything = tuple(_evaluate(evaluator, piece, index, noise, keep=True) for piece in pieces)
-    return _explain(evaluator, everything, eps, gap)
+    kept = [_evaluate(evaluator, piece, index, noise, keep=True) for piece in pieces]
+    return _explain(evaluator, kept, eps, gap)
 
 
 def _gap(values: Sequence[Tensor], weights: Sequence[float] = (1.0, 1.0, 1.0)) -> float | None:
@@ -204,7 +249,7 @@ def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: floa
     rule = evaluator.rule
     outputs = [part.evaluation.outputs for part in parts if isinstance(part.evaluation.outputs, Tensor)]
     if rule is None:
-        return _explain_scalar(parts, eps, Verdict(coupled=f"{moved} ({gap:.1e} relative)", gap=gap))
+        return _explain_scalar(evaluator, parts, eps, Verdict(coupled=f"{moved} ({gap:.1e} relative)", gap=gap))
     if len(outputs) != len(parts) or not all(z.ndim > 0 for z in outputs):
         return Verdict(coupled=f"{moved} ({gap:.1e} relative)", gap=gap)
     whole, first, second = outputs
@@ -246,9 +291,9 @@ def _explain(evaluator: Evaluator, parts: Sequence[_Part], eps: float, gap: floa
     return Verdict(gap=gap)
 
 
-def _explain_scalar(parts: Sequence[_Part], eps: float, otherwise: Verdict) -> Verdict:
+def _explain_scalar(evaluator: Evaluator, parts: Sequence[_Part], eps: float, otherwise: Verdict) -> Verdict:
     """Say so, if the batch's loss is a mean of those of its parts, with other weights."""
-    whole, *both = (part.gradient.double() for part in parts)
+    whole, *both = (joined(part.gradient, evaluator.parameters, torch.float64) for part in parts)
     basis = torch.stack(both, dim=1)
     shares = torch.linalg.lstsq(basis, whole[:, None], driver="gelsd" if basis.device.type == "cpu" else None).solution
     values = [float(part.evaluation.loss.detach()) for part in parts]
@@ -291,7 +336,7 @@ def _evaluate(
         eps = max(eps, 2.0**-11)
     if not keep:
         evaluation = replace(evaluation, loss=loss.detach(), outputs=None)
-    return _Part(evaluation, joined(gradients, evaluator.parameters), eps)
+    return _Part(evaluation, list(gradients), eps)
 
 
 def _in_blocks(evaluator: Evaluator, piece: Any, index: int) -> Evaluation | None:

@@ -324,8 +324,8 @@ class Objective:
         yield from self.kept.batches()
 
     def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
-        self.kept.budget.tidy()  # of what the graph before left unused: heaps grow to half as much again
-        meter, own = self.kept.meter(index), move_batch(batch, self.device)
+        self.kept.tidy()
+        meter, own = self.kept.meter(index, self.num_params * self.dtype.itemsize), move_batch(batch, self.device)
         lin = self.linearise(own, index, trust=self.trust, meter=meter)
         refuse_other_batches(self, lin)
         self.freshness.built(lin, mark)
@@ -347,6 +347,7 @@ class Objective:
         observe: Callable[[int, float, Tensor], None] | None = None,
         vectors: Sequence[Tensor] = (),
         sharding: Layout | None = None,
+        own: bool = False,
     ) -> Tensor:
         """Return sum_b w_b products(b) / sum_b w_b, over all batches (and ranks).
 
@@ -355,8 +356,9 @@ class Objective:
             observe: told the place, weight and tensor of each of this rank's batches that count.
             vectors: what is multiplied by; compared over ranks.
             sharding: of the last dimension of what is returned; None for an ordinary tensor, alike on all ranks.
+            own: nobody else holds what `products` returns, and the first may become the sum.
         """
-        return self.mean(self._parts(self.linearizations(), products, observe), vectors, sharding)
+        return self.mean(self._parts(self.linearizations(), products, observe), vectors, sharding, own)
 
     @staticmethod
     def _parts(
@@ -378,18 +380,20 @@ class Objective:
         parts: Iterable[tuple[float, Tensor]],
         vectors: Sequence[Tensor] = (),
         sharding: Layout | None = None,
+        own: bool = False,
     ) -> Tensor:
         """Return the weighted mean of (weight, tensor) over batches and ranks, or their sum where the loss sums."""
         if self.ranks is None:
-            total, weight, unit = sum_of_parts(parts)
+            total, weight, unit = sum_of_parts(parts, own)
             assert total is not None
         else:
-            total, weight, unit = self.ranks.summed(self, lambda: sum_of_parts(parts), vectors, sharding)
+            total, weight, unit = self.ranks.summed(self, lambda: sum_of_parts(parts, own), vectors, sharding)
         if weight == 0:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight
         denominator = 1.0 if self.is_sum else weight
-        return total if unit == denominator else total * (unit / denominator)
+        scaled = total.mul_ if own and self.ranks is None else total.mul
+        return total if unit == denominator else scaled(unit / denominator)
 
     @property
     def is_sum(self) -> bool:

@@ -61,10 +61,13 @@ def sum_over_ranks(total: Tensor, weight: float, group: ProcessGroup) -> tuple[T
     return packed[:-1].view_as(total).to(total.dtype), float(packed[-1])
 
 
-def sum_of_parts(parts: Iterable[tuple[float, Tensor]]) -> tuple[Tensor | None, float, float]:
-    """Return (total, weight, unit): the sum of weight * part is total * unit; (None, 0, 1) if there is no part."""
+def sum_of_parts(parts: Iterable[tuple[float, Tensor]], own: bool = False) -> tuple[Tensor | None, float, float]:
+    """Return (total, weight, unit): the sum of weight * part is total * unit; (None, 0, 1) if there is no part.
+
+    `own` says that nobody else holds the first part, which may then become the sum.
+    """
     total: Tensor | None = None
-    weight, unit, own = 0.0, 1.0, False
+    weight, unit = 0.0, 1.0
     with one_at_a_time:
         for w, part in parts:
             weight += w

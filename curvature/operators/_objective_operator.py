@@ -56,6 +56,7 @@ class ObjectiveOperator(SymmetricOperator):
 
         def of_batch(lin: Linearization) -> Tensor:
             parts = [self._of_batch(lin, r, block) for r, block in zip(rows, blocks, strict=True)]
+            parts = [p.clone() if p.data_ptr() == r.data_ptr() else p for p, r in zip(parts, rows, strict=True)]
             return parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
         def split(packed: Tensor) -> list[Tensor]:
@@ -69,7 +70,9 @@ class ObjectiveOperator(SymmetricOperator):
             observe(index, weight, split(packed))
 
         told = None if observe is None else pass_on
-        found = split(self.objective.reduce(of_batch, observe=told, vectors=rows, sharding=sharding))
+        found = split(
+            self.objective.reduce(of_batch, observe=told, vectors=rows, sharding=sharding, own=observe is None)
+        )
         if sharding is not None:
             return found
         return [

@@ -323,7 +323,7 @@ class Splitter:
         shown = False  # zeros are in every layout
         if vectors.ndim > 0 and vectors.shape[0] % N == 0:
             scaled, scale = self._scaled(run, vectors)
-            found = pull_back([run.evaluation.outputs], [uses[k].edge for k in tested], [scaled])  # type: ignore[list-item,misc]
+            found = pull_back([run.evaluation.outputs], [uses[k].edge for k in tested], [scaled])  # type: ignore[list-item]
             verdicts, nonzero = [], []
             with torch.no_grad():
                 for k, other in zip(tested, found, strict=True):

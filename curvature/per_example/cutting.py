@@ -121,7 +121,7 @@ def layouts_of_uses(
             vector = torch.zeros(outputs.shape, dtype=outputs.dtype, device=device)
             own = vector.view(2, -1)[place]
             own.copy_(torch.randn(own.shape, generator=generator))
-            found.append(pull_back([outputs], [use.edge for use in capture.uses], [vector]))  # type: ignore[misc]
+            found.append(pull_back([outputs], [use.edge for use in capture.uses], [vector]))
     layouts, shown = [], True
     for i, use in enumerate(capture.uses):
         mine = [deltas[i] for deltas in found]

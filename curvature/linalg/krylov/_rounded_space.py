@@ -142,9 +142,11 @@ class RoundedSpace(KrylovSpace):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, descending, vectors and residuals of V S, multiplied anew, `width` columns at a time."""
         U = orthonormalise(self.final(S, keep), self.U.T.to(self.A.device))
-        AU = torch.empty_like(U.T).T
+        AU = empty_rows(U.shape[1], U.shape[0], self.dtype, "disk" if self._place == "disk" else U.device).T
         for X, AX in zip(U.split(width, dim=1), AU.split(width, dim=1), strict=True):
             AX.copy_(multiply(X))
+            if self._place == "disk":
+                drop_pages(AU.T)
         H = (U.T @ AU).double().cpu()
         values, Y = torch.linalg.eigh((H + H.T) / 2)
         values, Y = values.flip(0), Y.flip(1).to(U)
