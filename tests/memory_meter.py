@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the storages that operations returned while it was active, as long as they live."""
+    """Counts the storages that operations made while it was active, as long as they live; not those of their inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,9 +23,11 @@ class PeakBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        given = {t.untyped_storage()._cdata for t in _tensors([*args, *(kwargs or {}).values()])}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+            if storage._cdata not in given:
+                self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
 

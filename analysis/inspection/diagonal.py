@@ -7,6 +7,7 @@ from analysis.inspection.results import LayerDiagonals
 from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
+from curvature.environment.memory import available_memory
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator
 from curvature.layerwise import exact_diagonal
@@ -17,6 +18,8 @@ from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
 __all__ = ["layer_diagonals"]
+
+_KEPT = 6  # vectors for each product, where samples are kept
 
 
 @full_precision
@@ -33,7 +36,8 @@ def layer_diagonals(
 
     Cost: about a gradient for each output of an example and each unit of a curved activation, up to `MOST_COLUMNS`,
     where the model allows it (`exact_diagonal`), and the result is exact; otherwise `num_matvecs` products, by sign
-    vectors on what known eigenpairs leave over.
+    vectors on what known eigenpairs leave over. Memory: six vectors a product; where these do not fit, some eight in
+    all, the estimate is less accurate, and the errors of the layers' means are upper bounds.
 
     Args:
         objective: what the Hessian is of.
@@ -63,12 +67,15 @@ def _estimated(
     generator: AnyGenerator,
     progress: Progress | None,
 ) -> LayerDiagonals:
+    H, budget = HessianOperator(objective), max(4, num_matvecs)  # the least it takes; never more than parameters
+    fits = _KEPT * budget * objective.num_params * objective.dtype.itemsize <= available_memory(objective.device)
     estimate = diagonal(
-        HessianOperator(objective),
-        num_matvecs=max(4, num_matvecs),  # the least it takes; never more than parameters are spent
+        H,
+        method="auto" if fits else "hutchinson",
+        num_matvecs=budget,
         deflate=top,
         generator=generator,
-        keep_samples=True,
+        keep_samples=fits,
         callback=None if progress is None else lambda spent, _: progress(DIAGONAL, spent, num_matvecs),
     )
     rows = summarise_diagonal(estimate, objective.space).rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,14 @@ def inspect_model(
     loss, gradient = objective.loss_and_gradient()
     H = HessianOperator(objective)
     with meter.stage(WHOLE, planned_whole - planned_coupling - planned_diagonal, whole=True):
-        whole = spectrum(H, plan.whole, generator=generator, progress=meter.tick)
+        place = plan.whole.place(H, [objective.num_params])
+        whole = spectrum(H, plan.whole, generator=generator, basis_device=place, progress=meter.tick)
     found: dict[str, Spectrum] = {}
     if blocks:
         with meter.stage(LAYERS, planned_layers, whole=False):
-            found = layer_spectra(H, plan.layer, blocks=blocks, generator=generator, progress=meter.tick)
+            place = plan.layer.place(H, [block.num_params for block in blocks])
+            own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
+            found = layer_spectra(H, plan.layer, blocks=blocks, **own)
     diagonal = None
     if plan.layers:
         with meter.stage(DIAGONAL, planned_diagonal, whole=True):

@@ -125,22 +125,26 @@ class InspectionPlan(Plan):
         """
         H = HessianOperator(objective)
         n, device = objective.num_params, objective.device
+        blocks = self.layer_blocks(objective)
+        held, where = 0, ""
+        for plan, sizes in ((self.whole, [n]), (self.layer, [block.num_params for block in blocks])):
+            if sizes:  # refused before anything takes long
+                plan.check_memory(H, sizes, place := plan.place(H, sizes))
+                bases, others = plan.parts_of_bytes(H, sizes)
+                held = max(held, others + (0 if place == "disk" else bases))
+                where = f" and {memory(bases)} on disk" if place == "disk" else where
         v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
         _ = H @ v
         each = median_seconds(lambda: H @ v, device)
         whole, of_layers = self.total_matvecs(objective)
-        blocks = self.layer_blocks(objective)
         total = whole * each + (_layer_seconds(H, blocks, self) if blocks else 0.0)
         if self.layers:
             total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
-        sizes = [block.num_params for block in blocks]
-        held = max(self.whole.num_bytes(H, [n]), self.layer.num_bytes(H, sizes) if sizes else 0)
-        self.whole.check_memory(H, [n], device)
         most = memory(max(peak_memory(device), current_memory(device) + held))
         products = f"{count(whole)} Hessian products"
         if of_layers:
             products += f" and {count(of_layers)} with single layers"
-        text = f"about {products} at {duration(each)} a product, up to {most}"
+        text = f"about {products} at {duration(each)} a product, up to {most}{where}"
         return Price(text, total, whole + of_layers, "products")
 
 

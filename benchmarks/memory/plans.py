@@ -5,6 +5,7 @@ The peak is that of the resident set above what the process held after a small c
 
 from __future__ import annotations
 
+import sys
 import time
 from itertools import pairwise
 from typing import Any
@@ -101,7 +102,10 @@ def limit_row(model: str, limit_bytes: int) -> dict[str, Any]:
     of = Objective(made[0], nn.CrossEntropyLoss(), (made[1], made[2]))
     planned = plan(of, "eigenpairs", k=3, memory_limit=limit_bytes)
     start = time.perf_counter()
-    pairs = eigsh(of.replace(**planned.changes), 3, rtol=0.01, generator=0, **planned.settings)
+    own: dict[str, Any] = {"rtol": 0.01, "confidence": None, "generator": 0}
+    pairs = eigsh(
+        of.replace(**planned.changes), 3, **own, **planned.settings, callback=lambda n, s: print(n, s, file=sys.stderr)
+    )
     return {
         "part": "limit",
         "model": model,

@@ -75,16 +75,16 @@ class GraphBudget:
         self._looked = -torch.inf
         self.enforce()
 
-    def tidy(self, *, now: bool = False, rebuilt: int = 0) -> None:
-        """Give back to the system what building the graphs left unused; heaps grow to half as much again.
+    def tidy(self, *, now: bool = False, vector_bytes: int = 0) -> None:
+        """Give back to the system what graphs and large products left unused; heaps grow to half as much again.
 
         Args:
             now: whatever share of the time that takes.
-            rebuilt: bytes of a vector, where graphs are built that are not kept.
+            vector_bytes: of a product.
         """
-        if not self.grown and rebuilt < _LARGE:
+        if not self.grown and vector_bytes < _LARGE:
             return
-        if self._device.type != "cpu" or max(self.held_bytes, rebuilt) < _LARGE:
+        if self._device.type != "cpu" or max(self.held_bytes, vector_bytes) < _LARGE:
             self.grown = False
             return
         start = time.monotonic()
@@ -122,7 +122,7 @@ class KeptGraphs:
         self.last_used = 0.0
         self._entries: list[_Entry] = []
         self._full = self._grew = False
-        self._rebuilt = 0  # bytes of a vector, where a graph was built that is not kept
+        self._vector_bytes = 0
         budget.admit(self)
 
     def __len__(self) -> int:
@@ -136,8 +136,9 @@ class KeptGraphs:
         """Bytes that the kept graphs hold."""
         return sum(entry.size for entry in self._entries)
 
-    def begin_walk(self) -> None:
-        """Note that all batches are about to be walked."""
+    def begin_walk(self, vector_bytes: int) -> None:
+        """Note that all batches are about to be walked, and how large a gradient is."""
+        self._vector_bytes = vector_bytes
         self._full, self.last_used = False, time.monotonic()
         if self.keep == "auto" and self._entries:
             self.budget.enforce()  # the free memory may have shrunk
@@ -148,12 +149,12 @@ class KeptGraphs:
             self.budget.tidy(now=True)
             if self.keep == "auto":
                 self.budget.look_again()
-        self.budget.tidy(now=self._grew, rebuilt=self._rebuilt)
-        self._grew, self._rebuilt = False, 0
+        self.budget.tidy(now=self._grew, vector_bytes=self._vector_bytes)
+        self._grew = False
 
     def tidy(self) -> None:
         """Give back what the graph before left unused."""
-        self.budget.tidy(rebuilt=self._rebuilt)
+        self.budget.tidy(vector_bytes=self._vector_bytes)
 
     def batches(self) -> list[tuple[int, int, Any]]:
         """Return place, mark and batch of every graph, for a walk in which graphs may be dropped."""
@@ -168,10 +169,9 @@ class KeptGraphs:
         del self._entries[index:]  # the loader's order changed: graphs kept from here on are of other batches
         return None
 
-    def meter(self, index: int, vector_bytes: int) -> HeldMemory | None:
+    def meter(self, index: int) -> HeldMemory | None:
         """Return what watches the graph of the batch in that place, which is to be kept; None if it is not."""
         if self.keep is False or self._full or index != len(self._entries):
-            self._rebuilt = vector_bytes
             return None
         store = ref(self)  # no cycle, so that graphs are freed with the objective
 

@@ -78,7 +78,7 @@ class Linearization(Recording):
         Raises:
             NonFiniteError: with batch and parameter.
         """
-        if self._gradient is not None and not self._is_large:
+        if self._gradient is not None and not self.is_large:
             return self._flatten([g.detach() if isinstance(g, Tensor) else None for g in self._gradient])
         if not self._evaluation.loss.requires_grad:
             return self._flatten([None] * len(self._params))

@@ -172,13 +172,13 @@ class Recording:
         return self._space.num_params * self._space.dtype.itemsize
 
     @property
-    def _is_large(self) -> bool:
+    def is_large(self) -> bool:
         """Whether graphs are kept without the vectors they yield."""
         return self.vector_bytes >= _FRUGAL
 
     def _ends(self, parts: Sequence[Tensor | None]) -> Sequence[End | None]:
         """Return what products begin with."""
-        return ends_of(parts) if self._is_large else parts
+        return ends_of(parts) if self.is_large else parts
 
     @property
     def num_lean_layers(self) -> int:

@@ -63,7 +63,7 @@ def summarise_diagonal(
     """Return mean, quantiles, share of negative entries and noise of a diagonal, for each layer or parameter.
 
     Args:
-        estimate: from `diagonal`; with `keep_samples=True` means get a standard error.
+        estimate: from `diagonal`; with `keep_samples=True` means get a standard error, "hutchinson" an upper bound.
         space: the parameters whose flat vector the diagonal belongs to.
         by: "layer", all parameters of a module together, or "parameter".
 
@@ -105,7 +105,10 @@ def _row(name: str, block: Block, estimate: DiagonalEstimate) -> DiagonalRow:
 
 
 def _mean_stderr(block: Block, stderr: Tensor, estimate: DiagonalEstimate) -> float | None:
-    """Return the standard error of the mean, from the means of the samples.
+    """Return the standard error of the mean, from the means of the samples, or an upper bound without them.
+
+    With random signs z, Cov(z_i (A z)_i, z_j (A z)_j) = A_ij^2, so that the sum over a block varies by the sum of
+    A_ij^2 over i in it and j elsewhere, and twice that inside: by no more than twice the sum of the variances.
 
     Where samples share a basis they are correlated, and the standard errors of entries are larger than their spread by
     one factor for all, which is put on here too.
@@ -113,7 +116,8 @@ def _mean_stderr(block: Block, stderr: Tensor, estimate: DiagonalEstimate) -> fl
     if not bool(stderr.any()):
         return 0.0
     if estimate.samples is None:
-        return None
+        independent = estimate.method == "hutchinson"
+        return float(2**0.5 * torch.linalg.vector_norm(stderr)) / block.num_params if independent else None
     samples = block.take(estimate.samples)
     k = samples.shape[1]
     spread = samples.var(dim=1).sum() / k

@@ -299,7 +299,7 @@ class Objective:
 
     def _linearised(self, *, to_differentiate: bool) -> Iterator[Linearization]:
         self.freshness.enter()
-        self.kept.begin_walk()
+        self.kept.begin_walk(self.num_params * self.dtype.itemsize)
         built = False
         for index, mark, batch in self._walk():
             lin = self.kept.find(index, mark)
@@ -325,7 +325,7 @@ class Objective:
 
     def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
         self.kept.tidy()
-        meter, own = self.kept.meter(index, self.num_params * self.dtype.itemsize), move_batch(batch, self.device)
+        meter, own = self.kept.meter(index), move_batch(batch, self.device)
         lin = self.linearise(own, index, trust=self.trust, meter=meter)
         refuse_other_batches(self, lin)
         self.freshness.built(lin, mark)

@@ -14,6 +14,7 @@ import torch
 
 from curvature.arguments import checked, checked_fields
 from curvature.environment.cost import ELSEWHERE, check_fits, gibibytes, peak_memory, timed
+from curvature.environment.memory import available_memory
 from curvature.errors import InputError
 from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import check_confidence, check_count, check_square, working_dtype
@@ -35,7 +36,7 @@ PATIENCE = 4
 _EXACT_IS_WORTH = 1.5
 _SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
 _CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
-_COMPARED = 5  # vectors that the first product of all holds, which compares lean layers with autograd, ...
+_COMPARED = 3  # vectors that the first product of all holds, which compares lean layers with autograd, ...
 _HEAP = 2  # ... and those that the heap of the process keeps meanwhile, in pieces
 _OF_BLOCK = 0.7  # of a product: that with the block of a layer, on average
 _CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
@@ -138,6 +139,10 @@ class SpectrumPlan:
         """Return the bytes of the vectors held at once for matrices of these sizes, beside graphs and parameters."""
         return sum(self.parts_of_bytes(A, sizes))
 
+    def place(self, A: MatrixLike, sizes: Sequence[int]) -> Place:
+        """Return where bases for matrices of these sizes are held: on A's device, or on disk where they do not fit."""
+        return A.device if self.num_bytes(A, sizes) <= available_memory(A.device) else "disk"
+
     def check_memory(self, A: MatrixLike, sizes: Sequence[int], place: Place) -> None:
         """Refuse what does not fit.
 
@@ -146,11 +151,16 @@ class SpectrumPlan:
         """
         if not sizes:
             raise InputError("blocks must hold one or more, got none; leave them out for all layers.")
-        needed = self.num_bytes(A, sizes)
-        remedy = "plan fewer num_steps or num_probes"
-        if place != "disk":
-            remedy += f"; {ELSEWHERE}"
-        check_fits(needed, place, f"a Krylov space of {self.num_matvecs(max(sizes))} vectors", remedy)
+        bases, others = self.parts_of_bytes(A, sizes)
+        space, remedy = (
+            f"a Krylov space of {self.num_matvecs(max(sizes))} vectors",
+            "plan fewer num_steps or num_probes",
+        )
+        if place == A.device:
+            check_fits(bases + others, place, space, f"{remedy}; {ELSEWHERE}")
+            return
+        check_fits(bases, place, space, remedy)
+        check_fits(others, A.device, f"what is held beside {space}", f"{remedy}, or ask for fewer pairs")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

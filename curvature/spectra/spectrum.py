@@ -87,6 +87,7 @@ def layer_spectra(
     matrix: MatrixName = "hessian",
     blocks: Sequence[Block] | None = None,
     generator: AnyGenerator,
+    basis_device: BasisDevice = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Spectrum]:
     """Return the spectrum of each layer's diagonal block, by name, all from the same walks over the data.
@@ -101,6 +102,7 @@ def layer_spectra(
         plan: for each layer. Default: `SpectrumPlan()`.
         blocks: the layers. Default: the modules that own parameters.
         generator: seeds one generator a layer; on A's device, or a seed.
+        basis_device: where the Krylov spaces are held, as for `spectrum`.
         progress: told the number of columns after each step.
 
     Raises:
@@ -112,7 +114,7 @@ def layer_spectra(
         raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
     chosen = A.objective.space.blocks if blocks is None else tuple(blocks)
     generators = spawn(as_generator(generator, A.device), len(chosen))
-    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, None, progress)
+    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, basis_device, progress)
     return {block.name: each for block, each in zip(chosen, found, strict=True)}
 
 

@@ -92,7 +92,10 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
             widened = 2 * (size + 1) * min(n, COLUMNS) * dtype.itemsize
             kept = 0 if place == "disk" else here  # a file's pages are let go of during a product
             step = max(kept + work + vector * (kept == 0 or rounded), here + (2 + rounded) * vector + rounded * widened)
-            last = max(here + k * vector, (k * (1 + rounded) + 2) * vector + work)
+            if rounded and place == "disk":  # the pairs are there, too, but for one
+                last = max((k + 2) * vector + widened, vector + work)
+            else:
+                last = max(here + k * vector, (k * (1 + rounded) + 2) * vector + work)
             passes = count * _PASSES * (1 + rounded) * rows
             found.append(
                 Way(

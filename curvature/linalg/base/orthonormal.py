@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 
-def orthonormalise(X: Tensor, basis: Tensor) -> Tensor:
+def orthonormalise(X: Tensor, basis: Tensor, *, own: bool = False) -> Tensor:
     """Return orthonormal columns that span X outside the basis (n, m), orthonormal; dependent ones are dropped.
 
-    Twice is enough: Giraud, Langou and Rozloznik (2005).
+    With `own` they take the place of X. Twice is enough: Giraud, Langou and Rozloznik (2005).
     """
     eps = 10 * torch.finfo(X.dtype).eps
     tiny = torch.finfo(X.dtype).tiny
-    N = (X / torch.linalg.vector_norm(X, dim=0).clamp_min(tiny)).T
+    norms = torch.linalg.vector_norm(X, dim=0).clamp_min(tiny)
+    N = (X.div_(norms) if own else X / norms).T
     del X
     for floor in (eps, eps):
         if basis.shape[1] > 0:

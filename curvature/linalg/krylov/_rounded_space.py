@@ -22,7 +22,7 @@ from curvature.environment.device import is_gpu
 from curvature.environment.memory import drop_pages
 from curvature.errors import InputError
 from curvature.linalg.base.orthonormal import gram_schmidt, orthonormalise
-from curvature.linalg.base.places import empty_rows
+from curvature.linalg.base.places import Place, empty_rows
 from curvature.linalg.base.validate import working_dtype
 from curvature.linalg.krylov._krylov_space import KrylovSpace, dependent_share, floor_of
 from curvature.linop import MatrixLike
@@ -141,12 +141,18 @@ class RoundedSpace(KrylovSpace):
         self, S: Tensor, multiply: Callable[[Tensor], Tensor], width: int, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, descending, vectors and residuals of V S, multiplied anew, `width` columns at a time."""
-        U = orthonormalise(self.final(S, keep), self.U.T.to(self.A.device))
-        AU = empty_rows(U.shape[1], U.shape[0], self.dtype, "disk" if self._place == "disk" else U.device).T
+        U = orthonormalise(self.final(S, keep), self.U.T.to(self.A.device), own=True)
+        on_disk = self._place == "disk"
+        place: Place = "disk" if on_disk else U.device
+        k = U.shape[1]
+        AU = empty_rows(k, self.n, self.dtype, place).T
+        if on_disk:  # of both, one column is in memory beside what a product takes
+            U = empty_rows(k, self.n, self.dtype, place).copy_(U.T).T
         for X, AX in zip(U.split(width, dim=1), AU.split(width, dim=1), strict=True):
-            AX.copy_(multiply(X))
-            if self._place == "disk":
+            if on_disk:
+                drop_pages(U.T)
                 drop_pages(AU.T)
+            AX.copy_(multiply(X))
         H = (U.T @ AU).double().cpu()
         values, Y = torch.linalg.eigh((H + H.T) / 2)
         values, Y = values.flip(0), Y.flip(1).to(U)

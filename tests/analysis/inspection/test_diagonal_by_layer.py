@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.inspection import diagonal
 from analysis.inspection.diagonal import layer_diagonals
 from analysis.inspection.figures_layers import plot_layer_diagonals
 from analysis.inspection.measure import inspect_model
+from analysis.inspection.plan import InspectionPlan
 from curvature import EigenPairs, HessianOperator, Objective, eigsh
+from curvature.linalg.base import places
 from curvature.linop import to_dense
+from curvature.spectra import planning
 
 
 class Softmax(nn.Softmax):
@@ -20,9 +24,9 @@ class Softmax(nn.Softmax):
         super().__init__(-1)
 
 
-def objective(activation: type[nn.Module]) -> Objective:
+def objective(activation: type[nn.Module], width: int = 6) -> Objective:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), activation(), nn.Linear(6, 3)).double()
+    model = nn.Sequential(nn.Linear(5, width), activation(), nn.Linear(width, 3)).double()
     data = torch.randn(30, 5, dtype=torch.float64), torch.randint(0, 3, (30,))
     return Objective(model, nn.CrossEntropyLoss(), data)
 
@@ -65,6 +69,28 @@ def test_estimated_layer_traces_are_as_sure_as_they_say() -> None:
         scores.append([(t.value - float(e)) / t.stderr for t, e in zip(traces, exact, strict=True)])
     spread = torch.tensor(scores).square().mean().sqrt()
     assert 0.6 < float(spread) < 1.5
+
+
+def test_what_does_not_fit_into_memory_is_held_on_disk_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, found, files = InspectionPlan(k=1, num_bottom=1, num_probes=2, num_steps=4), [], []
+    file = places.tempfile.TemporaryFile
+    monkeypatch.setattr(places.tempfile, "TemporaryFile", lambda: (files.append(file()), files[-1])[1])
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(planning, "available_memory", lambda _, free=free: free)
+        monkeypatch.setattr(diagonal, "available_memory", lambda _, free=free: free)
+        o = objective(Softmax, width=30)
+        assert ("on disk" in plan.price(o).text) is (free == 0)
+        found.append(inspect_model(o, plan, generator=generator()))
+        assert (len(files) > 0) is (free == 0)
+    here, there = found
+    assert torch.equal(here.top.eigenvalues, there.top.eigenvalues)
+    assert [layer.trace.value for layer in here.layers] == [layer.trace.value for layer in there.layers]
+    assert here.diagonal is not None
+    assert there.diagonal is not None
+    assert "hutchinson" in there.diagonal.how
+    traces = [torch.tensor([t.value for t in d.diagonal.traces.values()]) for d in found]  # type: ignore[union-attr]
+    errors = torch.tensor([t.stderr for t in there.diagonal.traces.values()])
+    assert bool(((traces[0] - traces[1]).abs() < 5 * errors).all())
 
 
 @pytest.mark.parametrize("deflated", [False, True])

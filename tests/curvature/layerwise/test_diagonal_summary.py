@@ -52,7 +52,7 @@ def test_rows_are_the_numbers_of_their_entries() -> None:
             assert row.quantiles == pytest.approx(np.quantile(x, LEVELS).tolist())
             assert row.share_negative == pytest.approx((x < 0).sum() / len(x))
             assert row.relative_noise == pytest.approx(math.sqrt((e**2).sum() / (x**2).sum()))
-            assert row.mean_stderr is None
+            assert row.mean_stderr == pytest.approx(math.sqrt(2 * (e**2).sum()) / len(x))
         json.dumps(summary.to_dict())
 
 
@@ -69,6 +69,18 @@ def test_the_standard_error_of_a_mean_is_the_truth(method: str) -> None:
         assert row.mean_stderr is not None
         z.append((row.mean - float(A.diagonal()[:25].mean())) / row.mean_stderr)
     assert 0.85 < torch.tensor(z).std() < 1.15
+
+
+def test_the_standard_error_of_a_mean_without_samples_is_a_bound() -> None:
+    parameters, A, z = space(), with_spectrum(spectra(53)["flat"]), []
+    others = A.square().fill_diagonal_(0)[:25]
+    expected = float((others.sum() + others[:, :25].sum()) / (2 * others.sum())) ** 0.5  # of the bound
+    for seed in range(400):
+        estimate = diagonal(A, method="hutchinson", num_matvecs=50, generator=generator(seed), block_size=50)
+        row = summarise_diagonal(estimate, parameters).rows[0]
+        assert row.mean_stderr is not None
+        z.append((row.mean - float(A.diagonal()[:25].mean())) / row.mean_stderr)
+    assert 0.85 * expected < torch.tensor(z).std() < 1.15 * expected < 1.15
 
 
 def test_exact_diagonals_have_no_error() -> None:
