@@ -315,7 +315,7 @@ def _ways_to(
             [{}] if made is None or len(sizes) > 1 or made.all_entries(n) else [{}, {"basis_device": "disk"}]
         )
         for settings in places:
-            basis, rest = (0, vector) if made is None else made.parts_of_bytes(A, sizes)
+            basis, rest = (0, 0) if made is None else made.parts_of_bytes(A, sizes)
             held = graphs + work + rest + (0 if settings else basis)
             if made is None and cost is not None:
                 held = max(held, (_COMPARED + _HEAP * (A.device.type == "cpu")) * vector)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from curvature.autograd.backward import walk
 from curvature.data.parts import num_examples
-from curvature.engine.linearize import LOSS_HESSIAN, Linearization
+from curvature.engine.linearize import LOSS_HESSIAN
 from curvature.environment.cost import median_seconds
 from curvature.environment.memory import HeldMemory, return_unused
 from curvature.operators._objective_operator import ObjectiveOperator
@@ -83,22 +83,26 @@ class ProductCost:
 
 
 def product_cost(A: ObjectiveOperator) -> ProductCost:
-    """Return what products will take. Cost: two to six gradients over the data, and the graph of one batch."""
+    """Return what products will take. Cost: two to six gradients over the data, and the graph of one batch.
+
+    Graphs that were not there before are given up again: the call that follows may be another objective's.
+    """
     objective, product = A.objective, getattr(A, "_product", "ggnvp")
+    had_graphs = len(objective.kept) > 0
     objective.loss_and_gradient()  # loads, warms up, counts the batches
     seconds = median_seconds(objective.loss_and_gradient, objective.device)
+    gradient = seconds / _BACKWARD if objective.keeps_all_graphs else seconds
+    if not had_graphs:
+        objective.release()
     if objective.device.type == "cpu":
         return_unused()  # before the graph of a batch is held beside what is kept
     vector = objective.num_params * objective.dtype.itemsize
-    held, lin = _graph_of_first_batch(A, product)
-    beside = 0 if lin.is_large else vector
-    graph = max(0, held - beside)
-    convolved = any("Convolution" in node.name() for node in walk([lin.graph_root()]))
+    graph, beside, examples, convolved = _graph_of_first_batch(A, product)
     return ProductCost(
-        gradient=seconds / _BACKWARD if objective.keeps_all_graphs else seconds,
+        gradient=gradient,
         per_column=_COLUMN[product],
         num_batches=objective.num_batches or 1,
-        num_examples=num_examples(lin.batch),
+        num_examples=examples,
         graph=graph,
         derivatives=int((_CONVOLVED if convolved else _DERIVATIVES[product]) * graph),
         vector=vector,
@@ -109,12 +113,13 @@ def product_cost(A: ObjectiveOperator) -> ProductCost:
     )
 
 
-def _graph_of_first_batch(A: ObjectiveOperator, product: str) -> tuple[int, Linearization]:
-    """Return the bytes that the graph of the first batch holds, and that graph."""
+def _graph_of_first_batch(A: ObjectiveOperator, product: str) -> tuple[int, int, int, bool]:
+    """Return the bytes that the graph of the first batch holds, and its gradient; examples; are there convolutions?"""
     objective, meter = A.objective, HeldMemory()
     _, _, batch = next(iter(objective.source))
     lin = objective.linearise(batch, trust=objective.trust, meter=meter)
-    if lin.weight == 0:
-        return 0, lin
-    _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))
-    return meter.held_bytes(), lin
+    if lin.weight != 0:
+        _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))
+    beside = 0 if lin.is_large else lin.vector_bytes
+    convolved = any("Conv" in node.name() for node in walk([lin.graph_root()]))
+    return max(0, meter.held_bytes() - beside), beside, num_examples(lin.batch), convolved
