@@ -32,9 +32,10 @@ from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
 from curvature.objective.freshness import Freshness
 from curvature.objective.notes import notes_of
-from curvature.objective.ranks import RankAgreement, built_together, sum_of_parts
+from curvature.objective.ranks import RankAgreement, built_together
 from curvature.objective.refusals import refuse_other_batches, refuse_pieces
 from curvature.objective.shards import Shards, space_of
+from curvature.objective.sums import parts_of, sum_of_parts
 from curvature.parameters import ParameterSpace, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import in_parts
@@ -230,7 +231,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        return self.mean(self._parts(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
+        return self.mean(parts_of(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
 
     def gradient(self) -> Tensor:
         """Return the gradient of L, (n,). Cost: one gradient."""
@@ -358,22 +359,7 @@ class Objective:
             sharding: of the last dimension of what is returned; None for an ordinary tensor, alike on all ranks.
             own: nobody else holds what `products` returns, and the first may become the sum.
         """
-        return self.mean(self._parts(self.linearizations(), products, observe), vectors, sharding, own)
-
-    @staticmethod
-    def _parts(
-        walk: Iterator[Linearization],
-        products: Callable[[Linearization], Tensor],
-        observe: Callable[[int, float, Tensor], None] | None = None,
-    ) -> Iterator[tuple[float, Tensor]]:
-        for lin in walk:
-            part = products(lin)
-            weight = lin.weight
-            if observe is not None and weight != 0:
-                observe(lin.index, weight, part)
-            del lin  # before the next graph is built
-            yield weight, part
-            del part
+        return self.mean(parts_of(self.linearizations(), products, observe), vectors, sharding, own)
 
     def mean(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvature.environment.device import is_gpu
-from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, RankError
 from curvature.fingerprints.portable import content, text_digest
 from curvature.objective.shards import Shards, is_part, spread
@@ -37,7 +36,6 @@ __all__ = [
     "agree_on",
     "built_together",
     "failing_together",
-    "sum_of_parts",
     "sum_over_ranks",
     "together",
 ]
@@ -59,28 +57,6 @@ def sum_over_ranks(total: Tensor, weight: float, group: ProcessGroup) -> tuple[T
     with explained():
         dist.all_reduce(packed, group=group)
     return packed[:-1].view_as(total).to(total.dtype), float(packed[-1])
-
-
-def sum_of_parts(parts: Iterable[tuple[float, Tensor]], own: bool = False) -> tuple[Tensor | None, float, float]:
-    """Return (total, weight, unit): the sum of weight * part is total * unit; (None, 0, 1) if there is no part.
-
-    `own` says that nobody else holds the first part, which may then become the sum.
-    """
-    total: Tensor | None = None
-    weight, unit = 0.0, 1.0
-    with one_at_a_time:
-        for w, part in parts:
-            weight += w
-            if w == 0:  # a batch of ignored targets only: its mean is 0/0 and counts nothing
-                part = torch.zeros_like(part)
-            if total is None:  # a single batch, the common case, is not scaled up and down again
-                total, unit = part, w if w != 0 else 1.0
-            elif own:
-                total.add_(part, alpha=w / unit)
-            else:
-                total, own = total.add(part, alpha=w / unit), True  # the first part may be somebody else's memory
-            del part
-    return total, weight, unit
 
 
 class Point(Protocol):
