@@ -105,7 +105,7 @@ inside = float(norms.diag().square().sum() / norms.square().sum())
 for ax, values, title in zip(
     axes(9.5, 4.2, 2), (norms, norms / scale[:, None] / scale), ("Frobenius norm of blocks", "relative"), strict=True
 ):
-    image = ax.imshow(values, cmap="magma", norm="log" if title != "relative" else None)
+    image = ax.imshow(values.numpy(), cmap="magma", norm="log" if title != "relative" else None)
     ax.set(title=title, xticks=range(len(names)), yticks=range(len(names)), yticklabels=names)
     ax.set_xticklabels(names, rotation=90)
     plt.colorbar(image, ax=ax, shrink=0.8)

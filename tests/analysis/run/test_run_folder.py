@@ -230,7 +230,7 @@ def test_a_full_disk_stops_the_log_and_not_the_work(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(PointLog, "_append", full)
+    monkeypatch.setattr("analysis.landscape.point_log.append_line", full)
     log.note("s", "k", 1, 2.0, 0.0)
     assert log.failed
     assert log.known("s", "k") == {0: (1.0, 0.0), 1: (2.0, 0.0)}
