@@ -6,6 +6,7 @@ from optimizers.diagonal.curvature_source import CurvatureSource
 from optimizers.diagonal.esgd import ESGD
 from optimizers.diagonal.sassha import SASSHA
 from optimizers.diagonal.sophia import Sophia
+from optimizers.kronecker.soap import SOAP
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import CubicRule, DampingRule, RadiusRule
 from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
@@ -22,6 +23,7 @@ from optimizers.shared.sharded import Sharded
 __all__ = [
     "ESGD",
     "SASSHA",
+    "SOAP",
     "AdaHessian",
     "Armijo",
     "CubicNewton",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from curvature.data.batches import DataSource
     from curvature.engine.evaluation import Evaluator
 
-__all__ = ["Shards", "WholeSpace", "is_part", "space_of", "spread"]
+__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "space_of", "spread"]
 
 _COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models whose own loss was seen to be that of the plain model."""
@@ -70,8 +70,8 @@ def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, 
     mesh = max((p.device_mesh for p in parts), key=lambda m: m.size())  # type: ignore[attr-defined] # of DTensors
     meshes = {info.mesh for state in states.values() for info in _mesh_infos(state)}
     if group is None and meshes:
-        group = _group_of(max(meshes, key=lambda m: m.size()))
-    return model, Shards(model, _group_of(mesh), group), group
+        group = mesh_group(max(meshes, key=lambda m: m.size()))
+    return model, Shards(model, mesh_group(mesh), group), group
 
 
 def _mesh_infos(state: Any) -> list[Any]:
@@ -83,7 +83,7 @@ def _fsdp_states(model: nn.Module) -> dict[nn.Module, Any]:
     return {m: m._get_fsdp_state() for m in model.modules() if callable(getattr(m, "_get_fsdp_state", None))}  # type: ignore[operator] # a method of FSDP's
 
 
-def _group_of(mesh: Any) -> ProcessGroup:
+def mesh_group(mesh: Any) -> ProcessGroup:
     """Return the group of all ranks of a mesh."""
     if mesh.ndim == 1:
         group: ProcessGroup = mesh.get_group()

@@ -72,6 +72,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     _fractions: tuple[str, ...] = ()  # settings in [0, 1)
     _positive: tuple[str, ...] = ()  # settings that must be positive and finite
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> its values
+    _takes_parts = False  # whether parameters may be DTensors
     _group: ProcessGroup | None
     _group_name: str | None
 
@@ -111,7 +112,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _validate(self, group: Group) -> None:
         """Check the settings of one group."""
         for p in group["params"]:
-            if is_part(p):
+            if is_part(p) and not self._takes_parts:
                 raise InputError(
                     "these parameters are DTensors, of which each rank holds a part: call optimizers.Sharded(model, "
                     f"{type(self).__name__}, ...) with the model instead."
