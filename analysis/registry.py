@@ -95,7 +95,7 @@ def measure(
         InputError: for an unknown kind, or settings out of range.
         CurvatureError: whatever stands in the way, with the remedy.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -119,7 +119,7 @@ def measure(
 def inspect(objective: Objective, plan: Any = None, *, generator: AnyGenerator, **others: Any) -> InspectionRun:
     """Inspect the curvature of an objective: `measure("inspect", ...)`, with the same arguments.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

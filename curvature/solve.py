@@ -89,7 +89,7 @@ def solve(
         InputError: for arguments out of range or at odds.
         NonFiniteError: if a product is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> result = solve(torch.diag(torch.tensor([1.0, -2.0])), torch.ones(2))
         >>> result.x.round(decimals=3), result.method

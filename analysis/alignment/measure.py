@@ -51,7 +51,7 @@ def gradient_alignment(
         InputError: for arguments out of range.
         NotConvergedError: if the eigenpairs did not reach `rtol`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 1.0]]))

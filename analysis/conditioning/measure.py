@@ -105,7 +105,7 @@ def measure_conditioning(
         InputError: for settings out of range, or an optimizer of an unknown kind.
         NonFiniteError: if a product is not finite.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 10.0]])

@@ -138,7 +138,7 @@ def critical_points(
         InputError: for settings out of range, or without per-example gradients and without `gradient_tolerance`.
         NonFiniteError: if a product is not finite.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
         >>> for p in model.parameters():

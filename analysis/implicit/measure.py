@@ -102,7 +102,7 @@ def implicit_regularization(
     Reference: Smith, Dherin, Barrett and De (2021), On the origin of implicit regularization in stochastic gradient
     descent, eq. 20 and appendix A; Barrett and Dherin (2020), Implicit gradient regularization.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)

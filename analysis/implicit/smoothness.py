@@ -33,7 +33,7 @@ def kinks(objective: Objective) -> tuple[str, ...]:
     Raises:
         DataError: if the objective has no batch.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

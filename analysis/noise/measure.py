@@ -66,7 +66,7 @@ def gradient_noise(
 
     Reference: McCandlish, Kaplan, Amodei et al. (2018), An empirical model of large-batch training; Fieller (1954).
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)

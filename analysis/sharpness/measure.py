@@ -55,7 +55,7 @@ def measure_sharpness(
         InputError: for an unknown name, or one that the objective does not allow.
         NonFiniteError: if the loss overflows within the radius.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)

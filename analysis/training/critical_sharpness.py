@@ -54,7 +54,7 @@ def critical_sharpness(
     Reference: Kalra et al. (2026), A scalable measure of loss landscape curvature for analyzing the training dynamics
     of LLMs (arXiv 2601.16979).
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.ones_(model.weight)

@@ -75,7 +75,7 @@ class GradientPenalty:
     Reference: Geiping, Goldblum, Pope, Moeller and Goldstein (2021), Stochastic training is not necessary for
     generalization, section 3.3; Smith et al. (2021), section 3.
 
-    Example:
+    Examples:
         >>> w = torch.tensor([1.0], requires_grad=True)
         >>> penalty = GradientPenalty(torch.optim.SGD([w], lr=0.1), strength=0.5)
         >>> penalty.step(lambda: (w**2).sum()).penalty  # g = 2 w, so |g|^2 / 2 = 2 w^2

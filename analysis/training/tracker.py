@@ -62,7 +62,7 @@ class CurvatureTracker:
         InputError: for unknown quantities, those that need an optimizer without one, one that the optimizer does not
             allow, a model in parts on several ranks, or a folder that is a file.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> data = (torch.eye(2), torch.zeros(2, 1))

@@ -112,7 +112,7 @@ def exact_diagonal(
 
     Reference: Dangel, Kunstner and Hennig (2020), BackPACK: Packing more into backprop (the sums over columns).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import Objective
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

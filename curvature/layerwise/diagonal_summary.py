@@ -70,7 +70,7 @@ def summarise_diagonal(
     Raises:
         InputError: if the diagonal is not of the space's size, or for another `by`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(3, 1)
         >>> space = ParameterSpace.from_model(model)
         >>> exact = DiagonalEstimate(value=torch.arange(4.0), stderr=torch.zeros(4), num_matvecs=4)

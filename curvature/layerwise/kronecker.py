@@ -154,7 +154,7 @@ def kronecker_factors(
     Reference: Botev, Ritter and Barber (2017), Practical Gauss-Newton optimisation for deep learning (KFLR, KFRA);
     Martens and Grosse (2015), Grosse and Martens (2016) (KFAC, convolutions).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import Objective
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

@@ -52,7 +52,7 @@ class Objective:
     Args:
         model: any module that trains with ordinary autograd. It is neither copied nor changed. One that
             `DistributedDataParallel` wraps, whose ranks hold different data, or of which ranks hold parts: by
-            `fully_shard`, or as DTensors (see docs/distributed.md).
+            `fully_shard`, or as DTensors (see docs/how_to/distributed.md).
         loss: `loss(outputs, targets)` -> scalar, the mean over what the batch counts. With `reduction="sum"` the
             objective is the sum over all batches instead of their weighted mean. None if `forward` returns the scalar
             itself.

@@ -32,7 +32,7 @@ def curvature_gradient(objective: Objective, v: Tensor) -> Tensor:
         InputError: for v of another shape, or an operation without a third derivative.
         DataError: if no batch counts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)

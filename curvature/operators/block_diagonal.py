@@ -31,7 +31,7 @@ class BlockDiagonalOperator(SymmetricOperator):
         InputError: for another kind of matrix, no block, or blocks that overlap.
         ParameterSelectionError: for a block of another space.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from curvature import HessianOperator, Objective
         >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))

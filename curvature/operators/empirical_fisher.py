@@ -50,7 +50,7 @@ class EmpiricalFisherOperator(MetricOperator):
     Reference: Kunstner, Hennig and Balles (2019), Limitations of the empirical Fisher approximation; Thomas et al.
     (2020), On the interplay between noise and curvature.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import EmpiricalFisherOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -38,7 +38,7 @@ class FisherOperator(ObjectiveOperator):
     Reference: Martens (2020), New insights and perspectives on the natural gradient method; Kunstner, Hennig and Balles
     (2019), Limitations of the empirical Fisher approximation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import FisherOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

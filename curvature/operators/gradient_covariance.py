@@ -40,7 +40,7 @@ class GradientCovarianceOperator(EmpiricalFisherOperator):
 
     Reference: McCandlish et al. (2018), An empirical model of large-batch training, section 2.2.
 
-    Example:
+    Examples:
         >>> from curvature import GradientCovarianceOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(model.weight)

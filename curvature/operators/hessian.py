@@ -15,7 +15,7 @@ class HessianOperator(ObjectiveOperator):
         objective: the function; it needs a second derivative (piecewise linear activations have one almost everywhere).
         block: restricts the matrix to some parameters: H_BB, the diagonal block. See `restrict`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import HessianOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

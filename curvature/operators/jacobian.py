@@ -41,7 +41,7 @@ class JacobianOperator(LinearOperator):
 
     Reference: Townsend (2017), A new trick for calculating Jacobian vector products.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import JacobianOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -49,7 +49,7 @@ class MCFisherOperator(MetricOperator):
 
     Reference: Martens and Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import MCFisherOperator, Objective
         >>> model = torch.nn.Linear(1, 2, bias=False)

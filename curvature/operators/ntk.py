@@ -35,7 +35,7 @@ class NTKOperator(SymmetricOperator):
 
     Reference: Jacot, Gabriel and Hongler (2018), Neural tangent kernel.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from curvature import NTKOperator, Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -42,7 +42,7 @@ class PreconditionedOperator(SymmetricOperator):
 
     Reference: Cohen et al. (2022), Adaptive gradient methods at the edge of stability.
 
-    Example:
+    Examples:
         >>> A = torch.tensor([[8.0, 2.0], [2.0, 1.0]])
         >>> PreconditionedOperator(A, torch.tensor([4.0, 1.0])).to_dense()
         tensor([[2., 1.],
@@ -154,7 +154,7 @@ def optimizer_divisor(
     Raises:
         InputError: for another kind of optimizer, or parameters without state.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> adam = torch.optim.Adam(model.parameters(), lr=0.1, betas=(0.5, 0.999), eps=0.0)
@@ -266,7 +266,7 @@ def stability_limit(optimizer: Any, group: int = 0) -> float:
     Reference: Cohen et al. (2021), Gradient descent on neural networks typically occurs at the edge of stability
     (arXiv 2103.00065); Cohen et al. (2022), Adaptive gradient methods at the edge of stability (arXiv 2207.14484).
 
-    Example:
+    Examples:
         >>> stability_limit(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9))
         3.8
     """

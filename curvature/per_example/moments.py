@@ -119,7 +119,7 @@ def gradient_moments(
     Raises:
         InputError: also for pairwise products that do not fit into `memory_budget`, or over several ranks.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> x, y = torch.eye(2), torch.tensor([[1.0], [3.0]])
         >>> model = nn.Linear(2, 1, bias=False)

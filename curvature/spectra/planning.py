@@ -226,7 +226,7 @@ def plan(
     Raises:
         InputError: for unknown quantities and values out of range, or if no way fits the limit.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.linspace(0, 1, 1000))
         >>> plan(A, ["trace"]).num_matvecs, plan(A, ["trace", "density"]).num_matvecs
         (4, 120)

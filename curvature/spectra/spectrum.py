@@ -64,7 +64,7 @@ def spectrum(
         InputError: for settings out of range, or a space that does not fit into memory.
         NonFiniteError: if a product is not finite.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.cat([torch.tensor([50.0, 20.0]), torch.linspace(0, 1, 998)]))
         >>> found = spectrum(A, SpectrumPlan(k=2, num_bottom=1), generator=0)
         >>> found.top.eigenvalues.round(decimals=3)

@@ -76,7 +76,7 @@ def check_optimizer(
     Raises:
         InputError: for names in `skip` that are no checks.
 
-    Example:
+    Examples:
         >>> report = check_optimizer(torch.optim.SGD, settings={"lr": 0.05}, only="learning rate")
         >>> report.passed
         True

@@ -80,7 +80,7 @@ class AdaHessian(CurvatureOptimizer):
     stale curvature counted again), "torch_optimizer" (power 1/2), "kozistr" (no average, eps 1e-16, correction by all
     steps). Their defects (leaks, biased probes on several ranks, curvature lost from the state) are not taken over.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = AdaHessian([w], lr=1.0, betas=(0.0, 0.0), eps=0.0)
         >>> loss = optimizer.step(lambda: (torch.tensor([1.0, 100.0]) * w**2).sum())  # Newton's step: H is diagonal

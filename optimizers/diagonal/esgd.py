@@ -53,7 +53,7 @@ class ESGD(CurvatureOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = ESGD([w], lr=0.5, damping=0.0)
         >>> loss = optimizer.step(lambda: (torch.tensor([1.0, 100.0]) * w**2).sum())

@@ -68,7 +68,7 @@ class SASSHA(CurvatureOptimizer):
     Raises:
         InputError: for settings out of range, and for a loss in place of a closure.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = SASSHA([w], lr=0.1, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, rho=5.0)
         >>> loss = optimizer.step(lambda: (w**2).sum() / 2)  # the gradient at w + (3, 4)

@@ -61,7 +61,7 @@ class Sophia(CurvatureOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = Sophia([w], lr=0.5, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0, curvature="row-norm")
         >>> loss = optimizer.step(lambda: w[0] ** 2 / 2 - w[1] ** 2 / 2)  # half a Newton step; away from the maximum

@@ -61,7 +61,7 @@ def spatial_average(values: Tensor, rule: str | int | None = "paper") -> Tensor:
         InputError: for rules that do not exist, for shapes a rule does not cover, and where b does not divide the
             length of a row.
 
-    Example:
+    Examples:
         >>> spatial_average(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2)
         tensor([[2., 2., 7., 7.]])
     """

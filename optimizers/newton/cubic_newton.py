@@ -45,7 +45,7 @@ class CubicNewton(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
         >>> optimizer = CubicNewton([w])
         >>> for _ in range(12):

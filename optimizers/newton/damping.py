@@ -44,7 +44,7 @@ class DampingRule:
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization, section 4.1, for the default factors.
 
-    Example:
+    Examples:
         >>> rule = DampingRule()
         >>> rule(3.0, 0.9), rule(3.0, 0.5), rule(2.0, 0.1)
         (2.0, 3.0, 3.0)
@@ -76,7 +76,7 @@ class RadiusRule:
 
     Reference: Nocedal and Wright (2006), Numerical Optimization, algorithm 4.1.
 
-    Example:
+    Examples:
         >>> rule = RadiusRule()
         >>> rule(1.0, 0.9, 1.0), rule(1.0, 0.9, 0.5), rule(1.0, 0.1, 0.8)
         (2.0, 1.0, 0.2)

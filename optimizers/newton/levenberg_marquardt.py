@@ -70,7 +70,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range, and for a process group.
 
-    Example:
+    Examples:
         >>> t = torch.linspace(0, 1, 8, dtype=torch.float64)
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
         >>> optimizer = LevenbergMarquardt([w])

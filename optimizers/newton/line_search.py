@@ -54,7 +54,7 @@ class Armijo:
 
     Reference: Armijo (1966); Nocedal and Wright (2006), Numerical Optimization, section 3.5.
 
-    Example:
+    Examples:
         >>> line = Line(value=lambda t: (t - 1.0) ** 2, start=1.0, slope=-2.0)
         >>> Armijo()(line, 4.0).step
         1.0
@@ -101,7 +101,7 @@ class StrongWolfe:
 
     Reference: Nocedal and Wright (2006), Numerical Optimization, algorithms 3.5 and 3.6.
 
-    Example:
+    Examples:
         >>> line = Line(
         ...     value=lambda t: (t - 1.0) ** 2,
         ...     value_and_slope=lambda t: ((t - 1.0) ** 2, 2 * (t - 1.0)),

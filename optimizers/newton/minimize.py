@@ -144,7 +144,7 @@ def minimize(
         InputError: for a method that is not there, an empty x0, or unless one of x0 and params is given.
         NonFiniteError: if loss or gradient are not finite at the start.
 
-    Example:
+    Examples:
         >>> result = minimize(lambda x: ((x - 1) ** 4).sum() + x.square().sum(), torch.zeros(3, dtype=torch.float64))
         >>> result.success, bool(result.jac.abs().max() < 1e-8)
         (True, True)
@@ -245,7 +245,7 @@ def to_scipy(method: str, **options: Any) -> Callable[..., OptimizeResult]:
     Raises:
         InputError: for a method that is not there, bounds or constraints, or derivatives that are missing.
 
-    Example:
+    Examples:
         >>> from scipy.optimize import minimize as scipy_minimize, rosen, rosen_der, rosen_hess_prod
         >>> run = to_scipy("trust-region")
         >>> found = scipy_minimize(rosen, [-1.2, 1.0], jac=rosen_der, hessp=rosen_hess_prod, method=run)

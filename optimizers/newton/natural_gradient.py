@@ -58,7 +58,7 @@ class NaturalGradient(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = NaturalGradient([w], damping=1e-6)
         >>> loss = optimizer.step(lambda: torch.tensor([1.0, 30.0]) * w)

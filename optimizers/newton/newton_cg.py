@@ -71,7 +71,7 @@ class NewtonCG(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = NewtonCG([w], damping=0.0)
         >>> loss = optimizer.step(lambda: (torch.tensor([1.0, 100.0]) * w**2).sum())

@@ -38,7 +38,7 @@ class PointwiseResiduals:
     Raises:
         InputError: if there is no term, or a negative weight.
 
-    Example:
+    Examples:
         >>> u = torch.nn.Linear(1, 1)
         >>> slope = PointwiseResiduals(u, [(lambda f, x: torch.func.jacrev(f)(x)[0, 0] - 2.0, torch.rand(5, 1))])
         >>> slope().shape, slope.jacobian(list(u.parameters())).shape

@@ -45,7 +45,7 @@ class SaddleFreeNewton(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1e-3]))  # beside the saddle of x^2 - y^2 + y^4
         >>> optimizer = SaddleFreeNewton([w])
         >>> for _ in range(20):

@@ -49,7 +49,7 @@ class SketchyNewton(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = SketchyNewton([w], rank=2, rho=1e-3)
         >>> for _ in range(30):

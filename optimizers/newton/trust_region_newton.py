@@ -51,7 +51,7 @@ class TrustRegionNewton(FullBatchOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.tensor([0.0, 0.0]))  # the saddle of x^2 - y^2 + y^4
         >>> optimizer = TrustRegionNewton([w], subproblem="gltr", escape=True)
         >>> for _ in range(12):

@@ -25,7 +25,7 @@ def mixed_seed(*counters: int) -> int:
     Each counter goes through the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), which spreads neighbouring
     integers over all 64 bits.
 
-    Example:
+    Examples:
         >>> mixed_seed(0, 1) == mixed_seed(0, 1), mixed_seed(0, 1) == mixed_seed(1, 0)
         (True, False)
     """

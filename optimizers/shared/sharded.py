@@ -33,7 +33,7 @@ class Sharded:
     Raises:
         InputError: for a model that is not split; give its parameters to the optimizer itself.
 
-    Example:
+    Examples:
         >>> from torch.distributed.fsdp import fully_shard
         >>> model = fully_shard(model)  # doctest: +SKIP
         >>> optimizer = Sharded(model, AdaHessian, lr=0.1)  # doctest: +SKIP

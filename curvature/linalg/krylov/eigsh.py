@@ -108,7 +108,7 @@ def eigsh(
     Raises:
         InputError: for arguments out of range or at odds, or a basis that does not fit into memory.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.arange(100.0))
         >>> pairs = eigsh(A, 2, generator=0)
         >>> pairs.eigenvalues, pairs.method

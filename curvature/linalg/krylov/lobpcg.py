@@ -77,7 +77,7 @@ def lobpcg(
     Returns:
         Eigenpairs, eigenvalues descending. With a status other than CONVERGED, the best that was reached.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.arange(100.0))
         >>> g = torch.Generator().manual_seed(0)
         >>> old = lobpcg(A, 2, generator=g)

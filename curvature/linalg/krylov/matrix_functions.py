@@ -83,7 +83,7 @@ def matrix_function(
     Raises:
         InputError: for arguments out of range, or an f that is not defined on the spectrum, as far as that is seen.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
         >>> result = matrix_function(A, torch.ones(3), "invsqrt")
         >>> result.value.round(decimals=4), result.num_matvecs

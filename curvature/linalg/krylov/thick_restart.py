@@ -67,7 +67,7 @@ class ThickRestartLanczos:
     `run` may be called again with a larger limit and goes on where it was; `state_dict` can be saved with `torch.save`
     and loaded into a solver made with the same arguments, which then takes the same steps as this one would have.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.arange(100.0))
         >>> solver = ThickRestartLanczos(A, 2, rtol=1e-4, generator=0)
         >>> solver.run(max_matvecs=10).status.name

@@ -72,7 +72,7 @@ def nystrom(
     Raises:
         InputError: for arguments out of range; if A is seen not to be positive semi-definite.
 
-    Example:
+    Examples:
         >>> A = torch.diag(2.0 ** -torch.arange(50.0))
         >>> found = nystrom(A, 5, rtol=1e-3, generator=0)
         >>> found.status.name, bool(found.error_bound < 1e-3)

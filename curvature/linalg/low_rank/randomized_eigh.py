@@ -72,7 +72,7 @@ def randomized_eigh(
         num_tests: fresh vectors that test the approximation; without any the bound is infinite.
         failure_probability: with which the bound may be too small, in (0, 1).
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([9.0, -8.0, *[0.1] * 40]))
         >>> found = randomized_eigh(A, 2, generator=0).raise_if_failed()
         >>> found.eigenvalues.round(decimals=3)

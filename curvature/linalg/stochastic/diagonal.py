@@ -82,7 +82,7 @@ def diagonal(
     Raises:
         InputError: unless exactly one of rtol and num_matvecs is given; for arguments out of range.
 
-    Example:
+    Examples:
         >>> A = torch.outer(torch.arange(9.0), torch.arange(9.0))
         >>> diagonal(A, num_matvecs=8, generator=0).value.round()
         tensor([ 0.,  1.,  4.,  9., 16., 25., 36., 49., 64.])

@@ -69,7 +69,7 @@ def frobenius_norm(
         sketch_size: s, at most num_matvecs / 2 - 1. Default: chosen.
         block_size: columns multiplied at a time.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([3.0, 4.0]))
         >>> frobenius_norm(A, num_matvecs=4, generator=0).value
         tensor(5.)
@@ -135,7 +135,7 @@ def spectral_norm(
         psd: A is positive semi-definite: the low end of the spectrum needs no bound. It is taken on trust.
         max_matvecs: most products to spend.
 
-    Example:
+    Examples:
         >>> bounds = spectral_norm(torch.diag(torch.arange(100.0) - 80), generator=0)
         >>> bool(bounds.lower <= 80 <= bounds.upper)
         True

@@ -90,7 +90,7 @@ def trace(
     Raises:
         InputError: for arguments out of range; if A is seen to be indefinite and was said not to be.
 
-    Example:
+    Examples:
         >>> import torch
         >>> A = torch.diag(torch.cat([torch.tensor([100.0, 50.0]), torch.full((98,), 0.5)]))
         >>> estimate = trace(A, rtol=0.01, generator=0)

@@ -77,7 +77,7 @@ def cg(
     Raises:
         InputError: for arguments out of range, or a preconditioner that is not positive definite.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
         >>> result = cg(A, torch.ones(3), rtol=1e-4)
         >>> result.x.round(decimals=2), result.num_iterations, result.num_matvecs

@@ -66,7 +66,7 @@ def gltr(
     by max(rtol, 1e-3) |A| would have been missed with a probability of 1 % at most, which takes about as many products
     again. For g = 0 it starts there. Default: no such search, and a step of zero for g = 0.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
         >>> result = gltr(A, torch.tensor([2.0, 0.0]), 2.0, generator=0)
         >>> result.step.abs().round(decimals=3), round(result.multiplier, 3), result.hard_case
@@ -97,7 +97,7 @@ def cubic_subproblem(
     Lipschitz constant of the Hessian, the model may promise too much. Other arguments, cost and errors are those of
     `gltr`.
 
-    Example:
+    Examples:
         >>> result = cubic_subproblem(torch.zeros(2, 2), torch.tensor([3.0, 4.0]), 5.0)  # |s| = (|g| / sigma)^(1/2)
         >>> result.step.round(decimals=3), round(result.multiplier, 3)
         (tensor([-0.6000, -0.8000]), 5.0)

@@ -55,7 +55,7 @@ def lsmr(
     Raises:
         InputError: for arguments out of range, or a J without transpose.
 
-    Example:
+    Examples:
         >>> J = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
         >>> lsmr(J, torch.tensor([1.0, 2.0, 3.0])).x.round(decimals=3)
         tensor([2., 1.])

@@ -58,7 +58,7 @@ def minres(
     all that is left of the residual. Default: eps^(2/3), 4e-11 in float64. Where rounding lets |A r| rise again before
     that, from below eps^(1/2) |A| |r| and with |r| at rest, the column ends as well, at its least |A r|.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([1.0, -2.0, 0.0]))
         >>> result = minres(A, torch.ones(3))
         >>> result.x.round(decimals=3).abs(), result.status.name

@@ -24,7 +24,7 @@ class DiagonalPreconditioner(SymmetricOperator):
     Raises:
         InputError: unless d + damping is positive and finite, as estimates of a diagonal may fail to be.
 
-    Example:
+    Examples:
         >>> P = DiagonalPreconditioner(torch.tensor([1.0, 3.0]), damping=1.0)
         >>> P @ torch.ones(2)
         tensor([0.5000, 0.2500])

@@ -19,7 +19,7 @@ class RelativeProgress:
 
     Reference: Martens (2010), Deep learning via Hessian-free optimization, section 4.4.
 
-    Example:
+    Examples:
         >>> rule = RelativeProgress(min_steps=2, rtol=1e-2)
         >>> rule([0.0, -1.0, -1.5]), rule([0.0, -1.0, -1.5, -1.501, -1.502])
         (False, True)

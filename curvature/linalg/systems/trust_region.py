@@ -68,7 +68,7 @@ def trust_region(
     Raises:
         InputError: for arguments out of range, or a preconditioner that is not positive definite.
 
-    Example:
+    Examples:
         >>> A = torch.diag(torch.tensor([1.0, -1.0]))
         >>> result = trust_region(A, torch.tensor([3.0, 4.0]), 10.0)
         >>> result.status.name, round(result.step_norm, 4), result.curvature < 0
