@@ -6,6 +6,8 @@ from optimizers.diagonal.curvature_source import CurvatureSource
 from optimizers.diagonal.esgd import ESGD
 from optimizers.diagonal.sassha import SASSHA
 from optimizers.diagonal.sophia import Sophia
+from optimizers.kronecker.ekfac import EKFAC
+from optimizers.kronecker.kfac import KFAC
 from optimizers.kronecker.soap import SOAP
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import CubicRule, DampingRule, RadiusRule
@@ -21,7 +23,9 @@ from optimizers.newton.trust_region_newton import TrustRegionNewton
 from optimizers.shared.sharded import Sharded
 
 __all__ = [
+    "EKFAC",
     "ESGD",
+    "KFAC",
     "SASSHA",
     "SOAP",
     "AdaHessian",

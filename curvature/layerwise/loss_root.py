@@ -91,8 +91,8 @@ class DiagonalRoot(LossRoot):
 
     def labelled(self, generator: torch.Generator) -> list[tuple[Tensor, float]]:
         if self._logits is None:  # squared error: a normal distribution around the outputs
-            noise = torch.randn(self.shape, generator=generator, device=generator.device, dtype=self._root.dtype)
-            return [(self._spread * noise.to(self._root.device), 1.0)]
+            noise = 2**0.5 * torch.erfinv(2 * _uniform(self._spread.expand(self.shape), generator) - 1)
+            return [(self._spread * noise, 1.0)]
         s = self._logits.sigmoid()
         return [(self._spread * (s - (_uniform(s, generator) < s).to(s.dtype)), 1.0)]
 
@@ -124,7 +124,8 @@ class SoftmaxRoot(LossRoot):
 
     def labelled(self, generator: torch.Generator) -> list[tuple[Tensor, float]]:
         p = self._p.reshape(-1, self._p.shape[-1])
-        label = torch.multinomial(p.to(generator.device), 1, generator=generator).to(p.device)
+        cdf = p.cumsum(1)
+        label = torch.searchsorted(cdf, _uniform(cdf[:, -1:], generator) * cdf[:, -1:]).clamp_(max=p.shape[1] - 1)
         column = p.scatter_add(1, label, -torch.ones_like(label, dtype=p.dtype)).reshape(self._p.shape)
         return [(self._shaped((column * self._a.sqrt().unsqueeze(-1))[None])[0], 1.0)]
 
@@ -217,12 +218,13 @@ def _blocks(H: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(2, like.shape, generator=generator, device=generator.device)
-    return (2 * bits - 1).to(like)
+    return (2 * (_uniform(like, generator) < 0.5) - 1).to(like)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+    """Draw from (0, 1), one number after the other: on a CPU the numbers of two draws are those of a joint one."""
+    u = torch.rand(like.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return u.clamp_(min=2.0**-54).to(like.device).to(like.dtype).clamp_(max=1 - torch.finfo(like.dtype).eps / 2)
 
 
 def check_sampling(

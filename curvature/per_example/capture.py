@@ -101,10 +101,12 @@ class Capture(TorchFunctionMode):
 
     Args:
         parameters: the tensors to look for.
+        rules: the functions that are known.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], rules: Mapping[Any, Callable[..., list[Claim]]] = RULES) -> None:
         super().__init__()
+        self._rules = rules
         self.uses: list[Use] = []
         self.moves_rows = self._may_branch = False
         self._places = {id(p): _Place(p, i) for i, p in enumerate(parameters)}
@@ -120,7 +122,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if reads_number(func):
             self._may_branch = True
-        elif not (func in RULES or rows_stay(func, args, self._places)):
+        elif not (func in self._rules or rows_stay(func, args, self._places)):
             self.moves_rows = True
         out = self._call(func, args, kwargs)
         if self._may_branch and isinstance(out, Tensor) and out.requires_grad and out.numel() > 1:
@@ -128,7 +130,7 @@ class Capture(TorchFunctionMode):
         return out
 
     def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        rule = RULES.get(func)
+        rule = self._rules.get(func)
         operands = args[0] if args and func in _JOINS else (*args, *kwargs.values())
         placed = [self._places.get(id(t)) for t in operands if isinstance(t, Tensor)]
         if not any(placed):

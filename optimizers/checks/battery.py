@@ -92,7 +92,7 @@ def _problem(contiguous: bool = True, dtype: torch.dtype = torch.float64) -> tup
 
 def _residuals(params: Sequence[Tensor]) -> Outputs:
     x = torch.linspace(-1.5, 1.2, 5, dtype=torch.float64).to(params[0].dtype)
-    return lambda: params[0] @ x + params[1]
+    return lambda: nn.functional.linear(x, params[0], params[1])  # where methods that look for layers find one
 
 
 def _value(outputs: Outputs) -> float:

@@ -37,6 +37,7 @@ __all__ = [
     "HessianDiagonal",
     "RowNorm",
     "curvature_source",
+    "inverse_roots_of_shares",
 ]
 
 FIRST_PROBES = 10
@@ -216,10 +217,10 @@ class EmpiricalFisher(_OutputSquares):
         signs = (2 * bits - 1).to(v.dtype).view(rows, *[1] * (v.ndim - 1)) if v.ndim else v.new_ones(())
         if rule.reduction == "sum":
             return v * signs
-        return v * signs * _inverse_roots_of_shares(rule, outputs, targets, v, rows)
+        return v * signs * inverse_roots_of_shares(rule, outputs, targets, v, rows)
 
 
-def _inverse_roots_of_shares(rule: LossRule, outputs: Tensor, targets: Any, v: Tensor, rows: int) -> Tensor | float:
+def inverse_roots_of_shares(rule: LossRule, outputs: Tensor, targets: Any, v: Tensor, rows: int) -> Tensor | float:
     """Return p_n^(-1/2), 0 for rows that do not count, to multiply the rows of v; alike where shares are not known."""
     weights = rule.term_weights(outputs, targets) if isinstance(targets, Tensor) else None
     if weights is None or weights.ndim == 0 or len(weights) != rows or v.ndim == 0:
