@@ -46,6 +46,10 @@ STUDIES = {
         "analysis.training.study",
         "Train a model and follow its curvature: sharpness against the edge of stability, step by step.",
     ),
+    "lr": (
+        "analysis.learning_rate.study",
+        "Find the largest stable learning rate of a training, and the best one, by short trainings.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -82,7 +86,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track".
+            "track", "lr".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from analysis.records.plan import Plan, from_plan, setting
+from analysis.records.plan import from_plan, setting
 from analysis.run.draft import STATE, Draft
 from analysis.show.listener import Progress
 from analysis.show.wording import number, sparkline
 from analysis.training.edge import edge_of_stability
+from analysis.training.loop import TrainingPlan, batches_of, initialise, put_back, take_step, training_loss
 from analysis.training.quantities import QUANTITIES
 from analysis.training.results import Phase, TrainingRecord
 from analysis.training.tracker import CurvatureTracker
 from curvature.arguments import checked_fields
-from curvature.data.parts import num_examples, take
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
@@ -35,21 +33,11 @@ _USUAL = ("sharpness", "preconditioned", "oscillation", "update", "critical")
 
 @checked_fields
 @dataclass(frozen=True, kw_only=True)
-class TrackPlan(Plan):
+class TrackPlan(TrainingPlan):
     """How to train, and what to measure on the way."""
 
     lr: float = setting(text="Learning rate.", above=0)
     steps: int = setting(1000, "Steps of the optimizer.", least=1)
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = setting("sgd", "Optimizer, of torch.optim.")
-    momentum: float = setting(0.0, "Momentum of sgd and rmsprop.", least=0, below=1)
-    nesterov: bool = setting(False, "Nesterov's momentum, of sgd.")
-    beta1: float = setting(0.9, "Of adam and adamw.", least=0, below=1)
-    beta2: float = setting(0.999, "Of adam and adamw; of rmsprop its alpha.", least=0, below=1)
-    weight_decay: float = setting(0.0, "Weight decay of the optimizer.", least=0)
-    batch_size: int | None = setting(
-        None, "Train on batches of so many examples. Default: the batches of the task as they are.", least=1
-    )
-    fresh: bool = setting(False, "Initialise the parameters anew, by the seed, and do not go on from where they are.")
     quantities: tuple[str, ...] = setting(
         _USUAL, f"What to measure; may be given several times: {', '.join(QUANTITIES)}.", flag="--quantity NAME"
     )
@@ -64,22 +52,6 @@ class TrackPlan(Plan):
             raise InputError(f"quantities must be among {', '.join(QUANTITIES)}, got {', '.join(unknown)}.")
         if "penalties" in self.quantities and self.batch_size is None:
             raise InputError("penalties depend on the batch size of the training; give it.")
-        if self.nesterov and not (self.optimizer == "sgd" and self.momentum > 0):
-            raise InputError("Nesterov's momentum goes with sgd and a momentum above 0.")
-        if self.momentum > 0 and self.optimizer not in ("sgd", "rmsprop"):
-            raise InputError(f"{self.optimizer} has no momentum; its beta1 is --beta1.")
-
-    def make_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimizer of these parameters."""
-        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(params, momentum=self.momentum, nesterov=self.nesterov, **common)
-        if self.optimizer == "rmsprop":
-            return torch.optim.RMSprop(params, alpha=self.beta2, momentum=self.momentum, **common)
-        if self.optimizer == "adagrad":
-            return torch.optim.Adagrad(params, **common)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(params, betas=(self.beta1, self.beta2), **common)
 
     def spacing(self) -> int:
         """Return the steps between readings."""
@@ -118,10 +90,10 @@ def track_training(
             "this trains in one process; put a CurvatureTracker into your own loop, whose ranks average gradients."
         )
     seed = generator.initial_seed() % 2**62
-    with _put_back(objective.model), torch.random.fork_rng(devices=[]):
+    with put_back(objective.model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if plan.fresh:
-            _initialise(objective.model)
+            initialise(objective.model)
         objective.model.train()
         return _train(objective, plan, generator, seed, progress, draft)
 
@@ -134,7 +106,7 @@ def _train(
     progress: Progress | None,
     draft: Draft | None,
 ) -> TrainingRecord:
-    optimizer = plan.make_optimizer(list(objective.space.tensors.values()))
+    optimizer = plan.make_optimizer(list(objective.space.tensors.values()), plan.lr)
     tracker = CurvatureTracker(
         objective,
         optimizer,
@@ -146,13 +118,10 @@ def _train(
     )
     saved = _Saved(draft, objective.model, optimizer, tracker)
     begun, below = saved.load(), ""
-    for step, batch in enumerate(_batches(objective, plan.batch_size, seed, begun), begun):
+    for step, batch in enumerate(batches_of(objective, plan.batch_size, seed, begun), begun):
         if step == plan.steps:
             break
-        optimizer.zero_grad()
-        loss = _loss(objective, batch)
-        loss.backward()
-        optimizer.step()
+        loss = take_step(optimizer, partial(training_loss, objective, batch))
         if tracker.step(loss) is not None:
             below = _shown(tracker.record)
             saved.save(step + 1)
@@ -201,72 +170,6 @@ class _Saved:
             torch.save(state, half)
             half.replace(self._path)
         self._last = time.monotonic()
-
-
-def _batches(objective: Objective, size: int | None, seed: int, skip: int) -> Iterator[Any]:
-    """Yield batches without end, those of an epoch in an order that follows from its number."""
-    if size is None:
-        while True:
-            for batch in objective.batches():
-                if skip > 0:
-                    skip -= 1
-                else:
-                    yield batch
-    whole = list(objective.batches())
-    count = num_examples(whole[0])
-    if len(whole) > 1 or count == 0:
-        raise InputError("batch_size cuts data that are one batch of tensors; leave it out for data that are several.")
-    per_epoch = -(-count // size)
-    epoch, first = divmod(skip, per_epoch)
-    while True:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
-        for rows in order.split(size)[first:]:
-            yield take(whole[0], rows.tolist(), count)
-        epoch, first = epoch + 1, 0
-
-
-def _loss(objective: Objective, batch: Any) -> Tensor:
-    """Return the loss of a batch as training has it."""
-    model, forward, loss = objective.model, objective.settings["forward"], objective.settings["loss"]
-    found: Any = (model(batch[0]), batch[1]) if forward is None else forward(model, batch)
-    value: Tensor = found if loss is None else loss(*found)
-    return value
-
-
-def _initialise(model: nn.Module) -> None:
-    """Draw all parameters anew, as their modules do.
-
-    Raises:
-        InputError: for a module that holds parameters and cannot draw them.
-    """
-    for name, module in model.named_modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif module._parameters:
-            raise InputError(
-                f"the module {name or type(model).__name__!r} has no reset_parameters(); let the task's function "
-                "return the model as it is to start, and leave --fresh out."
-            )
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Restore parameters, buffers, gradients and modes after a training."""
-    before = copy.deepcopy(model.state_dict())
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    for p, _ in gradients:
-        p.grad = None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            model.load_state_dict(before)
-        for module, training in modes:
-            module.training = training
-        for p, gradient in gradients:
-            p.grad = gradient
 
 
 def _shown(record: TrainingRecord) -> str:

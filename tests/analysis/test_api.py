@@ -76,6 +76,7 @@ SETTINGS = {
     "landscape": {"points": 5},
     "sharpness": {"measures": ("sam", "trace")},
     "implicit": {"lr": 0.1, "batch_size": 4, "k": 1},
+    "lr": {"steps": 8, "seeds": 1, "warmup": False, "fresh": True},
     "track": {"lr": 0.1, "steps": 4, "quantities": ("sharpness", "layers")},
 }
 

@@ -25,6 +25,7 @@ from analysis.show.drawing import Colors
 from analysis.show.wording import sparkline
 from analysis.tasks import load_task
 from analysis.training import measure
+from analysis.training.loop import TrainingPlan, batches_of
 from analysis.training.measure import TrackPlan, track_training
 from analysis.training.results import TrainingRecord
 from analysis.training.study import TrackRun
@@ -80,16 +81,16 @@ def test_it_trains_as_a_plain_loop_does_and_puts_the_model_back() -> None:
 
 def test_epochs_are_permutations_and_data_in_several_batches_are_walked() -> None:
     _, data, objective = pieces()
-    drawn = measure._batches(objective, 16, 5, 0)
+    drawn = batches_of(objective, 16, 5, 0)
     epochs = [torch.cat([next(drawn)[0] for _ in range(3)]) for _ in range(2)]
     for epoch in epochs:
         assert torch.equal(epoch.sort(0).values, data[0].sort(0).values)
     assert not torch.equal(*epochs)
-    later = measure._batches(objective, 16, 5, 4)
+    later = batches_of(objective, 16, 5, 4)
     assert torch.equal(next(later)[0], epochs[1][16:32])
     halves = [(data[0][:20], data[1][:20]), (data[0][20:], data[1][20:])]
     several = objective.replace(data=halves)
-    walked = measure._batches(several, None, 0, 3)
+    walked = batches_of(several, None, 0, 3)
     assert torch.equal(next(walked)[0], data[0][20:])
     with pytest.raises(InputError, match="batch_size cuts data that are one batch"):
         track_training(several, lr=0.1, steps=2, batch_size=4, generator=0)
@@ -211,7 +212,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], match: str) -> None:
     ],
 )
 def test_every_optimizer_is_torchs(name: Any, kind: type, settings: dict[str, Any]) -> None:
-    made = TrackPlan(lr=0.3, optimizer=name, **settings).make_optimizer([nn.Parameter(torch.ones(1))])
+    made = TrainingPlan(optimizer=name, **settings).make_optimizer([nn.Parameter(torch.ones(1))], 0.3)
     assert type(made) is kind
     group = made.param_groups[0]
     assert group["lr"] == 0.3

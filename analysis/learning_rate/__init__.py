@@ -1,0 +1,1 @@
+"""Learning rates: the largest stable one, the best one, and what a warm-up does."""
