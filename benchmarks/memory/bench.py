@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Rows, command
-from benchmarks.memory.plans import CALLS, PLAN_MODELS, limit_row, plan_row
+from benchmarks.memory.plans import CALLS, PLAN_MODELS, layers_row, limit_row, plan_row
 
 __all__ = ["measure", "products"]
 
 TIMEOUT_SECONDS = 900
 NUM_BASIS = 8
 MEBI = 2**20
-PARTS = ("bases", "products", "plans", "limit")
+PARTS = ("bases", "products", "plans", "limit", "layers")
 LIMIT_SECONDS, LIMIT_BYTES = 7200, 6 * 10**9
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     bases = ("float32", "bfloat16") if "bases" in a.parts else ()
     plans = list(itertools.product(a.models, a.calls)) if "plans" in a.parts else []
     methods = ("plain", "toolkit") if "products" in a.parts else ()
-    total = len(bases) + len(plans) + len(methods) + ("limit" in a.parts)
+    total = len(bases) + len(plans) + len(methods) + ("limit" in a.parts) + ("layers" in a.parts)
     with Rows(a.out, ("part", "basis", "model", "call", "method"), total) as rows:
         for method in methods:
             known = {"part": "products", "method": method}
@@ -144,6 +144,11 @@ def main() -> None:
             of = {"model": "gpt2-124m"}
             known = {"part": "limit", **of}
             row = alone(limit_row, known, timeout_seconds=LIMIT_SECONDS, limit_bytes=LIMIT_BYTES, **of)
+            rows.add(row, said=str(row))
+        if "layers" in a.parts:
+            of = {"model": "gpt2-124m"}
+            known = {"part": "layers", **of}
+            row = alone(layers_row, known, timeout_seconds=LIMIT_SECONDS, num_probes=4, **of)
             rows.add(row, said=str(row))
         for model, call in plans:
             known = {"part": "plan", "model": model, "call": call}

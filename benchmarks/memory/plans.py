@@ -5,6 +5,7 @@ The peak is that of the resident set above what the process held after a small c
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from itertools import pairwise
@@ -15,7 +16,7 @@ from torch import nn
 
 from benchmarks.common.problems import PROBLEMS, Made, _cnn, _gpt, _gpt2
 
-__all__ = ["CALLS", "PLAN_MODELS", "limit_row", "plan_row"]
+__all__ = ["CALLS", "PLAN_MODELS", "layers_row", "limit_row", "plan_row"]
 
 MEBI = 2**20
 PLAN_MODELS = {
@@ -119,4 +120,37 @@ def limit_row(model: str, limit_bytes: int) -> dict[str, Any]:
         "status": pairs.status.name,
         "eigenvalues": pairs.eigenvalues.tolist(),
         "residual_norms": pairs.residual_norms.tolist(),
+    }
+
+
+def layers_row(model: str, num_probes: int) -> dict[str, Any]:
+    """Return the Hessian's trace in each transformer block, from one run, and what `plan` said before it."""
+    from curvature import Objective, plan, spectrum
+    from curvature.environment.cost import peak_memory
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = PLAN_MODELS[model]()
+    of = Objective(made[0], nn.CrossEntropyLoss(), (made[1], made[2]))
+    planned = plan(of, ["layer_traces"], num_probes=num_probes)
+    start = time.perf_counter()
+    found = spectrum(of, planned.plan, generator=0, progress=lambda n: print(n, file=sys.stderr))
+    seconds = time.perf_counter() - start
+    samples: dict[str, torch.Tensor] = {}
+    assert found.layer_trace_samples is not None
+    for block, sample in zip(of.space.blocks, found.layer_trace_samples, strict=True):
+        inner = re.search(r"\.h\.(\d+)\.", block.name)
+        name = f"block {inner[1]}" if inner else block.name
+        samples[name] = samples.get(name, torch.zeros(num_probes, dtype=torch.float64)) + sample
+    return {
+        "part": "layers",
+        "model": model,
+        "matvecs": found.num_matvecs,
+        "planned_matvecs": planned.num_matvecs,
+        "planned_seconds": planned.seconds,
+        "seconds": seconds,
+        "planned_mebibytes": planned.peak_bytes / MEBI,
+        "mebibytes": peak_memory(torch.device("cpu")) / MEBI,
+        "traces": {name: sample.mean().item() for name, sample in samples.items()},
+        "stderrs": {name: sample.std().item() / num_probes**0.5 for name, sample in samples.items()},
     }
