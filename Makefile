@@ -4,12 +4,13 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 BENCH := .venv-bench
+DOCS := .venv-docs
 RUN ?= runs/demo
 # pytest processes, each with one thread: faster than one process with many.
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench bench-quick notebooks clean
+.PHONY: help demo test check lint format bench bench-quick notebooks docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -41,8 +42,13 @@ bench-quick: $(VENV)/.ready ## measure a few rows again and say what moved (3 mi
 notebooks: $(VENV)/.ready ## execute the notebooks and write their .ipynb
 	$(VENV)/bin/python notebooks/execute.py
 
+docs: $(VENV)/.ready $(DOCS)/.ready ## build the site into site/: code is run, links are followed, every page is looked at
+	$(TEST) -q tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q
+	$(VENV)/bin/python docs/look.py
+
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(BENCH) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BENCH) $(DOCS) runs site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch first, by version and with its own dependencies; the lock after it, without, since the lock is complete; this
@@ -64,4 +70,9 @@ $(BENCH)/.lock: requirements/lock.txt requirements/benchmark.txt $(BENCH)/.torch
 
 $(VENV)/.ready $(BENCH)/.ready: %/.ready: pyproject.toml %/.lock
 	$(@D)/bin/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --no-deps -r requirements/docs.txt
 	touch $@

@@ -1,0 +1,63 @@
+"""Pages of the site beside this folder's: README, notebooks, benchmarks, reference, contributing, changes."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))
+from public_names import pages
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "notebooks/*.ipynb", "benchmarks/README.md", "benchmarks/*/README.md")
+DATA = ("benchmarks/results/*.json",)
+LINK = re.compile(r"(!?\[[^\]\n]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def _found(patterns: tuple[str, ...]) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+ELSEWHERE = {path: path for path in _found((*PAGES, *DATA))} | {"README.md": "index.md", "notebooks": "gallery.md"}
+
+
+def on_config(config: Any) -> Any:
+    """Add reference, notebooks and suites of benchmarks to the navigation."""
+    sections = {title: pages for entry in config.nav if isinstance(entry, dict) for title, pages in entry.items()}
+    sections["Reference"][:0] = list(pages())
+    sections["Gallery"] += _found(PAGES[2:3])
+    sections["Benchmarks"] += _found(PAGES[3:])
+    return config
+
+
+@event_priority(100)  # before the plugin that reads notebooks
+def on_files(files: Any, config: Any) -> Any:
+    """Add the files from elsewhere."""
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    for uri, text in pages().items():
+        files.append(File.generated(config, uri, content=text))
+    for path in _found((*PAGES, *DATA)):
+        files.append(File(path, str(ROOT), config.site_dir, use_directory_urls=False))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links lead to the site's page of a file; a file that has none keeps its name only."""
+    own = page.file.src_uri
+    path_of_own = own if own in ELSEWHERE else "README.md" if own == "index.md" else f"docs/{own}"
+
+    def moved(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(path_of_own), target))
+        uri = ELSEWHERE.get(path) or path.removeprefix("docs/")
+        if uri == path and path not in ELSEWHERE:  # a source file
+            return text.strip("![]")
+        return f"{text}({posixpath.relpath(uri, posixpath.dirname(own) or '.')}{anchor})"
+
+    return LINK.sub(moved, markdown)
