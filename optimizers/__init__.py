@@ -8,6 +8,7 @@ from optimizers.diagonal.sassha import SASSHA
 from optimizers.diagonal.sophia import Sophia
 from optimizers.kronecker.ekfac import EKFAC
 from optimizers.kronecker.kfac import KFAC
+from optimizers.kronecker.shampoo import Shampoo
 from optimizers.kronecker.soap import SOAP
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import CubicRule, DampingRule, RadiusRule
@@ -41,6 +42,7 @@ __all__ = [
     "PointwiseResiduals",
     "RadiusRule",
     "SaddleFreeNewton",
+    "Shampoo",
     "Sharded",
     "SketchyNewton",
     "Sophia",

@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
-from optimizers import SOAP
+from optimizers import SOAP, Shampoo
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 pytestmark = IN_TWO_PROCESSES
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SOAP": (SOAP, {"lr": 0.02, "update_every": 2}),
+    "Shampoo": (Shampoo, {"lr": 0.02, "update_every": 2, "damping": 1e-3}),
     "SOAP, blocks": (SOAP, {"lr": 0.02, "update_every": 2, "max_dim": 3, "large": "blocks"}),
 }
 FORMS = ("closure", "ddp", "fsdp", "fsdp closure")
@@ -71,7 +72,7 @@ def run(name: str, form: str, rank: int | None, group: Any, dtype: torch.dtype, 
         F.cross_entropy(called(x[rows]), y[rows]).backward()
         optimizer.step()
     if rank is not None:
-        held = [n for s in optimizer.state.values() for n, t in s.items() if n.startswith("basis")]
+        held = [n for s in optimizer.state.values() for n, t in s.items() if n.startswith(("basis", "root"))]
         assert 0 < len(held) < len([n for s in whole_state(method, settings, dtype) for n in s])
     return flat(model)
 
@@ -80,7 +81,7 @@ def whole_state(method: Any, settings: dict[str, Any], dtype: torch.dtype) -> li
     model = model_of(dtype)
     optimizer = method(model.parameters(), **settings)
     optimizer.step(lambda: model(data(dtype)[0]).sum())
-    return [[n for n in s if n.startswith("basis")] for s in optimizer.state.values()]
+    return [[n for n in s if n.startswith(("basis", "root"))] for s in optimizer.state.values()]
 
 
 def through_checkpoint(model: nn.Module, old: Any, new: Any, folder: str) -> Any:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from curvature.errors import InputError, NonFiniteError
-from optimizers import SOAP
+from optimizers import SOAP, Shampoo
 from tests.optimizers.problems import Problem, convolutional, mlp
 
-METHODS: dict[str, Any] = {"SOAP": SOAP}
+METHODS: dict[str, Any] = {"SOAP": SOAP, "Shampoo": Shampoo}
 
 
 def steps(problem: Problem, optimizer: Any, count: int) -> Tensor:

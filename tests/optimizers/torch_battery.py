@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers import ESGD, SASSHA, AdaHessian, Sophia
+from optimizers import ESGD, SASSHA, SOAP, AdaHessian, Shampoo, Sophia
 
 __all__ = ["FAULTY", "SUBJECTS", "Subject"]
 
@@ -37,6 +37,12 @@ SUBJECTS: dict[str, Subject] = {
     "Sophia-G": Subject(Sophia, "outputs", LR),
     "ESGD": Subject(ESGD, "loss", {"lr": 0.02, "num_probes": 4}),
     "SASSHA": Subject(SASSHA, "loss", LR),
+    "SOAP": Subject(SOAP, "backward", LR),
+    "SOAP, closure": Subject(SOAP, "loss", {**LR, "refresh": "continuous", "update_every": 3}),
+    "SOAP, eigh": Subject(SOAP, "closure", {**LR, "refresh": "eigh", "max_dim": 4, "large": "blocks"}),
+    "SOAP, official": Subject(SOAP, "backward", {**LR, "start": "gradient", "update_first": 1}),
+    "Shampoo": Subject(Shampoo, "backward", LR),
+    "Shampoo, sum": Subject(Shampoo, "loss", {**LR, "factors": "sum", "graft": None, "update_every": 3}),
 }
 
 
