@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-__all__ = ["tf32_in_use", "tf32_off"]
+__all__ = ["full_precision", "tf32_in_use", "tf32_off"]
 
 _CONVOLUTIONS = ("conv", "rnn")
 _get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
@@ -36,6 +36,21 @@ def tf32_off() -> Iterator[None]:
         if "tf32" in (_get("cuda", "conv"), _get("cuda", "rnn")):
             stack.enter_context(_convolutions_off())
         yield
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 on CPUs, too, where "medium" allows bfloat16; see `tf32_off`."""
+    with tf32_off():
+        on_cpus = _get("mkldnn", "matmul")
+        if on_cpus in ("none", "ieee"):
+            yield
+            return
+        _set("mkldnn", "matmul", "ieee")
+        try:
+            yield
+        finally:
+            _set("mkldnn", "matmul", on_cpus)
 
 
 @contextlib.contextmanager

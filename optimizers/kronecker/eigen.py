@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-__all__ = ["eigenbasis", "improved_basis"]
+__all__ = ["DTYPES", "SHIFT", "eigenbasis", "improved_basis", "restarted_if_overflown"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SHIFT = 0.15
+"""Of a continuous iteration, in mean eigenvalues of the factor."""
 
 
 def eigenbasis(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -17,9 +23,8 @@ def eigenbasis(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | No
     Returns:
         None where the factor is not finite or all of that failed: go on with the basis that there is.
     """
-    largest = factor.abs().amax()
-    scaled = (factor / largest.clamp(min=torch.finfo(factor.dtype).tiny)).to(dtype)
-    for attempt in (scaled, scaled.double(), scaled.double() + 1e-12 * torch.eye(len(scaled)).to(scaled.device)):
+    scaled, largest = _scaled(factor, dtype)
+    for attempt in (scaled, scaled.double(), scaled.double() + 1e-12 * torch.eye(len(scaled), device=scaled.device)):
         try:
             values, vectors = torch.linalg.eigh(attempt)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -30,17 +35,52 @@ def eigenbasis(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | No
     return None
 
 
-def improved_basis(factor: Tensor, basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return (order, basis) after a step of orthogonal iteration from a basis, whose columns were put in that order.
+def improved_basis(
+    factor: Tensor, basis: Tensor, dtype: torch.dtype, *, continuous: bool = False
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the basis after a step of orthogonal iteration, and the order in which the old columns were taken.
 
-    One product and a QR decomposition. `order` sorts the old columns by their Rayleigh quotients, descending, so that
-    iteration converges column by column. Householder's Q is orthogonal whatever the factor's rank.
+    One product and a QR decomposition, whose Q is orthogonal whatever the factor's rank. Columns are taken by their
+    Rayleigh quotients, descending, so that iteration converges column by column.
+
+    Args:
+        factor: (n, n).
+        basis: orthogonal, (n, n).
+        dtype: of the product and the decomposition.
+        continuous: make the result a continuous function of factor and basis: columns keep their order, which else
+            jumps where two quotients cross, and a multiple of the identity is added, which holds on to the old columns
+            where the factor is zero up to rounding. It converges more slowly.
 
     Returns:
         None where the result is not finite: go on with the basis that there is.
     """
-    scaled = factor / factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
-    product = scaled.to(dtype) @ basis.to(dtype)
-    order = (basis * product).sum(0).argsort(descending=True)
-    improved = torch.linalg.qr(product[:, order]).Q
-    return (order, improved.to(factor.dtype)) if bool(improved.sum().isfinite()) else None
+    scaled, _ = _scaled(factor, dtype)
+    old = basis.to(dtype)
+    product = scaled @ old
+    order = None
+    if continuous:
+        product.add_(old * scaled.diagonal().mean(), alpha=SHIFT)
+    else:
+        order = (old * product).sum(0).argsort(descending=True)
+        product = product[:, order]
+    improved = torch.linalg.qr(product).Q
+    return (improved.to(factor.dtype), order) if bool(improved.sum().isfinite()) else None
+
+
+def restarted_if_overflown(factor: Tensor) -> bool:
+    """Set a factor that is not finite to zero, with a warning, and say so: it would stay what it is for good."""
+    if bool(factor.sum().isfinite()):
+        return False
+    warnings.warn(
+        f"a factor of size {len(factor)} has overflown {factor.dtype}, by gradients whose squares do, and is started "
+        "anew: clip gradients.",
+        stacklevel=2,
+    )
+    factor.zero_()
+    return True
+
+
+def _scaled(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the factor with entries of at most 1, and its largest entry."""
+    largest = factor.abs().amax()
+    return (factor / largest.clamp(min=torch.finfo(factor.dtype).tiny)).to(dtype), largest

@@ -1,16 +1,19 @@
-"""Parameters as matrices, whole or in blocks, and which sides of them get a factor."""
+"""Parameters as matrices, whole or in blocks, which sides of them get a factor, and the sums of outer products."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from curvature.errors import InputError
 from optimizers.shared.base import Group
 
-__all__ = ["Block", "as_matrix", "blocks_of", "refusal"]
+__all__ = ["Block", "add_to_factors", "as_matrix", "blocks_of", "by_blocks", "factor_state", "refusal", "refuse_decay"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,45 @@ def blocks_of(shape: Sequence[int], group: Group) -> list[Block]:
         for c in _cut(columns, limit if cuts else columns):
             found.append(Block(r, c, {side: f"{side}.{len(found)}" for side in sides}))
     return found
+
+
+def factor_state(p: Tensor, group: Group, averages: Sequence[str]) -> dict[str, Tensor]:
+    """Return zero averages of the matrix's shape, and zero factors by name, in float32 or wider."""
+    kind: dict[str, Any] = {"dtype": torch.promote_types(p.dtype, torch.float32), "device": p.device}
+    shape = p.shape[0], _product(p.shape[1:])
+    state = {name: torch.zeros(shape, **kind) for name in averages}
+    for block in blocks_of(p.shape, group):
+        sizes = {"left": block.rows.stop - block.rows.start, "right": block.columns.stop - block.columns.start}
+        state |= {name: torch.zeros(sizes[side], sizes[side], **kind) for side, name in block.sides.items()}
+    return state
+
+
+def add_to_factors(
+    g: Tensor, blocks: Sequence[Block], state: dict[str, Tensor], beta: float, share: float = -1
+) -> None:
+    """Let every factor be beta times itself plus a share, 1 - beta where none is given, of G G' or G' G."""
+    share = 1 - beta if share < 0 else share
+    for block in blocks:
+        part = block.of(g)
+        for side, name in block.sides.items():
+            rows = part if side == "left" else part.T
+            torch.addmm(state[name], rows, rows.T, beta=beta, alpha=share, out=state[name])
+
+
+def by_blocks(function: Callable[[Block], Tensor], like: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """Return a matrix put together from a function of its blocks."""
+    if len(blocks) == 1:
+        return function(blocks[0])
+    whole = torch.empty_like(like)
+    for block in blocks:
+        block.of(whole).copy_(function(block))
+    return whole
+
+
+def refuse_decay(name: str, beta: Any) -> None:
+    """Refuse a decay that is neither None nor in [0, 1)."""
+    if beta is not None and not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+        raise InputError(f"{name} must be None or a number in [0, 1), got {beta!r}.")
 
 
 def _cut(size: int, limit: int) -> list[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from curvature.autograd.backward import no_autocast
-from curvature.environment.precision import tf32_off
+from curvature.environment.precision import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.shards import is_part
 from optimizers.kronecker.adamw import adamw, adamw_state
@@ -249,7 +249,7 @@ class MatrixOptimizer(BaseOptimizer):
             routed = self._routed(group, matrices, split)
             mine.append(routed)
             theirs.append((group, matrices))
-        with tf32_off(), no_autocast(self.param_groups[0]["params"][0].device):
+        with full_precision(), no_autocast(self.param_groups[0]["params"][0].device):
             directions = self._all_directions(mine)
         found = {id(p): d for r, ds in zip(mine, directions, strict=True) for p, d in zip(r.params, ds, strict=True)}
         for group, matrices in theirs:

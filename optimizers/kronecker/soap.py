@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from optimizers.kronecker.eigen import eigenbasis, improved_basis
-from optimizers.kronecker.matrices import Block, as_matrix, blocks_of, refusal
+from optimizers.kronecker.eigen import DTYPES, eigenbasis, improved_basis, restarted_if_overflown
+from optimizers.kronecker.matrices import (
+    Block,
+    add_to_factors,
+    as_matrix,
+    blocks_of,
+    by_blocks,
+    factor_state,
+    refusal,
+    refuse_decay,
+)
 from optimizers.kronecker.shell import MatrixCommon, MatrixOptimizer, Routed
 from optimizers.shared.base import Group
 
@@ -21,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SOAP"]
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_FLOOR = 1e-2
+"""Added to the denominator of continuous updates, in root mean squares of the gradient: round-off is not normalised."""
 
 
 class SOAP(MatrixOptimizer):
@@ -32,9 +42,14 @@ class SOAP(MatrixOptimizer):
         G~ = Q_L' G Q_R                       M = beta1 M + (1 - beta1) G~       V = beta2 V + (1 - beta2) G~ * G~
         W <- W - lr Q_L [ (M / (1 - beta1^t)) / ((V / (1 - beta2^t))^(1/2) + eps) ] Q_R' - lr weight_decay W
 
-    Both bases start as the identity, so the first step is Adam's. After it they are the eigenvectors of the factors,
-    and after every `update_every`-th step they are brought up to date. M moves to the new basis, and so does V as a
-    variance: by the squares of the entries of Q_new' Q_old.
+    The bases start as the identity, so that the first step is Adam's, and are brought up to date after each of the
+    first `update_first` steps and after every `update_every`-th. M follows the basis; V keeps its entries, in the order
+    of the new columns.
+
+    Micro-batches accumulate in `.grad`, so factors and V see the gradient of the joined batch. Yet rounding decides on
+    eigenvectors whose eigenvalues are close, or zero up to rounding, and Adam's update depends on them: two
+    micro-batches of 16 and one batch of 32 part by half of the update within 25 steps. With `refresh="continuous"`
+    they stay together to about 1e-4 (`benchmarks/optimizers`).
 
     Cost: products of 6 n m (n + m) flops a step and matrix, beside 6 n m a token for the gradient; a refresh takes
     about 8 (n^3 + m^3) by QR, thrice that by eigh. Memory: two averages of the matrix, and twice n^2 + m^2.
@@ -49,8 +64,12 @@ class SOAP(MatrixOptimizer):
         weight_decay: decoupled, times lr.
         factor_beta: decay of the factors; None takes beta2.
         update_every: steps between refreshes of the bases.
-        refresh: "qr", a step of orthogonal iteration from the old basis, or "eigh", the eigenvectors anew.
-        eigen_dtype: of that work: "float32" or "float64". TF32 is switched off for all products.
+        update_first: bases are refreshed after each of the first so many steps: a stale basis costs most there.
+        refresh: "qr", a step of orthogonal iteration from the old basis; "continuous", one whose result is a continuous
+            function of the gradients; "eigh", the eigenvectors anew.
+        start: "identity"; or "gradient": the bases are eigenvectors of the first gradient's factors, and no step is
+            taken with that gradient. With `update_first=1` this is the authors' code.
+        eigen_dtype: of decompositions: "float32" or "float64". TF32 is switched off for all products.
         max_dim: longest side that gets a factor.
         large: a longer side has none ("one-sided"), or is cut into parts that have one each ("blocks").
         shared: method, adamw_scale, adamw_betas, check_finite, foreach, maximize, loss, process_group: see
@@ -59,9 +78,7 @@ class SOAP(MatrixOptimizer):
     Raises:
         InputError: for settings out of range.
 
-    Differs from the authors' code: that takes no step with the first gradient, and keeps V as it is at a refresh.
-
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = SOAP(model.parameters(), lr=0.01)
         >>> model(torch.ones(1, 3)).square().sum().backward()
@@ -70,13 +87,14 @@ class SOAP(MatrixOptimizer):
 
     _late_settings: ClassVar[dict[str, Any]] = {
         **MatrixOptimizer._late_settings,
-        **{"factor_beta": None, "update_every": 10, "refresh": "qr", "eigen_dtype": "float32"},
-        **{"max_dim": 10_000, "large": "one-sided"},
+        **{"factor_beta": None, "update_every": 10, "update_first": 20, "refresh": "qr", "start": "identity"},
+        **{"eigen_dtype": "float32", "max_dim": 10_000, "large": "one-sided"},
     }
-    _counts = ("update_every", "max_dim")
+    _counts = ("update_every", "update_first", "max_dim")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         **MatrixOptimizer._choices,
-        **{"refresh": ("qr", "eigh"), "eigen_dtype": tuple(_DTYPES), "large": ("one-sided", "blocks")},
+        **{"refresh": ("qr", "continuous", "eigh"), "start": ("identity", "gradient")},
+        **{"eigen_dtype": tuple(DTYPES), "large": ("one-sided", "blocks")},
     }
 
     def __init__(
@@ -89,56 +107,70 @@ class SOAP(MatrixOptimizer):
         *,
         factor_beta: float | None = None,
         update_every: int = 10,
-        refresh: Literal["qr", "eigh"] = "qr",
+        update_first: int = 20,
+        refresh: Literal["qr", "continuous", "eigh"] = "qr",
+        start: Literal["identity", "gradient"] = "identity",
         eigen_dtype: Literal["float32", "float64"] = "float32",
         max_dim: int = 10_000,
         large: Literal["one-sided", "blocks"] = "one-sided",
         **shared: Unpack[MatrixCommon],
     ) -> None:
         defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"factor_beta": factor_beta, "update_every": update_every, "refresh": refresh}
-        defaults |= {"eigen_dtype": eigen_dtype, "max_dim": max_dim, "large": large}
+        defaults |= {"factor_beta": factor_beta, "update_every": update_every, "update_first": update_first}
+        defaults |= {"refresh": refresh, "start": start, "eigen_dtype": eigen_dtype}
+        defaults |= {"max_dim": max_dim, "large": large}
         super().__init__(params, defaults, **shared)
+
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
+        refuse_decay("factor_beta", group["factor_beta"])
 
     def _refusal(self, p: Tensor, group: Group) -> str | None:
         return refusal(p.shape, group)
 
     def _matrix_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        matrix = as_matrix(torch.empty(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device="meta"))
-        state = {name: torch.zeros_like(matrix, device=p.device) for name in ("exp_avg", "exp_avg_sq")}
-        for block in blocks_of(p.shape, group):
-            sizes = dict(zip(("left", "right"), block.of(matrix).shape, strict=True))
-            for side, name in block.sides.items():
-                state[name] = matrix.new_zeros((sizes[side], sizes[side]), device=p.device)
-                state[f"basis.{name}"] = torch.eye(sizes[side], dtype=matrix.dtype, device=p.device)
-        return state
+        state = factor_state(p, group, ("exp_avg", "exp_avg_sq"))
+        bases = {f"basis.{name}": torch.eye(len(t)).to(t) for name, t in state.items() if "." in name}
+        return state | bases
 
     def _directions(self, routed: Routed) -> list[Tensor]:
         group, states = routed.group, routed.states
-        (beta1, beta2), eps = group["betas"], group["eps"]
         grads = [as_matrix(g) for g in routed.grads]
         blocks = [blocks_of(p.shape, group) for p in routed.params]
-        rotated = [_rotated(g, cuts, state) for g, cuts, state in zip(grads, blocks, states, strict=True)]
-        ms, vs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        steps = [float(state["step"]) for state in states]
-        torch._foreach_lerp_(ms, rotated, 1 - beta1)
-        torch._foreach_mul_(vs, beta2)
-        torch._foreach_addcmul_(vs, rotated, rotated, 1 - beta2)
-        updates = list(torch._foreach_div(vs, [1 - beta2**t for t in steps]))
-        torch._foreach_sqrt_(updates)
-        torch._foreach_add_(updates, eps)
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, ms)
-        torch._foreach_div_(updates, [1 - beta1**t for t in steps])
-        directions = [_rotated(u, cuts, s, back=True) for u, cuts, s in zip(updates, blocks, states, strict=True)]
-        beta = beta2 if group["factor_beta"] is None else group["factor_beta"]
-        for g, cuts, state in zip(grads, blocks, states, strict=True):
-            _add_to_factors(g, cuts, state, beta)
-            t = int(state["step"])
-            if t == 1 or t % group["update_every"] == 0:
+        skipped = group["start"] == "gradient"
+        steps = [int(state["step"]) - skipped for state in states]
+        moved = [i for i, t in enumerate(steps) if t > 0]
+        turned = [_rotated(grads[i], blocks[i], states[i]) for i in moved]
+        updates = _adam(group, turned, [states[i] for i in moved], [steps[i] for i in moved]) if moved else []
+        directions = {
+            i: _rotated(update, blocks[i], states[i], back=True) for i, update in zip(moved, updates, strict=True)
+        }
+        beta = group["betas"][1] if group["factor_beta"] is None else group["factor_beta"]
+        for g, cuts, state, t in zip(grads, blocks, states, steps, strict=True):
+            add_to_factors(g, cuts, state, beta)
+            if float(state["step"]) <= group["update_first"] or t % group["update_every"] == 0:
                 for block in cuts:
-                    _refresh(block, state, "eigh" if t == 1 else group["refresh"], _DTYPES[group["eigen_dtype"]])
-        return [d.view(p.shape) for d, p in zip(directions, routed.params, strict=True)]
+                    _refresh(block, state, "eigh" if t == 0 else group["refresh"], DTYPES[group["eigen_dtype"]])
+        found = [directions[i] if i in directions else torch.zeros_like(g) for i, g in enumerate(grads)]
+        return [d.view(p.shape) for d, p in zip(found, routed.params, strict=True)]
+
+
+def _adam(group: Group, grads: list[Tensor], states: list[dict[str, Tensor]], steps: list[int]) -> list[Tensor]:
+    """Return Adam's update of gradients in their eigenbases."""
+    beta1, beta2 = group["betas"]
+    ms, vs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    torch._foreach_lerp_(ms, grads, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
+    updates = list(torch._foreach_div(vs, [1 - beta2**t for t in steps]))
+    torch._foreach_sqrt_(updates)
+    if group["refresh"] == "continuous":
+        norms = torch._foreach_norm(updates)
+        floors = [norm * (_FLOOR / u.numel() ** 0.5) for norm, u in zip(norms, updates, strict=True)]
+        torch._foreach_add_(updates, floors)
+    torch._foreach_add_(updates, group["eps"])
+    torch._foreach_mul_(updates, [1 - beta1**t for t in steps])
+    return list(torch._foreach_div(ms, updates))
 
 
 def _turn(part: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -147,42 +179,34 @@ def _turn(part: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return part if right is None else part @ right
 
 
-def _bases(block: Block, state: dict[str, Tensor]) -> list[Tensor | None]:
-    return [state[f"basis.{block.sides[side]}"] if side in block.sides else None for side in ("left", "right")]
-
-
 def _rotated(matrix: Tensor, blocks: list[Block], state: dict[str, Tensor], *, back: bool = False) -> Tensor:
     """Return a matrix in the eigenbases of its blocks, or back from there."""
-    parts = []
-    for block in blocks:
-        bases = [q.T if back and q is not None else q for q in _bases(block, state)]
-        parts.append(_turn(block.of(matrix), *bases))
-    if len(parts) == 1:
-        return parts[0]
-    whole = torch.empty_like(matrix)
-    for block, part in zip(blocks, parts, strict=True):
-        block.of(whole).copy_(part)
-    return whole
 
+    def turned(block: Block) -> Tensor:
+        bases = [state[f"basis.{block.sides[s]}"] if s in block.sides else None for s in ("left", "right")]
+        return _turn(block.of(matrix), *[q.T if back and q is not None else q for q in bases])
 
-def _add_to_factors(g: Tensor, blocks: list[Block], state: dict[str, Tensor], beta: float) -> None:
-    for block in blocks:
-        part = block.of(g)
-        for side, name in block.sides.items():
-            rows = part if side == "left" else part.T
-            torch.addmm(state[name], rows, rows.T, beta=beta, alpha=1 - beta, out=state[name])
+    return by_blocks(turned, matrix, blocks)
 
 
 def _refresh(block: Block, state: dict[str, Tensor], refresh: str, dtype: torch.dtype) -> None:
     """Bring the bases of a block up to date, and its averages into them."""
     changes: dict[str, Tensor] = {}
-    for side, name in block.sides.items():
-        old = state[f"basis.{name}"]
-        found = eigenbasis(state[name], dtype) if refresh == "eigh" else improved_basis(state[name], old, dtype)
-        if found is not None:
-            changes[side] = old.T @ found[1]
-            old.copy_(found[1])
-    left, right = changes.get("left"), changes.get("right")
     m, v = block.of(state["exp_avg"]), block.of(state["exp_avg_sq"])
-    m.copy_(_turn(m, left, right))
-    v.copy_(_turn(v, None if left is None else left.square(), None if right is None else right.square()))
+    for side, name in block.sides.items():
+        old, order = state[f"basis.{name}"], None
+        if restarted_if_overflown(state[name]):
+            continue
+        if refresh == "eigh":
+            found = eigenbasis(state[name], dtype)
+            new = None if found is None else found[1]
+        else:
+            improved = improved_basis(state[name], old, dtype, continuous=refresh == "continuous")
+            new, order = (None, None) if improved is None else improved
+        if new is None:
+            continue
+        if order is not None:
+            v.copy_(v.index_select(0 if side == "left" else 1, order))
+        changes[side] = old.T @ new
+        old.copy_(new)
+    m.copy_(_turn(m, changes.get("left"), changes.get("right")))
