@@ -7,6 +7,7 @@ from optimizers.diagonal.esgd import ESGD
 from optimizers.diagonal.sassha import SASSHA
 from optimizers.diagonal.sophia import Sophia
 from optimizers.kronecker.ekfac import EKFAC
+from optimizers.kronecker.gauss_newton import GaussNewton
 from optimizers.kronecker.kfac import KFAC
 from optimizers.kronecker.shampoo import Shampoo
 from optimizers.kronecker.soap import SOAP
@@ -35,6 +36,7 @@ __all__ = [
     "CubicRule",
     "CurvatureSource",
     "DampingRule",
+    "GaussNewton",
     "Grid",
     "LevenbergMarquardt",
     "NaturalGradient",

@@ -32,6 +32,7 @@ class EKFAC(KFAC):
         InputError, CheckFailedError, NonFiniteError: as `KFAC`.
 
     Examples:
+        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = EKFAC(model.parameters(), loss=torch.nn.MSELoss(), fisher="type-2")
         >>> loss = optimizer.step(lambda: (model(torch.ones(4, 3)), torch.zeros(4, 2)))

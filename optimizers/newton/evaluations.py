@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from optimizers.shared.closures import loss_of, own_gradients, residuals_of
 from optimizers.shared.differentiation import ClosureRecorder, gradients, products
 from optimizers.shared.gradients import refuse_sparse
 
-__all__ = ["CountedMatrix", "Evaluations", "Kind", "Linearised", "Mean", "ResidualJacobian"]
+__all__ = ["CountedMatrix", "Evaluations", "GaussNewtonMatrix", "Kind", "Linearised", "Mean", "ResidualJacobian"]
 
 Kind = Literal["hessian", "ggn", "residuals"]
 Mean = Callable[[Tensor], Tensor]
@@ -105,6 +105,27 @@ class ResidualJacobian(CountedMatrix):
         return torch.stack([self.backward(x.view(self.outputs.shape)) for x in X.T], dim=1)
 
 
+class GaussNewtonMatrix(CountedMatrix):
+    """G = J' H J of some outputs, (n, n), averaged over ranks."""
+
+    def __init__(self, J: ResidualJacobian, H: Callable[[Tensor], Tensor], mean: Mean) -> None:
+        self.J, self.H, self.mean = J, H, mean
+        super().__init__(J.flat.n, J.flat, lambda x: mean(J.backward(H(J.forward(x)))))
+
+    def block(self, places: Sequence[int]) -> CountedMatrix:
+        """Return the block of some parameters, by their places: its products leave the rest of the network out."""
+        flat = FlatParams([self.J.flat.params[i] for i in places])
+
+        def product(x: Tensor) -> Tensor:
+            self.num_matvecs += 1
+            u, Jtu = self.J._transposed
+            moved = products([Jtu[i] for i in places], [u], flat.split(x), retain_graph=True)[0]
+            w = self.H(moved).to(self.J.outputs.dtype)
+            return self.mean(flat.flatten(products([self.J.outputs], flat.params, [w], retain_graph=True)))
+
+        return CountedMatrix(flat.n, flat, product)
+
+
 class Evaluations:
     """One step's view of a closure.
 
@@ -181,7 +202,7 @@ class Evaluations:
                     'that returns (outputs, targets), or use curvature="hessian".'
                 )
             J, H = ResidualJacobian(flat, outputs), self.rule.output_hessian(outputs.detach(), targets)
-            matrix = CountedMatrix(flat.n, flat, lambda x: mean(J.backward(H(J.forward(x)))))
+            matrix: CountedMatrix = GaussNewtonMatrix(J, H, mean)
         else:
             if separate is not None:
                 grads = gradients(value, flat.params, create_graph=True, retain_graph=True)

@@ -1,4 +1,4 @@
-"""K-FAC on two ranks with unequal parts of a batch: the steps of one process, with K-FAC each layer the work of one."""
+"""K-FAC and Gauss-Newton on two ranks with unequal parts of a batch: the steps of one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
-from optimizers import EKFAC, KFAC
+from optimizers import EKFAC, KFAC, GaussNewton
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 pytestmark = IN_TWO_PROCESSES
@@ -68,12 +68,25 @@ def run(name: str, form: str, rank: int | None, group: Any, resumed: str = "") -
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
+def gauss_newton(rank: int | None, group: Any) -> Tensor:
+    """Systems that are solved do not depend on the ranks' own draws for the preconditioner."""
+    torch.manual_seed(3)
+    x, y = torch.randn(48, 5).double(), torch.randint(0, 3, (48,))
+    rows = slice(48) if rank is None else (slice(30) if rank == 0 else slice(30, 48))
+    model, more = model_of(), {} if rank is None else {"process_group": group}
+    optimizer = GaussNewton(model.parameters(), loss=F.cross_entropy, iterations=300, rtol=1e-13, **more)
+    for _ in range(3):
+        optimizer.step(lambda: (model(x[rows]), y[rows]))
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         group = dist.group.WORLD
         found = {f"{name}, closure": run(name, "closure", rank, group) for name in METHODS}
+        found["gauss-newton"] = gauss_newton(rank, group)
         found["ddp"] = run("KFAC", "ddp", rank, group)
         found["resumed"] = run("EKFAC", "closure", rank, group, f"{folder}/saved")
         torch.save(found, Path(folder) / f"{rank}.pt")
@@ -93,6 +106,12 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: list[dict[str, Tensor]], nam
     a, b = (found[f"{name}, closure"] for found in two_ranks)
     assert torch.equal(a, b)
     torch.testing.assert_close(a, run(name, "closure", None, None), rtol=1e-9, atol=1e-11)
+
+
+def test_gauss_newton_on_two_ranks_takes_the_steps_of_one(two_ranks: list[dict[str, Tensor]]) -> None:
+    a, b = (found["gauss-newton"] for found in two_ranks)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, gauss_newton(None, None), rtol=1e-8, atol=1e-9)
 
 
 def test_closures_may_call_data_parallel_wrappers(two_ranks: list[dict[str, Tensor]]) -> None:
