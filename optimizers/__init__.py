@@ -9,6 +9,7 @@ from optimizers.diagonal.sophia import Sophia
 from optimizers.kronecker.ekfac import EKFAC
 from optimizers.kronecker.gauss_newton import GaussNewton
 from optimizers.kronecker.kfac import KFAC
+from optimizers.kronecker.sam import ASAM, SAM
 from optimizers.kronecker.shampoo import Shampoo
 from optimizers.kronecker.soap import SOAP
 from optimizers.newton.cubic_newton import CubicNewton
@@ -25,9 +26,11 @@ from optimizers.newton.trust_region_newton import TrustRegionNewton
 from optimizers.shared.sharded import Sharded
 
 __all__ = [
+    "ASAM",
     "EKFAC",
     "ESGD",
     "KFAC",
+    "SAM",
     "SASSHA",
     "SOAP",
     "AdaHessian",

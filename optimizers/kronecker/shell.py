@@ -23,7 +23,7 @@ from curvature.objective.shards import is_part
 from optimizers.kronecker.adamw import adamw, adamw_state
 from optimizers.kronecker.work_split import WorkSplit, add_whole, whole_of
 from optimizers.shared.base import BaseOptimizer, Common, Group
-from optimizers.shared.closures import loss_of
+from optimizers.shared.closures import backward_of
 from optimizers.shared.gradients import refuse_sparse
 from optimizers.shared.ranks import average_gradients, on_all_ranks, share_of_rank
 
@@ -203,20 +203,9 @@ class MatrixOptimizer(BaseOptimizer):
 
     def _evaluated(self, closure: Callable[[], Any]) -> tuple[Any, float]:
         """Return the loss, detached, and how much this rank's gradient counts; gradients lie in `.grad`."""
-        params = self._trained()
-        before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
-        with torch.enable_grad():
-            returned = closure()
-            for p, (grad, version) in zip(params, before, strict=True):
-                if p.grad is not None and (p.grad is not grad or p.grad._version != version):
-                    return _detached(returned), 1.0  # the closure called backward()
-            if not any(isinstance(r, Tensor) and r.requires_grad for r in _parts(returned)):
-                return _detached(returned), 1.0  # there is nothing to differentiate: gradients are as they are
-            loss, outputs, targets = loss_of(returned, self.loss)
-            self.zero_grad()
-            loss.backward()
+        loss, outputs, targets = backward_of(closure, self._trained(), self.loss)
         counts = self.process_group is not None and outputs is not None
-        return loss.detach(), share_of_rank(self, outputs, targets) if counts else 1.0
+        return loss, share_of_rank(self, outputs, targets) if counts else 1.0
 
     def _synchronize(self, share: float) -> None:
         if self.process_group is not None:
@@ -298,11 +287,3 @@ def refuse_gradients(params: list[Tensor], optimizer: str) -> None:
             f"{len(wrong)} gradients, the first of shape {wrong[0]}, are not finite: {optimizer} would average them "
             "for good. Nothing has moved. Skip the batch (a GradScaler does), lower lr, or pass check_finite=False."
         )
-
-
-def _parts(returned: Any) -> tuple[Any, ...]:
-    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
-
-
-def _detached(returned: Any) -> Any:
-    return returned.detach() if isinstance(returned, Tensor) else returned

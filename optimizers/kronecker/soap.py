@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOAP"]
 
-_FLOOR = 1e-2
+_FLOOR = 3e-3
 """Added to the denominator of continuous updates, in root mean squares of the gradient: round-off is not normalised."""
 
 

@@ -160,7 +160,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         for index, (p, group) in zip(theirs, ours, strict=True):
             for key, value in seen[-1]["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    on_host = key in COUNTERS and not group.get("capturable", False)
+                    on_host = key in COUNTERS and not (group.get("capturable") or group.get("fused"))
                     self.state[p][key] = value.detach().to("cpu" if on_host else p.device, copy=True)
         self._forget()
 

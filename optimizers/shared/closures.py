@@ -12,7 +12,7 @@ from torch import Tensor
 from curvature.engine.advice import advice_on_loss
 from curvature.errors import InputError
 
-__all__ = ["loss_of", "own_gradients", "residuals_of"]
+__all__ = ["backward_of", "loss_of", "own_gradients", "residuals_of"]
 
 
 def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, Tensor | None, Any]:
@@ -39,6 +39,31 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
             advice += " If these are (outputs, targets), loss= must be given to the optimizer."
         raise InputError(f"{where} must return the loss, a tensor with one entry, got {advice}")
     return returned.reshape(()), outputs, targets
+
+
+def backward_of(
+    closure: Callable[[], Any], params: Sequence[Tensor], loss: Callable[..., Tensor] | None
+) -> tuple[Any, Tensor | None, Any]:
+    """Run a closure, and backward() unless it did so itself; return (loss, outputs, targets), the loss detached.
+
+    The gradient of a closure that calls no backward() replaces what lies in `.grad`. The latter two are None where
+    they are not known. A closure that neither calls backward() nor returns a graph leaves gradients as they are.
+    """
+    before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
+    with torch.enable_grad():
+        returned = closure()
+        called = any(
+            p.grad is not None and (p.grad is not grad or p.grad._version != version)
+            for p, (grad, version) in zip(params, before, strict=True)
+        )
+        parts = returned if isinstance(returned, (tuple, list)) else (returned,)
+        if called or not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            return returned.detach() if isinstance(returned, Tensor) else returned, None, None
+        value, outputs, targets = loss_of(returned, loss)
+        for p in params:
+            p.grad = None
+        value.backward()
+    return value.detach(), outputs, targets
 
 
 def residuals_of(returned: Any) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers import ESGD, SASSHA, SOAP, AdaHessian, Shampoo, Sophia
+from optimizers import ASAM, ESGD, SAM, SASSHA, SOAP, AdaHessian, Shampoo, Sophia
 
 __all__ = ["FAULTY", "SUBJECTS", "Subject"]
 
@@ -41,6 +42,9 @@ SUBJECTS: dict[str, Subject] = {
     "SOAP, closure": Subject(SOAP, "loss", {**LR, "refresh": "continuous", "update_every": 3}),
     "SOAP, eigh": Subject(SOAP, "closure", {**LR, "refresh": "eigh", "max_dim": 4, "large": "blocks"}),
     "SOAP, official": Subject(SOAP, "backward", {**LR, "start": "gradient", "update_first": 1}),
+    "SAM": Subject(partial(SAM, base=torch.optim.SGD), "loss", {"lr": 0.01, "momentum": 0.9}),
+    "ASAM": Subject(partial(ASAM, base=torch.optim.AdamW), "closure", {**LR, "rho": 0.1}),
+    "SAM of SOAP": Subject(partial(SAM, base=SOAP), "loss", LR),
     "Shampoo": Subject(Shampoo, "backward", LR),
     "Shampoo, sum": Subject(Shampoo, "loss", {**LR, "factors": "sum", "graft": None, "update_every": 3}),
 }
