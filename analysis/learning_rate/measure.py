@@ -160,9 +160,10 @@ def _search(branches: Branches, plan: LearningRatePlan, generator: torch.Generat
     low = tuple(grid.lr(ends.low) for ends in found)
     high = tuple(math.inf if ends.high is None else grid.lr(ends.high) for ends in found)
     around = [_neighbours(grid, ends.best, losses) for ends, losses in zip(found, every, strict=True)]
+    margin = plan.resolution if len(found) > 1 else 1.0
     return LearningRateRange(
-        lower=min(low, default=math.nan),
-        upper=max(high, default=math.nan),
+        lower=min(low, default=math.nan) / margin,
+        upper=max(high, default=math.nan) * margin,
         seed_lower=low,
         seed_upper=high,
         best=tuple(grid.lr(ends.best) for ends in found),

@@ -81,9 +81,10 @@ class LearningRateRange(Result):
     """
 
     lower: float
-    """The largest stable rate is at least this for every seed; NaN if no rate lowered the loss."""
+    """The largest stable rate is between this, NaN if no rate lowered the loss, ..."""
     upper: float
-    """It is below this for every seed; infinite if no rate was unstable."""
+    """... and this, infinite if no rate was unstable. Where seeds differ it is what was seen of them, widened on both
+    sides by the resolution: about half of all further seeds lie outside of what three have shown."""
     seed_lower: tuple[float, ...]
     """Largest stable rate of each seed that was tried."""
     seed_upper: tuple[float, ...]

@@ -98,11 +98,14 @@ def _findings(found: LearningRateRange) -> tuple[Finding, ...]:
     number = wording.number
     seeds = f" ({wording.count(len(found.best))} seeds)" if len(found.best) > 1 else ""
     if math.isfinite(found.upper):
+        low, high = number(min(found.seed_lower), 2), number(max(found.seed_upper), 2)
         stable = (
-            f"Between {number(found.lower, 2)} and {number(found.upper, 2)}{seeds}: trainings of "
-            f"{wording.count(found.steps)} steps at the first rate ended well below their start for every seed; from "
-            "the second on they did not."
+            f"Between {number(found.lower, 2)} and {number(found.upper, 2)}. Trainings of "
+            f"{wording.count(found.steps)} steps ended well below their start up to a rate of {low}{seeds}, and no "
+            f"longer from {high} on."
         )
+        if len(found.best) > 1:
+            stable += " Other seeds may differ: the interval is wider by one step of the search on either side."
     else:
         stable = f"At least {number(found.lower, 2)}{seeds}; not for every seed was a rate found that is unstable."
     middle = math.exp(sum(math.log(lr) for lr in found.best) / len(found.best))
