@@ -48,6 +48,9 @@ _PLACES = {
     "inspection.plan": "InspectionPlan",
     "inspection.results": "DataErrors Inspection LayerCoupling LayerCurvature LayerDiagonals LowRankError",
     "inspection.study": "InspectionRun",
+    "integrations.hugging_face": "accumulate_in hugging_face_callback",
+    "integrations.lightning": "lightning_callback",
+    "integrations.loggers": "csv_logger tensorboard_logger wandb_logger",
     "landscape.directions": "custom_direction direction_to eigenvector_directions gradient_direction random_direction "
     "trajectory_directions",
     "landscape.figures": "plot_paths plot_plane plot_slice plot_surface",
@@ -73,12 +76,15 @@ _PLACES = {
     "sharpness.study": "SharpnessRun",
     "tasks": "Task load_task",
     "training.critical_sharpness": "critical_sharpness",
+    "training.depth": "layer_jacobians",
     "training.edge": "edge_of_stability",
     "training.figures": "plot_layer_sharpness plot_predictions plot_stability plot_training",
     "training.gradient_penalty": "GradientPenalty",
     "training.measure": "TrackPlan track_training",
-    "training.results": "CriticalSharpness CriticalStatus EdgeOfStability Phase TrainingReading TrainingRecord",
+    "training.results": "CriticalSharpness CriticalStatus EdgeOfStability GradientSmoothness Phase TrainingReading "
+    "TrainingRecord",
     "training.rows": "load_training",
+    "training.smoothness": "gradient_smoothness",
     "training.study": "TrackRun",
     "training.tracker": "CurvatureTracker",
 }

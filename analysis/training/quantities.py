@@ -13,8 +13,10 @@ from torch import Tensor
 from analysis.implicit.measure import implicit_regularization
 from analysis.noise.measure import gradient_noise
 from analysis.training.critical_sharpness import losses_along, rounding_of, search_critical_step
+from analysis.training.depth import jacobian_norms
 from analysis.training.point import PointBlock, PointHessian
 from analysis.training.results import CriticalSharpness
+from analysis.training.smoothness import along_gradient
 from analysis.training.untouched import untouched
 from curvature.errors import InputError
 from curvature.linalg import trace
@@ -35,14 +37,16 @@ QUANTITIES = {
     "update": "curvature along the step, and the change of the loss, predicted and true: a product and a loss",
     "critical": "critical sharpness from at most 6 losses along the step",
     "layers": "sharpness of each layer: 2 to 3 products with its block",
+    "depth": "gradient and Jacobian norms of each layer: a forward and 4 backward passes",
+    "smoothness": "loss and gradient within a few steps along the gradient: 4 gradients",
     "trace": "trace of the Hessian: 8 products",
     "noise": "gradient noise and the noise scale, in evaluation mode: a pass over single examples",
     "penalties": "implicit regularization of SGD: a pass over single examples, shared with noise",
 }
 """Name -> what it is and costs."""
 
-NEED_STEP = frozenset({"preconditioned", "oscillation", "update", "critical"})
-_TRACE_PRODUCTS, _MOST_LOSSES, _CRITICAL_RTOL = 8, 6, 0.02
+NEED_STEP = frozenset({"preconditioned", "oscillation", "update", "critical", "smoothness"})
+_TRACE_PRODUCTS, _MOST_LOSSES, _CRITICAL_RTOL, _JACOBIAN_PROBES = 8, 6, 0.02, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,10 @@ class Measurer:
             norm = found["gradient_norm"]
             along = abs(float(gradient @ self.followed["sharpness"].vector))
             found["alignment"] = along / norm if norm else math.nan
+        if "depth" in wanted:
+            found["layer_gradients"] = {b.name: float(b.take(gradient).norm()) for b in self.objective.space.blocks}
+            same = torch.Generator(self.objective.device).manual_seed(self.generator.initial_seed())  # at each reading
+            found["layer_jacobians"] = jacobian_norms(self.objective, batches, _JACOBIAN_PROBES, same)
         if {"noise", "penalties"} & wanted:
             found |= self._noise(step, batches)
         if step is not None and "critical" in wanted:
@@ -165,6 +173,15 @@ class Measurer:
         curvature = found.pop("_curvature", None)
         if norm == 0:
             return found
+        if "smoothness" in self.wanted and found["gradient_norm"] > 0:
+            lr = norm / found["gradient_norm"]
+            path = along_gradient(self.objective, step.before, gradient, lr=lr, batches=batches)
+            found |= {"path_loss_low": path.loss_low, "path_loss_high": path.loss_high}
+            found |= {
+                "gradient_change_low": path.gradient_change_low,
+                "gradient_change_high": path.gradient_change_high,
+            }
+            found["effective_smoothness"] = path.effective_smoothness
         if curvature is not None:
             bend = float(u @ curvature)
             known[1.0] = loss_at(self.objective, step.after, batches=batches).value

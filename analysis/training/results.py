@@ -15,7 +15,15 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.results.record import Result
 
-__all__ = ["CriticalSharpness", "CriticalStatus", "EdgeOfStability", "Phase", "TrainingReading", "TrainingRecord"]
+__all__ = [
+    "CriticalSharpness",
+    "CriticalStatus",
+    "EdgeOfStability",
+    "GradientSmoothness",
+    "Phase",
+    "TrainingReading",
+    "TrainingRecord",
+]
 
 NAN = math.nan
 
@@ -52,6 +60,22 @@ class CriticalSharpness(Result):
     """Forward passes over the data."""
     status: CriticalStatus
     """How the search ended."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientSmoothness(Result):
+    """Loss and gradient within a few steps along the gradient."""
+
+    loss_low: float
+    """Lowest loss at the points looked at."""
+    loss_high: float
+    """Highest loss there; infinite where one was not finite."""
+    gradient_change_low: float
+    """Smallest distance of their gradients from that at the start; loss / parameter."""
+    gradient_change_high: float
+    """Largest distance: how far the gradient predicts what is ahead."""
+    effective_smoothness: float
+    """Largest change of the gradient over the distance gone; loss / parameter^2."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -112,6 +136,20 @@ class TrainingReading(Result):
     """Largest eigenvalue of the diagonal block of each layer."""
     layer_residuals: dict[str, float] = field(default_factory=dict)
     """Of their eigenvectors."""
+    layer_gradients: dict[str, float] = field(default_factory=dict)
+    """|g| of each layer; loss / parameter."""
+    layer_jacobians: dict[str, float] = field(default_factory=dict)
+    """|d outputs / d layer|_F of each layer, per row of the outputs."""
+    path_loss_low: float = NAN
+    """Lowest loss at steps of 1/2 to 4 times |u| along the gradient, ..."""
+    path_loss_high: float = NAN
+    """... and highest."""
+    gradient_change_low: float = NAN
+    """Smallest change of the gradient on that way, ..."""
+    gradient_change_high: float = NAN
+    """... and largest; loss / parameter."""
+    effective_smoothness: float = NAN
+    """Largest change of the gradient over the distance gone; loss / parameter^2."""
     hessian_trace: float = NAN
     """tr H; loss / parameter^2."""
     hessian_trace_stderr: float = NAN
@@ -142,6 +180,10 @@ class TrainingReading(Result):
         """(Preconditioned) sharpness over its threshold; above 1 the step is unstable on a quadratic."""
         top = self.sharpness if math.isnan(self.preconditioned) else self.preconditioned
         return top / self.threshold
+
+    def numbers(self) -> dict[str, Any]:
+        """Return all fields by name, those of layers as "layers.fc1"."""
+        return _flat(self)
 
     def row(self) -> dict[str, Any]:
         """Return what was measured as JSON holds it, numbers that are not finite as text; what was not is left out."""
@@ -195,7 +237,7 @@ class TrainingRecord(Result):
         Raises:
             InputError: if the file cannot be written.
         """
-        rows = [_flat(reading) for reading in self.readings]
+        rows = [reading.numbers() for reading in self.readings]
         names = list(dict.fromkeys(name for row in rows for name in row))
         try:
             with Path(path).open("w", newline="", encoding="utf-8") as file:

@@ -20,13 +20,13 @@ from analysis.conditioning.measure import measure_conditioning
 from analysis.landscape.directions import Scaling, random_direction
 from analysis.landscape.measure import loss_along, loss_on_plane
 from analysis.sharpness.measure import SharpnessPlan, measure_sharpness
+from analysis.training.smoothness import gradient_smoothness
 from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
 from benchmarks.common.suite import Row, Rows, command
 from benchmarks.relations import networks
 from curvature import GGNOperator, HessianOperator, Objective, eigsh
 from curvature.linalg import frobenius_norm
 from curvature.linop import Scaled, Sum
-from curvature.objective.shift import gradient_at
 
 __all__ = ["RELATIONS", "main"]
 
@@ -238,18 +238,12 @@ def normalisation(seed: int) -> Iterator[Row]:
                 networks.train(model, (images, labels), steps=step, rate=0.1, batch=50, seed=seed)
             objective = _objective(model, (images, labels))
             found = measure_conditioning(objective, matrix="ggn", jacobi=True, generator=generator(seed))
-            loss, g = objective.loss_and_gradient()
-            lengths, losses, turns = (0.05, 0.1, 0.2, 0.4), [], []
-            here = objective.space.current()
-            for length in lengths:
-                value, there = gradient_at(objective, here - length * g)
-                losses.append(value)
-                turns.append(float((there - g).norm() / (length * g.norm())))
+            way = gradient_smoothness(objective, lr=0.1)
             whole = found.whole
             yield {
                 "norm": norm,
                 "step": step,
-                "loss": float(loss),
+                "loss": float(objective.loss()),
                 "largest": whole.largest.value,
                 "condition": whole.condition.value,
                 "condition_stderr": whole.condition.stderr,
@@ -257,8 +251,8 @@ def normalisation(seed: int) -> Iterator[Row]:
                 "stable_rank": whole.stable_rank.value,
                 "layer_spread": found.layer_spread,
                 "jacobi_gain": found.gains["jacobi"],
-                "loss_range": max(losses) - min(losses),
-                "smoothness": max(turns),
+                "loss_range": way.loss_high - way.loss_low,
+                "smoothness": way.effective_smoothness,
             }
 
 

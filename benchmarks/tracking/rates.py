@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis import LearningRatePlan, learning_rate_range
 from analysis.learning_rate.branches import Branches
@@ -76,11 +76,7 @@ def _tanh() -> Objective:
 
 def _gpt() -> Objective:
     texts, _ = load_text()
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-
-    return Objective(make_gpt(), loss, (texts[0][:128], texts[1][:128]))
+    return Objective(make_gpt(), nn.CrossEntropyLoss(), (texts[0][:128], texts[1][:128]))
 
 
 TASKS: dict[str, tuple[Callable[[], Objective], int | None]] = {

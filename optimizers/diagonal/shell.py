@@ -308,7 +308,8 @@ class CurvatureOptimizer(BaseOptimizer):
                         "curvature is due at this step and the gradients have no graph: call step(closure) with a "
                         "closure that returns the loss, or optimizer.accumulate(loss) in place of loss.backward(), or "
                         "loss.backward(create_graph=optimizer.curvature_due). Under DistributedDataParallel only the "
-                        "first two work, with process_group= given to the optimizer."
+                        "first two work, with process_group= given to the optimizer; in a transformers.Trainer "
+                        "analysis.accumulate_in(trainer) puts the second in place."
                     )
         finally:
             for leaf in (*with_graph, *inputs):
