@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CHECKS", "NotApplicable", "StepForm", "Subject"]
+__all__ = ["BASIC_CHECKS", "NotApplicable", "StepForm", "Subject"]
 
 StepForm = Literal["backward", "graph", "closure", "loss", "outputs"]
 Outputs = Callable[[], Tensor]
@@ -365,7 +365,7 @@ def _copied(s: Subject, copied: Callable[[Any], Any]) -> None:
     _same(params, twins, "a copy takes other steps")
 
 
-CHECKS: dict[str, Callable[[Subject], None]] = {
+BASIC_CHECKS: dict[str, Callable[[Subject], None]] = {
     "decreases a quadratic, contiguous or not": _right_direction,
     "works under schedulers": _schedulers,
     "groups: learning rate": _learning_rates_of_groups,

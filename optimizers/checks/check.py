@@ -1,7 +1,8 @@
 """Does an optimizer keep the conventions of `torch.optim`? A battery of named checks for any class.
 
 Each check stands for what torch tests of its own optimizers, or for what training loops, schedulers and checkpoints
-take for granted. Running the battery takes a few seconds on a CPU.
+take for granted. Running the battery takes a few seconds on a CPU. Called on all ranks of a process group, the check of
+parameters in parts spreads them over these ranks; else it runs on one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import torch
 
 from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
-from optimizers.checks.battery import CHECKS, NotApplicable, StepForm, Subject
+from optimizers.checks.batches import BATCH_CHECKS
+from optimizers.checks.battery import BASIC_CHECKS, NotApplicable, StepForm, Subject
 
-__all__ = ["CheckOutcome", "OptimizerReport", "check_optimizer"]
+__all__ = ["CHECKS", "CheckOutcome", "OptimizerReport", "check_optimizer"]
+
+CHECKS = {**BASIC_CHECKS, **BATCH_CHECKS}
+"""Every check by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

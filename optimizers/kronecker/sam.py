@@ -88,7 +88,7 @@ class SAM(BaseOptimizer):
 
     _takes_parts = True
     _kept = (*BaseOptimizer._kept, "base")
-    _late_settings: ClassVar[dict[str, Any]] = {"rho": 0.05, "adaptive": False, "eta": 0.01, "seed": 0}
+    _late_settings: ClassVar[dict[str, Any]] = {"rho": 0.05, "adaptive": False, "eta": 0.01}
     _least: ClassVar[dict[str, float]] = {"rho": 0.0, "eta": 0.0}
     _step_supports_amp_scaling = True  # a scaler that left the step out would leave the parameters perturbed
     base: torch.optim.Optimizer

@@ -121,7 +121,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 raise InputError(
                     f"parameters must be real floating point, got {p.dtype}; view a complex one by torch.view_as_real."
                 )
-        lr, seed = group["lr"], group["seed"]
+        lr, seed = group["lr"], group.get("seed", 0)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise InputError(f"a tensor lr must have one entry, got shape {tuple(lr.shape)}.")
         if isinstance(seed, bool) or not isinstance(seed, int):

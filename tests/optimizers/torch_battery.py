@@ -119,6 +119,58 @@ class DrawsGlobally(torch.optim.SGD):
                     p.sub_(p.grad * noise * 1e-4)
 
 
+class AveragesMicroBatches(torch.optim.SGD):
+    """Its step length follows the squares of gradients as they come, not of their sum."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        for p in self.param_groups[0]["params"]:
+            p.register_post_accumulate_grad_hook(self.seen)
+
+    def seen(self, p: Tensor) -> None:
+        assert p.grad is not None
+        self.squares = getattr(self, "squares", 0.0) + float(p.grad.detach().square().sum())
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] = 1e-3 / (1 + 1e-6 * getattr(self, "squares", 0.0))
+        return super().step(closure)
+
+
+class CountsBackwards(AveragesMicroBatches):
+    """Refreshes its step length on every so many-th backward pass instead of step."""
+
+    def __init__(self, params: Any, update_every: int = 3, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.defaults["update_every"] = update_every
+        self.count = 0
+
+    def seen(self, _: Tensor) -> None:
+        self.count += 1
+        self.squares = float(self.count // 6) * 1e6
+
+
+class GrowsWithTheGradient(torch.optim.SGD):
+    """Its step length is that of the largest gradient so far."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            norm = 0.0 if p.grad is None else float(p.grad.norm())
+            self.largest = max(getattr(self, "largest", 0.0), norm)
+            if p.grad is not None and norm > 0:
+                p.sub_(p.grad * (self.param_groups[0]["lr"] * self.largest / 100))
+        return closure
+
+
+class MixesParts(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.lerp_(torch.zeros(p.shape, dtype=p.dtype), 1e-3)
+        return super().step(closure)
+
+
 FAULTY: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
     "new storage": (MovesData, "parameters keep their storage"),
     "no weight decay": (ForgetsDecay, "groups: weight decay"),
@@ -130,5 +182,9 @@ FAULTY: dict[str, tuple[type[torch.optim.Optimizer], str]] = {
     "frozen": (MovesFrozen, "frozen and unused"),
     "no gradients": (MovesFrozen, "no gradients"),
     "zero gradients": (MovesFrozen, "zero gradients"),
+    "averages micro-batches": (AveragesMicroBatches, "micro-batches: the step"),
+    "counts backward passes": (CountsBackwards, "micro-batches: with a refresh"),
+    "grows with the gradient": (GrowsWithTheGradient, "spike"),
+    "mixes parts with whole tensors": (MixesParts, "in parts"),
     "global random numbers": (DrawsGlobally, "resume: file"),
 }
