@@ -15,6 +15,9 @@ from optimizers.shared.base import Group
 
 __all__ = ["Block", "add_to_factors", "as_matrix", "blocks_of", "by_blocks", "factor_state", "refusal", "refuse_decay"]
 
+_SMALL = 512
+"""Half of a side from which products with the own transpose are computed by halves."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -88,7 +91,20 @@ def add_to_factors(
         part = block.of(g)
         for side, name in block.sides.items():
             rows = part if side == "left" else part.T
-            torch.addmm(state[name], rows, rows.T, beta=beta, alpha=share, out=state[name])
+            _add_square(state[name], rows, beta, share)
+
+
+def _add_square(total: Tensor, rows: Tensor, beta: float, share: float) -> None:
+    """Let a symmetric matrix be beta times itself plus a share of X X'; of large ones a part is computed once."""
+    half = len(rows) // 2
+    if half < _SMALL:
+        torch.addmm(total, rows, rows.T, beta=beta, alpha=share, out=total)
+        return
+    for part in (slice(None, half), slice(half, None)):
+        _add_square(total[part, part], rows[part], beta, share)
+    corner = total[:half, half:]
+    torch.addmm(corner, rows[:half], rows[half:].T, beta=beta, alpha=share, out=corner)
+    total[half:, :half].copy_(corner.T)
 
 
 def by_blocks(function: Callable[[Block], Tensor], like: Tensor, blocks: Sequence[Block]) -> Tensor:

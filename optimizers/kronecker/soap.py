@@ -191,22 +191,26 @@ def _rotated(matrix: Tensor, blocks: list[Block], state: dict[str, Tensor], *, b
 
 def _refresh(block: Block, state: dict[str, Tensor], refresh: str, dtype: torch.dtype) -> None:
     """Bring the bases of a block up to date, and its averages into them."""
-    changes: dict[str, Tensor] = {}
     m, v = block.of(state["exp_avg"]), block.of(state["exp_avg_sq"])
+    old: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     for side, name in block.sides.items():
-        old, order = state[f"basis.{name}"], None
-        if restarted_if_overflown(state[name]):
+        basis = state[f"basis.{name}"]
+        found = None if restarted_if_overflown(state[name]) else _next_basis(state[name], basis, refresh, dtype)
+        if found is None:
             continue
-        if refresh == "eigh":
-            found = eigenbasis(state[name], dtype)
-            new = None if found is None else found[1]
-        else:
-            improved = improved_basis(state[name], old, dtype, continuous=refresh == "continuous")
-            new, order = (None, None) if improved is None else improved
-        if new is None:
-            continue
+        old[side], (new[side], order) = basis.clone(), found
         if order is not None:
             v.copy_(v.index_select(0 if side == "left" else 1, order))
-        changes[side] = old.T @ new
-        old.copy_(new)
-    m.copy_(_turn(m, changes.get("left"), changes.get("right")))
+        basis.copy_(new[side])
+    if new:
+        plain = _turn(m, *(old[side].T if side in old else None for side in ("left", "right")))
+        m.copy_(_turn(plain, new.get("left"), new.get("right")))
+
+
+def _next_basis(factor: Tensor, basis: Tensor, refresh: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """Return the basis after a refresh and the order of the old columns in it, None for as they were."""
+    if refresh != "eigh":
+        return improved_basis(factor, basis, dtype, continuous=refresh == "continuous")
+    found = eigenbasis(factor, dtype)
+    return None if found is None else (found[1], None)

@@ -223,3 +223,15 @@ def test_products_are_taken_in_full_precision_whatever_is_set() -> None:
         torch.set_float32_matmul_precision(before)
     assert len(seen) == 1
     assert not {"tf32", "bf16", True} & set(seen[0])
+
+
+def test_large_factors_are_what_small_ones_are() -> None:
+    """Sides above 1024 are added up by halves."""
+    g = torch.randn(1100, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = nn.Parameter(torch.zeros(1100, 7, dtype=torch.float64))
+    optimizer = SOAP([p], update_first=1, update_every=9)
+    for scale in (1.0, 2.0):
+        p.grad = scale * g
+        optimizer.step()
+    factor = optimizer.state[p]["left.0"]
+    torch.testing.assert_close(factor, (0.95 * 0.05 + 0.05 * 4) * g @ g.T, rtol=1e-12, atol=1e-14)
