@@ -118,12 +118,9 @@ def _mean(values: Sequence[float]) -> float:
 # -- range tests ------------------------------------------------------------------------------------------------------
 
 
-def range_test(
-    branches: Branches, low: float, high: float, seed: int, count: int = 100
-) -> Iterator[tuple[float, float]]:
-    """Yield (rate, loss of the batch) while the rate rises exponentially from `low` to `high`."""
-    for step, (optimizer, loss) in enumerate(branches.steps(seed, low, count)):
-        lr = low * (high / low) ** (step / (count - 1))
+def range_test(branches: Branches, rates: Sequence[float], seed: int) -> Iterator[tuple[float, float]]:
+    """Yield (rate, loss of the batch) while the rate rises."""
+    for lr, (optimizer, loss) in zip(rates, branches.steps(seed, rates[0], len(rates)), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
         value = float(take_step(optimizer, loss))
@@ -149,9 +146,9 @@ def lightning_rule(rates: Sequence[float], losses: Sequence[float]) -> float:
     """Return the suggestion of Lightning: the steepest fall, by rate, of the averaged loss; NaN without one."""
     smooth: list[float] = []
     average, lowest = 0.0, math.inf
-    for step, loss in enumerate(losses):
+    for step, loss in enumerate(losses, 1):
         average = 0.98 * average + 0.02 * loss
-        smooth.append(average / (1 - 0.98 ** (step + 1)))
+        smooth.append(average / (1 - 0.98 ** (step + 1)))  # one step more than is averaged, as there
         if step > 1 and not smooth[-1] <= 4 * lowest:
             break
         lowest = min(lowest, smooth[-1])
@@ -162,10 +159,11 @@ def lightning_rule(rates: Sequence[float], losses: Sequence[float]) -> float:
     return float(lrs[int(np.gradient(values, lrs).argmin())])
 
 
-RULES: dict[str, tuple[float, float, Rule]] = {
-    "pytorch-lr-finder": (1e-7, 10.0, lr_finder_rule),
-    "Lightning": (1e-8, 1.0, lightning_rule),
+RULES: dict[str, tuple[list[float], Rule]] = {
+    "pytorch-lr-finder": ([1e-7 * 1e8 ** (i / 99) for i in range(100)], lr_finder_rule),
+    "Lightning": ([1e-8, *(1e-8 * 1e8 ** ((i + 1) / 100) for i in range(1, 100))], lightning_rule),
 }
+"""Name -> the rates of the range test, and what is chosen from its losses."""
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -196,9 +194,9 @@ def rows_of(task: str, optimizer: str, *, steps: int = STEPS, places: int = _PLA
             told=lambda _: None,
         )
         row |= sweep(branches, 2**0.25 * lowest, steps, [100 + i for i in range(SWEPT_SEEDS)], places)
-        for name, (low, high, rule) in RULES.items():
-            rates, losses = zip(*range_test(branches, low, high, 100), strict=True)
-            row["guesses"][name] = rule(rates, losses)
+        for name, (rates, rule) in RULES.items():
+            seen = list(range_test(branches, rates, 100))
+            row["guesses"][name] = rule([lr for lr, _ in seen], [loss for _, loss in seen])
     row["holds"] = row["lower"] <= row["point"] <= row["upper"]
     row["seeds_held"] = sum(row["lower"] <= point <= row["upper"] for point in row["points"])
     row["cost"] = row["tool_steps"] / row["sweep_steps"]
