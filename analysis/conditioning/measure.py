@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from analysis.conditioning.kronecker import kfac_root
 from analysis.conditioning.results import Condition, Conditioning, ConditioningComparison
 from analysis.records.measured import Bounded, Measured
 from analysis.records.plan import Plan, from_plan, setting
@@ -31,6 +32,7 @@ from curvature.objective.objective import Objective
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.operators.preconditioned import PreconditionedOperator
+from curvature.parameters import Block
 from curvature.results.intervals import combined_error
 from curvature.spectra.counts import count_between, smallest_beyond
 from curvature.spectra.planning import SpectrumPlan
@@ -54,6 +56,9 @@ class ConditioningPlan(Plan):
     jacobi: bool = setting(True, "Also measure with the diagonal as preconditioner.")
     block_diagonal: bool = setting(
         False, "Also measure with the blocks of the layers, built in full, as preconditioner."
+    )
+    kfac: bool = setting(
+        False, "Also measure with K-FAC's factors as preconditioner, and each layer under every preconditioner."
     )
     layers: bool = setting(True, "Look at each layer, too.")
     num_probes: int = setting(4, "Probes of each spectrum.", least=1)
@@ -89,10 +94,12 @@ def measure_conditioning(
       products, exact if the matrix has no more columns.
     - "block diagonal": P = |A_ll| of each layer by its eigenvalues, raised likewise. Blocks are built in full: as many
       products as the largest layer has parameters, and its square of memory.
+    - "kfac": P = B (x) A + floor times its largest eigenvalue for linear and convolutional layers, with the factors of
+      `kronecker_factors(objective, "kfac")` from 16 draws; other parameters as under "jacobi".
     - optimizers: P as `optimizer_divisor` reads it, e.g. of Adam or AdaHessian; 1 for what they have not moved.
 
     Cost: num_probes x num_steps products for the matrix and for each preconditioner, and with `layers` as many with
-    the blocks of all layers together.
+    the blocks of all layers together; with `kfac` these once more for each preconditioner, and 16 gradients.
 
     Args:
         objective: the loss.
@@ -117,7 +124,8 @@ def measure_conditioning(
     floor = plan.floor
     A = HessianOperator(objective) if plan.matrix == "hessian" else GGNOperator(objective)
     settings = plan.spectrum
-    tell = stages(progress, 1 + plan.jacobi + plan.block_diagonal + len(optimizers or {}) + plan.layers)
+    num_changed = plan.jacobi + plan.block_diagonal + plan.kfac + len(optimizers or {})
+    tell = stages(progress, 1 + num_changed * (1 + (plan.layers and plan.kfac)) + plan.layers)
     tell("the whole")
     found = spectrum(A, settings, generator=generator)
     whole = _condition(found, "none", floor)
@@ -125,17 +133,24 @@ def measure_conditioning(
     changed: dict[str, MatrixLike] = {}
     diagonal_noise = 0.0
     if whole.largest.value > 0:
-        if plan.jacobi:
+        if plan.jacobi or plan.kfac:
             estimate = diagonal(A, num_matvecs=plan.diagonal_matvecs, generator=generator)
-            changed["jacobi"] = PreconditionedOperator(A, _raised(estimate.value.abs(), floor).to(A.dtype))
+            divisor = _raised(estimate.value.abs(), floor).to(A.dtype)
+        if plan.jacobi:
+            changed["jacobi"] = PreconditionedOperator(A, divisor)
             if estimate.method != "exact":
                 diagonal_noise = float(estimate.stderr.norm() / estimate.value.norm())
                 notes.append(
                     f"The diagonal of the Jacobi preconditioner is estimated; relative noise {diagonal_noise:.2g}."
                 )
         if plan.block_diagonal:
-            changed["block diagonal"] = _WithBlocks(A, _inverse_roots(A, floor))
-    elif plan.jacobi or plan.block_diagonal:
+            changed["block diagonal"] = _WithRoot(A, _block_root(A, _inverse_roots(A, floor)))
+        if plan.kfac:
+            root, uncovered = kfac_root(objective, divisor, floor, generator)
+            notes += [f"K-FAC: {uncovered}"] if uncovered else []
+            if root is not None:
+                changed["kfac"] = _WithRoot(A, root)
+    elif plan.jacobi or plan.block_diagonal or plan.kfac:
         notes.append("The matrix is zero, so that it has no preconditioner.")
     for name, optimizer in (optimizers or {}).items():
         changed[name] = PreconditionedOperator.from_optimizer(A, optimizer, missing="identity")
@@ -147,6 +162,14 @@ def measure_conditioning(
     if plan.layers:
         tell("layer by layer")
     blocks = layer_spectra(A, settings, generator=generator) if plan.layers else {}
+    under: dict[str, tuple[Condition, ...]] = {}
+    for name, P in changed.items() if plan.layers and plan.kfac else ():
+        tell(f"layer by layer with {name}")
+        found_under = [
+            (block.name, spectrum(_block_of(P, block), settings, generator=generator))
+            for block in objective.space.blocks
+        ]
+        under[name] = tuple(_condition(one, layer, floor) for layer, one in found_under)
     top = float(found.top.eigenvalues[0])
     damping = max(whole.largest.value, torch.finfo(torch.float32).tiny) * torch.logspace(
         math.log10(floor), 1, _POINTS, dtype=torch.float64
@@ -163,6 +186,7 @@ def measure_conditioning(
         effective_dimension=dimension.value,
         effective_dimension_stderr=torch.hypot(dimension.stderr, dimension.rule),
         notes=tuple(notes),
+        layers_under=under,
     )
 
 
@@ -265,18 +289,38 @@ def _inverse_roots(A: HessianOperator | GGNOperator, floor: float) -> list[Tenso
     return roots
 
 
-class _WithBlocks(LinearOperator):
-    """R A R with R block-diagonal over the layers."""
+def _block_root(A: HessianOperator | GGNOperator, roots: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return X -> R X with R block-diagonal over the layers."""
 
-    def __init__(self, A: HessianOperator | GGNOperator, roots: list[Tensor]) -> None:
-        super().__init__(A.shape, A.dtype, A.device)
-        self.A, self.roots, self.blocks = A, roots, A.objective.space.blocks
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        return self._scaled(self.A @ self._scaled(X))
-
-    def _scaled(self, X: Tensor) -> Tensor:
+    def scaled(X: Tensor) -> Tensor:
         Y = torch.zeros_like(X)
-        for R, block in zip(self.roots, self.blocks, strict=True):
+        for R, block in zip(roots, A.objective.space.blocks, strict=True):
             block.put(R @ block.take(X), Y)
         return Y
+
+    return scaled
+
+
+class _WithRoot(LinearOperator):
+    """R A R, or its block for a layer, which is R_l A_ll R_l: no R here mixes layers."""
+
+    def __init__(self, A: Any, root: Callable[[Tensor], Tensor], block: Block | None = None) -> None:
+        self.A, self.root, self.block, self.num_params = A, root, block, A.shape[0]
+        super().__init__(self.of.shape, A.dtype, A.device)
+
+    @property
+    def of(self) -> Any:
+        """The matrix between the roots."""
+        return self.A if self.block is None else self.A.restrict(self.block)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self._scaled(self.of @ self._scaled(X))
+
+    def _scaled(self, X: Tensor) -> Tensor:
+        if self.block is None:
+            return self.root(X)
+        return self.block.take(self.root(self.block.embed(X, self.num_params)))
+
+
+def _block_of(P: Any, block: Block) -> Any:
+    return P.restrict(block) if isinstance(P, PreconditionedOperator) else _WithRoot(P.A, P.root, block)

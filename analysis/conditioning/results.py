@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -84,6 +84,8 @@ class Conditioning(Plain):
     """(m,), one standard error: probes and quadrature, root of squares."""
     notes: tuple[str, ...]
     """What a reader should know."""
+    layers_under: dict[str, tuple[Condition, ...]] = field(default_factory=dict)
+    """By preconditioner, the layers' blocks under it; empty if not asked for."""
 
     @property
     def gains(self) -> dict[str, Bounded]:

@@ -39,12 +39,15 @@ class ConditioningRun(StudyRun):
 def _price(objective: Objective, plan: ConditioningPlan) -> Work:
     blocks, n = objective.space.blocks, objective.num_params
     each = plan.spectrum.num_matvecs(n) + plan.spectrum.num_search(n)
-    products = float(each * (1 + plan.jacobi + plan.block_diagonal)) + min(plan.diagonal_matvecs, n) * plan.jacobi
+    num_changed = plan.jacobi + plan.block_diagonal + plan.kfac
+    products = float(each * (1 + num_changed)) + min(plan.diagonal_matvecs, n) * (plan.jacobi or plan.kfac)
+    products += 16 * plan.kfac  # a gradient for each draw
     if plan.block_diagonal:
         products += max(block.num_params for block in blocks)
     if plan.layers:  # a product with a block costs about half of one with the whole
         sizes = [block.num_params for block in blocks]
-        products += sum(plan.spectrum.num_matvecs(m) + plan.spectrum.num_search(m) for m in sizes) / 2
+        walks = 1 + num_changed * plan.kfac
+        products += walks * sum(plan.spectrum.num_matvecs(m) + plan.spectrum.num_search(m) for m in sizes) / 2
     return Work(products=products)
 
 
@@ -191,7 +194,26 @@ def _conditions(found: Conditioning) -> Section:
                 columns=("matrix", "largest", "smallest", "condition", "effective rank", "stable rank", "steps"),
                 rows=tuple(_cells(name, condition, found) for name, condition in rows),
             ),
+            *_layers_under(found),
         ),
+    )
+
+
+def _layers_under(found: Conditioning) -> tuple[Table, ...]:
+    """Return what each preconditioner makes of each layer's block."""
+    if not found.layers_under:
+        return ()
+    columns = ("layer", "none", *found.layers_under)
+    each = (found.layers, *found.layers_under.values())
+    kappas = [[_kappa(c.condition, found) for c in conditions] for conditions in each]
+    ranks = [[wording.quantity(c.effective_rank, 3) for c in conditions] for conditions in each]
+    return tuple(
+        Table(
+            caption=f"{what} of each layer's block, without and under each preconditioner.",
+            columns=columns,
+            rows=tuple((c.name, *cells) for c, *cells in zip(found.layers, *table, strict=True)),
+        )
+        for what, table in (("Condition number", kappas), ("Effective rank", ranks))
     )
 
 
@@ -233,7 +255,7 @@ _TERMS = (
     (
         "Gain",
         "Condition number without the preconditioner over that with it, of P^(−½) H P^(−½): above 1 it helps. Jacobi "
-        "is the absolute diagonal, what AdaHessian aims at.",
+        "is the absolute diagonal, what AdaHessian aims at; K-FAC a Kronecker product for each layer.",
     ),
     ("± (uncertainty)", "One standard error over probes, joined with the error of the quadrature."),
 )

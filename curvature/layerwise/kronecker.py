@@ -97,13 +97,20 @@ class KroneckerFactors(Result):
                 result[slice(*self.slices[name])] = piece.reshape(-1)
         return result
 
-    def preconditioner(self, damping: float) -> KroneckerPreconditioner:
+    def preconditioner(
+        self, damping: float, *, power: float = 1.0, others: Tensor | None = None
+    ) -> KroneckerPreconditioner:
         """Return (G + damping I)^-1 with these factors in the place of G, for `cg`, `solve` and `NewtonCG`.
+
+        Args:
+            damping: positive.
+            power: of that inverse; 1/2 for the root that goes on both sides of a matrix.
+            others: (n,), what parameters without factors are divided by, before the power. Default: the damping.
 
         Raises:
             InputError: for a damping that is not positive and finite.
         """
-        return KroneckerPreconditioner(self, damping=damping)
+        return KroneckerPreconditioner(self, damping=damping, power=power, others=others)
 
     def _layer(self, name: str) -> LayerFactors:
         if name not in self.layers:
@@ -211,7 +218,7 @@ def _unpack(uses: list[LayerUse], total: Tensor) -> Iterator[tuple[str, LayerFac
 
 
 class KroneckerPreconditioner(SymmetricOperator):
-    """P = blockdiag(B (x) A) + damping I, as its inverse: `@` applies P^-1.
+    """P = blockdiag(B (x) A) + damping I, as its inverse: `@` applies P^-power, P^-1 by default.
 
     With B = U b U' and A = V a V', P^-1 X = U ((U'XV) / (b a' + damping)) V' for a layer's X (o, i + 1): the damping is
     that of the whole block, not shared out over the factors. Parameters without factors are divided by the damping.
@@ -221,6 +228,8 @@ class KroneckerPreconditioner(SymmetricOperator):
     Args:
         factors: as `kronecker_factors` returns them.
         damping: positive; that of the system to be solved.
+        power: of P^-1 that is applied; 1/2 for P^-1/2 on both sides of a matrix.
+        others: (n,), P's diagonal for parameters without factors. Default: the damping.
 
     Raises:
         InputError: for a damping that is not positive and finite.
@@ -229,24 +238,28 @@ class KroneckerPreconditioner(SymmetricOperator):
     appendix B.
     """
 
-    def __init__(self, factors: KroneckerFactors, *, damping: float) -> None:
+    def __init__(
+        self, factors: KroneckerFactors, *, damping: float, power: float = 1.0, others: Tensor | None = None
+    ) -> None:
         if not (damping > 0 and math.isfinite(damping)):
             raise InputError(f"damping must be positive and finite, got {damping}: blocks may be singular.")
         some = next(iter(factors.layers.values())).A
         n = factors.num_params
         super().__init__((n, n), torch.promote_types(some.dtype, torch.float32), some.device)
         self.damping = damping
+        rest = torch.full((n,), damping, dtype=self.dtype, device=some.device) if others is None else others
+        self._others = rest.to(self.dtype) ** power
         self._blocks = []
         for f in factors.layers.values():
             (a, V), (b, U) = (torch.linalg.eigh(M.to(self.dtype)) for M in (f.A, f.B))
             places = [torch.arange(*factors.slices[name]) for name in (f.weight, f.bias) if name is not None]
             index = torch.cat([p.view(len(b), -1) for p in places], dim=1).to(some.device)  # of the rows of [W b]
             spread = b.clamp_min(0)[:, None] * a.clamp_min(0) + damping
-            self._blocks.append((index, U, V, spread))
+            self._blocks.append((index, U, V, spread**power))
 
     def _matmat(self, X: Tensor) -> Tensor:
         columns = X.T.to(self.dtype)
-        result = columns / self.damping
+        result = columns / self._others
         for index, U, V, spread in self._blocks:
             part = U @ ((U.T @ columns[:, index] @ V) / spread) @ V.T
             result[:, index.reshape(-1)] = part.flatten(1)

@@ -22,6 +22,8 @@ from optimizers.kronecker.layers import Rows
 __all__ = ["FactorSums", "State", "damped_inverses", "eigenbases", "product_of_traces", "rotated", "solve"]
 
 State = dict[str, Tensor]
+VECTOR_DIM = 256
+"""Longest vector (scales, shifts, gains) with a full block; of a longer one the diagonal is kept."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class FactorSums:
             assert rows.right is not None
             left = on_left * torch.bincount(rows.left, minlength=rows.num_rows)[None].to(rows.right.dtype)
         else:
-            left = _moment(rows.left, on_left, max_dim)
+            left = _moment(rows.left, on_left, min(max_dim, VECTOR_DIM) if rows.right is None else max_dim)
         if rows.right is None:
             right, number = left.new_full((len(left), 1, 1), once), once
         else:

@@ -102,7 +102,7 @@ class KFAC(MatrixOptimizer):
         update_every: steps between measurements of the factors.
         refresh_every: steps between inversions, beside those after the first, second, fourth, ... measurement.
         num_samples: draws of "monte-carlo" an example.
-        max_dim: longest side with a full factor; a longer one keeps its diagonal.
+        max_dim: longest side with a full factor; a longer one keeps its diagonal, and so does a vector beyond 256.
         shared: method, adamw_scale, adamw_betas, check_finite, foreach, maximize, seed, process_group: see
             `MatrixCommon` and `Common`.
 

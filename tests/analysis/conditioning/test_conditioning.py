@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from analysis.conditioning.figures import plot_conditioning, plot_effective_dimension
 from analysis.conditioning.measure import compare_conditioning, measure_conditioning
-from analysis.conditioning.study import _cards
+from analysis.conditioning.study import _cards, _conditions
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from tests.cases import BY_NAME
@@ -245,3 +245,38 @@ def test_arguments_and_figures() -> None:
     ax = plot_conditioning(found)
     assert len(ax.get_yticks()) == 1 + len(found.preconditioned) + len(found.layers)
     assert plot_effective_dimension(found).get_xscale() == "log"
+
+
+def test_kfac_undoes_correlated_inputs_where_a_diagonal_cannot() -> None:
+    """A linear map under squared error has Kronecker factors exactly; what is left is the noise of the draws."""
+    torch.manual_seed(0)
+    mixed = torch.randn(600, 3) @ torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.05, 0.0], [0.0, 0.0, 0.02]])
+    objective = Objective(
+        nn.Linear(3, 2, bias=False).double(), nn.MSELoss(), (mixed.double(), torch.zeros(600, 2).double())
+    )
+    found = measure_conditioning(objective, kfac=True, generator=torch.Generator().manual_seed(0))
+    under = {c.name: c.condition for c in found.preconditioned}
+    assert found.whole.condition.lower > 1000
+    assert under["jacobi"].lower > 500
+    assert under["kfac"].upper < 1.2
+    assert [c.condition.upper < 1.2 for c in found.layers_under["kfac"]] == [True]
+    assert found.layers_under["jacobi"][0].condition.lower > 500
+
+
+def test_kfac_leaves_other_parameters_to_the_diagonal_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(40, 3).double(), torch.randint(0, 2, (40,))))
+    found = measure_conditioning(objective, kfac=True, matrix="ggn", generator=torch.Generator().manual_seed(0))
+    assert "K-FAC: 1.weight, 1.bias have no factors and their diagonal instead." in found.notes
+    ggn = GGNOperator(objective).to_dense()
+    at = objective.space.blocks[1].slices[0]
+    d = ggn.diagonal()[at]
+    expected = torch.linalg.eigvalsh(ggn[at, at] / (d[:, None] * d).sqrt())
+    norm = found.layers_under["kfac"][1]
+    torch.testing.assert_close(norm.largest.value, float(expected[-1]), rtol=1e-6, atol=0)
+    captions = [table.caption for table in _conditions(found).tables]
+    assert captions[1:] == [
+        f"{what} of each layer's block, without and under each preconditioner."
+        for what in ("Condition number", "Effective rank")
+    ]

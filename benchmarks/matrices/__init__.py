@@ -1,0 +1,1 @@
+"""Optimizers that precondition matrices: what a step costs, and what equal steps reach."""
