@@ -16,7 +16,10 @@ SHARED = {  # modules beside the rooms: the room whose page they are on
     "curvature.solve": "curvature.linalg.systems",
     "analysis.registry": "analysis.run",
 }
-BASES = {"optimizers.diagonal": ("optimizers.diagonal.shell.CurvatureOptimizer", "optimizers.shared.base.Shared")}
+BASES = {
+    "optimizers.diagonal": ("optimizers.diagonal.shell.CurvatureOptimizer", "optimizers.shared.base.Shared"),
+    "optimizers.kronecker": ("optimizers.kronecker.shell.MatrixOptimizer", "optimizers.kronecker.shell.MatrixCommon"),
+}
 """What public docstrings refer to for what several of them share."""
 BLOCK = "::: {}\n    options:\n      heading: {}\n      toc_label: {}\n"
 INDEX = """# Reference

@@ -1,8 +1,9 @@
 """What optimizers cost and what they reach.
 
-`python -m benchmarks.optimizers.bench costs|memory|training|variants|checks|report`:
+`python -m benchmarks.optimizers.bench costs|widths|memory|training|variants|checks|report`:
 
     costs      steps of every method in turn with steps of SGD, the median of their ratio
+    widths     the same in steps of AdamW, for methods that precondition matrices, at some widths and tokens
     memory     what a thousand steps add to a process, alone in it
     training   runs of equal length; loss and score after as many steps, and after the time of as many steps of SGD
     variants   the same for variants of AdaHessian
@@ -30,8 +31,17 @@ from benchmarks.common.harness import Conditions, one_line, peak_mebibytes
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
-from benchmarks.optimizers.peers import COST_ONLY, METHODS, VARIANTS, Method, method_of, take_step
-from benchmarks.optimizers.problems import TRAINING, TrainingProblem, make_training
+from benchmarks.optimizers.peers import (
+    BESIDE_MATRIX,
+    COST_ONLY,
+    MATRIX,
+    METHODS,
+    VARIANTS,
+    Method,
+    method_of,
+    take_step,
+)
+from benchmarks.optimizers.problems import TRAINING, WIDTHS, TrainingProblem, make_training
 from curvature.errors import NonFiniteError
 
 __all__ = ["Row", "check_row", "cost_rows", "main", "next_rate", "pilots", "run", "train_row"]
@@ -47,15 +57,19 @@ FURTHER_RATES = 4
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period: int = PERIOD) -> list[Row]:
+def cost_rows(
+    problem_name: str, methods: Sequence[str], *, rounds: int, period: int = PERIOD, kind: str = "cost"
+) -> list[Row]:
     """Return one row a method: the cost of a step in steps of SGD, refreshes and other steps in their proportion.
+
+    With `kind="width"` steps are counted in those of AdamW.
 
     All methods take turns, so that what slows the machine down slows all of them. Learning rates are tiny: networks
     stay where they are.
     """
-    rows = {name: new_row("cost", problem_name, name) for name in methods}
+    rows, unit = {name: new_row(kind, problem_name, name) for name in methods}, "sgd" if kind == "cost" else "adamw"
     steppers = {}
-    for name in ("sgd", *methods):
+    for name in (unit, *methods):
         problem, method = make_training(problem_name), method_of(name)
         try:
             if method.compiled:
@@ -78,10 +92,10 @@ def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period:
             seconds[name].append((time.process_time() - start) / period)
     for name in methods:
         if name in seconds:
-            ratios = [own / sgd for own, sgd in zip(seconds[name], seconds["sgd"], strict=True)]
+            ratios = [own / one for own, one in zip(seconds[name], seconds[unit], strict=True)]
             quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            rows[name] |= {"sgd_steps": quartiles[1], "quartiles": (quartiles[0], quartiles[2]), "rounds": rounds}
-            rows[name]["sgd_seconds"] = statistics.median(seconds["sgd"])
+            rows[name] |= {f"{unit}_steps": quartiles[1], "quartiles": (quartiles[0], quartiles[2]), "rounds": rounds}
+            rows[name][f"{unit}_seconds"] = statistics.median(seconds[unit])
     return list(rows.values())
 
 
@@ -232,6 +246,7 @@ PROBLEMS = {
     "variants": ["digits-cnn", "pinn"],
     "memory": ["pinn"],
     "checks": [""],
+    "widths": list(WIDTHS),
 }
 WARMED = 100
 """Steps after which all that a method keeps has been made."""
@@ -264,9 +279,9 @@ def memory_row(name: str, *, problem_name: str = "pinn", steps: int = 1000) -> R
 def main() -> None:
     """Measure what the command line names and write the rows, or the tables."""
     parser = command("optimizers", __doc__)
-    parser.add_argument("what", choices=["costs", "memory", "training", "variants", "checks", "report"])
-    parser.add_argument("--problems", nargs="+", choices=TRAINING, default=None)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY], default=None)
+    parser.add_argument("what", choices=["costs", "widths", "memory", "training", "variants", "checks", "report"])
+    parser.add_argument("--problems", nargs="+", choices=[*TRAINING, *WIDTHS], default=None)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY, *MATRIX], default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
@@ -275,15 +290,22 @@ def main() -> None:
 
         write_report(stored(a.out))
         return
-    methods_of_all = {"costs": [*METHODS, "quarter", *COST_ONLY], "variants": list(VARIANTS), "memory": MEMORY}
+    methods_of_all = {
+        "widths": [*MATRIX, *BESIDE_MATRIX],
+        "costs": [*METHODS, "quarter", *COST_ONLY],
+        "variants": list(VARIANTS),
+        "memory": MEMORY,
+    }
     a.methods = a.methods or methods_of_all.get(a.what, list(METHODS))
-    groups = [a.methods] if a.what == "costs" else [[method] for method in a.methods]
+    groups = [a.methods] if a.what in ("costs", "widths") else [[method] for method in a.methods]
     cases = list(itertools.product(a.problems or PROBLEMS[a.what], groups))
     with Rows(a.out, ("kind", "problem", "method"), len(cases)) as rows:
         for problem, methods in cases:
             rows.begin(f"{a.what} {problem} {methods[0] if len(methods) == 1 else ''}")
             if a.what == "costs":
                 rows.add(*cost_rows(problem, methods, rounds=a.rounds))
+            elif a.what == "widths":
+                rows.add(*cost_rows(problem, methods, rounds=a.rounds, kind="width"))
             elif a.what in ("training", "variants"):
                 rows.add(train_row(problem, methods[0], seeds=a.seeds))
             elif a.what == "memory":

@@ -7,8 +7,9 @@ documentation of each asks for, and nothing that would slow it down.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor
 from benchmarks.common.harness import math_attention
 from benchmarks.optimizers.problems import Pair, TrainingProblem
 
-__all__ = ["COST_ONLY", "METHODS", "VARIANTS", "Method", "StepForm", "method_of", "take_step"]
+__all__ = [
+    "BESIDE_MATRIX",
+    "COST_ONLY",
+    "MATRIX",
+    "METHODS",
+    "VARIANTS",
+    "Method",
+    "StepForm",
+    "method_of",
+    "take_step",
+]
 
 StepForm = Literal["backward", "graph", "closure", "loss", "outputs"]
 Make = Callable[..., torch.optim.Optimizer]
@@ -121,6 +132,34 @@ def _peer(library: str, name: str) -> Callable[[], Make]:
     return load
 
 
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for matrices and its AdamW for the rest, each with its own state."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float) -> None:
+        every = list(params)
+        super().__init__(every, {"lr": lr})
+        matrices = [p for p in every if p.ndim == 2]
+        rest = [p for p in every if p.ndim != 2]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr, weight_decay=0.01, foreach=True)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step of both."""
+        for part in self.parts:
+            part.step()
+        return closure
+
+
+def _around(name: str) -> Callable[[], Make]:
+    def load() -> Make:
+        import optimizers
+
+        return partial(getattr(optimizers, name), base=torch.optim.AdamW)
+
+    return load
+
+
 _ADA = (0.01, 0.03, 0.1, 0.3, 1.0)
 _ADAM = (1e-3, 3e-3, 0.01, 0.03, 0.1)
 _SIGNS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01)
@@ -211,6 +250,56 @@ METHODS: dict[str, Method] = {
         "pytorch-optimizer SophiaH, every 10th", _peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
     ),
 }
+_OFFICIAL = (("precondition_frequency", 10),)
+METHODS |= {
+    "muon": Method("torch Muon, AdamW for the rest", lambda: _MuonAndAdamW, "backward", _ADAM),
+    "soap": Method("torch-curvature SOAP, every 10th", _ours("SOAP"), "backward", _ADAM, ours=True),
+    "soap-continuous": Method(
+        "torch-curvature SOAP, continuous",
+        _ours("SOAP"),
+        "backward",
+        _ADAM,
+        ours=True,
+        settings=(("refresh", "continuous"),),
+    ),
+    "shampoo": Method("torch-curvature Shampoo, every 10th", _ours("Shampoo"), "backward", _ADAM, ours=True),
+    "sam": Method("torch-curvature SAM of AdamW", _around("SAM"), "loss", _ADAM, ours=True),
+    "asam": Method("torch-curvature ASAM of AdamW", _around("ASAM"), "loss", _ADAM, ours=True),
+    "official-soap": Method(  # its file soap.py on the path
+        "SOAP, its authors' code, every 10th", _peer("soap", "SOAP"), "backward", _ADAM, settings=_OFFICIAL
+    ),
+    "kozistr-soap": Method(
+        "pytorch-optimizer SOAP, every 10th",
+        _peer("pytorch_optimizer", "SOAP"),
+        "backward",
+        _ADAM,
+        settings=_OFFICIAL,
+    ),
+    "kozistr-shampoo": Method(
+        "pytorch-optimizer ScalableShampoo, every 10th",
+        _peer("pytorch_optimizer", "ScalableShampoo"),
+        "backward",
+        _ADAM,
+        settings=(("preconditioning_compute_steps", 10), ("start_preconditioning_step", 1)),
+    ),
+}
+_STEADY = (("update_first", 1),)
+_BLOCKS = (("max_dim", 1024), ("large", "blocks"))
+MATRIX: dict[str, Method] = {  # for steps at some widths: the frequent refreshes of the first steps left out
+    **{
+        f"{name}-steady": replace(METHODS[name], settings=(*METHODS[name].settings, *_STEADY))
+        for name in ("soap", "soap-continuous", "shampoo")
+    },
+    "soap-blocks": Method(
+        "torch-curvature SOAP, every 10th, sides above 1024 in blocks",
+        _ours("SOAP"),
+        "backward",
+        (),
+        ours=True,
+        settings=(*_STEADY, *_BLOCKS),
+    ),
+}
+BESIDE_MATRIX = ("muon", "official-soap", "kozistr-soap", "kozistr-shampoo")
 VARIANTS: dict[str, Method] = {  # of AdaHessian, on every step where the label says nothing else
     "no average": _adahessian(", no spatial average", settings=(("spatial_average", None),)),
     "rows": _adahessian(", rows of matrices averaged too", settings=(("spatial_average", "instruction"),)),
@@ -232,4 +321,4 @@ COST_ONLY: dict[str, Method] = {
 
 def method_of(name: str) -> Method:
     """Return a method, a variant, or what is measured for its cost only, by its name."""
-    return {**METHODS, **VARIANTS, **COST_ONLY}[name]
+    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY}[name]

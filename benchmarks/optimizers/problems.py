@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.common.problems import make_gpt
 from benchmarks.common.trained import zen
 
-__all__ = ["TRAINING", "TrainingProblem", "make_training"]
+__all__ = ["TRAINING", "WIDTHS", "TrainingProblem", "make_training"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -81,7 +82,7 @@ def make_training(name: str, *, seed: int = 0) -> TrainingProblem:
     """Return the named problem; the seed draws the network, not the data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TRAINING[name]()
+        return {**TRAINING, **WIDTHS}[name]()
 
 
 def _plain(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -123,21 +124,23 @@ def _digits(name: str, *, num_images: int, batch_size: int, steps: int) -> Calla
     return make
 
 
-def _characters() -> TrainingProblem:
-    context, text = 32, zen()
+def _characters(
+    name: str = "gpt", *, context: int = 32, width: int = 32, num_heads: int = 2, texts: int = 8
+) -> TrainingProblem:
+    text = zen()
     places = {character: i for i, character in enumerate(sorted(set(text)))}
     windows = torch.tensor([places[character] for character in text]).unfold(0, context + 1, 1)
     cut = len(windows) * 9 // 10
     train, test = windows[:cut], windows[cut + context :: context]  # no character of the one is in the other
-    model = make_gpt(vocabulary=len(places), context=context, width=32, num_heads=2, num_layers=2)
+    model = make_gpt(vocabulary=len(places), context=context, width=width, num_heads=num_heads, num_layers=2)
     shuffled = train[torch.randperm(cut, generator=torch.Generator().manual_seed(0))]
     return TrainingProblem(
-        "gpt",
+        name,
         model,
         nn.CrossEntropyLoss(),
         shuffled[:, :-1],
         shuffled[:, 1:],
-        8,
+        texts,
         96,
         _plain,
         _accuracy(test[:, :-1], test[:, 1:]),
@@ -174,3 +177,10 @@ TRAINING: dict[str, Callable[[], Any]] = {
     "pinn": _poisson,
     "digits-cnn, batch 512": _digits("digits-cnn, batch 512", num_images=1442, batch_size=512, steps=80),
 }
+WIDTHS: dict[str, Callable[[], Any]] = {
+    f"gpt, width {width}, {64 * texts} tokens": partial(
+        _characters, f"gpt, width {width}, {64 * texts} tokens", context=64, width=width, num_heads=4, texts=texts
+    )
+    for width, texts in ((128, 64), (512, 128))
+}
+"""Whose steps are measured, for methods that precondition matrices: their work does not grow with the tokens."""

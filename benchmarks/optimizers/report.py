@@ -17,12 +17,14 @@ ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 
 
-def cost_table(rows: Sequence[Row]) -> str:
-    """Return the cost of a step in steps of SGD, a line a method and a column a problem."""
-    rows = [row for row in rows if row["kind"] == "cost"]
+def cost_table(rows: Sequence[Row], kind: str = "cost") -> str:
+    """Return the cost of a step in steps of SGD (of AdamW for `kind="width"`), a line a method, a column a problem."""
+    rows, unit = [row for row in rows if row["kind"] == kind], "sgd" if kind == "cost" else "adamw"
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     footnotes: list[str] = []
-    lines = ["| step, in steps of SGD | " + " | ".join(f"`{p}`" for p in problems) + " |"]
+    lines = [
+        f"| step, in steps of {'SGD' if unit == 'sgd' else 'AdamW'} | " + " | ".join(f"`{p}`" for p in problems) + " |"
+    ]
     lines.append("|---|" + "--:|" * len(problems))
     for method in dict.fromkeys(row["method"] for row in rows):
         found = {row["problem"]: row for row in rows if row["method"] == method}
@@ -34,7 +36,7 @@ def cost_table(rows: Sequence[Row]) -> str:
             elif row["failure"]:
                 cells.append("fails" + marked(row["failure"], footnotes))
             else:
-                cells.append(f"{row['sgd_steps']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
+                cells.append(f"{row[f'{unit}_steps']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
         lines.append(f"| {_label(next(iter(found.values())))} | " + " | ".join(cells) + " |")
     lines += ["", *[f"{i}. {text}" for i, text in enumerate(footnotes, start=1)]]
     lines.append(f"Median over rounds that take turns, and quartiles. {conditions(rows)}")
@@ -159,6 +161,7 @@ def write_report(rows: Sequence[Row]) -> None:
     """Renew the tables in README.md of this folder, and the page of the checks."""
     readme = Path(__file__).parent / "README.md"
     text = insert(readme.read_text(encoding="utf-8"), cost_table(rows), "optimizer-costs")
+    text = insert(text, cost_table(rows, "width"), "optimizer-widths")
     problems = dict.fromkeys(row["problem"] for row in rows if row["kind"] == "training")
     tables = "\n".join(training_table(rows, problem) for problem in problems)
     text = insert(text, tables, "optimizer-training")
