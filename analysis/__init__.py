@@ -79,6 +79,7 @@ _PLACES = {
     "training.depth": "layer_jacobians",
     "training.edge": "edge_of_stability",
     "training.figures": "plot_layer_sharpness plot_predictions plot_stability plot_training",
+    "training.figures_spectrum": "plot_depth plot_smoothness plot_waterfall",
     "training.gradient_penalty": "GradientPenalty",
     "training.measure": "TrackPlan track_training",
     "training.results": "CriticalSharpness CriticalStatus EdgeOfStability GradientSmoothness Phase TrainingReading "

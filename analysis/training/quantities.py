@@ -19,7 +19,7 @@ from analysis.training.results import CriticalSharpness
 from analysis.training.smoothness import along_gradient
 from analysis.training.untouched import untouched
 from curvature.errors import InputError
-from curvature.linalg import trace
+from curvature.linalg import spectral_density, trace
 from curvature.linalg.krylov.following import Followed, follow_largest
 from curvature.linop import MatrixLike
 from curvature.objective.objective import Objective
@@ -39,6 +39,7 @@ QUANTITIES = {
     "layers": "sharpness of each layer: 2 to 3 products with its block",
     "depth": "gradient and Jacobian norms of each layer: a forward and 4 backward passes",
     "smoothness": "loss and gradient within a few steps along the gradient: 4 gradients",
+    "spectrum": "nodes of the Hessian's spectrum for a waterfall: 24 products",
     "trace": "trace of the Hessian: 8 products",
     "noise": "gradient noise and the noise scale, in evaluation mode: a pass over single examples",
     "penalties": "implicit regularization of SGD: a pass over single examples, shared with noise",
@@ -47,6 +48,7 @@ QUANTITIES = {
 
 NEED_STEP = frozenset({"preconditioned", "oscillation", "update", "critical", "smoothness"})
 _TRACE_PRODUCTS, _MOST_LOSSES, _CRITICAL_RTOL, _JACOBIAN_PROBES = 8, 6, 0.02, 4
+_SPECTRUM_STEPS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +138,20 @@ class Measurer:
             else:
                 top = self._follow("preconditioned", PreconditionedOperator(H, step.divisor))
             found |= {"preconditioned": top.value, "preconditioned_residual": top.residual}
+            layers = self.objective.space.blocks
+            shares = torch.stack([layer.take(top.vector).square().sum() for layer in layers])
+            place = int(shares.argmax())
+            found |= {"sharpest_layer": layers[place].name, "sharpest_layer_share": float(shares[place])}
         if "layers" in wanted:
             blocks = [(block.name, PointBlock(H, block)) for block in self.objective.space.blocks]
             tops = {name: self._follow(f"layer {name}", A) for name, A in blocks}
             found["layers"] = {name: top.value for name, top in tops.items()}
             found["layer_residuals"] = {name: top.residual for name, top in tops.items()}
+        if "spectrum" in wanted:
+            num_steps = min(_SPECTRUM_STEPS, self.objective.num_params)
+            nodes = spectral_density(H, num_probes=1, num_steps=num_steps, generator=self._same())
+            found["ritz_values"] = tuple(nodes.nodes[0].tolist())
+            found["ritz_weights"] = tuple(nodes.weights[0].tolist())
         if "trace" in wanted:
             estimate = trace(H, num_matvecs=_TRACE_PRODUCTS, generator=self.generator)
             found |= {"hessian_trace": float(estimate.value), "hessian_trace_stderr": float(estimate.stderr)}
@@ -154,8 +165,7 @@ class Measurer:
             found["alignment"] = along / norm if norm else math.nan
         if "depth" in wanted:
             found["layer_gradients"] = {b.name: float(b.take(gradient).norm()) for b in self.objective.space.blocks}
-            same = torch.Generator(self.objective.device).manual_seed(self.generator.initial_seed())  # at each reading
-            found["layer_jacobians"] = jacobian_norms(self.objective, batches, _JACOBIAN_PROBES, same)
+            found["layer_jacobians"] = jacobian_norms(self.objective, batches, _JACOBIAN_PROBES, self._same())
         if {"noise", "penalties"} & wanted:
             found |= self._noise(step, batches)
         if step is not None and "critical" in wanted:
@@ -226,6 +236,10 @@ class Measurer:
     def _follow(self, name: str, A: MatrixLike) -> Followed:
         self.followed[name] = follow_largest(A, self.followed.get(name), generator=self.generator)
         return self.followed[name]
+
+    def _same(self) -> torch.Generator:
+        """Return a source of numbers that are the same at each reading."""
+        return torch.Generator(self.objective.device).manual_seed(self.generator.initial_seed())
 
     def _noise(self, step: StepTaken | None, batches: list[Any] | None) -> dict[str, Any]:
         """Measure in evaluation mode: batch statistics would couple the examples."""

@@ -112,6 +112,10 @@ class TrainingReading(Result):
     than the first, P holds the ratio."""
     preconditioned_residual: float = NAN
     """Of its eigenvector."""
+    sharpest_layer: str = ""
+    """The layer that holds most of that eigenvector."""
+    sharpest_layer_share: float = NAN
+    """Its share of the squared norm."""
     alignment: float = NAN
     """|cosine| between the gradient and the eigenvector of the sharpness."""
     oscillation: float = NAN
@@ -150,6 +154,10 @@ class TrainingReading(Result):
     """... and largest; loss / parameter."""
     effective_smoothness: float = NAN
     """Largest change of the gradient over the distance gone; loss / parameter^2."""
+    ritz_values: tuple[float, ...] = ()
+    """Nodes of a Lanczos quadrature of the Hessian's spectrum from one random vector, the same at each reading."""
+    ritz_weights: tuple[float, ...] = ()
+    """Their weights, which sum to 1: shares of all eigenvalues."""
     hessian_trace: float = NAN
     """tr H; loss / parameter^2."""
     hessian_trace_stderr: float = NAN
@@ -195,6 +203,7 @@ class TrainingReading(Result):
     def from_row(cls, row: dict[str, Any]) -> TrainingReading:
         """Return the reading of a row; names that this version does not know are left out."""
         known = {f.name for f in fields(cls)}
+        row = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
         return cls(**{name: _number(x) for name, x in row.items() if name in known})
 
 
@@ -210,6 +219,8 @@ class TrainingRecord(Result):
     """Class of the optimizer; "" where the tracker was given none."""
     batch_size: int | None = None
     """Of the training, in examples, where it was told."""
+    num_params: int | None = None
+    """Of the objective; None in records read from rows alone."""
     notes: tuple[str, ...] = ()
     """What a reader should know: how often readings were taken, and why."""
 
@@ -283,7 +294,10 @@ def _flat(reading: TrainingReading) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields(reading):
         value = getattr(reading, f.name)
-        found |= {f"{f.name}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {f.name: value}
+        if not isinstance(value, tuple):
+            found |= (
+                {f"{f.name}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {f.name: value}
+            )
     return found
 
 

@@ -11,6 +11,7 @@ from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from analysis.training.edge import edge_of_stability
 from analysis.training.figures import plot_layer_sharpness, plot_predictions, plot_stability, plot_training
+from analysis.training.further import further_sections
 from analysis.training.measure import TrackPlan, track_training
 from analysis.training.results import EdgeOfStability, Phase, TrainingReading, TrainingRecord
 from curvature.objective.objective import Objective
@@ -41,9 +42,10 @@ def _price(objective: Objective, plan: TrackPlan) -> Work:
     products += 3 * bool(wanted & {"alignment", "oscillation"} and "sharpness" not in wanted)
     if "preconditioned" in wanted and "sharpness" in wanted and plan.optimizer == "sgd":
         products -= 3
-    products += 8 * ("trace" in wanted)
+    products += 8 * ("trace" in wanted) + 24 * ("spectrum" in wanted)
     losses = 5 * ("critical" in wanted) + ("update" in wanted)
     passes = 1 + ("oscillation" in wanted) + 3 * bool(wanted & {"noise", "penalties"})
+    passes += 4 * ("smoothness" in wanted) + 5 * ("depth" in wanted)
     share = 1.0
     if plan.batch_size is not None:
         share = min(1.0, plan.batch_size / max(objective.total_weight, 1.0))
@@ -61,6 +63,7 @@ def _report(record: TrainingRecord, num_params: int) -> Report:
         sections.append(_predictions(record))
     if any(r.layers for r in record.readings):
         sections.append(_layers(record))
+    sections.extend(further_sections(record))
     return Report(
         title="Curvature along training",
         facts=(

@@ -143,6 +143,7 @@ class CurvatureTracker:
             num_steps=self._steps,
             optimizer="" if self.optimizer is None else type(self.optimizer).__name__,
             batch_size=self.batch_size,
+            num_params=self.objective.num_params,
             notes=self._notes(),
         )
 
