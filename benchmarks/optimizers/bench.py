@@ -42,6 +42,7 @@ from benchmarks.optimizers.peers import (
     take_step,
 )
 from benchmarks.optimizers.problems import TRAINING, WIDTHS, TrainingProblem, make_training
+from benchmarks.optimizers.widths import width_rows
 from curvature.errors import NonFiniteError
 
 __all__ = ["Row", "check_row", "cost_rows", "main", "next_rate", "pilots", "run", "train_row"]
@@ -57,19 +58,15 @@ FURTHER_RATES = 4
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def cost_rows(
-    problem_name: str, methods: Sequence[str], *, rounds: int, period: int = PERIOD, kind: str = "cost"
-) -> list[Row]:
+def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period: int = PERIOD) -> list[Row]:
     """Return one row a method: the cost of a step in steps of SGD, refreshes and other steps in their proportion.
-
-    With `kind="width"` steps are counted in those of AdamW.
 
     All methods take turns, so that what slows the machine down slows all of them. Learning rates are tiny: networks
     stay where they are.
     """
-    rows, unit = {name: new_row(kind, problem_name, name) for name in methods}, "sgd" if kind == "cost" else "adamw"
+    rows = {name: new_row("cost", problem_name, name) for name in methods}
     steppers = {}
-    for name in (unit, *methods):
+    for name in ("sgd", *methods):
         problem, method = make_training(problem_name), method_of(name)
         try:
             if method.compiled:
@@ -92,10 +89,10 @@ def cost_rows(
             seconds[name].append((time.process_time() - start) / period)
     for name in methods:
         if name in seconds:
-            ratios = [own / one for own, one in zip(seconds[name], seconds[unit], strict=True)]
+            ratios = [own / sgd for own, sgd in zip(seconds[name], seconds["sgd"], strict=True)]
             quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            rows[name] |= {f"{unit}_steps": quartiles[1], "quartiles": (quartiles[0], quartiles[2]), "rounds": rounds}
-            rows[name][f"{unit}_seconds"] = statistics.median(seconds[unit])
+            rows[name] |= {"sgd_steps": quartiles[1], "quartiles": (quartiles[0], quartiles[2]), "rounds": rounds}
+            rows[name]["sgd_seconds"] = statistics.median(seconds["sgd"])
     return list(rows.values())
 
 
@@ -305,7 +302,7 @@ def main() -> None:
             if a.what == "costs":
                 rows.add(*cost_rows(problem, methods, rounds=a.rounds))
             elif a.what == "widths":
-                rows.add(*cost_rows(problem, methods, rounds=a.rounds, kind="width"))
+                rows.add(*width_rows(problem, methods, new_row, rounds=a.rounds))
             elif a.what in ("training", "variants"):
                 rows.add(train_row(problem, methods[0], seeds=a.seeds))
             elif a.what == "memory":
