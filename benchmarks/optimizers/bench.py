@@ -1,9 +1,10 @@
 """What optimizers cost and what they reach.
 
-`python -m benchmarks.optimizers.bench costs|widths|memory|training|variants|checks|report`:
+`python -m benchmarks.optimizers.bench costs|widths|micro|memory|training|variants|checks|report`:
 
     costs      steps of every method in turn with steps of SGD, the median of their ratio
     widths     the same in steps of AdamW, for methods that precondition matrices, at some widths and tokens
+    micro      how far two micro-batches take a method from the batch that they make up
     memory     what a thousand steps add to a process, alone in it
     training   runs of equal length; loss and score after as many steps, and after the time of as many steps of SGD
     variants   the same for variants of AdaHessian
@@ -31,6 +32,7 @@ from benchmarks.common.harness import Conditions, one_line, peak_mebibytes
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
+from benchmarks.optimizers.micro_batches import MICRO, micro_differences
 from benchmarks.optimizers.peers import (
     BESIDE_MATRIX,
     COST_ONLY,
@@ -237,6 +239,15 @@ def new_row(kind: str, problem: str, method: str) -> Row:
     return row | asdict(Conditions(dtype="float64" if problem == "pinn" else "float32"))
 
 
+def micro_row(method_name: str, *, seeds: int) -> Row:
+    """Return a row with the differences of `micro_differences`."""
+    row = new_row("micro", "", method_name)
+    try:
+        return {**row, "differences": micro_differences(METHODS[method_name], seeds=seeds)}
+    except Exception as error:
+        return {**row, "failure": one_line(error)}
+
+
 PROBLEMS = {
     "costs": list(TRAINING),
     "training": [name for name in TRAINING if name != "digits-cnn, batch 512"],
@@ -244,6 +255,7 @@ PROBLEMS = {
     "memory": ["pinn"],
     "checks": [""],
     "widths": list(WIDTHS),
+    "micro": [""],
 }
 WARMED = 100
 """Steps after which all that a method keeps has been made."""
@@ -276,7 +288,9 @@ def memory_row(name: str, *, problem_name: str = "pinn", steps: int = 1000) -> R
 def main() -> None:
     """Measure what the command line names and write the rows, or the tables."""
     parser = command("optimizers", __doc__)
-    parser.add_argument("what", choices=["costs", "widths", "memory", "training", "variants", "checks", "report"])
+    parser.add_argument(
+        "what", choices=["costs", "widths", "micro", "memory", "training", "variants", "checks", "report"]
+    )
     parser.add_argument("--problems", nargs="+", choices=[*TRAINING, *WIDTHS], default=None)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY, *MATRIX], default=None)
     parser.add_argument("--rounds", type=int, default=5)
@@ -289,6 +303,7 @@ def main() -> None:
         return
     methods_of_all = {
         "widths": [*MATRIX, *BESIDE_MATRIX],
+        "micro": list(MICRO),
         "costs": [*METHODS, "quarter", *COST_ONLY],
         "variants": list(VARIANTS),
         "memory": MEMORY,
@@ -303,6 +318,8 @@ def main() -> None:
                 rows.add(*cost_rows(problem, methods, rounds=a.rounds))
             elif a.what == "widths":
                 rows.add(*width_rows(problem, methods, new_row, rounds=a.rounds))
+            elif a.what == "micro":
+                rows.add(micro_row(methods[0], seeds=a.seeds))
             elif a.what in ("training", "variants"):
                 rows.add(train_row(problem, methods[0], seeds=a.seeds))
             elif a.what == "memory":

@@ -11,7 +11,15 @@ from typing import Any
 from benchmarks.common.markdown import conditions, insert, marked
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 
-__all__ = ["check_page", "cost_table", "memory_sentence", "training_table", "variant_table", "write_report"]
+__all__ = [
+    "check_page",
+    "cost_table",
+    "memory_sentence",
+    "micro_table",
+    "training_table",
+    "variant_table",
+    "write_report",
+]
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
@@ -41,6 +49,19 @@ def cost_table(rows: Sequence[Row], kind: str = "cost") -> str:
     lines += ["", *[f"{i}. {text}" for i, text in enumerate(footnotes, start=1)]]
     lines.append(f"Median over rounds that take turns, and quartiles. {conditions(rows)}")
     return "\n".join(lines) + "\n"
+
+
+def micro_table(rows: Sequence[Row]) -> str:
+    """Return how far micro-batches take each method from the joined batch: middle of the seeds, and the largest."""
+    rows = [row for row in rows if row["kind"] == "micro"]
+    lines = ["| 2 x 16 against 1 x 32, 25th update | difference | largest of the seeds |", "|---|--:|--:|"]
+    for row in rows:
+        if row["failure"]:
+            lines.append(f"| {_label(row)} | fails: `{row['failure']}` | |")
+        else:
+            values = row["differences"]
+            lines.append(f"| {_label(row)} | {statistics.median(values):.0e} | {max(values):.0e} |")
+    return "\n".join([*lines, "", conditions(rows)]) + "\n"
 
 
 def training_table(rows: Sequence[Row], problem: str, kind: str = "training") -> str:
@@ -162,6 +183,7 @@ def write_report(rows: Sequence[Row]) -> None:
     readme = Path(__file__).parent / "README.md"
     text = insert(readme.read_text(encoding="utf-8"), cost_table(rows), "optimizer-costs")
     text = insert(text, cost_table(rows, "width"), "optimizer-widths")
+    text = insert(text, micro_table(rows), "optimizer-micro")
     problems = dict.fromkeys(row["problem"] for row in rows if row["kind"] == "training")
     tables = "\n".join(training_table(rows, problem) for problem in problems)
     text = insert(text, tables, "optimizer-training")

@@ -14,6 +14,8 @@ from benchmarks.optimizers.bench import (
     check_row,
     cost_rows,
     memory_row,
+    micro_row,
+    new_row,
     next_rate,
     pilots,
     run,
@@ -22,7 +24,15 @@ from benchmarks.optimizers.bench import (
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 from benchmarks.optimizers.peers import METHODS, Method, method_of, take_step
 from benchmarks.optimizers.problems import TrainingProblem, make_training
-from benchmarks.optimizers.report import check_page, cost_table, memory_sentence, training_table, variant_table
+from benchmarks.optimizers.report import (
+    check_page,
+    cost_table,
+    memory_sentence,
+    micro_table,
+    training_table,
+    variant_table,
+)
+from benchmarks.optimizers.widths import width_rows
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +118,15 @@ def test_costs_and_training_have_tables() -> None:
     assert [len(row["runs"]), row["runs"][1]["seed"]] == [2, 1]
     assert [one["seed"] for one in row["equal_steps"]["runs"]] == [0, 1]
     assert "**torch-curvature AdaHessian** (2 seeds) | " in training_table([row], "tiny")
+
+
+def test_widths_and_micro_batches_have_tables() -> None:
+    rows = width_rows("tiny", ["muon", "soap-blocks", "official-soap"], new_row, rounds=2, period=2)
+    assert all(row["adamw_steps"] > 0 for row in rows[:2])
+    assert "| **torch-curvature SOAP, every 10th, sides above 1024 in blocks** |" in cost_table(rows, "width")
+    row = micro_row("adamw", seeds=1)
+    assert 0 < row["differences"][0] < 1e-4
+    assert "| torch AdamW | " in micro_table([row, {**row, "failure": "not there"}])
 
 
 def test_variants_take_steps_of_their_own_and_have_a_table() -> None:
