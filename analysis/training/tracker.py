@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.training.highest import HighestLoss
 from analysis.training.quantities import NEED_STEP, QUANTITIES, Measurer, StepTaken
 from analysis.training.results import TrainingReading, TrainingRecord
 from analysis.training.rows import Rows
@@ -36,8 +37,8 @@ class CurvatureTracker:
 
     Readings are taken as often as `every` says, and no more often than `budget` allows: one is put off until all of
     them together take no more than that share of the time of training. On small models, whose steps take as long as a
-    few calls of Python, that is every 50 to 100 steps, and the hooks add some 0.1 ms to each step, which is outside the
-    budget. `record.notes` and the repr say what became of it.
+    few calls of Python, that is every 50 to 100 steps, and the hooks take about 10 µs of each step, which count up to
+    half of the budget. `record.notes` and the repr say what became of it.
 
     Args:
         objective: on the model that is trained. Its data are the probe that all readings are taken on, e.g. a fixed
@@ -119,9 +120,9 @@ class CurvatureTracker:
         self._readings: list[TrainingReading] = []
         self._rows = Rows(folder, objective) if folder is not None else None
         self._steps, self._next = 0, 0
-        self._training, self._spent = 0.0, 0.0  # seconds, of the loop and of readings
+        self._training, self._spent, self._aside = 0.0, 0.0, 0.0  # seconds: of the loop, of readings, of hooks
         self._left = time.perf_counter()
-        self._highest: Tensor | float = -math.inf
+        self._highest = HighestLoss()
         self._open: tuple[Tensor, float, float] | None = None
         self._taken: StepTaken | None = None
         self._hooks: list[Any] = []
@@ -158,7 +159,8 @@ class CurvatureTracker:
         return self._steps - self._readings[-1].step if self._readings else None
 
     def __repr__(self) -> str:
-        share = f", {100 * self._spent / self._training:.1f} % of its time" if self._training else ""
+        spent = self._spent + self._aside
+        share = f", {100 * spent / self._training:.1f} % of its time" if self._training else ""
         return f"CurvatureTracker({len(self._readings)} readings of {self._steps} steps{share})"
 
     def _notes(self) -> tuple[str, ...]:
@@ -189,16 +191,18 @@ class CurvatureTracker:
             InputError: for a loss that is no number.
             CurvatureError: whatever stands in the way of a measurement.
         """
+        begun = time.perf_counter()
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise InputError(f"loss must be a number or a tensor with one entry, got shape {tuple(loss.shape)}.")
         if loss is not None:
-            self._note_loss(loss)
+            self._highest.note(loss)
         step, self._taken = self._taken, None
         if self.optimizer is None:
             due, self._steps = self._due(), self._steps + 1
-            if not due:
-                return None
-        elif step is None:
+        else:
+            due = step is not None
+        if not due:
+            self._put_aside(begun)
             return None
         synchronize(self.objective.device)
         begun = time.perf_counter()
@@ -220,13 +224,11 @@ class CurvatureTracker:
             hook.remove()
         self._hooks = []
 
-    def _note_loss(self, loss: Tensor | float) -> None:
-        if isinstance(loss, Tensor):
-            loss = loss.detach().reshape(())
-            high = torch.as_tensor(self._highest, dtype=loss.dtype, device=loss.device)
-            self._highest = torch.maximum(high, loss)
-        else:
-            self._highest = loss if math.isnan(loss) else max(float(self._highest), loss)
+    def _put_aside(self, begun: float) -> None:
+        """Count what the tracker took outside of readings as its own time, not the training's."""
+        spent = time.perf_counter() - begun
+        self._aside += spent
+        self._left += spent
 
     def _due(self) -> bool:
         """Say whether the next step is to be read, on all ranks alike; put it off if it cannot be paid for yet."""
@@ -244,7 +246,8 @@ class CurvatureTracker:
         if self.budget is None or not self._readings:
             return 0.0
         training = self._training + time.perf_counter() - self._left
-        missing = (self._spent + self._expected()) / self.budget - training
+        hooks = min(self._aside, self.budget * training / 2)  # half of the budget is left to readings
+        missing = (self._spent + hooks + self._expected()) / self.budget - training
         return max(0.0, missing / max(training / max(self._steps, 1), _TICK))
 
     def _expected(self) -> float:
@@ -254,6 +257,7 @@ class CurvatureTracker:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
+        begun = time.perf_counter()
         self._taken = None
         self._open = None
         if self._due():
@@ -261,6 +265,7 @@ class CurvatureTracker:
             limit = stability_limit(optimizer) if self._known else math.nan
             threshold = limit / lr if lr > 0 else math.inf
             self._open = (self.objective.space.current(), lr, threshold)
+        self._put_aside(begun)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -309,14 +314,13 @@ class CurvatureTracker:
             except NonFiniteError:
                 found = {"loss": math.nan}
         synchronize(self.objective.device)
-        highest, self._highest = float(self._highest), -math.inf
         return TrainingReading(
             step=number,
             interval=number - self._readings[-1].step if self._readings else 0,
             lr=math.nan if step is None else step.lr,
             threshold=math.nan if step is None else step.threshold,
             train_loss=math.nan if loss is None else float(loss.detach() if isinstance(loss, Tensor) else loss),
-            highest_loss=math.nan if highest == -math.inf else highest,
+            highest_loss=self._highest.take(),
             seconds=time.perf_counter() - begun,
             **{name: value for name, value in found.items() if not name.startswith("_")},
         )
@@ -346,7 +350,8 @@ class CurvatureTracker:
         self._training, self._spent = state["seconds"]
         self._generator.set_state(state["generator"])
         self._readings = [TrainingReading.from_row(row) for row in state["rows"]]
-        self._left, self._highest, self._taken = time.perf_counter(), -math.inf, None
+        self._left, self._highest, self._taken = time.perf_counter(), HighestLoss(), None
+        self._aside = 0.0
         if self._rows is not None:
             self._rows.begin_again(self._readings)
 
