@@ -22,6 +22,8 @@ from benchmarks.common.trained import TRAINED
 from benchmarks.coverage.bench import CASES
 from benchmarks.estimators.reference import ESTIMATED
 from benchmarks.exact.bench import PROBLEMS as EXACT
+from benchmarks.matrices.bench import COSTS
+from benchmarks.matrices.bench import PROBLEMS as MATRIX_RUNS
 from benchmarks.newton.bench import SUITES
 from benchmarks.optimizers.bench import PROBLEMS as OPTIMIZED
 from benchmarks.relations.bench import RELATIONS
@@ -53,6 +55,8 @@ _ALL = [
     *((suite, option, value) for suite, (option, values) in _SPLIT.items() for value in values or ("",)),
     *((f"optimizers {what}", "--problems", name) for what, names in OPTIMIZED.items() for name in names),
     ("optimizers report", "", ""),
+    *(("matrices costs", "--problems", name) for name in COSTS),
+    *(("matrices runs", "--problems", name) for name in MATRIX_RUNS),
 ]
 
 

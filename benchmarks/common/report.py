@@ -13,6 +13,7 @@ from benchmarks.coverage.report import coverage_table
 from benchmarks.eigen.report import eigen_table
 from benchmarks.estimators.report import estimator_table
 from benchmarks.gpu.report import gpu_table
+from benchmarks.matrices.report import matrices_table
 from benchmarks.pretrained.bench import pretrained_table
 from benchmarks.products.report import table
 
@@ -27,6 +28,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "estimators": (estimator_table, ("estimators",)),
     "coverage": (coverage_table, ("coverage",)),
     "pretrained": (pretrained_table, ("pretrained",)),
+    "matrices": (matrices_table, ("matrices",)),
 }
 """How a table is made, and of which files of rows."""
 

@@ -114,8 +114,8 @@ METHODS: dict[str, tuple[Any, tuple[float, ...]]] = {
         Plain(lambda m, lr: [torch.optim.AdamW(m.parameters(), lr, (0.9, 0.99), weight_decay=0.0)]),
         (3e-3, 1e-2),
     ),
-    "SOAP": (Plain(lambda m, lr: [SOAP(m.parameters(), lr, weight_decay=0.0)]), (3e-3, 1e-2)),
-    "Muon": (Plain(_muon), (1e-2, 3e-2)),
+    "SOAP": (Plain(lambda m, lr: [SOAP(m.parameters(), lr, weight_decay=0.0)]), (3e-3, 1e-2, 3e-2)),
+    "Muon": (Plain(_muon), (1e-2, 3e-2, 1e-1)),
     "KFAC": (Closures(KFAC), (1e-2, 3e-2)),
     "KFAC, every 10th": (Closures(KFAC, update_every=PERIOD), (1e-2, 3e-2)),
     "EKFAC, every 10th": (Closures(EKFAC, update_every=PERIOD), (1e-2, 3e-2)),
@@ -127,7 +127,8 @@ METHODS: dict[str, tuple[Any, tuple[float, ...]]] = {
     ),
 }
 """Method -> how it is built, and its learning rates."""
-COSTED = ("SOAP", "Muon", "KFAC", "KFAC, every 10th", "EKFAC, every 10th", "GaussNewton")
+COSTED = ("KFAC", "KFAC, every 10th", "EKFAC, every 10th")
+"""Those that need a closure; `benchmarks.optimizers.bench widths` has the others."""
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
