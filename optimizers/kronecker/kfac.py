@@ -95,7 +95,7 @@ class KFAC(MatrixOptimizer):
         damping_form: "factored" or "exact", see above.
         factor_beta: decay of the factors a step.
         graft: "adam", a layer's step is as long as Adam's would be; "rms", root mean square entry 0.2; None, D itself.
-        kl_clip: scales all steps down to lr^2 sum D . gradient <= kl_clip; None for none.
+        kl_clip: scales all steps down to lr^2 sum D . M <= kl_clip, also where M and the gradient part; None for none.
         sharing: where a layer's weights are used at several positions of an example: "expand" takes each as an example,
             "reduce" the mean of the inputs and the sum of the gradients. Examples are what its output's first dimension
             counts.
@@ -383,14 +383,14 @@ class KFAC(MatrixOptimizer):
                 )
             directions = layer_directions(own, group)
             if group["kl_clip"] is not None:
-                slope = torch.stack([(d * m.grad).sum() for d, m in zip(directions, own, strict=True)]).sum()
+                slope = torch.stack([(d * m.average).sum() for d, m in zip(directions, own, strict=True)]).sum()
                 falls.append(group["lr"] ** 2 / group["kl_clip"] * slope)
             found |= {id(params[i]): d for i, d in zip(layer.members, directions, strict=True)}
         scale = self._clip(falls)
         return [[scale * found.get(id(p), members[id(p)].adam) for p in one.params] for one in routed]
 
     def _clip(self, falls: list[Tensor]) -> Tensor | float:
-        """Return the factor on all steps; `falls` are layers' lr^2 D . gradient in units of kl_clip."""
+        """Return the factor on all steps; `falls` are layers' lr^2 D . M in units of kl_clip."""
         if not any(group["kl_clip"] is not None for group in self.param_groups):
             return 1.0
         device = self.param_groups[0]["params"][0].device

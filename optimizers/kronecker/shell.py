@@ -223,25 +223,25 @@ class MatrixOptimizer(BaseOptimizer):
         refuse_sparse((p.grad for p in with_grad), type(self).__name__)
         if self.check_finite:
             refuse_gradients(with_grad, type(self).__name__)
-        split = self._work_split()
-        mine, theirs = [], []
+        if not with_grad:
+            return
+        split, mine, groups = self._work_split(), [], []
         for settings in self.param_groups:
             group = {**settings, "lr": float(settings["lr"])}
             params = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in params if self._is_matrix(p, group)]
             known = {id(p) for p in matrices}
             rest = [p for p in params if id(p) not in known]
+            mine.append(self._routed(group, matrices, split))
+            groups.append((group, matrices, rest))
+        with full_precision(), no_autocast(with_grad[0].device):
+            directions = self._all_directions(mine)  # before anything moves: it may raise
+        found = {id(p): d for r, ds in zip(mine, directions, strict=True) for p, d in zip(r.params, ds, strict=True)}
+        for group, matrices, rest in groups:
             for p in rest:
                 if not self.state[p]:
                     self.state[p].update(adamw_state(p))
             adamw(group, rest, [self.state[p] for p in rest])
-            routed = self._routed(group, matrices, split)
-            mine.append(routed)
-            theirs.append((group, matrices))
-        with full_precision(), no_autocast(self.param_groups[0]["params"][0].device):
-            directions = self._all_directions(mine)
-        found = {id(p): d for r, ds in zip(mine, directions, strict=True) for p, d in zip(r.params, ds, strict=True)}
-        for group, matrices in theirs:
             add_whole(matrices, split.gathered(matrices, found), group)
 
     def _work_split(self) -> WorkSplit:
