@@ -6,8 +6,9 @@ c tanh(s a / c), and targets y, the loss of row n is
     l_n = A_n log sum_k exp z_nk - sum_k t_nk z_nk,    t_nk = w_k ((1 - e) [k = y_n] + e / V),    A_n = sum_k t_nk
 
 with class weights w and label smoothing e. Logits, their softmax and all that has their shape (N, V) exist for one
-block of rows at a time; between calls only h, W, b and the (N,) logarithms are kept. The price is that logits are
-computed again by each derivative: five matrix products for one with the Gauss-Newton matrix in place of four.
+block of rows at a time; between calls only h, W, b and the (N,) logarithms are kept, and the softmax of some rows of a
+wide layer. The price is that logits are computed again by each derivative: five matrix products for one with the
+Gauss-Newton matrix in place of four.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ __all__ = ["BLOCK_BYTES", "Core", "Parts", "SoftmaxHead"]
 
 BLOCK_BYTES = 16 << 20
 """Of one (rows, V) buffer at d <= 192; wider layers take up to four times as much, which keeps their products fast."""
+NARROW = 192
+SOFTMAX_BYTES = 4 * BLOCK_BYTES
+"""Of the softmax that is held for the products with one matrix, where the layer is wide."""
 
 Parts: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Something for each of h, W and b; None stands for zero, or for what is not asked for."""
@@ -73,10 +77,17 @@ class SoftmaxHead:
     def rows(self) -> Iterator[slice]:
         """Yield the blocks."""
         d, V = self.W.shape[1], self.W.shape[0]
-        room = BLOCK_BYTES * min(max(d / 192, 1.0), 4.0)
+        room = BLOCK_BYTES * min(max(d / NARROW, 1.0), 4.0)
         step = max(16, int(room / (V * self.dtype.itemsize)))
         for start in range(0, len(self.y), step):
             yield slice(start, min(start + step, len(self.y)))
+
+    def room_for_softmax(self) -> Tensor:
+        """Return room for the softmax of leading blocks of a wide layer: held, it saves them a product of five."""
+        row, held = len(self.W) * self.dtype.itemsize, 0
+        if self.W.shape[1] > NARROW and self.cap is None:
+            held = max((rows.stop for rows in self.rows() if rows.stop * row <= SOFTMAX_BYTES), default=0)
+        return torch.empty(held, len(self.W), dtype=self.dtype, device=self.h.device)
 
     def subtract_targets(self, values: Tensor, rows: slice, sizes: Tensor) -> Tensor:
         """Return values - sizes t over a block, written into the values; sizes are (rows,)."""
@@ -97,15 +108,18 @@ class SoftmaxHead:
 
     # -- sums over blocks ---------------------------------------------------------------------------------------------
 
-    def log_sums_and_losses(self) -> tuple[Tensor, Tensor]:
-        """Return log sum_k exp z_nk and l_n, both (N,)."""
+    def log_sums_and_losses(self, softmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return log sum_k exp z_nk and l_n, both (N,), and write the softmax of the rows there is room for."""
         work = Workspace(self)
         log_sums, of_targets = (torch.empty(len(self.y), dtype=self.dtype, device=self.h.device) for _ in range(2))
         for rows in self.rows():
             z, _ = work.logits(rows)
             of_targets[rows] = self.target_sums(z, rows)
             largest = z.amax(1)
-            log_sums[rows] = largest + z.sub_(largest[:, None]).exp_().sum(1).log()
+            total = z.sub_(largest[:, None]).exp_().sum(1)
+            log_sums[rows] = largest + total.log()
+            if softmax is not None and rows.stop <= len(softmax):
+                torch.div(z, total[:, None], out=softmax[rows])
         return log_sums, self.masses * log_sums - of_targets
 
     def gradient(self, u: Tensor, log_sums: Tensor, needed: tuple[bool, bool, bool]) -> Parts:
@@ -143,12 +157,17 @@ class SoftmaxHead:
             work.add_bilinear(rows, work.times_slope(g, y), along)
         return slopes, work.results()
 
-    def curved(self, core: Core, log_sums: Tensor, along: Parts, needed: tuple[bool, bool, bool]) -> Parts:
+    def curved(
+        self, core: Core, log_sums: Tensor, softmax: Tensor, along: Parts, needed: tuple[bool, bool, bool]
+    ) -> Parts:
         """Return Z'M Z (x, Y, beta), Z the Jacobian of the logits in h, W and b, and M on each row what `core` says."""
         work = Workspace(self, needed)
         for rows in self.rows():
-            z, y = work.logits(rows)
-            p = z.sub_(log_sums[rows, None]).exp_()
+            if rows.stop <= len(softmax):
+                p, y = work.copy(softmax[rows]), None
+            else:
+                z, y = work.logits(rows)
+                p = z.sub_(log_sums[rows, None]).exp_()
             work.add(rows, work.times_slope(core(rows, p, work.times_slope(work.change(rows, along), y)), y))
         return work.results()
 
@@ -219,6 +238,11 @@ class Workspace:
             return (a if head.scale == 1 else a.mul_(head.scale)), None
         y = a.mul_(head.scale / head.cap).tanh_()
         return y * head.cap, y
+
+    def copy(self, softmax: Tensor) -> Tensor:
+        """Return a copy that may be overwritten."""
+        name = "logits" if softmax.dtype == self._head.h.dtype else "wide logits"
+        return self._buffer(name, softmax, softmax.dtype).copy_(softmax)
 
     def change(self, rows: slice, along: Parts) -> Tensor:
         """Return x W' + h Y' + beta of a block."""

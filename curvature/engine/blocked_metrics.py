@@ -34,15 +34,15 @@ class _Batch(Protocol):
 
 def loss_hessian(batch: _Batch) -> RootsMap:
     """Return the map of the loss's second derivative in the logits."""
-    head, log_sums, counted = _head(batch)
-    return _map(batch, head.loss_hessian(_sizes(batch, head)), head, log_sums, counted)
+    head, log_sums, softmax, counted = _head(batch)
+    return _map(batch, head.loss_hessian(_sizes(batch, head)), head, log_sums, softmax, counted)
 
 
 def sampled_fisher(batch: _Batch, num_samples: int, generator: torch.Generator) -> RootsMap:
     """Return the map of the Fisher matrix from targets drawn by the model."""
-    head, log_sums, counted = _head(batch)
+    head, log_sums, softmax, counted = _head(batch)
     drawn = head.draw(log_sums, num_samples, generator)
-    return _map(batch, head.sampled_fisher(_sizes(batch, head), drawn), head, log_sums, counted)
+    return _map(batch, head.sampled_fisher(_sizes(batch, head), drawn), head, log_sums, softmax, counted)
 
 
 def outer_products(batch: _Batch, shares: Tensor) -> RootsMap:
@@ -51,7 +51,7 @@ def outer_products(batch: _Batch, shares: Tensor) -> RootsMap:
     Raises:
         InputError: if a row whose share is zero adds to the loss.
     """
-    head, log_sums, counted = _head(batch)
+    head, log_sums, softmax, counted = _head(batch)
     shares = shares[counted].to(head.dtype)
     if bool(((shares == 0) & (head.masses != 0)).any()):
         raise InputError(
@@ -59,11 +59,11 @@ def outer_products(batch: _Batch, shares: Tensor) -> RootsMap:
             "defined; leave such targets out by ignore_index."
         )
     sizes = torch.where(shares > 0, _sizes(batch, head).square() / shares, 0.0)
-    return _map(batch, head.outer_products(sizes), head, log_sums, counted)
+    return _map(batch, head.outer_products(sizes), head, log_sums, softmax, counted)
 
 
-def _head(batch: _Batch) -> tuple[SoftmaxHead, Tensor, Tensor]:
-    """Return the head on the rows that count, the logarithms of its sums, and the places of the rows that count."""
+def _head(batch: _Batch) -> tuple[SoftmaxHead, Tensor, Tensor, Tensor]:
+    """Return the head on the rows that count, logarithms of its sums, softmax that is held, places of these rows."""
     logits, rule = batch.outputs, batch.rule
     assert isinstance(logits, LazyLogits)
     if not isinstance(rule, CrossEntropy):
@@ -71,8 +71,9 @@ def _head(batch: _Batch) -> tuple[SoftmaxHead, Tensor, Tensor]:
     counted = (batch.targets != rule.settings.get("ignore_index", -100)).nonzero()[:, 0]
     rows = logits.like(h=logits.h[counted])
     head = rows.head(batch.targets[counted], rule.settings.get("weight"), rule.settings.get("label_smoothing", 0.0))
-    log_sums, _ = head.log_sums_and_losses()
-    return head, log_sums, counted
+    softmax = head.room_for_softmax()
+    log_sums, _ = head.log_sums_and_losses(softmax)
+    return head, log_sums, softmax, counted
 
 
 def _sizes(batch: _Batch, head: SoftmaxHead) -> Tensor:
@@ -81,7 +82,7 @@ def _sizes(batch: _Batch, head: SoftmaxHead) -> Tensor:
     return torch.full((len(head.y),), scale, dtype=head.dtype, device=head.h.device)
 
 
-def _map(batch: _Batch, M: Core, head: SoftmaxHead, log_sums: Tensor, counted: Tensor) -> RootsMap:
+def _map(batch: _Batch, M: Core, head: SoftmaxHead, log_sums: Tensor, softmax: Tensor, counted: Tensor) -> RootsMap:
     assert isinstance(batch.outputs, LazyLogits)
     varies, N = batch.outputs.varies, len(batch.targets)
     left_out = len(counted) < N
@@ -90,7 +91,7 @@ def _map(batch: _Batch, M: Core, head: SoftmaxHead, log_sums: Tensor, counted: T
         given = iter(u)
         x, Y, beta = (next(given) if part else None for part in varies)
         x = x[counted] if x is not None and left_out else x
-        of_h, of_W, of_b = head.curved(M, log_sums, (x, Y, beta), varies)
+        of_h, of_W, of_b = head.curved(M, log_sums, softmax, (x, Y, beta), varies)
         if of_h is not None and left_out:
             of_h = of_h.new_zeros(N, of_h.shape[1]).index_copy_(0, counted, of_h)
         return [part for part in (of_h, of_W, of_b) if part is not None]

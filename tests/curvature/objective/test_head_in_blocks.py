@@ -148,6 +148,31 @@ def test_empirical_fisher_and_blocks_of_parameters(generator: torch.Generator) -
         assert in_blocks(a)
 
 
+def test_softmax_that_is_held_changes_nothing(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setattr(softmax_head, "NARROW", WIDTH - 1)
+    monkeypatch.setattr(softmax_head, "SOFTMAX_BYTES", 40 * CLASSES * 8)  # two blocks of 16 rows, and not a third
+    held = []
+
+    def room(head: softmax_head.SoftmaxHead) -> Tensor:
+        held.append((made := of_class(head)).shape[0])
+        return made
+
+    of_class = softmax_head.SoftmaxHead.room_for_softmax
+    monkeypatch.setattr(softmax_head.SoftmaxHead, "room_for_softmax", room)
+    blocked, whole = both(model_of(bias=True), LOSSES["weights and smoothing"], [batch_of(0, size=12), batch_of(1)])
+    V = torch.randn(blocked.num_params, 2, dtype=torch.float64, generator=generator)
+    for operator in (GGNOperator, EmpiricalFisherOperator):
+        matrix = operator(blocked)
+        for _ in range(2):  # what is held is not overwritten
+            assert_close(matrix @ V, operator(whole) @ V, 1e-10)
+    sampled = MCFisherOperator(blocked, num_samples=3, generator=5)
+    first = sampled @ V
+    monkeypatch.setattr(softmax_head, "SOFTMAX_BYTES", 0)
+    assert_close(first, MCFisherOperator(blocked.replace(), num_samples=3, generator=5) @ V, 1e-10)
+    assert in_blocks(blocked)
+    assert set(held) >= {0, 32}
+
+
 def test_sampled_fisher_is_right_on_average(generator: torch.Generator) -> None:
     model = model_of(bias=True)
     blocked, whole = both(model, LOSSES["mean"], batch_of(0))
