@@ -81,8 +81,9 @@ def measure(
 ) -> StudyRun:
     """Measure an objective as a command of this kind measures a task, and return the same record.
 
-    The record holds the result under `record.result`, and what produced it: settings, seed, versions, cost. Its
-    `report()` returns the report, its `save(folder)` writes the folder of the command with the same page.
+    The record holds the result in the field that its kind names, as `.critical`, `.conditioning`, `.noise`
+    (`record.result` is this name), and what produced it: settings, seed, versions, cost. Its `report()` returns the
+    report, its `save(folder)` writes the folder of the command with the same page.
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import html
+import json
 import posixpath
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
-from public_names import pages
+from public_names import pages, rooms
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "notebooks/*.ipynb", "benchmarks/README.md", "benchmarks/*/README.md")
 DATA = ("benchmarks/results/*.json",)
 LINK = re.compile(r"(!?\[[^\]\n]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+CALL = re.compile(r"`((?:[a-z_]+\.)*([A-Za-z_]+)(?:\([^`]*)?)`")
+KEPT = re.compile(r"(<(pre|code|script|style)\b.*?</\2>)", re.DOTALL)
+MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 
 def _found(patterns: tuple[str, ...]) -> list[str]:
@@ -31,7 +39,7 @@ def on_config(config: Any) -> Any:
     """Add reference, notebooks and suites of benchmarks to the navigation."""
     sections = {title: pages for entry in config.nav if isinstance(entry, dict) for title, pages in entry.items()}
     sections["Reference"][:0] = list(pages())
-    sections["Gallery"] += _found(PAGES[2:3])
+    sections["Gallery"] += [{_title(path): path} for path in _found(PAGES[2:3])]
     sections["Benchmarks"] += _found(PAGES[3:])
     return config
 
@@ -60,4 +68,45 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return text.strip("![]")
         return f"{text}({posixpath.relpath(uri, posixpath.dirname(own) or '.')}{anchor})"
 
-    return LINK.sub(moved, markdown)
+    markdown = LINK.sub(moved, markdown)
+    if own in ("index.md", "questions.md", "how_to/train.md"):
+        up = posixpath.relpath(".", posixpath.dirname(own) or ".")
+        rows = (_with_links(line, up) if line.startswith("|") else line for line in markdown.split("\n"))
+        markdown = "\n".join(rows)
+    return markdown
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Write the formulas of notebooks as MathML, which browsers draw themselves."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return content
+    parts = KEPT.split(content)  # text, what is kept, its tag, text, ...
+    parts[::3] = [MATH.sub(_formula, part) for part in parts[::3]]
+    return "".join(part for i, part in enumerate(parts) if i % 3 != 2)
+
+
+def _formula(match: re.Match[str]) -> str:
+    display, inline = match[1], match[2]
+    return convert(html.unescape(display or inline), display="block" if display else "inline")
+
+
+def _title(notebook: str) -> str:
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    return next(line[2:].strip() for cell in cells for line in cell["source"] if line.startswith("# "))
+
+
+def _with_links(row: str, up: str) -> str:
+    """Let the calls of a table lead to their entries in the reference."""
+
+    def linked(match: re.Match[str]) -> str:
+        place = ENTRIES.get(match[2])
+        return match[0] if place is None else f"[{match[0]}]({posixpath.join(up, place)})"
+
+    return CALL.sub(linked, row)
+
+
+ENTRIES = {
+    public.rsplit(".", 1)[1]: f"reference/{room.replace('.', '/')}.md#{place}"
+    for room, names in rooms().items()
+    for public, place in names.items()
+}

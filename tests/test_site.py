@@ -40,6 +40,13 @@ def assert_alike(said: str, printed: str) -> None:
         assert b == pytest.approx(a, rel=0.05) or (max(abs(a), abs(b)) < 1e-3 and a * b > 0 and 0.1 < a / b < 10)
 
 
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("default_dtype")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page != ON_RANKS and any(k == "python" for k, _ in blocks(page))]
 )
@@ -94,6 +101,7 @@ def names_of(rank: int, part: int) -> dict[str, Any]:
 
     import optimizers
     from curvature import HessianOperator, Objective, eigsh
+    from curvature.linalg import trace
     from optimizers import AdaHessian
 
     torch.manual_seed(0)
@@ -103,7 +111,8 @@ def names_of(rank: int, part: int) -> dict[str, Any]:
         fully_shard(model)
     return {
         **{
-            f.__name__: f for f in (HessianOperator, Objective, eigsh, AdaHessian, fully_shard, DistributedDataParallel)
+            f.__name__: f
+            for f in (HessianOperator, Objective, eigsh, trace, AdaHessian, fully_shard, DistributedDataParallel)
         },
         "dist": dist,
         "optimizers": optimizers,
