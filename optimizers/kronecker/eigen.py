@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["DTYPES", "SHIFT", "eigenbasis", "improved_basis", "restarted_if_overflown"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-SHIFT = 0.15
+SHIFT = 0.2
 """Of a continuous iteration, in mean eigenvalues of the factor."""
 
 

@@ -87,7 +87,7 @@ class SOAP(MatrixOptimizer):
 
     _late_settings: ClassVar[dict[str, Any]] = {
         **MatrixOptimizer._late_settings,
-        **{"factor_beta": None, "update_every": 10, "update_first": 20, "refresh": "qr", "start": "identity"},
+        **{"factor_beta": None, "update_every": 10, "update_first": 40, "refresh": "qr", "start": "identity"},
         **{"eigen_dtype": "float32", "max_dim": 10_000, "large": "one-sided"},
     }
     _counts = ("update_every", "update_first", "max_dim")
@@ -107,7 +107,7 @@ class SOAP(MatrixOptimizer):
         *,
         factor_beta: float | None = None,
         update_every: int = 10,
-        update_first: int = 20,
+        update_first: int = 40,
         refresh: Literal["qr", "continuous", "eigh"] = "qr",
         start: Literal["identity", "gradient"] = "identity",
         eigen_dtype: Literal["float32", "float64"] = "float32",
