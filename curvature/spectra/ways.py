@@ -22,8 +22,8 @@ __all__ = ["Way", "graph_choices", "present_memory", "ways_to_pairs"]
 
 _CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
 _FEW = 11  # vectors beside k: three to work with, and the chain
-_PASSES = 6  # over the basis, for each product
-_SPEED, _GPU_SPEED, _DISK_SPEED = 5e9, 5e11, 5e8  # bytes a second of passes over a basis
+_SPEED, _GPU_SPEED, _DISK_SPEED = 3e9, 8e10, 1.2e9  # bytes of a basis a second, with all that a product does to it
+_ROUNDED = 4  # times as long for each byte of a basis in a narrower dtype
 _MOST_PIECES = 64
 
 
@@ -96,13 +96,13 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
                 last = max((k + 2) * vector + widened, vector + work)
             else:
                 last = max(here + k * vector, (k * (1 + rounded) + 2) * vector + work)
-            passes = count * _PASSES * (1 + rounded) * rows
+            of_basis = rows * (_ROUNDED if rounded else 1) / _speed(place)
             found.append(
                 Way(
                     changes=changes,
                     settings=settings,
                     num_matvecs=count,
-                    seconds=setup + count * each + passes / _speed(place),
+                    seconds=setup + count * (each + of_basis),
                     peak_bytes=present + graphs + max(step, last),
                 )
             )
