@@ -82,10 +82,11 @@ _PLACES = {
     "training.figures_spectrum": "plot_depth plot_smoothness plot_waterfall",
     "training.gradient_penalty": "GradientPenalty",
     "training.measure": "TrackPlan track_training",
-    "training.results": "CriticalSharpness CriticalStatus EdgeOfStability GradientSmoothness Phase TrainingReading "
-    "TrainingRecord",
+    "training.results": "CriticalSharpness CriticalStatus EdgeOfStability GradientSmoothness LossSpike Phase "
+    "TrainingReading TrainingRecord",
     "training.rows": "load_training",
     "training.smoothness": "gradient_smoothness",
+    "training.spikes": "loss_spikes",
     "training.study": "TrackRun",
     "training.tracker": "CurvatureTracker",
 }

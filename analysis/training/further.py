@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import math
 
+from analysis.show import wording
 from analysis.show.report import Figure, Section
 from analysis.training.figures_spectrum import plot_depth, plot_smoothness, plot_waterfall
-from analysis.training.results import TrainingRecord
+from analysis.training.results import LossSpike, TrainingRecord
 
-__all__ = ["further_sections"]
+__all__ = ["further_sections", "spikes_told"]
+
+
+_TOLD = 3
+
+
+def spikes_told(spikes: tuple[LossSpike, ...]) -> str:
+    """Return what is known of the highest spikes."""
+    count, number = wording.count, wording.number
+    parts = []
+    for spike in sorted(sorted(spikes, key=lambda s: -s.rise)[:_TOLD], key=lambda s: s.step):
+        text = f"at step {count(spike.step)} the loss rose by {number(spike.rise, 2)} to {number(spike.loss, 2)}"
+        if spike.warned is None:
+            text += ", and the length of the updates gave no warning"
+        else:
+            text += f", {count(spike.lead or 0)} steps after updates had become unusually long"
+        if spike.crossed is not None:
+            text += f"; sharpness came above its threshold at step {count(spike.crossed)}"
+            if spike.layer:
+                text += f", mostly in {spike.layer} ({100 * spike.layer_share:.0f}{wording.THIN}%)"
+        else:
+            text += "; sharpness was below its threshold"
+        parts.append(text)
+    begun = f"{count(len(spikes))}: " if len(spikes) > 1 else "One: "
+    more = f" The {count(_TOLD)} highest are told." if len(spikes) > _TOLD else ""
+    return f"{begun}{'. '.join(part if i == 0 else part[0].upper() + part[1:] for i, part in enumerate(parts))}.{more}"
 
 
 def further_sections(record: TrainingRecord) -> list[Section]:

@@ -20,6 +20,7 @@ __all__ = [
     "CriticalStatus",
     "EdgeOfStability",
     "GradientSmoothness",
+    "LossSpike",
     "Phase",
     "TrainingReading",
     "TrainingRecord",
@@ -258,6 +259,30 @@ class TrainingRecord(Result):
         except OSError as error:
             raise InputError(f"cannot write {path} ({error.strerror}); choose another place.") from error
         return Path(path)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossSpike(Result):
+    """A rise of the loss, and what the readings before it showed."""
+
+    step: int
+    """Where it begins."""
+    loss: float
+    """Loss there."""
+    rise: float
+    """That over the median of the readings before."""
+    level: float
+    """Alarm level of the warning signal: the update's norm over its median of the readings before."""
+    warned: int | None
+    """First of the ten readings before at which the signal was above it; None if at none."""
+    lead: int | None
+    """Steps from there to the spike."""
+    crossed: int | None
+    """Where (preconditioned) sharpness came above its threshold, if it was above it in the readings before."""
+    layer: str
+    """The layer that held most of the sharpest direction there; "" where it was not measured."""
+    layer_share: float
+    """Its share."""
 
 
 class Phase(Enum):

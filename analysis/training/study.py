@@ -11,9 +11,10 @@ from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from analysis.training.edge import edge_of_stability
 from analysis.training.figures import plot_layer_sharpness, plot_predictions, plot_stability, plot_training
-from analysis.training.further import further_sections
+from analysis.training.further import further_sections, spikes_told
 from analysis.training.measure import TrackPlan, track_training
 from analysis.training.results import EdgeOfStability, Phase, TrainingReading, TrainingRecord
+from analysis.training.spikes import loss_spikes
 from curvature.objective.objective import Objective
 
 __all__ = ["STUDY", "TrackRun"]
@@ -122,6 +123,8 @@ def _findings(record: TrainingRecord, edge: EdgeOfStability) -> tuple[Finding, .
             rises = 100 * sum(m < 1 for m in margin) / len(margin)
             text += f" {wording.number(rises, 2)}{wording.THIN}% of the steps read were longer than that."
         found.append(Finding("How long could steps be?", text))
+    if spikes := loss_spikes(record):
+        found.append(Finding("Were there loss spikes?", spikes_told(spikes)))
     pairs = [(r.change, r.linear_change, r.quadratic_change) for r in record.readings if r.change < 0]
     if pairs:
         linear, quadratic = (sorted(abs(p[i] / p[0] - 1) for p in pairs)[len(pairs) // 2] for i in (1, 2))
