@@ -120,6 +120,7 @@ METHODS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "KFAC, every 10th": (Closures(KFAC, update_every=PERIOD), (1e-2, 3e-2)),
     "EKFAC, every 10th": (Closures(EKFAC, update_every=PERIOD), (1e-2, 3e-2)),
     "GaussNewton": (Closures(GaussNewton, damping=0.3), (1.0,)),
+    "GaussNewton, 3 iterations": (Closures(GaussNewton, damping=0.3, iterations=3), (1.0,)),
     "GaussNewton, damping >= 1e-3": (Closures(GaussNewton, damping=0.3, damping_rule=_FLOORED), (1.0,)),
     "GaussNewton, a system a layer": (
         Closures(GaussNewton, damping=0.3, blocks="layer", damping_rule=_FLOORED),
