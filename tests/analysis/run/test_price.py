@@ -61,6 +61,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(Linearization, "gradient", "gradients")
     count(Splitter, "split", "backward passes")
     count(Evaluator, "evaluate", "losses")
+    count(torch.Tensor, "backward", "gradients")  # of trainings
     return counted
 
 
