@@ -61,7 +61,7 @@ _PLACES = {
     "landscape.results": "Direction Landscape LossPath LossPlane LossSlice Trajectory",
     "landscape.study": "LandscapeRun",
     "learning_rate.figures": "plot_learning_rates plot_threshold",
-    "learning_rate.measure": "LearningRatePlan learning_rate_range",
+    "learning_rate.measure": "LearningRatePlan critical_learning_rate",
     "learning_rate.results": "Branch Estimate LearningRateRange ThresholdPoint WarmUp",
     "learning_rate.study": "LearningRateRun",
     "noise.curvature": "curvature_noise tail_index",

@@ -23,7 +23,7 @@ def plot_learning_rates(result: LearningRateRange, *, ax: Axes | None = None, co
     """Plot the loss at the end of each branch against its rate, with the best rates and the largest stable one.
 
     Args:
-        result: from `learning_rate_range`.
+        result: from `critical_learning_rate`.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """
@@ -72,7 +72,7 @@ def plot_threshold(result: LearningRateRange, *, ax: Axes | None = None, colors:
     """Plot the rates at which a step is not stable any more along a training at the best rate.
 
     Args:
-        result: from `learning_rate_range` with `warmup`.
+        result: from `critical_learning_rate` with `warmup`.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """

@@ -23,7 +23,7 @@ from curvature.errors import InputError
 from curvature.objective.objective import Objective
 from curvature.operators.preconditioned import stability_limit
 
-__all__ = ["LearningRatePlan", "branches_expected", "learning_rate_range"]
+__all__ = ["LearningRatePlan", "branches_expected", "critical_learning_rate"]
 
 _SHORT = 8  # a survey's branches have the steps over this
 _PROBES = (1e-3, 0.1, 10.0, 1e3)  # rates of the step along which the first guess is made, until it is bracketed
@@ -53,7 +53,7 @@ def branches_expected(plan: LearningRatePlan) -> float:
 
 
 @from_plan(LearningRatePlan)
-def learning_rate_range(
+def critical_learning_rate(
     objective: Objective,
     plan: LearningRatePlan,
     *,
@@ -92,7 +92,7 @@ def learning_rate_range(
         >>> model = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.ones_(model.weight)
         >>> data = (torch.eye(2), torch.zeros(2, 1))  # curvature 1: gradient descent is stable below 2
-        >>> found = learning_rate_range(Objective(model, nn.MSELoss(), data), warmup=False, generator=0)
+        >>> found = critical_learning_rate(Objective(model, nn.MSELoss(), data), warmup=False, generator=0)
         >>> found.lower < 2 < found.upper < 1.5 * found.lower
         True
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from analysis.learning_rate.figures import plot_learning_rates, plot_threshold
-from analysis.learning_rate.measure import LearningRatePlan, branches_expected, learning_rate_range
+from analysis.learning_rate.measure import LearningRatePlan, branches_expected, critical_learning_rate
 from analysis.learning_rate.results import KEPT, LearningRateRange, WarmUp
 from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
@@ -244,7 +244,7 @@ _TERMS = (
 STUDY = Study(
     record=LearningRateRun,
     plan=LearningRatePlan,
-    measure=learning_rate_range,
+    measure=critical_learning_rate,
     price=_price,
     unit="trainings",
     resumable=True,

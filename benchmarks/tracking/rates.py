@@ -1,4 +1,4 @@
-"""The largest stable learning rate: `learning_rate_range` beside a sweep, range tests, and estimates.
+"""The largest stable learning rate: `critical_learning_rate` beside a sweep, range tests, and estimates.
 
 `python -m benchmarks.tracking.rates [--tasks ...] [--optimizers ...]`. Six tasks x three optimizers, trainings of 100
 steps from fresh parameters. The sweep trains at every rate of a grid of factors of sqrt 2 over 13 octaves, upwards
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from analysis import LearningRatePlan, learning_rate_range
+from analysis import LearningRatePlan, critical_learning_rate
 from analysis.learning_rate.branches import Branches
 from analysis.learning_rate.search import ends_of
 from analysis.tasks.digits import half_squared_error, load_digits, untrained_tanh
@@ -175,7 +175,7 @@ def rows_of(task: str, optimizer: str, *, steps: int = STEPS, places: int = _PLA
     settings, lowest = OPTIMIZERS[optimizer]
     plan = LearningRatePlan(steps=steps, seeds=seeds, batch_size=batch_size, fresh=True, warmup=False, **settings)
     objective = make()
-    found = learning_rate_range(objective, plan, generator=0)
+    found = critical_learning_rate(objective, plan, generator=0)
     row: Row = {"task": task, "optimizer": optimizer, "lower": found.lower, "upper": found.upper}
     row |= {"seed_lower": list(found.seed_lower), "seed_upper": list(found.seed_upper)}
     row |= {"best": _mean(found.best), "best_lower": found.best_lower, "best_upper": found.best_upper}

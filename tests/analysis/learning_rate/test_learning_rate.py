@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from typer.testing import CliRunner
 
-from analysis import learning_rate_range, load_run, measure
+from analysis import critical_learning_rate, load_run, measure
 from analysis.cli import app
 from analysis.learning_rate.measure import LearningRatePlan, _rise
 from analysis.learning_rate.results import KEPT, LearningRateRange, ThresholdPoint
@@ -69,7 +69,7 @@ def network() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor], Objective]:
 )
 def test_on_a_quadratic_it_holds_the_stability_limit(settings: dict[str, Any], limit: float) -> None:
     top = 5.0
-    found = learning_rate_range(
+    found = critical_learning_rate(
         quadratic(top, 1.0, 0.2), steps=150, resolution=1.2, warmup=False, generator=0, **settings
     )
     assert found.lower < limit / top < found.upper
@@ -115,7 +115,7 @@ def test_a_branch_is_a_plain_loop(warmup: int) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     torch.manual_seed(9)
     state = torch.get_rng_state()
-    found = learning_rate_range(objective, optimizer="adam", steps=16, seeds=2, batch_size=16, generator=3)
+    found = critical_learning_rate(objective, optimizer="adam", steps=16, seeds=2, batch_size=16, generator=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not model.training
@@ -161,7 +161,7 @@ def test_a_branch_is_a_plain_loop(warmup: int) -> None:
 @pytest.mark.parametrize("make", [AdaHessian, SOAP, torch.optim.LBFGS])
 def test_any_optimizer(make: Any) -> None:
     _, _, objective = network()
-    found = learning_rate_range(
+    found = critical_learning_rate(
         objective,
         steps=8,
         seeds=1,
@@ -187,7 +187,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
             if len(calls) == stop:
                 raise KeyboardInterrupt
 
-        return learning_rate_range(network()[2], plan, generator=3, progress=progress, draft=draft)
+        return critical_learning_rate(network()[2], plan, generator=3, progress=progress, draft=draft)
 
     (tmp_path / "draft").mkdir()
     draft = Draft(tmp_path / "draft")
@@ -216,20 +216,20 @@ def test_where_there_is_no_answer_it_says_so() -> None:
     assert "No rate lowered the loss" in run.rates.notes[0]
     assert "None was found" in run.report().findings[0].answer
     with pytest.raises(NonFiniteError, match="the loss is nan"):
-        learning_rate_range(
+        critical_learning_rate(
             Objective(nn.Linear(2, 1), nn.MSELoss(), (torch.full((4, 2), math.nan), torch.zeros(4, 1))),
             steps=8,
             generator=0,
         )
     halves = Objective(model, nn.CrossEntropyLoss(), [(data[0][:20], data[1][:20]), (data[0][20:], data[1][20:])])
     with pytest.raises(InputError, match="batch_size cuts data that are one batch"):
-        learning_rate_range(halves, steps=8, batch_size=4, generator=0)
+        critical_learning_rate(halves, steps=8, batch_size=4, generator=0)
     with pytest.raises(InputError, match="resolution must be above 1"):
-        learning_rate_range(halves, resolution=1.0, generator=0)
+        critical_learning_rate(halves, resolution=1.0, generator=0)
     bounded = Objective(
         nn.Linear(2, 1, bias=False), lambda z, _: torch.sigmoid(z).mean(), (torch.ones(4, 2), torch.ones(4))
     )
-    found = learning_rate_range(bounded, steps=8, seeds=1, generator=0)
+    found = critical_learning_rate(bounded, steps=8, seeds=1, generator=0)
     assert math.isinf(found.upper)
     assert "no rate up to" in found.notes[-1]
 
