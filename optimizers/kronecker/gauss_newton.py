@@ -22,6 +22,7 @@ from optimizers.kronecker.fisher import fisher_columns
 from optimizers.kronecker.layers import Layer, remembered_layers
 from optimizers.kronecker.preconditioner import LayerPreconditioner
 from optimizers.kronecker.statistics import Statistics
+from optimizers.kronecker.uncounted import Uncounted
 from optimizers.newton.damping import DampingRule, reduction_ratio
 from optimizers.newton.evaluations import Evaluations, GaussNewtonMatrix, Linearised
 from optimizers.newton.flat import FlatParams
@@ -98,6 +99,7 @@ class GaussNewton(FullBatchOptimizer):
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"blocks": ("all", "layer")}
     _seen: Any  # statistics, capture and what the closure returned, of this step
     _reasons: dict[int, str]
+    _uncounted: Uncounted
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class GaussNewton(FullBatchOptimizer):
                 f"{type(self).__name__} takes closures that return (outputs, targets): layers are found as they run."
             )
         self._seen = None
-        statistics = Statistics(flat.params)
+        statistics = Statistics(flat.params, self._uncounted)
 
         def watched(inner: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -185,12 +187,15 @@ class GaussNewton(FullBatchOptimizer):
             d, model, solver = self._by_layers(matrix, flat, layers, states, g, damping, x0)
         self._remember(flat, newton_direction=d)
         slope, rates = float(g @ d), self._rates(flat)
-        bend = model - slope  # d'G d / 2
-        model = rates * slope + rates**2 * bend if isinstance(rates, float) else math.nan
         step = rates * d
+        if isinstance(rates, float):
+            model = rates * slope + rates**2 * (model - slope)  # the difference is d'G d / 2
+        else:
+            model = float(g @ step) + self._bend(matrix, flat, layers, step)
         loss = evaluations.value(start + step)
         ratio = reduction_ratio(here.loss, loss, -model, torch.finfo(flat.dtype).eps) if model < 0 else math.nan
-        accepted = loss <= here.loss + group["tolerance"] * abs(here.loss)
+        rise = group["tolerance"] * abs(here.loss) if math.isfinite(group["tolerance"]) else math.inf
+        accepted = loss <= here.loss + rise
         if self.damping_rule is not None and not (accepted and math.isnan(ratio)):
             group["damping"] = self.damping_rule(damping, ratio if accepted else -math.inf)
         if not accepted:
@@ -221,11 +226,10 @@ class GaussNewton(FullBatchOptimizer):
         x0: Tensor | None,
     ) -> tuple[Tensor, float, str]:
         covered = {i for layer in layers for i in layer.members}
-        blocks = [layer.members for layer in layers] + [(i,) for i in range(len(flat.params)) if i not in covered]
         parts, models, solver = list(torch.zeros_like(g).split(flat.sizes)), [], ""
         pieces = g.split(flat.sizes)
         starts = None if x0 is None else x0.split(flat.sizes)
-        for places in blocks:
+        for places in _blocks(flat, layers):
             part = FlatParams([flat.params[i] for i in places])
             one = [Layer(0, 1 if len(places) > 1 else None)] if places[0] in covered else []
             P = LayerPreconditioner(part, one, [states[i] for i in places], damping)
@@ -238,6 +242,17 @@ class GaussNewton(FullBatchOptimizer):
             for i, piece in zip(places, found.split(part.sizes), strict=True):
                 parts[i] = piece
         return torch.cat(parts), math.fsum(models), solver
+
+    def _bend(self, matrix: GaussNewtonMatrix, flat: FlatParams, layers: list[Layer], step: Tensor) -> float:
+        """Return step' G step / 2, with G as the system had it: one product more, or one a layer."""
+        if self.param_groups[0]["blocks"] == "all":
+            return float(step @ (matrix @ step)) / 2
+        pieces, bends = step.split(flat.sizes), []
+        for places in _blocks(flat, layers):
+            part = torch.cat([pieces[i] for i in places])
+            if bool(part.any()):
+                bends.append(float(part @ (matrix.block(places) @ part)) / 2)
+        return math.fsum(bends)
 
     def _measured(self, flat: FlatParams) -> tuple[list[Layer], list[Any]]:
         """Take this batch's factors into the averages, and return layers by places in `flat`, and states."""
@@ -262,6 +277,9 @@ class GaussNewton(FullBatchOptimizer):
         known = remembered_layers(states)
         for state in states:
             state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        for i in {j for k in statistics.uncounted.reasons if k in known for j in known[k].members}:
+            for name in FACTORS:
+                states[i].pop(name, None)
         for main, layer in statistics.layers.items():
             if any(known.get(i) != layer for i in layer.members):
                 for name in FACTORS:
@@ -296,4 +314,10 @@ class GaussNewton(FullBatchOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._seen, self._reasons = None, {}
+        self._seen, self._reasons, self._uncounted = None, {}, Uncounted()
+
+
+def _blocks(flat: FlatParams, layers: list[Layer]) -> list[tuple[int, ...]]:
+    """Return the places of the parameters of each layer, and those of every other parameter."""
+    covered = {i for layer in layers for i in layer.members}
+    return [layer.members for layer in layers] + [(i,) for i in range(len(flat.params)) if i not in covered]

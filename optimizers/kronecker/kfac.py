@@ -26,6 +26,7 @@ from optimizers.kronecker.fisher import FISHERS, fisher_columns
 from optimizers.kronecker.layers import Layer, remembered_layers
 from optimizers.kronecker.shell import MatrixCommon, MatrixOptimizer, Routed
 from optimizers.kronecker.statistics import Statistics
+from optimizers.kronecker.uncounted import Uncounted
 from optimizers.shared.base import Group, check_choice
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.gradients import all_zero
@@ -95,7 +96,8 @@ class KFAC(MatrixOptimizer):
         damping_form: "factored" or "exact", see above.
         factor_beta: decay of the factors a step.
         graft: "adam", a layer's step is as long as Adam's would be; "rms", root mean square entry 0.2; None, D itself.
-        kl_clip: scales all steps down to lr^2 sum D . M <= kl_clip, also where M and the gradient part; None for none.
+        kl_clip: scales all steps by nu <= 1 with nu^2 sum lr^2 D . M <= kl_clip, each parameter by its own lr, also
+            where M and the gradient part; None for none.
         sharing: where a layer's weights are used at several positions of an example: "expand" takes each as an example,
             "reduce" the mean of the inputs and the sum of the gradients. Examples are what its output's first dimension
             counts.
@@ -139,6 +141,7 @@ class KFAC(MatrixOptimizer):
     _layers: dict[int, Layer] | None
     _generators: list[torch.Generator] | None
     _reasons: dict[int, str]
+    _uncounted: Uncounted
 
     def __init__(
         self,
@@ -258,7 +261,7 @@ class KFAC(MatrixOptimizer):
         measured = part != "gradient" and self.statistics_due
         params = self._all_params()
         chosen = [p if g["method"] != "adamw" else p.new_empty(0) for g in self.param_groups for p in g["params"]]
-        statistics = self._statistics or Statistics(chosen)
+        statistics = self._statistics or Statistics(chosen, self._uncounted)
         capture = statistics.capture() if measured else contextlib.nullcontext()
         with contextlib.ExitStack() as stack:
             if part == "statistics":
@@ -289,33 +292,32 @@ class KFAC(MatrixOptimizer):
 
     def _observe(self, capture: Any, outputs: Tensor, targets: Any, weight: float) -> None:
         first, rule, statistics = self.param_groups[0], self._rule, self._statistics
-        assert rule is not None
-        assert statistics is not None
+        assert rule is not None and statistics is not None  # noqa: PT018
         if self._generators is None:  # on the host, and the same through all micro-batches: cuts change no number
             rank = 0 if self.process_group is None else self.process_group.rank()
-            counters = (_STREAM, first["seed"], first["num_steps"], rank)
-            samples = range(first["num_samples"])
-            self._generators = [counter_generator(torch.device("cpu"), *counters, sample) for sample in samples]
-        groups = [group for group in self.param_groups for _ in group["params"]]
+            counters = (torch.device("cpu"), _STREAM, first["seed"], first["num_steps"], rank)
+            self._generators = [counter_generator(*counters, sample) for sample in range(first["num_samples"])]
+        max_dims = [group["max_dim"] for group in self.param_groups for _ in group["params"]]
         statistics.observe(
             capture,
             outputs,
             fisher_columns(first["fisher"], rule, outputs, targets, self._generators),
             weight=weight,
             sharing=first["sharing"],
-            max_dims={i: group["max_dim"] for i, group in enumerate(groups)},
+            max_dims=dict(enumerate(max_dims)),
             states=lambda i: self.state.get(statistics.params[i]) if self._corrects_eigenvalues else None,
         )
         self._reasons = statistics.reasons
         known = self._known_layers()
-        for layer in statistics.layers.values():
-            changed = [i for i in layer.members if known.get(i) != layer]
-            for i in {*changed, *(j for k in changed if k in known for j in known[k].members)}:
-                known.pop(i, None)
-                for name in FACTORS:  # of other parameters together
-                    self.state.get(statistics.params[i], {}).pop(name, None)
-            known.update(dict.fromkeys(layer.members, layer))
-            self._split = None if changed else self._split
+        new = {i: layer for layer in statistics.layers.values() for i in layer.members}
+        changed = [i for i, layer in new.items() if known.get(i) != layer]
+        changed += [i for i in self._uncounted.reasons if i in known]
+        for i in {*changed, *(j for k in changed if k in known for j in known[k].members)}:
+            known.pop(i, None)
+            for name in FACTORS:  # of other parameters together
+                self.state.get(statistics.params[i], {}).pop(name, None)
+        known.update(new)
+        self._split = None if changed else self._split
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients and accumulated statistics."""
@@ -325,7 +327,7 @@ class KFAC(MatrixOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._statistics, self._generators, self._layers = None, None, None
-        self._reasons = {}
+        self._reasons, self._uncounted = {}, Uncounted()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -375,16 +377,13 @@ class KFAC(MatrixOptimizer):
                 continue  # another rank's work, or without a gradient in this step: Adam's direction
             group, state = own[0].group, own[0].state
             if layer.main in sums:
-                fold(
-                    state,
-                    sums[layer.main],
-                    group,
-                    by_bases=self._corrects_eigenvalues or group["damping_form"] == "exact",
-                )
+                by_bases = self._corrects_eigenvalues or group["damping_form"] == "exact"
+                fold(state, sums[layer.main], group, by_bases=by_bases)
             directions = layer_directions(own, group)
             if group["kl_clip"] is not None:
-                slope = torch.stack([(d * m.average).sum() for d, m in zip(directions, own, strict=True)]).sum()
-                falls.append(group["lr"] ** 2 / group["kl_clip"] * slope)
+                pairs = zip(directions, own, strict=True)
+                slopes = [m.group["lr"] ** 2 / group["kl_clip"] * (d * m.average).sum() for d, m in pairs]
+                falls.append(torch.stack(slopes).sum())
             found |= {id(params[i]): d for i, d in zip(layer.members, directions, strict=True)}
         scale = self._clip(falls)
         return [[scale * found.get(id(p), members[id(p)].adam) for p in one.params] for one in routed]

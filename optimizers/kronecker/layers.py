@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvature.per_example.capture import Capture, Use
-from curvature.per_example.forms import Direct, Factors, Form, Indexed
+from curvature.per_example.forms import Direct, Factors, Form, Indexed, Probe
 from curvature.per_example.layout import Examples
 from curvature.per_example.rules import RULES, Claim
 
-__all__ = ["KFAC_RULES", "Layer", "LayerCall", "Rows", "layer_calls", "remembered_layers"]
+__all__ = ["KFAC_RULES", "Layer", "LayerCall", "Rows", "layer_calls", "remembered_layers", "seen_calls"]
 
 _WITH_BIAS = ("linear", "conv1d", "conv2d", "conv3d")  # gradients (o, i): a bias is a column more
 
@@ -119,9 +119,7 @@ class LayerCall:
             parameter: the layer's.
             sharing: "expand", every position a row; "reduce", the inputs' mean and the gradients' sum over positions.
         """
-        delta = delta.detach().to(torch.promote_types(delta.dtype, torch.float32)).reshape(self.use.shape)
-        count = 1 if delta.ndim <= 1 and self.use.kind in _WITH_BIAS else len(delta) if delta.ndim else 1
-        form = self._form(delta, count, parameter)
+        form, count = self._form(delta, parameter)
         if isinstance(form, Factors):
             left, right = form.left, form.right.take(0, count)
             loss_left = self.use.kind in _WITH_BIAS and not self.use.place.transposed
@@ -142,7 +140,18 @@ class LayerCall:
             return Rows(form.values[None], None, 0, True)
         return None
 
-    def _form(self, delta: Tensor, count: int, parameter: Tensor) -> Form | None:
+    def projected(self, delta: Tensor, parameter: Tensor, probe: Probe) -> tuple[Tensor, Tensor] | None:
+        """Return the inner product with a probe of what this call adds to its parameter's gradient, and its size."""
+        form, _ = self._form(delta, parameter)
+        return form.project(probe) if isinstance(form, (Factors, Indexed, Direct)) else None
+
+    def _form(self, delta: Tensor, parameter: Tensor) -> tuple[Form | None, int]:
+        """Return the gradients of the call's rows, and their number."""
+        delta = delta.detach().to(torch.promote_types(delta.dtype, torch.float32)).reshape(self.use.shape)
+        count = 1 if delta.ndim <= 1 and self.use.kind in _WITH_BIAS else len(delta) if delta.ndim else 1
+        return self._form_of_rows(delta, count, parameter), count
+
+    def _form_of_rows(self, delta: Tensor, count: int, parameter: Tensor) -> Form | None:
         place = self.use.place
         examples = _ByRow(count)
         if place.source is not None:  # what was looked up in a table, added to what examples have
@@ -154,14 +163,22 @@ class LayerCall:
         return form if place.index is None else None
 
 
-def layer_calls(capture: Capture, shapes: Sequence[torch.Size]) -> tuple[list[LayerCall], dict[int, str]]:
+def seen_calls(capture: Capture) -> list[LayerCall]:
+    """Return every use of a parameter by a known function, each parameter by itself."""
+    return [LayerCall(Layer(use.parameter), use) for use in _counted(capture.uses)]
+
+
+def layer_calls(
+    capture: Capture, shapes: Sequence[torch.Size], without: Mapping[int, str]
+) -> tuple[list[LayerCall], dict[int, str]]:
     """Return the calls of layers of a forward pass, and of parameters without factors why there are none.
 
     Args:
         capture: that saw the pass.
         shapes: of the parameters.
+        without: place of a parameter that gets no factors -> why.
     """
-    uses, refused = list(_counted(capture.uses)), dict[int, str]()
+    uses, refused = list(_counted(capture.uses)), dict(without)
     for use in uses:
         if use.place.index is not None and not use.place.transposed and use.place.source is None:
             refused[use.parameter] = f"a part of it is used by {use.kind}"

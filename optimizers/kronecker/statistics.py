@@ -15,6 +15,7 @@ from curvature.errors import NonFiniteError
 from curvature.per_example.capture import Capture
 from optimizers.kronecker.factors import FactorSums, State
 from optimizers.kronecker.layers import KFAC_RULES, Layer, layer_calls
+from optimizers.kronecker.uncounted import Uncounted
 from optimizers.shared.ranks import average_over_ranks
 
 __all__ = ["Statistics"]
@@ -30,9 +31,11 @@ class Statistics:
         layers: those seen.
         reasons: place of a parameter -> why it has no factors.
         num_batches: measured.
+        uncounted: what earlier steps found on uses that no factors hold.
     """
 
     params: Sequence[Tensor]
+    uncounted: Uncounted
     sums: dict[int, FactorSums] = field(default_factory=dict)
     layers: dict[int, Layer] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -65,9 +68,10 @@ class Statistics:
             max_dims: place of a parameter -> longest side of which all products are kept.
             states: place of a parameter -> bases to rotate to; None where squares are not asked for.
         """
-        calls, reasons = layer_calls(capture, [p.shape for p in self.params])
         found: dict[int, FactorSums] = {}
         with tf32_off(), no_autocast(outputs.device):
+            self.uncounted.look(capture, outputs, self.params)
+            calls, reasons = layer_calls(capture, [p.shape for p in self.params], self.uncounted.reasons)
             for k, (column, share) in enumerate(columns):
                 edges: Any = [call.use.edge for call in calls]
                 deltas = pull_back([outputs], edges, [column.to(outputs.dtype)]) if edges else ()
@@ -84,6 +88,10 @@ class Statistics:
             if main in found and main not in reasons:
                 self.sums.setdefault(main, FactorSums()).join(found.pop(main))
                 self.layers[main] = call.layer
+        for main in [
+            m for m, layer in self.layers.items() if not self.uncounted.reasons.keys().isdisjoint(layer.members)
+        ]:
+            del self.layers[main], self.sums[main]
         self.reasons = reasons
         self.num_batches += 1
 

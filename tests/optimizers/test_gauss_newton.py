@@ -158,6 +158,36 @@ def test_damping_follows_the_ratio_and_steps_that_raise_the_loss_are_not_taken()
     assert optimizer.param_groups[0]["damping"] == 2e-3
 
 
+@pytest.mark.parametrize("blocks", ["all", "layer"])
+def test_damping_adapts_where_groups_have_rates_of_their_own(blocks: str) -> None:
+    p = mlp()
+    _, G = dense(p)
+    before = p.flat()
+    g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(p.closure(), p.params)])
+    groups = [{"params": p.params[:3], "lr": 0.2}, {"params": p.params[3:], "lr": 0.1}]
+    optimizer = GaussNewton(groups, loss=F.cross_entropy, blocks=blocks, **SOLVED)  # type: ignore[arg-type]
+    optimizer.step(p.pair)
+    d = p.flat() - before
+    if blocks == "layer":
+        at = sum(q.numel() for q in p.params[:2])
+        G[:at, at:] = G[at:, :at] = 0
+    step = optimizer.last_step
+    assert step is not None
+    torch.testing.assert_close(step.model_decrease, -float(g @ d + d @ G @ d / 2), rtol=1e-8, atol=0)
+    assert step.ratio > 0.75
+    assert optimizer.param_groups[0]["damping"] == SOLVED["damping"] * 0.5
+
+
+def test_an_infinite_tolerance_takes_a_step_from_a_loss_of_zero() -> None:
+    p = mlp()
+    offset = p.closure().detach()
+    optimizer = GaussNewton(p.params, 200.0, loss=lambda z, y: F.cross_entropy(z, y) - offset, tolerance=torch.inf)
+    optimizer.step(p.pair)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.loss_before == 0
+    assert optimizer.last_step.accepted
+
+
 def test_refuses_what_it_cannot_do() -> None:
     p = mlp()
     with pytest.raises(InputError, match="loss="):
