@@ -119,7 +119,7 @@ def groups(tensors: Iterable[Tensor], most: int | None) -> list[Group]:
     for tensor in tensors:
         for part in (tensor.detach(),) if is_view(tensor) else _dense(tensor.detach()):
             if part.numel() and part.device.type != "meta":
-                flat = part.flatten()
+                flat = part.flatten().contiguous()  # a column is a flat view already, of entries apart from one another
                 group = found.setdefault(
                     (flat.device, flat.dtype if most is None else None), Group(flat.device, [], [])
                 )

@@ -257,10 +257,35 @@ def test_contents_stand_until_they_change(most: int | None, room: int) -> None:
         torch.zeros(3).expand(4, 3),
         torch.randn(9).bfloat16(),
         torch.arange(10001),
+        torch.randn(32, 4)[:, 0],
+        torch.randn(32, 4)[:, 1:2],
+        torch.randn(32)[::2],
     ],
-    ids=["empty", "bool", "sparse", "conjugated", "transposed", "expanded", "bfloat16", "long"],
+    ids=[
+        "empty",
+        "bool",
+        "sparse",
+        "conjugated",
+        "transposed",
+        "expanded",
+        "bfloat16",
+        "long",
+        "column",
+        "(n, 1)",
+        "2nd",
+    ],
 )
 def test_digests_take_tensors_of_all_kinds(t: Tensor) -> None:
     assert digest([t]) == digest([t.clone()])
     if t.numel() and t.layout == torch.strided:
         assert digest([t]) != digest([t.clone().logical_not() if t.dtype == torch.bool else t.clone() + 1])
+
+
+def test_columns_of_a_table_are_read_and_not_what_lies_between() -> None:
+    table = torch.randn(20_000, 4)
+    for column in (table[:, 2], table[:, 2:3]):
+        for most in (None, 640):
+            assert digest([column], most=most) == digest([column.contiguous()], most=most)
+    x, y = table[:64, :3], table[:64, 3:]
+    loss = Objective(nn.Linear(3, 1), nn.MSELoss(), (x, y)).loss()
+    assert loss > 0
