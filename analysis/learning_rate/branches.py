@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ from analysis.learning_rate.results import Branch
 from analysis.learning_rate.search import Grid, next_place
 from analysis.run.draft import POINTS, Draft
 from analysis.run.lines import append_line, read_lines
-from analysis.training.loop import MakeOptimizer, batches_of, initialise, take_step, training_loss
+from analysis.training.loop import MakeOptimizer, Snapshot, batches_of, initialise, take_step, training_loss
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
 __all__ = ["Branches"]
 
-_FAR = 1e6  # times the loss at the start: a branch that comes there has ended
+_FAR = 1e6  # times the loss at the start, or 1 where that is larger: a branch that comes there has ended
 _TAIL = 4  # the loss of a branch is the mean of the last of so many parts
 
 
@@ -30,19 +30,22 @@ class Branches:
 
     Args:
         objective: the loss; its model is in train mode.
-        before: state of the model where all branches begin.
+        before: what the model holds where all branches begin.
         make: the optimizer of parameters and a rate.
         batch_size: in examples; None takes the batches as they are.
         fresh: draw the parameters anew, by the seed.
         seed: from which the seeds of branches count.
         draft: where branches are kept, so that an interrupted search goes on.
         told: called after each branch, with all of them.
+
+    Raises:
+        InputError: for an optimizer that does not take the rate it is given.
     """
 
     def __init__(
         self,
         objective: Objective,
-        before: Mapping[str, Any],
+        before: Snapshot,
         make: MakeOptimizer,
         *,
         batch_size: int | None,
@@ -57,10 +60,17 @@ class Branches:
         self.taken: list[Branch] = []
         self._known = self._read()
         self._starts: dict[int, float] = {}
+        once, twice = ([group.get("lr") for group in self.make(lr).param_groups] for lr in (1e-3, 2e-3))
+        for a, b in zip(once, twice, strict=True):
+            if a is None or b is None or not math.isclose(2 * float(a), float(b), rel_tol=1e-6):
+                raise InputError(
+                    f"make_optimizer was asked for the rates 0.001 and 0.002 and made a group with {a} and {b}: the "
+                    "rate of every group must be the one given, or a fixed multiple of it."
+                )
 
     def begin(self, seed: int) -> None:
         """Put the model where the branches of a seed start, and the random numbers with it."""
-        self.objective.model.load_state_dict(self._before)
+        self._before.restore()
         torch.manual_seed(self._seed + seed)
         if self._fresh:
             initialise(self.objective.model)
@@ -133,7 +143,7 @@ class Branches:
         lost = False
         for optimizer, loss in self.steps(seed, lr, steps, warmup):
             seen.append(take_step(optimizer, loss))
-            if not abs(float(seen[-1])) <= _FAR * abs(start):
+            if not abs(float(seen[-1])) <= _FAR * max(1.0, abs(start)):
                 lost = True
                 break
         tail = seen[-max(1, steps // _TAIL) :]

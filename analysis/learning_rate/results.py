@@ -29,7 +29,7 @@ class Branch(Result):
     start: float
     """Loss on all data before the first step."""
     loss: float
-    """Mean training loss of its last quarter; infinite if a loss was not finite or above 1e6 times the start."""
+    """Mean training loss of its last quarter; infinite if a loss was not finite or far above the start."""
     taken: int
     """Steps until it ended."""
 
@@ -74,10 +74,10 @@ class WarmUp(Result):
 class LearningRateRange(Result):
     """The largest stable and the best learning rate of a training, as intervals over seeds.
 
-    A branch is unstable where a loss is not finite or above 1e6 times the start, or where the mean training loss of its
-    last quarter lies above L0 - 0.1 (L0 - L*): L0 the loss at the start, L* the lowest such mean of all branches of
-    the same seed and length. The largest stable rate of a seed lies between the best rate and the smallest unstable
-    rate above it.
+    A branch is unstable where a loss is not finite or above 1e6 times the start (or 1, if larger), or where the mean
+    training loss of its last quarter lies above L0 - 0.1 (L0 - L*): L0 the loss at the start, L* the lowest such mean
+    of all branches of the same seed and length. The largest stable rate of a seed lies between the best rate and the
+    smallest unstable rate above it.
     """
 
     lower: float

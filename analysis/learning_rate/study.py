@@ -65,7 +65,8 @@ def _report(found: LearningRateRange, num_params: int) -> Report:
         terms=_TERMS,
         method=(
             "Every branch trains from the same start with one rate. It is unstable where a loss is not finite or above "
-            "a million times the start, or where the mean training loss of its last quarter has not kept "
+            "a million times the start (or 1, if that is larger), or where the mean training loss of its last quarter "
+            "has not kept "
             f"{100 * KEPT:g} % of the fall that the best branch of the same seed and length made. A survey of short "
             "branches around the critical step of the first update finds where to look; branches of all steps decide."
         ),

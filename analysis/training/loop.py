@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -20,7 +20,18 @@ from optimizers.diagonal.adahessian import AdaHessian
 from optimizers.kronecker.soap import SOAP
 from optimizers.shared.base import BaseOptimizer
 
-__all__ = ["MakeOptimizer", "TrainingPlan", "batches_of", "initialise", "put_back", "take_step", "training_loss"]
+__all__ = [
+    "MakeOptimizer",
+    "Snapshot",
+    "TrainingPlan",
+    "batches_of",
+    "initialise",
+    "put_back",
+    "take_step",
+    "training_loss",
+]
+
+_EPOCHS = 1_000_003  # more than a training has: no epoch of a seed is one of another
 
 MakeOptimizer = Callable[[list[Tensor], float], torch.optim.Optimizer]
 """`make(params, lr)` -> the optimizer."""
@@ -98,7 +109,7 @@ def batches_of(objective: Objective, size: int | None, seed: int, skip: int = 0)
     per_epoch = -(-count // size)
     epoch, first = divmod(skip, per_epoch)
     while True:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_EPOCHS * seed + epoch))
         for rows in order.split(size)[first:]:
             yield take(whole[0], rows.tolist(), count)
         epoch, first = epoch + 1, 0
@@ -129,10 +140,33 @@ def initialise(model: nn.Module) -> None:
             )
 
 
+class Snapshot:
+    """What a model holds: parameters, buffers that are saved and those that are not, and other saved state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._saved = model, copy.deepcopy(model.state_dict())
+        self._buffers = [
+            (module, name, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put all of it back, into the same tensors where they are still there."""
+        self._model.load_state_dict(self._saved)
+        for module, name, value in self._buffers:
+            present = module._buffers.get(name)
+            if value is None or present is None or present.shape != value.shape or present.dtype != value.dtype:
+                module._buffers[name] = None if value is None else value.clone()
+            else:
+                present.copy_(value)
+
+
 @contextlib.contextmanager
-def put_back(model: nn.Module) -> Iterator[Mapping[str, Any]]:
-    """Restore parameters, buffers, gradients and modes after a training; give what the parameters and buffers were."""
-    before = copy.deepcopy(model.state_dict())
+def put_back(model: nn.Module) -> Iterator[Snapshot]:
+    """Restore parameters, buffers, gradients and modes after a training; give what the model held before."""
+    before = Snapshot(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     for p, _ in gradients:
@@ -140,8 +174,7 @@ def put_back(model: nn.Module) -> Iterator[Mapping[str, Any]]:
     try:
         yield before
     finally:
-        with torch.no_grad():
-            model.load_state_dict(before)
+        before.restore()
         for module, training in modes:
             module.training = training
         for p, gradient in gradients:

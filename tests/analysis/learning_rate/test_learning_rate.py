@@ -22,6 +22,7 @@ from analysis.learning_rate.search import Grid, ends_of, next_place
 from analysis.learning_rate.study import LearningRateRun
 from analysis.run.draft import Draft
 from analysis.show.drawing import Colors
+from analysis.training.loop import batches_of
 from curvature import Objective
 from curvature.errors import InputError, NonFiniteError
 from optimizers import SOAP, AdaHessian
@@ -131,7 +132,7 @@ def test_a_branch_is_a_plain_loop(warmup: int) -> None:
         rows: list[torch.Tensor] = []
         for step in range(16):
             if not rows:
-                order = torch.Generator().manual_seed(3 + branch.seed + step // 3)
+                order = torch.Generator().manual_seed(1_000_003 * (3 + branch.seed) + step // 3)
                 rows = list(torch.randperm(40, generator=order).split(16))
             batch = rows.pop(0)
             if branch.warmup:
@@ -173,6 +174,57 @@ def test_any_optimizer(make: Any) -> None:
     assert found.best
     if make is SOAP:
         assert [e.name for e in found.estimates] == ["critical step of the first update"]
+
+
+def test_a_shift_of_the_loss_changes_nothing() -> None:
+    def found(shift: float) -> LearningRateRange:
+        shifted = quadratic(1.0, 0.2).replace(loss=lambda o, t: nn.functional.mse_loss(o, t) - shift)
+        return critical_learning_rate(shifted, steps=40, seeds=1, warmup=False, generator=0)
+
+    start = float(quadratic(1.0, 0.2).loss())
+    ranges = [found(shift) for shift in (0.0, start, start + 1e-7, 10.0)]
+    assert all((r.lower, r.upper) == pytest.approx((ranges[0].lower, ranges[0].upper)) for r in ranges)
+    assert ranges[0].lower <= 2 <= ranges[0].upper
+
+
+class Counting(nn.Linear):
+    """Whose buffer that is not saved makes it steeper with every pass in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1, bias=False)
+        self.register_buffer("passes", torch.ones(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.passes.mul_(1.01)
+        return self.passes * super().forward(x)
+
+
+def test_buffers_that_are_not_saved_are_put_back() -> None:
+    model = Counting()
+    nn.init.ones_(model.weight)
+    objective = Objective(model, nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
+    found = critical_learning_rate(objective, steps=20, seeds=2, warmup=False, generator=0)
+    assert model.passes == 1
+    assert all(branch.start == found.branches[0].start for branch in found.branches)
+
+
+def test_no_epoch_of_a_seed_is_one_of_another() -> None:
+    objective = Objective(nn.Linear(1, 1), nn.MSELoss(), (torch.arange(32.0)[:, None], torch.zeros(32, 1)))
+
+    def epochs(seed: int) -> set[tuple[float, ...]]:
+        batches = batches_of(objective, 32, seed)
+        return {tuple(next(batches)[0].flatten().tolist()) for _ in range(5)}
+
+    assert len(epochs(0) | epochs(1) | epochs(2)) == 15
+
+
+def test_an_optimizer_that_ignores_its_rate_is_refused() -> None:
+    def fixed(params: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": params, "lr": 0.01}], lr=lr)
+
+    with pytest.raises(InputError, match="a fixed multiple"):
+        critical_learning_rate(quadratic(1.0), steps=10, make_optimizer=fixed, generator=0)
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -252,7 +304,16 @@ def test_the_command_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("analysis.run.report.figure_html", lambda figure, _: f"<p>{figure.label}</p>")  # drawn below
     monkeypatch.setattr("analysis.run.report._on_paper", lambda *_: None)
     (tmp_path / "toy.py").write_text(TOY)
-    arguments = ["lr", "toy.py:task", "--optimizer=adam", "--steps=24", "--seeds=2", "--batch-size=16", "--fresh"]
+    arguments = [
+        "lr",
+        "toy.py:task",
+        "--optimizer=adam",
+        "--steps=24",
+        "--seeds=2",
+        "--batch-size=16",
+        "--fresh",
+        "--seed=1",
+    ]
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     run = load_run(tmp_path / "runs" / "toy-lr-1")
