@@ -136,10 +136,7 @@ class CurvatureOptimizer(BaseOptimizer):
         if closure is not None:
             if found_inf is not None:
                 raise InputError("a GradScaler cannot step with a closure; use accumulate(closure, scaler=scaler).")
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.grad = None
-            self._forget()
+            self.zero_grad()
             part: Part = "both" if curvature_closure is None else "gradient"
             loss = self.accumulate(closure, part=part, synchronize=False)
             if curvature_closure is not None and self.curvature_due:
@@ -157,6 +154,8 @@ class CurvatureOptimizer(BaseOptimizer):
                     p.grad.div_(scale.to(p.device))
         if self.process_group is not None and not self._synchronized:
             self._join(self.process_group)
+        if closure is not None:
+            self._refuse_unreached()
         if before_update is not None:
             before_update()
         self._move()

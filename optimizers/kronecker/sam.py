@@ -7,6 +7,7 @@ generalization; Kwon, Kim, Park and Choi (2021), ASAM: adaptive sharpness-aware 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,10 +45,12 @@ class SAM(BaseOptimizer):
         optimizer.step(closure)                        # the closure returns the loss; backward() is called for it,
                                                        # unless it does so itself; it is evaluated twice
 
+        optimizer.zero_grad()
         loss_of(batch).backward()                      # or scaler.scale(...)
         optimizer.perturb()                            # moves to theta + e, and clears gradients
         loss_of(batch).backward()
-        optimizer.step()                               # or scaler.step(optimizer): moves back, and takes base's step
+        optimizer.step()                               # or scaler.step(optimizer): moves back, takes base's step, and
+                                                       # clears gradients
 
     The second evaluation draws the same random numbers (in `step(closure)`; dropout masks repeat) and leaves running
     statistics alone: they are those of the first (in both forms). With a `GradScaler`, the second form; an infinity in
@@ -76,7 +79,8 @@ class SAM(BaseOptimizer):
             `add_param_group` are given to this one.
 
     Raises:
-        InputError: for settings out of range, and a step on gradients without `perturb()` before.
+        InputError: for settings out of range, a base that needs closures (LBFGS), and a step on gradients without
+            `perturb()` before.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -108,6 +112,11 @@ class SAM(BaseOptimizer):
         **settings: Any,
     ) -> None:
         inside = base(params, **settings)
+        if inspect.signature(inside.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise InputError(
+                f"base must step on gradients in `.grad`, and {type(inside).__name__}.step() needs a closure: take one "
+                "such as torch.optim.AdamW, torch.optim.SGD or optimizers.SOAP."
+            )
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
         super().__init__(inside.param_groups, {**inside.defaults, **own}, loss=loss, process_group=process_group)
         self.base = inside
@@ -117,6 +126,8 @@ class SAM(BaseOptimizer):
         """Let base work on the groups and the state of this optimizer."""
         if "base" in self.__dict__:
             self.base.__setstate__({"param_groups": self.param_groups, "state": self.state})
+            if isinstance(self.base, BaseOptimizer):
+                self.base._forget()
 
     def _forget(self) -> None:
         self._moved, self._watch = None, None
@@ -148,9 +159,24 @@ class SAM(BaseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return base's state and settings, and those of the perturbation."""
-        if self._moved is not None:
-            raise InputError("parameters are perturbed: take step() before the state is saved.")
+        self._refuse_perturbed("saved")
         return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load base's state and settings, and those of the perturbation."""
+        self._refuse_perturbed("loaded")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copied")
+        return super().__getstate__()
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self._moved is not None:
+            raise InputError(
+                f"parameters are perturbed: take step() before the state is {what}. After zero_grad(), step() moves "
+                "them back and no further."
+            )
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -171,7 +197,7 @@ class SAM(BaseOptimizer):
                 given. Several, of micro-batches that count alike, each with a perturbation of its own. None after
                 `perturb()`.
             first_pass: a context for the evaluations at theta: `no_sync` of DistributedDataParallel.
-            before_update: called when gradients lie in `.grad`, before base's step; for clipping.
+            before_update: called when gradients lie in `.grad`, unscaled, before base's step; for clipping.
         """
         found_inf = getattr(self, "found_inf", None)
         if closure is not None:
@@ -189,15 +215,16 @@ class SAM(BaseOptimizer):
             self._move_back()
             if self.process_group is not None:
                 self._average(None, None)
-        if before_update is not None:
-            before_update()
         scale = getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return loss
-        for p in self._trained():
-            if scale is not None and p.grad is not None:
-                p.grad.div_(scale.to(p.device))
-        self.base.step()
+        if found_inf is None or not bool(found_inf):
+            for p in self._trained():
+                if scale is not None and p.grad is not None:
+                    p.grad.div_(scale.to(p.device))
+            if before_update is not None:
+                before_update()
+            self.base.step()
+        if closure is None:  # they are of the perturbed point, and must not enter the next perturbation
+            self.zero_grad()
         return loss
 
     @_disable_dynamo
@@ -231,6 +258,7 @@ class SAM(BaseOptimizer):
                 with repeated.evaluation(), first_pass():
                     loss, *of_batch = backward_of(closure, params, self.loss)
                 self._average(*of_batch)
+                self._refuse_unreached()
                 self._move_away()
                 try:
                     self.zero_grad()
@@ -269,7 +297,7 @@ class SAM(BaseOptimizer):
         for group in self.param_groups:
             length = group["rho"] * (-1 if group.get("maximize") else 1)
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.requires_grad:  # a frozen one may keep an old gradient
                     wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))
                     scaled = wide * (p.abs() + group["eta"]) if group["adaptive"] else wide
                     found.append((p, scaled, length))

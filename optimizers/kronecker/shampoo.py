@@ -46,7 +46,8 @@ class Shampoo(MatrixOptimizer):
 
     e is 1/4 with two factors and 1/2 with one. A is the step whose length is taken over ("grafted"): AdamW's, RMSprop's
     G / (V^(1/2) + eps), or SGD's, which is M. EMAs are corrected for their start at zero. Roots are brought up to date
-    in each of the first `update_first` steps and in every `update_every`-th, before they are used.
+    in each of the first `update_first` steps and in every `update_every`-th, before they are used. Steps before the
+    first gradient that is not zero do not count among those first ones; the root of a zero factor is the identity.
 
     Cost: products of 4 n m (n + m) flops a step and matrix; a refresh takes about 25 (n^3 + m^3) for the eigenvectors.
     Memory: two averages of the matrix (one for `graft="sgd"` and None), and twice n^2 + m^2.
@@ -88,6 +89,7 @@ class Shampoo(MatrixOptimizer):
                 [ 0.,  1.]])
     """
 
+    _known_starts: dict[tuple[int, str], int] | None
     _late_settings: ClassVar[dict[str, Any]] = {
         **MatrixOptimizer._late_settings,
         **{"factors": "ema", "factor_beta": None, "exponent": None, "damping": 1e-10, "graft": "adamw"},
@@ -143,7 +145,9 @@ class Shampoo(MatrixOptimizer):
     def _matrix_state(self, p: Tensor, group: Group) -> State:
         squares = ("exp_avg_sq",) if group["graft"] in ("adamw", "rmsprop") else ()
         state = factor_state(p, group, ("exp_avg", *squares))
-        return state | {f"root.{name}": torch.eye(len(t)).to(t) for name, t in state.items() if "." in name}
+        factors = {name: t for name, t in state.items() if "." in name}
+        roots = {f"root.{name}": torch.eye(len(t)).to(t) for name, t in factors.items()}
+        return state | roots | {f"start.{name}": torch.zeros(()) for name in factors}
 
     def _directions(self, routed: Routed) -> list[Tensor]:
         group, states = routed.group, routed.states
@@ -155,15 +159,39 @@ class Shampoo(MatrixOptimizer):
         for p, g, m, graft, state in zip(routed.params, grads, moments, lengths, states, strict=True):
             blocks, t = blocks_of(p.shape, group), int(state["step"])
             add_to_factors(g, blocks, state, decay, share)
-            if t <= group["update_first"] or t % group["update_every"] == 0:
-                correction = 1.0 if group["factors"] == "sum" else 1 - beta**t
-                for block in blocks:
-                    _refresh(block, state, group, correction)
+            correction = 1.0 if group["factors"] == "sum" else 1 - beta**t
+            for block in blocks:
+                for name in block.sides.values():
+                    start = self._starts.get((id(p), name), 0)
+                    first = t - start < group["update_first"] if start else bool(state[name].any())
+                    if first or t % group["update_every"] == 0:
+                        filled = _refreshed(name, state, group, correction, len(block.sides))
+                        self._starts[id(p), name] = (start or t) if filled else 0
+                        state[f"start.{name}"] = torch.tensor(float(self._starts[id(p), name]))
             direction = m if graft is None else graft
             if t >= group["start_step"]:
                 direction = by_blocks(lambda b, m=m, a=graft, s=state: _along(b, m, a, s), m, blocks)  # type: ignore[misc]
             directions.append(direction.view(p.shape))
         return directions
+
+    @property
+    def _starts(self) -> dict[tuple[int, str], int]:
+        """The step of the first gradient of every factor, by parameter and name; 0 while it is zero. On the host."""
+        if self._known_starts is None:
+            states = [
+                (p, state) for group in self.param_groups for p in group["params"] if (state := self.state.get(p))
+            ]
+            self._known_starts = {
+                (id(p), name.removeprefix("start.")): int(value)
+                for p, state in states
+                for name, value in state.items()
+                if name.startswith("start.")
+            }
+        return self._known_starts
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._known_starts = None
 
 
 def _moments(group: Group, grads: list[Tensor], states: list[State]) -> tuple[list[Tensor], list[Any]]:
@@ -184,19 +212,21 @@ def _moments(group: Group, grads: list[Tensor], states: list[State]) -> tuple[li
     return moments, list(torch._foreach_div(moments if graft == "adamw" else grads, roots))
 
 
-def _refresh(block: Block, state: State, group: Group, correction: float) -> None:
-    """Renew the inverse roots of a block's factors; where the decomposition fails, they stay."""
-    exponent = group["exponent"] or 1 / (2 * len(block.sides))
-    for name in block.sides.values():
-        if restarted_if_overflown(state[name]):
-            continue
-        found = eigenbasis(state[name], DTYPES[group["eigen_dtype"]])
-        if found is None:
-            continue
-        values, basis = found[0] / correction, found[1]
-        floor = max(group["damping"], torch.finfo(values.dtype).eps ** 2)  # zero has no root: rounding is not inverted
-        values = (values + floor * values[0]).clamp(min=torch.finfo(values.dtype).tiny)
-        state[f"root.{name}"].copy_((basis * values**-exponent) @ basis.T)
+def _refreshed(name: str, state: State, group: Group, correction: float, sides: int) -> bool:
+    """Renew the inverse root of a factor and say whether it has one; where the decomposition fails, it stays."""
+    factor, root = state[name], state[f"root.{name}"]
+    found = None if restarted_if_overflown(factor) else eigenbasis(factor, DTYPES[group["eigen_dtype"]])
+    if found is None:
+        return bool(factor.any())
+    values, basis = found[0] / correction, found[1]
+    tiny = torch.finfo(values.dtype).tiny
+    if bool(values[0] <= tiny):
+        root.copy_(torch.eye(len(root)))
+        return False
+    floor = max(group["damping"], torch.finfo(values.dtype).eps ** 2)  # zero has no root: rounding is not inverted
+    values = (values + floor * values[0]).clamp(min=tiny)
+    root.copy_((basis * values ** -(group["exponent"] or 1 / (2 * sides))) @ basis.T)
+    return True
 
 
 def _along(block: Block, moment: Tensor, graft: Tensor | None, state: State) -> Tensor:

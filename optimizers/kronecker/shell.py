@@ -196,6 +196,8 @@ class MatrixOptimizer(BaseOptimizer):
         """
         loss, share = (None, 1.0) if closure is None else self._evaluated(closure)
         self._synchronize(share)
+        if closure is not None:
+            self._refuse_unreached()
         if before_update is not None:
             before_update()
         self._move()
@@ -203,7 +205,9 @@ class MatrixOptimizer(BaseOptimizer):
 
     def _evaluated(self, closure: Callable[[], Any]) -> tuple[Any, float]:
         """Return the loss, detached, and how much this rank's gradient counts; gradients lie in `.grad`."""
-        loss, outputs, targets = backward_of(closure, self._trained(), self.loss)
+        loss, outputs, targets = backward_of(
+            closure, [p for group in self.param_groups for p in group["params"]], self.loss
+        )
         counts = self.process_group is not None and outputs is not None
         return loss, share_of_rank(self, outputs, targets) if counts else 1.0
 

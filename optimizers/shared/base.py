@@ -20,6 +20,7 @@ from curvature.errors import InputError
 from curvature.losses.rules import LossRule, loss_rule
 from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import ClosureRecorder
+from optimizers.shared.gradients import UNREACHED
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,6 +98,12 @@ class BaseOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _forget(self) -> None:
         """Drop what was accumulated for the coming step beside `.grad`."""
+
+    def _refuse_unreached(self) -> None:
+        """Refuse a loss that gave no parameter a gradient: the optimizer would stand still."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if trained and all(p.grad is None for p in trained):
+            raise InputError(f"the loss gives none of the optimizer's parameters a gradient. {UNREACHED}")
 
     # -- settings -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from curvature.engine.advice import advice_on_loss
 from curvature.errors import InputError
+from curvature.objective.shards import is_part
+from optimizers.shared.differentiation import leaves
+from optimizers.shared.gradients import UNREACHED, all_zero
 
 __all__ = ["backward_of", "loss_of", "own_gradients", "residuals_of"]
 
@@ -47,23 +50,52 @@ def backward_of(
     """Run a closure, and backward() unless it did so itself; return (loss, outputs, targets), the loss detached.
 
     The gradient of a closure that calls no backward() replaces what lies in `.grad`. The latter two are None where
-    they are not known. A closure that neither calls backward() nor returns a graph leaves gradients as they are.
+    they are not known.
+
+    Raises:
+        InputError: if the closure neither calls backward() nor returns a graph, or a graph without these parameters.
     """
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
-    with torch.enable_grad():
-        returned = closure()
-        called = any(
-            p.grad is not None and (p.grad is not grad or p.grad._version != version)
-            for p, (grad, version) in zip(params, before, strict=True)
+    trained = [p for p in params if p.requires_grad]
+    reached: list[Tensor] = []  # by backward(); zero_grad(set_to_none=False) writes to gradients, too
+    handles = [p.register_post_accumulate_grad_hook(reached.append) for p in trained]
+    try:
+        with torch.enable_grad():
+            returned = closure()
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = returned if isinstance(returned, (tuple, list)) else (returned,)
+    if reached or not trained or any(_is_new(p.grad, *seen) for p, seen in zip(params, before, strict=True)):
+        return returned.detach() if isinstance(returned, Tensor) else returned, None, None
+    if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        loss_of(returned, loss)
+        raise InputError(
+            "the closure called no backward() that reached the optimizer's parameters, and its loss has no graph: "
+            "compute it from the parameters with gradients enabled, not under torch.no_grad() and not detached. "
+            + UNREACHED
         )
-        parts = returned if isinstance(returned, (tuple, list)) else (returned,)
-        if called or not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-            return returned.detach() if isinstance(returned, Tensor) else returned, None, None
+    with torch.enable_grad():
         value, outputs, targets = loss_of(returned, loss)
         for p in params:
             p.grad = None
-        value.backward()
+        try:
+            value.backward()
+        except RuntimeError as error:
+            own = {id(p) for p in trained}
+            if "a second time" in str(error) and not any(id(leaf) in own for leaf in leaves([value])):
+                raise InputError(f"the loss does not depend on the optimizer's parameters. {UNREACHED}") from error
+            raise
     return value.detach(), outputs, targets
+
+
+def _is_new(grad: Tensor | None, before: Tensor | None, version: int | None) -> bool:
+    """Return whether a closure wrote a gradient, other than zeros: a clearing is none."""
+    if grad is None or (grad is before and grad._version == version):
+        return False
+    if is_part(grad):  # `fully_shard` passes the hooks of its parts by; all ranks take the same way from here
+        return grad is not before or bool(grad.norm().full_tensor() != 0)
+    return not all_zero([grad])
 
 
 def residuals_of(returned: Any) -> Tensor:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 
-__all__ = ["add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
+__all__ = ["UNREACHED", "add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
+
+UNREACHED = (
+    "After model.load_state_dict(..., assign=True), model.to_empty(...) or a replaced layer the model holds other "
+    "parameters than the optimizer: build the optimizer anew, then load its state."
+)
 
 
 def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from curvature.errors import InputError, NonFiniteError
-from optimizers import SOAP, Shampoo
+from optimizers import ASAM, EKFAC, KFAC, SAM, SASSHA, SOAP, AdaHessian, Shampoo
 from tests.optimizers.problems import Problem, convolutional, mlp
 
 METHODS: dict[str, Any] = {"SOAP": SOAP, "Shampoo": Shampoo}
+OF_CLOSURES: dict[str, Any] = {
+    **METHODS,
+    "SAM": lambda params, lr: SAM(params, torch.optim.SGD, lr=lr),
+    "ASAM": lambda params, lr: ASAM(params, torch.optim.SGD, lr=lr),
+}
 
 
 def steps(problem: Problem, optimizer: Any, count: int) -> Tensor:
@@ -193,3 +198,81 @@ def test_clipping_before_the_update(name: str) -> None:
             optimizer.step()
         ends.append(problem.flat())
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", OF_CLOSURES)
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_closure_may_clear_gradients_in_place(name: str, calls: bool) -> None:
+    """`zero_()` writes to gradients, too, and is no backward()."""
+    cleared, plain = mlp(), mlp()
+    ours, theirs = (OF_CLOSURES[name](p.params, lr=0.02) for p in (cleared, plain))
+
+    def closure() -> Tensor:
+        ours.zero_grad(set_to_none=False)
+        loss = cleared.closure()
+        if calls:
+            loss.backward()
+        return loss
+
+    for _ in range(4):
+        assert float(ours.step(closure)) == float(theirs.step(plain.closure))
+    assert torch.equal(cleared.flat(), plain.flat())
+
+
+@pytest.mark.parametrize("name", OF_CLOSURES)
+def test_a_loss_without_a_graph_is_refused_unless_gradients_were_found(name: str) -> None:
+    problem = mlp()
+    optimizer = OF_CLOSURES[name](problem.params, lr=0.02)
+    optimizer.step(problem.closure)
+    before = problem.flat()
+
+    def cleared() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        return problem.closure().detach()
+
+    for closure in (lambda: problem.closure().detach(), torch.no_grad()(problem.closure), cleared):
+        with pytest.raises(InputError, match=r"its loss has no graph: compute it from the parameters"):
+            optimizer.step(closure)
+        assert torch.equal(problem.flat(), before)
+
+    def by_hand() -> Tensor:
+        loss = problem.closure()
+        for p, g in zip(problem.params, torch.autograd.grad(loss, problem.params), strict=True):
+            p.grad = g
+        return loss.detach()
+
+    optimizer.step(by_hand)
+    assert not torch.equal(problem.flat(), before)
+
+
+@pytest.mark.parametrize("method", [*OF_CLOSURES.values(), KFAC, EKFAC, AdaHessian, SASSHA])
+def test_parameters_that_the_model_no_longer_holds_are_refused(method: Any) -> None:
+    problem = mlp()
+    more = {"loss": nn.functional.cross_entropy} if method in (KFAC, EKFAC) else {}
+    closure = problem.pair if more else problem.closure
+    optimizer = method(problem.params, lr=0.01, **more)
+    optimizer.step(closure)
+    problem.model.load_state_dict({k: v.clone() for k, v in problem.model.state_dict().items()}, assign=True)
+    before = problem.flat()
+
+    def classic() -> Tensor:
+        problem.model.zero_grad()
+        loss = problem.closure()
+        loss.backward()
+        return loss
+
+    for one in (closure, classic) if method in OF_CLOSURES.values() else (closure,):
+        with pytest.raises(InputError, match=r"assign=True.* build the optimizer anew"):
+            optimizer.step(one)
+    assert torch.equal(problem.flat(), before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_old_gradient_of_a_frozen_parameter_counts_once_at_most(name: str) -> None:
+    problem = mlp()
+    frozen = problem.params[0]
+    problem.closure().backward()
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    METHODS[name](problem.params, lr=0.01).step(problem.closure)
+    assert torch.equal(frozen, before)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
-from optimizers import ASAM, SAM, SOAP
+from optimizers import ASAM, SAM, SOAP, Shampoo
 from tests.optimizers.problems import Problem, mlp
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
@@ -197,6 +197,94 @@ def test_base_sees_groups_schedulers_and_its_own_settings() -> None:
     with pytest.raises(InputError, match="update_every"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "update_every": 0})
     assert len(optimizer.param_groups) == 2
+
+
+def test_clipping_sees_unscaled_gradients() -> None:
+    """theta = (3, 4) with loss |theta|^2 / 2: one step of length 1 along the unit vector (0.6, 0.8)."""
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM([w], torch.optim.SGD, lr=1.0, rho=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    norms: list[Tensor] = []
+    for overflows in (True, False):
+        scaler.scale(w.square().sum() / 2).backward()
+        optimizer.perturb()
+        scaler.scale(w.square().sum() / 2).backward()
+        if overflows:
+            assert w.grad is not None
+            w.grad[0] = torch.inf
+        scaler.step(optimizer, before_update=lambda: norms.append(nn.utils.clip_grad_norm_([w], 1.0)))
+        scaler.update()
+    assert [float(norm) for norm in norms] == [5.0]  # and none where the step is skipped
+    torch.testing.assert_close(w.detach(), torch.tensor([2.4, 3.2]), rtol=1e-6, atol=1e-6)
+
+
+def test_the_second_gradient_does_not_enter_the_next_perturbation() -> None:
+    problem = mlp()
+    optimizer = SAM(problem.params, torch.optim.SGD, rho=0.1, lr=LR, momentum=MOMENTUM)
+    for _ in range(4):
+        problem.closure().backward()
+        optimizer.perturb()
+        problem.closure().backward()
+        optimizer.step()
+    torch.testing.assert_close(problem.flat(), plain(mlp(), [slice(12)], 4, [0.1] * 4), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["closure", "two calls"])
+def test_a_frozen_parameter_with_an_old_gradient_is_left_alone(form: str) -> None:
+    """It neither moves nor counts in |g|."""
+    ends = []
+    for old in (True, False):
+        problem = mlp()
+        frozen = problem.params[0].requires_grad_(False)
+        frozen.grad = torch.ones_like(frozen) if old else None
+        optimizer = SAM(problem.params, torch.optim.SGD, rho=0.1, lr=LR)
+        if form == "closure":
+            optimizer.step(problem.closure)
+        else:
+            problem.closure().backward()
+            optimizer.perturb()
+            assert torch.equal(frozen, mlp().params[0])
+            problem.closure().backward()
+            optimizer.step()
+        ends.append(problem.flat())
+    assert torch.equal(*ends)
+
+
+def test_states_are_neither_loaded_nor_copied_at_the_perturbed_point() -> None:
+    problem = mlp()
+    optimizer = SAM(problem.params, torch.optim.SGD, rho=0.1, lr=LR)
+    state, before = optimizer.state_dict(), problem.flat()
+    problem.closure().backward()
+    optimizer.perturb()
+    for call in (lambda: optimizer.load_state_dict(state), optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(InputError, match=r"perturbed: take step\(\)"):
+            call()
+    optimizer.zero_grad()
+    optimizer.step()  # as the message says
+    assert torch.equal(problem.flat(), before)
+    optimizer.load_state_dict(state)
+
+
+def test_a_base_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(InputError, match=r"base must step on gradients in `.grad`, and .* needs a closure"):
+        SAM(mlp().params, torch.optim.LBFGS)
+
+
+def test_shampoo_inside_goes_on_from_a_loaded_state() -> None:
+    """Its root of a zero factor is renewed with the first gradient, after a state was loaded, too."""
+    ends = []
+    for resumes in (True, False):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.zeros(3, 2))
+        optimizer = SAM([p], Shampoo, lr=0.1, update_first=1)
+        closures = [lambda scale=scale, p=p: (p * torch.eye(3, 2) + p**2).sum() * scale for scale in (0, 0, 1, 1)]
+        for number, closure in enumerate(closures):
+            if resumes and number in (1, 2):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step(closure)
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+    assert bool(ends[0].any())
 
 
 FORMS = ("group", "ddp", "ddp, first pass apart", "fsdp", "fsdp, two calls")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -120,3 +121,24 @@ def test_a_spike_of_the_gradient_is_survived(graft: Any, every: int) -> None:
     assert all(bool(t.isfinite().all()) for state in optimizer.state.values() for t in state.values())
     assert losses[25] < 1.2 * losses[20]
     assert losses[-1] < 0.95 * losses[20]
+
+
+@pytest.mark.parametrize("graft", ["adamw", "rmsprop", "sgd", None])
+@pytest.mark.parametrize("resumes", [True, False])
+def test_the_first_gradient_after_zeros_counts(graft: Any, resumes: bool) -> None:
+    """A gated layer: roots are taken from its first gradients, as they would be in the first steps of a run."""
+    torch.manual_seed(0)
+    gradients = [torch.zeros(3, 2)] * 4 + [torch.randn(3, 2) for _ in range(5)]
+    ends = []
+    for first in (2, len(gradients)):  # the reference renews roots in every step
+        p = nn.Parameter(torch.zeros(3, 2))
+        optimizer = Shampoo([p], lr=0.1, graft=graft, weight_decay=0.0, update_first=first, update_every=100)
+        for t, g in enumerate(gradients[:6]):
+            if resumes and t in (3, 5):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            p.grad = g.clone()
+            optimizer.step()
+            assert bool(p.any()) == (t >= 4)
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+    assert float(ends[0].norm()) < 1.0
