@@ -23,8 +23,8 @@ from curvature.losses.rules import LossRule
 from optimizers.newton.flat import FlatParams
 from optimizers.newton.line_search import Line
 from optimizers.shared.closures import loss_of, own_gradients, residuals_of
-from optimizers.shared.differentiation import ClosureRecorder, gradients, products
-from optimizers.shared.gradients import refuse_sparse
+from optimizers.shared.differentiation import ClosureRecorder, gradients, leaves, products
+from optimizers.shared.gradients import UNREACHED, refuse_sparse
 
 __all__ = ["CountedMatrix", "Evaluations", "GaussNewtonMatrix", "Kind", "Linearised", "Mean", "ResidualJacobian"]
 
@@ -157,6 +157,7 @@ class Evaluations:
         self._recorder = ClosureRecorder() if recorder is None else recorder
         self.flat, self.closure, self.curvature_closure = flat, closure, curvature_closure
         self.kind, self.loss, self.rule, self.sign = kind, loss, rule, sign
+        self._alone = mean_of is None  # a rank whose batch reaches no parameter counts zero
         self._mean_of = mean_of if mean_of is not None else (lambda *_: lambda t: t)
         self.start = flat.get()
         self.num_evaluations = self.num_gradients = 0
@@ -168,12 +169,16 @@ class Evaluations:
         """Return loss, gradient and, if asked for, matrix at the parameters as they are.
 
         Raises:
+            InputError: if the loss does not depend on the parameters.
             NonFiniteError: if the loss or its gradient is not finite there: there is nothing to step from.
         """
         self.num_evaluations += 1
         self.num_gradients += 1
         flat, separate = self.flat, self.curvature_closure
         value, outputs, targets = self._called(self.closure)
+        own = {id(p) for p in flat.params}
+        if self._alone and value.requires_grad and not any(id(leaf) in own for leaf in leaves([value])):
+            raise InputError(f"the loss gives none of the optimizer's parameters a gradient. {UNREACHED}")
         if self.kind == "residuals":
             assert outputs is not None
             J, r = ResidualJacobian(flat, outputs), outputs.detach().reshape(-1).to(flat.device, flat.dtype)

@@ -255,3 +255,18 @@ def test_micro_batches_keep_their_curvature() -> None:
 
     with pytest.raises(InputError, match=r"must not call zero_grad\(\)"):
         optimizer.accumulate(clears, weight=0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_that_the_model_no_longer_holds_are_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.randn(6, 2)
+
+    def closure() -> Tensor:
+        return model(x) - y if takes_residuals(name) else (model(x) - y).square().mean()
+
+    optimizer = MAKERS[name](model.parameters())
+    optimizer.step(closure)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(InputError, match=r"assign=True.* build the optimizer anew"):
+        optimizer.step(closure)
