@@ -81,6 +81,11 @@ def refuse_checkpointing(error: Exception) -> None:
             "activation checkpointing ran a part of the model once more, and it recorded other tensors than before (a "
             "forward pass that differentiates itself?): switch checkpointing off for this model."
         ) from error
+    if isinstance(error, RuntimeError) and "use_reentrant=True" in str(error):
+        raise CheckFailedError(
+            "the model holds torch.utils.checkpoint with use_reentrant=True, whose parameters get derivatives in "
+            ".grad only; pass use_reentrant=False (gradient_checkpointing_kwargs in Hugging Face), or switch it off."
+        ) from error
 
 
 def joined(gradients: Sequence[Tensor | None], params: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:

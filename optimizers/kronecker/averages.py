@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 from optimizers.kronecker.factors import FactorSums, State, damped_inverses, eigenbases, solve
+from optimizers.kronecker.layers import Layer
 from optimizers.kronecker.shell import Routed
 from optimizers.shared.base import Group
 
-__all__ = ["FACTORS", "Member", "adam_members", "fold", "layer_directions"]
+__all__ = ["FACTORS", "Member", "adam_members", "exchange", "fold", "layer_directions"]
 
 _INVERSES = ("left_inverse", "right_inverse", "left_basis", "right_basis", "spread")
 FACTORS = ("layer", "left", "right", "schedule", *_INVERSES)
@@ -58,6 +60,30 @@ def fold(state: State, sums: FactorSums, group: Group, *, by_bases: bool) -> Non
                 "or overflow; lower lr, scale the inputs, or use a wider dtype."
             )
     schedule.copy_(torch.tensor([seen, count, t, refreshed], dtype=torch.float64))
+
+
+def exchange(
+    known: dict[int, Layer], seen: Iterable[Layer], refused: Iterable[int], states: Sequence[State]
+) -> list[int]:
+    """Take the layers of a step into those known, drop refused ones, and the factors of other parameters together.
+
+    Args:
+        known: place of a parameter -> its layer; changed.
+        seen: in this step.
+        refused: places of parameters without factors from here on.
+        states: of all parameters, by place; changed.
+
+    Returns:
+        The places that belong to another layer than before.
+    """
+    new = {i: layer for layer in seen for i in layer.members}
+    changed = [i for i, layer in new.items() if known.get(i) != layer] + [i for i in refused if i in known]
+    for i in {*changed, *(j for k in changed if k in known for j in known[k].members)}:
+        known.pop(i, None)
+        for name in FACTORS:
+            states[i].pop(name, None)
+    known.update(new)
+    return changed
 
 
 @dataclass(frozen=True)

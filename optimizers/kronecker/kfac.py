@@ -20,16 +20,16 @@ from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
 from curvature.errors import CheckFailedError, InputError
 from curvature.objective.shards import is_part
-from optimizers.kronecker.averages import FACTORS, adam_members, fold, layer_directions
+from optimizers.kronecker.averages import adam_members, exchange, fold, layer_directions
 from optimizers.kronecker.factors import State
-from optimizers.kronecker.fisher import FISHERS, fisher_columns
+from optimizers.kronecker.fisher import FISHERS, fisher_columns, has_terms
 from optimizers.kronecker.layers import Layer, remembered_layers
 from optimizers.kronecker.shell import MatrixCommon, MatrixOptimizer, Routed
 from optimizers.kronecker.statistics import Statistics
 from optimizers.kronecker.uncounted import Uncounted
 from optimizers.shared.base import Group, check_choice
 from optimizers.shared.closures import loss_of, own_gradients
-from optimizers.shared.gradients import all_zero
+from optimizers.shared.gradients import Mark, all_zero
 from optimizers.shared.probes import counter_generator
 from optimizers.shared.ranks import compare_ranks, on_all_ranks, share_of_rank
 
@@ -90,8 +90,9 @@ class KFAC(MatrixOptimizer):
         weight_decay: decoupled, times lr.
         loss: `loss(outputs, targets)`; required.
         fisher: "monte-carlo", targets drawn from the model's distribution (for a loss that is no likelihood: random
-            combinations of the columns of its Hessian's root); "empirical", the targets there are; "type-2", the
-            Gauss-Newton matrix without chance. The first group's counts.
+            combinations of the columns of its Hessian's root); "empirical", the targets there are, each term of the
+            loss an example (`optimizers.kronecker.fisher`); "type-2", the Gauss-Newton matrix without chance. The first
+            group's counts.
         damping: units of the matrix, that is of loss per squared parameter.
         damping_form: "factored" or "exact", see above.
         factor_beta: decay of the factors a step.
@@ -142,6 +143,7 @@ class KFAC(MatrixOptimizer):
     _generators: list[torch.Generator] | None
     _reasons: dict[int, str]
     _uncounted: Uncounted
+    _mark: Mark | None  # of the gradients that came with the statistics
 
     def __init__(
         self,
@@ -258,8 +260,8 @@ class KFAC(MatrixOptimizer):
         return self._run(closure, weight, part, scaler)[0]
 
     def _run(self, closure: Callable[[], Any], weight: float, part: str, scaler: Any) -> tuple[Tensor, Tensor, Any]:
-        measured = part != "gradient" and self.statistics_due
-        params = self._all_params()
+        measured, params = part != "gradient" and self.statistics_due, self._all_params()
+        self._drop_statistics(if_cleared=True)
         chosen = [p if g["method"] != "adamw" else p.new_empty(0) for g in self.param_groups for p in g["params"]]
         statistics = self._statistics or Statistics(chosen, self._uncounted)
         capture = statistics.capture() if measured else contextlib.nullcontext()
@@ -281,13 +283,14 @@ class KFAC(MatrixOptimizer):
                 "the closure must return (outputs, targets), the outputs with their graph: compute them from the "
                 "parameters with gradients enabled, do not detach them, and leave the loss to loss=."
             )
-        if measured:
+        if measured and has_terms(self._rule, outputs, targets):  # type: ignore[arg-type]
             self._statistics = statistics
             self._observe(capture, outputs, targets, weight)
         if part != "statistics":
             with torch.enable_grad():
                 scaled = loss if weight == 1.0 else loss * weight
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
+            self._mark = Mark(params)
         return loss.detach(), outputs, targets
 
     def _observe(self, capture: Any, outputs: Tensor, targets: Any, weight: float) -> None:
@@ -297,37 +300,35 @@ class KFAC(MatrixOptimizer):
             rank = 0 if self.process_group is None else self.process_group.rank()
             counters = (torch.device("cpu"), _STREAM, first["seed"], first["num_steps"], rank)
             self._generators = [counter_generator(*counters, sample) for sample in range(first["num_samples"])]
-        max_dims = [group["max_dim"] for group in self.param_groups for _ in group["params"]]
+        dims = [group["max_dim"] for group in self.param_groups for _ in group["params"]]
         statistics.observe(
             capture,
             outputs,
             fisher_columns(first["fisher"], rule, outputs, targets, self._generators),
             weight=weight,
             sharing=first["sharing"],
-            max_dims=dict(enumerate(max_dims)),
+            max_dims=dict(enumerate(dims)),
             states=lambda i: self.state.get(statistics.params[i]) if self._corrects_eigenvalues else None,
         )
         self._reasons = statistics.reasons
-        known = self._known_layers()
-        new = {i: layer for layer in statistics.layers.values() for i in layer.members}
-        changed = [i for i, layer in new.items() if known.get(i) != layer]
-        changed += [i for i in self._uncounted.reasons if i in known]
-        for i in {*changed, *(j for k in changed if k in known for j in known[k].members)}:
-            known.pop(i, None)
-            for name in FACTORS:  # of other parameters together
-                self.state.get(statistics.params[i], {}).pop(name, None)
-        known.update(new)
+        states = [self.state.get(p, {}) for p in statistics.params]
+        changed = exchange(self._known_layers(), statistics.layers.values(), self._uncounted.reasons, states)
         self._split = None if changed else self._split
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients and accumulated statistics."""
         super().zero_grad(set_to_none)
-        self._statistics, self._generators = None, None
+        self._drop_statistics()
+
+    def _drop_statistics(self, *, if_cleared: bool = False) -> None:
+        """Gradients that came with statistics and were cleared since, by `model.zero_grad()`, take these with them."""
+        if not if_cleared or (self._mark is not None and self._mark.cleared(self._all_params())):
+            self._statistics, self._generators, self._mark = None, None, None
 
     def _forget(self) -> None:
         super()._forget()
-        self._statistics, self._generators, self._layers = None, None, None
-        self._reasons, self._uncounted = {}, Uncounted()
+        self._drop_statistics()
+        self._layers, self._reasons, self._uncounted = None, {}, Uncounted()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -343,6 +344,7 @@ class KFAC(MatrixOptimizer):
             self._statistics.average(self.process_group, share)
 
     def _move(self) -> None:
+        self._drop_statistics(if_cleared=True)
         statistics = self._statistics
         if statistics is None and self.statistics_due:
             if not all_zero([p.grad for p in self._all_params() if p.grad is not None]):
@@ -364,7 +366,7 @@ class KFAC(MatrixOptimizer):
                 self.state[params[place]]["layer"] = torch.tensor(layer.main)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._statistics, self._generators = None, None
+        self._drop_statistics()
 
     def _all_directions(self, routed: list[Routed]) -> list[list[Tensor]]:
         params = self._all_params()
@@ -381,9 +383,8 @@ class KFAC(MatrixOptimizer):
                 fold(state, sums[layer.main], group, by_bases=by_bases)
             directions = layer_directions(own, group)
             if group["kl_clip"] is not None:
-                pairs = zip(directions, own, strict=True)
-                slopes = [m.group["lr"] ** 2 / group["kl_clip"] * (d * m.average).sum() for d, m in pairs]
-                falls.append(torch.stack(slopes).sum())
+                slopes = [m.group["lr"] ** 2 * (d * m.average).sum() for d, m in zip(directions, own, strict=True)]
+                falls.append(torch.stack(slopes).sum() / group["kl_clip"])
             found |= {id(params[i]): d for i, d in zip(layer.members, directions, strict=True)}
         scale = self._clip(falls)
         return [[scale * found.get(id(p), members[id(p)].adam) for p in one.params] for one in routed]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
 
-__all__ = ["UNREACHED", "add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
+__all__ = ["UNREACHED", "Mark", "add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
 
 UNREACHED = (
     "After model.load_state_dict(..., assign=True), model.to_empty(...) or a replaced layer the model holds other "
@@ -49,6 +49,22 @@ def refuse_sparse(grads: Iterable[Tensor | None], optimizer: str) -> None:
 def all_zero(grads: Iterable[Tensor]) -> bool:
     """Return whether no gradient has an entry other than zero. Waits for the device."""
     return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+
+
+class Mark:
+    """Remembers which gradients lay in `.grad`, to tell later whether they were cleared."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._versions = [None if p.grad is None else p.grad._version for p in params]
+
+    def cleared(self, params: Sequence[Tensor]) -> bool:
+        """Return whether there were gradients and all are gone or zero. Waits for the device if all have changed."""
+        now = [p.grad for p in params]
+        if len(now) != len(self._versions) or not any(version is not None for version in self._versions):
+            return False
+        if any(g is not None and g._version == v for g, v in zip(now, self._versions, strict=True)):
+            return False
+        return all_zero(g for g in now if g is not None)
 
 
 def poison(params: Iterable[Tensor], curvatures: Sequence[Sequence[Tensor]]) -> None:
