@@ -258,7 +258,8 @@ class SAM(BaseOptimizer):
                 with repeated.evaluation(), first_pass():
                     loss, *of_batch = backward_of(closure, params, self.loss)
                 self._average(*of_batch)
-                self._refuse_unreached()
+                if isinstance(loss, Tensor):
+                    self._refuse_unreached()
                 self._move_away()
                 try:
                     self.zero_grad()

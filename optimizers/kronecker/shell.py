@@ -196,7 +196,7 @@ class MatrixOptimizer(BaseOptimizer):
         """
         loss, share = (None, 1.0) if closure is None else self._evaluated(closure)
         self._synchronize(share)
-        if closure is not None:
+        if isinstance(loss, Tensor):
             self._refuse_unreached()
         if before_update is not None:
             before_update()

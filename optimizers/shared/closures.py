@@ -54,6 +54,7 @@ def backward_of(
 
     Raises:
         InputError: if the closure neither calls backward() nor returns a graph, or a graph without these parameters.
+            A plain number is let through where there is no gradient but zero: nothing moves.
     """
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in params]
     trained = [p for p in params if p.requires_grad]
@@ -69,7 +70,11 @@ def backward_of(
     if reached or not trained or any(_is_new(p.grad, *seen) for p, seen in zip(params, before, strict=True)):
         return returned.detach() if isinstance(returned, Tensor) else returned, None, None
     if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
-        loss_of(returned, loss)
+        if isinstance(returned, (int, float)):
+            if not any(_is_new(p.grad, None, None) for p in params):
+                return returned, None, None  # as with torch's optimizers: no gradient, no step
+        else:
+            loss_of(returned, loss)
         raise InputError(
             "the closure called no backward() that reached the optimizer's parameters, and its loss has no graph: "
             "compute it from the parameters with gradients enabled, not under torch.no_grad() and not detached. "
