@@ -101,7 +101,7 @@ class Evaluator:
         # walked for every product, so the tree of modules is taken to stand as it is
         self._modules = list(self.model.modules())
         self._looked_for_checkpoints = False
-        self._keeps_float32 = not self.allow_tf32 and is_gpu(self.parameters[0].device)
+        self._keeps_float32 = not self.allow_tf32
 
     def forget(self) -> None:
         """Drop what evaluations have shown: model, loss or data have changed."""
@@ -150,14 +150,14 @@ class Evaluator:
             stack.enter_context(_unhooked(self.parameters, self._modules))
             if is_gpu(self.parameters[0].device) and any(isinstance(m, nn.RNNBase) for m in self._modules):
                 stack.enter_context(_cudnn_off())  # its RNNs have no second derivative
-            if self._keeps_float32 and tf32_in_use():
+            if self._keeps_float32 and tf32_in_use(self.parameters[0].device):
                 stack.enter_context(tf32_off())
             stack.enter_context(lean)
             yield
 
     def backward_session(self) -> AbstractContextManager[None]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
-        rounds = self._keeps_float32 and tf32_in_use()
+        rounds = self._keeps_float32 and tf32_in_use(self.parameters[0].device)
         plain = all(p.requires_grad and not p._backward_hooks for p in self.parameters)
         if plain and not rounds and not torch.is_inference_mode_enabled():
             return one_at_a_time

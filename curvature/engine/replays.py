@@ -69,7 +69,7 @@ class Replays:
             x: (m,).
         """
         seen = self._seen.setdefault(which, {}).setdefault(tuple(chosen), _Seen())
-        settings = (tf32_in_use(), torch.are_deterministic_algorithms_enabled())
+        settings = (tf32_in_use(self._device), torch.are_deterministic_algorithms_enabled())
         if seen.call is not None and seen.settings == settings:
             return seen.call(x)
         seen.products += 1

@@ -1,4 +1,6 @@
-"""TF32: matrix products of a GPU that keep 10 bits of float32 mantissas, switched off where curvature is computed.
+"""TF32 and bfloat16 in the place of float32: products that keep 10 or 7 bits, switched off where curvature is computed.
+
+GPUs round to TF32 where they may, CPUs that can to bfloat16 under `torch.set_float32_matmul_precision("medium")`.
 
 PyTorch has two interfaces to it: `allow_tf32` flags, and `fp32_precision` for each backend, whose settings the flags
 refuse to speak of. Each is answered here in its own terms, so that neither finds a state it takes for a mixture.
@@ -11,21 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-__all__ = ["full_precision", "tf32_in_use", "tf32_off"]
+from curvature.environment.device import is_gpu
+
+__all__ = ["tf32_in_use", "tf32_off"]
 
 _CONVOLUTIONS = ("conv", "rnn")
+_ROUNDED = ("tf32", "bf16")
 _get: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
 _set: Callable[[str, str, str], object] = torch._C._set_fp32_precision_setter
 
 
-def tf32_in_use() -> bool:
-    """Return whether float32 products on CUDA devices may be rounded to TF32 at present."""
-    return "tf32" in (_get("cuda", "matmul"), _get("cuda", "conv"), _get("cuda", "rnn"))
+def tf32_in_use(device: torch.device) -> bool:
+    """Return whether float32 products on a device may be rounded to TF32 or bfloat16 at present."""
+    backend = "cuda" if is_gpu(device) else "mkldnn"
+    return any(_get(backend, operation) in _ROUNDED for operation in ("matmul", *_CONVOLUTIONS))
 
 
 @contextlib.contextmanager
 def tf32_off() -> Iterator[None]:
-    """Compute float32 products on CUDA devices in float32; leave the settings as they were found, also on an error.
+    """Compute float32 products in float32, on all devices; leave the settings as they were found, also on an error.
 
     No other thread should change them meanwhile: they belong to the process. PyTorch's default for convolutions, "tf32"
     too, cannot be told from that setting afterwards: `torch.backends.fp32_precision` no longer overrides it.
@@ -35,22 +41,23 @@ def tf32_off() -> Iterator[None]:
             stack.enter_context(_products_off())
         if "tf32" in (_get("cuda", "conv"), _get("cuda", "rnn")):
             stack.enter_context(_convolutions_off())
+        stack.enter_context(_cpus_off())
         yield
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32 on CPUs, too, where "medium" allows bfloat16; see `tf32_off`."""
-    with tf32_off():
-        on_cpus = _get("mkldnn", "matmul")
-        if on_cpus in ("none", "ieee"):
-            yield
-            return
-        _set("mkldnn", "matmul", "ieee")
-        try:
-            yield
-        finally:
-            _set("mkldnn", "matmul", on_cpus)
+def _cpus_off() -> Iterator[None]:
+    found = {operation: _get("mkldnn", operation) for operation in ("matmul", *_CONVOLUTIONS)}
+    changed = {operation: value for operation, value in found.items() if value in _ROUNDED}
+    for operation in changed:
+        _set("mkldnn", operation, "ieee")
+    try:
+        yield
+    finally:
+        for operation, value in changed.items():
+            _set("mkldnn", operation, "none")
+            if _get("mkldnn", operation) != value:  # else it follows what is set for all
+                _set("mkldnn", operation, value)
 
 
 @contextlib.contextmanager

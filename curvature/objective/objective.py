@@ -79,8 +79,8 @@ class Objective:
             Gauss-Newton matrix 2.2 times. Activation checkpointing (non-reentrant) works, but lowers the memory of
             gradients only: the graph of a gradient holds what was computed again.
         seed: batch i is evaluated under the random state `seed + i`, so that dropout in train mode is one fixed mask.
-        allow_tf32: leave PyTorch's TF32 settings for GPUs as they are. By default products of float32 are computed in
-            float32 while graphs are built and applied: TF32 keeps 10 bits of the mantissa, an error of 1e-3.
+        allow_tf32: leave PyTorch's settings for TF32 (GPUs) and bfloat16 (CPUs) as they are. By default products of
+            float32 are computed in float32 while graphs are built and applied: TF32 keeps 10 bits, an error of 1e-3.
 
     Raises:
         DataError: if the data are empty or can be walked only once.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from curvature.autograd.backward import no_autocast
-from curvature.environment.precision import full_precision
+from curvature.environment.precision import tf32_off
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.shards import is_part
 from optimizers.kronecker.adamw import adamw, adamw_state
@@ -238,7 +238,7 @@ class MatrixOptimizer(BaseOptimizer):
             rest = [p for p in params if id(p) not in known]
             mine.append(self._routed(group, matrices, split))
             groups.append((group, matrices, rest))
-        with full_precision(), no_autocast(with_grad[0].device):
+        with tf32_off(), no_autocast(with_grad[0].device):
             directions = self._all_directions(mine)  # before anything moves: it may raise
         found = {id(p): d for r, ds in zip(mine, directions, strict=True) for p, d in zip(r.params, ds, strict=True)}
         for group, matrices, rest in groups:

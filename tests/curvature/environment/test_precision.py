@@ -18,6 +18,14 @@ from tests.cases import BY_NAME
 CASE = BY_NAME["MLP GELU"]
 
 
+def in_use() -> bool:
+    return tf32_in_use(torch.device("cuda"))
+
+
+def on_cpus() -> bool:
+    return tf32_in_use(torch.device("cpu"))
+
+
 def _read(setting: Callable[[], Any]) -> Any:
     try:
         return setting()
@@ -37,6 +45,7 @@ def settings() -> dict[str, Any]:
         "conv": cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         "rnn": cudnn.rnn.fp32_precision,  # type: ignore[attr-defined]
         "on CPUs": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        "conv on CPUs": torch.backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
         "cudnn.enabled": cudnn.enabled,
         "cudnn.benchmark": cudnn.benchmark,
     }
@@ -44,7 +53,7 @@ def settings() -> dict[str, Any]:
 
 def defaults() -> None:
     torch.backends.fp32_precision = cuda.matmul.fp32_precision = cudnn.fp32_precision = "none"  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "none"  # type: ignore[attr-defined]
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "none"  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
@@ -87,7 +96,11 @@ def by_backend() -> None:
     cuda.matmul.fp32_precision = "ieee"
 
 
-WAYS = [lambda: None, flags, off, medium, everywhere, by_operation, by_backend]
+def cpus() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "bf16"  # type: ignore[attr-defined]
+
+
+WAYS = [lambda: None, flags, off, medium, everywhere, by_operation, by_backend, cpus]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,7 +109,8 @@ def test_settings_of_either_interface_are_put_back(way: Callable[[], None]) -> N
     before = settings()
     with tf32_off():
         inside = settings()
-        assert not tf32_in_use()
+        assert not in_use()
+        assert not on_cpus()
         with tf32_off():
             assert settings() == inside
         assert settings() == inside
@@ -113,7 +127,7 @@ def test_a_setting_for_all_backends_still_reaches_those_that_followed_it() -> No
     with tf32_off():
         pass
     torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    assert not tf32_in_use()
+    assert not in_use()
 
 
 class Watching(nn.Module):
@@ -126,12 +140,12 @@ class Watching(nn.Module):
         self.seen: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(tf32_in_use())
+        self.seen.append(in_use())
         if self.fails:
             raise ZeroDivisionError
         outputs: Tensor = self.inside(x)
         if outputs.requires_grad:
-            outputs.register_hook(lambda _: self.seen.append(tf32_in_use()))
+            outputs.register_hook(lambda _: self.seen.append(in_use()))
         return outputs
 
 
@@ -143,6 +157,7 @@ def watched(*, fails: bool = False, **arguments: Any) -> tuple[Watching, Objecti
 @pytest.fixture
 def cuda_faked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curvature.engine.evaluation.is_gpu", lambda _: True)
+    monkeypatch.setattr("curvature.engine.evaluation.tf32_in_use", lambda _: in_use())
 
 
 @pytest.mark.parametrize("keep_graphs", [True, False])
@@ -171,13 +186,13 @@ def test_backward_passes_on_kept_graphs_are_made_without_tf32(monkeypatch: pytes
     original = linearize._pull_back
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(tf32_in_use())
+        seen.append(in_use())
         return original(*args, **kwargs)
 
     monkeypatch.setattr(linearize, "_pull_back", spy)
     torch.testing.assert_close(H @ v, expected, rtol=0, atol=0)
     assert seen == [False]
-    assert tf32_in_use()
+    assert in_use()
 
 
 @pytest.mark.usefixtures("cuda_faked")
@@ -202,14 +217,39 @@ def test_tf32_stays_in_use_where_it_is_asked_for_and_restricted_objectives_know(
     assert all(model.seen)
 
 
-def test_on_a_cpu_the_settings_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> bool:
+def test_on_a_cpu_the_settings_of_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
         raise AssertionError
 
-    monkeypatch.setattr("curvature.engine.evaluation.tf32_in_use", refuse)
+    monkeypatch.setattr("curvature.engine.evaluation.tf32_off", refuse)
     model, objective = watched()
     HessianOperator(objective) @ torch.ones(objective.num_params, dtype=objective.dtype)
     assert all(model.seen)  # convolutions, by PyTorch's default
+
+
+@pytest.mark.parametrize("keep_graphs", [True, False])
+@pytest.mark.parametrize("way", [medium, cpus, everywhere])
+def test_on_a_cpu_products_are_made_without_bfloat16(
+    way: Callable[[], None], keep_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way()
+    assert on_cpus()
+    before, seen = settings(), list[bool]()
+    model, objective = watched(keep_graphs=keep_graphs)
+    model.register_forward_pre_hook(lambda *_: seen.append(on_cpus()))
+    original = linearize._pull_back
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(on_cpus())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(linearize, "_pull_back", spy)
+    for product in (HessianOperator(objective), GGNOperator(objective)):
+        for _ in range(2):
+            product @ torch.ones(objective.num_params, dtype=objective.dtype)
+    assert len(seen) > 4
+    assert not any(seen)
+    assert settings() == before
 
 
 @pytest.mark.usefixtures("cuda_faked")
@@ -219,7 +259,7 @@ def test_recurrent_models_leave_the_other_flags_of_cudnn_alone() -> None:
     case = BY_NAME["LSTM"]
     seen: list[tuple[bool, bool]] = []
     model = case.model()
-    model.register_forward_pre_hook(lambda *_: seen.append((cudnn.enabled, tf32_in_use())))
+    model.register_forward_pre_hook(lambda *_: seen.append((cudnn.enabled, in_use())))
     Objective(model, case.loss, case.data()).gradient()
     assert seen == [(False, False)]
     assert settings() == before
