@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from analysis.training.results import LossSpike, TrainingRecord
 from curvature.errors import InputError
 
-__all__ = ["loss_spikes"]
+__all__ = ["loss_spikes", "spike_starts"]
 
 _AHEAD = 10  # readings before a spike in which a warning counts
 _QUIET = 0.95  # share of quiet readings that the alarm level lies above
@@ -48,7 +48,7 @@ def loss_spikes(record: TrainingRecord, *, window: int = 20, floor: float | None
     if len(losses) <= window:
         return ()
     floor = _FLOOR * abs(losses[0]) if floor is None else floor
-    begun = _begun(losses, window, floor)
+    begun = spike_starts(losses, window, floor)
     relative = _relative([r.update_norm for r in readings], window)
     near = {i for begin in begun for i in range(begin - _AHEAD, begin + window)}
     quiet = sorted(x for i, x in enumerate(relative) if i >= window and i not in near and math.isfinite(x))
@@ -78,7 +78,8 @@ def loss_spikes(record: TrainingRecord, *, window: int = 20, floor: float | None
     return tuple(found)
 
 
-def _begun(losses: Sequence[float], window: int, floor: float) -> list[int]:
+def spike_starts(losses: Sequence[float], window: int, floor: float) -> list[int]:
+    """Return the places at which spikes begin: above the median of the `window` losses before by more than `floor`."""
     found, i = list[int](), window
     while i < len(losses):
         if losses[i] <= statistics.median(losses[i - window : i]) + floor:

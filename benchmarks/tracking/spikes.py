@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from analysis import CurvatureTracker
 from analysis.tasks.digits import load_digits
 from analysis.tasks.text import load_text, make_gpt
+from analysis.training.spikes import spike_starts
 from benchmarks.common.suite import RESULTS, Row, Rows, command
 from curvature import Objective
 
@@ -93,14 +94,7 @@ def train(recipe: str, seed: int, steps: int | None = None) -> Run:
 
 def spikes(losses: Sequence[float]) -> list[int]:
     """Return the steps at which spikes begin."""
-    found, step = list[int](), WINDOW
-    while step < len(losses):
-        if losses[step] <= statistics.median(losses[step - WINDOW : step]) + FLOOR:
-            step += 1
-        else:
-            found.append(step)
-            step += WINDOW
-    return found
+    return spike_starts(losses, WINDOW, FLOOR)
 
 
 def labels(losses: Sequence[float]) -> list[int | None]:
