@@ -31,7 +31,7 @@ class LearningRateRun(StudyRun):
 
     def report(self) -> Report:
         """Return the report of it."""
-        return _report(self.rates, self.num_params)
+        return _report(self.rates)
 
 
 def _price(objective: Objective, plan: LearningRatePlan) -> Work:
@@ -47,7 +47,7 @@ def _price(objective: Objective, plan: LearningRatePlan) -> Work:
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _report(found: LearningRateRange, num_params: int) -> Report:
+def _report(found: LearningRateRange) -> Report:
     sections = [_losses(found)]
     if found.threshold:
         sections.append(_thresholds(found))
@@ -55,7 +55,6 @@ def _report(found: LearningRateRange, num_params: int) -> Report:
     return Report(
         title="Learning rates",
         facts=(
-            f"{count(num_params)} parameters",
             f"{found.optimizer}, {count(found.steps)} steps",
             f"{count(len(found.branches))} branches, {count(found.num_steps)} steps in all",
         ),
@@ -122,7 +121,7 @@ def _findings(found: LearningRateRange) -> tuple[Finding, ...]:
     if found.estimates and math.isfinite(found.upper):
         middle = math.sqrt(found.lower * found.upper)
         said = "; ".join(f"{e.name}: {number(e.lr, 2)}, {_off(e.lr, middle)}" for e in found.estimates)
-        text = f"{said}. They cost a step and are no answer; the branches are."
+        text = f"{said[0].upper()}{said[1:]}. They cost a step and are no answer; the branches are."
         told.append(Finding("What would an estimate have said?", text))
     return tuple(told)
 

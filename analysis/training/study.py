@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +35,7 @@ class TrackRun(StudyRun):
 
     def report(self) -> Report:
         """Return the report of it."""
-        return _report(self.training, self.num_params)
+        return _report(self.training)
 
 
 def _price(objective: Objective, plan: TrackPlan) -> Work:
@@ -57,7 +58,7 @@ def _price(objective: Objective, plan: TrackPlan) -> Work:
 # -- what it tells ----------------------------------------------------------------------------------------------------
 
 
-def _report(record: TrainingRecord, num_params: int) -> Report:
+def _report(record: TrainingRecord) -> Report:
     edge = edge_of_stability(record)
     sections = [_stability(record, edge), _losses(record)]
     if any(not math.isnan(r.change) for r in record.readings):
@@ -68,7 +69,6 @@ def _report(record: TrainingRecord, num_params: int) -> Report:
     return Report(
         title="Curvature along training",
         facts=(
-            f"{wording.count(num_params)} parameters",
             f"{record.optimizer}, {wording.count(record.num_steps)} steps",
             f"{wording.count(len(record.readings))} readings",
         ),
@@ -165,7 +165,8 @@ def _stable(record: TrainingRecord, edge: EdgeOfStability) -> str:
             "a step there."
         )
     catapults = sum(phase is Phase.CATAPULT for phase in edge.phases)
-    return text + (f" {catapults} readings belong to catapults." if catapults else "")
+    belong = "reading belongs to a catapult" if catapults == 1 else "readings belong to catapults"
+    return text + (f" {wording.count(catapults)} {belong}." if catapults else "")
 
 
 def _margin(r: TrainingReading) -> float:
@@ -185,22 +186,24 @@ def _stability(record: TrainingRecord, edge: EdgeOfStability) -> Section:
     number = wording.number
     readings = record.readings
     places = sorted({round(i * (len(readings) - 1) / (_ROWS - 1)) for i in range(_ROWS)})
-    rows = tuple(
-        (
-            wording.count((r := readings[i]).step),
-            wording.count(r.interval),
-            number(r.loss),
-            number(r.sharpness),
-            number(r.sharpness_residual, 2),
-            number(r.preconditioned),
-            number(r.stability, 3),
+    columns: dict[str, Callable[[TrainingReading], str]] = {
+        "step": lambda r: wording.count(r.step),
+        "age": lambda r: wording.count(r.interval),
+        "loss": lambda r: number(r.loss),
+        "sharpness": lambda r: number(r.sharpness),
+        "residual": lambda r: number(r.sharpness_residual, 2),
+    }
+    if any(not math.isnan(r.preconditioned) for r in readings):
+        columns["precond."] = lambda r: number(r.preconditioned)
+    columns["over threshold"] = lambda r: number(r.stability, 3)
+    tried = any(r.critical_status for r in readings)
+    if tried:
+        columns["critical"] = lambda r: (
             number(r.critical_sharpness, 3)
             if r.critical_status == "OK"
-            else r.critical_status.lower().replace("_", " "),
-            edge.phases[i].name.lower(),
+            else r.critical_status.lower().replace("_", " ")
         )
-        for i in places
-    )
+    rows = tuple((*(cell(readings[i]) for cell in columns.values()), edge.phases[i].name.lower()) for i in places)
     return Section(
         title="Stability",
         figures=(
@@ -208,14 +211,14 @@ def _stability(record: TrainingRecord, edge: EdgeOfStability) -> Section:
                 name="stability",
                 label="Sharpness over the threshold of stability, and critical sharpness, along the steps.",
                 caption="Sharpness as the optimizer sees it, over its threshold: above 1 a step is unstable on a "
-                "quadratic. Dashed: critical sharpness times lr / 2; above 1 the step raises the loss.",
+                "quadratic." + " Dashed: critical sharpness times lr / 2; above 1 the step raises the loss." * tried,
                 draw=lambda ax, colors: plot_stability(record, ax=ax, colors=colors),
             ),
         ),
         tables=(
             Table(
                 caption="Some of the readings. Age: steps since the reading before.",
-                columns=("step", "age", "loss", "sharpness", "residual", "precond.", "over threshold", "critical", ""),
+                columns=(*columns, "state"),
                 rows=rows,
                 num_prose=1,
             ),
