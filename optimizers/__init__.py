@@ -6,6 +6,10 @@ from optimizers.diagonal.curvature_source import CurvatureSource
 from optimizers.diagonal.esgd import ESGD
 from optimizers.diagonal.sassha import SASSHA
 from optimizers.diagonal.sophia import Sophia
+from optimizers.first_order.cocob import COCOB
+from optimizers.first_order.lion import Lion
+from optimizers.first_order.sls import SLS
+from optimizers.first_order.yogi import Yogi
 from optimizers.kronecker.ekfac import EKFAC
 from optimizers.kronecker.gauss_newton import GaussNewton
 from optimizers.kronecker.kfac import KFAC
@@ -27,11 +31,13 @@ from optimizers.shared.sharded import Sharded
 
 __all__ = [
     "ASAM",
+    "COCOB",
     "EKFAC",
     "ESGD",
     "KFAC",
     "SAM",
     "SASSHA",
+    "SLS",
     "SOAP",
     "AdaHessian",
     "Armijo",
@@ -42,6 +48,7 @@ __all__ = [
     "GaussNewton",
     "Grid",
     "LevenbergMarquardt",
+    "Lion",
     "NaturalGradient",
     "NewtonCG",
     "PointwiseResiduals",
@@ -53,6 +60,7 @@ __all__ = [
     "Sophia",
     "StrongWolfe",
     "TrustRegionNewton",
+    "Yogi",
     "check_optimizer",
     "minimize",
     "to_scipy",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from optimizers.kronecker.work_split import local
 from optimizers.shared.base import Group
+from optimizers.shared.gradients import local
 
 __all__ = ["adamw", "adamw_state"]
 

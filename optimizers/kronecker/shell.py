@@ -8,24 +8,20 @@ and learning rate. What a run needs to be resumed bit for bit lies in `state_dic
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from curvature.autograd.backward import no_autocast
 from curvature.environment.precision import tf32_off
-from curvature.errors import InputError, NonFiniteError
-from curvature.objective.shards import is_part
+from curvature.errors import InputError
 from optimizers.kronecker.adamw import adamw, adamw_state
 from optimizers.kronecker.work_split import WorkSplit, add_whole, whole_of
-from optimizers.shared.base import BaseOptimizer, Common, Group
-from optimizers.shared.closures import backward_of
-from optimizers.shared.gradients import refuse_sparse
-from optimizers.shared.ranks import average_gradients, on_all_ranks, share_of_rank
+from optimizers.shared.base import Common, Group
+from optimizers.shared.gradient_steps import GradientOptimizer
+from optimizers.shared.gradients import refuse_gradients, refuse_sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,7 +66,7 @@ class Routed:
         return [Routed(self.group, [p], [g], [s]) for p, g, s in zip(self.params, self.grads, self.states, strict=True)]
 
 
-class MatrixOptimizer(BaseOptimizer):
+class MatrixOptimizer(GradientOptimizer):
     """Base of optimizers that move matrices by a method of their own, and everything else by AdamW.
 
     Ways to take a step, which do the same:
@@ -104,7 +100,6 @@ class MatrixOptimizer(BaseOptimizer):
         NonFiniteError: see `check_finite`; nothing has moved then.
     """
 
-    _kept = (*BaseOptimizer._kept, "check_finite")
     _takes_parts = True
     _late_settings: ClassVar[dict[str, Any]] = {
         **{"method": "auto", "adamw_scale": 1.0, "adamw_betas": None, "maximize": False, "foreach": None, "seed": 0},
@@ -114,7 +109,6 @@ class MatrixOptimizer(BaseOptimizer):
     _split: WorkSplit | None
 
     def __init__(self, params: Any, defaults: Group, **shared: Unpack[MatrixCommon]) -> None:
-        self.check_finite = shared.pop("check_finite", True)
         super().__init__(params, defaults, **shared)
 
     # -- what a method supplies ---------------------------------------------------------------------------------------
@@ -181,43 +175,6 @@ class MatrixOptimizer(BaseOptimizer):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    @on_all_ranks
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, before_update: Callable[[], object] | None = None
-    ) -> Any:
-        """Take one step and return the closure's loss, detached; None without closure.
-
-        Args:
-            closure: returns the loss, or (outputs, targets) where `loss=` was given. It may call backward() itself, as
-                closures of torch's optimizers do; else it is called here, and replaces what lies in `.grad`.
-            before_update: called when gradients lie in `.grad`, before anything moves; for clipping.
-        """
-        loss, share = (None, 1.0) if closure is None else self._evaluated(closure)
-        self._synchronize(share)
-        if isinstance(loss, Tensor):
-            self._refuse_unreached()
-        if before_update is not None:
-            before_update()
-        self._move()
-        return loss
-
-    def _evaluated(self, closure: Callable[[], Any]) -> tuple[Any, float]:
-        """Return the loss, detached, and how much this rank's gradient counts; gradients lie in `.grad`."""
-        loss, outputs, targets = backward_of(
-            closure, [p for group in self.param_groups for p in group["params"]], self.loss
-        )
-        counts = self.process_group is not None and outputs is not None
-        return loss, share_of_rank(self, outputs, targets) if counts else 1.0
-
-    def _synchronize(self, share: float) -> None:
-        if self.process_group is not None:
-            average_gradients([p for p in self._trained() if not is_part(p)], self.process_group, share)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
     def _forget(self) -> None:
         self._split = None
 
@@ -272,22 +229,3 @@ class MatrixOptimizer(BaseOptimizer):
         chosen = [i for i, p in enumerate(matrices) if split.is_mine(p)]
         params = [matrices[i] for i in chosen]
         return Routed(group, params, [grads[i] for i in chosen], [self.state[p] for p in params])
-
-
-def refuse_gradients(params: list[Tensor], optimizer: str) -> None:
-    """Refuse gradients that are not finite. Waits for the device once.
-
-    Raises:
-        NonFiniteError: with the shape of the first one.
-    """
-    parts = [p.grad.to_local() if is_part(p.grad) else p.grad for p in params if p.grad is not None]  # type: ignore[attr-defined]
-    filled = [g for g in parts if g.numel() > 0]
-    norms = list(torch._foreach_norm(filled)) if filled else []
-    if not norms or bool(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).sum().isfinite()):
-        return
-    wrong = [tuple(g.shape) for g in filled if not bool(g.isfinite().all())]
-    if wrong:
-        raise NonFiniteError(
-            f"{len(wrong)} gradients, the first of shape {wrong[0]}, are not finite: {optimizer} would average them "
-            "for good. Nothing has moved. Skip the batch (a GradScaler does), lower lr, or pass check_finite=False."
-        )

@@ -18,8 +18,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from curvature.objective.shards import is_part, mesh_group
 from optimizers.shared.base import Group
+from optimizers.shared.gradients import local
 
-__all__ = ["WorkSplit", "add_whole", "local", "whole_of"]
+__all__ = ["WorkSplit", "add_whole", "whole_of"]
 
 
 class WorkSplit:
@@ -76,15 +77,6 @@ def _cost(unit: Sequence[Any]) -> float:
 
 def _wide(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
-
-
-def local(tensor: Any, like: Any = None) -> Tensor:
-    """Return this rank's part of a tensor, placed as another one; a whole tensor as it is."""
-    if not is_part(tensor):
-        return tensor
-    if like is not None and tensor.placements != like.placements:
-        tensor = tensor.redistribute(placements=like.placements)
-    return tensor.to_local()
 
 
 def whole_of(p: Tensor, maximize: bool) -> Tensor:

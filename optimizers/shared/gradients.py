@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.objective.shards import is_part
 
-__all__ = ["UNREACHED", "Mark", "add_to_grad", "all_zero", "poison", "refuse_non_finite", "refuse_sparse"]
+__all__ = [
+    "UNREACHED",
+    "Mark",
+    "add_to_grad",
+    "all_zero",
+    "local",
+    "poison",
+    "refuse_gradients",
+    "refuse_non_finite",
+    "refuse_sparse",
+]
 
 UNREACHED = (
     "After model.load_state_dict(..., assign=True), model.to_empty(...) or a replaced layer the model holds other "
@@ -34,6 +46,15 @@ def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> Non
             p.grad = g
             if strided:
                 taken.add(g.data_ptr())
+
+
+def local(tensor: Any, like: Any = None) -> Tensor:
+    """Return this rank's part of a tensor, placed as another one; a whole tensor as it is."""
+    if not is_part(tensor):
+        return tensor
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(placements=like.placements)
+    return tensor.to_local()
 
 
 def refuse_sparse(grads: Iterable[Tensor | None], optimizer: str) -> None:
@@ -98,3 +119,22 @@ def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) ->
         "twice differentiable there (sqrt or norm at 0?) or overflows. Shift the argument, use a wider dtype, or pass "
         "check_finite=False."
     )
+
+
+def refuse_gradients(params: list[Tensor], optimizer: str) -> None:
+    """Refuse gradients that are not finite. Waits for the device once.
+
+    Raises:
+        NonFiniteError: with the shape of the first one.
+    """
+    parts = [p.grad.to_local() if is_part(p.grad) else p.grad for p in params if p.grad is not None]  # type: ignore[attr-defined]
+    filled = [g for g in parts if g.numel() > 0]
+    norms = list(torch._foreach_norm(filled)) if filled else []
+    if not norms or bool(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).sum().isfinite()):
+        return
+    wrong = [tuple(g.shape) for g in filled if not bool(g.isfinite().all())]
+    if wrong:
+        raise NonFiniteError(
+            f"{len(wrong)} gradients, the first of shape {wrong[0]}, are not finite: {optimizer} would average them "
+            "for good. Nothing has moved. Skip the batch (a GradScaler does), lower lr, or pass check_finite=False."
+        )

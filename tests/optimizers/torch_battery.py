@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers import ASAM, ESGD, SAM, SASSHA, SOAP, AdaHessian, Shampoo, Sophia
+from optimizers import ASAM, COCOB, ESGD, SAM, SASSHA, SLS, SOAP, AdaHessian, Lion, Shampoo, Sophia, Yogi
 
 __all__ = ["FAULTY", "SUBJECTS", "Subject"]
 
@@ -19,8 +19,10 @@ class Subject:
     make: Any
     form: Any
     settings: dict[str, Any] = field(default_factory=dict)
+    skip: dict[str, str] = field(default_factory=dict)
 
 
+SPIKE = "a spike of the gradient is survived"
 LR = {"lr": 0.05}
 SUBJECTS: dict[str, Subject] = {
     "torch SGD": Subject(torch.optim.SGD, "backward", {"lr": 0.01, "momentum": 0.9}),
@@ -47,6 +49,12 @@ SUBJECTS: dict[str, Subject] = {
     "SAM of SOAP": Subject(partial(SAM, base=SOAP), "loss", LR),
     "Shampoo": Subject(Shampoo, "backward", LR),
     "Shampoo, sum": Subject(Shampoo, "loss", {**LR, "factors": "sum", "graft": None, "update_every": 3}),
+    "SLS": Subject(SLS, "loss"),
+    "SLS, backward": Subject(SLS, "closure", {"reset": "keep"}),
+    "SLS, outputs": Subject(SLS, "outputs", {"steps_per_epoch": 10}),
+    "COCOB": Subject(COCOB, "backward"),
+    "Lion": Subject(Lion, "backward", LR),
+    "Yogi": Subject(Yogi, "backward", LR, {SPIKE: "its second average falls by squares of gradients, never faster"}),
 }
 
 
