@@ -20,6 +20,7 @@ from torch import nn
 from analysis.tasks.bundled import BUNDLED
 from analysis.tasks.checkpoint import Checkpoint, load_checkpoint
 from analysis.tasks.digits import UNTRAINED, half_squared_error, untrained_tanh
+from analysis.tasks.landscapes import LANDSCAPES
 from analysis.tasks.task import Task
 from curvature import Objective
 from curvature.errors import TaskError
@@ -31,9 +32,10 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """Return the task that a reference names.
 
     Args:
-        reference: a bundled name (`digits-cnn`, `digits-mlp`, `text-gpt`, or `digits-tanh`, which is to be trained), or
-            `file.py:function` or `package.module:function`, a function without arguments that returns a `Task` or a
-            `curvature.Objective`. It is executed.
+        reference: a bundled name (`digits-cnn`, `digits-mlp`, `text-gpt`; to be trained: `digits-tanh`, and the
+            landscapes `quadratic`, `rosenbrock`, `monkey-saddle`, `deep-linear`), or `file.py:function` or
+            `package.module:function`, a function without arguments that returns a `Task` or a `curvature.Objective`. It
+            is executed.
         checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's: a file
             or folder, as `analysis.tasks.checkpoint.read_checkpoint` reads it.
         checkpoint_key: which of its state dicts, if it holds several.
@@ -45,7 +47,8 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """
     if reference in BUNDLED:
         return _bundled(reference, checkpoint, checkpoint_key)
-    task = _untrained() if reference == UNTRAINED else _of_function(reference)
+    untrained = {UNTRAINED: _untrained, **LANDSCAPES}.get(reference)
+    task = _of_function(reference) if untrained is None else untrained()
     if checkpoint is None:
         return task
     return _loaded(task, Path(checkpoint), load_checkpoint(checkpoint, task.model, key=checkpoint_key))
@@ -54,7 +57,7 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
 def _of_function(reference: str) -> Task:
     place, colon, function_name = reference.rpartition(":")
     if not colon:
-        known = (*BUNDLED, UNTRAINED)
+        known = (*BUNDLED, UNTRAINED, *LANDSCAPES)
         raise TaskError(
             f"no bundled task is called {reference!r}{_nearest(reference, known)}; give {', '.join(known)}, "
             "file.py:function or package.module:function."

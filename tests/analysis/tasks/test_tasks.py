@@ -211,7 +211,8 @@ def test_moved_copy_leaves_the_task_alone() -> None:
         ("digit-cnn", r"no bundled task is called 'digit-cnn' \(did you mean digits-cnn or digits-tanh\?\)"),
         (
             "zebra",
-            r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, text-gpt, digits-tanh, file.py:function",
+            r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, text-gpt, digits-tanh, "
+            "quadratic, rosenbrock, monkey-saddle, deep-linear, file.py:function",
         ),
         ("my_task.py", "no bundled task is called 'my_task.py'"),
         (":task", "names no function"),
