@@ -203,7 +203,7 @@ def plan(
 ) -> PlannedCost:
     """Say what the quantities will cost together, and how they are computed within a limit on memory.
 
-    Cost: two to six gradients and the graph of one batch, no product (`curvature.spectra.product_cost`); for a matrix
+    Cost: four gradients and the graph of one batch, no product (`curvature.spectra.product_cost`); for a matrix
     that is not an objective's, two block products. What was measured beside it: `benchmarks/memory`.
 
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many

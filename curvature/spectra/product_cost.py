@@ -1,42 +1,51 @@
 """What a product with an objective's matrix will take, without making one.
 
-Seconds are those of a gradient, which is timed, times what products take in gradients. On a kept graph that is 1.3 to
-2.4 for the Hessian and 1.1 to 1.5 for the Gauss-Newton matrix (`benchmarks/products/bench.py`), here 2 and 1.4; a
-graph that is built anew costs 2 more, once for all columns. Bytes are those of the graph of the first batch, which is
-built and watched; a product holds more: a derivative for each activation, until the backward pass comes to its layer,
-which is 0.4 to 1 of the graph for the Hessian and up to 0.35 for the Gauss-Newton matrix, here 0.8 and 0.3, and with
-convolutions, which work in copies of what they take, 1.4 for both (`benchmarks/memory`).
+A backward pass over the first batch is timed, and so is putting its gradient into one vector. On a kept graph a
+product takes 2.1 to 3.5 backward passes for the Hessian and 1.3 to 2.2 for the Gauss-Newton matrix
+(`benchmarks/products`), here 3 and 2; with convolutions up to 6.6 and 5.5, here 4 and 3.2; and it handles three vectors
+besides, most of it where parameters are many and tokens few. A graph that is built anew costs two more, once for all
+columns. Bytes are those of the graph of the first batch, which is built and watched; a product holds more: a derivative
+for each activation, until the backward pass comes to its layer, which is 0.4 to 1 of the graph for the Hessian and up
+to 0.35 for the Gauss-Newton matrix, here 0.8 and 0.3, and with convolutions, which work in copies of what they take,
+1.4 for both (`benchmarks/memory`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from curvature.autograd.backward import walk
 from curvature.data.parts import num_examples
 from curvature.engine.linearize import LOSS_HESSIAN
-from curvature.environment.cost import median_seconds
+from curvature.environment.cost import timed
 from curvature.environment.memory import HeldMemory, return_unused
 from curvature.operators._objective_operator import ObjectiveOperator
 
 __all__ = ["ProductCost", "product_cost"]
 
-_COLUMN = {"hvp": 2.0, "ggnvp": 1.4}  # gradients that a column takes on a graph that is there
-_REBUILT = 2.0  # gradients that building the graph of a product takes
+_COLUMN = {"hvp": 3.0, "ggnvp": 2.0}  # backward passes that a column takes on a graph that is there, ...
+_CONVOLVED_COLUMN = {"hvp": 4.0, "ggnvp": 3.2}  # ... and with convolutions
+_BUILT = 2.0  # backward passes that a forward pass and the graph of a product take
+_VECTORS = 3  # that a column handles: in, out and added up
 _DERIVATIVES = {"hvp": 0.8, "ggnvp": 0.3}  # of what a graph holds: what a product holds besides, ...
 _CONVOLVED = 1.4  # ... and with convolutions
-_BACKWARD = 2 / 3  # of a gradient: all that is left of it where the graph of the loss is kept
-_VECTOR_SECONDS = 4e-9  # a byte: what products of a piece take for their vectors, however small the piece
+_RUNS = 3  # the same on every rank
 
 
 @dataclass(frozen=True)
 class ProductCost:
     """Of a product, by how graphs are kept and batches cut."""
 
-    gradient: float
-    """Seconds of a gradient over the data."""
-    per_column: float
-    """Gradients that a column takes on a graph that is there."""
+    column: float
+    """Seconds of a column on graphs that are there, without its vectors."""
+    built: float
+    """Seconds that building the graphs for a product takes, once for all columns."""
+    vectors: float
+    """Seconds that a column takes for its vectors, a batch or piece of one."""
     num_batches: int
     num_examples: int
     """Of the first batch; 0 if unknown."""
@@ -63,8 +72,8 @@ class ProductCost:
     def seconds(self, width: float, pieces: int = 1, keep: bool | None = None) -> float:
         """Return the seconds of a product with `width` columns."""
         _, everything = self.kept(pieces, self.keeps if keep is None else keep)
-        passes = self.per_column * width + (0.0 if everything else _REBUILT)
-        return self.gradient * passes + (pieces - 1) * self.num_batches * passes * self.vector * _VECTOR_SECONDS
+        columns = width * (self.column + pieces * self.num_batches * self.vectors)
+        return columns + (0.0 if everything else self.built + pieces * self.num_batches * self.vectors)
 
     def graphs(self, pieces: int = 1, keep: bool | None = None) -> int:
         """Return the bytes of graphs that come on top of what is held now, that of a piece at work included."""
@@ -79,47 +88,67 @@ class ProductCost:
     @property
     def setup(self) -> float:
         """Seconds that the first product takes on top: graphs are built, and lean layers compared with autograd."""
-        return self.gradient * (_REBUILT + 1)
+        return self.built + self.column
 
 
 def product_cost(A: ObjectiveOperator) -> ProductCost:
-    """Return what products will take. Cost: two to six gradients over the data, and the graph of one batch.
+    """Return what products will take. Cost: a gradient over the data, three of one batch, and the graph of that.
 
     Graphs that were not there before are given up again: the call that follows may be another objective's.
     """
     objective, product = A.objective, getattr(A, "_product", "ggnvp")
     had_graphs = len(objective.kept) > 0
-    objective.loss_and_gradient()  # loads, warms up, counts the batches
-    seconds = median_seconds(objective.loss_and_gradient, objective.device)
-    gradient = seconds / _BACKWARD if objective.keeps_all_graphs else seconds
+    _, seconds = timed(objective.loss_and_gradient, objective.device)  # loads, warms up, counts the batches
+    if not objective.keeps_all_graphs:
+        _, seconds = timed(objective.loss_and_gradient, objective.device)
+    kept, count = objective.keeps_all_graphs, objective.num_batches or 1
     if not had_graphs:
         objective.release()
     if objective.device.type == "cpu":
         return_unused()  # before the graph of a batch is held beside what is kept
-    vector = objective.num_params * objective.dtype.itemsize
-    graph, beside, examples, convolved = _graph_of_first_batch(A, product)
+    first = _first_batch(A, product)
+    backward = count * first.backward
     return ProductCost(
-        gradient=gradient,
-        per_column=_COLUMN[product],
-        num_batches=objective.num_batches or 1,
-        num_examples=examples,
-        graph=graph,
-        derivatives=int((_CONVOLVED if convolved else _DERIVATIVES[product]) * graph),
-        vector=vector,
-        beside=beside,
+        column=(_CONVOLVED_COLUMN if first.convolved else _COLUMN)[product] * backward,
+        built=_BUILT * backward if kept else max(seconds, _BUILT * backward),  # with what loading takes
+        vectors=_VECTORS * first.vector,
+        num_batches=count,
+        num_examples=first.examples,
+        graph=first.graph,
+        derivatives=int((_CONVOLVED if first.convolved else _DERIVATIVES[product]) * first.graph),
+        vector=objective.num_params * objective.dtype.itemsize,
+        beside=first.beside,
         keeps=objective.may_keep_graphs,
         room=float("inf") if objective.kept.keep is True else objective.kept.budget.num_bytes,
         held=objective.held_bytes,
     )
 
 
-def _graph_of_first_batch(A: ObjectiveOperator, product: str) -> tuple[int, int, int, bool]:
-    """Return the bytes that the graph of the first batch holds, and its gradient; examples; are there convolutions?"""
+class _Batch(NamedTuple):
+    backward: float
+    vector: float
+    graph: int
+    beside: int
+    examples: int
+    convolved: bool
+
+
+def _first_batch(A: ObjectiveOperator, product: str) -> _Batch:
+    """Return the seconds of a backward pass and of a vector, and the bytes that a graph holds and its gradient."""
     objective, meter = A.objective, HeldMemory()
     _, _, batch = next(iter(objective.source))
     lin = objective.linearise(batch, trust=objective.trust, meter=meter)
+    whole = _least_seconds(lin.gradient, objective.device)
+    parts = [p.detach() for p in objective.space.tensors.values()]
+    vector = min(whole, _least_seconds(lambda: lin._flatten(list(parts)), objective.device))
     if lin.weight != 0:
         _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))
     beside = 0 if lin.is_large else lin.vector_bytes
     convolved = any("Conv" in node.name() for node in walk([lin.graph_root()]))
-    return max(0, meter.held_bytes() - beside), beside, num_examples(lin.batch), convolved
+    held = max(0, meter.held_bytes() - beside)
+    return _Batch(whole - vector, vector, held, beside, num_examples(lin.batch), convolved)
+
+
+def _least_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the least of the seconds of a few runs: other work on the machine only adds to them."""
+    return min(timed(work, device)[1] for _ in range(_RUNS))
