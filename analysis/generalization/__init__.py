@@ -1,0 +1,1 @@
+"""Why over-parameterised networks generalise, and what curvature says of it."""

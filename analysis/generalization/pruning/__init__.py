@@ -1,0 +1,1 @@
+"""Pruning: which weights a loss can lose, and the sub-networks that are left."""
