@@ -2,6 +2,8 @@
 
     python -m benchmarks.head.bench [--sizes N,V,d ...] [--methods ...] [--out FILE]      rows to results/head.json
 
+Products with two matrices, and norms and variance of the gradients of single texts of 128 rows.
+
 Rows of features go through a hidden layer of tanh units and a linear head of V classes into the cross-entropy, float32,
 one thread. Each row of the results comes from a process of its own (Linux): the peak of the resident set above what
 the process held before its first product, the CPU seconds of the first product, and the median of later ones.
@@ -26,6 +28,7 @@ __all__ = ["METHODS", "SIZES", "main", "measure"]
 
 SIZES = ["2048,50304,64", "8192,10000,64", "512,50304,768", "16384,50304,64", "16384,131072,64"]
 TIMEOUT_SECONDS, ROUNDS = 900, 3
+MATRICES, PER_EXAMPLE, TEXT = ("ggn", "hessian"), ("norms", "variance"), 128
 LIMIT_GIBIBYTES = 12  # of logits and what has their size, five times over: larger ones do not fit here
 Product = Callable[[Tensor], Tensor]
 
@@ -33,12 +36,23 @@ Product = Callable[[Tensor], Tensor]
 def _toolkit(head: str | None) -> Callable[[nn.Module, Tensor, Tensor, str], Product]:
     def make(model: nn.Module, x: Tensor, y: Tensor, matrix: str) -> Product:
         from curvature import GGNOperator, HessianOperator, Objective
+        from curvature.per_example import gradient_moments, gradient_norms
 
+        if matrix in PER_EXAMPLE:
+            texts = x.unflatten(0, (-1, min(TEXT, len(x)))), y.unflatten(0, (-1, min(TEXT, len(y))))
+            of = Objective(model, nn.CrossEntropyLoss(), texts, forward=_flattened, head=head)
+            if matrix == "norms":
+                return lambda _: gradient_norms(of).squared_norms  # type: ignore[return-value]
+            return lambda _: gradient_moments(of, norms=False).variance
         objective = Objective(model, nn.CrossEntropyLoss(), (x, y), head=head, keep_graphs=True)
         operator = HessianOperator(objective) if matrix == "hessian" else GGNOperator(objective)
         return lambda v: operator @ v
 
     return make
+
+
+def _flattened(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(batch[0]).flatten(0, 1), batch[1].flatten()
 
 
 def _by_hand(model: nn.Module, x: Tensor, y: Tensor, matrix: str) -> Product:
@@ -58,6 +72,8 @@ def _by_hand(model: nn.Module, x: Tensor, y: Tensor, matrix: str) -> Product:
 def _curvlinops(model: nn.Module, x: Tensor, y: Tensor, matrix: str) -> Product:
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
+    if matrix in PER_EXAMPLE:
+        raise NotImplementedError("matrices only")
     kind = HessianLinearOperator if matrix == "hessian" else GGNLinearOperator
     operator = kind(model, nn.CrossEntropyLoss(), list(model.parameters()), [(x, y)], check_deterministic=False)
     return lambda v: operator @ v
@@ -110,7 +126,7 @@ def main() -> None:
     """Measure what the command line selects and write the rows."""
     parser = command("head", __doc__)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="N,V,d: rows, classes, width")
-    parser.add_argument("--matrices", nargs="+", choices=("ggn", "hessian"), default=["ggn", "hessian"])
+    parser.add_argument("--matrices", nargs="+", choices=(*MATRICES, *PER_EXAMPLE), default=list(MATRICES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     a = parser.parse_args()
     cases = list(itertools.product(a.sizes, a.matrices, a.methods))

@@ -1,7 +1,8 @@
 """The curvature of pretrained models that packages ship, by the command: `python -m benchmarks.pretrained.bench`.
 
-Needs the packages of requirements/pretrained.txt. Each model is inspected in a process of its own, without its layers;
-`--layers` takes the traces of MiniLM's parts instead, into rows of their own.
+Needs the packages of requirements/pretrained.txt. Each model is inspected in a process of its own, MiniLM by the
+defaults of the command and the others without their layers; `--layers` takes the traces of MiniLM's parts instead, into
+rows of their own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from curvature import HessianOperator
 
 __all__ = ["main", "minilm_parts", "pretrained_table", "row_of", "traces_of_parts"]
 
-TIMEOUT_SECONDS = 3600
-OPTIONS = {"minilm": ("--no-check", "--k", "3", "--num-bottom", "1", "--num-steps", "8")}
-"""Of the command, where its default of 96 vectors would take 8 GiB."""
+TIMEOUT_SECONDS = 7200
+IN_FULL = ("minilm",)
+"""Inspected by the defaults of the command, layer by layer and all."""
 
 
 def row_of(name: str, folder: Path) -> Row:
@@ -45,15 +46,17 @@ def row_of(name: str, folder: Path) -> Row:
     }
     row: Row = {"model": name, "description": run.description, "num_params": found.num_params, "loss": found.loss}
     row |= {key: {"value": known.value, "stderr": known.stderr} for key, known in numbers.items()}
-    products = {"products": found.trace.num_matvecs, "seconds": found.cost.seconds}
+    products: Row = {"products": found.trace.num_matvecs, "seconds": found.cost.seconds}
+    products |= {"peak_mebibytes": found.cost.peak_bytes / 2**20}
+    products["stages"] = [[stage.name, stage.planned, stage.num_matvecs, stage.seconds] for stage in found.cost.stages]
     return row | products | {"dtype": found.dtype, "device": found.device, "notes": list(found.notes)}
 
 
 def measure(name: str, folder: Path) -> Row:
     """Inspect one model, and return its row, or a failure."""
     task = f"{Path(__file__).with_name('tasks.py').relative_to(ROOT)}:{name}"
-    said = [sys.executable, "-m", "analysis.cli", "inspect", task, "--no-layers", "--seed", "0", "--out", str(folder)]
-    said += OPTIONS.get(name, ())
+    said = [sys.executable, "-m", "analysis.cli", "inspect", task, "--seed", "0", "--out", str(folder)]
+    said += () if name in IN_FULL else ("--no-layers",)
     try:
         done = subprocess.run(said, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:

@@ -86,9 +86,9 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _REQUIRES_GRAD:
+        if func == _REQUIRES_GRAD:
             return any(args[0].varies)
-        if func is _GRAD_FN:
+        if func == _GRAD_FN:
             return args[0].h.grad_fn
         name = getattr(func, "__name__", "")
         if name == "__get__" or name in _FACTS:
@@ -113,12 +113,16 @@ class HeadInBlocks(TorchFunctionMode):
     Attributes:
         in_use: whether one was.
         refusal: what happened to them that they cannot follow; "" if nothing did.
+
+    Args:
+        weight: of the head.
+        least: bytes of logits (in float32) from which on they are lazy.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, least: int | None = None) -> None:
         super().__init__()
         self.in_use, self.refusal = False, ""
-        self._weight = weight
+        self._weight, self._least = weight, SMALL_LOGITS if least is None else least
         self._versions: list[tuple[Tensor, int]] = []
 
     def __exit__(self, *error: Any) -> None:
@@ -130,7 +134,7 @@ class HeadInBlocks(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) > 1 and args[1] is self._weight and _large(args[0], self._weight):
+        if func is F.linear and len(args) > 1 and args[1] is self._weight and self._large(args[0]):
             self.in_use = True
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             self._versions += [(t, t._version) for t in (args[0], args[1], bias) if t is not None]
@@ -143,18 +147,17 @@ class HeadInBlocks(TorchFunctionMode):
             self.refusal = str(error)
             raise
 
-
-def _large(h: Tensor, W: Tensor) -> bool:
-    if (
-        not torch.is_grad_enabled()
-        or type(h) is not Tensor
-        or not h.is_floating_point()
-        or torch.is_autocast_enabled(h.device.type)
-    ):
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return h.ndim > 1 and h.shape[:-1].numel() * len(W) * 4 > SMALL_LOGITS
+    def _large(self, h: Tensor) -> bool:
+        if (
+            not torch.is_grad_enabled()
+            or type(h) is not Tensor
+            or not h.is_floating_point()
+            or torch.is_autocast_enabled(h.device.type)
+        ):
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return False
+        return h.ndim > 1 and h.shape[:-1].numel() * len(self._weight) * 4 > self._least
 
 
 # -- what logits follow: (logits, other arguments, keywords) -> lazy logits, or None where they cannot -----------------
@@ -232,7 +235,7 @@ def _item(logits: LazyLogits, index: Any) -> LazyLogits | None:
     rows = logits.h[tuple(places)]
     if rows.ndim < 2:
         return None
-    if classes == slice(None):
+    if classes.indices(len(logits.W)) == (0, len(logits.W), 1):
         return logits.like(h=rows)
     return logits.like(h=rows, W=logits.W[classes], b=None if logits.b is None else logits.b[classes])
 

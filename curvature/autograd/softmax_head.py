@@ -13,7 +13,7 @@ Gauss-Newton matrix in place of four.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -124,12 +124,23 @@ class SoftmaxHead:
 
     def gradient(self, u: Tensor, log_sums: Tensor, needed: tuple[bool, bool, bool]) -> Parts:
         """Return the gradient of sum_n u_n l_n in h, W and b."""
-        work, masses = Workspace(self, needed), self.masses
-        for rows in self.rows():
+        work = Workspace(self, needed)
+        for rows, q in self.logit_gradients(u, log_sums, work):
+            work.add(rows, q)
+        return work.results()
+
+    def logit_gradients(
+        self, u: Tensor, log_sums: Tensor, work: Workspace | None = None, blocks: Iterable[slice] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the gradient of sum_n u_n l_n in a = h W' + b, a block at a time, in memory that the next overwrites.
+
+        Blocks are those of `rows`, or others that are no longer.
+        """
+        work, masses = work or Workspace(self), self.masses
+        for rows in self.rows() if blocks is None else blocks:
             z, y = work.logits(rows)
             g = z.sub_(log_sums[rows, None]).exp_().mul_((masses * u)[rows, None])
-            work.add(rows, work.times_slope(self.subtract_targets(g, rows, u[rows]), y))
-        return work.results()
+            yield rows, work.times_slope(self.subtract_targets(g, rows, u[rows]), y)
 
     def hessian(
         self, u: Tensor, log_sums: Tensor, along: Parts, needed: tuple[bool, bool, bool], with_slopes: bool

@@ -171,10 +171,10 @@ class Evaluator:
 
     # -- evaluation (inside a session) --------------------------------------------------------------------------------
 
-    def head_in_blocks(self) -> HeadInBlocks | None:
+    def head_in_blocks(self, least: int | None = None) -> HeadInBlocks | None:
         """Return what makes logits lazy, to evaluate with; None where there is no head or it was refused."""
         weight = None if self.head is None or self.head_refusal else self.head()
-        return HeadInBlocks(weight) if isinstance(weight, Tensor) else None
+        return HeadInBlocks(weight, least) if isinstance(weight, Tensor) else None
 
     def notes(self) -> list[str]:
         """Return what a reader of the results should know of the head."""

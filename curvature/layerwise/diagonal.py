@@ -28,8 +28,9 @@ from curvature.layerwise.bends import Bend, bends
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
-from curvature.per_example.batch import Run, Splitter
+from curvature.per_example.batch import Splitter
 from curvature.per_example.cutting import session
+from curvature.per_example.run import Run
 from curvature.results.record import Result
 
 __all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]

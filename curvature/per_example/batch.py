@@ -8,9 +8,9 @@ scaling every example's part of the vector by a number of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,55 +18,30 @@ import torch
 from torch import Tensor
 
 from curvature.autograd.backward import joined, no_autocast, pull_back
-from curvature.engine.evaluation import Evaluation, StandIns
+from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits, NotInBlocksError
 from curvature.engine.kept_graphs import BUDGET_SHARE
 from curvature.environment.memory import keep_freed, lately_available
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
+from curvature.losses.rules import CrossEntropy
 from curvature.objective.objective import Objective
 from curvature.per_example.capture import Capture
 from curvature.per_example.columns import ColumnSquares
 from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne
 from curvature.per_example.forms import Direct, Form, Probe, merge
+from curvature.per_example.head_rows import head_forms, serves
 from curvature.per_example.layout import Layout
 from curvature.per_example.row_order import follows
+from curvature.per_example.run import Part, Run
 
-__all__ = ["Part", "Run", "Splitter", "coarsest_eps", "flat_gradient", "tolerance"]
+__all__ = ["Splitter", "coarsest_eps", "flat_gradient", "tolerance"]
 
 CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
+_NONE: Mapping[int, Form] = {}
 _COARSEST = 0.05  # relative difference that a check lets pass in the narrowest dtypes
 _PROVED: WeakKeyDictionary[Objective, set[Any]] = WeakKeyDictionary()
 _PROBES: WeakKeyDictionary[Objective, dict[int, Probe]] = WeakKeyDictionary()
 _LAYOUTS: WeakKeyDictionary[Objective, dict[Any, tuple[Any, tuple[Layout | None, ...]]]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Part:
-    """The gradients of some parameters."""
-
-    positions: tuple[int, ...]
-    """Places of the parameters in the objective's space."""
-    form: Form
-    route: str
-    """How they were had; a second clause says why not by a rule."""
-
-
-@dataclass
-class Run:
-    """One batch, evaluated."""
-
-    batch: Any
-    index: int
-    num_examples: int
-    evaluation: Evaluation
-    capture: Capture
-    buffers: StandIns
-    runs_again: bool
-    """Whether parts of the model run in every backward pass, as activation checkpointing has it."""
-    layouts: tuple[Layout | None, ...] = ()
-    checked: bool = False
-    left: dict[int, str] = field(default_factory=dict)
-    """Parameters without rules, and why; known once the run is checked."""
 
 
 class Splitter:
@@ -101,11 +76,23 @@ class Splitter:
         self._generator = torch.Generator().manual_seed(0)
         self._probes = _PROBES.setdefault(objective, {})
 
-    def open(self, batch: Any, index: int) -> Run:
-        """Evaluate a batch and record the uses of the parameters."""
+    def open(self, batch: Any, index: int, *, in_blocks: bool = False) -> Run:
+        """Evaluate a batch and record the uses of the parameters; with its logits in blocks, where that is told to."""
+        blocks = self._evaluator.head_in_blocks() if in_blocks and self._route in ("auto", "rules") else None
+        if blocks is not None:
+            with contextlib.suppress(Exception):  # the model's own error comes again without blocks
+                run = self._evaluated(batch, index, blocks)
+                outputs = run.evaluation.outputs
+                served = not isinstance(outputs, LazyLogits) or serves(outputs, self._evaluator.rule, self._params)
+                if served and not blocks.refusal:
+                    return run
+                del run
+        return self._evaluated(batch, index, None)
+
+    def _evaluated(self, batch: Any, index: int, blocks: HeadInBlocks | None) -> Run:
         capture, buffers = Capture(self._params), self._evaluator.copy_buffers()
         with session(self._evaluator, buffers) as lean, capture:
-            evaluation = self._evaluator.evaluate(batch, index)
+            evaluation = self._evaluator.evaluate(batch, index, blocks)
         count = leading_size(self._evaluator, batch)
         return Run(batch, index, count, evaluation, capture, buffers, lean.saw_hooks)
 
@@ -117,11 +104,15 @@ class Splitter:
 
         Args:
             run: from `open`, of examples that are functions of their own (`refuse_coupling`).
-            vectors: in the shape of the outputs; None for the loss's gradient in them.
+            vectors: in the shape of the outputs; None for the loss's gradient in them, or in what goes into a head that
+                works in blocks.
+
+        Raises:
+            NotInBlocksError: if parameters have no rules, so that examples are taken one by one: logits must be whole.
         """
         if not run.checked:
             run.layouts = self._layouts_in(run)
-        outputs, edges = run.evaluation.outputs, [use.edge for use in run.capture.uses]
+        outputs, edges = run.place, [use.edge for use in run.capture.uses]
         assert isinstance(outputs, Tensor)
         inputs: Any = [*edges, *self._params]
         with self._backward_session(run), no_autocast(self._objective.device):
@@ -198,8 +189,13 @@ class Splitter:
             return tuple(Part((i,), Direct(pieces[i][None]), "single") for i in reached), flat
         known: list[tuple[int, Form, Tensor]] = []
         run.left = {}
+        outputs, of_head = run.evaluation.outputs, dict[int, Form]()
+        if isinstance(outputs, LazyLogits):
+            rule = self._evaluator.rule
+            assert isinstance(rule, CrossEntropy)
+            of_head = head_forms(outputs, rule, run.evaluation.targets, run.num_examples, self._params)
         for i in reached:
-            form, reason = self._by_rules(i, run, deltas) if self._route in ("auto", "rules") else (None, "")
+            form, reason = self._by_rules(i, run, deltas, of_head) if self._route in ("auto", "rules") else (None, "")
             if form is None:
                 run.left[i] = reason
                 continue
@@ -213,12 +209,16 @@ class Splitter:
             else:
                 run.left[i] = "its uses by known layers do not add up to its gradient"
         if run.left:
+            if run.evaluation.in_blocks:
+                raise NotInBlocksError("examples are taken one by one")
             parts.append(self._one_by_one(run, vectors, pieces))
         return tuple(parts), flat
 
-    def _by_rules(self, i: int, run: Run, deltas: Sequence[Tensor | None]) -> tuple[Form | None, str]:
+    def _by_rules(
+        self, i: int, run: Run, deltas: Sequence[Tensor | None], of_head: Mapping[int, Form] = _NONE
+    ) -> tuple[Form | None, str]:
         """Return the per-example gradients of parameter i from its uses, or why they cannot be had."""
-        forms: list[Form] = []
+        forms: list[Form] = [of_head[i]] if i in of_head else []
         uses = run.capture.uses
         mine = [k for k, use in enumerate(uses) if use.parameter == i and deltas[k] is not None]
         replaced = {k for k in mine if run.layouts[k] is None and any(uses[j].place.source == k for j in mine)}
@@ -302,7 +302,9 @@ class Splitter:
         key = (structure, tuple((id(m), type(m), m.training) for m in self._evaluator.model.modules()))
         found = known.get(key)
         if found is None:
-            found, shown = layouts_of_uses(self._evaluator, run.batch, run.index, run.num_examples)
+            found, shown = layouts_of_uses(
+                self._evaluator, run.batch, run.index, run.num_examples, in_blocks=run.evaluation.in_blocks
+            )
             if shown:
                 known[key] = found
         seen, layouts = found
@@ -323,7 +325,7 @@ class Splitter:
         shown = False  # zeros are in every layout
         if vectors.ndim > 0 and vectors.shape[0] % N == 0:
             scaled, scale = self._scaled(run, vectors)
-            found = pull_back([run.evaluation.outputs], [uses[k].edge for k in tested], [scaled])  # type: ignore[list-item]
+            found = pull_back([run.place], [uses[k].edge for k in tested], [scaled])
             verdicts, nonzero = [], []
             with torch.no_grad():
                 for k, other in zip(tested, found, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from curvature.autograd.backward import pull_back
+from curvature.autograd.lazy_logits import LazyLogits
 from curvature.autograd.lean import LeanLayers
 from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
@@ -86,11 +87,12 @@ def outputs_of(evaluator: Evaluator, part: Any) -> Tensor:
 
 
 def layouts_of_uses(
-    evaluator: Evaluator, batch: Any, index: int, num_examples: int
+    evaluator: Evaluator, batch: Any, index: int, num_examples: int, *, in_blocks: bool = False
 ) -> tuple[tuple[Any, tuple[Layout | None, ...]], bool]:
     """Find where the examples lie in the output of every use of a parameter, on two examples of a batch.
 
-    A vector in the outputs of one example is pulled back: in the right layout it reaches no row of the other.
+    A vector in the outputs of one example is pulled back: in the right layout it reaches no row of the other. With
+    `in_blocks` it is one in what goes into a head that works in blocks.
 
     Returns:
         The structure of the uses that were seen, and the layout of each, None where rows mix examples; and whether each
@@ -105,8 +107,10 @@ def layouts_of_uses(
     generator = torch.Generator().manual_seed(0)
     with session(evaluator, evaluator.copy_buffers()):
         try:
-            with seeded(evaluator, index), capture:
+            blocks = evaluator.head_in_blocks(least=0) if in_blocks else None
+            with seeded(evaluator, index), capture, blocks or contextlib.nullcontext():
                 outputs = outputs_of(evaluator, two)
+                outputs = outputs.h if isinstance(outputs, LazyLogits) else outputs
         except CurvatureError:
             raise
         except Exception as error:

@@ -44,7 +44,9 @@ def gradient_norms(
     """Return |g_i|^2 for every example, with the mean gradient and the trace of the gradients' covariance.
 
     Gradients are not written out where their norms do not need it: a linear map's from inner products of its inputs
-    and of the gradients in its outputs (`Factors`). Cost: one gradient and between 0.1 and 2 more.
+    and of the gradients in its outputs (`Factors`). Cost: one gradient and between 0.1 and 2 more. Where a head works
+    in blocks (`Objective(head=)`) its logits are not held: gradients of its weight are written out one at a time, where
+    the rows of an example do not fit into a block; per="target" and inner products of pairs take logits whole.
 
     Args:
         objective: with `loss=` and outputs that are one tensor, examples along the first dimension of inputs, outputs
@@ -249,7 +251,8 @@ def _collect(
     if dots and objective.process_group is not None:
         raise InputError("inner products of examples on different ranks are not computed; gather the data on one.")
     clock = time.perf_counter()
-    walk = Walk(objective, per=per, route=route, memory_budget=memory_budget)
+    blocks = not dots  # factors of gradients, which pairs need, hold what logits would
+    walk = Walk(objective, per=per, route=route, memory_budget=memory_budget, in_blocks=blocks)
     space = objective.space
     starts = torch.tensor([0, *space.numels]).cumsum(0).tolist()
     squares = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device) if moments else None
@@ -283,7 +286,7 @@ def _collect(
     elif along_mean:
         groups: Iterable[Group] | None = held.groups
         if groups is None:
-            groups = Walk(objective, per=per, route=route, memory_budget=memory_budget)
+            groups = Walk(objective, per=per, route=route, memory_budget=memory_budget, in_blocks=blocks)
         inner = _along(groups, mean, starts, walk.chunk_bytes)[order] * unit
         if held.groups is None:
             refuse_shuffling(objective)

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from curvature.autograd.backward import no_autocast, pull_back
+from curvature.autograd.lazy_logits import NotInBlocksError
 from curvature.engine.evaluation import Evaluation
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.losses.rules import AnyLoss
 from curvature.objective.dependence import Dependence
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
-from curvature.per_example.batch import Part, Run, Splitter, coarsest_eps, flat_gradient, tolerance
+from curvature.per_example.batch import Splitter, coarsest_eps, flat_gradient, tolerance
 from curvature.per_example.cutting import leading_size, session
+from curvature.per_example.run import Part, Run
 
 __all__ = ["Group", "Walk"]
 
@@ -62,9 +64,12 @@ class Walk:
         per: "example" or "target".
         route: "auto", "rules", "vmap" or "loop".
         memory_budget: bytes for gradients that are held.
+        in_blocks: hold no logits of a head that works in blocks.
     """
 
-    def __init__(self, objective: Objective, *, per: str, route: str, memory_budget: int | None) -> None:
+    def __init__(
+        self, objective: Objective, *, per: str, route: str, memory_budget: int | None, in_blocks: bool = True
+    ) -> None:
         if per not in ("example", "target"):
             raise InputError(f"per must be 'example' or 'target', got {per!r}.")
         self._splitter = Splitter(objective, route=route, memory_budget=memory_budget)
@@ -72,6 +77,7 @@ class Walk:
         self._objective, self._evaluator = objective, objective.evaluator
         self._params = list(objective.space.tensors.values())
         self._per = per
+        self._in_blocks = in_blocks and per == "example"  # targets are told apart by their logits
         self._dependence = Dependence(objective.dependence.whole)
         self.num_examples = self.num_backwards = self.num_batches = self.num_groups = 0
         self.batch: Any = None
@@ -90,8 +96,7 @@ class Walk:
         """Return the sum of all weights, over ranks too. Cost: a forward pass."""
         total = 0.0
         for index, batch in enumerate(self._objective.batches()):
-            with session(self._evaluator, self._evaluator.copy_buffers()), torch.no_grad():
-                evaluation = self._evaluator.evaluate(batch, index)
+            evaluation = self._splitter.open(batch, index, in_blocks=True).evaluation
             total += float(self._terms(evaluation, leading_size(self._evaluator, batch), index).sum())
         if self._objective.ranks is not None:
             _, total = self._objective.ranks.sum(torch.zeros(0, dtype=torch.float64), total)
@@ -100,7 +105,7 @@ class Walk:
     # -- one batch ----------------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Any, index: int) -> Iterator[Group]:
-        run = self._splitter.open(batch, index)
+        run = self._splitter.open(batch, index, in_blocks=self._in_blocks)
         N, evaluation = run.num_examples, run.evaluation
         self._dependence.note_loss(evaluation.loss, evaluation.weight, self._params)
         terms = self._terms(evaluation, N, index)
@@ -127,7 +132,14 @@ class Walk:
         sums = []
         columns = [c for c in range(width) if bool(counts[:, c].any())]
         for c in columns:
-            parts, flat, vectors = self._splitter.split(run, None if per_example else self._of_column(run, c, width))
+            try:
+                parts, flat, vectors = self._splitter.split(
+                    run, None if per_example else self._of_column(run, c, width)
+                )
+            except NotInBlocksError:
+                self._in_blocks = False
+                run = self._splitter.open(batch, index)
+                parts, flat, vectors = self._splitter.split(run)
             self.num_backwards += 1
             self._check_weightless(vectors, counts[:, c], index)
             sums.append(flat)
