@@ -28,6 +28,8 @@ from optimizers.newton.saddle_free import SaddleFreeNewton
 from optimizers.newton.sketchy_newton import SketchyNewton
 from optimizers.newton.trust_region_newton import TrustRegionNewton
 from optimizers.shared.sharded import Sharded
+from optimizers.without_backprop.direct_feedback import DirectFeedbackAlignment
+from optimizers.without_backprop.forward_gradient import ForwardGradient
 
 __all__ = [
     "ASAM",
@@ -45,6 +47,8 @@ __all__ = [
     "CubicRule",
     "CurvatureSource",
     "DampingRule",
+    "DirectFeedbackAlignment",
+    "ForwardGradient",
     "GaussNewton",
     "Grid",
     "LevenbergMarquardt",

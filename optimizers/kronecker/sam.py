@@ -7,7 +7,6 @@ generalization; Kwon, Kim, Park and Choi (2021), ASAM: adaptive sharpness-aware 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +17,8 @@ from torch._compile import _disable_dynamo
 from curvature.engine.repeated_evaluation import RepeatedEvaluation, RunningBuffers
 from curvature.errors import InputError
 from curvature.objective.shards import is_part
-from optimizers.shared.base import BaseOptimizer, Group
+from optimizers.shared.around import AroundAnother
+from optimizers.shared.base import Group
 from optimizers.shared.closures import backward_of
 from optimizers.shared.gradients import all_zero, refuse_sparse
 from optimizers.shared.ranks import average_gradients, on_all_ranks, share_of_rank
@@ -32,7 +32,7 @@ Closure = Callable[[], Any]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-class SAM(BaseOptimizer):
+class SAM(AroundAnother):
     """Steps of any optimizer with the gradient at the worst point nearby, for flat minima.
 
         e = rho g / |g|                  g: the gradient at theta, over all parameters
@@ -91,11 +91,9 @@ class SAM(BaseOptimizer):
     """
 
     _takes_parts = True
-    _kept = (*BaseOptimizer._kept, "base")
     _late_settings: ClassVar[dict[str, Any]] = {"rho": 0.05, "adaptive": False, "eta": 0.01}
     _least: ClassVar[dict[str, float]] = {"rho": 0.0, "eta": 0.0}
     _step_supports_amp_scaling = True  # a scaler that left the step out would leave the parameters perturbed
-    base: torch.optim.Optimizer
     _moved: list[tuple[Tensor, Tensor]] | None
     _watch: contextlib.ExitStack | None
 
@@ -111,46 +109,17 @@ class SAM(BaseOptimizer):
         process_group: ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
-        inside = base(params, **settings)
-        if inspect.signature(inside.step).parameters["closure"].default is inspect.Parameter.empty:
-            raise InputError(
-                f"base must step on gradients in `.grad`, and {type(inside).__name__}.step() needs a closure: take one "
-                "such as torch.optim.AdamW, torch.optim.SGD or optimizers.SOAP."
-            )
         own = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        super().__init__(inside.param_groups, {**inside.defaults, **own}, loss=loss, process_group=process_group)
-        self.base = inside
-        self._share()
-
-    def _share(self) -> None:
-        """Let base work on the groups and the state of this optimizer."""
-        if "base" in self.__dict__:
-            self.base.__setstate__({"param_groups": self.param_groups, "state": self.state})
-            if isinstance(self.base, BaseOptimizer):
-                self.base._forget()
+        super().__init__(params, base, own, settings, loss=loss, process_group=process_group)
 
     def _forget(self) -> None:
         self._moved, self._watch = None, None
-        self._share()
+        super()._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_moved" not in self.__dict__:
             self._forget()
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group to both optimizers, after checks of its settings."""
-        if "base" not in self.__dict__:
-            super().add_param_group(param_group)
-            return
-        for name in self._late_settings:
-            param_group.setdefault(name, self.defaults[name])
-        self.base.add_param_group(param_group)
-        try:
-            self._validate(self.param_groups[-1])
-        except InputError:
-            self.param_groups.pop()
-            raise
 
     def _validate(self, group: Group) -> None:
         super()._validate(group)
@@ -278,18 +247,11 @@ class SAM(BaseOptimizer):
                 p.grad = before if p.grad is None else p.grad.add_(before)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients."""
-        super().zero_grad(set_to_none)
-
     def _average(self, outputs: Tensor | None, targets: Any) -> None:
         if self.process_group is None:
             return
         share = 1.0 if outputs is None else share_of_rank(self, outputs, targets)
         average_gradients([p for p in self._trained() if not is_part(p)], self.process_group, share)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _move_away(self) -> Tensor | None:
         """Move to theta + e, nowhere if the gradient is zero or not finite; return the norm of (T) g."""

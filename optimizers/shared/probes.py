@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["counter_generator", "mixed_seed", "random_signs"]
+__all__ = ["counter_generator", "mixed_seed", "random_normals", "random_signs"]
 
 _MASK = (1 << 64) - 1
-_PROBES = 1  # keeps this stream apart from others under the same seed
+_PROBES, _NORMALS = 1, 2  # keep these streams apart from others under the same seed
 
 
 def mixed_seed(*counters: int) -> int:
@@ -60,3 +60,20 @@ def random_signs(params: Sequence[Tensor], seed: int, step: int, sample: int) ->
             views = zip(here, _unflatten_dense_tensors(ones, ours), strict=True)
             signs |= {i: view for i, view in views if params[i].dtype == dtype}
     return [signs[i] for i in range(len(params))]
+
+
+def random_normals(params: Sequence[Tensor], seed: int, step: int, sample: int) -> list[Tensor]:
+    """Return independent standard normal numbers in the shape, dtype and device of each parameter.
+
+    They are a function of (seed, step, sample) and of the parameter's place in `params`; those on a GPU differ from
+    those on a CPU, whose generators differ.
+    """
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(p.device for p in params):
+        here = [i for i, p in enumerate(params) if p.device == device]
+        ours = [params[i] for i in here]
+        generator = counter_generator(device, _NORMALS, seed, step, sample)
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in ours) else torch.float32
+        flat = torch.randn(sum(p.numel() for p in ours), generator=generator, device=device, dtype=dtype)
+        found |= {i: v.to(params[i].dtype) for i, v in zip(here, _unflatten_dense_tensors(flat, ours), strict=True)}
+    return [found[i] for i in range(len(params))]

@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers import ASAM, COCOB, ESGD, SAM, SASSHA, SLS, SOAP, AdaHessian, Lion, Shampoo, Sophia, Yogi
+from optimizers import (
+    ASAM,
+    COCOB,
+    ESGD,
+    SAM,
+    SASSHA,
+    SLS,
+    SOAP,
+    AdaHessian,
+    ForwardGradient,
+    Lion,
+    Shampoo,
+    Sophia,
+    Yogi,
+)
 
 __all__ = ["FAULTY", "SUBJECTS", "Subject"]
 
@@ -55,6 +69,12 @@ SUBJECTS: dict[str, Subject] = {
     "COCOB": Subject(COCOB, "backward"),
     "Lion": Subject(Lion, "backward", LR),
     "Yogi": Subject(Yogi, "backward", LR, {SPIKE: "its second average falls by squares of gradients, never faster"}),
+    "ForwardGradient": Subject(
+        partial(ForwardGradient, base=torch.optim.SGD),
+        "loss",
+        {"lr": 0.005, "num_directions": 20},
+        {"frozen and unused parameters stay": "an unused parameter moves with the noise of the others"},
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""Training without a backward pass through the network: forward gradients, direct feedback, learned updates."""

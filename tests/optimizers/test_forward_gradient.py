@@ -1,0 +1,179 @@
+"""Forward gradients are unbiased with the variance that they state, by weights and by activities."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature.errors import InputError
+from optimizers import ForwardGradient
+from optimizers.shared.probes import random_normals, random_signs
+from tests.optimizers.problems import Problem, convolutional, mlp
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+
+Made = partial(ForwardGradient, base=torch.optim.SGD, lr=0.0)
+
+
+def flat_grad(params: list[nn.Parameter]) -> Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
+
+
+def errors_of(problem: Problem, closure: Any, draws: int = 400, **settings: Any) -> tuple[Tensor, Any]:
+    """Return the errors of so many estimates, (draws, P), in units of |g|."""
+    gradient = problem.dense()[0]
+    optimizer, found = Made(problem.params, loss=F.cross_entropy, **settings), []
+    for _ in range(draws):
+        optimizer.step(closure)
+        found.append((flat_grad(problem.params) - gradient) / gradient.norm())
+    return torch.stack(found), optimizer
+
+
+def z_scores(samples: Tensor, expected: Tensor | float) -> Tensor:
+    return (samples.mean(0) - expected) / (samples.std(0) / len(samples) ** 0.5)
+
+
+@pytest.mark.parametrize(("directions", "m"), [("normal", 1), ("signs", 1), ("normal", 3)])
+def test_unbiased_with_the_stated_variance(directions: Any, m: int) -> None:
+    problem = mlp()
+    errors, optimizer = errors_of(problem, problem.closure, directions=directions, num_directions=m)
+    P = problem.flat().numel()
+    assert optimizer.relative_variance == (P + (1 if directions == "normal" else -1)) / m
+    assert float(z_scores(errors, 0.0).square().mean()) < 2  # 1 on average over P scores
+    assert float(z_scores(errors, 0.0).abs().max()) < 4.5
+    assert abs(float(z_scores(errors.square().sum(1), optimizer.relative_variance))) < 3.5
+
+
+@pytest.mark.parametrize(("make", "kind"), [(mlp, "pair"), (mlp, "loss"), (convolutional, "pair")])
+def test_activities_are_unbiased_too(make: Any, kind: str) -> None:
+    problem = make()
+    closure = problem.pair if kind == "pair" else problem.closure
+    errors, optimizer = errors_of(problem, closure, activities_of=problem.model)
+    assert optimizer.relative_variance is None
+    assert float(z_scores(errors, 0.0).square().mean()) < 2
+    assert float(z_scores(errors, 0.0).abs().max()) < 4.5
+
+
+def test_activities_have_the_variance_of_a_layers_outputs() -> None:
+    """One linear layer with one example: the error of dL/dz is (K + 1) |dL/dz|^2, that of the weights times |x|^2."""
+    torch.manual_seed(0)
+    model = nn.Linear(50, 3, bias=False).double()
+    problem = Problem(model, torch.randn(1, 50), torch.tensor([1]))
+    errors, _ = errors_of(problem, problem.pair, activities_of=model)
+    assert abs(float(z_scores(errors.square().sum(1), 4.0))) < 3.5
+    weights, optimizer = errors_of(problem, problem.pair)
+    assert optimizer.relative_variance == 151
+    assert float(weights.square().sum(1).mean()) > 100
+
+
+def test_it_is_the_sum_over_its_directions() -> None:
+    for name, draw in (("normal", random_normals), ("signs", random_signs)):
+        problem = mlp()
+        optimizer = Made(problem.params, num_directions=3, directions=name, seed=4)
+        optimizer.step(problem.closure)
+        first = flat_grad(problem.params)
+        gradient, expected = problem.dense()[0], torch.zeros_like(first)
+        for j in range(3):
+            v = torch.cat([t.reshape(-1) for t in draw(problem.params, 4, 0, j)])
+            expected += (gradient @ v) * v / 3
+        torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-12)
+        before = problem.flat()
+        optimizer.step(problem.closure)
+        assert torch.equal(problem.flat(), before), "parameters are put back to the bit"
+        assert not torch.equal(flat_grad(problem.params), first), "every step draws anew"
+
+
+def test_random_numbers_and_running_statistics_are_those_of_one_evaluation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 1))
+    for more in ({}, {"activities_of": model}):
+        moved, states = int(model[1].num_batches_tracked), []  # type: ignore[arg-type, union-attr]
+        optimizer = Made(model.parameters(), num_directions=3, **more)
+
+        def closure(states: list[Tensor] = states) -> Tensor:
+            states.append(torch.get_rng_state())
+            return model(x).square().mean()
+
+        loss = optimizer.step(closure)
+        assert int(model[1].num_batches_tracked) == moved + 1  # type: ignore[arg-type, union-attr]
+        assert len(states) == 3
+        assert all(torch.equal(s, states[0]) for s in states)
+        assert all(p.requires_grad for p in model.parameters())
+        assert not loss.requires_grad
+        assert torch.autograd.forward_ad.unpack_dual(model[1].running_mean).tangent is None  # type: ignore[arg-type, union-attr]
+
+
+def test_attention_and_shared_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    params = list(layer.parameters())
+    optimizer = Made(params, num_directions=1)
+    optimizer.step(lambda: layer(x).square().mean())
+    found = flat_grad(params)
+    v = torch.cat([t.reshape(-1) for t in random_normals(params, 0, 0, 0)])
+    layer(x).square().mean().backward()
+    true = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None]) - found  # backward adds
+    torch.testing.assert_close(found, (true @ v) * v)
+
+
+def test_it_learns() -> None:
+    problem = mlp()
+    optimizer = ForwardGradient(problem.params, torch.optim.SGD, num_directions=4, lr=0.05, momentum=0.9)
+    losses = [float(optimizer.step(problem.closure)) for _ in range(300)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_what_it_refuses() -> None:
+    problem = mlp()
+    optimizer = Made(problem.params)
+    with pytest.raises(InputError, match="call no backward"):
+        optimizer.step(lambda: problem.closure().backward())
+    with pytest.raises(InputError, match="does not depend"):
+        optimizer.step(lambda: torch.ones(()))
+    with pytest.raises(InputError, match="without a forward mode"):
+        optimizer.step(lambda: without_forward_mode(problem.params[0]))
+    with pytest.raises(InputError, match="directions must be one of normal, signs"):
+        Made(problem.params, directions="sphere")
+    assert all(p.requires_grad for p in problem.params)
+    other = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"belong to no layer of activities_of"):
+        Made(problem.params, activities_of=other).step(problem.closure)
+    batch_norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    coupled = Problem(batch_norm, problem.x, problem.y)
+    with pytest.raises(InputError, match="examples see each other in 1, a BatchNorm1d in training mode"):
+        Made(coupled.params, activities_of=batch_norm, loss=F.cross_entropy).step(coupled.pair)
+
+
+def without_forward_mode(p: Tensor) -> Tensor:
+    x = p.sum() * torch.ones(1, 1, 4, 4, dtype=p.dtype)
+    found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0]
+    return found.sum()
+
+
+def _work(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        joined, half = mlp(), mlp()
+        Made(joined.params).step(joined.closure)
+        Made(half.params, process_group=dist.group.WORLD).step(half.part(slice(6 * rank, 6 * rank + 6)))
+        torch.testing.assert_close(flat_grad(half.params), flat_grad(joined.params))
+        learner = Made(half.params, process_group=dist.group.WORLD, activities_of=half.model, loss=F.cross_entropy)
+        learner.step(half.pair_of(slice(6 * rank, 6 * rank + 6)))
+        found = [torch.zeros_like(half.flat()) for _ in range(2)]
+        dist.all_gather(found, flat_grad(half.params))
+        assert torch.equal(found[0], found[1])
+    finally:
+        dist.destroy_process_group()
+
+
+@IN_TWO_PROCESSES
+def test_two_ranks_estimate_the_gradient_of_the_joined_batch(tmp_path: Path) -> None:
+    in_two_processes(_work, str(tmp_path))
