@@ -50,6 +50,10 @@ STUDIES = {
         "analysis.learning_rate.study",
         "Find the largest stable learning rate of a training, and the best one, by short trainings.",
     ),
+    "descent": (
+        "analysis.generalization.descent.study",
+        "Look for double descent: test error and curvature along width, epochs or number of examples.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -87,7 +91,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr".
+            "track", "lr", "descent".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

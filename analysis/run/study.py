@@ -126,6 +126,8 @@ class Study(Generic[P, R]):
     """What progress is told in, where the price is one of work."""
     resumable: bool = False
     """Whether it keeps what it finds in a draft, from which an interrupted run goes on."""
+    held_out: bool = False
+    """Whether `measure` also takes `test_data`, those of the task."""
 
 
 def run_study(
@@ -192,7 +194,9 @@ def _studied(
         price = study.price(objective, plan)
         price = price if isinstance(price, Price) else _priced(objective, price, study.unit)
     listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
-    kept = {"draft": draft} if study.resumable else {}
+    kept: dict[str, Any] = {"draft": draft} if study.resumable else {}
+    if study.held_out:
+        kept["test_data"] = task.test_data
     result, seconds = timed(
         lambda: study.measure(objective, plan, generator=generator, progress=listener.advanced, **kept),
         objective.device,

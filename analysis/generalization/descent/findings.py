@@ -1,0 +1,187 @@
+"""What a curve says, in plain sentences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy import stats
+
+from analysis.generalization.descent.results import DescentCurve, Peak
+from analysis.show import wording
+from analysis.show.report import Finding
+
+__all__ = ["findings"]
+
+_STANDS = 3.0  # standard errors
+_AT = {"width": "width {}", "epochs": "epoch {}", "samples": "{} examples"}
+
+
+def _at(found: DescentCurve, value: float) -> str:
+    """Return a place on the curve in words."""
+    form = "{} features" if found.model != "task" and found.vary == "width" else _AT[found.vary]
+    return form.format(wording.count(value))
+
+
+def findings(found: DescentCurve) -> tuple[Finding, ...]:
+    """Return questions and answers."""
+    told = [
+        Finding("Is there a double descent?", f"{_of_loss(found)} {_of_error(found)}"),
+        Finding("Where does fitting the wrong labels begin?", _threshold(found)),
+    ]
+    if np.isfinite(found.of("effective_dimension")).any():
+        told.append(Finding("What does curvature see of it?", _curvature(found)))
+    if found.vary == "width":
+        told.append(Finding("What does counting parameters miss?", _counting(found)))
+    told.append(
+        Finding("Does the closed form hold?", _closed_form(found))
+        if found.model != "task"
+        else Finding("Have the networks converged?", _converged(found))
+    )
+    return tuple(told)
+
+
+def _of_loss(found: DescentCurve) -> str:
+    peak = found.peak("test_loss")
+    if peak is None:
+        return "No: the mean test loss has no peak among the values tried."
+    number = wording.number
+    up, down = number(math.exp(peak.rise), 2), number(math.exp(peak.fall), 2)
+    said = (
+        f"the test loss peaks at {_at(found, peak.value)}: {up} times what it is at {wording.count(peak.before)}, and "
+        f"{down} times what it is at {wording.count(peak.after)}; {_stands(peak)}."
+    )
+    return f"{'Yes' if peak.standing >= _STANDS else 'Not for sure'}: {said}"
+
+
+def _of_error(found: DescentCurve) -> str:
+    peak = found.peak("test_error")
+    if peak is None:
+        return "The test error has no peak."
+    number = wording.number
+    return (
+        f"The test error peaks at {wording.count(peak.value)} with {number(100 * peak.height, 3)}{wording.THIN}%, "
+        f"{number(100 * peak.rise, 2)} points above its lowest value before and {number(100 * peak.fall, 2)} above "
+        f"that after; {_stands(peak)}."
+    )
+
+
+def _stands(peak: Peak) -> str:
+    size = wording.number(peak.standing, 2)
+    if peak.standing >= _STANDS:
+        return f"the smaller of rise and fall is {size} standard errors over {wording.count(peak.dof + 1)} repeats"
+    return f"the smaller of rise and fall is only {size} standard errors, which repeats alone may bring about"
+
+
+def _threshold(found: DescentCurve) -> str:
+    threshold, number = found.threshold, wording.number
+    what = "all labels, wrong ones included," if found.label_noise > 0 else "all labels"
+    if not threshold.found:
+        some = sum(math.isfinite(high) and low > 0 for low, high in threshold.repeats)
+        reached = f"{wording.count(some)} of {wording.count(len(threshold.repeats))} repeats cross it"
+        return f"Not every repeat fits {what} within the values tried ({reached}); try others, or more steps."
+    peak = found.peak("test_loss")
+    ends = f"{wording.count(threshold.lower)} and {_at(found, threshold.upper)}"
+    text = f"Between {ends}: {'up to' if found.vary == 'samples' else 'from'} there {what} are fitted."
+    if peak is None:
+        return text
+    off = max(peak.value / threshold.middle, threshold.middle / peak.value)
+    index = int(np.flatnonzero(found.values == peak.value)[0])
+    error = found.mean("train_error")[0][index]
+    if threshold.lower <= peak.value <= threshold.upper:
+        return f"{text} The peak of the test loss lies there."
+    side = "before" if peak.value < threshold.middle else "beyond"
+    return (
+        f"{text} The peak of the test loss lies a factor of {number(off, 2)} {side} it, where "
+        f"{number(100 * error, 2)}{wording.THIN}% of the labels are still not fitted."
+    )
+
+
+def _curvature(found: DescentCurve) -> str:
+    number, values, text = wording.number, found.values, []
+    condition = found.interval("condition")[0]
+    if np.isfinite(condition).any():
+        at, threshold = float(values[int(np.nanargmax(condition))]), found.threshold
+        text.append(f"The condition number is largest at {_at(found, at)}")
+        if threshold.found and threshold.lower <= at <= threshold.upper:
+            text[0] += ", at the threshold."
+        elif found.vary != "epochs":
+            outputs = wording.count(found.num_classes * found.num_samples)
+            text[0] += (
+                f": where there are about as many parameters as outputs on the training data ({outputs}), "
+                "which is not where this loss begins to fit the labels."
+                if found.model == "task" and found.vary == "width"
+                else "."
+            )
+    beyond = _beyond(found)
+    dimension, loss = found.interval("effective_dimension")[0][beyond], found.interval("test_loss")[0][beyond]
+    if len(dimension) >= 4 and np.isfinite(dimension).all() and np.isfinite(loss).all():
+        rank = float(stats.spearmanr(dimension, loss).statistic)
+        where = "From the threshold on" if len(dimension) < len(values) else "Over all values"
+        verdict = "tracks the test loss" if rank > 0.7 else "does not track the test loss"
+        text.append(
+            f"{where} the effective dimension goes from {number(float(dimension[0]), 3)} to "
+            f"{number(float(dimension[-1]), 3)} and {verdict} (rank correlation {number(rank, 2)} over "
+            f"{wording.count(len(dimension))} values)."
+        )
+        if found.loss != "squared error":
+            text.append(
+                "Under cross-entropy curvature shrinks with p (1 - p) as confidence grows: it measures that, too, and "
+                "not dimension alone."
+            )
+    return " ".join(text)
+
+
+def _beyond(found: DescentCurve) -> slice:
+    threshold = found.threshold
+    if not threshold.found or found.vary == "samples":
+        return slice(None)
+    return slice(int((found.values < threshold.upper).sum()), None)
+
+
+def _counting(found: DescentCurve) -> str:
+    number, count = wording.number, wording.count
+    params, (error, _) = found.mean("num_params")[0], found.mean("test_error")
+    loss = found.interval("test_loss")[0]
+    worst = int(np.nanargmax(loss))
+    miss, best = worst < len(loss) - 1, int(np.nanargmin(error))
+    return (
+        f"The largest model has {count(float(params[-1]))} parameters for {count(found.num_samples)} examples, "
+        f"{number(float(params[-1]) / found.num_samples, 2)} for each. Its test error is "
+        f"{number(100 * float(error[-1]), 3)}{wording.THIN}% and its test loss {number(float(loss[-1]), 3)}; where "
+        f"the loss is highest, with {count(float(params[worst]))} parameters, they are "
+        f"{number(100 * float(error[worst]), 3)}{wording.THIN}% and {number(float(loss[worst]), 3)}."
+        + (" A bound that grows with the number of parameters would order them the other way round." if miss else "")
+        + f" The lowest test error of all is at {_at(found, float(found.values[best]))}, "
+        + ("beyond" if best > worst else "before" if best < worst else "at")
+        + " the highest loss."
+    )
+
+
+def _closed_form(found: DescentCurve) -> str:
+    off = found.of("test_loss") - found.of("expected")
+    z = off.mean(axis=1) / (off.std(axis=1, ddof=1) / math.sqrt(off.shape[1]))
+    worst = int(np.nanargmax(abs(z)))
+    p = float(2 * stats.t.sf(abs(z[worst]), off.shape[1] - 1)) * len(z)
+    verdict = "Yes" if p > 0.01 else "No"
+    return (
+        f"{verdict}: the test loss differs from its expectation over label noise by at most "
+        f"{wording.number(float(abs(z[worst])), 2)} standard errors over {wording.count(off.shape[1])} repeats, at "
+        f"{wording.count(float(found.values[worst]))} (p = {wording.number(min(1.0, p), 2)} over all values)."
+    )
+
+
+def _converged(found: DescentCurve) -> str:
+    number, unsettled = wording.number, found.unsettled()
+    loss = found.mean("train_loss")[0]
+    first, last = (number(float(loss[i]), 3) for i in (0, -1))
+    ends = f"The training loss ends at {first} at the first value and {last} at the last."
+    if found.vary == "epochs":
+        return f"They are watched on their way, so most are not. {ends}"
+    if not unsettled:
+        return f"Yes, by this measure: each fits its labels, or its gradient has fallen to 3 % of the start's. {ends}"
+    shown = ", ".join(wording.count(value) for value in unsettled)
+    return (
+        f"Not all: at {shown} labels are left unfitted and the gradient has not fallen to 3 % of the start's. These "
+        f"points say what {wording.count(found.steps)} steps do, not what the width can do; raise --steps. {ends}"
+    )

@@ -1,0 +1,213 @@
+"""Networks of one shape, trained side by side: repeats of one training share every matrix product.
+
+The members differ in their parameters, the order of their batches and, where there are several, their labels; what an
+optimizer does entry by entry it does to a stack of them as to each alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from analysis.training.loop import initialise
+from curvature.errors import InputError
+
+__all__ = ["Ensemble", "Fit", "Recipe", "fresh"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a model in train mode whose parameters are drawn anew, by a seed."""
+    made = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        initialise(made)
+    return made.train()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train."""
+
+    steps: int
+    lr: float
+    optimizer: Literal["adam", "sgd"] = "adam"
+    batch_size: int | None = None
+    """In examples; None takes all at once."""
+    weight_decay: float = 0.0
+    """Of the optimizer; Adam's is decoupled."""
+    rho: float = 0.0
+    """Radius of sharpness-aware minimisation; 0 is none."""
+    decay: bool = True
+    """Whether the rate falls to a hundredth along half a cosine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How well each member does on some data."""
+
+    loss: Tensor
+    """(R,), the mean over examples."""
+    error: Tensor
+    """(R,), share of examples whose largest output is another class."""
+
+
+class Ensemble:
+    """R copies of a model, each with parameters drawn by a seed of its own.
+
+    Args:
+        model: whose modules can draw their parameters.
+        seeds: of the members.
+
+    Raises:
+        InputError: for a module that cannot draw its parameters, or a model that does not run under vmap.
+    """
+
+    def __init__(self, model: nn.Module, seeds: Sequence[int]) -> None:
+        made = [fresh(model, seed) for seed in seeds]
+        self.seeds = tuple(seeds)
+        self.params, self.buffers = stack_module_state(made)
+        self.params = {name: value.detach().clone().requires_grad_() for name, value in self.params.items()}
+        self._base, self._whole = made[0], copy.deepcopy(made[0])  # functional_call leaves tied parameters changed
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def outputs(self, inputs: Tensor, *, train: bool = False) -> Tensor:
+        """Return the outputs (R, N, C) on inputs that all share (N, ...), or each its own, (R, N, ...), in train."""
+        self._base.train(train)
+
+        def of_one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
+            return functional_call(self._base, (params, buffers), (x,))
+
+        own = 0 if train else None
+        try:
+            found = vmap(of_one, in_dims=(0, 0, own), randomness="different")(self.params, self.buffers, inputs)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{type(self._base).__name__} does not run for several members at once under torch.vmap "
+                f"({' '.join(str(error).split())[:200]}); give a model without data-dependent control flow."
+            ) from error
+        return cast("Tensor", found)
+
+    def losses(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each member, (R,), of outputs (R, N, C) and targets (R, N)."""
+        return vmap(loss)(outputs, targets)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of one member."""
+        return sum(p[0].numel() for p in self.params.values())
+
+    def norms(self) -> Tensor:
+        """Return the Euclidean norm of each member's parameters, (R,)."""
+        return _norms([p.detach() for p in self.params.values()])
+
+    def gradient_norms(self, loss: Loss, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the norm of each member's gradient, in eval mode, (R,); inputs (N, ...), labels (R, N)."""
+        total = self.losses(loss, self.outputs(inputs), labels).sum()
+        return _norms(torch.autograd.grad(total, list(self.params.values())))
+
+    def member(self, index: int) -> nn.Module:
+        """Return one member as a model of its own, in eval mode."""
+        model = copy.deepcopy(self._whole)
+        state = {name: value[index].detach().clone() for name, value in {**self.params, **self.buffers}.items()}
+        model.load_state_dict(state)
+        return model.eval()
+
+    @torch.no_grad()
+    def fit(self, loss: Loss, inputs: Tensor, labels: Tensor) -> Fit:
+        """Return loss and error of each member on inputs (N, ...) with labels (N,) or (R, N), in eval mode."""
+        outputs = self.outputs(inputs)
+        labels = labels.expand(len(self), -1)
+        wrong = (outputs.argmax(dim=2) != labels).double().mean(dim=1)
+        wrong = torch.where(outputs.isfinite().all(dim=2).all(dim=1), wrong, math.nan)
+        return Fit(loss=self.losses(loss, outputs, labels).double(), error=wrong)
+
+    def train(
+        self,
+        loss: Loss,
+        inputs: Tensor,
+        labels: Tensor,
+        recipe: Recipe,
+        *,
+        change: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        each: Callable[[int], bool] | None = None,
+    ) -> int:
+        """Train all members and return the steps taken.
+
+        Args:
+            loss: of one member's outputs (N, C) and labels (N,).
+            inputs: (N, ...), of all.
+            labels: (N,) or (R, N).
+            recipe: how.
+            change: what is done to the inputs of a batch, such as a shift.
+            each: told the number of steps taken, 0 first; training ends where it returns True.
+        """
+        R, N = len(self), labels.shape[-1]
+        inputs, labels = inputs.expand(R, *inputs.shape), labels.expand(R, N)
+        size = min(N, recipe.batch_size or N)
+        orders = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        params = list(self.params.values())
+        optimizer = _optimizer(params, recipe)
+        rows = torch.arange(R)[:, None]
+        queue = torch.empty(R, 0, dtype=torch.int64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seeds[0])  # dropout
+            for step in range(recipe.steps):
+                if each is not None and each(step):
+                    return step
+                x, y = inputs, labels
+                if size < N:
+                    if queue.shape[1] < size:
+                        queue = torch.stack([torch.randperm(N, generator=g) for g in orders])
+                    places, queue = queue[:, :size], queue[:, size:]
+                    x, y = inputs[rows, places], labels[rows, places]
+                if change is not None:
+                    x = torch.stack([change(part, g) for part, g in zip(x, orders, strict=True)])
+                if recipe.decay:
+                    share = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+                    optimizer.param_groups[0]["lr"] = recipe.lr * (0.01 + 0.99 * share)
+                self._step(optimizer, params, loss, x, y, recipe.rho)
+        if each is not None:
+            each(recipe.steps)
+        return recipe.steps
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, params: list[Tensor], loss: Loss, x: Tensor, y: Tensor, rho: float
+    ) -> None:
+        def gradients() -> tuple[Tensor, ...]:
+            total = self.losses(loss, self.outputs(x, train=True), y).sum()  # each member's gradient is that of its own
+            return torch.autograd.grad(total, params)
+
+        found = gradients()
+        if rho > 0:
+            norm = _norms(found).to(found[0].dtype).clamp_min(1e-30)
+            moves = [rho * g / norm.reshape(-1, *[1] * (g.ndim - 1)) for g in found]
+            with torch.no_grad():
+                torch._foreach_add_(params, moves)
+            found = gradients()
+            with torch.no_grad():
+                torch._foreach_sub_(params, moves)
+        for p, g in zip(params, found, strict=True):
+            p.grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.double().flatten(1).square().sum(1) for t in tensors]).sum(0).sqrt()
+
+
+def _optimizer(params: list[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(params, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
