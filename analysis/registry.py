@@ -54,6 +54,10 @@ STUDIES = {
         "analysis.generalization.descent.study",
         "Look for double descent: test error and curvature along width, epochs or number of examples.",
     ),
+    "race": (
+        "analysis.race.study",
+        "Race optimizers: the same budget for each, rates searched, seeds paired, and who is ahead beyond chance.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -91,7 +95,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr", "descent".
+            "track", "lr", "descent", "race".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

@@ -37,8 +37,8 @@ ROOMS = {
     "curvature.linalg": "systems low_rank stochastic krylov base",
     "optimizers": "checks without_backprop first_order kronecker newton diagonal shared",
     "analysis": (
-        "entry cli registry compare generalization inspection landscape sharpness conditioning critical integrations "
-        "learning_rate training implicit noise alignment run tasks show records"
+        "entry cli registry race compare generalization inspection landscape sharpness conditioning critical "
+        "integrations learning_rate training implicit noise alignment run tasks show records"
     ),
 }
 

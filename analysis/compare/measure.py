@@ -31,7 +31,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.results.intervals import combined_error
 
-__all__ = ["compare_results", "quantities"]
+__all__ = ["compare_results", "holm", "quantities"]
 
 Quantities = dict[str, tuple[Measured, str]]
 
@@ -91,7 +91,7 @@ def compare_results(results: Mapping[str, Any], *, level: float = 0.05, same_dat
     p_solver = [tuple(_p_value(row[0], other, data=False) for other in row[1:]) for row in values]
     p_data = [tuple(_p_value(row[0], other, data=True) for other in row[1:]) for row in values]
     parents = [[names.index(parent) for parent in _FOLLOWS.get(name, ()) if parent in names] for name in names]
-    on_these, real = _holm(p_solver, parents, level), _holm(p_data, parents, level)
+    on_these, real = holm(p_solver, parents, level), holm(p_data, parents, level)
     rows = tuple(
         Compared(
             name=name,
@@ -156,7 +156,7 @@ def _errors(measured: Measured, data: bool) -> list[tuple[float, float]]:
     return [*own, (measured.data_stderr, measured.data_dof)] if data else own
 
 
-def _holm(p_values: Sequence[tuple[float, ...]], parents: Sequence[list[int]], level: float) -> list[list[bool]]:
+def holm(p_values: Sequence[tuple[float, ...]], parents: Sequence[list[int]], level: float) -> list[list[bool]]:
     """Return which differences are significant together: the smallest p at level / m, the next at level / (m - 1)...
 
     Rows with parents join once one of these is significant: until then all may be equal.

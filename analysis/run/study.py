@@ -63,6 +63,8 @@ class Work:
     """Pieces of the data that are worked on one by one; they cost more than their share of the data."""
     piece_seconds: float = 0.0
     """What one of them takes, from a few."""
+    workers: int = 1
+    """Processes that share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +230,10 @@ def _priced(objective: Objective, work: Work, unit: str) -> Price:
             run()
             parts.append((count, unit, median_seconds(run, device)))
     text = ", ".join(f"{number(count, 2)} {unit} of {duration(each)}" for count, unit, each in parts)
-    return Price(f"about {text}", sum(count * each for count, _, each in parts), unit=unit)
+    seconds = sum(count * each for count, _, each in parts) / work.workers
+    if work.workers > 1:
+        text += f" in {work.workers} processes"
+    return Price(f"about {text}", seconds, unit=unit)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from analysis.tasks.task import Task
 from curvature import Objective
 from curvature.errors import TaskError
 
-__all__ = ["load_task"]
+__all__ = ["function_of", "load_task"]
 
 
 def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoint_key: str | None = None) -> Task:
@@ -52,6 +52,18 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     if checkpoint is None:
         return task
     return _loaded(task, Path(checkpoint), load_checkpoint(checkpoint, task.model, key=checkpoint_key))
+
+
+def function_of(reference: str) -> Callable[..., Any]:
+    """Return what "file.py:function" or "package.module:function" names, which is executed as far as imports go.
+
+    Raises:
+        TaskError: if it does not import, or the function is missing.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name.isidentifier():
+        raise TaskError(f"{reference!r} names no function; write file.py:function or package.module:function.")
+    return _named(_module(place), name, place)
 
 
 def _of_function(reference: str) -> Task:
@@ -149,17 +161,20 @@ def _import_module(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
-def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:
+def _named(module: ModuleType, name: str, place: str) -> Callable[..., Any]:
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     function = getattr(module, name, None)
     if function is None:
         raise TaskError(
-            f"{place} has no function {name!r}{_nearest(name, functions)}; give the name of one that returns a Task."
+            f"{place} has no function {name!r}{_nearest(name, functions)}; give the name of one that is there."
         )
     if not callable(function):
-        raise TaskError(
-            f"{name!r} in {place} is a {type(function).__name__}, not a function; give one that returns a Task."
-        )
+        raise TaskError(f"{name!r} in {place} is a {type(function).__name__}, not a function; give one.")
+    return cast("Callable[..., Any]", function)
+
+
+def _function(module: ModuleType, name: str, place: str) -> Callable[[], Any]:
+    function = _named(module, name, place)
     try:
         inspect.signature(function).bind()
     except TypeError as error:

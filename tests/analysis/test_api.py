@@ -77,6 +77,7 @@ SETTINGS = {
     "sharpness": {"measures": ("sam", "trace")},
     "implicit": {"lr": 0.1, "batch_size": 4, "k": 1},
     "lr": {"steps": 8, "seeds": 1, "warmup": False, "fresh": True},
+    "race": {"optimizers": ("sgd",), "budget": "2 steps", "seeds": 2, "rates": 2, "workers": 1},
     "track": {"lr": 0.1, "steps": 4, "quantities": ("sharpness", "layers")},
 }
 

@@ -19,7 +19,7 @@ from curvature.per_example.batch import Splitter
 
 _OF_LOSS = 1 / 3  # of a gradient
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "track")),
+    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "race", "track")),
     ("landscape", {"points": 9}),
     ("noise", {"curvature": False}),
     ("noise", {"damping": 0.1}),
@@ -30,6 +30,7 @@ _SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("implicit", {"lr": 0.1}),
     ("implicit", {"lr": 0.1, "batch_size": 1}),
     ("implicit", {"lr": 0.1, "directions": False}),
+    ("race", {"optimizers": ("adam", "sam"), "budget": "12 steps", "rates": 2, "seeds": 1, "workers": 1}),
     ("track", {"lr": 0.1, "steps": 20, "every": 2}),
     ("track", {"lr": 0.01, "steps": 20, "optimizer": "adam", "quantities": ("preconditioned", "trace", "alignment")}),
 ]

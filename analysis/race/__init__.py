@@ -1,0 +1,1 @@
+"""Races of optimizers: the same budget for each, rates searched, seeds paired, and who is ahead by tests."""

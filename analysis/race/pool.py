@@ -1,0 +1,173 @@
+"""Trainings in processes of their own: the next free one takes the next that is due, and none outlives a race."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+import torch
+
+__all__ = ["FORKS", "Pool", "run_all"]
+
+J = TypeVar("J")
+A = TypeVar("A")
+T = TypeVar("T")
+FORKS = sys.platform == "linux"
+"""Whether processes can be forked: without that models and losses would have to be pickled."""
+_WATCH = 0.5  # seconds between looks whether the parent is alive
+
+
+class Pool(Generic[J, A]):
+    """Processes that each do one job at a time; with one worker, or where processes cannot be forked, this one does.
+
+    Args:
+        work: answers a job; it raises nothing that it could tell in its answer.
+        workers: how many, with a thread each.
+        lost: the answer for a job whose process ended.
+    """
+
+    def __init__(self, work: Callable[[J], A], workers: int, *, lost: Callable[[J, str], A]) -> None:
+        self._work, self._lost = work, lost
+        self.workers = workers if FORKS else 1
+        self._free: list[_Worker] = []
+        self._busy: dict[Connection, tuple[_Worker, Any, J]] = {}
+        self._done: deque[tuple[Any, A]] = deque()
+
+    def __enter__(self) -> Pool[J, A]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in [*self._free, *(worker for worker, _, _ in self._busy.values())]:
+            worker.end()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._busy) + len(self._done) < self.workers
+
+    def start(self, key: Any, job: J) -> None:
+        """Begin a job."""
+        if self.workers == 1:
+            self._done.append((key, self._work(job)))
+            return
+        worker = self._free.pop() if self._free else _Worker(self._work)
+        worker.ours.send(job)
+        self._busy[worker.ours] = worker, key, job
+
+    def answer(self) -> tuple[Any, A]:
+        """Wait for a job to be done and return its key and its answer."""
+        if self._done:
+            return self._done.popleft()
+        connection = wait(list(self._busy))[0]
+        assert isinstance(connection, Connection)
+        worker, key, job = self._busy.pop(connection)
+        try:
+            found: A = connection.recv()
+        except EOFError:
+            worker.process.join()
+            return key, self._lost(job, f"its process ended (exit code {worker.process.exitcode}); out of memory?")
+        self._free.append(worker)
+        return key, found
+
+
+class _Worker:
+    """A process and this end of the connection to it."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")  # models and losses need not be pickled
+        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+        with warnings.catch_warnings():  # Python warns of threads, here of a progress bar, that a child does not have
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.ours.close()
+
+
+def _serve(work: Callable[[Any], Any], theirs: Connection, parent: int) -> None:
+    """Answer jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent decides
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            theirs.send(work(theirs.recv()))
+    os._exit(0)
+
+
+def _watch(parent: int) -> None:
+    """End this process when its parent was killed: a pipe that other children hold open does not tell."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH)
+    os._exit(1)
+
+
+def run_all(
+    plays: Sequence[Generator[list[J], list[A], T]],
+    pool: Pool[J, A],
+    *,
+    known: Callable[[J], A | None],
+    found: Callable[[J, A], None],
+) -> list[T]:
+    """Play all generators to their ends: each yields jobs, is sent their answers in order, and returns something.
+
+    Args:
+        plays: the generators.
+        pool: does the jobs.
+        known: the answer of a job that was done before.
+        found: told every new answer.
+    """
+    outcomes: dict[int, T] = {}
+    answers: dict[int, list[A | None]] = {}
+    due: deque[tuple[int, int, J]] = deque()
+
+    def go_on(play: int, sent: list[A] | None) -> None:
+        try:
+            jobs = next(plays[play]) if sent is None else plays[play].send(sent)
+        except StopIteration as end:
+            outcomes[play] = end.value
+            return
+        answers[play] = [None] * len(jobs)
+        due.extend((play, i, job) for i, job in enumerate(jobs))
+        if not jobs:
+            go_on(play, [])
+
+    def take(play: int, i: int, answer: A) -> None:
+        answers[play][i] = answer
+        have = [a for a in answers[play] if a is not None]
+        if len(have) == len(answers[play]):
+            go_on(play, have)
+
+    for play in range(len(plays)):
+        go_on(play, None)
+    running = 0
+    while due or running:
+        while due and pool.has_room:
+            play, i, job = due.popleft()
+            before = known(job)
+            if before is not None:
+                take(play, i, before)
+            else:
+                pool.start((play, i, job), job)
+                running += 1
+        if running:
+            (play, i, job), answer = pool.answer()
+            running -= 1
+            found(job, answer)
+            take(play, i, answer)
+    return [outcomes[play] for play in range(len(plays))]
