@@ -46,6 +46,10 @@ STUDIES = {
         "analysis.training.study",
         "Train a model and follow its curvature: sharpness against the edge of stability, step by step.",
     ),
+    "prune": (
+        "analysis.generalization.pruning.study",
+        "Remove weights by eight methods, and compare what the loss does with what its curvature predicts.",
+    ),
     "lr": (
         "analysis.learning_rate.study",
         "Find the largest stable learning rate of a training, and the best one, by short trainings.",
@@ -95,7 +99,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr", "descent", "race".
+            "track", "lr", "descent", "prune", "race".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

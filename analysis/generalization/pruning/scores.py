@@ -122,20 +122,17 @@ class PruningScores:
             masks[name] = ~pruned[self._places(name)].view(shape)
         return masks
 
-    def displacement(self, pruned: Tensor) -> Tensor:
-        """Return the displacement (n,) by which the method removes these weights: to zero, and the others moved."""
-        return self._removal(pruned)[0]
+    def removal(self, pruned: Tensor) -> tuple[Tensor, float]:
+        """Return the displacement d (n,) by which the method removes these weights, and what it says of the loss.
 
-    def predicted(self, pruned: Tensor) -> float:
-        """Return g'd + 1/2 d'A d with the method's own matrix A; NaN for random, without g'd for magnitude."""
-        d, rise = self._removal(pruned)
-        if self.metric is None:
-            return math.nan
-        return rise + (0.0 if self.method == "magnitude" else float(self.gradient.double() @ d.double()))
-
-    def _removal(self, pruned: Tensor) -> tuple[Tensor, float]:
+        The removed go to zero, and a brain surgeon moves the others. The change is g'd + 1/2 d'A d with the method's
+        own matrix A: NaN for random, without g'd for magnitude.
+        """
         metric = DiagonalMetric(torch.zeros_like(self.weights)) if self.metric is None else self.metric
-        return metric.displacement(self.weights, pruned)
+        d, rise = metric.displacement(self.weights, pruned)
+        if self.metric is None:
+            return d, math.nan
+        return d, rise + (0.0 if self.method == "magnitude" else float(self.gradient.double() @ d.double()))
 
     def _places(self, name: str) -> Tensor:
         start, shape = self.tensors[name]
@@ -161,7 +158,7 @@ def pruning_scores(
 
     The linear term, on the right, is left out of scores by default, as in the sources: of one weight it is part of the
     change, but ranked by it, weights are chosen whose small slopes all point one way, and the curvature between them
-    makes the loss rise. What `PruningScores.predicted` and `loss_changes` predict of a choice always contains it.
+    makes the loss rise. What `PruningScores.removal` and `loss_changes` predict of a choice always contains it.
 
     Cost: fisher and woodfisher 2 to 4 gradients by example and, for woodfisher, N n block_size operations; obd 4 to 15
     gradients; kfac as many and the eigenvalues of the factors; obs n products and n^3 operations.
