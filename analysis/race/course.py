@@ -17,9 +17,10 @@ from analysis.race.plan import Entry
 from analysis.race.results import Course, CoursePoint
 from analysis.race.schedules import Schedule
 from analysis.race.steps import Stepper
-from analysis.training.loop import batches_of, put_back, training_loss
+from analysis.training.loop import Snapshot, batches_of, put_back, training_loss
 from curvature.environment.device import is_gpu, synchronize
 from curvature.errors import CurvatureError, InputError, NonFiniteError
+from optimizers.shared.base import BaseOptimizer
 
 __all__ = ["Count", "Job", "clock_of", "run_job"]
 
@@ -75,9 +76,9 @@ def clock_of(device: torch.device) -> tuple[Callable[[], float], str]:
 
 def run_job(ground: Ground, job: Job) -> Course | Count:
     """Do what is asked for and put the model back; what goes wrong is in the result."""
-    with put_back(ground.objective.model), torch.random.fork_rng(devices=[]):
+    with put_back(ground.objective.model) as before, torch.random.fork_rng(devices=[]):
         try:
-            return _count(ground, job) if job.counts else _train(ground, job)
+            return _count(ground, job) if job.counts else _train(ground, job, before)
         except CurvatureError as error:
             said = " ".join(str(error).split())
         except Exception as error:  # of a model, a loss or an optimizer: this entrant fails, the race goes on
@@ -100,12 +101,17 @@ def _stepper(ground: Ground, job: Job, work: Work | None = None) -> tuple[torch.
         list(objective.space.tensors.values()),
         job.lr,
         loss=objective.settings["loss"],
+        model=objective.model,
         seed=(ground.seed + job.seed) % _SEEDS,
         weight_decay=plan.weight_decay,
         steps_per_epoch=ground.per_epoch,
     )
+    form = kind.form
+    if ":" in job.entry.optimizer:  # of a user
+        form = "loss" if isinstance(optimizer, BaseOptimizer) else form
+        form = "closure" if isinstance(optimizer, torch.optim.LBFGS) else form
     return optimizer, Stepper(
-        kind.form, optimizer, objective, clip_norm=plan.clip_norm, clip_value=plan.clip_value, work=work
+        form, optimizer, objective, clip_norm=plan.clip_norm, clip_value=plan.clip_value, work=work
     )
 
 
@@ -116,12 +122,13 @@ def _steps(ground: Ground, seed: int) -> Iterator[Any]:
         yield batch
 
 
-def _train(ground: Ground, job: Job) -> Course:
+def _train(ground: Ground, job: Job, before: Snapshot) -> Course:
     if ground.plan.limit.unit == "gradients" and math.isnan(job.per_evaluation):
         raise InputError("its work could not be counted; give a budget in steps or seconds.")
     clock, _ = clock_of(ground.objective.device)
     ground.begin(job.seed)
     per_gradient = _seconds_per_gradient(ground, job.seed, clock) if job.seed else math.nan
+    before.restore()  # running statistics, which these gradients moved
     ground.begin(job.seed)
     optimizer, stepper = _stepper(ground, job)
     budget = ground.plan.limit.part(job.share)
@@ -133,32 +140,36 @@ def _train(ground: Ground, job: Job) -> Course:
         return stepper.evaluations * job.per_evaluation if steps else 0.0
 
     def look() -> None:
-        _mode(optimizer, "eval")  # schedule-free methods step at one point and are judged at another
         points.append(ground.look(steps, spent, gradients(), test=bool(job.seed)))
-        _mode(optimizer, "train")
 
     look()
     looks.pop(0)
     start = points[0].loss
-    for batch in _steps(ground, job.seed):
-        begun = clock()
-        try:
-            loss = float(stepper.step(batch))
-        except (NonFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is there
-            loss = math.nan
-        spent, steps = spent + clock() - begun, steps + 1
-        if not abs(loss) <= _FAR * max(1.0, abs(start)):
-            diverged = f"at step {steps}"
-            break
-        used = budget.used(steps, spent, gradients())
-        if used >= looks[0] - 1e-9:
-            look()
-            looks = [share for share in looks if share > used + 1e-9]
-            if not math.isfinite(points[-1].loss):
+    try:
+        _mode(optimizer, "train")
+        for batch in _steps(ground, job.seed):
+            begun = clock()
+            try:
+                loss = float(stepper.step(batch))
+            except (NonFiniteError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is there
+                loss = math.nan
+            spent, steps = spent + clock() - begun, steps + 1
+            if not abs(loss) <= _FAR * max(1.0, abs(start)):
                 diverged = f"at step {steps}"
-        if not looks or diverged:
-            break
-        schedule.advance(used)
+                break
+            used = budget.used(steps, spent, gradients())
+            if used >= looks[0] - 1e-9:
+                _mode(optimizer, "eval")
+                look()
+                _mode(optimizer, "train")
+                looks = [share for share in looks if share > used + 1e-9]
+                if not math.isfinite(points[-1].loss):
+                    diverged = f"at step {steps}"
+            if not looks or diverged:
+                break
+            schedule.advance(used)
+    finally:
+        _mode(optimizer, "eval")
     if not diverged and points[-1].loss - start > _RISE * abs(start):
         diverged = "ended above its start"
     traits, note = ground.traits(job.seed) if job.seed and not diverged else ((), "")
@@ -168,6 +179,7 @@ def _train(ground: Ground, job: Job) -> Course:
 
 
 def _mode(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Tell optimizers that step at one point and are judged at another ("schedule-free"), or put hooks on the model."""
     switch = getattr(optimizer, name, None)
     if callable(switch):
         switch()
@@ -189,18 +201,22 @@ def _count(ground: Ground, job: Job) -> Count:
     ground.begin(0)
     work, objective = Work(), ground.objective
     params = list(objective.space.tensors.values())
-    _, stepper = _stepper(ground, job, work)
+    optimizer, stepper = _stepper(ground, job, work)
     of_gradients, steps = 0.0, 0
-    for batch in _steps(ground, 0):
-        of_gradient = gradient_work(partial(training_loss, objective, batch), params)
-        try:
-            with work:
-                stepper.step(batch)
-        except NonFiniteError:
-            break
-        of_gradients, steps = of_gradients + of_gradient, steps + 1
-        if steps == _COUNTED or stepper.evaluations >= _EVALUATIONS or steps == ground.plan.limit.steps:
-            break
+    try:
+        _mode(optimizer, "train")
+        for batch in _steps(ground, 0):
+            of_gradient = gradient_work(partial(training_loss, objective, batch), params)
+            try:
+                with work:
+                    stepper.step(batch)
+            except NonFiniteError:
+                break
+            of_gradients, steps = of_gradients + of_gradient, steps + 1
+            if steps == _COUNTED or stepper.evaluations >= _EVALUATIONS or steps == ground.plan.limit.steps:
+                break
+    finally:
+        _mode(optimizer, "eval")
     if not steps or not of_gradients > 0:
         return Count(math.nan, math.nan)
     per_step = stepper.evaluations / steps

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import optimizers
 from analysis.tasks.load import function_of
 from curvature.errors import InputError
-from optimizers.shared.base import BaseOptimizer
 
 __all__ = ["GROUPS", "Form", "Kind", "kind_of", "names_of"]
 
@@ -44,17 +43,19 @@ class Kind:
         Args:
             params: what it trains.
             lr: its rate; None leaves its own.
-            **run: what a run has to say: `loss`, `seed`, `weight_decay`, `steps_per_epoch`; each is passed on if the
-                optimizer takes it and it is not None.
+            **run: what a run has to say: `loss` and `model`, for those that need them; `seed`, `weight_decay`,
+                `steps_per_epoch`, each passed on if the optimizer takes it and it is not None.
         """
+        loss, model = run.pop("loss"), run["model"]
         given = {name: value for name, value in run.items() if value is not None and self.takes(name)}
+        given |= {name: model if value is MODEL else value for name, value in self.settings.items()}
         if self.form == "outputs":
-            given["loss"] = run["loss"]
-        return self.cls(params, **({} if lr is None else {"lr": lr}), **self.settings, **given)
+            given["loss"] = loss
+        return self.cls(params, **({} if lr is None else {"lr": lr}), **given)
 
     def takes(self, name: str) -> bool:
         """Return whether the optimizer has a setting of this name."""
-        if name == "weight_decay" and "base" in self.settings:
+        if name == "weight_decay" and "base" in self.settings:  # handed on to it
             return True
         return name in self.named and name not in self.settings
 
@@ -68,6 +69,26 @@ class Kind:
         """Names of its settings."""
         late = getattr(self.cls, "_late_settings", {})  # of this toolkit: what stands behind **shared
         return frozenset(inspect.signature(self.cls).parameters) | frozenset(late)
+
+
+class FeedbackAndSGD(torch.optim.SGD):
+    """SGD with momentum on the gradients of direct feedback, whose hooks are on the model while it trains."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, model: nn.Module, seed: int = 0, **settings: Any) -> None:
+        super().__init__(params, lr, momentum=0.9, foreach=True, **settings)
+        self._model, self._seed = model, seed
+        self._feedback: optimizers.DirectFeedbackAlignment | None = None
+
+    def train(self) -> None:
+        """Put the hooks on the model."""
+        if self._feedback is None:
+            self._feedback = optimizers.DirectFeedbackAlignment(self._model, seed=self._seed)
+
+    def eval(self) -> None:
+        """Take them off: the model has its own gradients again."""
+        if self._feedback is not None:
+            self._feedback.remove()
+            self._feedback = None
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -96,6 +117,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
+MODEL = object()
+"""Stands for the model among settings."""
 _TORCH: dict[str, tuple[str, float, dict[str, Any]]] = {
     "sgd": ("SGD", 0.1, {}),
     "momentum": ("SGD", 0.03, {"momentum": 0.9}),
@@ -136,16 +159,30 @@ _OURS: dict[str, tuple[str, Form, float | None, dict[str, Any]]] = {
     "saddle-free": ("SaddleFreeNewton", "loss", None, {}),
     "sketchy-newton": ("SketchyNewton", "loss", 0.1, {}),
     "levenberg-marquardt": ("LevenbergMarquardt", "residuals", None, {}),
-    "forward-gradient": ("ForwardGradient", "loss", 3e-3, {}),
-    "direct-feedback": ("DirectFeedbackAlignment", "loss", 0.03, {}),
+    "forward-gradient": ("ForwardGradient", "loss", 1e-3, {"base": torch.optim.SGD}),
+    "forward-activities": ("ForwardGradient", "outputs", 0.01, {"base": torch.optim.SGD, "activities_of": MODEL}),
 }
 _PEERS: dict[str, tuple[str, str, float | None, dict[str, Any]]] = {
     "schedule-free": ("schedulefree", "AdamWScheduleFree", 0.01, {}),
     "prodigy": ("prodigyopt", "Prodigy", None, {}),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "first-order": ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "nadam", "radam", "amsgrad"),
+    "first-order": (
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adagrad",
+        "rmsprop",
+        "adam",
+        "adamw",
+        "nadam",
+        "radam",
+        "amsgrad",
+        "yogi",
+        "lion",
+    ),
     "no-rate": ("sls", "cocob", "prodigy"),
+    "no-backprop": ("forward-gradient", "forward-activities", "direct-feedback"),
     "curvature": ("adahessian", "sophia", "sassha", "soap", "shampoo", "kfac", "ekfac", "gauss-newton"),
     "sharpness-aware": ("sam", "asam", "sassha"),
     "newton": ("lbfgs", "newton-cg", "trust-region", "cubic-newton", "saddle-free"),
@@ -168,8 +205,10 @@ def _kinds() -> dict[str, Kind]:
     found["lbfgs"] = Kind("torch LBFGS, strong Wolfe, 10 iterations a step", "closure", torch.optim.LBFGS, None, wolfe)
     for name, (cls, form, rate, settings) in _OURS.items():
         if hasattr(optimizers, cls):
-            of = " of AdamW" if "base" in settings else ""
+            of = f" of {settings['base'].__name__}" if "base" in settings else ""
+            of += ", activities perturbed" if "activities_of" in settings else ""
             found[name] = Kind(f"torch-curvature {cls}{of}", form, getattr(optimizers, cls), rate, settings)
+    found["direct-feedback"] = Kind("torch SGD, momentum 0.9, on direct feedback", "backward", FeedbackAndSGD, 0.03)
     for name, (library, cls, rate, settings) in _PEERS.items():
         if importlib.util.find_spec(library) is not None:
             made = getattr(importlib.import_module(library), cls)
@@ -184,9 +223,7 @@ def kind_of(name: str) -> Kind:
         InputError: for a name that nothing is known of, or a library that is not installed.
     """
     if ":" in name:
-        cls = function_of(name)
-        ours = isinstance(cls, type) and issubclass(cls, BaseOptimizer)
-        return Kind(name, "loss" if ours else "backward", cls, 0.01)
+        return Kind(name, "backward", function_of(name), 0.01)
     known = _kinds()
     if name in known:
         return known[name]

@@ -14,6 +14,7 @@ import torch
 from analysis.race.course import Count, Job, clock_of, run_job
 from analysis.race.decide import race_pairs
 from analysis.race.ground import Ground, prepare_ground
+from analysis.race.kinds import kind_of
 from analysis.race.plan import Entry, RacePlan
 from analysis.race.pool import Pool, run_all
 from analysis.race.results import Course, CoursePoint, Entrant, Race, Trait
@@ -219,7 +220,7 @@ def _race(ground: Ground, plan: RacePlan, works: dict[Entry, Work], courses: Seq
         workers=workers,
         scale="log" if all(c.end.loss >= 0 for c in courses if c.seed and c.finished) else "plain",
         floor=torch.finfo(ground.objective.dtype).eps * start,
-        notes=tuple(_notes(plan, entrants, courses, workers)),
+        notes=tuple(_notes(ground, entrants, courses, workers)),
     )
     metric_pairs = race_pairs(race, "metric") if ground.metric else ()
     return replace(race, pairs=race_pairs(race), metric_pairs=metric_pairs)
@@ -242,7 +243,8 @@ def _entrant(entry: Entry, work: Work, courses: Sequence[Course]) -> Entrant:
     )
 
 
-def _notes(plan: RacePlan, entrants: Sequence[Entrant], courses: Sequence[Course], workers: int) -> list[str]:
+def _notes(ground: Ground, entrants: Sequence[Entrant], courses: Sequence[Course], workers: int) -> list[str]:
+    plan = ground.plan
     raced = [[c.end.loss for c in courses if c.entrant == e.name and c.seed and c.points] for e in entrants]
     alike = plan.seeds > 1 and all(len(set(own)) < 2 for own in raced)
     notes = [f"{e.name} did not race: {e.failure}." for e in entrants if e.failure]
@@ -253,6 +255,8 @@ def _notes(plan: RacePlan, entrants: Sequence[Entrant], courses: Sequence[Course
     ]
     if plan.weight_decay is not None and (none := [e.name for e in entrants if not _decays(e)]):
         notes.append(f"Without weight decay, which they do not have: {', '.join(none)}.")
+    if any(e.optimizer == "schedule-free" for e in entrants) and _has_running_statistics(ground):
+        notes.append("schedule-free is judged at averaged weights, with running statistics of the weights it trains.")
     if alike:
         notes.append("All seeds train alike: nothing is drawn at random. Losses are compared as they are.")
     if plan.seeds == 1:
@@ -264,7 +268,9 @@ def _notes(plan: RacePlan, entrants: Sequence[Entrant], courses: Sequence[Course
     return [*notes, *sorted({c.note for c in courses if c.note})]
 
 
-def _decays(entrant: Entrant) -> bool:
-    from analysis.race.kinds import kind_of
+def _has_running_statistics(ground: Ground) -> bool:
+    return any(name.endswith("running_mean") for name, _ in ground.objective.model.named_buffers())
 
+
+def _decays(entrant: Entrant) -> bool:
     return kind_of(entrant.optimizer).takes("weight_decay")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal
 
+from analysis.generalization.workers import usable_cores
 from analysis.race.kinds import GROUPS, Kind, kind_of, names_of
 from analysis.race.schedules import SCHEDULES
 from analysis.records.plan import Plan, setting
@@ -160,9 +160,7 @@ class RacePlan(Plan):
 
     def processes(self) -> int:
         """Return how many trainings run at a time."""
-        if self.workers is not None:
-            return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or usable_cores()
 
     def sharpness(self) -> tuple[str, ...]:
         """Return the measures to take."""

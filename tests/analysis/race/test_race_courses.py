@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+import optimizers
 from analysis import Task, race_optimizers
 from analysis.race.course import Count, Job, run_job
 from analysis.race.ground import Ground, prepare_ground
+from analysis.race.kinds import _kinds
 from analysis.race.plan import RacePlan
 from analysis.race.pool import Pool
 from analysis.race.results import Course
@@ -252,6 +254,33 @@ def test_an_optimizer_that_cannot_train_this_leaves_the_others_racing(tmp_path: 
     assert race.leaders() == tuple(sorted((own, "sgd@0.1")))
     with pytest.raises(InputError, match="none of the optimizers trained: levenberg-marquardt: "):
         race_optimizers(ground().objective, optimizers=("levenberg-marquardt",), budget="5 steps", generator=0)
+
+
+@pytest.mark.parametrize("name", sorted(_kinds()))
+def test_every_optimizer_takes_steps_and_leaves_the_model(name: str) -> None:
+    model, data, _ = network()
+    loss: nn.Module = nn.CrossEntropyLoss()
+    if name == "levenberg-marquardt":
+        loss, data = nn.MSELoss(), (data[0], nn.functional.one_hot(data[1], 3).float())
+    plan = RacePlan(optimizers=(name,), budget="2 steps", measures=("none",), noise=False)
+    where = prepare_ground(Objective(model, loss, data), plan, test_data=None, seed=0)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    entry = plan.entries()[0]
+    found = trained(where, name, None if entry.kind.lr is None else entry.kind.lr / 10)
+    assert found.end.steps == 2
+    assert found.end.loss != found.points[0].loss
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks and not m._backward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_optimizer_of_the_toolkit_can_race() -> None:
+    classes = {name for name in optimizers.__all__ if isinstance(getattr(optimizers, name), type)}
+    own = {name for name in classes if issubclass(getattr(optimizers, name), torch.optim.Optimizer)}
+    assert own == {getattr(k.cls, "__name__", "") for k in _kinds().values() if "torch-curvature" in k.title}
+    torchs = {n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type)}
+    missing = torchs - {k.cls.__name__ for k in _kinds().values() if isinstance(k.cls, type)}
+    assert missing == {"Optimizer", "SparseAdam", "Muon"}  # Muon with AdamW beside it
 
 
 def test_where_nothing_is_random_seeds_are_one() -> None:
