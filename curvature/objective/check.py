@@ -25,6 +25,7 @@ from curvature.losses.rules import AnyLoss
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.moving import moving_module
+from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import together
 from curvature.objective.refusals import describe_cuts, refuse_other_batches
 from curvature.objective.shift import shifted
@@ -71,7 +72,7 @@ def check_objective(objective: ObjectiveLike, *, rtol: float | None = None) -> C
         objective.freshness.check_kept()
         found = _first_that_counts(objective)
     if found is None:  # all data are on other ranks, which look at one batch each
-        return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol),))
+        return CheckReport(True, (_repeats(objective, 1e-2 if rtol is None else rtol), *_noise(objective)))
     lin, batch = found
     eps = _working_precision(lin, objective)
     tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
@@ -82,7 +83,7 @@ def check_objective(objective: ObjectiveLike, *, rtol: float | None = None) -> C
         if objective.closed_form_loss:
             messages.append(_output_hessian(lin, objective, tolerance))
     messages.append(describe_cuts(objective, batch))
-    return CheckReport(True, tuple(messages))
+    return CheckReport(True, (*messages, *_noise(objective)))
 
 
 def _first_that_counts(objective: ObjectiveLike) -> tuple[Linearization, Any] | None:
@@ -249,6 +250,19 @@ def _probes(objective: ObjectiveLike) -> tuple[Tensor, Tensor]:
 
 def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _noise(objective: ObjectiveLike) -> list[str]:
+    """Say what Hessian products below float32 err by; nothing for float32 and wider."""
+
+    def product(of: Any, Z: Tensor) -> Tensor:
+        found: Tensor = of.reduce(lambda lin: lin.hvp(Z.T.contiguous()))
+        return found.T
+
+    key = "hvp of a check"
+    if not product_noise(objective, "the Hessian", key, objective.num_params, product):
+        return []
+    return [objective.freshness.measured()[key].note()]
 
 
 # -- what the graph is made of ----------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def product_noise(
 ) -> float:
     """Return |error of A z| / |A z| for random z; 0 where the model computes in float32 or wider.
 
-    Cost, once a point and matrix: a float32 copy of the model, and products of one batch with two vectors, twice.
+    Cost, once a point and matrix: a float32 copy of the model, and products of one batch with two vectors, twice; a
+    loss before, if nothing was computed yet, which shows the dtypes.
 
     Args:
         objective: whose products are meant.
@@ -68,6 +69,8 @@ def product_noise(
         product: (an objective of one batch, Z) -> A Z.
     """
     objective.freshness.current()
+    if "recorded" not in objective.freshness.measured():
+        objective.loss()  # shows what the model computes in
     found = objective.freshness.measured()
     if (dtype := _narrowest(objective, found.get("recorded", set()))) is None:
         return 0.0

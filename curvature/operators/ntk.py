@@ -10,6 +10,7 @@ from typing_extensions import Self
 from curvature.arguments import checked
 from curvature.linop import SymmetricOperator
 from curvature.objective.objective import Objective
+from curvature.objective.product_noise import product_noise
 from curvature.operators.jacobian import JacobianOperator
 from curvature.parameters import Block, Selection
 
@@ -56,6 +57,18 @@ class NTKOperator(SymmetricOperator):
         restricted = copy.copy(self)
         restricted.jacobian = self.jacobian.restrict(selection)
         return restricted
+
+    @property
+    def product_noise(self) -> float:
+        """Relative error of a product where the model computes below float32; see `objective.product_noise`."""
+        block = self.jacobian.block
+
+        def product(objective: Objective, Z: Tensor) -> Tensor:
+            kernel = NTKOperator(objective, block)
+            return kernel @ Z[: kernel.shape[0]]  # of one batch
+
+        key = (type(self), block and block.parameters)
+        return product_noise(self.jacobian.objective, type(self).__name__, key, self.shape[0], product)
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.jacobian @ (self.jacobian.T @ X)

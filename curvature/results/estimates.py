@@ -244,7 +244,11 @@ class SpectralDensity(Result):
     """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
     rule: Tensor | None = None
     """(num_points,), error of the quadrature in `density`, judged by half and two thirds of the steps: large where
-    features are narrower than the spectrum over `num_steps`. None where it was not judged."""
+    features are narrower than the spectrum over `num_steps`. None where it was not judged. Of products below float32
+    it holds what they change, too."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch. None for float32 and
+    wider."""
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return bands that cover the smoothed density at each point with this probability, (num_points,) each.

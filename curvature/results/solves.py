@@ -117,6 +117,10 @@ class SubproblemResult(Result):
     """Products with A that were spent."""
     status: Status
     """CONVERGED inside the region, BOUNDARY on its boundary, else why it fell short."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norm`
+    holds twice that, in units of |A| |s|, and `curvature` errs by as much, in units of |A|. None for float32 and wider.
+    """
 
     def _outcome(self) -> str:
         return f"residual {self.residual_norm:.2g} after {self.num_matvecs} products"
@@ -140,6 +144,9 @@ class MatrixFunctionResult(Result):
     """Products with A that were spent."""
     status: Status
     """Whether the accuracy asked for was reached."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32, as measured on one batch; `errors` and
+    `bounds` hold what twice that changes. None for float32 and wider."""
 
     def _outcome(self) -> str:
         return f"error {float(self.errors.max()):.2g} after {self.num_matvecs} products"

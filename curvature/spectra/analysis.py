@@ -67,7 +67,7 @@ class SpectrumAnalysis:
         return Spectrum(
             top=top,
             bottom=bottom,
-            density=template,
+            density=replace(template, product_noise=product_noise(self.A) or None),
             rule=rule,
             coarse=coarse,
             exact=exact,

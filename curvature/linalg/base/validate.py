@@ -118,9 +118,14 @@ def product_noise(A: MatrixLike) -> float:
     return float(getattr(A, "product_noise", 0.0))
 
 
+def doubted_noise(A: MatrixLike) -> float:
+    """Return the same with room for vectors other than those it was measured at."""
+    return _DOUBT * product_noise(A)
+
+
 def noise_level(A: MatrixLike) -> float:
     """Return the share of |A| that a product may err by, with room for vectors other than those it was measured at."""
-    return max(rounding_level(A), _DOUBT * product_noise(A))
+    return max(rounding_level(A), doubted_noise(A))
 
 
 def leaving_room(A: MatrixLike, tolerance: Tensor, norm: float | Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def leaving_room(A: MatrixLike, tolerance: Tensor, norm: float | Tensor) -> Tens
 
     Where that is out of reach, it is the tolerance itself.
     """
-    if not (noise := _DOUBT * product_noise(A)):
+    if not (noise := doubted_noise(A)):
         return tolerance
     left = tolerance - noise * norm
     return torch.where(left > 0, left, tolerance)
@@ -139,7 +144,7 @@ def with_noise(A: MatrixLike, residuals: Tensor, norm: float | Tensor) -> tuple[
 
     The second part says whether they differ.
     """
-    if not (noise := _DOUBT * product_noise(A)):
+    if not (noise := doubted_noise(A)):
         return residuals, False
     return residuals + torch.as_tensor(noise * norm).to(residuals), True
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from curvature.errors import InputError
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_damping, powers_of_two, right_hand_sides
-from curvature.linalg.base.validate import check_square, check_tolerances, rounding_level
+from curvature.linalg.base.validate import check_square, check_tolerances, doubted_noise, product_noise, rounding_level
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
@@ -67,6 +67,9 @@ def matrix_function(
     on it. Both contain what rounding may do, (eps |f| + 10 eps |A| |f'|) |v|; where that is all that is left and still
     above the tolerance, the status is STAGNATED. A gap in the spectrum, or a kink in f, can make convergence pause and
     the estimate, not the bound, too small.
+
+    Products of a model below float32 are those of another matrix. Twice their error, times |A| |f'| |v|, is in errors
+    and bounds, infinite where it reaches an end of f's domain; if that alone is too much, the status is WITHIN_NOISE.
 
     Steps needed: about sqrt(kappa) log(1 / rtol) / 2 for the roots and the logarithm. Cost: a product a step and
     column, 4 n m operations a step for the basis. Memory: num_steps vectors a column.
@@ -112,11 +115,15 @@ def matrix_function(
         values[:, places] = process.combine([run.h for run in runs]) * unit[places]
         spent = process.num_matvecs
     steps, errors, bounds = [0] * columns.shape[1], torch.zeros_like(unit), torch.zeros_like(unit)
-    for i, run in zip(places, runs, strict=True):
-        steps[i], errors[i], bounds[i] = run.num_steps, run.error * unit[i], run.bound * unit[i]
     reached = rtol is None or all(run.below(rtol) for run in runs)
+    for i, run in zip(places, runs, strict=True):
+        run.allow(doubted_noise(A))
+        steps[i], errors[i], bounds[i] = run.num_steps, run.error * unit[i], run.bound * unit[i]
     status = Status.STAGNATED if all(run.resting for run in runs) else Status.MAX_STEPS
     status = Status.BUDGET if rtol is None else Status.CONVERGED if reached else status
+    rests = status in (Status.CONVERGED, Status.STAGNATED) and doubted_noise(A) > 0
+    if rests and rtol is not None and not all(run.below(rtol) for run in runs):
+        status = Status.WITHIN_NOISE
     return MatrixFunctionResult(
         value=values[:, 0] if is_vector else values,
         errors=errors[0] if is_vector else errors,
@@ -124,6 +131,7 @@ def matrix_function(
         num_steps=tuple(steps),
         num_matvecs=spent,
         status=status,
+        product_noise=product_noise(A) or None,
     )
 
 
@@ -156,7 +164,7 @@ class _Run:
 
     def __init__(self, f: str | _Entrywise, lower: float | None, norm: float, rounding: float) -> None:
         self.f, self.lower, self.norm, self.rounding = f, lower, norm, rounding
-        self.h = torch.zeros(0, dtype=torch.float64)
+        self.h = self.theta = torch.zeros(0, dtype=torch.float64)
         self.changes: list[float] = []
         self.num_steps, self.size, self.error, self.bound = 0, 0.0, math.inf, math.inf
         self.at_rounding = self.resting = False
@@ -172,24 +180,36 @@ class _Run:
         h = self.norm * (S @ (values * S[0]))
         previous = torch.cat([self.h, torch.zeros(len(h) - len(self.h), dtype=h.dtype)])
         self.changes.append(float((h - previous).norm()))
-        self.h, self.num_steps, self.size = h, len(alpha), float(h.norm())
+        self.h, self.theta, self.num_steps, self.size = h, theta, len(alpha), float(h.norm())
         floor = self._floor(theta, values)
         exhausted = beta[-1] == 0
         bound = 0.0 if exhausted else self._bound(theta, beta, h)
         error = bound if math.isfinite(bound) else _extrapolated(self.changes)
         self.error, self.bound, self.at_rounding = error + floor, bound + floor, error <= floor
 
+    def allow(self, noise: float) -> None:
+        """Add to the error what another matrix does, off by this share of |A|."""
+        if noise > 0:
+            changed = self._changed(self.theta, self._values(self.theta), noise)
+            self.error, self.bound = self.error + changed, self.bound + changed
+
     def _floor(self, theta: Tensor, values: Tensor) -> float:
         """Return what rounding in values and in A may add to the error."""
-        perturbation = self.rounding * float(theta.abs().max())  # of A, as good as
+        of_values = self.norm * self.rounding / 10 * float(values.abs().max())
+        return of_values + self._changed(theta, values, self.rounding, at_once=True)
+
+    def _changed(self, theta: Tensor, values: Tensor, share: float, *, at_once: bool = False) -> float:
+        """Return |v| |f'| times this share of |A|; `at_once` takes f' at the eigenvalues seen, not as far beyond."""
+        perturbation = share * float(theta.abs().max())  # of A, as good as
         if isinstance(self.f, str):
-            slope = float(_FUNCTIONS[self.f][1](theta.clamp_min(0) if self.f == "sqrt" else theta).abs().max())
+            beyond = 0.0 if at_once else perturbation
+            x = theta + beyond if self.f == "exp" else theta.clamp_min(0) if self.f == "sqrt" else theta.abs() - beyond
+            inside = self.f not in _DEFINITE or bool((x > 0).all())
+            slope = float(_FUNCTIONS[self.f][1](x).abs().max()) if inside else math.inf
         else:
             slope = float((values.diff() / theta.diff()).abs().max()) if len(theta) > 1 else 0.0
         moved = perturbation * slope if perturbation > 0 else 0.0
-        if self.f == "sqrt":
-            moved = min(moved, perturbation**0.5)
-        return self.norm * (self.rounding / 10 * float(values.abs().max()) + moved)
+        return self.norm * (min(moved, perturbation**0.5) if self.f == "sqrt" else moved)
 
     def _values(self, theta: Tensor) -> Tensor:
         largest = float(theta.abs().max())

@@ -178,8 +178,11 @@ def _share(density: SpectralDensity, points: Tensor, *, closed: bool) -> Tensor:
 def _bounds(density: SpectralDensity, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least of F just below the points, and the most of F at them, of the shape of `_share`."""
     ends = []
+    off = 2 * (density.product_noise or 0.0) * float(density.nodes.abs().max())  # of an eigenvalue, at most
     for x, w, of in zip(density.nodes, density.weights, density.is_known, strict=True):
-        least, most = mass_below(x, w.where(~of, 0), points, num_steps=density.num_steps)
-        ends.append((least + (w * of) @ (x[:, None] < points).to(w), most + (w * of) @ (x[:, None] <= points).to(w)))
+        known, before, after = w.where(~of, 0), points - off, points + off
+        least, most = mass_below(x, known, before, num_steps=density.num_steps)
+        most = mass_below(x, known, after, num_steps=density.num_steps)[1] if off else most
+        ends.append((least + (w * of) @ (x[:, None] < before).to(w), most + (w * of) @ (x[:, None] <= after).to(w)))
     lower, upper = (torch.stack(sides) for sides in zip(*ends, strict=True))
     return lower, upper

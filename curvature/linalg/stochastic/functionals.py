@@ -19,7 +19,7 @@ from curvature.errors import InputError
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import numbers
 from curvature.linalg.stochastic._mass_bounds import with_node
-from curvature.linalg.stochastic.slq import rule_error
+from curvature.linalg.stochastic.slq import error_of_noise, rule_error
 from curvature.results.estimates import BoundedEstimate, Estimate, SpectralDensity, bounded_mean, mean_and_stderr
 from curvature.results.intervals import skewness
 
@@ -69,7 +69,14 @@ def moments(density: SpectralDensity, orders: Sequence[int]) -> Estimate:
     samples = (density.weights[..., None] * density.nodes[..., None] ** powers).sum(dim=1)
     mean, stderr = mean_and_stderr(samples)
     known = (density.deflated[:, None] ** powers).sum(dim=0) / density.dimension
-    return Estimate(value=mean, stderr=stderr, dof=len(density.weights) - 1.0, skewness=skewness(samples, known))
+    noise = _of_noise(density, lambda x, w: w @ x[:, None] ** powers)
+    return Estimate(
+        value=mean,
+        stderr=torch.hypot(stderr, noise),
+        dof=len(density.weights) - 1.0,
+        skewness=skewness(samples, known),
+        product_noise=density.product_noise,
+    )
 
 
 @numerics
@@ -112,6 +119,9 @@ def effective_dimension(density: SpectralDensity, damping: float | Sequence[floa
     known = density.deflated.reshape(-1, *[1] * z.ndim)
     sure = (known / (known + z)).sum(dim=0)
     found = bounded_mean(upper, torch.stack(lower), upper, (sure, density.dimension - len(known) + sure))
+    if density.product_noise is not None:
+        stderr = torch.hypot(found.stderr, _of_noise(density, sample))
+        found = replace(found, stderr=stderr, product_noise=density.product_noise)
     if smallest == 0:
         return found
     return replace(found, stderr=torch.hypot(found.stderr, rule_error(density, found.value, sample)))
@@ -125,7 +135,23 @@ def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tenso
     of_probes = torch.stack([sample(x, w) for x, w in zip(density.nodes, density.weights, strict=True)])
     value, stderr = mean_and_stderr(of_probes)
     stderr = torch.hypot(stderr, rule_error(density, value, sample))
-    return Estimate(value=value, stderr=stderr, dof=len(of_probes) - 1.0, skewness=skewness(of_probes, sure))
+    return Estimate(
+        value=value,
+        stderr=torch.hypot(stderr, _of_noise(density, sample)),
+        dof=len(of_probes) - 1.0,
+        skewness=skewness(of_probes, sure),
+        product_noise=density.product_noise,
+    )
+
+
+def _of_noise(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return how far products below float32 move the mean over the probes of a number from nodes and weights."""
+    weights = density.weights
+
+    def mean(nodes: Tensor) -> Tensor:
+        return torch.stack([sample(x, w) for x, w in zip(nodes, weights, strict=True)]).mean(dim=0)
+
+    return error_of_noise(density.product_noise, density.nodes, weights, density.dimension, mean)
 
 
 def _smallest(density: SpectralDensity) -> float:

@@ -24,7 +24,7 @@ from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.places import normal_rows
-from curvature.linalg.base.validate import check_count, check_square, working_dtype
+from curvature.linalg.base.validate import check_count, check_square, product_noise, working_dtype
 from curvature.linalg.krylov.lanczos import lanczos_runs, ritz
 from curvature.linalg.stochastic._mass_bounds import shortened
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, Projected, as_matrix
@@ -111,7 +111,8 @@ def spectral_density(
     rule = rule_error(found, found.density, lambda x, w: _mixture(found.grid, x, w, found.sigma))
     if found.num_steps is not None:
         rule = envelope(rule, found.grid, nodes[(weights > 0) & ~found.is_known], steps)
-    return replace(found, rule=rule)
+    noise = product_noise(A)
+    return replace(found, rule=rule + blur(found, noise) if noise else rule, product_noise=noise or None)
 
 
 def smoothed(
@@ -151,6 +152,37 @@ def smoothed(
         num_matvecs=num_matvecs,
         deflated=known,
     )
+
+
+def blur(density: SpectralDensity, noise: float) -> Tensor:
+    """Return how far a smoothed density is off, to first order, if |E|_F is this share of |A|_F for products A + E.
+
+    Eigenvalues move by no more than |E|_F, root of the sum of squares (Hoffman and Wielandt, 1953).
+    """
+    x, w = density.nodes, density.weights
+    size = (w * x.square()).sum(dim=1).mean().sqrt()  # |A|_F / n^(1/2)
+    slopes = []
+    for nodes, weights in zip(x, w, strict=True):
+        z = (density.grid[:, None] - nodes) / density.sigma
+        slope = z * torch.exp(-0.5 * z.square()) / (density.sigma**2 * (2 * torch.pi) ** 0.5)
+        slopes.append((weights * slope.square()).sum(dim=1))
+    return noise * size * torch.stack(slopes).mean(dim=0).sqrt()
+
+
+def error_of_noise(
+    noise: float | None, nodes: Tensor, weights: Tensor, n: int, f: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return how far f(nodes) moves with a matrix whose products err by this share: all alike, or each by chance.
+
+    The larger of two changes: nodes times 1 +- noise / 2, as a trace errs; and nodes +- noise |A|_F / n, as the sum of
+    n eigenvalues moves that err by noise |A|_F / n^(1/2) each. Infinite where f is not finite there.
+    """
+    value = f(nodes)
+    if not noise:
+        return torch.zeros_like(value)
+    step = noise * (weights * nodes.square()).sum(dim=-1).mean().sqrt() / n**0.5
+    moved = [f(nodes * (1 + sign * noise / 2)) for sign in (-1, 1)] + [f(nodes + sign * step) for sign in (-1, 1)]
+    return torch.stack([(x - value).abs() for x in moved]).nan_to_num(nan=torch.inf).amax(dim=0)
 
 
 def rule_error(density: SpectralDensity, value: Tensor, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

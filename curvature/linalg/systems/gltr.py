@@ -25,11 +25,11 @@ from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import check_preconditioner, powers_of_two
-from curvature.linalg.base.validate import check_square, check_tolerances
+from curvature.linalg.base.validate import check_square, check_tolerances, product_noise
 from curvature.linalg.krylov._completeness import Bound, Chain
 from curvature.linalg.krylov._lanczos_process import LanczosProcess
 from curvature.linalg.systems._secular import SecularSolution, cubic_minimiser, trust_region_minimiser
-from curvature.linalg.systems.trust_region import check_gradient, check_positive, trust_region
+from curvature.linalg.systems.trust_region import check_gradient, check_positive, trust_region, within_noise
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
@@ -154,6 +154,7 @@ def _in_lanczos_space(
             break
     ended = Status.BOUNDARY if small.on_boundary else Status.CONVERGED
     length = float(small.y.norm())
+    residual, ended = within_noise(A, residual, float(theta.abs().max()) * length, tolerance, ended)
     model = float((gamma * S[0] * small.y + theta * small.y.square() / 2).sum()) + sigma / 3 * length**3
     return SubproblemResult(
         step=process.combine([h])[:, 0],
@@ -167,6 +168,7 @@ def _in_lanczos_space(
         num_iterations=process.num_matvecs,
         num_matvecs=process.num_matvecs,
         status=ended if converged else Status.MAX_ITERATIONS,
+        product_noise=product_noise(A) or None,
     )
 
 

@@ -27,7 +27,14 @@ from curvature.linalg.base.systems import (
     right_hand_sides,
     step_limit,
 )
-from curvature.linalg.base.validate import check_square, check_tolerances, non_finite_message, working_dtype
+from curvature.linalg.base.validate import (
+    check_square,
+    check_tolerances,
+    doubted_noise,
+    non_finite_message,
+    product_noise,
+    working_dtype,
+)
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import SubproblemResult
@@ -131,6 +138,7 @@ def trust_region(
     norm = radius if on_boundary else float(squared) ** 0.5
     multiplier = max(-rs / norm / norm, 0.0) if on_boundary else 0.0
     residual = max(rho + 2 * multiplier * rs + (multiplier * norm) * (multiplier * norm), 0.0) ** 0.5
+    residual, status = within_noise(A, residual, float(size * s.norm()), tolerance, status)
     return SubproblemResult(
         step=s * unit,
         step_norm=norm * unit,
@@ -143,7 +151,18 @@ def trust_region(
         num_iterations=steps,
         num_matvecs=steps,
         status=status,
+        product_noise=product_noise(A) or None,
     )
+
+
+def within_noise(
+    A: MatrixLike, residual: float, moved: float, tolerance: float, status: Status
+) -> tuple[float, Status]:
+    """Return the residual with the error of products below float32, `moved` being |A| |s|, and WITHIN_NOISE for it."""
+    if not (noise := doubted_noise(A)):
+        return residual, status
+    with_noise = residual + noise * moved
+    return with_noise, Status.WITHIN_NOISE if status.ok and residual <= tolerance < with_noise else status
 
 
 def _to_boundary(ss: float, sp: float, pp: float, radius: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, Objective, linalg, spectrum
+from curvature import GGNOperator, HessianOperator, NTKOperator, Objective, linalg, spectrum
 from curvature.results.estimates import Status
 
 KINDS = ("bfloat16", "float16", "autocast", "autocast inside")
@@ -123,3 +123,93 @@ def test_float32_is_not_measured() -> None:
     assert linalg.eigsh(objective, 1, method="lanczos", generator=0).product_noise is None
     assert linalg.trace(objective, num_matvecs=4, generator=0).product_noise is None
     assert not any("float32" in note for note in objective.notes)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inv": torch.reciprocal,
+    "sqrt": torch.sqrt,
+    "invsqrt": torch.rsqrt,
+    "log": torch.log,
+    "exp": torch.exp,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functions_diagonals_steps_and_kernels_hold_the_noise(kind: str) -> None:
+    """Their errors, beside float64 of the weights, lie within what they state; less than that is never claimed."""
+    objective, H, G, around = setup(kind)
+    norm = float(torch.linalg.matrix_norm(G, 2))
+    with around():
+        A, B = GGNOperator(objective), HessianOperator(objective)
+        noise = A.product_noise
+        v, damping = torch.randn(len(G), generator=torch.Generator().manual_seed(1)), 0.1 * norm
+        eigenvalues, U = torch.linalg.eigh(G)
+        for name, f in FUNCTIONS.items():
+            found = linalg.matrix_function(A, v, name, damping=damping, lower=damping)  # type: ignore[arg-type]
+            exact = U @ (f(eigenvalues.clamp_min(0) + damping) * (U.T @ v.double()))
+            assert float((found.value.double() - exact).norm()) <= float(found.errors) <= float(found.bounds)
+            assert found.status is Status.WITHIN_NOISE
+            assert found.product_noise == noise
+        loose = linalg.matrix_function(A, v, "exp", rtol=0.5)
+        assert loose.status is Status.CONVERGED
+        assert linalg.matrix_function(A, v, "inv", damping=noise * norm, rtol=0.5).errors.isinf()
+
+        for method, budget in (("hutchinson", 40), ("xdiag", 40), ("auto", len(G))):
+            for keep in (False, True):
+                settings: Any = {"method": method, "num_matvecs": budget, "keep_samples": keep}
+                diagonal = linalg.diagonal(B, generator=0, **settings)
+                off = (diagonal.value.double() - H.diagonal()).abs()
+                assert bool((off <= 4 * diagonal.stderr).all())
+                assert float(diagonal.stderr.norm()) > 0.2 * B.product_noise * float(H.diagonal().norm())
+                assert diagonal.product_noise == B.product_noise
+        assert linalg.diagonal(B, rtol=1e-6, max_matvecs=1000, generator=0).status is Status.WITHIN_NOISE
+
+        g = objective.gradient()
+        for radius in (1e-2, 1e3):
+            for step in (linalg.gltr(A, g, radius), linalg.trust_region(A, g, radius)):
+                s = step.step.double()
+                residual = float((g.double() + G @ s + step.multiplier * s).norm())
+                assert residual <= step.residual_norm + 1e-6 * float(g.norm())
+                assert step.product_noise == noise
+                assert step.status is not Status.CONVERGED
+        kernel = NTKOperator(objective)
+        assert 0 < kernel.product_noise < 0.1
+        assert linalg.trace(kernel, num_matvecs=20, generator=0).product_noise == kernel.product_noise
+        assert any("NTKOperator" in note for note in objective.notes)
+        if kind != "autocast":  # it computes in full precision
+            (said,) = (message for message in objective.check().messages if "of their size" in message)
+            assert "the Hessian" in said
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "autocast inside"])
+def test_densities_and_what_follows_from_them_hold_the_noise(kind: str) -> None:
+    objective, H, G, _ = setup(kind)
+    A = GGNOperator(objective)
+    exact = torch.linalg.eigvalsh(G).clamp_min(0)
+    n = len(exact)
+    density = linalg.spectral_density(A, num_probes=n, num_steps=n, probes=torch.eye(n), block_size=n, generator=0)
+    z = (density.grid[:, None] - exact) / density.sigma
+    truth = torch.exp(-0.5 * z.square()).sum(dim=1) / (n * density.sigma * (2 * torch.pi) ** 0.5)
+    assert density.product_noise == A.product_noise
+    assert density.rule is not None
+    off = (density.density - truth).abs()
+    assert bool((off <= density.rule + 1e-3 * truth.max()).all())
+    damping = 0.1 * float(exact.max())
+    for found, value in (
+        (linalg.logdet(density, damping=damping), torch.log(exact + damping).sum()),
+        (linalg.effective_dimension(density, damping), (exact / (exact + damping)).sum()),
+        (linalg.moments(density, [1]), exact.mean()),
+        (linalg.spectral_sum(density, torch.square), exact.square().sum()),
+    ):
+        assert float((found.value - value).abs()) <= 2 * float(found.stderr)
+        assert found.product_noise == A.product_noise
+    places = torch.tensor([n // 3, n - 4, n - 1])
+    share, truth = linalg.cdf(density, exact[places]), (places + 1.0) / n
+    assert bool((share.lower - 1e-4 <= truth).all())
+    assert bool((share.upper + 1e-4 >= truth).all())
+    found = spectrum(objective, generator=0)
+    assert found.density.product_noise == HessianOperator(objective).product_noise
+    of_square = found.spectral_sum(torch.square)
+    low, high = of_square.interval(0.99)
+    assert low <= float(H.square().sum()) <= high
+    assert float(of_square.rule) >= found.density.product_noise * float(H.square().sum()) * 0.5
