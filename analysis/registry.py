@@ -62,6 +62,14 @@ STUDIES = {
         "analysis.race.study",
         "Race optimizers: the same budget for each, rates searched, seeds paired, and who is ahead beyond chance.",
     ),
+    "complexity": (
+        "analysis.generalization.complexity.study",
+        "Search how many examples a training procedure can fit, and in which regime a training lies.",
+    ),
+    "dimension": (
+        "analysis.generalization.dimension.study",
+        "Measure the effective dimension: how many directions the data determine beside a regulariser.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -99,7 +107,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr", "descent", "prune", "race".
+            "track", "lr", "descent", "prune", "race", "complexity", "dimension".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

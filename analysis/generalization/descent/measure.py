@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,18 +15,17 @@ from analysis.generalization.data import Labelled, LossName, flipped, labelled, 
 from analysis.generalization.descent.random_features import feature_counts, feature_rows
 from analysis.generalization.descent.results import DescentCurve, DescentRow
 from analysis.generalization.ensemble import Ensemble, Recipe
+from analysis.generalization.kept import Kept
 from analysis.generalization.point import curvature_at
 from analysis.generalization.width import at_width
-from analysis.generalization.workers import usable_cores, work
 from analysis.records.plan import Plan, from_plan, setting
-from analysis.run.draft import POINTS, Draft
-from analysis.run.lines import append_line, read_lines
+from analysis.run.draft import Draft
 from analysis.show.listener import Progress
 from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
-__all__ = ["DescentPlan", "Setup", "double_descent", "setup", "values_of"]
+__all__ = ["DescentPlan", "Setup", "double_descent", "setup", "train_job", "trained", "values_of"]
 
 USUAL = 300
 """Training examples along width and epochs, unless others are asked for."""
@@ -151,11 +150,11 @@ def double_descent(
     if plan.model == "random-features":
         rows = [DescentRow(**row) for row in feature_rows(shared, values_of(shared))]
     else:
-        kept = _Kept(draft)
-        rows = kept.train(shared, _jobs(shared, values_of(shared)), notes, progress)
+        kept = Kept(draft)
+        rows = trained(shared, _jobs(shared, values_of(shared)), kept, notes, progress)
         if plan.vary == "width" and not plan.values:
             closer = _closer(_curve(shared, rows, notes))
-            rows += kept.train(shared, _jobs(shared, closer), notes, progress)
+            rows += trained(shared, _jobs(shared, closer), kept, notes, progress)
     if plan.vary != "samples" and plan.samples is None and len(data.labels) == USUAL:
         notes.append(f"The networks were trained on {USUAL} examples; --samples takes more of them.")
     return _curve(shared, rows, notes)
@@ -273,36 +272,14 @@ def _curve(shared: Setup, rows: Sequence[DescentRow], notes: Sequence[str]) -> D
     )
 
 
-class _Kept:
-    """Rows that were found, and the file that survives whatever stops the process."""
-
-    def __init__(self, draft: Draft | None) -> None:
-        self._path = None if draft is None else draft.path / POINTS
-        self._known: dict[str, list[dict[str, Any]]] = {}
-        if self._path is not None and self._path.is_file():
-            try:
-                lines = [json.loads(line) for line in read_lines(self._path, repair=True)]
-                self._known = {line["job"]: line["rows"] for line in lines}
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{self._path} cannot be read ({error}); begin again with --overwrite.") from error
-
-    def train(
-        self, shared: Setup, jobs: list[dict[str, Any]], notes: list[str], progress: Progress | None
-    ) -> list[DescentRow]:
-        """Return the rows of some jobs, those of earlier calls as they were."""
-        new = [job for job in jobs if json.dumps(job) not in self._known]
-        before = len(self._known)
-        total = max(before + len(new), len(jobs))
-        for done, (index, rows) in enumerate(
-            work(f"{__name__}:train_job", shared, new, shared.plan.processes or usable_cores(), notes), before + 1
-        ):
-            key = json.dumps(new[index])
-            self._known[key] = rows
-            if self._path is not None and self._path.parent.is_dir():
-                append_line(self._path, json.dumps({"job": key, "rows": rows}))
-            if progress is not None:
-                progress(f"training\n{_told(shared, rows)}", done, total)
-        return [DescentRow(**row) for job in jobs for row in self._known[json.dumps(job)]]
+def trained(
+    shared: Setup, jobs: list[dict[str, Any]], kept: Kept, notes: list[str], progress: Progress | None, total: int = 0
+) -> list[DescentRow]:
+    """Return the rows of some jobs, those of earlier calls as they were."""
+    name, count = f"{__name__}:train_job", shared.plan.processes
+    told = partial(_told, shared)
+    answers = kept.answers(name, shared, jobs, processes=count, notes=notes, progress=progress, told=told, total=total)
+    return [DescentRow(**row) for rows in answers for row in rows]
 
 
 def _told(shared: Setup, rows: list[dict[str, Any]]) -> str:
@@ -333,7 +310,7 @@ def train_job(shared: Setup, job: dict[str, Any]) -> list[dict[str, Any]]:
         gradient = ensemble.gradient_norms(shared.loss, x, labels) / start
         for i, repeat in enumerate(repeats):
             row = {
-                "value": value,
+                "value": float(value),
                 "repeat": repeat,
                 "num_params": ensemble.num_params,
                 "num_samples": n,

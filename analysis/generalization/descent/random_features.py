@@ -59,7 +59,7 @@ def feature_rows(shared: Any, values: list[int]) -> list[dict[str, Any]]:
             phi, beyond = (random_features(part, W[:P], b[:P]) for part in (x[:n], test))
             found = _solved(phi, beyond, data, shared.noisy[repeat, :n], plan)
             about = {"num_params": P * data.num_classes, "num_samples": n}
-            rows.append({"value": value, "repeat": repeat, **about, **found})
+            rows.append({"value": float(value), "repeat": repeat, **about, **found})
     return rows
 
 

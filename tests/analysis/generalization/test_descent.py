@@ -179,7 +179,7 @@ def test_trainings_are_the_same_in_one_process_and_two_and_go_on_where_they_were
     points = draft.path / POINTS
     whole = points.read_text().splitlines()
     marked = json.loads(whole[0])
-    marked["rows"][0]["test_loss"] = 77.0
+    marked["answer"][0]["test_loss"] = 77.0
     points.write_text(json.dumps(marked) + "\n" + whole[1][:30])  # killed while the second line was written
     again = double_descent(objective, generator=5, test_data=test_data, processes=1, draft=draft, **plan)
     assert (again.of("test_loss") == 77.0).sum() == 1  # the first job was not trained again

@@ -1,0 +1,1 @@
+"""Effective model complexity: how many examples a training procedure can fit."""

@@ -1,0 +1,1 @@
+"""Effective dimension: how many directions the data determine beside a regulariser."""
