@@ -66,6 +66,14 @@ STUDIES = {
         "analysis.generalization.complexity.study",
         "Search how many examples a training procedure can fit, and in which regime a training lies.",
     ),
+    "labels": (
+        "analysis.generalization.contrast.labels",
+        "Fit true, shuffled and random labels side by side: time, norms, curvature and noise.",
+    ),
+    "regularize": (
+        "analysis.generalization.contrast.regularization",
+        "Train with six regularisers and without, and compare curvature, noise and test error with paired seeds.",
+    ),
     "dimension": (
         "analysis.generalization.dimension.study",
         "Measure the effective dimension: how many directions the data determine beside a regulariser.",
@@ -107,7 +115,8 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr", "descent", "prune", "race", "complexity", "dimension".
+            "track", "lr", "descent", "prune", "race", "complexity", "labels",
+            "regularize", "dimension".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

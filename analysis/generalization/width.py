@@ -10,20 +10,10 @@ from torch import nn
 
 from curvature.errors import InputError
 
-__all__ = ["at_width", "own_width"]
+__all__ = ["at_width", "width_of"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def own_width(model: nn.Module) -> int:
-    """Return the size of a chain's first hidden layer.
-
-    Raises:
-        InputError: for a model that is no chain of known layers with one hidden layer at least.
-    """
-    leaves = _leaves(model)
-    return _size(leaves[0])
 
 
 def at_width(model: nn.Module, width: int) -> nn.Module:
@@ -59,6 +49,21 @@ def at_width(model: nn.Module, width: int) -> nn.Module:
         _resize(new, inputs, outputs)
         before = (_size(leaf), outputs)
     return wide
+
+
+def width_of(model: nn.Module, num_params: float) -> int:
+    """Return the smallest width with so many parameters."""
+    low, high = 0, 1
+
+    def size(width: int) -> int:
+        return sum(p.numel() for p in at_width(model, width).parameters())
+
+    while size(high) < num_params:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) < num_params else (low, middle)
+    return high
 
 
 def _leaves(model: nn.Module) -> list[nn.Module]:

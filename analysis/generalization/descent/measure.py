@@ -17,7 +17,7 @@ from analysis.generalization.descent.results import DescentCurve, DescentRow
 from analysis.generalization.ensemble import Ensemble, Recipe
 from analysis.generalization.kept import Kept
 from analysis.generalization.point import curvature_at
-from analysis.generalization.width import at_width
+from analysis.generalization.width import at_width, width_of
 from analysis.records.plan import Plan, from_plan, setting
 from analysis.run.draft import Draft
 from analysis.show.listener import Progress
@@ -169,7 +169,7 @@ def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data
     seed = generator.initial_seed() % 2**40
     data = labelled(objective, test_data, seed)
     wanted = plan.samples
-    if wanted is None and getattr(plan, "vary", "samples") != "samples":
+    if wanted is None and getattr(plan, "vary", "") != "samples":
         wanted = min(USUAL, len(data.labels))
     if wanted is not None:
         if wanted > len(data.labels):
@@ -201,7 +201,7 @@ def values_of(shared: Setup) -> list[int]:
         return _spaced(1, _epochs(shared), 20)
     if plan.vary == "samples":
         return _spaced(min(20, most), most, _POINTS)
-    low, high = (_width_of(shared.model, share * most) for share in _SHARES)
+    low, high = (width_of(shared.model, share * most) for share in _SHARES)
     return _spaced(low, high, _POINTS)
 
 
@@ -215,21 +215,6 @@ def _spaced(low: int, high: int, count: int) -> list[int]:
     if high <= low:
         return [low]
     return sorted({round(low * (high / low) ** (i / (count - 1))) for i in range(count)})
-
-
-def _width_of(model: nn.Module, num_params: float) -> int:
-    """Return the smallest width with so many parameters."""
-    low, high = 0, 1
-
-    def size(width: int) -> int:
-        return sum(p.numel() for p in at_width(model, width).parameters())
-
-    while size(high) < num_params:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) < num_params else (low, middle)
-    return high
 
 
 def _closer(curve: DescentCurve) -> list[int]:
