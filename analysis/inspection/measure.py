@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.inspection.coupling import layer_coupling
 from analysis.inspection.diagonal import layer_diagonals
 from analysis.inspection.low_rank import low_rank_error
-from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
+from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, MOST_CONTINUED, WHOLE, InspectionPlan
 from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.records.measured import Measured
 from analysis.records.plan import from_plan
@@ -75,9 +75,18 @@ def inspect_model(
     found: dict[str, Spectrum] = {}
     if blocks:
         with meter.stage(LAYERS, planned_layers, whole=False):
-            place = plan.layer.place(H, [block.num_params for block in blocks])
+            layer = plan.layer(len(blocks))
+            place = layer.place(H, [block.num_params for block in blocks])
             own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
-            found = layer_spectra(H, plan.layer, blocks=blocks, **own)
+            found = layer_spectra(H, layer, blocks=blocks, **own)
+    layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
+    left_out: tuple[str, ...] = ()
+    if len(blocks) > MOST_CONTINUED:
+        left = sum(not layer.converged for layer in layers)
+        left_out = (
+            f"The eigenvalues of {len(blocks)} layers, more than {MOST_CONTINUED}, are those of the planned products, "
+            f"neither continued nor searched for: {left} layers hold one that has not converged.",
+        )
     diagonal = None
     if plan.layers:
         with meter.stage(DIAGONAL, planned_diagonal, whole=True):
@@ -100,14 +109,14 @@ def inspect_model(
         mean_absolute_eigenvalue=_mean_absolute(whole),
         effective_condition=_effective_condition(whole),
         negative_share=_negative_share(whole),
-        layers=tuple(_layer(block, found[block.name], gradient) for block in blocks),
+        layers=layers,
         coupling=coupled,
         diagonal=diagonal,
         low_rank=low_rank_error(whole),
         exact=whole.exact,
         data=_data_errors(whole),
         cost=meter.cost(),
-        notes=(*objective.notes, *whole.notes),
+        notes=(*objective.notes, *whole.notes, *left_out),
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "DIAGONAL_MATVECS",
     "LAYERS",
     "MOST_COLUMNS",
+    "MOST_CONTINUED",
     "WHOLE",
     "InspectionPlan",
 ]
@@ -34,6 +35,8 @@ DIAGONAL = "the diagonal"
 COUPLING_PROBES = 8
 DIAGONAL_MATVECS = 24
 """Products that an estimate of the diagonal takes, where it cannot be had exactly."""
+MOST_CONTINUED = 16
+"""Layers whose eigenpairs are continued until they converge."""
 MOST_COLUMNS = 1000
 """Columns that an exact diagonal may take, about a gradient each; beyond them an estimate is the better bargain."""
 
@@ -78,10 +81,15 @@ class InspectionPlan(Plan):
             num_deflated=self.k,
         )
 
-    @property
-    def layer(self) -> SpectrumPlan:
-        """The plan of each layer."""
+    def layer(self, num_layers: int) -> SpectrumPlan:
+        """Return the plan of each layer: of many layers, pairs are those of the planned products, as far as they come.
+
+        To continue them, and to look for pairs that were missed, takes more products than all else, one at a time.
+        """
+        few = num_layers <= MOST_CONTINUED
         return SpectrumPlan(
+            patience=4 if few else 0,
+            confidence=0.99 if few else None,
             k=1,
             num_bottom=1,
             rtol=min(0.1, 10 * self.rtol),
@@ -98,7 +106,8 @@ class InspectionPlan(Plan):
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
         sizes = [block.num_params for block in self.layer_blocks(objective)]
-        of_layers = sum(self.layer.num_matvecs(n) + self.layer.num_search(n) for n in sizes)
+        layer = self.layer(len(sizes))
+        of_layers = sum(layer.num_matvecs(n) + layer.num_search(n) for n in sizes)
         n = objective.num_params
         whole = self.whole.num_matvecs(n) + self.whole.num_search(n)
         return whole + self.coupling_matvecs(objective) + self.diagonal_matvecs(objective), of_layers
@@ -127,7 +136,7 @@ class InspectionPlan(Plan):
         n, device = objective.num_params, objective.device
         blocks = self.layer_blocks(objective)
         held, where = 0, ""
-        for plan, sizes in ((self.whole, [n]), (self.layer, [block.num_params for block in blocks])):
+        for plan, sizes in ((self.whole, [n]), (self.layer(len(blocks)), [block.num_params for block in blocks])):
             if sizes:  # refused before anything takes long
                 plan.check_memory(H, sizes, place := plan.place(H, sizes))
                 bases, others = plan.parts_of_bytes(H, sizes)
@@ -144,7 +153,8 @@ class InspectionPlan(Plan):
         products = f"{count(whole)} Hessian products"
         if of_layers:
             products += f" and {count(of_layers)} with single layers"
-        text = f"about {products} at {duration(each)} a product, up to {most}{where}"
+        left = f"; the pairs of {count(len(blocks))} layers are not continued" if len(blocks) > MOST_CONTINUED else ""
+        text = f"about {products} at {duration(each)} a product, up to {most}{where}{left}"
         return Price(text, total, whole + of_layers, "products")
 
 
@@ -161,5 +171,6 @@ def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: Inspecti
     """Return what the products with all layers will take, from one with a column for each."""
     columns = [torch.ones(block.num_params, 1, dtype=H.dtype, device=H.device) for block in blocks]
     _, seconds = timed(lambda: H.products(columns, blocks), H.device)
-    steps = max(plan.layer.num_matvecs(block.num_params) for block in blocks)
-    return steps * seconds
+    layer, sizes = plan.layer(len(blocks)), [block.num_params for block in blocks]
+    walks = max(map(layer.num_matvecs, sizes))
+    return (walks + sum(map(layer.num_search, sizes)) / len(sizes)) * seconds  # pairs are continued one by one

@@ -1,4 +1,4 @@
-"""Peak memory: of the 3 largest eigenpairs of a GPT-2 beside what is allowed, and of what `plan` predicts.
+"""Peak memory: of the 3 largest eigenpairs of a GPT-2 beside what is allowed, and of what `plan` predicts; adapters.
 
     python -m benchmarks.memory.bench [--parts ...] [--models ...] [--calls ...]      rows to results/memory.json
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Rows, command
+from benchmarks.memory.adapters import ADAPTERS, adapters_row
 from benchmarks.memory.plans import CALLS, PLAN_MODELS, layers_row, limit_row, plan_row
 
 __all__ = ["measure", "products"]
@@ -26,7 +27,7 @@ __all__ = ["measure", "products"]
 TIMEOUT_SECONDS = 900
 NUM_BASIS = 8
 MEBI = 2**20
-PARTS = ("bases", "products", "plans", "limit", "layers")
+PARTS = ("bases", "products", "plans", "limit", "layers", "adapters")
 LIMIT_SECONDS, LIMIT_BYTES = 7200, 6 * 10**9
 
 
@@ -130,8 +131,9 @@ def main() -> None:
     bases = ("float32", "bfloat16") if "bases" in a.parts else ()
     plans = list(itertools.product(a.models, a.calls)) if "plans" in a.parts else []
     methods = ("plain", "toolkit") if "products" in a.parts else ()
-    total = len(bases) + len(plans) + len(methods) + ("limit" in a.parts) + ("layers" in a.parts)
-    with Rows(a.out, ("part", "basis", "model", "call", "method"), total) as rows:
+    adapters = ADAPTERS if "adapters" in a.parts else ()
+    total = len(adapters) + len(bases) + len(plans) + len(methods) + ("limit" in a.parts) + ("layers" in a.parts)
+    with Rows(a.out, ("part", "basis", "model", "call", "method", "adapter"), total) as rows:
         for method in methods:
             known = {"part": "products", "method": method}
             row = alone(products, known, timeout_seconds=TIMEOUT_SECONDS, method=method)
@@ -140,6 +142,10 @@ def main() -> None:
             row = alone(measure, {"basis": basis}, timeout_seconds=TIMEOUT_SECONDS, basis=basis)
             peak, allowed = row.get("peak_mebibytes", 0.0), row.get("allowed_mebibytes", 0.0)
             rows.add(row, said=f"{basis:9} {peak:6.0f} MiB at most, {allowed:6.0f} allowed")
+        for adapter in adapters:
+            known = {"part": "adapters", "adapter": adapter}
+            row = alone(adapters_row, known, timeout_seconds=TIMEOUT_SECONDS, adapter=adapter)
+            rows.add(row, said=str(row))
         if "limit" in a.parts:
             of = {"model": "gpt2-124m"}
             known = {"part": "limit", **of}

@@ -17,7 +17,7 @@ from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.results.estimates import EigenPairs, Status
-from curvature.spectra.planning import PATIENCE, SMALL, SpectrumPlan
+from curvature.spectra.planning import SMALL, SpectrumPlan
 from curvature.spectra.results import DataSpread, Spectrum
 from curvature.spectra.runs import AllEntries, BlockKrylov, GroupSums, Run
 
@@ -104,9 +104,9 @@ class SpectrumAnalysis:
         if plan.confidence is not None:
             top = self._searched(top, 1.0, of_high, progress)
             bottom = self._searched(bottom, -1.0, of_low, progress)
-        if not bool(top.converged.all()):
+        if plan.patience > 0 and not bool(top.converged.all()):
             top = self._continue(top, "LA", plan.rtol, 0.0, generator, progress)
-        if not bool(bottom.converged.all()):
+        if plan.patience > 0 and not bool(bottom.converged.all()):
             bottom = self._continue(bottom, "SA", plan.bottom_rtol, atol, generator, progress)
         norm = float(theta.abs().max())
         return self._with_noise(top, of_high, norm), self._with_noise(bottom, of_low, norm), low, high
@@ -212,7 +212,7 @@ class SpectrumAnalysis:
             v0=pairs.eigenvectors,
             generator=generator,
             num_basis=min(self.n, max(2 * k + 1, self.run.num_matvecs)),
-            max_matvecs=PATIENCE * self.run.num_matvecs,
+            max_matvecs=self.plan.patience * self.run.num_matvecs,
             confidence=self.plan.confidence if lost else None,
             callback=callback,
         )

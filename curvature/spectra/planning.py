@@ -25,14 +25,12 @@ from curvature.results.record import Result
 from curvature.spectra.product_cost import ProductCost, product_cost
 from curvature.spectra.ways import Way, graph_choices, present_memory, ways_to_pairs
 
-__all__ = ["PATIENCE", "SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
+__all__ = ["SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
 
 Quantity = Literal[
     "top", "bottom", "trace", "frobenius_norm", "moments", "density", "effective_dimension", "logdet", "layer_traces"
 ]
 Whole = Literal["eigenpairs", "product", "layers"]
-PATIENCE = 4
-"""Eigenpairs that have not converged after the planned products are given so many times as much again."""
 _EXACT_IS_WORTH = 1.5
 _SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
 _CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
@@ -70,6 +68,8 @@ class SpectrumPlan:
     confidence: float | None = 0.99
     """Probability with which no eigenvalue beyond the pairs may be missed, as in `curvature.linalg.eigsh`; None to do
     without the products that show it. Pairs that are continued beyond the plan are not looked at: UNCERTIFIED."""
+    patience: int = 4
+    """Pairs that have not converged after the planned products are given so many times as much again; 0 leaves them."""
     num_groups: int = 16
     """Groups of batches for the error over the data, at most; 0 for none."""
     least_groups: int = 4
@@ -80,7 +80,7 @@ class SpectrumPlan:
 
     def __post_init__(self) -> None:
         least = (("k", 0), ("num_bottom", 0), ("num_probes", 2), ("num_steps", 1), ("num_deflated", 0))
-        for name, low in (*least, ("num_groups", 0), ("least_groups", 2)):
+        for name, low in (*least, ("patience", 0), ("num_groups", 0), ("least_groups", 2)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if not 0 < self.rtol <= 0.1:
@@ -116,7 +116,7 @@ class SpectrumPlan:
         """
         if self.all_entries(n) or self.k + self.num_bottom == 0:
             return 0
-        return _CONTINUED * (self.num_bottom > 0) + _SEARCH * (self.confidence is not None)
+        return _CONTINUED * (self.num_bottom > 0 and self.patience > 0) + _SEARCH * (self.confidence is not None)
 
     def all_entries(self, n: int) -> bool:
         """Return whether a matrix of size n is computed entry by entry."""

@@ -14,6 +14,7 @@ from curvature.adapters import hugging_face
 from curvature.adapters.hugging_face import causal_lm_forward, causal_lm_objective
 from curvature.errors import DataError
 from tests.checks import assert_close, assert_untouched, check_operator
+from tests.memory_meter import PeakBytes
 from tests.references import CROSS_ENTROPY, dense_ggn, dense_hessian, total_loss
 
 transformers = pytest.importorskip("transformers")
@@ -164,3 +165,27 @@ def test_losses_of_other_kinds_are_hugging_faces_own(kind: str) -> None:
     expected = torch.autograd.grad(model(**batch).loss, params, allow_unused=True, materialize_grads=True)
     assert_close(objective.gradient(), torch.cat([g.flatten() for g in expected]), 1e-4)
     assert objective.has_split == (kind != "causal_lm")
+
+
+def test_texts_taken_one_by_one_give_the_same_products_in_less_memory() -> None:
+    """Pieces count by their labels; a product holds at most 4 times what a gradient of the same pieces does."""
+    model, g = model_of("GPT-2"), torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (8, 6), generator=g)
+    labels = ids.where(torch.rand(ids.shape, generator=g) > torch.linspace(0, 0.9, 8)[:, None], -100)
+    found, peaks = [], []
+    for micro_batch in (None, 1):
+        batches = [{"input_ids": ids, "labels": labels}]
+        objective = causal_lm_objective(model, batches, keep_graphs=False, micro_batch=micro_batch)
+        v = torch.randn(objective.num_params, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        H, G = HessianOperator(objective), GGNOperator(objective)
+        for work in (objective.gradient, lambda H=H, v=v: H @ v, lambda G=G, v=v: G @ v):
+            work()
+            with PeakBytes() as meter:
+                found.append(work())
+            peaks.append(meter.peak)
+    for whole, cut in zip(found[:3], found[3:], strict=True):
+        assert_close(cut, whole, RTOL["GPT-2"])
+    for gradient, hessian, ggn in (peaks[:3], peaks[3:]):
+        assert hessian <= 4 * gradient
+        assert ggn <= 2.4 * gradient
+    assert all(cut < 0.6 * whole for whole, cut in zip(peaks[:3], peaks[3:], strict=True))

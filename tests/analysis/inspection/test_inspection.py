@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.inspection import measure as measure_module
+from analysis.inspection import plan as plan_module
 from analysis.inspection.measure import inspect_model
 from analysis.inspection.plan import InspectionPlan
 from analysis.inspection.results import Inspection
-from curvature import Objective
+from curvature import HessianOperator, Objective
 from curvature.errors import InputError, NonFiniteError
 
 SPECTRUM = [9.0, 4.0, 1.0, 0.25, 0.0]
@@ -209,3 +211,24 @@ def test_a_loss_that_is_not_finite() -> None:
         objective.model.layer0.weight[0, 1] = torch.inf  # type: ignore[union-attr, index]
     with pytest.raises(NonFiniteError, match="weight"):
         inspect(objective)
+
+
+def test_pairs_of_many_layers_are_left_as_they_come_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price holds what continuing them takes; without it, what is spent on layers is what was planned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(12, 12), nn.Tanh())), nn.Linear(12, 3))
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(40, 12), torch.randint(3, (40,))))
+    settings = InspectionPlan(num_probes=2, num_steps=10, k=2, num_bottom=1)
+    sizes = [block.num_params for block in objective.space.blocks]
+    assert "not continued" not in settings.price(objective).text
+    assert settings.total_matvecs(objective)[1] == sum(
+        settings.layer(4).num_matvecs(n) + settings.layer(4).num_search(n) for n in sizes
+    )
+    monkeypatch.setattr(plan_module, "MOST_CONTINUED", 3)
+    monkeypatch.setattr(measure_module, "MOST_CONTINUED", 3)
+    assert "the pairs of 4 layers are not continued" in settings.price(objective).text
+    found = inspect_model(objective, settings, generator=0)
+    assert found.cost.num_layer_matvecs == settings.total_matvecs(objective)[1]
+    assert sum("neither continued nor searched for" in note for note in found.notes) == 1
+    exact = torch.linalg.eigvalsh(HessianOperator(objective.restrict("0.*")).to_dense())
+    assert abs(found.layers[0].top - float(exact[-1])) <= 1.1 * found.layers[0].top_residual + 1e-6
