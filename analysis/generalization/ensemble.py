@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -20,6 +21,19 @@ from analysis.training.loop import initialise
 from curvature.errors import InputError
 
 __all__ = ["Ensemble", "Fit", "Recipe", "fresh"]
+
+_ENTRYWISE = (
+    nn.Tanh,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.Softplus,
+    nn.Identity,
+    nn.Dropout,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -76,6 +90,7 @@ class Ensemble:
         self.seeds = tuple(seeds)
         self.params, self.buffers = stack_module_state(made)
         self.params = {name: value.detach().clone().requires_grad_() for name, value in self.params.items()}
+        self._layers = _layers(made[0])
         self._base, self._whole = made[0], copy.deepcopy(made[0])  # functional_call leaves tied parameters changed
 
     def __len__(self) -> int:
@@ -84,6 +99,8 @@ class Ensemble:
     def outputs(self, inputs: Tensor, *, train: bool = False) -> Tensor:
         """Return the outputs (R, N, C) on inputs that all share (N, ...), or each its own, (R, N, ...), in train."""
         self._base.train(train)
+        if self._layers is not None:
+            return self._through_layers(inputs if train else inputs.expand(len(self), *inputs.shape))
 
         def of_one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
             return functional_call(self._base, (params, buffers), (x,))
@@ -98,8 +115,26 @@ class Ensemble:
             ) from error
         return cast("Tensor", found)
 
+    def _through_layers(self, x: Tensor) -> Tensor:
+        """Return what vmap would of a chain of linear layers, in half the time where these are small."""
+        assert self._layers is not None
+        for name, layer in self._layers:
+            if isinstance(layer, nn.Flatten):
+                x = x.flatten(2)
+            elif isinstance(layer, nn.Linear):
+                weight, bias = self.params[f"{name}.weight"].mT, self.params.get(f"{name}.bias")
+                x = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
+            else:
+                x = layer(x)
+        return x
+
     def losses(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each member, (R,), of outputs (R, N, C) and targets (R, N)."""
+        plain = isinstance(loss, nn.CrossEntropyLoss) and vars(loss) | vars(nn.CrossEntropyLoss()) == vars(loss)
+        if loss is F.cross_entropy or plain:
+            R, N, _ = outputs.shape
+            each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+            return each.reshape(R, N).mean(dim=1)
         return vmap(loss)(outputs, targets)
 
     @property
@@ -201,6 +236,21 @@ class Ensemble:
             p.grad = g
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    """Return the layers of a chain of linear ones with functions of single entries between; None of other models."""
+    chains = {name for name, m in model.named_modules() if type(m) is nn.Sequential}
+    leaves = [(name, m) for name, m in model.named_modules() if name not in chains]
+    inside = all("".join(name.rpartition(".")[:1]) in chains for name, _ in leaves)
+    repeated = sum(len(m) for m in model.modules() if type(m) is nn.Sequential) != len(leaves) + len(chains) - 1
+    if "" not in chains or not inside or repeated:
+        return None
+    plain = all(
+        type(m) in (nn.Linear, *_ENTRYWISE) or (type(m) is nn.Flatten and m.start_dim == 1 and m.end_dim == -1)
+        for _, m in leaves
+    )
+    return leaves if plain else None
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

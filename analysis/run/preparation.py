@@ -34,8 +34,8 @@ class Request(Plan):
 
     task: str = setting(
         flag="TASK",
-        text="A bundled name (digits-cnn, digits-mlp, text-gpt; untrained digits-tanh), file.py:function or "
-        "package.module:function.",
+        text="A bundled name (digits-cnn, digits-mlp, text-gpt; untrained digits-tanh, mnist1d-mlp), file.py:function "
+        "or package.module:function.",
     )
     checkpoint: Path | None = setting(
         None,

@@ -21,6 +21,7 @@ from analysis.tasks.bundled import BUNDLED
 from analysis.tasks.checkpoint import Checkpoint, load_checkpoint
 from analysis.tasks.digits import UNTRAINED, half_squared_error, untrained_tanh
 from analysis.tasks.landscapes import LANDSCAPES
+from analysis.tasks.mnist1d import MNIST1D, mnist1d_task
 from analysis.tasks.task import Task
 from curvature import Objective
 from curvature.errors import TaskError
@@ -32,8 +33,8 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """Return the task that a reference names.
 
     Args:
-        reference: a bundled name (`digits-cnn`, `digits-mlp`, `text-gpt`; to be trained: `digits-tanh`, and the
-            landscapes `quadratic`, `rosenbrock`, `monkey-saddle`, `deep-linear`), or `file.py:function` or
+        reference: a bundled name (`digits-cnn`, `digits-mlp`, `text-gpt`; to be trained: `digits-tanh`, `mnist1d-mlp`,
+            and the landscapes `quadratic`, `rosenbrock`, `monkey-saddle`, `deep-linear`), or `file.py:function` or
             `package.module:function`, a function without arguments that returns a `Task` or a `curvature.Objective`. It
             is executed.
         checkpoint: parameters to load into its model, instead of the bundled ones or on top of the function's: a file
@@ -47,7 +48,7 @@ def load_task(reference: str, checkpoint: Path | str | None = None, *, checkpoin
     """
     if reference in BUNDLED:
         return _bundled(reference, checkpoint, checkpoint_key)
-    untrained = {UNTRAINED: _untrained, **LANDSCAPES}.get(reference)
+    untrained = {UNTRAINED: _untrained, MNIST1D: mnist1d_task, **LANDSCAPES}.get(reference)
     task = _of_function(reference) if untrained is None else untrained()
     if checkpoint is None:
         return task
@@ -69,7 +70,7 @@ def function_of(reference: str) -> Callable[..., Any]:
 def _of_function(reference: str) -> Task:
     place, colon, function_name = reference.rpartition(":")
     if not colon:
-        known = (*BUNDLED, UNTRAINED, *LANDSCAPES)
+        known = (*BUNDLED, UNTRAINED, MNIST1D, *LANDSCAPES)
         raise TaskError(
             f"no bundled task is called {reference!r}{_nearest(reference, known)}; give {', '.join(known)}, "
             "file.py:function or package.module:function."

@@ -106,10 +106,11 @@ def _curvature(found: DescentCurve) -> str:
         if threshold.found and threshold.lower <= at <= threshold.upper:
             text[0] += ", at the threshold."
         elif found.vary != "epochs":
+            params = wording.count(float(found.mean("num_params")[0][int(np.nanargmax(condition))]))
             outputs = wording.count(found.num_classes * found.num_samples)
             text[0] += (
-                f": where there are about as many parameters as outputs on the training data ({outputs}), "
-                "which is not where this loss begins to fit the labels."
+                f", with {params} parameters for {outputs} outputs on the training data; not where labels begin "
+                "to be fitted."
                 if found.model == "task" and found.vary == "width"
                 else "."
             )

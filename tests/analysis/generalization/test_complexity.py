@@ -74,11 +74,11 @@ def test_a_dense_scan_with_other_seeds_lies_within_the_interval(tmp_path: Path) 
     draft.path.mkdir()
     found = effective_model_complexity(objective, generator=3, test_data=test_data, draft=draft, **settings)
     model, scan = objective.model, []
-    counts = range(max(4, int(found.lower / 2)), min(160, int(2 * found.value)), 3)
-    for n in counts:  # 12 further seeds, examples in the same order as they were drawn
+    counts = range(max(4, int(found.lower / 2)), min(160, int(2 * found.value)), 5)
+    for n in counts:  # 8 further seeds, examples in the same order as they were drawn
         order = torch.randperm(160, generator=torch.Generator().manual_seed(3))[:n]
-        labels = torch.stack([flipped(y[order], 0.2, 3, seed) for seed in range(500, 512)])
-        ensemble = Ensemble(model, range(700, 712))
+        labels = torch.stack([flipped(y[order], 0.2, 3, seed) for seed in range(500, 508)])
+        ensemble = Ensemble(model, range(700, 708))
         ensemble.train(F.cross_entropy, x[order], labels, Recipe(steps=120, lr=0.05))
         scan.append(float(ensemble.fit(F.cross_entropy, x[order], labels).error.mean()))
     dense = max(n for n, error in zip(counts, scan, strict=True) if error <= 0.05)

@@ -31,6 +31,33 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
+def test_a_chain_is_taken_as_vmap_takes_it() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = chain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    def chain() -> nn.Module:
+        first = nn.Sequential(nn.Flatten(), nn.Linear(8, 6, bias=False), nn.Tanh())
+        return nn.Sequential(first, nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    x = torch.randn(9, 2, 4)
+    straight, general = Ensemble(chain(), [1, 2]), Ensemble(Wrapped(), [1, 2])
+    assert straight._layers is not None
+    assert general._layers is None
+    torch.testing.assert_close(straight.outputs(x), general.outputs(x))
+    shared = nn.Linear(4, 4)
+    assert Ensemble(nn.Sequential(shared, nn.Tanh(), shared), [1])._layers is None
+    assert Ensemble(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)), [1])._layers is None
+    outputs, labels = torch.randn(2, 9, 3), torch.randint(0, 3, (2, 9))
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.2)):
+        each = torch.stack([loss(o, t) for o, t in zip(outputs, labels, strict=True)])
+        torch.testing.assert_close(straight.losses(loss, outputs, labels), each)
+
+
 @pytest.mark.parametrize("batch_size", [None, 10])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_member_is_trained_as_it_would_be_alone(optimizer: Any, batch_size: int | None) -> None:

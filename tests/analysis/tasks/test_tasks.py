@@ -212,7 +212,7 @@ def test_moved_copy_leaves_the_task_alone() -> None:
         (
             "zebra",
             r"no bundled task is called 'zebra'; give digits-cnn, digits-mlp, text-gpt, digits-tanh, "
-            "quadratic, rosenbrock, monkey-saddle, deep-linear, file.py:function",
+            "mnist1d-mlp, quadratic, rosenbrock, monkey-saddle, deep-linear, file.py:function",
         ),
         ("my_task.py", "no bundled task is called 'my_task.py'"),
         (":task", "names no function"),
