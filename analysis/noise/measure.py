@@ -148,8 +148,11 @@ def gradient_noise(
 
 @checked
 def takes_one_pass(objective: Objective) -> bool:
-    """Return whether g_i'g comes with the norms: of one batch, or of several whose gradients' factors may be held."""
-    return objective.num_batches == 1 or objective.may_keep_graphs
+    """Return whether g_i'g comes with the norms: of one batch, or of several whose gradients' factors may be held.
+
+    Behind a head in blocks it does, too: a product with the outputs' Jacobian would hold all logits.
+    """
+    return objective.num_batches == 1 or objective.may_keep_graphs or objective.evaluator.head_in_use
 
 
 @full_precision

@@ -85,6 +85,7 @@ class Splitter:
                 outputs = run.evaluation.outputs
                 served = not isinstance(outputs, LazyLogits) or serves(outputs, self._evaluator.rule, self._params)
                 if served and not blocks.refusal:
+                    self._evaluator.head_in_use |= run.evaluation.in_blocks
                     return run
                 del run
         return self._evaluated(batch, index, None)
