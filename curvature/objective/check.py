@@ -260,9 +260,9 @@ def _noise(objective: ObjectiveLike) -> list[str]:
         return found.T
 
     key = "hvp of a check"
-    if not product_noise(objective, "the Hessian", key, objective.num_params, product):
-        return []
-    return [objective.freshness.measured()[key].note()]
+    found = product_noise(objective, "the Hessian", key, objective.num_params, product)
+    known = objective.freshness.measured().get(key)
+    return [known.note()] if found and known is not None else []
 
 
 # -- what the graph is made of ----------------------------------------------------------------------------------------

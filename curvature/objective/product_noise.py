@@ -69,7 +69,7 @@ def product_noise(
         product: (an objective of one batch, Z) -> A Z.
     """
     objective.freshness.current()
-    if "recorded" not in objective.freshness.measured():
+    if objective.ranks is None and "recorded" not in objective.freshness.measured():
         objective.loss()  # shows what the model computes in
     found = objective.freshness.measured()
     if (dtype := _narrowest(objective, found.get("recorded", set()))) is None:
