@@ -68,6 +68,7 @@ class Splitter:
         self._objective, self._evaluator = objective, objective.evaluator
         self._params = list(objective.space.tensors.values())
         self._route = route
+        self._serves = route in ("auto", "rules")
         if memory_budget is not None and memory_budget < 1:
             raise InputError(f"memory_budget must be a positive number of bytes, got {memory_budget}.")
         free = BUDGET_SHARE * lately_available(objective.device) if memory_budget is None else memory_budget
@@ -78,7 +79,7 @@ class Splitter:
 
     def open(self, batch: Any, index: int, *, in_blocks: bool = False) -> Run:
         """Evaluate a batch and record the uses of the parameters; with its logits in blocks, where that is told to."""
-        blocks = self._evaluator.head_in_blocks() if in_blocks and self._route in ("auto", "rules") else None
+        blocks = self._evaluator.head_in_blocks() if in_blocks and self._serves else None
         if blocks is not None:
             with contextlib.suppress(Exception):  # the model's own error comes again without blocks
                 run = self._evaluated(batch, index, blocks)
@@ -87,7 +88,9 @@ class Splitter:
                 if served and not blocks.refusal:
                     self._evaluator.head_in_use |= run.evaluation.in_blocks
                     return run
+                self._serves = served
                 del run
+            self._evaluator.head_refusal = blocks.refusal
         return self._evaluated(batch, index, None)
 
     def _evaluated(self, batch: Any, index: int, blocks: HeadInBlocks | None) -> Run:

@@ -125,3 +125,24 @@ def test_no_tensor_of_the_size_of_the_logits_is_made() -> None:
             with Largest():
                 measure(objective)
             assert (Largest.size < 8 * 64 * 5000 / 4) == (head is not None)
+
+
+def test_logits_that_cannot_be_followed_are_tried_once() -> None:
+    """Their softmax is taken by the loss itself; what follows is that of whole logits, and the notes say why."""
+
+    class Own(nn.CrossEntropyLoss):
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.nll_loss(z.log_softmax(-1), y)
+
+    model = Language(4).double()
+    data = [batch_of(0, 3, 6), batch_of(1, 2, 6)]
+    found = []
+    for head in ("head", None):
+        objective = Objective(model, Own(), data, forward=forward, head=head)
+        found.append(gradient_norms(objective).squared_norms)
+        assert any("logits are held whole" in note for note in objective.notes) == (head is not None)
+    assert_close(found[0], found[1], 1e-12)
+    objective = Objective(model, nn.CrossEntropyLoss(), data, forward=forward, head="head", params="head")
+    assert_close(
+        gradient_norms(objective).squared_norms, gradient_norms(objective.replace(head=None)).squared_norms, 1e-12
+    )
