@@ -35,6 +35,7 @@ __all__ = [
     "diagonally_scaled",
     "fisher_rao",
     "logit_normalised",
+    "masked_weights",
     "pieces",
     "relative_flatness",
     "tolerated",
@@ -275,6 +276,12 @@ class _RelativeFlatness(LinearOperator):
         return (self.S.T @ products).reshape(k, -1).T
 
 
+def masked_weights(objective: Objective) -> list[str]:
+    """Return parameters that are vectors from which their modules build tensors, as those of `sparse_model`."""
+    tensors = objective.space.tensors.items()
+    return [name for name, tensor in tensors if "parametrizations." in name and tensor.ndim < 2]
+
+
 def relative_flatness(objective: Objective, *, num_matvecs: int, generator: torch.Generator) -> Found:
     """Return sum_l sum_{s,s'} <w_s, w_s'> tr H_{s,s'} over weight tensors l, with w_s the weights into unit s of l.
 
@@ -285,6 +292,10 @@ def relative_flatness(objective: Objective, *, num_matvecs: int, generator: torc
     layers = [name for name, tensor in objective.space.tensors.items() if tensor.ndim >= 2]
     if not layers:
         raise InputError("relative flatness is that of weight matrices, but all chosen parameters are vectors.")
+    if masked := masked_weights(objective):
+        raise InputError(
+            f"relative flatness is that of weight matrices, but {masked[0]!r} holds one as a vector (a mask?)."
+        )
     terms, errors, spent = {}, [], 0
     for name in layers:
         A = _RelativeFlatness(objective, name, dims.get(name, 0))

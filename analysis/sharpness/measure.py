@@ -14,6 +14,7 @@ import torch
 
 from analysis.records.plan import from_plan
 from analysis.sharpness.catalogue import MEASURES, SharpnessPlan
+from analysis.sharpness.computations import masked_weights
 from analysis.sharpness.results import SharpnessRow, SharpnessTable
 from analysis.show.listener import Progress, stages
 from curvature.arguments import checked
@@ -116,7 +117,7 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
             for name, spec in MEASURES.items()
             if (objective.has_split or not spec.needs_split) and (objective.has_likelihood or not spec.needs_likelihood)
         ]
-        if all(t.ndim < 2 for t in objective.space.tensors.values()):
+        if masked_weights(objective) or all(t.ndim < 2 for t in objective.space.tensors.values()):
             names.remove("relative_flatness")
         return tuple(names)
     unknown = [name for name in measures if name not in MEASURES]

@@ -44,6 +44,7 @@ _SPLIT: dict[str, tuple[str, Sequence[str]]] = {
     "scale": ("--varied", list(GRIDS)),
     "noise": ("", ()),
     "regularization": ("", ()),
+    "pruning": ("", ()),
     "sharpness": ("", ()),
     "relations": ("", list(RELATIONS)),
     "newton": ("--suites", SUITES),

@@ -16,6 +16,7 @@ from benchmarks.gpu.report import gpu_table
 from benchmarks.matrices.report import matrices_table
 from benchmarks.pretrained.bench import pretrained_table
 from benchmarks.products.report import table
+from benchmarks.pruning.bench import pruning_table
 
 __all__ = ["TABLES", "main"]
 
@@ -29,6 +30,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "coverage": (coverage_table, ("coverage",)),
     "pretrained": (pretrained_table, ("pretrained",)),
     "matrices": (matrices_table, ("matrices",)),
+    "pruning": (pruning_table, ("pruning",)),
 }
 """How a table is made, and of which files of rows."""
 

@@ -60,9 +60,8 @@ def deep_linear_singular_values(target: Tensor, start: Tensor, times: Tensor, *,
     if depth == 1:
         return s + (u - s) * (-t[:, None]).exp()
     if depth == 2:
-        decay = (-2 * s * t[:, None]).exp()
-        of_zero = u / (1 + 2 * u * t[:, None])  # the limit s -> 0
-        return torch.where(s > 0, s / (1 - decay + s / u * decay), of_zero)
+        risen, of_zero = -torch.expm1(-2 * s * t[:, None]), u / (1 + 2 * u * t[:, None])  # the limit s -> 0
+        return torch.where(s > 0, s / (risen + s / u * (1 - risen)), of_zero)
     from scipy.integrate import solve_ivp
 
     power = 1 - 2 / depth

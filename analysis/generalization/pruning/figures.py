@@ -92,6 +92,8 @@ def plot_layer_pruning(
 ) -> Axes:
     """Plot the true rise of the loss against sparsity, each tensor pruned alone by one method.
 
+    Of more than eight tensors, those that cost the most where most is removed.
+
     Args:
         record: from `measure_pruning`.
         method: one of its methods.
@@ -99,7 +101,9 @@ def plot_layer_pruning(
         colors: what to paint with.
     """
     ax, colors = new_axes(ax), colors or Colors()
-    for name, (color, mark) in _styles(list(record.layers), colors).items():
+    cost = {name: max(record.of(method, name), key=lambda p: p.sparsity).true for name in record.layers}
+    most = sorted(cost, key=lambda name: cost[name])[-len(_MARKS) :]
+    for name, (color, mark) in _styles([name for name in record.layers if name in most], colors).items():
         points = record.of(method, name)
         y = [_shown(p.true) for p in points]
         ax.plot(
@@ -107,8 +111,7 @@ def plot_layer_pruning(
         )
     ax.set(yscale="log", xlabel="weights of the tensor removed, %", ylabel="rise of the loss")
     decade_ticks(ax.yaxis)
-    if len(record.layers) <= 8:
-        legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
+    legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
     return ax
 
 

@@ -25,7 +25,7 @@ __all__ = ["InverseBlocks", "block_places", "dense_inverse", "recursive_inverse"
 
 @dataclass(frozen=True)
 class InverseBlocks:
-    """C, block-diagonal, with blocks of one size."""
+    """C, block-diagonal, with blocks of one size, in float64: its entries span many orders of magnitude."""
 
     places: Tensor
     """(k, b), where the rows of each block lie in the flat vector; -1 for rows that stand for no weight."""
@@ -36,7 +36,7 @@ class InverseBlocks:
 
     def gather(self, flat: Tensor) -> Tensor:
         """Return the entries of a vector (n,) by block, (k, b), zeros where there are none."""
-        return torch.where(self.places >= 0, flat[self.places.clamp_min(0)], 0.0)
+        return torch.where(self.places >= 0, flat[self.places.clamp_min(0)].to(self.C.dtype), 0.0)
 
     def scatter(self, blocks: Tensor, n: int) -> Tensor:
         """Return the vector (n,) of entries by block, zeros elsewhere."""
@@ -53,15 +53,15 @@ class InverseBlocks:
 
     def displacement(self, w: Tensor, pruned: Tensor) -> tuple[Tensor, float]:
         """Return the best displacement d (n,) that takes the pruned weights to zero, and 1/2 d'A d without damping."""
-        where = self.gather(pruned.to(w.dtype))
-        eye = torch.eye(self.C.shape[1], dtype=w.dtype, device=w.device)
+        where = self.gather(pruned)
+        eye = torch.eye(self.C.shape[1], dtype=self.C.dtype, device=w.device)
         between = self.C * where[:, :, None] * where[:, None, :] + eye * (1 - where)[:, :, None]
         goal = self.gather(w) * where
         x = torch.linalg.solve(between, goal[..., None])
         d = -(self.C @ (x * where[..., None]))[..., 0]
-        flat = torch.where(pruned, -w, self.scatter(d, len(w)))
-        rise = (goal * x[..., 0]).sum().double() / 2 - self.damping * flat.double().square().sum() / 2
-        return flat, float(rise)
+        flat = torch.where(pruned, -w.to(self.C.dtype), self.scatter(d, len(w)))
+        rise = (goal * x[..., 0]).sum() / 2 - self.damping * flat.square().sum() / 2
+        return flat.to(w.dtype), float(rise)
 
 
 def block_places(slices: Iterable[tuple[int, int]], size: int, device: torch.device) -> Tensor:

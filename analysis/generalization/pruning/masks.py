@@ -125,10 +125,10 @@ def _check(model: nn.Module, masks: Masks) -> None:
             masked = [n for n in every if n.endswith(f"parametrizations.{name.rpartition('.')[2]}.original")]
             hint = " the model is sparse already: dense_model(model) first." if masked else ""
             raise ParameterSelectionError(f"masks name {name!r}, which is no parameter of the model.{hint}")
-        if mask.dtype != torch.bool or mask.shape != every[name].shape:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != every[name].shape:
             raise InputError(
                 f"the mask of {name!r} must be boolean, of shape {tuple(every[name].shape)}, True where kept; got "
-                f"{mask.dtype} of shape {tuple(mask.shape)}."
+                f"{f'{mask.dtype} of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else type(mask).__name__}."
             )
         twins = [other for other, tensor in every.items() if tensor is every[name] and other != name]
         if twins:

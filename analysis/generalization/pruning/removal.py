@@ -21,6 +21,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import shifted
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import Status
+from curvature.results.record import Result
 
 __all__ = ["DiagonalMetric", "LossChanges", "Products", "loss_changes", "true_changes"]
 
@@ -91,8 +92,8 @@ class Products:
         return d, float(d.double() @ (self.A @ d).double() / 2)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossChanges:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossChanges(Result):
     """Changes of a loss along k displacements, predicted and true; units of the loss."""
 
     linear: Tensor

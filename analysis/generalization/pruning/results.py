@@ -12,10 +12,12 @@ from analysis.records.measured import Measured
 from analysis.records.plain import Plain
 from curvature.errors import InputError
 
-__all__ = ["ALL", "PruningPoint", "PruningRecord", "TicketRow", "Tickets"]
+__all__ = ["ALL", "EACH", "PruningPoint", "PruningRecord", "TicketRow", "Tickets"]
 
 ALL = "all"
 """The layer of a point at which all tensors are ranked together."""
+EACH = "each"
+"""That of a point at which every tensor loses the same share."""
 Predictor = Literal["predicted", "own", "diagonal", "size"]
 
 
@@ -26,7 +28,7 @@ class PruningPoint:
     method: str
     """Who chose the weights, and moved the others."""
     layer: str
-    """The tensor they are of, or "all": the lowest scores of all tensors together."""
+    """The tensor they are of; or "all": the lowest scores of all tensors together; "each": the lowest of each."""
     sparsity: float
     """Share that was asked for, of the weights of this tensor (or of all that may be removed)."""
     num_pruned: int
@@ -132,13 +134,13 @@ class PruningRecord(Plain):
         return tuple(dict.fromkeys(point.method for point in self.points))
 
     def of(self, method: str, layer: str | None = None) -> tuple[PruningPoint, ...]:
-        """Return the points of a method: of one layer, or (None) of single layers, "all" left out.
+        """Return the points of a method: of one layer, or (None) of all single tensors.
 
         Raises:
             InputError: if there are none.
         """
         ours = [p for p in self.points if p.method == method]
-        wanted = [p for p in ours if p.layer == layer or (layer is None and p.layer != ALL)]
+        wanted = [p for p in ours if p.layer == layer or (layer is None and p.layer not in (ALL, EACH))]
         if not wanted:
             raise InputError(
                 f"nothing was measured of {method!r}, layer {layer!r}; there are {', '.join(self.methods)}."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.generalization.pruning.inverse import InverseBlocks, block_places, dense_inverse, recursive_inverse
+from analysis.generalization.pruning.masks import masks_of
 from analysis.generalization.pruning.removal import DiagonalMetric, Products
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
@@ -21,6 +22,7 @@ from curvature.linop import SymmetricOperator, as_matrix, to_dense
 from curvature.objective.objective import Objective
 from curvature.operators.ggn import GGNOperator
 from curvature.per_example import gradient_moments, gradient_norms, per_example_gradients
+from curvature.results.record import Result
 
 __all__ = ["METHODS", "PruningMethod", "PruningScores", "pruning_scores"]
 
@@ -49,13 +51,15 @@ class Metric(Protocol):
         """Return where the weights go if some are removed, and 1/2 d'A d."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningScores:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PruningScores(Result):
     """A score for each weight that may be removed, and what a method says of removing many.
 
     Weights that may be removed are entries of tensors with two dimensions or more; biases and the vectors of
     normalisation layers stay, and count in no sparsity.
     """
+
+    _large = ("scores", "weights", "gradient", "metric")
 
     method: str
     """One of `METHODS`."""
@@ -97,8 +101,8 @@ class PruningScores:
         Raises:
             InputError: for a sparsity outside [0, 1], an unknown scope or name.
         """
-        if not 0 <= sparsity <= 1:
-            raise InputError(f"sparsity must be from 0 to 1, got {sparsity}.")
+        if not (isinstance(sparsity, (int, float)) and 0 <= sparsity <= 1):
+            raise InputError(f"sparsity must be from 0 to 1, got {sparsity!r}.")
         if scope not in ("global", "uniform"):
             raise InputError(f"scope must be 'global' or 'uniform', got {scope!r}.")
         if only is not None and only not in self.tensors:
@@ -117,6 +121,7 @@ class PruningScores:
 
     def masks(self, pruned: Tensor) -> dict[str, Tensor]:
         """Return masks, True where kept, of pruned weights (n,): what `sparse_model` takes."""
+        self._check(pruned)
         masks = {}
         for name, (_, shape) in self.tensors.items():
             masks[name] = ~pruned[self._places(name)].view(shape)
@@ -128,11 +133,21 @@ class PruningScores:
         The removed go to zero, and a brain surgeon moves the others. The change is g'd + 1/2 d'A d with the method's
         own matrix A: NaN for random, without g'd for magnitude.
         """
+        self._check(pruned)
         metric = DiagonalMetric(torch.zeros_like(self.weights)) if self.metric is None else self.metric
         d, rise = metric.displacement(self.weights, pruned)
         if self.metric is None:
             return d, math.nan
         return d, rise + (0.0 if self.method == "magnitude" else float(self.gradient.double() @ d.double()))
+
+    def _check(self, pruned: Tensor) -> None:
+        if pruned.dtype != torch.bool or pruned.shape != self.scores.shape:
+            raise InputError(
+                f"pruned weights must be boolean, of shape {tuple(self.scores.shape)}, as pruned() gives them; got "
+                f"{pruned.dtype} of shape {tuple(pruned.shape)}."
+            )
+        if bool((pruned & torch.isinf(self.scores)).any()):
+            raise InputError("pruned names weights that are never removed: those of biases and normalisation layers.")
 
     def _places(self, name: str) -> Tensor:
         start, shape = self.tensors[name]
@@ -193,6 +208,11 @@ def pruning_scores(
         raise InputError(f"block_size must be at least 1, got {block_size}.")
     if objective.sharding is not None or objective.process_group is not None:
         raise InputError("pruning works in one process, on whole tensors; prune before the model is distributed.")
+    if masks_of(objective.model):
+        raise InputError(
+            "the model is sparse already, and its kept weights have no shape of a tensor: prune dense_model(model), "
+            "whose removed weights are zeros and have the lowest scores."
+        )
     tensors = _prunable(objective)
     w, n = objective.space.current(), objective.num_params
     g = objective.gradient()
@@ -236,7 +256,9 @@ def pruning_scores(
         else:
             blocks = _exact_inverse(objective, matrix, damping, may)
         metric, damping = blocks, blocks.damping
-        diagonal, solved = blocks.diagonal(n), blocks.solve(slope)
+        diagonal, solved = blocks.diagonal(n).to(w.dtype), blocks.solve(slope).to(w.dtype)
+    if not bool((diagonal[may] > 0).all()):
+        raise InputError(f"the inverse under a damping of {damping:.3g} is lost to rounding; raise the damping.")
     return made((-w * solved + w.square() / 2) / diagonal, metric, damping)
 
 
@@ -273,7 +295,7 @@ def _exact_inverse(
             f"obs forms the inverse of all {n} parameters, at most {LARGEST_DENSE}; choose fewer by params=, or take "
             "kfac-cg or woodfisher."
         )
-    A = to_dense(as_matrix(objective, matrix))
+    A = to_dense(as_matrix(objective, matrix)).double()
     damping = _damping(damping, A.diagonal()[may])
     places = torch.arange(n, device=A.device)[None]
     return InverseBlocks(places, dense_inverse(A, damping)[None], damping)
@@ -287,13 +309,13 @@ def _fisher_inverse(
     slices = [(start, start + math.prod(shape)) for start, shape in tensors.values()]
     places = block_places(slices, block_size, objective.device)
     weights = gradient_norms(objective).weights
-    roots = (weights / weights.sum()).sqrt().to(objective.dtype)
-    start = torch.eye(places.shape[1], dtype=objective.dtype, device=objective.device) / damping
+    roots = (weights.double() / weights.double().sum()).sqrt()
+    start = torch.eye(places.shape[1], dtype=torch.float64, device=objective.device) / damping
     blocks = InverseBlocks(places, start.expand(len(places), -1, -1), damping)
 
     def rows() -> Iterator[Tensor]:
         for numbers, gradients in per_example_gradients(objective, chunk_size=_CHUNK):
-            scaled = gradients * roots[numbers].to(gradients.device)[:, None]
+            scaled = gradients.double() * roots[numbers].to(gradients.device)[:, None]
             yield torch.where(places >= 0, scaled[:, places.clamp_min(0)], 0.0)
 
     return InverseBlocks(places, recursive_inverse(rows(), blocks.C), damping)

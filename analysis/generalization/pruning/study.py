@@ -14,7 +14,7 @@ from analysis.generalization.pruning.figures import (
     plot_tickets,
 )
 from analysis.generalization.pruning.measure import PruningPlan, measure_pruning
-from analysis.generalization.pruning.results import ALL, PruningPoint, PruningRecord, Tickets
+from analysis.generalization.pruning.results import ALL, EACH, PruningPoint, PruningRecord, Tickets
 from analysis.generalization.pruning.scores import METHODS
 from analysis.records.measured import Measured
 from analysis.run.study import Study, StudyRun, Work
@@ -24,6 +24,7 @@ from curvature.objective.objective import Objective
 
 __all__ = ["STUDY", "PruningRun"]
 
+_MOST_LINES = 8
 _MOST = 0.5
 """Sparsity up to which rank correlations are told."""
 
@@ -46,7 +47,7 @@ class PruningRun(StudyRun):
 def _price(objective: Objective, plan: PruningPlan) -> Work:
     methods, n = plan.wanted(objective.num_params), objective.num_params
     tensors = sum(t.ndim >= 2 for t in objective.space.tensors.values())
-    points = len(methods) * (1 + tensors) * len(plan.sparsities)
+    points = len(methods) * (2 + tensors) * len(plan.sparsities)
     gradients = 10.0 * len(methods) + 3 * points  # losses whose graph is recorded
     if plan.tickets:
         trainings = plan.tickets * (1 + 3 * len(plan.ladder()))
@@ -211,6 +212,11 @@ def _together(record: PruningRecord) -> Section:
         for method in record.methods
         for p in record.of(method, ALL)
     )
+    usual = _usual(record)
+    ways = tuple(
+        (m, *(_change(p.true, p.true_stderr) for way in (ALL, EACH) for p in record.of(m, way) if p.sparsity == usual))
+        for m in record.methods
+    )
     return Section(
         title="All weights ranked together",
         figures=(
@@ -228,6 +234,12 @@ def _together(record: PruningRecord) -> Section:
                 columns=("method", "removed", "predicted", "true", "held out", "linear term"),
                 rows=rows,
                 signed=(2, 3, 4, 5),
+            ),
+            Table(
+                caption=f"True rise without {_percent(usual)} of the weights: the lowest of all, or of each tensor.",
+                columns=("method", "one ranking", "each tensor alike"),
+                rows=ways,
+                signed=(1, 2),
             ),
         ),
     )
@@ -282,7 +294,8 @@ def _layers(record: PruningRecord) -> Section:
             Figure(
                 name=f"pruning-layers-{method}",
                 label=f"The rise of the loss against sparsity, a line for each tensor, pruned by {method}.",
-                caption=f"Each tensor pruned alone, by {method}.",
+                caption=f"Each tensor pruned alone, by {method}"
+                + (f"; the {_MOST_LINES} that cost the most." if len(record.layers) > _MOST_LINES else "."),
                 draw=partial(_draw_layers, record, method),
             )
             for method in shown

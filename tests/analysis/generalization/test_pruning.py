@@ -13,6 +13,7 @@ import analysis
 from analysis.generalization.pruning.inverse import InverseBlocks, block_places, dense_inverse, recursive_inverse
 from analysis.generalization.pruning.removal import Products, loss_changes
 from analysis.generalization.pruning.scores import METHODS
+from analysis.sharpness.measure import measures_for
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError, ParameterSelectionError
 from curvature.layerwise import exact_diagonal, kronecker_factors
@@ -101,10 +102,15 @@ def test_everything_about_a_sub_network_is_that_of_the_rows_and_columns_that_are
         found = exact_diagonal(small, of)
         torch.testing.assert_close(found.value, exact_diagonal(dense, of).value[places], rtol=1e-9, atol=1e-12)
     assert analysis.measure("inspect", small, generator=0).inspection.num_params == len(places)
+    partly = analysis.sparse_model(objective.model, {"0.weight": masks["0.weight"]})
+    assert set(kronecker_factors(objective_of(objective, partly)).layers) == {"2"}
     layers = kronecker_factors(dense).uncovered
     assert layers == {}
     with pytest.raises(InputError, match="no layer"):
         kronecker_factors(small)  # refused, not those of the dense layer
+    assert "relative_flatness" not in measures_for(small)
+    with pytest.raises(InputError, match="a mask"):
+        analysis.measure_sharpness(objective_of(objective, partly), measures=("relative_flatness",), generator=0)
     back = analysis.dense_model(small.model)
     for name, p in back.named_parameters():
         assert torch.equal(p, zeroed.get_parameter(name))
@@ -308,6 +314,18 @@ def test_what_cannot_be_scored_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(InputError, match=said):
             analysis.pruning_scores(objective, **settings)  # type: ignore[arg-type]
+    scores = analysis.pruning_scores(objective, "obd")
+    for pruned, said in (
+        (torch.ones(3, dtype=torch.bool), "boolean"),
+        (torch.ones(objective.num_params), "boolean"),
+        (torch.ones(objective.num_params, dtype=torch.bool), "never removed"),
+    ):
+        for call in (scores.removal, scores.masks):
+            with pytest.raises(InputError, match=said):
+                call(pruned)
+    small, _, _ = masked(objective)
+    with pytest.raises(InputError, match="dense_model"):
+        analysis.pruning_scores(small, "magnitude")
     with pytest.raises(InputError, match="two dimensions"):
         analysis.pruning_scores(objective.restrict("0.bias"))
     monkeypatch.setattr("analysis.generalization.pruning.scores.LARGEST_DENSE", 10)
@@ -334,6 +352,21 @@ def test_changes_and_their_errors_are_those_of_the_batches() -> None:
         torch.testing.assert_close(stderr, torch.stack(values).std(0) / 5**0.5, rtol=1e-6, atol=0)
     with pytest.raises(InputError, match="shape"):
         loss_changes(objective, D[:-1])
+    x, y = objective.settings["data"][0]
+    for loss in (
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double()),
+    ):
+        other = Objective(objective.model, loss, [(x[:5], y[:5]), (x[5:], y[5:])])
+        here = other.loss()
+        moved = loss_changes(other, D[:, :1])
+        with torch.no_grad():
+            start = 0
+            for p in objective.model.parameters():
+                p.add_(D[start : start + p.numel(), 0].view(p.shape))
+                start += p.numel()
+        assert float(moved.true) == pytest.approx(float(other.loss() - here), rel=1e-6)
+        assert float(moved.predicted) == pytest.approx(float(moved.true), rel=1e-2)
     steep = nn.Linear(1, 1, bias=False).double()
     steep_loss = Objective(steep, None, [torch.ones(2, 1, dtype=F64)], forward=lambda m, x: m(x).exp().mean())
     far = loss_changes(steep_loss, torch.tensor([[0.0, 1e4]], dtype=F64))
