@@ -28,6 +28,8 @@ from curvature.layerwise.bends import Bend, bends
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
+from curvature.operators.ggn import GGNOperator
+from curvature.operators.hessian import HessianOperator
 from curvature.per_example.batch import Splitter
 from curvature.per_example.cutting import session
 from curvature.per_example.run import Run
@@ -53,7 +55,8 @@ class ExactDiagonal(Result):
     value: Tensor
     """(n,), units of the loss per squared unit of the parameter."""
     stderr: Tensor
-    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact, infinite for one sample."""
+    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact, infinite for one sample. Of
+    models below float32 it holds half of `product_noise`, of each entry or of the root of their mean square."""
     kind: str
     """Which matrix: "ggn", "hessian", or a Monte Carlo estimate of the Gauss-Newton diagonal."""
     route: str
@@ -68,6 +71,8 @@ class ExactDiagonal(Result):
     """Wall-clock time, with checks."""
     layout: tuple[tuple[str, tuple[int, ...]], ...]
     """Names and shapes of the parameters, in the order of `value`."""
+    product_noise: float | None = None
+    """Relative error of products where the model computes below float32; None for float32 and wider."""
 
     def by_parameter(self) -> dict[str, Tensor]:
         """Return views of `value` in the parameters' shapes, by name."""
@@ -144,6 +149,9 @@ def exact_diagonal(
         stderr = torch.full_like(mean, torch.inf)
     else:
         stderr = (squares / (samples - 1) / samples).sqrt()
+    noise = (HessianOperator if kind == "hessian" else GGNOperator)(objective).product_noise
+    if noise:
+        stderr = torch.hypot(stderr, noise / 2 * mean.abs().clamp_min(mean.square().mean().sqrt()))
     shapes = [tuple(shape) for shape in objective.space.shapes]
     return ExactDiagonal(
         value=mean,
@@ -155,6 +163,7 @@ def exact_diagonal(
         num_samples=samples if kind.endswith("-mc") else 0,
         seconds=seconds,
         layout=tuple(zip(objective.space.names, shapes, strict=True)),
+        product_noise=noise or None,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import GGNOperator, HessianOperator, NTKOperator, Objective, linalg, spectrum
+from curvature.layerwise import exact_diagonal
 from curvature.results.estimates import Status
 
 KINDS = ("bfloat16", "float16", "autocast", "autocast inside")
@@ -163,6 +164,12 @@ def test_functions_diagonals_steps_and_kernels_hold_the_noise(kind: str) -> None
                 assert float(diagonal.stderr.norm()) > 0.2 * B.product_noise * float(H.diagonal().norm())
                 assert diagonal.product_noise == B.product_noise
         assert linalg.diagonal(B, rtol=1e-6, max_matvecs=1000, generator=0).status is Status.WITHIN_NOISE
+
+        if kind != "autocast":  # exact diagonals are computed in full precision
+            for exact, of, which in ((H, B, "hessian"), (G, A, "ggn")):
+                found = exact_diagonal(objective, which)  # type: ignore[arg-type]
+                assert bool(((found.value.double() - exact.diagonal()).abs() <= 4 * found.stderr).all())
+                assert found.product_noise == of.product_noise
 
         g = objective.gradient()
         for radius in (1e-2, 1e3):
