@@ -12,7 +12,13 @@ from torch import Tensor
 
 from analysis.generalization.pruning.removal import loss_changes, true_changes
 from analysis.generalization.pruning.results import ALL, EACH, PruningPoint, PruningRecord
-from analysis.generalization.pruning.scores import LARGEST_DENSE, METHODS, PruningScores, pruning_scores
+from analysis.generalization.pruning.scores import (
+    LARGEST_DENSE,
+    METHODS,
+    PruningScores,
+    curvature_diagonal,
+    pruning_scores,
+)
 from analysis.generalization.pruning.tickets import lottery_tickets
 from analysis.records.plan import Plan, from_plan, setting
 from analysis.run.preparation import in_groups
@@ -22,13 +28,14 @@ from curvature.data.parts import num_examples, take
 from curvature.environment.autocast import full_precision
 from curvature.errors import CurvatureError, InputError
 from curvature.generators import spawn
-from curvature.layerwise import exact_diagonal
+from curvature.layerwise.diagonal import num_columns
 from curvature.objective.objective import Objective
 
 __all__ = ["PruningPlan", "measure_pruning"]
 
 _USUAL = ("random", "magnitude", "obd", "woodfisher", "kfac", "obs")
 _COLUMNS = 8  # displacements at a time
+_MOST_EXACT, _SAMPLES = 128, 16  # columns of the Gauss-Newton matrix an example; beyond, samples
 
 
 @checked_fields
@@ -120,10 +127,15 @@ def measure_pruning(
         >>> [(p.layer, p.num_pruned, p.predicted, p.true) for p in found.points][:2]  # of (1 + 4) / 4
         [('weight', 2, 1.25, 1.25), ('all', 2, 1.25, 1.25)]
     """
-    streams = spawn(generator, 3)
+    streams = spawn(generator, 4)
     ours, theirs = _parted(objective, plan.held_out, streams[0])
     notes, points, dampings = list[str](), list[PruningPoint](), dict[str, float]()
-    diagonal = _diagonal(ours)
+    samples = _samples(ours)
+    if samples:
+        notes.append(
+            f"Gauss-Newton diagonals and factors are from {samples} samples: their exact columns are too many."
+        )
+    diagonal = _diagonal(ours, samples, streams[3])
     methods, layers = plan.wanted(objective.num_params), dict[str, int]()
     seed = streams[1].initial_seed()
     done, total = (
@@ -138,6 +150,7 @@ def measure_pruning(
                 matrix=plan.matrix,
                 damping=plan.damping,
                 block_size=plan.block_size,
+                mc_samples=samples,
                 generator=seed % 2**62,
             )
         except CurvatureError as error:
@@ -219,9 +232,17 @@ def _points(
             )
 
 
-def _diagonal(objective: Objective) -> Tensor | None:
+def _samples(objective: Objective) -> int:
+    """Return how many samples stand for the columns of the Gauss-Newton matrix; 0 where these are few enough."""
     try:
-        return exact_diagonal(objective, "ggn").value
+        return 0 if num_columns(objective, "ggn") <= _MOST_EXACT else _SAMPLES
+    except CurvatureError:  # without rules every example takes its own columns
+        return _SAMPLES
+
+
+def _diagonal(objective: Objective, samples: int, generator: torch.Generator) -> Tensor | None:
+    try:
+        return curvature_diagonal(objective, "ggn", samples, generator)
     except CurvatureError:
         return None
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from analysis.generalization.pruning.inverse import InverseBlocks, block_places, dense_inverse, recursive_inverse
+from analysis.generalization.pruning.kronecker import KroneckerMatrix, diagonal_of, inverse_diagonal_of
 from analysis.generalization.pruning.masks import masks_of
 from analysis.generalization.pruning.removal import DiagonalMetric, Products
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.generators import AnyGenerator, as_generator
-from curvature.layerwise import KroneckerFactors, exact_diagonal, kronecker_factors
-from curvature.linop import SymmetricOperator, as_matrix, to_dense
+from curvature.layerwise import exact_diagonal, kronecker_factors
+from curvature.linop import as_matrix, to_dense
 from curvature.objective.objective import Objective
 from curvature.operators.ggn import GGNOperator
 from curvature.per_example import gradient_moments, gradient_norms, per_example_gradients
@@ -164,6 +165,7 @@ def pruning_scores(
     damping: float | None = None,
     block_size: int = 128,
     linear: bool = False,
+    mc_samples: int = 0,
     generator: AnyGenerator | None = None,
 ) -> PruningScores:
     """Return a score for each weight: the change of the loss, by the method's matrix A, when it alone is removed.
@@ -175,6 +177,8 @@ def pruning_scores(
     change, but ranked by it, weights are chosen whose small slopes all point one way, and the curvature between them
     makes the loss rise. What `PruningScores.removal` and `loss_changes` predict of a choice always contains it.
 
+    Kronecker factors cover linear and convolutional layers; other parameters get their Gauss-Newton diagonal.
+
     Cost: fisher and woodfisher 2 to 4 gradients by example and, for woodfisher, N n block_size operations; obd 4 to 15
     gradients; kfac as many and the eigenvalues of the factors; obs n products and n^3 operations.
 
@@ -185,7 +189,9 @@ def pruning_scores(
         damping: in units of the matrix. Default: 1e-2 times its mean diagonal entry over weights that may be removed.
         block_size: of woodfisher, consecutive weights of a tensor.
         linear: add the linear term to the scores, which may then be negative.
-        generator: source of random scores.
+        mc_samples: draw so many samples for the Gauss-Newton diagonal and the factors, where their exact columns are
+            too many (3696 an example for a text of 16 tokens out of 231); 0 is exact. `num_columns` counts them.
+        generator: source of random scores and of samples.
 
     Raises:
         InputError: for arguments out of range, a method that does not serve, or no weight that may be removed.
@@ -206,6 +212,11 @@ def pruning_scores(
         raise InputError(f"damping must be at least 0 and finite, got {damping}.")
     if block_size < 1:
         raise InputError(f"block_size must be at least 1, got {block_size}.")
+    if mc_samples < 0 or ((method == "random" or mc_samples) and generator is None):
+        raise InputError(
+            f"random scores and samples need generator=, a seed or a torch.Generator; mc_samples is {mc_samples}."
+        )
+    drawn = None if generator is None else as_generator(generator, objective.device)
     if objective.sharding is not None or objective.process_group is not None:
         raise InputError("pruning works in one process, on whole tensors; prune before the model is distributed.")
     if masks_of(objective.model):
@@ -228,25 +239,28 @@ def pruning_scores(
         return PruningScores(scores=torch.where(may, scores, torch.inf), metric=metric, damping=damping, **known)
 
     if method == "random":
-        if generator is None:
-            raise InputError("random scores need generator=, a seed or a torch.Generator.")
-        return made(torch.rand(n, generator=as_generator(generator, w.device), dtype=w.dtype, device=w.device), None)
+        return made(torch.rand(n, generator=drawn, dtype=w.dtype, device=w.device), None)
     if method == "magnitude":
         return made(w.square() / 2, DiagonalMetric(torch.ones_like(w)))
     if method in ("fisher", "obd"):
-        diagonal = gradient_moments(objective).second_moment if method == "fisher" else _diagonal(objective, matrix)
+        diagonal = (
+            gradient_moments(objective).second_moment
+            if method == "fisher"
+            else curvature_diagonal(objective, matrix, mc_samples, drawn)
+        )
         return made(diagonal * w.square() / 2 - slope * w, DiagonalMetric(diagonal))
     if method in ("kfac", "kfac-cg"):
-        factors = kronecker_factors(objective)
-        if missing := [name for name in tensors if name in factors.uncovered]:
-            raise InputError(
-                f"{missing[0]!r} has no Kronecker factors ({factors.uncovered[missing[0]]}); take another method, or "
-                "leave it out by params=."
-            )
-        damping = _damping(damping, _kronecker_diagonal(factors)[may])
-        inverse = factors.preconditioner(damping)
-        diagonal, solved = _inverse_diagonal(factors, damping), inverse @ slope
-        A: Any = GGNOperator(objective) if method == "kfac-cg" else _Kronecker(factors)
+        sampled: dict[str, Any] = {"mc_samples": mc_samples, "generator": drawn} if mc_samples else {}
+        factors = kronecker_factors(objective, "kfac" if mc_samples else "kflr", **sampled)
+        rest = torch.zeros_like(w)
+        if any(name in factors.uncovered for name in tensors):
+            rest = curvature_diagonal(objective, "ggn", mc_samples, drawn)
+            for name in set(factors.slices) - set(factors.uncovered):
+                rest[slice(*factors.slices[name])] = 0
+        damping = _damping(damping, (diagonal_of(factors) + rest)[may])
+        inverse = factors.preconditioner(damping, others=rest + damping)
+        diagonal, solved = inverse_diagonal_of(factors, damping, rest), inverse @ slope
+        A: Any = GGNOperator(objective) if method == "kfac-cg" else KroneckerMatrix(factors, rest)
         metric: Metric = Products(A, damping, inverse, max_iterations=_CG_STEPS if method == "kfac-cg" else None)
     else:
         if method == "woodfisher":
@@ -273,8 +287,15 @@ def _prunable(objective: Objective) -> dict[str, tuple[int, tuple[int, ...]]]:
     return found
 
 
-def _diagonal(objective: Objective, matrix: Literal["ggn", "hessian"]) -> Tensor:
-    return exact_diagonal(objective, matrix).value
+def curvature_diagonal(
+    objective: Objective, matrix: Literal["ggn", "hessian"], mc_samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return the diagonal (n,), exact, or of the Gauss-Newton matrix from samples."""
+    if not mc_samples:
+        return exact_diagonal(objective, matrix).value
+    if matrix == "hessian":
+        raise InputError("samples estimate the Gauss-Newton diagonal only; leave mc_samples out, or take matrix='ggn'.")
+    return exact_diagonal(objective, "ggn-mc", mc_samples=mc_samples, generator=generator).value
 
 
 def _damping(given: float | None, diagonal: Tensor) -> float:
@@ -319,42 +340,3 @@ def _fisher_inverse(
             yield torch.where(places >= 0, scaled[:, places.clamp_min(0)], 0.0)
 
     return InverseBlocks(places, recursive_inverse(rows(), blocks.C), damping)
-
-
-class _Kronecker(SymmetricOperator):
-    """The block-diagonal matrix of Kronecker factors."""
-
-    def __init__(self, factors: KroneckerFactors) -> None:
-        some = next(iter(factors.layers.values())).A
-        super().__init__((factors.num_params, factors.num_params), some.dtype, some.device)
-        self.factors = factors
-
-    def _matmat(self, X: Tensor) -> Tensor:
-        return torch.stack([self.factors.matvec(x) for x in X.T], dim=1)
-
-
-def _kronecker_diagonal(factors: KroneckerFactors) -> Tensor:
-    return _by_layer(factors, lambda A, B: torch.outer(B.diagonal(), A.diagonal()), 0.0)
-
-
-def _inverse_diagonal(factors: KroneckerFactors, damping: float) -> Tensor:
-    """Return the diagonal of (B (x) A + damping I)^-1 for all layers, 1 / damping for parameters without factors."""
-
-    def of_layer(A: Tensor, B: Tensor) -> Tensor:
-        (a, V), (b, U) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        return U.square() @ (1 / (b.clamp_min(0)[:, None] * a.clamp_min(0) + damping)) @ V.square().T
-
-    return _by_layer(factors, of_layer, 1 / damping if damping else math.inf)
-
-
-def _by_layer(factors: KroneckerFactors, of_layer: Any, others: float) -> Tensor:
-    some = next(iter(factors.layers.values())).A
-    result = torch.full((factors.num_params,), others, dtype=some.dtype, device=some.device)
-    for f in factors.layers.values():
-        entries = of_layer(f.A, f.B)
-        if f.weight is not None:
-            inputs = entries[:, :-1] if f.bias is not None else entries
-            result[slice(*factors.slices[f.weight])] = inputs.reshape(-1)
-        if f.bias is not None:
-            result[slice(*factors.slices[f.bias])] = entries[:, -1] if f.weight is not None else entries[:, 0]
-    return result

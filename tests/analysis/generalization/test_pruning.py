@@ -267,6 +267,34 @@ def test_each_method_is_its_formula() -> None:
     torch.testing.assert_close(wood.removal(pruned)[0][:20], d, rtol=1e-9, atol=1e-12)
 
 
+def test_parameters_without_factors_get_their_diagonal_and_samples_serve_many_outputs() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(6, 4)).double()
+        x, y = torch.randint(7, (50, 2)), torch.randint(4, (50,))
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    w, G = objective.space.current(), to_dense(GGNOperator(objective))
+    factors = kronecker_factors(objective)
+    assert set(factors.uncovered) == {"0.weight"}
+    A = torch.block_diag(torch.diag(G.diagonal()[:21]), factors.to_dense("2"))
+    scores = analysis.pruning_scores(objective, "kfac", damping=0.01)
+    C = torch.linalg.inv(A + 0.01 * torch.eye(len(A), dtype=F64))
+    torch.testing.assert_close(scores.scores[:45], (w.square() / (2 * C.diagonal()))[:45], rtol=1e-8, atol=1e-14)
+    pruned = scores.pruned(0.4)
+    d, rise = scores.removal(pruned)
+    torch.testing.assert_close(d, least(A + 0.01 * torch.eye(len(A), dtype=F64), w, pruned), rtol=1e-3, atol=1e-4)
+    assert rise == pytest.approx(float(objective.gradient() @ d + d @ A @ d / 2), rel=1e-4)
+    for method in ("obd", "kfac"):
+        exact = analysis.pruning_scores(objective, method, damping=0.01).scores[:45]
+        drawn = analysis.pruning_scores(objective, method, damping=0.01, mc_samples=400, generator=0).scores[:45]
+        assert float((drawn - exact).norm() / exact.norm()) < 0.15
+    for settings in ({"mc_samples": 4}, {"mc_samples": -1, "generator": 0}):
+        with pytest.raises(InputError, match="mc_samples"):
+            analysis.pruning_scores(objective, "obd", **settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="Gauss-Newton"):
+        analysis.pruning_scores(objective, "obd", matrix="hessian", mc_samples=4, generator=0)
+
+
 def test_recursion_is_the_inverse_whatever_the_chunks() -> None:
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(25, 3, 4, generator=g, dtype=F64)
