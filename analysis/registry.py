@@ -48,7 +48,7 @@ STUDIES = {
     ),
     "prune": (
         "analysis.generalization.pruning.study",
-        "Remove weights by eight methods, and compare what the loss does with what its curvature predicts.",
+        "Remove weights by nine methods, and compare what the loss does with what its curvature predicts.",
     ),
     "lr": (
         "analysis.learning_rate.study",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 
-__all__ = ["InverseBlocks", "block_places", "dense_inverse", "recursive_inverse"]
+__all__ = ["InverseBlocks", "block_places", "dense_inverse", "greedy_scores", "recursive_inverse"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,34 @@ def dense_inverse(A: Tensor, damping: float) -> Tensor:
             "best displacement; raise the damping, or take the Gauss-Newton matrix."
         )
     return torch.cholesky_inverse(L)
+
+
+def greedy_scores(C: Tensor, w: Tensor, may: Tensor) -> Tensor:
+    """Return by how much the quadratic model has risen when each weight goes, one after the other, (n,).
+
+    The weight that costs the least is removed, the others move, and the inverse of what is left is
+
+        C <- C - C_:q C_q: / C_qq,
+
+    until none is left that may go. Cost: n^2 for each.
+
+    Args:
+        C: (n, n), the inverse of the damped matrix.
+        w: (n,).
+        may: (n,), boolean: weights that may go.
+    """
+    C, w, alive = C.clone(), w.to(C.dtype).clone(), may.clone()
+    scores, risen = torch.full_like(w, torch.inf), torch.zeros((), dtype=C.dtype, device=C.device)
+    for _ in range(int(may.sum())):
+        diagonal = C.diagonal()
+        q = int(torch.where(alive, w.square() / diagonal, torch.inf).argmin())
+        risen = risen + w[q].square() / (2 * diagonal[q])
+        scores[q] = risen
+        column = C[:, q].clone()
+        w -= column * (w[q] / column[q])
+        C.addr_(column, column, alpha=-1 / float(column[q]))
+        alive[q] = False
+    return scores
 
 
 def recursive_inverse(rows: Iterable[Tensor], C: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from curvature.objective.objective import Objective
 
 __all__ = ["PruningPlan", "measure_pruning"]
 
-_USUAL = ("random", "magnitude", "obd", "woodfisher", "kfac", "obs")
+_USUAL = ("random", "magnitude", "obd", "woodfisher", "kfac", "obs", "obs-greedy")
 _COLUMNS = 8  # displacements at a time
 _MOST_EXACT, _SAMPLES = 128, 16  # columns of the Gauss-Newton matrix an example; beyond, samples
 
@@ -89,7 +89,7 @@ class PruningPlan(Plan):
 
     def wanted(self, num_params: int) -> tuple[str, ...]:
         """Return the methods to try, of an objective with so many parameters."""
-        return self.methods or tuple(m for m in _USUAL if m != "obs" or num_params <= LARGEST_DENSE)
+        return self.methods or tuple(m for m in _USUAL if not m.startswith("obs") or num_params <= LARGEST_DENSE // 2)
 
 
 @from_plan(PruningPlan)

@@ -10,7 +10,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from analysis.generalization.pruning.inverse import InverseBlocks, block_places, dense_inverse, recursive_inverse
+from analysis.generalization.pruning.inverse import (
+    InverseBlocks,
+    block_places,
+    dense_inverse,
+    greedy_scores,
+    recursive_inverse,
+)
 from analysis.generalization.pruning.kronecker import KroneckerMatrix, diagonal_of, inverse_diagonal_of
 from analysis.generalization.pruning.masks import masks_of
 from analysis.generalization.pruning.removal import DiagonalMetric, Products
@@ -27,7 +33,7 @@ from curvature.results.record import Result
 
 __all__ = ["METHODS", "PruningMethod", "PruningScores", "pruning_scores"]
 
-PruningMethod = Literal["random", "magnitude", "fisher", "obd", "woodfisher", "kfac", "kfac-cg", "obs"]
+PruningMethod = Literal["random", "magnitude", "fisher", "obd", "woodfisher", "kfac", "kfac-cg", "obs", "obs-greedy"]
 METHODS: dict[str, str] = {
     "random": "a random number; predicts nothing",
     "magnitude": "w²/2: the identity in the place of the Hessian",
@@ -37,6 +43,7 @@ METHODS: dict[str, str] = {
     "kfac": "optimal brain surgeon with Kronecker factors of the Gauss-Newton matrix",
     "kfac-cg": "scores of Kronecker factors; the others move by 50 steps of conjugate gradients on the exact matrix",
     "obs": "optimal brain surgeon with the exact inverse, as a dense matrix",
+    "obs-greedy": "the same, weights chosen one after the other, with the others moved before the next is chosen",
 }
 """What the score of each method is."""
 LARGEST_DENSE = 4096
@@ -172,6 +179,7 @@ def pruning_scores(
 
         fisher, obd:                     A_qq w_q^2 / 2                  -g_q w_q
         woodfisher, kfac, kfac-cg, obs:  w_q^2 / (2 C_qq)                -w_q (C g)_q / C_qq,    C = (A + damping I)^-1
+        obs-greedy: the sum of w_q^2 / (2 C_qq) over the weights removed until then, w and C being those that are left
 
     The linear term, on the right, is left out of scores by default, as in the sources: of one weight it is part of the
     change, but ranked by it, weights are chosen whose small slopes all point one way, and the curvature between them
@@ -180,12 +188,13 @@ def pruning_scores(
     Kronecker factors cover linear and convolutional layers; other parameters get their Gauss-Newton diagonal.
 
     Cost: fisher and woodfisher 2 to 4 gradients by example and, for woodfisher, N n block_size operations; obd 4 to 15
-    gradients; kfac as many and the eigenvalues of the factors; obs n products and n^3 operations.
+    gradients; kfac as many and the eigenvalues of the factors; obs and obs-greedy n products and n^3 operations.
 
     Args:
         objective: whose parameters may be removed; those of `params=` only. All of them may move.
         method: one of `METHODS`.
-        matrix: of obd and obs. The Hessian may be indefinite: obs then needs a damping that makes it definite.
+        matrix: of obd, obs and obs-greedy. The Hessian may be indefinite: an inverse then needs a damping that makes it
+            definite.
         damping: in units of the matrix. Default: 1e-2 times its mean diagonal entry over weights that may be removed.
         block_size: of woodfisher, consecutive weights of a tensor.
         linear: add the linear term to the scores, which may then be negative.
@@ -210,6 +219,8 @@ def pruning_scores(
         raise InputError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if damping is not None and not (damping >= 0 and math.isfinite(damping)):
         raise InputError(f"damping must be at least 0 and finite, got {damping}.")
+    if linear and method == "obs-greedy":
+        raise InputError("obs-greedy adds up scores without the linear term; leave linear out, or take obs.")
     if block_size < 1:
         raise InputError(f"block_size must be at least 1, got {block_size}.")
     if mc_samples < 0 or ((method == "random" or mc_samples) and generator is None):
@@ -269,6 +280,9 @@ def pruning_scores(
             blocks = _fisher_inverse(objective, tensors, damping, block_size)
         else:
             blocks = _exact_inverse(objective, matrix, damping, may)
+        if method == "obs-greedy":
+            scores = greedy_scores(blocks.C[0], w, may)
+            return made(scores.to(w.dtype), blocks, blocks.damping)
         metric, damping = blocks, blocks.damping
         diagonal, solved = blocks.diagonal(n).to(w.dtype), blocks.solve(slope).to(w.dtype)
     if not bool((diagonal[may] > 0).all()):

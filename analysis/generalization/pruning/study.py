@@ -52,7 +52,7 @@ def _price(objective: Objective, plan: PruningPlan) -> Work:
     if plan.tickets:
         trainings = plan.tickets * (1 + 3 * len(plan.ladder()))
         gradients += trainings * plan.steps * min(1.0, plan.batch_size / max(objective.total_weight, 1.0))
-    return Work(products=points + ("obs" in methods) * n, gradients=gradients)
+    return Work(products=points + ("obs" in methods) * n + ("obs-greedy" in methods) * n, gradients=gradients)
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -196,6 +196,25 @@ def test_surgeon_is_exact_on_a_quadratic() -> None:
         torch.testing.assert_close(by_products.displacement(t, pruned)[0], d, rtol=1e-10, atol=1e-10)
 
 
+def test_greedy_surgeon_adds_the_weight_that_costs_least_to_those_removed() -> None:
+    objective, A, t = quadratic()
+    scores = analysis.pruning_scores(objective, "obs-greedy", damping=0.0)
+    gone, rises = torch.zeros(6, dtype=torch.bool), []
+    for _ in range(6):
+        costs = {}
+        for q in (~gone).nonzero()[:, 0].tolist():
+            d = least(A, t, gone | (torch.arange(6) == q))
+            costs[q] = float(d @ A @ d / 2)
+        best = min(costs, key=lambda q: costs[q])
+        gone[best] = True
+        rises.append(costs[best])
+        assert float(scores.scores[best]) == pytest.approx(rises[-1], rel=1e-9)
+        assert torch.equal(scores.pruned(len(rises) / 6), gone)
+        assert scores.removal(gone)[1] == pytest.approx(rises[-1], rel=1e-9)
+    with pytest.raises(InputError, match="linear"):
+        analysis.pruning_scores(objective, "obs-greedy", linear=True)
+
+
 def test_linear_term_is_in_the_prediction_away_from_a_stationary_point() -> None:
     objective, A, t = quadratic()
     shift = torch.linspace(-1, 1, 6, dtype=F64)

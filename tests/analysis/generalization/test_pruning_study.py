@@ -227,7 +227,7 @@ def test_command_report_and_stored_run(tmp_path: Path, monkeypatch: pytest.Monke
         assert words in result.output
     run = analysis.load_run("run")
     assert isinstance(run, analysis.PruningRun)
-    assert run.pruning.methods == ("random", "magnitude", "obd", "woodfisher", "kfac", "obs")
+    assert run.pruning.methods == ("random", "magnitude", "obd", "woodfisher", "kfac", "obs", "obs-greedy")
     assert run.pruning.tickets is not None
     assert {row.sparsity for row in run.pruning.tickets.rows} == {0.0, 0.6}
     page = (tmp_path / "run" / "report.html").read_text()
