@@ -91,6 +91,8 @@ class Ensemble:
         self.params, self.buffers = stack_module_state(made)
         self.params = {name: value.detach().clone().requires_grad_() for name, value in self.params.items()}
         self._layers = _layers(made[0])
+        kinds = nn.modules.conv._ConvNd
+        self._one_by_one = any(isinstance(m, kinds) for m in made[0].modules())  # grouped convolutions are slower
         self._base, self._whole = made[0], copy.deepcopy(made[0])  # functional_call leaves tied parameters changed
 
     def __len__(self) -> int:
@@ -101,6 +103,8 @@ class Ensemble:
         self._base.train(train)
         if self._layers is not None:
             return self._through_layers(inputs if train else inputs.expand(len(self), *inputs.shape))
+        if self._one_by_one:
+            return torch.stack([self._of_member(i, inputs[i] if train else inputs) for i in range(len(self))])
 
         def of_one(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
             return functional_call(self._base, (params, buffers), (x,))
@@ -114,6 +118,10 @@ class Ensemble:
                 f"({' '.join(str(error).split())[:200]}); give a model without data-dependent control flow."
             ) from error
         return cast("Tensor", found)
+
+    def _of_member(self, i: int, x: Tensor) -> Tensor:
+        params, buffers = ({name: t[i] for name, t in held.items()} for held in (self.params, self.buffers))
+        return cast("Tensor", functional_call(self._base, (params, buffers), (x,)))
 
     def _through_layers(self, x: Tensor) -> Tensor:
         """Return what vmap would of a chain of linear layers, in half the time where these are small."""

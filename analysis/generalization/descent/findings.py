@@ -98,22 +98,8 @@ def _threshold(found: DescentCurve) -> str:
 
 
 def _curvature(found: DescentCurve) -> str:
-    number, values, text = wording.number, found.values, []
-    condition = found.interval("condition")[0]
-    if np.isfinite(condition).any():
-        at, threshold = float(values[int(np.nanargmax(condition))]), found.threshold
-        text.append(f"The condition number is largest at {_at(found, at)}")
-        if threshold.found and threshold.lower <= at <= threshold.upper:
-            text[0] += ", at the threshold."
-        elif found.vary != "epochs":
-            params = wording.count(float(found.mean("num_params")[0][int(np.nanargmax(condition))]))
-            outputs = wording.count(found.num_classes * found.num_samples)
-            text[0] += (
-                f", with {params} parameters for {outputs} outputs on the training data; not where labels begin "
-                "to be fitted."
-                if found.model == "task" and found.vary == "width"
-                else "."
-            )
+    number, values, text = wording.number, found.values, list[str]()
+    text += _condition(found)
     beyond = _beyond(found)
     dimension, loss = found.interval("effective_dimension")[0][beyond], found.interval("test_loss")[0][beyond]
     if len(dimension) >= 4 and np.isfinite(dimension).all() and np.isfinite(loss).all():
@@ -131,6 +117,30 @@ def _curvature(found: DescentCurve) -> str:
                 "not dimension alone."
             )
     return " ".join(text)
+
+
+def _condition(found: DescentCurve) -> list[str]:
+    condition, resolved = found.interval("condition")[0], found.resolved()
+    if not np.isfinite(condition).any():
+        return []
+    number, threshold = wording.number, found.threshold
+    if resolved.all():
+        at = float(found.values[int(np.nanargmax(condition))])
+        there = threshold.found and threshold.lower <= at <= threshold.upper
+        return [f"The condition number is largest at {_at(found, at)}{', at the threshold' if there else ''}."]
+    last = int(np.flatnonzero(np.logical_not(resolved))[-1])
+    said = (
+        f"Up to {_at(found, float(found.values[last]))} the smallest eigenvalues of J J' other than zero lie where "
+        "float64 ends, as they do where inputs hardly vary: its condition number is known from below only "
+        f"({number(float(np.nanmax(condition)), 1)})."
+    )
+    if last + 1 < len(condition):
+        outputs = wording.count(found.num_classes * found.num_samples)
+        said += (
+            f" Beyond, it falls from {number(float(condition[last + 1]), 2)} to {number(float(condition[-1]), 2)}: "
+            f"there are more parameters than outputs on the training data ({outputs})."
+        )
+    return [said]
 
 
 def _beyond(found: DescentCurve) -> slice:
@@ -160,15 +170,15 @@ def _counting(found: DescentCurve) -> str:
 
 
 def _closed_form(found: DescentCurve) -> str:
-    off = found.of("test_loss") - found.of("expected")
+    off = found.of("simulated") / found.of("expected") - 1
     z = off.mean(axis=1) / (off.std(axis=1, ddof=1) / math.sqrt(off.shape[1]))
     worst = int(np.nanargmax(abs(z)))
     p = float(2 * stats.t.sf(abs(z[worst]), off.shape[1] - 1)) * len(z)
-    verdict = "Yes" if p > 0.01 else "No"
     return (
-        f"{verdict}: the test loss differs from its expectation over label noise by at most "
-        f"{wording.number(float(abs(z[worst])), 2)} standard errors over {wording.count(off.shape[1])} repeats, at "
-        f"{wording.count(float(found.values[worst]))} (p = {wording.number(min(1.0, p), 2)} over all values)."
+        f"{'Yes' if p > 0.01 else 'No'}: the mean test loss over 32 further draws of the labels, over its closed form, "
+        f"differs from 1 by at most {wording.number(float(abs(z[worst])), 2)} standard errors over "
+        f"{wording.count(off.shape[1])} repeats, at {wording.count(float(found.values[worst]))} (p = "
+        f"{wording.number(min(1.0, p), 2)} over all values)."
     )
 
 

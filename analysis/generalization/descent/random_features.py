@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.generalization.data import flipped
 from analysis.generalization.point import spread_of_nonzero
 from curvature.errors import InputError
 
 __all__ = ["feature_counts", "feature_rows", "least_squares_risk", "random_features"]
 
+_DRAWS, _FURTHER = 32, 7_919_003  # of labels, for the mean that is held against the closed form, and their seeds
 _AROUND = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 0.98, 0.99, 1, 1.01, 1.02, 1.05, 1.15, 1.4, 2, 3, 5, 10)
 
 
@@ -57,13 +59,13 @@ def feature_rows(shared: Any, values: list[int]) -> list[dict[str, Any]]:
         for value in values:
             n, P = (value, width) if plan.vary == "samples" else (len(x), value)
             phi, beyond = (random_features(part, W[:P], b[:P]) for part in (x[:n], test))
-            found = _solved(phi, beyond, data, shared.noisy[repeat, :n], plan)
+            found = _solved(phi, beyond, data, shared.noisy[repeat, :n], plan, shared.seed + _FURTHER * (repeat + 1))
             about = {"num_params": P * data.num_classes, "num_samples": n}
             rows.append({"value": float(value), "repeat": repeat, **about, **found})
     return rows
 
 
-def _solved(phi: Tensor, test: Tensor, data: Any, labels: Tensor, plan: Any) -> dict[str, Any]:
+def _solved(phi: Tensor, test: Tensor, data: Any, labels: Tensor, plan: Any, seed: int) -> dict[str, Any]:
     n, C = len(phi), data.num_classes
     U, s, Vt = torch.linalg.svd(phi, full_matrices=False)
     kept = s > s[0] * max(phi.shape) * torch.finfo(s.dtype).eps
@@ -77,6 +79,7 @@ def _solved(phi: Tensor, test: Tensor, data: Any, labels: Tensor, plan: Any) -> 
     variance = (mean * (1 - mean)).sum(1)
     bias = (A @ mean - T).square().sum(1).mean()
     predicted, fitted = A @ Y, phi @ theta
+    draws = [flipped(data.labels[:n], plan.label_noise, C, seed + i) for i in range(_DRAWS)]
     eigenvalues = s.square()
     condition, rank = spread_of_nonzero(eigenvalues)
     return {
@@ -92,8 +95,16 @@ def _solved(phi: Tensor, test: Tensor, data: Any, labels: Tensor, plan: Any) -> 
         "effective_dimension_stderr": 0.0,
         "condition": condition,
         "rank": C * rank,
+        "simulated": float(_losses(A, T, draws).mean()),
         "expected": float(0.5 * (bias + (A.square() @ variance).mean())),
     }
+
+
+def _losses(A: Tensor, T: Tensor, draws: list[Tensor]) -> Tensor:
+    """Return the test loss after each of several draws of the training labels."""
+    C = T.shape[1]
+    Y = torch.cat([F.one_hot(labels, C).double() for labels in draws], dim=1)  # (n, draws x C)
+    return 0.5 * (A @ Y - T.repeat(1, len(draws))).square().reshape(len(T), len(draws), C).sum(2).mean(0)
 
 
 def least_squares_risk(n: int, p: int, *, signal: float, missed: float = 0.0, noise: float) -> float:

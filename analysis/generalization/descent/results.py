@@ -59,6 +59,8 @@ class DescentRow(Result):
     """Number of its eigenvalues above the cutoff; -1 where they are not known."""
     expected: float = math.nan
     """Test loss averaged over label noise in closed form, features given; least squares only."""
+    simulated: float = math.nan
+    """The same as the mean over 32 further draws of the labels."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -226,6 +228,17 @@ class DescentCurve(Result):
             fall_stderr=float(fall.std(ddof=1)) / root,
             dof=found.shape[1] - 1.0,
         )
+
+    def resolved(self) -> Array:
+        """Return, for each value, whether the condition number stays away from where float64 ends.
+
+        Above a twentieth of 1 / (size x 2.2e-16) the smallest eigenvalue other than zero cannot be told from rounding,
+        and the condition number is known from below only.
+        """
+        outputs = self.num_classes * self.of("num_samples")
+        size = np.minimum(self.of("num_params"), outputs) / (1 if self.model == "task" else self.num_classes)
+        with np.errstate(invalid="ignore"):
+            return np.asarray((self.of("condition") < 0.05 / (size * np.finfo(float).eps)).all(axis=1))
 
     def unsettled(self) -> tuple[float, ...]:
         """Return the values at which the networks neither fit their labels nor have come to rest, on average."""

@@ -142,7 +142,7 @@ def _cards(found: DescentCurve) -> tuple[Card, ...]:
             hint=f"at {name} {wording.count(float(found.values[best]))}",
         )
     )
-    if np.isfinite(found.interval("condition")[0]).any():
+    if np.isfinite(found.interval("condition")[0]).any() and found.resolved().all():
         at = found.values[int(np.nanargmax(found.interval("condition")[0]))]
         cards.append(Card(label="Condition number peaks", value=wording.count(float(at)), hint=f"{name}; of J J'"))
     return tuple(cards)

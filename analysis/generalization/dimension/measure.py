@@ -22,6 +22,8 @@ from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.operators.jacobian import JacobianOperator
 from curvature.operators.ntk import NTKOperator
+from curvature.results.estimates import mean_and_stderr
+from curvature.results.intervals import student_quantile
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.spectrum import spectrum
@@ -173,13 +175,20 @@ def _of_matrix(name: str, found: Spectrum, dampings: Tensor, top: float) -> Matr
         if bool(known.any()):
             low, high = dimension_of_density(found.density, dampings[known]).interval()
             lower[known], upper[known] = low.double(), high.double()
+    if name == "hessian" and not found.exact:
+        low, high = _sides_of_zero(found, dampings)
+        lower, upper = torch.minimum(lower, low), torch.maximum(upper, high)
+    values = torch.tensor([float(e.value) for e in estimates], dtype=torch.float64)
+    stderr = torch.tensor([e.error[0] for e in estimates], dtype=torch.float64)
     missing = torch.full_like(dampings, math.nan)
     data = [e.data_stderr for e in estimates]
     n = found.density.dimension
     return MatrixDimension(
         matrix=name,
-        values=torch.tensor([float(e.value) for e in estimates], dtype=torch.float64),
-        stderr=torch.tensor([e.error[0] for e in estimates], dtype=torch.float64),
+        values=values,
+        stderr=torch.maximum(stderr, torch.maximum(values - lower, upper - values) / 2)
+        if name == "hessian"
+        else stderr,
         lower=lower.clamp(0, n),
         upper=upper.clamp(0, n),
         data_stderr=missing if any(d is None for d in data) else torch.tensor([float(d) for d in data]).double(),  # type: ignore[arg-type]
@@ -187,6 +196,30 @@ def _of_matrix(name: str, found: Spectrum, dampings: Tensor, top: float) -> Matr
         num_matvecs=found.num_matvecs,
         exact=found.exact,
     )
+
+
+def _sides_of_zero(found: Spectrum, dampings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what d is if eigenvalues near 0 stand on the other side of it, with 95 % over probes.
+
+    x/(x + z) above 0, and 0 below, does not fall with x. What a rule has at a node may lie anywhere between the next
+    ones (for one start vector: Chebyshev, Markov and Stieltjes; for p of them, p nodes on). A bulk near 0, such as that
+    of parameters which hardly matter, may so count in full or not at all where z is small.
+    """
+    nodes, weights, known = found.rule.nodes.double(), found.rule.weights.double(), found.rule.is_known
+    p, n = len(weights), found.density.dimension
+    f = nodes.clamp_min(0) / (nodes.clamp_min(0) + dampings[:, None])  # (m, nodes)
+    free = torch.arange(len(nodes))[~known]
+    above, below = free[nodes[free] > 0][:p], free[nodes[free] <= 0][-p:]  # p on either side of 0
+    low, high = f.clone(), f.clone()
+    low[:, above] = 0
+    if len(above):
+        high[:, below] = f[:, above[-1:]]
+        high[:, above] = f[:, above[-1:]]
+    ends = []
+    for values, sign in ((low, -1.0), (high, 1.0)):
+        mean, stderr = mean_and_stderr(n * (weights @ values.T))
+        ends.append(mean + sign * student_quantile(p - 1.0, 0.95) * stderr)
+    return ends[0], ends[1]
 
 
 def _loss_name(objective: Objective) -> str:

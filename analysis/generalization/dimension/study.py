@@ -124,7 +124,8 @@ def _confidence(found: EffectiveDimension, alpha: float) -> str:
 def _generalises(found: EffectiveDimension) -> str:
     known = {
         "cross-entropy": "Among networks that fit their labels it fell with the test loss as width grew (digits, 20 % "
-        "label noise), and it also falls with confidence alone: compare networks of a like training loss.",
+        "label noise), and went on falling where the test loss rose again: it falls with confidence alone, too. "
+        "Compare networks of a like training loss.",
         "squared error": "Under squared error it rose with width while the test loss fell (digits, 20 % label noise): "
         "it does not track it.",
     }

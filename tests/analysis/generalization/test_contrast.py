@@ -148,11 +148,11 @@ def test_random_labels_take_longer_and_are_measured_at_one_loss() -> None:
 def test_regularisers_are_compared_with_none(tmp_path: Path) -> None:
     objective, test_data = task()
     found = regularization_by_curvature(
-        objective, samples=40, width=10, repeats=2, steps=60, processes=1, generator=0, test_data=test_data
+        objective, samples=40, width=10, repeats=2, steps=40, processes=1, generator=0, test_data=test_data
     )
     assert found.conditions == REGULARIZERS
     assert found.ratio("norm", "weight decay").upper < 1
-    assert all(row.steps == 60 for row in found.rows)
+    assert all(row.steps == 40 for row in found.rows)
     run: Any = measure("regularize", objective, generator=0, samples=20, width=4, repeats=2, steps=10, processes=1)
     assert any("held out" in note for note in run.regularization.notes)
     run.save(tmp_path / "run")

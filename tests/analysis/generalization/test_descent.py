@@ -67,19 +67,19 @@ def test_random_features_peak_at_as_many_as_examples_and_meet_the_closed_form() 
     found = double_descent(
         Objective(model, nn.CrossEntropyLoss(), (x, y)),
         model="random-features",
-        samples=100,
+        samples=60,
         repeats=12,
         generator=3,
         test_data=test,
     )
     peak = found.peak("test_loss")
     assert peak is not None
-    assert peak.value == 100
-    assert {99.0, 101.0} <= set(found.values)
-    assert peak.standing > 5
-    assert found.values[int(np.argmax(found.interval("condition")[0]))] == 100
-    assert (found.threshold.lower, found.threshold.upper) == (99, 100)
-    off = found.of("test_loss") - found.of("expected")
+    assert peak.value == 60
+    assert {59.0, 61.0} <= set(found.values)
+    assert peak.standing > 4
+    assert found.values[int(np.argmax(found.interval("condition")[0]))] == 60
+    assert (found.threshold.lower, found.threshold.upper) == (59, 60)
+    off = found.of("simulated") / found.of("expected") - 1
     t = off.mean(1) / (off.std(1, ddof=1) / math.sqrt(12))
     assert 2 * stats.t.sf(np.abs(t).max(), 11) * len(t) > 1e-3
     said = {f.question: f.answer for f in findings(found)}
@@ -161,6 +161,17 @@ def test_unsettled_networks_are_told() -> None:
     assert "Not all: at 1, 2 labels" in findings(found)[-1].answer
 
 
+def test_condition_numbers_at_the_end_of_float64_are_bounds() -> None:
+    losses, errors = [[1, 2], [3, 4], [1, 1], [1, 1]], [[0.3, 0.2], [0, 0], [0, 0], [0, 0]]
+    clear = curve(losses, errors, condition=1e6, effective_dimension=3.0)
+    assert clear.resolved().all()
+    assert "condition number is largest" in findings(clear)[2].answer
+    rows = tuple(DescentRow(**{**vars(row), "condition": 1e6 if row.value > 2 else 1e14}) for row in clear.rows)
+    found = DescentCurve(**{**vars(clear), "rows": rows})
+    assert found.resolved().tolist() == [False, False, True, True]
+    assert "Up to width 2 the smallest eigenvalues" in findings(found)[2].answer
+
+
 @pytest.mark.parametrize("vary", ["width", "epochs", "samples"])
 def test_trainings_are_the_same_in_one_process_and_two_and_go_on_where_they_were_killed(
     vary: Any, tmp_path: Path
@@ -189,7 +200,7 @@ def test_trainings_are_the_same_in_one_process_and_two_and_go_on_where_they_were
 def test_values_are_added_around_the_threshold() -> None:
     objective, test_data = toy(30)
     found = double_descent(
-        objective, samples=20, repeats=2, steps=200, curvature=False, generator=0, test_data=test_data, processes=1
+        objective, samples=20, repeats=2, steps=150, curvature=False, generator=0, test_data=test_data, processes=1
     )
     threshold, values = found.threshold, found.values
     assert threshold.found

@@ -18,15 +18,15 @@ from curvature.errors import InputError
 
 def _task(name: str) -> Objective:
     g = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(24, 1, 8, 8, generator=g), torch.randint(0, 10, (24,), generator=g)
+    images, labels = torch.rand(10, 1, 8, 8, generator=g), torch.randint(0, 10, (10,), generator=g)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "cnn":
             from analysis.generalization.width import at_width
 
-            return Objective(at_width(make_cnn(), 4).eval(), nn.CrossEntropyLoss(), (images, labels))
+            return Objective(at_width(make_cnn(), 3).eval(), nn.CrossEntropyLoss(), (images, labels))
         if name == "attention":
-            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
             model = nn.Sequential(nn.Unflatten(1, (8, 8)), layer, nn.Flatten(), nn.Linear(64, 10)).eval()
             return Objective(model, nn.CrossEntropyLoss(), (images.flatten(1), labels))
         loss = squared_error if name == "mlp-squared" else nn.CrossEntropyLoss()
@@ -36,19 +36,17 @@ def _task(name: str) -> Objective:
 @pytest.mark.parametrize("name", ["mlp", "mlp-squared", "cnn", "attention"])
 def test_it_is_the_dense_one_within_its_bar(name: str) -> None:
     objective = _task(name)
-    found = effective_dimension(objective, probes=4, steps=30, points=7, generator=1)
+    found = effective_dimension(objective, probes=4, steps=20, points=7, generator=1)
     dense = {"ggn": GGNOperator, "hessian": HessianOperator, "kernel": NTKOperator}
     for m in found.matrices:
         A: Any = dense[m.matrix](objective)
-        values = torch.linalg.eigvalsh(A.to_dense().double()).clamp_min(0) * (1.0 if m.matrix == "kernel" else 24)
+        values = torch.linalg.eigvalsh(A.to_dense().double()).clamp_min(0) * (1.0 if m.matrix == "kernel" else 10)
         exact = (values / (values + found.regularisers[:, None])).sum(1)
         rounding = 2e-3 * exact
-        if m.matrix == "hessian":  # half of whose eigenvalues are negative at random parameters: its bars are wide
-            assert bool(((m.values - exact).abs() <= 4 * m.stderr + rounding).all()), (exact, m.values, m.stderr)
-        else:
-            assert bool((m.lower - rounding <= exact).all()), (m.matrix, exact, m.lower)
-            assert bool((exact <= m.upper + rounding).all()), (m.matrix, exact, m.upper)
-            assert float(((m.upper - m.lower) / exact).median()) < (0.5 if m.matrix == "ggn" else 1.0)
+        assert bool((m.lower - rounding <= exact).all()), (m.matrix, exact, m.lower)
+        assert bool((exact <= m.upper + rounding).all()), (m.matrix, exact, m.upper)
+        assert bool(((m.values - exact).abs() <= 4 * m.stderr + rounding).all()) or m.matrix != "hessian"
+        assert float(((m.upper - m.lower) / exact)[-1]) < (2.0 if m.matrix == "hessian" else 1.0)  # 80 products
         assert m.largest == pytest.approx(float(values[-1]), rel=1e-3)
 
 

@@ -1,0 +1,1 @@
+"""Double descent, and what training side by side saves."""
