@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from scipy.special import stdtr, stdtrit
 
@@ -22,30 +22,36 @@ _ROUNDING = 1e-6  # relative: differences below are none
 Test = Literal["paired t", "sign", "exact", "none"]
 
 
-def race_pairs(race: Race, by: Axis = "budget") -> tuple[RacePair, ...]:
+def race_pairs(race: Race, by: Axis | str = "budget") -> tuple[RacePair, ...]:
     """Compare all entrants of a race.
 
     Args:
         race: from `race_optimizers`.
         by: "budget": training loss at the end of the budget; "metric": test metric there; "seconds", "gradients" and
-            "steps": training loss where the entrant that got through its budget with the least of them ended.
+            "steps": training loss where the entrant that got through its budget with the least of them ended; or the
+            name of a trait, as "top_eigenvalue": the smaller is ahead.
 
     Raises:
-        InputError: for a metric that was not measured.
+        InputError: for something that was not measured.
     """
+    axes = get_args(Axis)
     if by == "metric" and not race.metric:
         raise InputError("this race has no test metric: its task has no test data.")
+    traits = {trait.name for course in race.courses for trait in course.traits}
+    if by not in axes and by not in traits:
+        raise InputError(f"by must be one of {', '.join((*axes, *sorted(traits)))}, got {by!r}.")
     own = {name: {c.seed: c for c in race.of(name)} for name in race.raced()}
     limit = race.common(by)
-    logs = race.scale == "log" and by != "metric"
+    logs = race.scale == "log" and by != "metric" if by in axes else True
+    floor = race.floor if by in axes else 0.0
 
     def value(course: Course | None) -> float:
         if course is None or course.failure:
             return math.nan
         if course.diverged:
             return math.inf
-        found = race.reached(course, by, limit)
-        return math.log(max(found, race.floor)) if logs else found
+        found = race.reached(course, by, limit) if by in axes else course.trait(by).value
+        return (math.log(max(found, floor)) if max(found, floor) > 0 else math.nan) if logs else found
 
     return decide(
         {name: [value(courses.get(seed)) for seed in range(1, race.seeds + 1)] for name, courses in own.items()},
@@ -53,10 +59,13 @@ def race_pairs(race: Race, by: Axis = "budget") -> tuple[RacePair, ...]:
         lower_is_better=race.metric != "accuracy" or by != "metric",
         alike=[n for n, cs in own.items() if len(cs) > 1 and len({(c.end.loss, c.diverged) for c in cs.values()}) == 1],
         rounding=_ROUNDING if logs or by == "metric" else race.floor,
+        spread=race.resolution if by == "metric" else 0.0,
     )
 
 
-def paired(differences: Sequence[float], *, alike: bool, rounding: float = 0.0) -> tuple[float, Test]:
+def paired(
+    differences: Sequence[float], *, alike: bool, rounding: float = 0.0, spread: float = 0.0
+) -> tuple[float, Test]:
     """Return the p-value of differences over seeds, and the test that it is of.
 
     Student's t of their mean where all are finite. Where one training of a seed diverged and the other did not, its
@@ -67,6 +76,7 @@ def paired(differences: Sequence[float], *, alike: bool, rounding: float = 0.0) 
         differences: one a seed.
         alike: all seeds train alike, as nothing is drawn at random: no chance is in a difference.
         rounding: differences of at most this are none.
+        spread: of differences over seeds, at least: equal to the last bit, or to the last test example, is chance too.
     """
     told = [0.0 if abs(d) <= rounding else d for d in differences if not math.isnan(d)]
     n = len(told)
@@ -83,7 +93,7 @@ def paired(differences: Sequence[float], *, alike: bool, rounding: float = 0.0) 
         return 1.0, "none"
     mean = sum(told) / n
     stderr = math.sqrt(sum((d - mean) ** 2 for d in told) / (n * (n - 1)))
-    stderr = max(stderr, rounding / math.sqrt(n))  # equal to the last bit over seeds that differ is chance, too
+    stderr = max(stderr, max(rounding, spread) / math.sqrt(n))
     if stderr == 0:
         return 1.0, "none"
     return max(min(float(2 * stdtr(n - 1, -abs(mean) / stderr)), math.nextafter(1.0, 0.0)), 5e-324), "paired t"
@@ -96,6 +106,7 @@ def decide(
     lower_is_better: bool = True,
     alike: Collection[str] = (),
     rounding: float = _ROUNDING,
+    spread: float = 0.0,
 ) -> tuple[RacePair, ...]:
     """Compare all pairs.
 
@@ -105,12 +116,13 @@ def decide(
         lower_is_better: whether the smaller value is ahead.
         alike: whose seeds all train alike; between two of them chance has no part.
         rounding: see `paired`.
+        spread: see `paired`.
     """
     sign = 1.0 if lower_is_better else -1.0
     pairs, p_values, tests, differences = list(itertools.combinations(values, 2)), [], [], []
     for first, second in pairs:
         found = [_difference(a, b, sign) for a, b in zip(values[first], values[second], strict=True)]
-        p, test = paired(found, alike=first in alike and second in alike, rounding=rounding)
+        p, test = paired(found, alike=first in alike and second in alike, rounding=rounding, spread=spread)
         finite = [d for d in found if math.isfinite(d)]
         score = sum((d > 0) - (d < 0) for d in found if math.isinf(d))
         mean = sum(finite) / len(finite) if finite else 0.0

@@ -275,7 +275,7 @@ def plot_race_rates(race: Race, *, ax: Axes | None = None, colors: Colors | None
         chosen, courses = race[name].lr, race.searches(name)
         least = min(c.share for c in courses)
         first = [c for c in courses if c.share == least]
-        low, high = race.range_kept(name)
+        low, high, _ = race.range_kept(name)
         if math.isfinite(low):
             draw(
                 [low / chosen, high / chosen], place, "-", "keeps 9/10", color=colors.positive, linewidth=5, alpha=0.35
@@ -294,5 +294,5 @@ def plot_race_rates(race: Race, *, ax: Axes | None = None, colors: Colors | None
 
 
 def _width(race: Race, name: str) -> float:
-    low, high = race.range_kept(name)
+    low, high, _ = race.range_kept(name)
     return high / low if math.isfinite(low) else 0.0

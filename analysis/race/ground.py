@@ -32,6 +32,8 @@ class Ground:
     seed: int
     objective: Objective
     """The training loss; of what is left where examples are held out."""
+    drawn: bool
+    """Whether the batches are those that a loader which shuffles has drawn once, so that trainings can share them."""
     validation: Objective | None
     test: Objective | None
     metric: Literal["accuracy", "test loss", ""]
@@ -108,6 +110,10 @@ def prepare_ground(objective: Objective, plan: RacePlan, *, test_data: Any, seed
         objective, validation = _held_out(objective, plan.validation, seed)
     test = None if test_data is None else objective.replace(data=test_data)
     batches = list(objective.batches())
+    for _ in objective.batches():  # a second pass shows whether a loader shuffles
+        pass
+    if drawn := objective.shuffles:
+        objective = objective.replace(data=batches)
     examples = sum(num_examples(batch) for batch in batches)
     if plan.batch_size is not None and len(batches) > 1:
         raise InputError("batch_size cuts data that are one batch of tensors; leave it out for data that are several.")
@@ -116,6 +122,7 @@ def prepare_ground(objective: Objective, plan: RacePlan, *, test_data: Any, seed
         plan=plan,
         seed=seed,
         objective=objective,
+        drawn=drawn,
         validation=validation,
         test=test,
         metric="" if test is None else "accuracy" if _classifies(test) else "test loss",

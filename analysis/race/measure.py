@@ -213,6 +213,7 @@ def _race(ground: Ground, plan: RacePlan, works: dict[Entry, Work], courses: Seq
         seeds=plan.seeds,
         level=plan.level,
         metric=ground.metric,
+        resolution=1 / max(1.0, ground.test.total_weight) if ground.test and ground.metric == "accuracy" else 0.0,
         searched_by="validation loss" if plan.validation > 0 else "training loss",
         start="drawn by the seed" if ground.fresh else "those of the task",
         batch_size=ground.batch_size,
@@ -257,6 +258,11 @@ def _notes(ground: Ground, entrants: Sequence[Entrant], courses: Sequence[Course
         notes.append(f"Without weight decay, which they do not have: {', '.join(none)}.")
     if any(e.optimizer == "schedule-free" for e in entrants) and _has_running_statistics(ground):
         notes.append("schedule-free is judged at averaged weights, with running statistics of the weights it trains.")
+    if ground.drawn:
+        notes.append(
+            "The loader shuffles: its batches were drawn once, and all trainings share them in that order. Tensors and "
+            "a batch size give each seed batches of its own."
+        )
     if alike:
         notes.append("All seeds train alike: nothing is drawn at random. Losses are compared as they are.")
     if plan.seeds == 1:

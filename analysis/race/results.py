@@ -155,6 +155,8 @@ class Race(Result):
     """Family-wise error level over all pairs of one comparison."""
     metric: Literal["accuracy", "test loss", ""]
     """What is measured on test data."""
+    resolution: float
+    """Of the metric: an accuracy moves by whole test examples; 0 for a loss."""
     searched_by: str
     """What rates were chosen by."""
     start: str
@@ -217,14 +219,14 @@ class Race(Result):
         value = math.exp(logs.value)
         return Measured(value=value, stderr=value * logs.stderr, dof=logs.dof)
 
-    def common(self, by: Axis) -> float:
+    def common(self, by: Axis | str) -> float:
         """Return the steps, seconds or gradients of who got through the budget with the least; NaN for the others."""
-        if by in ("budget", "metric"):
+        if by not in ("steps", "seconds", "gradients"):
             return math.nan
         means = [mean_over_seeds([getattr(c.end, by) for c in self.of(n) if c.finished]).value for n in self.raced()]
         return min((m for m in means if math.isfinite(m)), default=math.nan)
 
-    def reached(self, course: Course, by: Axis, limit: float) -> float:
+    def reached(self, course: Course, by: Axis | str, limit: float) -> float:
         """Return the test metric, or the training loss, of a training: at its end, or where it had spent so much.
 
         Between looks the loss is taken to move on a straight line; NaN where the amount was not counted.
@@ -246,26 +248,27 @@ class Race(Result):
         limit = self.common(by)
         return self._mean([self.reached(c, by, limit) for c in self.of(name) if c.finished])
 
-    def range_kept(self, name: str) -> tuple[float, float]:
+    def range_kept(self, name: str) -> tuple[float, float, bool]:
         """Return the least and the largest rate around the best one that keep nine tenths of its fall of the loss.
 
         Of the first round of the search, in which all rates have the same short part of the budget; NaN without one.
+        The third says whether one of them is the last that was tried on its side: the range may be wider.
         """
         searched = [c for c in self.searches(name) if c.points or c.diverged]
         if not searched:
-            return math.nan, math.nan
+            return math.nan, math.nan, False
         first = sorted((c for c in searched if c.share == min(s.share for s in searched)), key=lambda c: c.lr)
         losses = [c.end.loss if c.finished else math.inf for c in first]
         best = losses.index(min(losses))
         if not math.isfinite(losses[best]):
-            return math.nan, math.nan
+            return math.nan, math.nan, False
         ceiling = losses[best] + (1 - KEPT) * (first[best].points[0].loss - losses[best])
         low = high = best
         while low > 0 and losses[low - 1] <= ceiling:
             low -= 1
         while high + 1 < len(losses) and losses[high + 1] <= ceiling:
             high += 1
-        return first[low].lr, first[high].lr
+        return first[low].lr, first[high].lr, low == 0 or high + 1 == len(losses)
 
     def leaders(self, pairs: tuple[RacePair, ...] | None = None) -> tuple[str, ...]:
         """Return whom nobody is ahead of, best first."""

@@ -27,7 +27,9 @@ def cards_of(race: Race) -> tuple[Card, ...]:
         Card(
             label="Ahead",
             value=leaders[0] if len(leaders) == 1 else "undecided",
-            hint="of all others" if len(leaders) == 1 else f"among {count(len(leaders))} of {count(len(names))}",
+            hint=f"of {count(_count(race.pairs, leaders[0], 'ahead'))} of {count(len(names) - 1)} others"
+            if len(leaders) == 1
+            else f"among {count(len(leaders))} of {count(len(names))}",
         ),
         Card(
             label="Lowest loss",
@@ -105,7 +107,7 @@ def findings_of(race: Race) -> tuple[Finding, ...]:
         found.append(Finding("On test data?", _ahead(race, race.metric_pairs)))
     found.append(Finding("Did all train stably?", _stability(race)))
     if widths := _widths(race):
-        found.append(Finding("How sensitive are they to the rate?", _sensitivity(widths)))
+        found.append(Finding("How sensitive are they to the rate?", _sensitivity(race, widths)))
     if flat := _flatness(race):
         found.append(Finding("Do they end at flatter points?", flat))
     found.append(Finding("What may be believed?", _belief(race)))
@@ -122,7 +124,9 @@ def _ahead(race: Race, pairs: Sequence[RacePair]) -> str:
     decided = sum(p.verdict != "undecided" for p in pairs)
     counted = f"{count(decided)} of {count(len(pairs))} pairs are decided"
     if len(leaders) == 1 and others:
-        return f"{leaders[0]} is ahead of all others; {counted}."
+        beaten = _count(pairs, leaders[0], "ahead")
+        of = "all others" if beaten == len(others) else f"{count(beaten)} of {count(len(others))}, and nobody of it"
+        return f"{leaders[0]} is ahead of {of}; {counted}."
     if not others:
         text = f"Undecided: the tests tell none of {count(len(leaders))} behind another."
         return f"{text} {_power(race, pairs)}" if pairs else "There is nobody to compare with."
@@ -152,18 +156,21 @@ def _stability(race: Race) -> str:
 
 def _widths(race: Race) -> dict[str, float]:
     found = {name: race.range_kept(name) for name in race.raced()}
-    return {name: high / low for name, (low, high) in found.items() if math.isfinite(low) and low > 0}
+    return {name: high / low for name, (low, high, _) in found.items() if math.isfinite(low) and low > 0}
 
 
-def _sensitivity(widths: dict[str, float]) -> str:
+def _sensitivity(race: Race, widths: dict[str, float]) -> str:
+    def factor(name: str) -> str:
+        return f"{'at least ' * race.range_kept(name)[2]}{number(max(1.0, widths[name]), 2)}"
+
     order = sorted(widths, key=lambda name: -widths[name])
     most, least = order[0], order[-1]
     text = (
-        f"In the first round of the searches rates over a factor of {number(max(1.0, widths[most]), 2)} keep nine "
-        f"tenths of the best fall for {most}, the most forgiving"
+        f"In the first round of the searches rates over a factor of {factor(most)} keep nine tenths of the best fall "
+        f"for {most}, the most forgiving"
     )
     if least != most:
-        text += f", over one of {number(max(1.0, widths[least]), 2)} for {least}, the least"
+        text += f", over one of {factor(least)} for {least}, the least"
     return f"{text}; rates tried are a factor of 3.2 apart."
 
 
@@ -173,9 +180,12 @@ def _flatness(race: Race) -> str:
         return ""
     order = sorted(names, key=lambda n: race.final(n, "top_eigenvalue").value)
     low, high = (race.final(n, "top_eigenvalue") for n in (order[0], order[-1]))
+    pairs = race_pairs(race, "top_eigenvalue")
+    decided = sum(p.verdict != "undecided" for p in pairs)
     return (
         f"{order[0]} ends flattest, with a largest eigenvalue of {quantity(low, 3)}, {order[-1]} sharpest, with "
-        f"{quantity(high, 3)} (means over seeds). A smaller loss of a classifier has smaller curvature by itself."
+        f"{quantity(high, 3)} (means over seeds); {count(decided)} of {count(len(pairs))} pairs are told apart. A "
+        "classifier with a smaller loss has smaller curvature by itself."
     )
 
 
@@ -290,7 +300,7 @@ def _costs(race: Race) -> Table:
         unit = _middle([c.seconds_per_gradient for c in own])
         each = sum(c.end.seconds for c in own) / steps if steps else math.nan
         searches = [c for c in race.searches(name) if c.points]
-        low, high = race.range_kept(name)
+        low, high, _ = race.range_kept(name)
         rows.append(
             (
                 name,

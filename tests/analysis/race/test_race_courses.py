@@ -138,6 +138,24 @@ def test_seeds_share_start_and_batches_across_optimizers() -> None:
     assert len({str(seen[n]) for n in seen if "start" in n}) == 1
 
 
+def test_a_loader_that_shuffles_gives_all_the_same_batches() -> None:
+    model, data, _ = network()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=16, shuffle=True)
+    plan = RacePlan(optimizers=("sgd",), budget="7 steps", measures=("none",), noise=False)
+    where = prepare_ground(Objective(model, nn.CrossEntropyLoss(), loader), plan, test_data=None, seed=7)
+    seen: dict[str, list[Any]] = {"sgd": [], "adahessian": [], "lbfgs": []}
+    for name, batches in seen.items():
+        handle = model.register_forward_pre_hook(
+            lambda m, x, batches=batches: batches.append(x[0][:, 0].tolist()) if m.training else None
+        )
+        trained(where, name, None if name == "lbfgs" else 0.1)
+        handle.remove()
+        batches[:] = [b for i, b in enumerate(batches) if not i or b != batches[i - 1]]
+    assert len(seen["sgd"]) >= 7
+    assert where.drawn
+    assert seen["sgd"] == seen["adahessian"] == seen["lbfgs"]
+
+
 def test_what_diverges_counts_as_diverged() -> None:
     where = ground()
     found = trained(where, "sgd", 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from scipy import stats
 
 from analysis.race.decide import decide, least_ratio, paired, race_pairs
-from analysis.race.results import Course, CoursePoint, Entrant, Race
+from analysis.race.results import Course, CoursePoint, Entrant, Race, Trait
+from analysis.race.told import findings_of
 from curvature.errors import InputError
 
 
@@ -39,6 +41,9 @@ def test_ties_and_chance() -> None:
     assert paired([math.nan] * 3, alike=False) == (1.0, "none")
     p, _ = paired([0.1, 0.1, 0.1], alike=False, rounding=1e-6)  # equal to the last bit, over seeds that differ
     assert 0 < p < 1e-6
+    one = 1 / 355  # an accuracy moves by whole examples: one more right in each of three seeds tells nothing
+    p, _ = paired([one, one, one], alike=False, rounding=1e-6, spread=one)
+    assert p == pytest.approx(2 * stats.t.sf(math.sqrt(3), 2))
 
 
 def test_false_alarms_over_all_pairs_keep_the_level() -> None:
@@ -113,6 +118,7 @@ def race(losses: dict[str, list[float]], **changes: Any) -> Race:
         seeds=len(next(iter(losses.values()))),
         level=0.05,
         metric="accuracy",
+        resolution=0.01,
         searched_by="training loss",
         start="drawn by the seed",
         batch_size=1.0,
@@ -121,8 +127,6 @@ def race(losses: dict[str, list[float]], **changes: Any) -> Race:
         scale="log",
         floor=1e-6,
     )
-    from dataclasses import replace
-
     return replace(found, **{"pairs": race_pairs(found), "metric_pairs": race_pairs(found, "metric"), **changes})
 
 
@@ -140,6 +144,30 @@ def test_equal_steps_are_not_equal_time() -> None:
     plain = race({"a": [1.0, 2.0], "b": [2.0, 3.0]}, metric="")
     with pytest.raises(InputError, match="no test metric"):
         race_pairs(plain, "metric")
+
+
+def test_traits_are_compared_too() -> None:
+    found = race({"a": [1.0, 1.1, 0.9], "b": [2.0, 2.1, 2.2]})
+    flat = {"a": 5.0, "b": 50.0}
+    courses = tuple(
+        replace(c, traits=(Trait(name="top_eigenvalue", value=flat[c.entrant] * (1 + 0.01 * c.seed), stderr=0.0),))
+        for c in found.courses
+    )
+    found = replace(found, courses=courses)
+    assert found.leaders(race_pairs(found, "top_eigenvalue")) == ("a",)
+    with pytest.raises(InputError, match=r"by must be one of budget, metric, .* top_eigenvalue, got 'trace'"):
+        race_pairs(found, "trace")
+
+
+def test_ahead_of_some_is_not_ahead_of_all() -> None:
+    found = race({"a": [1.0, 1.02, 0.99, 1.01], "b": [1.0, 3.0, 0.9, 2.0], "c": [8.0, 8.1, 8.2, 7.9]})
+    assert found.leaders() == ("a", "b")
+    assert "Undecided but for c, which is behind." in findings_of(found)[0].answer
+    tried = replace(
+        found, pairs=tuple(replace(p, verdict="behind" if p.first == "b" else p.verdict) for p in found.pairs)
+    )
+    assert tried.leaders() == ("a",)
+    assert findings_of(tried)[0].answer.startswith("a is ahead of 1 of 2, and nobody of it")
 
 
 def test_what_diverged_is_never_first() -> None:
