@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,20 @@ __all__ = ["plot_layer_pruning", "plot_pruning", "plot_pruning_predictions", "pl
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def _styles(names: Sequence[str], colors: Colors) -> dict[str, tuple[str, str]]:
-    """Return a colour and a marker for each name, the same wherever it is drawn."""
-    paints = (colors.positive, colors.negative, colors.outlier, "#CC79A7", "#E69F00", "#56B4E9", colors.quiet)
-    return {name: (paints[i % len(paints)], _MARKS[i % len(_MARKS)]) for i, name in enumerate(names)}
+def _styles(names: Sequence[str], colors: Colors) -> dict[str, dict[str, Any]]:
+    """Return colour, marker and kind of line for each name, the same wherever it is drawn."""
+    paints = (colors.positive, colors.negative, colors.outlier, "#CC79A7", "#E69F00")
+    found = {}
+    for i, name in enumerate(names):
+        line = "solid" if i < len(paints) else (0, (4, 2))
+        found[name] = {"color": paints[i % len(paints)], "marker": _MARKS[i % len(_MARKS)], "linestyle": line}
+    return found
+
+
+def _legend(ax: Axes, names: Sequence[str], columns: int) -> None:
+    """Put a legend above, in as many columns as such names leave room for."""
+    wide = max((len(name) for name in names), default=0)
+    legend_above(ax, columns=max(1, min(columns, 95 // (wide + 5))))
 
 
 def plot_pruning_predictions(
@@ -42,18 +52,18 @@ def plot_pruning_predictions(
     """
     ax, colors = new_axes(ax), colors or Colors()
     ends = [math.inf, 0.0]
-    for method, (color, mark) in _styles(record.methods, colors).items():
+    for method, style in _styles(record.methods, colors).items():
         points = [p for p in record.of(method) if p.sparsity <= most + 1e-9]
         points = [p for p in points if p.predicted > 0 and 0 < p.true < math.inf]
         x, y = [p.predicted for p in points], [p.true for p in points]
         ends = [min([ends[0], *x]), max([ends[1], *x])]
-        ax.plot(x, y, mark, color=color, markersize=4, alpha=0.8, linestyle="none", label=method)
+        ax.plot(x, y, **{**style, "linestyle": "none"}, markersize=4, alpha=0.8, label=method)
     ax.set(xscale="log", yscale="log", xlabel="predicted, g'd + ½ d'H d", ylabel="true change of the loss")
     if ends[1] > 0:
         ax.plot(ends, ends, color=colors.quiet, linewidth=0.9, zorder=0)
     decade_ticks(ax.xaxis)
     decade_ticks(ax.yaxis)
-    legend_above(ax, columns=6)
+    _legend(ax, record.methods, 6)
     return ax
 
 
@@ -71,19 +81,20 @@ def plot_pruning(
         colors: what to paint with.
     """
     ax, colors = new_axes(ax), colors or Colors()
-    for method, (color, mark) in _styles(record.methods, colors).items():
+    for method, style in _styles(record.methods, colors).items():
         points = record.of(method, layer)
         x = [100 * p.sparsity for p in points]
         y = [_shown(p.true) for p in points]
         error = [0.0 if math.isnan(p.true_stderr) else min(p.true_stderr, 0.9 * abs(p.true)) for p in points]
-        bars = {"capsize": 2, "linewidth": 1.3, "elinewidth": 0.9}
-        ax.errorbar(x, y, error, color=color, marker=mark, markersize=4, label=method, **bars)  # type: ignore[arg-type]
-        ax.plot(x, [_shown(p.held_out) for p in points], color=color, linewidth=0.9, linestyle=(0, (1, 2)))
+        bars: dict[str, Any] = {"capsize": 2, "linewidth": 1.3, "elinewidth": 0.9}
+        ax.errorbar(x, y, error, markersize=4, label=method, **style, **bars)
+        held_out = [_shown(p.held_out) for p in points]
+        ax.plot(x, held_out, color=style["color"], linewidth=0.9, linestyle=(0, (1, 2)))
     if any(p.held_out == p.held_out for p in record.points):
         ax.plot([], [], color=colors.quiet, linewidth=0.9, linestyle=(0, (1, 2)), label="held out")
     ax.set(yscale="log", xlabel="weights removed, %", ylabel="rise of the loss")
     decade_ticks(ax.yaxis)
-    legend_above(ax, columns=4)
+    _legend(ax, record.methods, 4)
     return ax
 
 
@@ -103,15 +114,14 @@ def plot_layer_pruning(
     ax, colors = new_axes(ax), colors or Colors()
     cost = {name: max(record.of(method, name), key=lambda p: p.sparsity).true for name in record.layers}
     most = sorted(cost, key=lambda name: cost[name])[-len(_MARKS) :]
-    for name, (color, mark) in _styles([name for name in record.layers if name in most], colors).items():
+    shown = [name for name in record.layers if name in most]
+    for name, style in _styles(shown, colors).items():
         points = record.of(method, name)
         y = [_shown(p.true) for p in points]
-        ax.plot(
-            [100 * p.sparsity for p in points], y, color=color, marker=mark, markersize=4, label=name, linewidth=1.3
-        )
+        ax.plot([100 * p.sparsity for p in points], y, **style, markersize=4, label=name, linewidth=1.3)
     ax.set(yscale="log", xlabel="weights of the tensor removed, %", ylabel="rise of the loss")
     decade_ticks(ax.yaxis)
-    legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
+    _legend(ax, shown, 4 if figure_width(ax) > 5 else 1)
     return ax
 
 
@@ -125,15 +135,13 @@ def plot_tickets(tickets: Tickets, *, ax: Axes | None = None, colors: Colors | N
     """
     ax, colors = new_axes(ax), colors or Colors()
     kinds = list(dict.fromkeys(row.kind for row in tickets.rows[1:]))
-    for i, (kind, (color, mark)) in enumerate(_styles(kinds, colors).items()):
+    for i, (kind, style) in enumerate(_styles(kinds, colors).items()):
         rows = [row for row in tickets.rows if row.kind == kind]
         means = [tickets.difference(kind, row.sparsity) for row in rows]
         x = np.array([100 * row.sparsity for row in rows]) + 0.6 * (i - (len(kinds) - 1) / 2)
         low, high = np.array([m.interval() if len(rows[0].values) > 1 else (m.value, m.value) for m in means]).T
         y = np.array([m.value for m in means])
-        ax.errorbar(
-            x, y, [y - low, high - y], color=color, marker=mark, markersize=5, label=kind, capsize=3, linewidth=1.2
-        )
+        ax.errorbar(x, y, [y - low, high - y], **style, markersize=5, label=kind, capsize=3, linewidth=1.2)
     ax.axhline(0, color=colors.quiet, linewidth=0.9, zorder=0)
     ax.set(xlabel="weights removed, %", ylabel=f"{tickets.metric} less that of the dense network")
     legend_above(ax, columns=3)

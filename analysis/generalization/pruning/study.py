@@ -157,9 +157,10 @@ def _findings(record: PruningRecord) -> tuple[Finding, ...]:
     known = {m: r for m, r in ranks.items() if r == r}
     if known:
         low, high = min(known.values()), max(known.values())
+        ends = dict.fromkeys((wording.number(low, 2), wording.number(high, 2)))
         text = (
             f"Over single tensors and sparsities to {_percent(_MOST)}, the quadratic model ranks changes with a "
-            f"correlation of {wording.number(low, 2)} to {wording.number(high, 2)} with the true ones. "
+            f"correlation of {' to '.join(ends)} with the true ones. "
         )
         far = [p for p in record.points if p.predicted > 0 and p.true > 3 * p.predicted and p.true > 3 * p.true_stderr]
         if far:
