@@ -117,7 +117,8 @@ def loss_changes(objective: Objective, displacements: Tensor) -> LossChanges:
     """Return what the quadratic model predicts of the loss along displacements (n, k), and what becomes of it.
 
     Standard errors are from the spread over batches (`Objective.split` cuts them), of predictions and true changes
-    alike: with shares p_b, stderr^2 = (1/B) sum_b (x_b - x)^2 p_b / (1 - p_b).
+    alike: with shares p_b, stderr^2 = (1/B) sum_b (x_b - x)^2 p_b / (1 - p_b). The displacements count as given: where
+    they were fitted to the same data, as a brain surgeon's, changes on other data are larger by more than that.
 
     Cost: a gradient, k Hessian products and k + 1 losses.
 

@@ -364,7 +364,11 @@ _TERMS = (
         "A sub-network that, set back to its first weights, trains as well as the dense network (Frankle and Carbin "
         "2019). Random masks keep as many weights of each tensor; “reinitialised” is the ticket's mask on new weights.",
     ),
-    ("± (uncertainty)", "One standard error over data of the same size."),
+    (
+        "± (uncertainty)",
+        "One standard error over data of the same size, for weights chosen and moved as they were. What the choice "
+        "owes to the data of the scores shows in the difference to the data held out.",
+    ),
 )
 
 

@@ -418,3 +418,24 @@ def test_changes_and_their_errors_are_those_of_the_batches() -> None:
     steep_loss = Objective(steep, None, [torch.ones(2, 1, dtype=F64)], forward=lambda m, x: m(x).exp().mean())
     far = loss_changes(steep_loss, torch.tensor([[0.0, 1e4]], dtype=F64))
     assert far.true.tolist() == [0.0, float("inf")]  # the loss overflows there; its quadratic model does not
+
+
+def test_errors_over_data_cover_the_change_of_the_population() -> None:
+    """z-scores over 60 draws of the data have mean 0 and standard deviation 1: least squares, a given displacement."""
+    g = torch.Generator().manual_seed(4)
+    w, d = torch.tensor([1.0, -0.5, 0.3], dtype=F64), torch.tensor([[0.4], [0.5], [-0.3]], dtype=F64)
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(w[None])
+    truth = torch.tensor([1.2, -0.4, 0.0], dtype=F64)  # y = x'truth + noise, x normal: L = |w - truth|^2 + 1
+    change = float((w + d[:, 0] - truth).square().sum() - (w - truth).square().sum())
+    scores = []
+    for _ in range(60):
+        x = torch.randn(120, 3, generator=g, dtype=F64)
+        y = x @ truth[:, None] + torch.randn(120, 1, generator=g, dtype=F64)
+        found = loss_changes(Objective(model, nn.MSELoss(), list(zip(x.split(10), y.split(10), strict=True))), d)
+        assert float(found.true) == pytest.approx(float(found.predicted), rel=1e-9)
+        scores.append([(float(found.true) - change) / float(e) for e in (found.true_stderr, found.predicted_stderr)])
+    z = torch.tensor(scores)
+    assert bool((z.mean(0).abs() < 4 * 1.13 / 60**0.5).all())
+    assert bool(((z.std(0) > 0.7) & (z.std(0) < 1.5)).all())  # Student's t of 11 degrees: 1.1, known to 10 %
