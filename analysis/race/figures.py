@@ -249,7 +249,7 @@ def plot_race_pairs(
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_aspect("equal")
-    legend_above(ax, columns=2)
+    legend_above(ax, columns=1 if len(names) < 8 else 3)
     return ax
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from analysis.noise.measure import gradient_noise
 from analysis.race.plan import RacePlan
@@ -126,14 +125,18 @@ def prepare_ground(objective: Objective, plan: RacePlan, *, test_data: Any, seed
         validation=validation,
         test=test,
         metric="" if test is None else "accuracy" if _classifies(test) else "test loss",
-        fresh=plan.start == "fresh" or (plan.start == "auto" and _can_draw(objective.model)),
+        fresh=plan.start == "fresh" or (plan.start == "auto" and _can_draw(objective)),
         batch_size=size,
         per_epoch=max(1, math.ceil(examples / max(size, 1.0))),
     )
 
 
-def _can_draw(model: nn.Module) -> bool:
-    with_own = [m for m in model.modules() if m._parameters]
+def _can_draw(objective: Objective) -> bool:
+    """Return whether all parameters are trained, and all modules that hold some can draw them anew."""
+    trained = {id(p) for p in objective.space.tensors.values()}
+    if any(id(p) not in trained for p in objective.model.parameters()):
+        return False  # a part that is kept is not to be lost
+    with_own = [m for m in objective.model.modules() if m._parameters]
     return bool(with_own) and all(callable(getattr(m, "reset_parameters", None)) for m in with_own)
 
 

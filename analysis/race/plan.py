@@ -113,7 +113,9 @@ class RacePlan(Plan):
     )
     weight_decay: float | None = setting(None, "Of all optimizers that have it. Default: each one's own.", least=0)
     start: Literal["auto", "fresh", "task"] = setting(
-        "auto", "From parameters drawn by the seed, or those of the task. auto: fresh where modules can draw them."
+        "auto",
+        "From parameters drawn by the seed, or those of the task and its checkpoint. auto: fresh where all are trained "
+        "and modules can draw them.",
     )
     measures: tuple[str, ...] = setting(
         ("top_eigenvalue",),

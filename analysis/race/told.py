@@ -39,6 +39,8 @@ def cards_of(race: Race) -> tuple[Card, ...]:
         ),
         Card(label="Pairs decided", value=f"{count(decided)} of {count(len(race.pairs))}", hint="by training loss"),
     ]
+    if len(names) < 2:  # nobody to compare with
+        cards = cards[1:2]
     if race.metric:
         best = _best_metric(race)
         cards.append(

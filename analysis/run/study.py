@@ -225,11 +225,11 @@ def _priced(objective: Objective, work: Work, unit: str) -> Price:
         (work.products, "curvature products", lambda: H @ v),
     ]
     parts = [(work.pieces, "pieces of the data", work.piece_seconds)] if work.pieces else []
-    for count, unit, run in units:
+    for count, of, run in units:
         if count:
             run()
-            parts.append((count, unit, median_seconds(run, device)))
-    text = ", ".join(f"{number(count, 2)} {unit} of {duration(each)}" for count, unit, each in parts)
+            parts.append((count, of, median_seconds(run, device)))
+    text = ", ".join(f"{number(count, 2)} {of} of {duration(each)}" for count, of, each in parts)
     seconds = sum(count * each for count, _, each in parts) / work.workers
     if work.workers > 1:
         text += f" in {work.workers} processes"

@@ -318,6 +318,14 @@ def test_where_nothing_is_random_seeds_are_one() -> None:
     assert race.start == "those of the task"
 
 
+def test_a_part_that_is_kept_is_not_drawn_anew() -> None:
+    model, data, _ = network()
+    head = Objective(model, nn.CrossEntropyLoss(), data, params=["3.*"])
+    plan = RacePlan(optimizers=("sgd",), budget="2 steps")
+    assert not prepare_ground(head, plan, test_data=None, seed=0).fresh
+    assert ground().fresh
+
+
 def test_held_out_examples_are_not_trained_on() -> None:
     where = ground(validation=0.25)
     assert where.validation is not None

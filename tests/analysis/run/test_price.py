@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from analysis.registry import STUDIES, study
-from analysis.run.study import Price, Work
+from analysis.run.study import Price, Work, _priced
 from curvature import Objective
 from curvature.engine.evaluation import Evaluator
 from curvature.engine.linearize import Linearization
@@ -64,6 +64,10 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(Evaluator, "evaluate", "losses")
     count(torch.Tensor, "backward", "gradients")  # of trainings
     return counted
+
+
+def test_progress_is_told_in_the_unit_of_the_study() -> None:
+    assert _priced(_objective(), Work(gradients=1, losses=1), "trainings").unit == "trainings"
 
 
 @pytest.mark.parametrize(("kind", "settings"), _SETTINGS)
