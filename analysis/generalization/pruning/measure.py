@@ -133,7 +133,7 @@ def measure_pruning(
     samples = _samples(ours)
     if samples:
         notes.append(
-            f"Gauss-Newton diagonals and factors are from {samples} samples: their exact columns are too many."
+            f"Gauss-Newton diagonals and factors are from {samples} samples: exact ones would take too many columns."
         )
     diagonal = _diagonal(ours, samples, streams[3])
     methods, layers = plan.wanted(objective.num_params), dict[str, int]()

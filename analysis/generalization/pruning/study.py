@@ -151,7 +151,7 @@ def _findings(record: PruningRecord) -> tuple[Finding, ...]:
     together = sorted((p for p in record.points if p.layer == ALL and p.sparsity == usual), key=lambda p: p.true)
     if together:
         told = ", ".join(f"{_change(p.true, p.true_stderr)} ({p.method})" for p in together)
-        text = f"Without {_percent(usual)} of all weights the loss of {wording.number(record.loss)} rises by {told}."
+        text = f"Without {_percent(usual)} of all weights the loss of {wording.number(record.loss)} changes by {told}."
         found.append(Finding("Whose choice costs the least?", text))
     ranks = {m: record.rank_correlation(m) for m in record.methods}
     known = {m: r for m, r in ranks.items() if r == r}
