@@ -53,11 +53,12 @@ def lottery_tickets(
 ) -> Tickets:
     """Train, prune, rewind and train again, for several seeds, beside random masks and new initial weights.
 
-    For each seed the parameters are drawn anew and trained for `steps` steps, the rate falling to zero along half a
-    cosine. The lowest scores of all tensors together are removed. The weights go back to those after `rewind` steps,
-    buffers included, and the sub-network is trained from that step to the end on the same batches. "random" has as many
-    weights a tensor, drawn; "reinitialised" has the ticket's mask on weights drawn anew. Pruned weights are no
-    parameters (`sparse_model`): no optimizer can bring them back. Sparsity counts tensors of two dimensions or more.
+    For each seed all parameters of the model are drawn anew, also those that the objective leaves out and that are not
+    trained; the others are trained for `steps` steps, the rate falling to zero along half a cosine. The lowest scores
+    of all tensors together are removed. The weights go back to those after `rewind` steps, buffers included, and the
+    sub-network is trained from that step to the end on the same batches. "random" has as many weights a tensor, drawn;
+    "reinitialised" has the ticket's mask on weights drawn anew. Pruned weights are no parameters (`sparse_model`): no
+    optimizer can bring them back. Sparsity counts tensors of two dimensions or more.
 
     Cost: 1 + (kinds) x (sparsities) trainings a seed.
 
