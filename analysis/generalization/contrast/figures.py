@@ -19,8 +19,8 @@ __all__ = ["plot_contrast_ratios", "plot_fitting"]
 MEASURES = {
     "sharpness": "sharpness",
     "trace": "trace",
-    "effective_dimension": "effective dimension",
-    "noise_trace": "gradient noise",
+    "effective_dimension": "eff. dimension",
+    "noise_trace": "noise",
     "norm": "norm",
 }
 _STYLES = ("-", "--", "-.", ":", "-", "--", "-.")

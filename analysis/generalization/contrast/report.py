@@ -62,7 +62,7 @@ def sections(found: Contrasts, names: Sequence[tuple[str, str]]) -> tuple[Sectio
                 Figure(
                     name="ratios",
                     label=f"Measures of each condition over those of {base}, with intervals.",
-                    caption="Geometric means within repeats, 95 % intervals. Left of 1: smaller.",
+                    caption="Geometric means within repeats, 95 % intervals. Left of 1: smaller. Noise: tr S.",
                     draw=lambda ax, colors: plot_contrast_ratios(found, ax=ax, colors=colors),
                     height=0.62 * len(found.conditions) + 1.4,
                     narrow_height=0.7 * len(found.conditions) + 1.6,

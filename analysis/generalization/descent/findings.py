@@ -13,7 +13,7 @@ from analysis.show.report import Finding
 
 __all__ = ["findings"]
 
-_STANDS = 3.0  # standard errors
+_STANDS, _CHANCE = 3.0, 0.01  # standard errors of a peak that is there, and its p-value: few repeats have long tails
 _AT = {"width": "width {}", "epochs": "epoch {}", "samples": "{} examples"}
 
 
@@ -51,7 +51,7 @@ def _of_loss(found: DescentCurve) -> str:
         f"the test loss peaks at {_at(found, peak.value)}: {up} times what it is at {wording.count(peak.before)}, and "
         f"{down} times what it is at {wording.count(peak.after)}; {_stands(peak)}."
     )
-    return f"{'Yes' if peak.standing >= _STANDS else 'Not for sure'}: {said}"
+    return f"{'Yes' if _sure(peak) else 'Not for sure'}: {said}"
 
 
 def _of_error(found: DescentCurve) -> str:
@@ -68,9 +68,16 @@ def _of_error(found: DescentCurve) -> str:
 
 def _stands(peak: Peak) -> str:
     size = wording.number(peak.standing, 2)
-    if peak.standing >= _STANDS:
+    if _sure(peak):
         return f"the smaller of rise and fall is {size} standard errors over {wording.count(peak.dof + 1)} repeats"
-    return f"the smaller of rise and fall is only {size} standard errors, which repeats alone may bring about"
+    return (
+        f"the smaller of rise and fall is {size} standard errors over {wording.count(peak.dof + 1)} repeats, which "
+        "chance may bring about"
+    )
+
+
+def _sure(peak: Peak) -> bool:
+    return peak.standing >= _STANDS and peak.p_value < _CHANCE
 
 
 def _threshold(found: DescentCurve) -> str:
@@ -81,7 +88,8 @@ def _threshold(found: DescentCurve) -> str:
         reached = f"{wording.count(some)} of {wording.count(len(threshold.repeats))} repeats cross it"
         return f"Not every repeat fits {what} within the values tried ({reached}); try others, or more steps."
     peak = found.peak("test_loss")
-    ends = f"{wording.count(threshold.lower)} and {_at(found, threshold.upper)}"
+    first, last = _at(found, threshold.lower), _at(found, threshold.upper)  # "width 5 and 9", "297 and 300 features"
+    ends = f"{wording.count(threshold.lower)} and {last}" if last[0].isdigit() else f"{first} and {last.split()[-1]}"
     text = f"Between {ends}: {'up to' if found.vary == 'samples' else 'from'} there {what} are fitted."
     if peak is None:
         return text
@@ -91,10 +99,8 @@ def _threshold(found: DescentCurve) -> str:
     if threshold.lower <= peak.value <= threshold.upper:
         return f"{text} The peak of the test loss lies there."
     side = "before" if peak.value < threshold.middle else "beyond"
-    return (
-        f"{text} The peak of the test loss lies a factor of {number(off, 2)} {side} it, where "
-        f"{number(100 * error, 2)}{wording.THIN}% of the labels are still not fitted."
-    )
+    left = f", where {number(100 * error, 2)}{wording.THIN}% of the labels are not fitted" if error > 0 else ""
+    return f"{text} The peak of the test loss lies a factor of {number(off, 2)} {side} it{left}."
 
 
 def _curvature(found: DescentCurve) -> str:

@@ -64,7 +64,7 @@ def _price(objective: Objective, plan: DescentPlan) -> Price:
     processes = min(plan.processes or usable_cores(), trainings if plan.vary != "epochs" else plan.repeats)
     each = sum(seconds) / len(seconds) * plan.steps
     outputs = min(4000, data.num_classes * len(data.labels))
-    total = (trainings * each + points * 6e-11 * outputs**3) / processes
+    total = (trainings * each + points * 2.5e-10 * outputs**3) / processes
     count = wording.count
     text = f"about {count(trainings)} trainings of {count(plan.repeats)} networks, {wording.duration(each)} each"
     return Price(f"{text}, in {count(processes)} processes", total, total=trainings, unit="trainings")
