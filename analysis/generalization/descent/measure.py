@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def double_descent(
     eigenvalues of a matrix of the order min(parameters, examples x classes) at each.
 
     Args:
-        objective: of a classifier; its parameters are drawn anew. Varied in width it is a chain of known layers or has
+        objective: of a classifier; copies of its model are drawn anew and trained, on the CPU. Varied in width it is a chain of known layers or has
             a method `at_width(width)`.
         plan: settings; or pass them one by one.
         generator: source of random numbers, or a seed.
@@ -180,7 +181,10 @@ def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data
     ]
     noisy = torch.stack(own)
     loss = loss_of(objective, plan.loss, data.one_hot)
-    return Setup(model=objective.model.cpu(), loss=loss, data=data, noisy=noisy, plan=plan, seed=seed)
+    if objective.num_params != sum(p.numel() for p in objective.model.parameters()):
+        raise InputError("networks are trained in all their parameters; give an objective of all of them (no params=).")
+    model = copy.deepcopy(objective.model).cpu()  # the objective's own stays where it is
+    return Setup(model=model, loss=loss, data=data, noisy=noisy, plan=plan, seed=seed)
 
 
 def values_of(shared: Setup) -> list[int]:

@@ -264,5 +264,7 @@ def test_data_that_are_no_classes_are_refused() -> None:
     with pytest.raises(InputError, match="class numbers"):
         double_descent(Objective(model, nn.MSELoss(), (torch.randn(20, 4), torch.randn(20, 3))), generator=0)
     objective, test_data = toy()
+    with pytest.raises(InputError, match="all their parameters"):
+        double_descent(objective.restrict("0.*"), generator=0, test_data=test_data)
     with pytest.raises(InputError, match="there are 60 training examples"):
         double_descent(objective, samples=500, generator=0, test_data=test_data)
