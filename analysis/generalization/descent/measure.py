@@ -120,8 +120,8 @@ def double_descent(
     eigenvalues of a matrix of the order min(parameters, examples x classes) at each.
 
     Args:
-        objective: of a classifier; copies of its model are drawn anew and trained, on the CPU. Varied in width it is a chain of known layers or has
-            a method `at_width(width)`.
+        objective: of a classifier; copies of its model are drawn anew and trained, on the CPU. Varied in width, it is a
+            chain of known layers or has a method `at_width(width)`.
         plan: settings; or pass them one by one.
         generator: source of random numbers, or a seed.
         test_data: inputs and labels, of the objective's structure; without any a fifth of the data is held out.
