@@ -129,18 +129,20 @@ def test_convolutions_sequences_and_layers_called_twice() -> None:
 
 
 def test_it_learns_digits_where_the_last_layer_alone_does_not() -> None:
-    """One seed and 20 epochs; `benchmarks.first_order` has three of 60, with backpropagation beside it."""
+    """And it is within .01 of backpropagation, the mean over two seeds of 30 epochs."""
     pytest.importorskip("sklearn")
     (images, labels), (test_images, test_labels) = load_digits()
     x, test_x = images.flatten(1), test_images.flatten(1)
 
-    def trained(kind: str) -> tuple[float, dict[str, float]]:
-        torch.manual_seed(2)
+    def trained(kind: str, seed: int) -> tuple[float, dict[str, float]]:
+        torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 10))
-        params = list(model.parameters() if kind == "feedback" else model[4].parameters())
-        feedback, order = DirectFeedbackAlignment(model), torch.Generator().manual_seed(2)
+        params = list(model[4].parameters() if kind == "last" else model.parameters())
+        feedback, order = DirectFeedbackAlignment(model, seed=seed), torch.Generator().manual_seed(seed)
+        if kind == "true":
+            feedback.remove()
         optimizer = torch.optim.SGD(params, lr=0.1)
-        for _ in range(20):
+        for _ in range(30):
             for rows in torch.randperm(len(x), generator=order).split(50):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x[rows]), labels[rows]).backward()
@@ -148,9 +150,11 @@ def test_it_learns_digits_where_the_last_layer_alone_does_not() -> None:
         cosines = feedback.alignment(lambda: (model(x), labels), F.cross_entropy)
         return float((model(test_x).argmax(1) == test_labels).float().mean()), cosines
 
-    (direct, cosines), (last, _) = trained("feedback"), trained("last")
+    runs = {kind: [trained(kind, seed) for seed in (0, 1)] for kind in ("feedback", "true", "last")}
+    direct, true, last = (sum(score for score, _ in found) / 2 for found in runs.values())
+    assert direct > true - 0.01, (direct, true)
     assert direct > last + 0.02, (direct, last)
-    assert min(cosines["0.weight"], cosines["2.weight"]) > 0.4
+    assert min(c[name] for _, c in runs["feedback"] for name in ("0.weight", "2.weight")) > 0.4
 
 
 def test_what_it_refuses() -> None:
