@@ -164,7 +164,7 @@ class LinearOperator(ABC):
         if isinstance(X, np.ndarray):
             return (self @ _from_numpy(X, self)).cpu().numpy()
         _check_operand(self, X)
-        return self._applied(X[:, None])[:, 0] if X.ndim == 1 else self._applied(X)
+        return self._applied(X.unsqueeze(1)).select(1, 0) if X.ndim == 1 else self._applied(X)
 
     @full_precision
     def _applied(self, X: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import ParamSpec, Protocol, TypeVar
 
-__all__ = ["Used", "in_use", "note_use", "one_matrix"]
+__all__ = ["Used", "in_run", "in_use", "note_use", "one_matrix"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,6 +52,11 @@ def note_use(used: Used) -> None:
     uses = _uses.get()
     if uses is not None:
         uses[id(used)] = used
+
+
+def in_run() -> bool:
+    """Say whether products are part of a run."""
+    return _uses.get() is not None
 
 
 def in_use(used: Used) -> bool:

@@ -84,11 +84,12 @@ class PythonState:
         for name, other in others.items():
             self._note(0, name, other, 0)
         self._objects = self._read() if self._watched else []
+        self._nothing = not (self._sources or self._attributes or self._globals or self._empty or self._contents)
 
     def stands(self) -> bool:
         """Say whether all that was read is still the same; False where that would take another look."""
-        if not self._watched:
-            return False
+        if self._nothing or not self._watched:
+            return self._watched
         try:
             now = self._read()
         except Exception:  # of an object that makes its attributes when asked

@@ -25,7 +25,7 @@ from curvature.autograd.lean import LeanLayers
 from curvature.data.tensors import tensors_in
 from curvature.environment import autocast
 from curvature.environment.lock import one_at_a_time
-from curvature.environment.one_matrix import in_use, note_use
+from curvature.environment.one_matrix import in_run, in_use, note_use
 from curvature.errors import CheckFailedError
 from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Freshness"]
 
 _DATA_ENTRIES = 2**12  # of batches in memory that are looked at, in stripes; writes that autograd counts are all seen
-_SHARE = 0.02  # of the time between them, what evaluating a batch once more may take ...
+_SHARE = 0.005  # of the time between them, what evaluating a batch once more may take ...
 _LOOKS = 0.03  # ... and looks within one run, which looks again before its answer is returned
 _MOVED = "something that cannot be seen from outside (a loss, forward or model whose results changed)"
 
@@ -131,7 +131,9 @@ class Freshness:
         start = time.perf_counter()
         now = self.look()
         self._looked = time.perf_counter()
-        self._look_cost, self._versions = self._looked - start, self._present_versions()
+        self._look_cost = self._looked - start
+        if in_run():  # else nobody asks for them
+            self._versions = self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
         first, shards = self._point is None, self._objective.shards
         if shards is not None and shards.follow(self._objective, moved=bool(what) or first) and not first:
