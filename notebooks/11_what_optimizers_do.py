@@ -13,8 +13,9 @@
 # %% [markdown]
 # # What optimizers do to a quadratic, a valley and a saddle
 #
-# Four losses whose shape is known, and an online problem that breaks Adam. Every optimizer gets the best of a row of learning rates
-# (where it has one), so that what differs is the method. `load_task` has all four landscapes; the commands take them by name.
+# Four losses whose shape is known, and an online problem that breaks Adam. In the valley and
+# on the deep network every optimizer gets the best of a row of learning rates (where it has one), so that what differs is the method; on
+# the saddle all have the rate .03, and on the quadratic those of the theory. `load_task` has all four; the commands take them by name.
 
 # %%
 import math
