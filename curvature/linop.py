@@ -159,10 +159,10 @@ class LinearOperator(ABC):
         Raises:
             InputError: if shape, dtype or device of X do not match.
         """
-        if isinstance(X, LinearOperator):
-            return Composed(self, X)
         if isinstance(X, np.ndarray):
             return (self @ _from_numpy(X, self)).cpu().numpy()
+        if not isinstance(X, Tensor) and isinstance(X, LinearOperator):
+            return Composed(self, X)
         _check_operand(self, X)
         return self._applied(X.unsqueeze(1)).select(1, 0) if X.ndim == 1 else self._applied(X)
 

@@ -97,17 +97,18 @@ def joined(gradients: Sequence[Tensor | None], params: Sequence[Tensor], dtype: 
 
 def differentiable(functions: Sequence[_End | None], vectors: Sequence[Tensor]) -> tuple[list[_End], list[Tensor]]:
     """Drop the entries that do not depend on anything: their derivative is zero."""
-    pairs = [(f, v) for f, v in zip(functions, vectors, strict=True) if f is not None and _depends(f)]
-    return [f for f, _ in pairs], [v for _, v in pairs]
+    ends: list[_End] = []
+    kept: list[Tensor] = []
+    for f, v in zip(functions, vectors, strict=True):
+        if f is not None and (isinstance(f, GradientEdge) or f.requires_grad):
+            ends.append(f)
+            kept.append(v)
+    return ends, kept
 
 
 def ends_of(functions: Sequence[Tensor | None]) -> list[End | None]:
     """Return what a backward pass begins with, without the memory of tensors that it does not need."""
     return [get_gradient_edge(f) if f is not None and f.requires_grad else f for f in functions]
-
-
-def _depends(function: End) -> bool:
-    return isinstance(function, GradientEdge) or function.requires_grad
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -43,9 +43,12 @@ def tensors_in(batch: Any) -> list[Tensor]:
 def _tensors_below(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_below(part, seen)
+    elif isinstance(value, (list, tuple, Mapping)):
+        for part in value if isinstance(value, (list, tuple)) else value.values():
+            if isinstance(part, Tensor):
+                yield part
+            else:
+                yield from _tensors_below(part, seen)
     elif id(value) not in seen:
         seen[id(value)] = value  # kept alive, for its id is the key
         for part in attributes_of(value).values():

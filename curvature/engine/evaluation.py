@@ -11,6 +11,7 @@ autocast is as around the product but keeps no cast weights. One thread at a tim
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ from curvature.losses.rules import LossRule
 from curvature.losses.weights import WeightsOfBatches
 
 __all__ = ["Evaluation", "Evaluator"]
+
+_REQUIRES_GRAD, _HOOKS = operator.attrgetter("requires_grad"), operator.attrgetter("_backward_hooks")
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -158,7 +161,7 @@ class Evaluator:
     def backward_session(self) -> AbstractContextManager[None]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
         rounds = self._keeps_float32 and tf32_in_use(self.parameters[0].device)
-        plain = all(p.requires_grad and not p._backward_hooks for p in self.parameters)
+        plain = all(map(_REQUIRES_GRAD, self.parameters)) and not any(map(_HOOKS, self.parameters))
         if plain and not rounds and not torch.is_inference_mode_enabled():
             return one_at_a_time
         return self._restored_for_backward(tf32_off() if rounds else contextlib.nullcontext())

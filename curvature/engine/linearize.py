@@ -91,7 +91,7 @@ class Linearization(Recording):
         """Say for each parameter whether this batch depends on it; None before a graph was built."""
         transposed = None if self._jacobian is None else self._jacobian[0]
         parts = transposed if self._gradient is None else self._gradient
-        return None if parts is None else tuple(part is not None for part in parts)
+        return None if parts is None else tuple([part is not None for part in parts])
 
     def outputs_and_targets(self) -> tuple[Tensor, Any]:
         """Return the model's outputs on this batch, detached, and the targets.

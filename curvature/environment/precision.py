@@ -26,7 +26,8 @@ _set: Callable[[str, str, str], object] = torch._C._set_fp32_precision_setter
 def tf32_in_use(device: torch.device) -> bool:
     """Return whether float32 products on a device may be rounded to TF32 or bfloat16 at present."""
     backend = "cuda" if is_gpu(device) else "mkldnn"
-    return any(_get(backend, operation) in _ROUNDED for operation in ("matmul", *_CONVOLUTIONS))
+    products, convolutions, recurrences = _get(backend, "matmul"), _get(backend, "conv"), _get(backend, "rnn")
+    return products in _ROUNDED or convolutions in _ROUNDED or recurrences in _ROUNDED
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature.fingerprints.digest import WORDS, digest, groups, is_view, numbers, stripes, version
+from curvature.fingerprints.digest import WORDS, digest, groups, is_view, numbers, stripes
 
 __all__ = ["Contents"]
 
 _KIND = operator.attrgetter("shape", "dtype", "__class__")
+_VERSION = operator.attrgetter("_version")
 
 
 class Contents:
@@ -38,6 +39,7 @@ class Contents:
         self._tensors, self._most = tensors, most
         views = [*map(is_view, tensors)]
         self._flat = [*compress(tensors, views)]
+        self._counted = [t for t in tensors if not t.is_inference()]
         self.places = self._present_places()
         self._parts: list[Any] = []  # not by numpy(), after which no storage can be resized
         self._rest: list[Tensor] = []
@@ -69,7 +71,7 @@ class Contents:
         flat = self._flat
         kinds = map(_KIND, self._tensors)
         where = zip(map(Tensor.data_ptr, flat), map(Tensor.stride, flat), map(Tensor.is_neg, flat), strict=True)
-        return [*map(version, self._tensors), *kinds, *where]
+        return [*map(_VERSION, self._counted), *kinds, *where]
 
     def _present_numbers(self) -> tuple[int, ...]:
         if not self._rest:
