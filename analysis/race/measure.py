@@ -79,8 +79,8 @@ def race_optimizers(
         >>> objective = Objective(nn.Linear(3, 1), nn.MSELoss(), (x, x.sum(1, keepdim=True)))
         >>> race = race_optimizers(objective, optimizers=("sgd", "lbfgs"), budget="20 steps", seeds=3, rates=4,
         ...                        batch_size=16, noise=False, workers=1, generator=0)
-        >>> race.leaders()
-        ('lbfgs',)
+        >>> "lbfgs" in race.leaders()
+        True
     """
     if isinstance(objective, Task):
         test_data = objective.test_data if test_data is None else test_data

@@ -82,7 +82,7 @@ class SLS(GradientOptimizer):
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = SLS([w])
-        >>> loss = optimizer.step(lambda: w.square().sum())  # 1 and .9 are too long: the longest allowed is .9
+        >>> loss = optimizer.step(lambda: w.square().sum())  # 1 is too long; the longest allowed is .9
         >>> round(optimizer.last_search.step, 2), optimizer.last_search.num_evaluations
         (0.9, 2)
     """

@@ -73,7 +73,11 @@ def test_inspect_gives_the_record_of_the_command_and_saves_its_folder(run: Inspe
 
 
 SETTINGS = {
+    "complexity": {"steps": 20, "repeats": 3, "processes": 1},
+    "descent": {"values": (2, 3, 4), "steps": 20, "repeats": 2, "processes": 1},
+    "labels": {"steps": 20, "repeats": 2, "processes": 1},
     "landscape": {"points": 5},
+    "regularize": {"steps": 20, "repeats": 2, "processes": 1},
     "sharpness": {"measures": ("sam", "trace")},
     "implicit": {"lr": 0.1, "batch_size": 4, "k": 1},
     "lr": {"steps": 8, "seeds": 1, "warmup": False, "fresh": True},

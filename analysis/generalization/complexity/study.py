@@ -84,9 +84,10 @@ def _report(found: EffectiveModelComplexity) -> Report:
 
 def between(found: EffectiveModelComplexity) -> str:
     """Return the interval in words."""
-    low, high = wording.count(found.lower), wording.count(found.upper)
+    low = wording.count(found.lower)
     if not math.isfinite(found.upper):
         return f"{low} or more"
+    high = wording.count(found.upper)
     return f"{low} to {high}" if found.lower > 0 else f"below {high}"
 
 

@@ -18,8 +18,9 @@ from curvature.engine.linearize import Linearization
 from curvature.per_example.batch import Splitter
 
 _OF_LOSS = 1 / 3  # of a gradient
+_OF_TRAININGS = ("complexity", "descent", "labels", "regularize")  # their prices count whole trainings, side by side
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "race", "track")),
+    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "race", "track", *_OF_TRAININGS)),
     ("landscape", {"points": 9}),
     ("noise", {"curvature": False}),
     ("noise", {"damping": 0.1}),
