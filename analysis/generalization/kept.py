@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from analysis.generalization.workers import usable_cores, work
 from analysis.run.draft import POINTS, Draft
 from analysis.run.lines import append_line, read_lines
+from analysis.run.pool import Pool, run_all, usable_cores
 from analysis.show.listener import Progress
-from curvature.errors import InputError
+from curvature.errors import CurvatureError, InputError
 
 __all__ = ["Kept"]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    why: str
 
 
 class Kept:
@@ -37,7 +43,7 @@ class Kept:
 
     def answers(
         self,
-        function: str,
+        function: Callable[[Any, dict[str, Any]], Any],
         context: Any,
         jobs: Sequence[dict[str, Any]],
         *,
@@ -50,7 +56,7 @@ class Kept:
         """Return the answer of each job, in their order; those known are not computed again.
 
         Args:
-            function: "package.module:name" of `f(context, job)`.
+            function: `f(context, job)`, whose answer JSON can hold.
             context: what all jobs share.
             jobs: plain values.
             processes: at most so many; None for one a core.
@@ -59,15 +65,39 @@ class Kept:
             told: what of an answer.
             total: jobs expected in all, if there will be more.
         """
-        new = [job for job in jobs if json.dumps(job) not in self._known]
+        new = sum(json.dumps(job) not in self._known for job in jobs)
         done = len(self._known)
-        total = max(total, done + len(new))
-        for index, answer in work(function, context, new, processes or usable_cores(), notes):
-            key = json.dumps(new[index])
+        total = max(total, done + new)
+        wanted = max(1, min(processes or usable_cores(), new))
+
+        def answer(job: dict[str, Any]) -> Any:
+            try:
+                return function(context, job)
+            except CurvatureError as error:
+                return _Failure(str(error))
+
+        def lost(job: dict[str, Any], why: str) -> Any:
+            return _Failure(f"the training of {job} was lost: {why}")
+
+        def found(job: dict[str, Any], answer: Any) -> None:
+            nonlocal done
+            if isinstance(answer, _Failure):
+                raise InputError(answer.why)
+            key = json.dumps(job)
             self._known[key] = answer
             if self._path is not None and self._path.parent.is_dir():
                 append_line(self._path, json.dumps({"job": key, "answer": answer}))
             done += 1
             if progress is not None:
                 progress(f"training\n{told(answer)}", done, total)
-        return [self._known[json.dumps(job)] for job in jobs]
+
+        def all_of_them() -> Generator[list[dict[str, Any]], list[Any], list[Any]]:
+            return (yield list(jobs))
+
+        with Pool(answer, wanted, lost=lost) as pool:
+            if pool.workers < wanted:
+                notes.append(
+                    "All was computed in one process: processes are forked on Linux, where there is no GPU, only."
+                )
+            (answers,) = run_all([all_of_them()], pool, known=lambda job: self._known.get(json.dumps(job)), found=found)
+        return answers

@@ -16,12 +16,12 @@ from analysis.race.decide import race_pairs
 from analysis.race.ground import Ground, prepare_ground
 from analysis.race.kinds import kind_of
 from analysis.race.plan import Entry, RacePlan
-from analysis.race.pool import Pool, run_all
 from analysis.race.results import Course, CoursePoint, Entrant, Race, Trait
 from analysis.race.search import Work, budgets_of, enter
 from analysis.records.plan import from_plan
 from analysis.run.draft import POINTS, Draft
 from analysis.run.lines import append_line, read_lines
+from analysis.run.pool import Pool, run_all
 from analysis.show.listener import Progress
 from analysis.show.wording import number
 from analysis.tasks import Task
@@ -270,7 +270,7 @@ def _notes(ground: Ground, entrants: Sequence[Entrant], courses: Sequence[Course
     if plan.limit.unit == "seconds":
         notes.append("The budget is in seconds: another machine, or another load, gives another race.")
     if workers < plan.processes():
-        notes.append("Trainings ran one after another: processes are forked on Linux, for CPUs, only.")
+        notes.append("Trainings ran one after another: processes are forked on Linux, where there is no GPU, only.")
     return [*notes, *sorted({c.note for c in courses if c.note})]
 
 

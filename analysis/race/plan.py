@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.generalization.workers import usable_cores
 from analysis.race.kinds import GROUPS, Kind, kind_of, names_of
 from analysis.race.schedules import SCHEDULES
 from analysis.records.plan import Plan, setting
+from analysis.run.pool import usable_cores
 from analysis.sharpness.measure import SHARPNESS_MEASURES
 from curvature.arguments import checked_fields
 from curvature.errors import InputError

@@ -45,6 +45,11 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def any_gpu() -> bool:
+    """Say whether this machine has a device that autograd starts threads for, in use or not."""
+    return torch.accelerator.is_available()
+
+
 def check_served(device: torch.device) -> None:
     """Refuse devices on which nothing was ever measured or tested.
 

@@ -99,7 +99,7 @@ def effective_model_complexity(
     new = _doubled(most)
     while new:
         jobs = [{"repeats": list(range(plan.repeats)), "values": [n]} for n in sorted(new, reverse=True)]
-        rows += trained(shared, jobs, kept, notes, progress, total=16)
+        rows += trained(shared, jobs, kept, notes, progress, total=usual_trainings(most, plan.resolution))
         found = EffectiveModelComplexity(
             epsilon=plan.epsilon,
             rows=tuple(sorted(rows, key=lambda row: (row.num_samples, row.repeat))),
@@ -114,6 +114,11 @@ def effective_model_complexity(
         )
         new = _between(found, plan.resolution)
     return found
+
+
+def usual_trainings(most: int, resolution: float) -> int:
+    """Return how many trainings a search among so many examples usually takes: the curves cross in one place or two."""
+    return len(_doubled(most)) + 2 * math.ceil(math.log2(max(1.0, math.log(2) / math.log(resolution))))
 
 
 def _doubled(most: int) -> list[int]:

@@ -10,20 +10,18 @@ from typing import ClassVar
 import torch
 
 from analysis.generalization.complexity.figures import plot_model_complexity
-from analysis.generalization.complexity.measure import ComplexityPlan, effective_model_complexity
+from analysis.generalization.complexity.measure import ComplexityPlan, effective_model_complexity, usual_trainings
 from analysis.generalization.complexity.results import EffectiveModelComplexity
 from analysis.generalization.descent.measure import setup
 from analysis.generalization.ensemble import Ensemble, Recipe
 from analysis.generalization.width import at_width
-from analysis.generalization.workers import usable_cores
+from analysis.run.pool import usable_cores
 from analysis.run.study import Price, Study, StudyRun
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.objective.objective import Objective
 
 __all__ = ["STUDY", "ComplexityRun"]
-
-_USUAL = 14  # trainings of a search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +49,9 @@ def _price(objective: Objective, plan: ComplexityPlan) -> Price:
         ensemble.train(shared.loss, shared.data.inputs[:half], shared.noisy[:, :half], recipe)
     each = (time.perf_counter() - begin) / 8 * plan.steps
     count = min(plan.processes or usable_cores(), 3)
-    text = f"about {_USUAL} trainings of {wording.count(plan.repeats)} networks, {wording.duration(each)} each"
-    return Price(text, _USUAL * each / count, total=_USUAL, unit="trainings")
+    usual = usual_trainings(len(shared.data.labels), plan.resolution)
+    text = f"about {usual} trainings of {wording.count(plan.repeats)} networks, {wording.duration(each)} each"
+    return Price(text, usual * each / count, total=usual, unit="trainings")
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def compared(
     plan = shared.plan
     jobs = [{"condition": name} for name in conditions]
     answers = Kept(draft).answers(
-        f"{__name__}:train_condition",
+        train_condition,
         shared,
         jobs,
         processes=plan.processes,

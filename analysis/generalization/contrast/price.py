@@ -9,7 +9,7 @@ import torch
 
 from analysis.generalization.contrast.measure import prepared
 from analysis.generalization.ensemble import Ensemble, Recipe
-from analysis.generalization.workers import usable_cores
+from analysis.run.pool import usable_cores
 from analysis.run.study import Price
 from analysis.show import wording
 from curvature.objective.objective import Objective

@@ -265,9 +265,10 @@ def trained(
     shared: Setup, jobs: list[dict[str, Any]], kept: Kept, notes: list[str], progress: Progress | None, total: int = 0
 ) -> list[DescentRow]:
     """Return the rows of some jobs, those of earlier calls as they were."""
-    name, count = f"{__name__}:train_job", shared.plan.processes
-    told = partial(_told, shared)
-    answers = kept.answers(name, shared, jobs, processes=count, notes=notes, progress=progress, told=told, total=total)
+    count, told = shared.plan.processes, partial(_told, shared)
+    answers = kept.answers(
+        train_job, shared, jobs, processes=count, notes=notes, progress=progress, told=told, total=total
+    )
     return [DescentRow(**row) for rows in answers for row in rows]
 
 

@@ -17,8 +17,8 @@ from analysis.generalization.descent.measure import DescentPlan, double_descent,
 from analysis.generalization.descent.results import DescentCurve
 from analysis.generalization.ensemble import Ensemble, Recipe
 from analysis.generalization.width import at_width
-from analysis.generalization.workers import usable_cores
 from analysis.records.measured import Measured
+from analysis.run.pool import usable_cores
 from analysis.run.study import Price, Study, StudyRun
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Report, Section, Table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -15,7 +14,6 @@ from analysis.generalization.data import squared_error
 from analysis.generalization.ensemble import Ensemble, Recipe, fresh
 from analysis.generalization.point import curvature_at, gauss_newton_spectra, spread_of_nonzero
 from analysis.generalization.width import at_width
-from analysis.generalization.workers import work
 from analysis.tasks.digits import make_cnn, make_mlp
 from curvature import GGNOperator, HessianOperator, NTKOperator, Objective
 from curvature.errors import InputError
@@ -169,34 +167,6 @@ def test_other_models_say_themselves_how_wide_they_are() -> None:
         at_width(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Linear(4, 2)), 3)
     with pytest.raises(InputError, match="no hidden layer"):
         at_width(nn.Linear(3, 2), 3)
-
-
-def halved(context: float, job: int) -> float:
-    if job < 0:
-        raise InputError("a job below zero")
-    return context * job / 2
-
-
-def test_jobs_are_done_once_wherever_they_are_done() -> None:
-    told: list[str] = []
-    assert dict(work(f"{__name__}:halved", 3.0, [2, 4], 1, told)) == {0: 3.0, 1: 6.0}
-    assert told == []
-    with pytest.raises(InputError, match="below zero"):
-        dict(work(f"{__name__}:halved", 3.0, [2, -1], 1, told))
-
-
-def test_what_cannot_be_sent_is_computed_here_and_that_is_said() -> None:
-    told: list[str] = []
-    context: Any = copy.copy(lambda: 0)
-    assert dict(work("builtins:max", context, [], 2, told)) == {}
-    found = dict(work(f"{__name__}:constant", context, [1, 2], 2, told))
-    assert found == {0: 1, 1: 2}
-    assert "one process" in told[0]
-
-
-def constant(context: object, job: int) -> int:
-    del context
-    return job
 
 
 def test_convolutions_are_trained_as_they_would_be_alone() -> None:

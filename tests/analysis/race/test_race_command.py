@@ -113,7 +113,7 @@ def test_it_goes_on_after_it_was_killed(task: str, tmp_path: Path, monkeypatch: 
         return real(ground, job)
 
     monkeypatch.setattr(measure, "run_job", watched)
-    monkeypatch.setattr("analysis.race.pool.FORKS", False)  # in this process, so that jobs are seen
+    monkeypatch.setattr("analysis.run.pool.can_fork", lambda: False)  # in this process, so that jobs are seen
     resumed = CliRunner().invoke(app, command(task, cut, "--workers", "2", "--resume"))
     assert resumed.exit_code == 0, resumed.output
     before = {str(tuple(json.loads(line)[0])) for line in kept[:-1]}

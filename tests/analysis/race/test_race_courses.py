@@ -18,8 +18,8 @@ from analysis.race.course import Count, Job, run_job
 from analysis.race.ground import Ground, prepare_ground
 from analysis.race.kinds import _kinds
 from analysis.race.plan import RacePlan
-from analysis.race.pool import Pool
 from analysis.race.results import Course
+from analysis.run.pool import Pool
 from curvature import Objective
 from curvature.errors import InputError
 

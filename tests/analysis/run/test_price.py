@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from analysis.generalization.ensemble import Ensemble
 from analysis.registry import STUDIES, study
 from analysis.run.study import Price, Work, _priced
 from curvature import Objective
@@ -18,7 +19,12 @@ from curvature.engine.linearize import Linearization
 from curvature.per_example.batch import Splitter
 
 _OF_LOSS = 1 / 3  # of a gradient
-_OF_TRAININGS = ("complexity", "descent", "labels", "regularize")  # their prices count whole trainings, side by side
+_OF_TRAININGS: dict[str, dict[str, Any]] = {  # their prices count whole trainings
+    "complexity": {"steps": 80, "repeats": 3, "processes": 1},
+    "descent": {"values": (2, 3, 4), "steps": 20, "repeats": 2, "processes": 1},
+    "labels": {"steps": 20, "repeats": 2, "processes": 1},
+    "regularize": {"steps": 20, "repeats": 2, "processes": 1},
+}
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "race", "track", *_OF_TRAININGS)),
     ("landscape", {"points": 9}),
@@ -85,3 +91,23 @@ def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any
     spent = 2 * work["products"] + work["gradients"] + _OF_LOSS * work["losses"]
     spent += (1 - _OF_LOSS) * work["backward passes"]
     assert 0.5 <= predicted / spent <= 2, (price, work)
+
+
+@pytest.mark.parametrize("kind", _OF_TRAININGS)
+def test_studies_of_trainings_train_as_often_as_they_say(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+    real = Ensemble.train
+
+    def counts(ensemble: Ensemble, *args: Any, **kwargs: Any) -> int:
+        trained.append(len(ensemble))
+        return real(ensemble, *args, **kwargs)
+
+    found, objective = study(kind), _objective()
+    plan = found.plan(**_OF_TRAININGS[kind])
+    price = found.price(objective, plan)
+    assert isinstance(price, Price)
+    assert price.unit == "trainings"
+    monkeypatch.setattr(Ensemble, "train", counts)
+    found.measure(objective, plan, generator=torch.Generator().manual_seed(0), progress=None)
+    assert set(trained) == {plan.repeats}
+    assert 0.5 <= price.total / len(trained) <= 2, (price, trained)

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: the next free one takes the next that is due, and none outlives a race."""
+"""Jobs in processes of their own: the next free one takes the next that is due, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,29 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["FORKS", "Pool", "run_all"]
+from curvature.environment.device import any_gpu
+
+__all__ = ["Pool", "can_fork", "run_all", "usable_cores"]
 
 J = TypeVar("J")
 A = TypeVar("A")
 T = TypeVar("T")
-FORKS = sys.platform == "linux"
-"""Whether processes can be forked: without that models and losses would have to be pickled."""
 _WATCH = 0.5  # seconds between looks whether the parent is alive
+
+
+def can_fork() -> bool:
+    """Say whether processes can be forked: without that models and losses would have to be pickled.
+
+    Where there is a GPU, autograd refuses backward passes in a process that was forked.
+    """
+    return sys.platform == "linux" and not any_gpu()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    with contextlib.suppress(AttributeError):  # where there is no affinity
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Pool(Generic[J, A]):
@@ -38,7 +53,7 @@ class Pool(Generic[J, A]):
 
     def __init__(self, work: Callable[[J], A], workers: int, *, lost: Callable[[J, str], A]) -> None:
         self._work, self._lost = work, lost
-        self.workers = workers if FORKS else 1
+        self.workers = workers if workers == 1 or can_fork() else 1
         self._free: list[_Worker] = []
         self._busy: dict[Connection, tuple[_Worker, Any, J]] = {}
         self._done: deque[tuple[Any, A]] = deque()
