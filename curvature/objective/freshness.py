@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Freshness"]
 
 _DATA_ENTRIES = 2**12  # of batches in memory that are looked at, in stripes; writes that autograd counts are all seen
-_SHARE = 0.005  # of the time between them, what evaluating a batch once more may take ...
+_SHARE = 0.02  # of the time between them, what evaluating a batch once more may take ...
 _LOOKS = 0.03  # ... and looks within one run, which looks again before its answer is returned
 _MOVED = "something that cannot be seen from outside (a loss, forward or model whose results changed)"
 
