@@ -273,7 +273,8 @@ def _equal(race: Race) -> Table:
     for axis in axes:
         unit = {"seconds": "s"}.get(axis, axis)
         columns += [f"at {_amount(race.common(axis))} {unit}", "rank"]
-    ranks = {a: sorted(race.raced(), key=lambda n, a=a: _last(race.at(n, a).value)) for a in axes}  # type: ignore[misc]
+    ends = {axis: {name: _last(race.at(name, axis).value) for name in race.raced()} for axis in axes}
+    ranks = {axis: sorted(at, key=at.__getitem__) for axis, at in ends.items()}
     rows = []
     for name in race.raced():
         cells = [name]

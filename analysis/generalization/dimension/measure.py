@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,9 +109,12 @@ def effective_dimension(
         [1.614, 1.4, 1.1515]
     """
     notes: list[str] = []
-    matrices = {"ggn": lambda: GGNOperator(objective), "hessian": lambda: HessianOperator(objective)}
+    matrices: dict[str, Callable[[], SymmetricOperator]] = {
+        "ggn": lambda: GGNOperator(objective),
+        "hessian": lambda: HessianOperator(objective),
+    }
     if plan.kernel and objective.has_split and objective.process_group is None and objective.ranks is None:
-        matrices["kernel"] = lambda: _kernel(objective)  # type: ignore[assignment,return-value]
+        matrices["kernel"] = lambda: _kernel(objective)
     if not objective.has_split:
         del matrices["ggn"]
         notes.append("The objective has no split between model and loss, so there is no Gauss-Newton matrix.")
@@ -164,9 +169,15 @@ def _kernel(objective: Objective) -> SymmetricOperator:
     return ntk if ntk.shape[0] <= ntk.jacobian.shape[1] else _OfParameters(ntk.jacobian)
 
 
+def _determined(eigenvalues: Tensor, damping: Tensor) -> Tensor:
+    """Return lambda / (lambda + z), of negative eigenvalues 0."""
+    positive = eigenvalues.clamp_min(0)
+    return positive / (positive + damping)
+
+
 def _of_matrix(name: str, found: Spectrum, dampings: Tensor, top: float) -> MatrixDimension:
     """Return d for each damping beside the matrix as it is."""
-    estimates = [found.spectral_sum(lambda x, z=z: x.clamp_min(0) / (x.clamp_min(0) + z)) for z in dampings]  # type: ignore[misc]
+    estimates = [found.spectral_sum(partial(_determined, damping=z)) for z in dampings]
     intervals = torch.tensor([estimate.interval() for estimate in estimates], dtype=torch.float64)
     lower, upper = intervals.unbind(1)
     if name != "hessian" and not found.exact:  # eigenvalues are not negative: the rule has bounds
@@ -180,7 +191,6 @@ def _of_matrix(name: str, found: Spectrum, dampings: Tensor, top: float) -> Matr
         lower, upper = torch.minimum(lower, low), torch.maximum(upper, high)
     values = torch.tensor([float(e.value) for e in estimates], dtype=torch.float64)
     stderr = torch.tensor([e.error[0] for e in estimates], dtype=torch.float64)
-    missing = torch.full_like(dampings, math.nan)
     data = [e.data_stderr for e in estimates]
     n = found.density.dimension
     return MatrixDimension(
@@ -191,7 +201,7 @@ def _of_matrix(name: str, found: Spectrum, dampings: Tensor, top: float) -> Matr
         else stderr,
         lower=lower.clamp(0, n),
         upper=upper.clamp(0, n),
-        data_stderr=missing if any(d is None for d in data) else torch.tensor([float(d) for d in data]).double(),  # type: ignore[arg-type]
+        data_stderr=torch.tensor([math.nan if d is None else float(d) for d in data], dtype=torch.float64),
         largest=top,
         num_matvecs=found.num_matvecs,
         exact=found.exact,

@@ -83,7 +83,7 @@ def sparse_model(model: nn.Module, masks: Masks) -> nn.Module:
         requires_grad = getattr(module, key).requires_grad
         kept = Kept(mask.to(getattr(module, key).device))
         parametrize.register_parametrization(module, key, kept, unsafe=True)  # the check wants one shape before, after
-        module.parametrizations[key].original.requires_grad_(requires_grad)  # type: ignore[index,union-attr]
+        module.get_parameter(f"parametrizations.{key}.original").requires_grad_(requires_grad)
     return result
 
 

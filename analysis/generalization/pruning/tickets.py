@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ class _Tickets:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-            loss = take_step(optimizer, lambda batch=batch: training_loss(here, batch))  # type: ignore[misc]
+            loss = take_step(optimizer, partial(training_loss, here, batch))
             if not bool(torch.isfinite(loss)):
                 raise InputError(f"the training diverged at step {step}; lower lr, {self.lr:g} now.")
         return model
