@@ -23,7 +23,7 @@ from curvature.objective.objective import Objective
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 
-__all__ = ["DENSE", "PointCurvature", "curvature_at", "gauss_newton_spectra", "spread_of_nonzero"]
+__all__ = ["DENSE", "PointCurvature", "curvature_at", "gauss_newton_spectra", "seconds_at", "spread_of_nonzero"]
 
 DENSE = 4000
 """Up to here, the smaller of the number of parameters and that of outputs, all eigenvalues are computed."""
@@ -92,6 +92,12 @@ def curvature_at(
         condition=condition,
         rank=rank,
     )
+
+
+def seconds_at(model: nn.Module, num_outputs: int) -> float:
+    """Return about how long `curvature_at` takes for a network with so many outputs in all, on one core."""
+    size = min(sum(p.numel() for p in model.parameters()), num_outputs, DENSE)
+    return 0.4 + 2e-10 * size**3
 
 
 def spread_of_nonzero(eigenvalues: Tensor) -> tuple[float, int]:

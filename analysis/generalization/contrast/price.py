@@ -9,6 +9,7 @@ import torch
 
 from analysis.generalization.contrast.measure import prepared
 from analysis.generalization.ensemble import Ensemble, Recipe
+from analysis.generalization.point import seconds_at
 from analysis.run.pool import usable_cores
 from analysis.run.study import Price
 from analysis.show import wording
@@ -28,8 +29,11 @@ def price_of(objective: Objective, plan: Any, conditions: int) -> Price:
         recipe = Recipe(steps=steps, lr=plan.lr, optimizer=plan.optimizer, batch_size=plan.batch_size)
         ensemble.train(shared.loss, shared.data.inputs, shared.noisy, recipe)
     each = (time.perf_counter() - begin) / _STEPS * plan.steps
+    each += plan.repeats * seconds_at(shared.model, shared.data.num_classes * len(shared.data.labels))
     processes = min(plan.processes or usable_cores(), conditions)
-    text = f"at most {wording.count(conditions)} trainings of {wording.count(plan.repeats)} networks"
+    text = (
+        f"at most {wording.count(conditions)} trainings of {wording.count(plan.repeats)} networks and their curvature"
+    )
     return Price(
         f"{text}, {wording.duration(each)} each", conditions * each / processes, total=conditions, unit="trainings"
     )

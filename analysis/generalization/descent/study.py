@@ -16,6 +16,7 @@ from analysis.generalization.descent.findings import findings
 from analysis.generalization.descent.measure import DescentPlan, double_descent, setup, values_of
 from analysis.generalization.descent.results import DescentCurve
 from analysis.generalization.ensemble import Ensemble, Recipe
+from analysis.generalization.point import seconds_at
 from analysis.generalization.width import at_width
 from analysis.records.measured import Measured
 from analysis.run.pool import usable_cores
@@ -50,7 +51,7 @@ def _price(objective: Objective, plan: DescentPlan) -> Price:
     if plan.model != "task":
         return Price("least squares, solved at once", 2e-10 * plan.repeats * len(values_of(shared)) * plan_size(shared))
     values = values_of(shared)
-    data, seconds = shared.data, []
+    data, seconds, of_point = shared.data, [], []
     for value in (values[0], values[-1]) if plan.vary == "width" else (plan.width,):
         model = shared.model if value is None else at_width(shared.model, value)
         ensemble = Ensemble(model, range(plan.repeats))
@@ -59,12 +60,12 @@ def _price(objective: Objective, plan: DescentPlan) -> Price:
             recipe = Recipe(steps=steps, lr=plan.lr, optimizer=plan.optimizer, batch_size=plan.batch_size)
             ensemble.train(shared.loss, data.inputs, shared.noisy, recipe)
         seconds.append((time.perf_counter() - begin) / 10)
+        of_point.append(seconds_at(model, data.num_classes * len(data.labels)))
     trainings = 1 if plan.vary == "epochs" else len(values) + (3 if plan.vary == "width" and not plan.values else 0)
     points = len(values) * plan.repeats if plan.curvature else 0
     processes = min(plan.processes or usable_cores(), trainings if plan.vary != "epochs" else plan.repeats)
     each = sum(seconds) / len(seconds) * plan.steps
-    outputs = min(4000, data.num_classes * len(data.labels))
-    total = (trainings * each + points * 2.5e-10 * outputs**3) / processes
+    total = (trainings * each + points * sum(of_point) / len(of_point)) / processes
     count = wording.count
     text = f"about {count(trainings)} trainings of {count(plan.repeats)} networks, {wording.duration(each)} each"
     return Price(f"{text}, in {count(processes)} processes", total, total=trainings, unit="trainings")
