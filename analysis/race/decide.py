@@ -42,7 +42,7 @@ def race_pairs(race: Race, by: Axis | str = "budget") -> tuple[RacePair, ...]:
         raise InputError(f"by must be one of {', '.join((*axes, *sorted(traits)))}, got {by!r}.")
     own = {name: {c.seed: c for c in race.of(name)} for name in race.raced()}
     limit = race.common(by)
-    logs = race.scale == "log" and by != "metric" if by in axes else True
+    logs = _positive(race, by) if by in axes else True
     floor = race.floor if by in axes else 0.0
 
     def value(course: Course | None) -> float:
@@ -57,10 +57,22 @@ def race_pairs(race: Race, by: Axis | str = "budget") -> tuple[RacePair, ...]:
         {name: [value(courses.get(seed)) for seed in range(1, race.seeds + 1)] for name, courses in own.items()},
         level=race.level,
         lower_is_better=race.metric != "accuracy" or by != "metric",
-        alike=[n for n, cs in own.items() if len(cs) > 1 and len({(c.end.loss, c.diverged) for c in cs.values()}) == 1],
+        alike=[n for n, cs in own.items() if len(cs) > 1 and len({_outcome(c) for c in cs.values()}) == 1],
         rounding=_ROUNDING if logs or by == "metric" else race.floor,
         spread=race.resolution if by == "metric" else 0.0,
     )
+
+
+def _positive(race: Race, by: Axis | str) -> bool:
+    """Say whether what is compared are losses of which all have a logarithm."""
+    if by != "metric":
+        return race.scale == "log"
+    ends = [c.end.metric for c in race.courses if c.seed and c.finished]
+    return race.metric == "test loss" and all(end >= 0 for end in ends)
+
+
+def _outcome(course: Course) -> tuple[object, ...]:
+    return (course.end.loss if course.points else None, course.diverged, course.failure)
 
 
 def paired(
@@ -123,12 +135,13 @@ def decide(
     for first, second in pairs:
         found = [_difference(a, b, sign) for a, b in zip(values[first], values[second], strict=True)]
         p, test = paired(found, alike=first in alike and second in alike, rounding=rounding, spread=spread)
+        told = [d for d in found if not math.isnan(d) and abs(d) > rounding]
         finite = [d for d in found if math.isfinite(d)]
-        score = sum((d > 0) - (d < 0) for d in found if math.isinf(d))
+        score = sum((d > 0) - (d < 0) for d in told) if any(map(math.isinf, told)) else 0
         mean = sum(finite) / len(finite) if finite else 0.0
         p_values.append((p,))
         tests.append(test)
-        differences.append(math.copysign(math.inf, score) if score else mean)
+        differences.append(math.copysign(math.inf, score) if score else mean)  # of the signs that the test counts
     real = [row[0] for row in holm(p_values, [[] for _ in pairs], level)]
     return tuple(
         RacePair(first=a, second=b, p=p[0], test=test, difference=sign * d, verdict=_verdict(decided, d))

@@ -31,6 +31,8 @@ from curvature.objective.objective import Objective
 
 __all__ = ["budgets_expected", "race_optimizers"]
 
+_APART = 1_000_003  # so that neighbouring seeds share no training
+
 
 def budgets_expected(plan: RacePlan) -> float:
     """Return how many whole trainings a race usually takes."""
@@ -86,6 +88,7 @@ def race_optimizers(
         test_data = objective.test_data if test_data is None else test_data
         objective = objective.objective()
     seed = (generator if isinstance(generator, int) else generator.initial_seed()) % 2**40
+    seed *= _APART
     mode = objective.model.training
     ground = prepare_ground(objective, plan, test_data=test_data, seed=seed)
     workers = 1 if is_gpu(objective.device) else plan.processes()
@@ -249,6 +252,8 @@ def _notes(ground: Ground, entrants: Sequence[Entrant], courses: Sequence[Course
     raced = [[c.end.loss for c in courses if c.entrant == e.name and c.seed and c.points] for e in entrants]
     alike = plan.seeds > 1 and all(len(set(own)) < 2 for own in raced)
     notes = [f"{e.name} did not race: {e.failure}." for e in entrants if e.failure]
+    lost = [c for c in courses if c.seed and c.failure and c.entrant not in {e.name for e in entrants if e.failure}]
+    notes += [f"{c.entrant} has no result with seed {c.seed}: {c.failure}." for c in lost]
     notes += [
         f"{e.name}: the rate {number(e.lr, 3)} lies at the end of those tried; a better one may lie beyond."
         for e in entrants

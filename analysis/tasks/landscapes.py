@@ -58,17 +58,23 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
 
 
+def _linear(weight: Tensor) -> nn.Linear:
+    """Return a layer that starts there, and cannot be drawn anew: its start is part of the task."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    setattr(layer, "reset_parameters", None)  # noqa: B010  # what draws models anew looks for it
+    return layer
+
+
 def _quadratic() -> Task:
     Q = _orthogonal(DIMENSION, torch.Generator().manual_seed(0))
     eigenvalues = torch.logspace(0, math.log10(CONDITION), DIMENSION, dtype=torch.float64)
     inputs = (DIMENSION * eigenvalues).sqrt()[:, None] * Q.T
-    model = nn.Linear(DIMENSION, 1, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(Q.sum(1))  # one unit along every eigenvector
     return Task(
         name="quadratic",
         description="A quadratic in 10 dimensions with eigenvalues from 1 to 100, its axes turned.",
-        model=model,
+        model=_linear(Q.sum(1)[None]),  # one unit along every eigenvector
         loss=half_squared_error,
         train_data=(inputs.float(), torch.zeros(DIMENSION, 1)),
         metadata={"lowest_loss": 0.0},
@@ -101,11 +107,7 @@ def _deep_linear() -> Task:
     size, generator = len(SINGULAR_VALUES), torch.Generator().manual_seed(0)
     U, V = _orthogonal(size, generator), _orthogonal(size, generator)
     target = U @ torch.diag(torch.tensor(SINGULAR_VALUES, dtype=torch.float64)) @ V.T
-    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)])
-    with torch.no_grad():
-        for layer in model:
-            assert isinstance(layer, nn.Linear)
-            layer.weight.copy_(0.1 * _orthogonal(size, generator))
+    model = nn.Sequential(*[_linear(0.1 * _orthogonal(size, generator)) for _ in range(3)])
     inputs = math.sqrt(size) * torch.eye(size, dtype=torch.float64)
     return Task(
         name="deep-linear",
