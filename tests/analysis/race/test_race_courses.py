@@ -20,6 +20,7 @@ from analysis.race.kinds import _kinds
 from analysis.race.plan import RacePlan
 from analysis.race.results import Course
 from analysis.run.pool import Pool
+from analysis.tasks.landscapes import LANDSCAPES
 from curvature import Objective
 from curvature.errors import InputError
 
@@ -335,3 +336,68 @@ def test_held_out_examples_are_not_trained_on() -> None:
     assert math.isfinite(trained(where, "sgd", 0.1, seed=0).end.validation)
     with pytest.raises(InputError, match="holds out examples"):
         ground(validation=0.001)
+
+
+_ODD = """
+import torch
+
+class Odd(torch.optim.SGD):
+    def step(self, closure=None):
+        if torch.initial_seed() // 1_000_003 == 2:  # the random numbers of a step are those of its seed
+            raise RuntimeError("out of order")
+        return super().step(closure)
+
+def make(params, lr):
+    return Odd(params, lr)
+"""
+
+
+def test_one_training_that_fails_costs_no_race(tmp_path: Path) -> None:
+    path = tmp_path / "odd.py"
+    path.write_text(_ODD, encoding="utf-8")
+    model, data, _ = network()
+    race = race_optimizers(
+        Objective(model, nn.CrossEntropyLoss(), data),
+        optimizers=("sgd@0.1", f"{path}:make@0.1"),
+        budget="4 steps",
+        batch_size=16,
+        seeds=3,
+        tune=False,
+        measures=("none",),
+        noise=False,
+        workers=1,
+        generator=0,
+    )
+    assert len(race.pairs) == 1
+    (name,) = set(race.raced()) - {"sgd@0.1"}
+    assert [bool(course.failure) for course in race.of(name)] == [False, True, False]
+    assert any(note.startswith(f"{name} has no result with seed 2: ") and "out of order" in note for note in race.notes)
+
+
+def test_neighbouring_seeds_of_races_share_no_training() -> None:
+    def ends(generator: int) -> set[float]:
+        model, data, _ = network()
+        race = race_optimizers(
+            Objective(model, nn.CrossEntropyLoss(), data),
+            optimizers=("sgd@0.1",),
+            budget="3 steps",
+            batch_size=16,
+            seeds=3,
+            measures=("none",),
+            noise=False,
+            workers=1,
+            generator=generator,
+        )
+        return {course.end.loss for course in race.courses if course.seed}
+
+    assert len(ends(0) | ends(1)) == 6
+
+
+@pytest.mark.parametrize("name", ["quadratic", "deep-linear", "rosenbrock", "monkey-saddle"])
+def test_landscapes_are_raced_from_where_they_are_defined(name: str) -> None:
+    task = LANDSCAPES[name]()
+    start = float(task.objective().loss())
+    race = race_optimizers(
+        task, optimizers=("sgd@0.0001",), budget="1 steps", seeds=2, measures=("none",), noise=False, generator=0
+    )
+    assert {course.points[0].loss for course in race.courses if course.points} == {start}

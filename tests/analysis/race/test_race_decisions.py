@@ -185,3 +185,21 @@ def test_losses_below_rounding_are_equal() -> None:
     found = race({"a": [1e-9, 2e-9, 1e-8], "b": [1e-7, 3e-8, 1e-7]})
     assert found.pairs[0].p == 1.0
     assert found.final("a").value == pytest.approx(1e-6)
+
+
+def test_who_is_ahead_is_what_the_signs_say() -> None:
+    """Better in eleven seeds of twelve, and diverged in one."""
+    (pair,) = decide({"a": [math.inf] + [0.1] * 11, "b": [1 + 0.01 * i for i in range(12)]}, level=0.05)
+    assert (pair.test, pair.verdict) == ("sign", "ahead")
+    assert pair.difference == -math.inf
+
+
+def test_test_losses_are_compared_as_losses() -> None:
+    """The same numbers, small, as training and as test loss."""
+    losses = {"a": [5e-10, 6e-10, 4e-10, 5e-10], "b": [2e-8, 3e-8, 2e-8, 2.5e-8]}
+    found = replace(race(losses), floor=1e-12)
+    courses = tuple(replace(c, points=tuple(replace(p, metric=p.loss) for p in c.points)) for c in found.courses)
+    found = replace(found, courses=courses, metric="test loss")
+    (own,), (test,) = race_pairs(found), race_pairs(found, "metric")
+    assert (own.verdict, own.p) == (test.verdict, test.p)
+    assert own.verdict == "ahead"
