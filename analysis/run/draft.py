@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -19,15 +20,20 @@ import torch
 from torch import Tensor
 
 from analysis.records.plain import to_plain
+from analysis.run.identity import batches_sha256, loss_sha256
 from analysis.run.preparation import Request, data_sha256, fingerprint
 from analysis.run.saving import write_text
 from analysis.tasks import Task
 from curvature.errors import InputError
+from curvature.objective.objective import Objective
 
 __all__ = ["POINTS", "STATE", "Draft"]
 
 POINTS, STATE = "points.jsonl", "state.pt"
 """Where what was found is noted, or the state of a training kept; a folder without either is worth nothing."""
+
+_BEGUN, _CONFIRMED = "begun with", "confirmed"
+_VALUE = "value of the loss"
 
 
 class Draft:
@@ -37,8 +43,6 @@ class Draft:
         path: of the folder; it is made when there is something to keep.
     """
 
-    _CONFIRMED = frozenset({"loss"})  # by `confirm`
-
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -46,7 +50,7 @@ class Draft:
     def exists(self) -> bool:
         return self.path.is_dir()
 
-    def begin(self, task: Task, request: Request, settings: dict[str, Any]) -> None:
+    def begin(self, task: Task, objective: Objective, request: Request, settings: dict[str, Any]) -> None:
         """Make the folder, or open it and compare what it was begun with.
 
         Raises:
@@ -57,16 +61,19 @@ class Draft:
             "task": request.task,
             "seed": request.seed,
             "checkpoint": str(request.checkpoint),
-            **settings,
+            **{f"setting {name}": value for name, value in settings.items()},
             "weights": weights,
-            "data": data_sha256(task.train_data),
+            "data": data_sha256(objective.settings["data"]),
+            "test data": batches_sha256(task.test_data),
+            "loss of the task": loss_sha256(objective.settings["loss"]),
+            _VALUE: float(objective.loss()),
         }
         try:
             if self._settings.is_file():
-                self._confirm(about, whole=True)
+                self._compare(_read(about), self._kept(_BEGUN), whole=True)
             else:
                 self.path.mkdir(parents=True, exist_ok=True)
-                write_text(self._settings, _json(about))
+                write_text(self._settings, _json({_BEGUN: about, _CONFIRMED: {}}))
         except OSError as error:
             raise InputError(f"{self.path} cannot be used ({error}); delete it and begin again.") from error
 
@@ -76,29 +83,34 @@ class Draft:
         Raises:
             InputError: if it was another one.
         """
-        before = self._confirm({name: value}, whole=False)
+        before = self._kept(_CONFIRMED)
+        self._compare(_read({name: value}), before, whole=False)
         if name not in before:
+            both = {_BEGUN: self._kept(_BEGUN), _CONFIRMED: {**before, name: value}}
             with contextlib.suppress(OSError):  # it cannot be compared later; nothing else depends on it
-                write_text(self._settings, _json({**before, name: value}))
+                write_text(self._settings, _json(both))
 
     @property
     def _settings(self) -> Path:
         return self.path / "settings.json"
 
-    def _confirm(self, settings: dict[str, Any], *, whole: bool) -> dict[str, Any]:
-        """Compare settings with those that were kept, and return these."""
+    def _kept(self, part: str) -> dict[str, Any]:
+        """Return what was written when it was begun, or confirmed since."""
         try:
-            before, now = json.loads(self._settings.read_text(encoding="utf-8")), json.loads(_json(settings))
-            common = now.keys() & before.keys()
-        except (OSError, ValueError, AttributeError) as error:
+            return dict(json.loads(self._settings.read_text(encoding="utf-8"))[part])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self._settings} cannot be read ({error}); begin again with --overwrite.") from error
-        names = (now.keys() | before.keys()) - self._CONFIRMED if whole else common
-        if other := sorted(name for name in names if before.get(name) != now.get(name)):
+
+    def _compare(self, now: dict[str, Any], before: dict[str, Any], *, whole: bool) -> None:
+        names = now.keys() | before.keys() if whole else now.keys() & before.keys()
+        other = sorted(name for name in names if not _alike(name, before.get(name), now.get(name)))
+        if other:
+            causes = [name for name in other if name != _VALUE] or other  # the value follows from them
+            told = ", ".join(name.removeprefix("setting ") for name in causes)
             raise InputError(
-                f"{self.path.parent} was begun with another {', '.join(other)}; repeat the command as it was, or "
-                "begin again with --overwrite."
+                f"{self.path.parent} was begun with another {told}; repeat the command as it was, or begin again with "
+                "--overwrite."
             )
-        return dict(before)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors that were kept, or compute and keep them: another solve may end at other bits."""
@@ -126,6 +138,18 @@ class Draft:
     def remove(self) -> None:
         """Delete the folder, if there is one."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _alike(name: str, before: Any, now: Any) -> bool:
+    """Return whether two settings are the same; the loss is summed in another order where a loader shuffles."""
+    if name == _VALUE and before != now and before is not None:
+        return math.isclose(float(before), float(now), rel_tol=1e-4, abs_tol=1e-9)
+    return bool(before == now)
+
+
+def _read(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as they are when they are read again."""
+    return dict(json.loads(_json(settings)))
 
 
 def _json(settings: dict[str, Any]) -> str:

@@ -189,7 +189,7 @@ def _studied(
     names = [f.name for f in fields(plan)]  # type: ignore[arg-type]  # every plan is a dataclass
     settings = {**request.settings(objective), **{name: _plain(getattr(plan, name)) for name in names}}
     if draft is not None:
-        draft.begin(task, request, settings)
+        draft.begin(task, objective, request, settings)
     ready = prepare(task, objective, request, listener, groups=study.groups)
     objective = ready.objective
     with listener.doing("timing"):

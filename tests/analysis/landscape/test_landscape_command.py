@@ -212,7 +212,7 @@ def test_what_was_interrupted_is_continued_and_comes_out_the_same(
     for old, new, what in (
         ("torch.randn(64", "2 * torch.randn(64", "data"),
         ("torch.manual_seed(0)", "torch.manual_seed(7)", "weights"),
-        ("nn.Tanh", "nn.ReLU", "loss"),
+        ("nn.Tanh", "nn.ReLU", "value of the loss"),
     ):
         (folder / "toy.py").write_text(source.replace(old, new))
         changed = landscape(*settings, "--out", "here", "--resume")
