@@ -34,10 +34,7 @@ class Kept(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask.clone())
-        count = int(mask.sum())
-        places = torch.full((mask.numel(),), count, device=mask.device)  # a pruned weight reads the zero at the end
-        places[mask.flatten()] = torch.arange(count, device=mask.device)
-        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("places", _places(mask), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the tensor of these kept weights."""
@@ -46,6 +43,26 @@ class Kept(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the kept weights of a tensor."""
         return weight[self.mask]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        mask, errors = state_dict.get(f"{prefix}mask"), others[-1]
+        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.mask.shape
+        if fits and int(mask.sum()) != int(self.mask.sum()):
+            errors.append(
+                f"{prefix}mask keeps {int(mask.sum())} weights and the model's {int(self.mask.sum())}: make the model "
+                "again, sparse_model with the masks of the state."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.places = _places(self.mask)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Return where each entry finds its weight among those kept; a pruned one reads the zero at their end."""
+    count = int(mask.sum())
+    places = torch.full((mask.numel(),), count, device=mask.device)
+    places[mask.flatten()] = torch.arange(count, device=mask.device)
+    return places
 
 
 @checked
@@ -82,6 +99,8 @@ def sparse_model(model: nn.Module, masks: Masks) -> nn.Module:
         module = result.get_submodule(owner)
         requires_grad = getattr(module, key).requires_grad
         kept = Kept(mask.to(getattr(module, key).device))
+        if parametrize.is_parametrized(module):
+            _own_class(module)
         parametrize.register_parametrization(module, key, kept, unsafe=True)  # the check wants one shape before, after
         module.get_parameter(f"parametrizations.{key}.original").requires_grad_(requires_grad)
     return result
@@ -92,9 +111,8 @@ def dense_model(model: nn.Module) -> nn.Module:
     """Return a copy of a sparse model with ordinary tensors: zeros where it was pruned, free to move again."""
     result = copy.deepcopy(model)
     for module in result.modules():
-        if keys := _masked_keys(module):  # removal edits the class, which a copy shares with the model it is of
-            own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-            module.__class__ = type(type(module).__name__, type(module).__bases__, own)
+        if keys := _masked_keys(module):
+            _own_class(module)
         for key in keys:
             parametrize.remove_parametrizations(module, key, leave_parametrized=True)
     return result
@@ -109,6 +127,12 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
             kept = cast("Any", module.parametrizations)[key][0]
             found[f"{path}.{key}" if path else key] = kept.mask.clone()
     return found
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class of its own: torch edits the class, which a copy shares with its original."""
+    own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(type(module).__name__, type(module).__bases__, own)
 
 
 def _masked_keys(module: nn.Module) -> list[str]:

@@ -144,6 +144,34 @@ def test_masks_hold_through_training(kind: str) -> None:
     assert torch.equal(again(x), sparse(x))
 
 
+def test_loaded_masks_bring_their_places() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    first, second, more = (
+        analysis.sparse_model(model, {"weight": torch.tensor([keep], dtype=torch.bool)})
+        for keep in ([1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0])
+    )
+    for assign in (False, True):
+        taken = copy.deepcopy(first)
+        taken.load_state_dict(second.state_dict(), assign=assign)
+        assert torch.equal(taken.weight, second.weight)
+        assert torch.equal(analysis.dense_model(taken).weight, second.weight)
+    with pytest.raises(RuntimeError, match="keeps 3 weights"):
+        taken.load_state_dict(more.state_dict())
+
+
+def test_masks_on_a_parametrised_model_leave_it_as_it_is() -> None:
+    x, bias = torch.randn(2, 3), {"0.bias": torch.tensor([True, False])}
+    sparse = analysis.sparse_model(nn.Sequential(nn.Linear(3, 2)), {"0.weight": torch.rand(2, 3) > 0.5})
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    for model in (sparse, normed):
+        before = model(x)
+        twice = analysis.sparse_model(model, bias)
+        assert torch.equal(model(x), before)
+        assert torch.equal(twice(x)[:, 0], before[:, 0])
+        assert torch.equal(analysis.dense_model(twice)(x), twice(x))
+    assert set(analysis.masks_of(analysis.sparse_model(sparse, bias))) == {"0.weight", "0.bias"}
+
+
 def test_a_whole_layer_can_go() -> None:
     objective = make_objective()
     masks = {"2.weight": torch.zeros(3, 5, dtype=torch.bool)}
