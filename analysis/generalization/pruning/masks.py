@@ -46,8 +46,7 @@ class Kept(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         mask, errors = state_dict.get(f"{prefix}mask"), others[-1]
-        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.mask.shape
-        if fits and int(mask.sum()) != int(self.mask.sum()):
+        if isinstance(mask, Tensor) and mask.shape == self.mask.shape and mask.sum() != self.mask.sum():
             errors.append(
                 f"{prefix}mask keeps {int(mask.sum())} weights and the model's {int(self.mask.sum())}: make the model "
                 "again, sparse_model with the masks of the state."

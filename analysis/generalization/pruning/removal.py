@@ -23,7 +23,7 @@ from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import Status
 from curvature.results.record import Result
 
-__all__ = ["DiagonalMetric", "LossChanges", "Products", "loss_changes", "true_changes"]
+__all__ = ["DiagonalMetric", "LiveProducts", "LossChanges", "Products", "loss_changes", "true_changes"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Products:
             near = None if self.inverse is None else _KeptBlock(self.inverse, kept)
             limits: dict[str, Any] = {"rtol": self.rtol, "max_iterations": self.max_iterations}
             found = cg(block, -pull, damping=self.damping, preconditioner=near, **limits)
-            stopped = found.status is Status.MAX_STEPS and self.max_iterations is not None
+            stopped = found.status is Status.MAX_ITERATIONS and self.max_iterations is not None
             if found.status is not Status.CONVERGED and not stopped:
                 raise InputError(
                     f"the displacement of the kept weights was not found ({found.status.value}); raise the damping of "
@@ -90,6 +90,24 @@ class Products:
                 )
             d[kept] = found.x
         return d, float(d.double() @ (self.A @ d).double() / 2)
+
+
+@dataclass(frozen=True)
+class LiveProducts(Products):
+    """Products with a matrix of an objective, which are those at its present weights."""
+
+    def displacement(self, w: Tensor, pruned: Tensor) -> tuple[Tensor, float]:
+        """Return what `Products` does.
+
+        Raises:
+            InputError: also if the model's weights are no longer `w`.
+        """
+        if not torch.equal(self.A.objective.space.current(), w):
+            raise InputError(
+                "the model's weights have changed since they were scored, and kfac-cg multiplies by the matrix of the "
+                "present ones: score again, or put the weights back."
+            )
+        return super().displacement(w, pruned)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -19,7 +19,7 @@ from analysis.generalization.pruning.inverse import (
 )
 from analysis.generalization.pruning.kronecker import KroneckerMatrix, diagonal_of, inverse_diagonal_of
 from analysis.generalization.pruning.masks import masks_of
-from analysis.generalization.pruning.removal import DiagonalMetric, Products
+from analysis.generalization.pruning.removal import DiagonalMetric, LiveProducts, Products
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
@@ -140,6 +140,9 @@ class PruningScores(Result):
 
         The removed go to zero, and a brain surgeon moves the others. The change is g'd + 1/2 d'A d with the method's
         own matrix A: NaN for random, without g'd for magnitude.
+
+        Raises:
+            InputError: for weights that may not be removed, or kfac-cg on a model whose weights have changed since.
         """
         self._check(pruned)
         metric = DiagonalMetric(torch.zeros_like(self.weights)) if self.metric is None else self.metric
@@ -255,7 +258,7 @@ def pruning_scores(
         return made(w.square() / 2, DiagonalMetric(torch.ones_like(w)))
     if method in ("fisher", "obd"):
         diagonal = (
-            gradient_moments(objective).second_moment
+            fisher_diagonal(objective)
             if method == "fisher"
             else curvature_diagonal(objective, matrix, mc_samples, drawn)
         )
@@ -271,12 +274,12 @@ def pruning_scores(
         damping = _damping(damping, (diagonal_of(factors) + rest)[may])
         inverse = factors.preconditioner(damping, others=rest + damping)
         diagonal, solved = inverse_diagonal_of(factors, damping, rest), inverse @ slope
-        A: Any = GGNOperator(objective) if method == "kfac-cg" else KroneckerMatrix(factors, rest)
-        metric: Metric = Products(A, damping, inverse, max_iterations=_CG_STEPS if method == "kfac-cg" else None)
+        metric: Metric = Products(KroneckerMatrix(factors, rest), damping, inverse)
+        if method == "kfac-cg":
+            metric = LiveProducts(GGNOperator(objective), damping, inverse, max_iterations=_CG_STEPS)
     else:
         if method == "woodfisher":
-            moment = gradient_moments(objective).second_moment
-            damping = _damping(damping, moment[may])
+            damping = _damping(damping, fisher_diagonal(objective)[may])
             blocks = _fisher_inverse(objective, tensors, damping, block_size)
         else:
             blocks = _exact_inverse(objective, matrix, damping, may)
@@ -312,6 +315,17 @@ def curvature_diagonal(
     return exact_diagonal(objective, "ggn-mc", mc_samples=mc_samples, generator=generator).value
 
 
+def fisher_diagonal(objective: Objective) -> Tensor:
+    """Return the diagonal (n,) of the empirical Fisher matrix, of a summed loss the sum over its terms."""
+    moments = gradient_moments(objective, norms=False)
+    return moments.second_moment / _terms(objective, moments.weights)
+
+
+def _terms(objective: Objective, weights: Tensor) -> float:
+    """Return what sum_i p_i g_i g_i' is to be divided by: g_i of a summed loss is of all terms times a term's."""
+    return float(weights.double().sum()) if objective.is_sum else 1.0
+
+
 def _damping(given: float | None, diagonal: Tensor) -> float:
     if given is not None:
         return given
@@ -344,7 +358,7 @@ def _fisher_inverse(
     slices = [(start, start + math.prod(shape)) for start, shape in tensors.values()]
     places = block_places(slices, block_size, objective.device)
     weights = gradient_norms(objective).weights
-    roots = (weights.double() / weights.double().sum()).sqrt()
+    roots = (weights.double() / weights.double().sum() / _terms(objective, weights)).sqrt()
     start = torch.eye(places.shape[1], dtype=torch.float64, device=objective.device) / damping
     blocks = InverseBlocks(places, start.expand(len(places), -1, -1), damping)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -340,6 +341,39 @@ def test_parameters_without_factors_get_their_diagonal_and_samples_serve_many_ou
             analysis.pruning_scores(objective, "obd", **settings)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Gauss-Newton"):
         analysis.pruning_scores(objective, "obd", matrix="hessian", mc_samples=4, generator=0)
+
+
+def test_scores_of_a_summed_loss_are_those_of_the_mean_times_its_terms() -> None:
+    objective = make_objective(trained=False)
+    weights = torch.tensor([1.0, 2.0, 5.0], dtype=F64)
+    y = torch.cat([y for _, y in objective.settings["data"]])
+    for settings, terms in (({}, 40.0), ({"weight": weights}, float(weights[y].sum()))):
+        mean, total = (
+            objective.replace(loss=nn.CrossEntropyLoss(reduction=reduction, **settings))
+            for reduction in ("mean", "sum")
+        )
+        for method in METHODS.keys() - {"random", "magnitude", "obs-greedy"}:
+            one, all_ = (analysis.pruning_scores(o, method) for o in (mean, total))  # type: ignore[arg-type]
+            pruned = one.pruned(0.3)
+            where = torch.isfinite(one.scores)
+            torch.testing.assert_close(all_.scores[where], terms * one.scores[where], rtol=1e-5, atol=1e-12)
+            assert all_.damping == pytest.approx(terms * one.damping, rel=1e-6)
+            assert all_.removal(pruned)[1] == pytest.approx(terms * one.removal(pruned)[1], rel=1e-2)
+
+
+def test_conjugate_gradients_stop_and_know_their_weights() -> None:
+    objective = make_objective()
+    scores = analysis.pruning_scores(objective, "kfac-cg", damping=1e-4)
+    pruned, w = scores.pruned(0.4), scores.weights
+    assert isinstance(scores.metric, Products)
+    short = dataclasses.replace(scores.metric, inverse=None, max_iterations=2)
+    d, rise = short.displacement(w, pruned)
+    assert torch.equal(d[pruned], -w[pruned])
+    assert scores.metric.displacement(w, pruned)[1] < rise  # better than 2 steps, which are taken as they are
+    with torch.no_grad():
+        objective.model[0].weight.mul_(2)
+    with pytest.raises(InputError, match="score again"):
+        scores.removal(pruned)
 
 
 def test_recursion_is_the_inverse_whatever_the_chunks() -> None:
