@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from analysis.generalization.suited import copy_of
+from analysis.run.preparation import fingerprint
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
@@ -58,7 +60,7 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
         raise InputError("this trains in one process; give an objective without process_group.")
     if objective.settings["forward"] is not None or objective.settings["loss"] is None:
         raise InputError("this trains model(inputs) with loss(outputs, labels); give an objective without forward=.")
-    inputs, targets = _joined(objective.batches(), "the data of the objective")
+    inputs, targets = _examples(objective)
     notes: tuple[str, ...] = ()
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     if test_data is None:
@@ -68,19 +70,24 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
     else:
         batches = [test_data] if isinstance(test_data, tuple) else test_data
         test_inputs, test_targets = _joined(batches, "the test data")
+        if (test_inputs.shape[1:], test_inputs.dtype) != (inputs.shape[1:], inputs.dtype):
+            raise InputError(
+                f"test inputs must be like those of training, (N, {', '.join(map(str, inputs.shape[1:]))}) of "
+                f"{inputs.dtype}; got {tuple(test_inputs.shape)} of {test_inputs.dtype}. Convert the test data."
+            )
     inputs, targets = inputs[order], targets[order]
-    one_hot = targets.is_floating_point()
+    one_hot = targets.ndim == 2
     labels, test_labels = _classes(targets), _classes(test_targets)
     if count is not None and not 2 <= count <= len(inputs):
         raise InputError(f"samples must be between 2 and the {len(inputs)} training examples there are, got {count}.")
-    with torch.no_grad():
-        outputs = objective.model(inputs[:2].to(objective.device))
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        raise InputError("this needs a classifier whose outputs are of shape (examples, classes).")
-    classes = outputs.shape[1]
-    most = int(max(labels.max(), test_labels.max())) + 1
-    if most > classes:
-        raise InputError(f"there are labels up to {most - 1}, and the model has {classes} outputs.")
+    classes = _num_classes(objective, inputs[:2])
+    for own, what in ((labels, "training"), (test_labels, "test")):
+        outside = (own < 0) | (own >= classes)
+        if bool(outside.any()):
+            raise InputError(
+                f"labels must be 0 to {classes - 1}, as the model has {classes} outputs; {int(outside.sum())} of the "
+                f"{what} labels are not, such as {int(own[outside][0])}. Leave these examples out of the data."
+            )
     return Labelled(
         inputs=inputs[:count],
         labels=labels[:count],
@@ -92,22 +99,52 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
     )
 
 
+def _num_classes(objective: Objective, inputs: Tensor) -> int:
+    model = copy_of(objective.model).eval()  # statistics of normalisation stay as they are
+    with torch.no_grad():
+        outputs = model(inputs.to(objective.device))
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        raise InputError("this needs a classifier whose outputs are of shape (examples, classes).")
+    return outputs.shape[1]
+
+
+def _examples(objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the examples in one order each time: where a loader shuffles, by their digests."""
+    what = "the data of the objective"
+    inputs, targets = _joined(objective.batches(), what)
+    if isinstance(objective.settings["data"], (tuple, list)):
+        return inputs, targets
+    again = _joined(objective.batches(), what)
+    if torch.equal(inputs, again[0]) and torch.equal(targets, again[1]):
+        return inputs, targets
+    digests = [fingerprint(x, y) for x, y in zip(inputs, targets, strict=True)]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return inputs[order], targets[order]
+
+
 def _joined(batches: Any, what: str) -> tuple[Tensor, Tensor]:
     pairs = list(batches)
     for pair in pairs:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
             raise InputError(f"{what} must be pairs (inputs, labels) of tensors, got {type(pair).__name__}.")
-    if not pairs:
-        raise InputError(f"{what} are empty.")
+        if any(t.ndim == 0 for t in pair) or len(pair[0]) != len(pair[1]):
+            shapes = " and ".join(str(tuple(t.shape)) for t in pair)
+            raise InputError(f"{what} must have a label for each example; a batch has inputs and labels of {shapes}.")
+    if sum(len(pair[0]) for pair in pairs) == 0:
+        raise InputError(f"{what} are empty; give at least one example.")
+    for i, of in ((0, "inputs"), (1, "labels")):
+        kinds = sorted({f"(N, {', '.join(map(str, pair[i].shape[1:]))}) of {pair[i].dtype}" for pair in pairs})
+        if len(kinds) > 1:
+            raise InputError(f"{what} must have {of} of one shape and dtype in all batches, got {' and '.join(kinds)}.")
     inputs, targets = (torch.cat([pair[i].detach().cpu() for pair in pairs]) for i in (0, 1))
     return inputs, targets
 
 
 def _classes(targets: Tensor) -> Tensor:
-    if targets.ndim == 1 and not targets.is_floating_point():
+    if targets.ndim == 1 and not (targets.is_floating_point() or targets.is_complex()):
         return targets.long()
     if targets.ndim == 2 and bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(1) == 1).all()):
-        return targets.argmax(dim=1)
+        return targets.long().argmax(dim=1)
     raise InputError(
         "labels must be class numbers (N,), or one-hot rows (N, classes); label noise has no meaning for others. "
         f"Got {tuple(targets.shape)} of {targets.dtype}."

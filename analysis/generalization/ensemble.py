@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from analysis.generalization.suited import copy_of
 from analysis.training.loop import initialise
 from curvature.errors import InputError
 
@@ -40,7 +41,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
     """Return a copy of a model in train mode whose parameters are drawn anew, by a seed."""
-    made = copy.deepcopy(model)
+    made = copy_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initialise(made)
@@ -162,8 +163,9 @@ class Ensemble:
     def member(self, index: int) -> nn.Module:
         """Return one member as a model of its own, in eval mode."""
         model = copy.deepcopy(self._whole)
-        state = {name: value[index].detach().clone() for name, value in {**self.params, **self.buffers}.items()}
-        model.load_state_dict(state)
+        with torch.no_grad():  # by name, not by a state dict: that holds tied tensors twice, and not all buffers
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                tensor.copy_((self.params if name in self.params else self.buffers)[name][index])
         return model.eval()
 
     @torch.no_grad()

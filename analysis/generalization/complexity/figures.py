@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from analysis.show.drawing import Colors, decade_ticks, legend_above, new_axes
 
 if TYPE_CHECKING:
@@ -36,6 +38,6 @@ def plot_model_complexity(
     ax.axvline(result.samples, color=colors.outlier, linewidth=1.2, linestyle="--", label="this training")
     ax.set_xscale("log")
     decade_ticks(ax.xaxis)
-    ax.set(xlabel="training examples", ylabel="training error", ylim=(-0.02 * float(high.max()), None))
+    ax.set(xlabel="training examples", ylabel="training error", ylim=(-0.02 * float(np.nan_to_num(high).max()), None))
     legend_above(ax, columns=4)
     return ax

@@ -51,8 +51,16 @@ class EffectiveModelComplexity(Result):
             by.setdefault(row.num_samples, []).append(row.train_error)
         return np.array([by[int(n)] for n in self.counts])
 
+    @property
+    def diverged(self) -> int:
+        """Trainings whose outputs are not finite; they fitted nothing."""
+        return int((~np.isfinite(self.errors())).sum())
+
     def reach(self) -> tuple[Array, Array, Array]:
-        """Return mean training error and the ends of Student's interval, one end at a time: (1 + confidence) / 2."""
+        """Return mean training error and the ends of Student's interval, one end at a time: (1 + confidence) / 2.
+
+        NaN where a training diverged: no number of examples with such a one counts as fitted.
+        """
         found = self.errors()
         mean, k = found.mean(axis=1), found.shape[1]
         half = float(stats.t.ppf(0.5 + self.confidence / 2, k - 1)) * found.std(axis=1, ddof=1) / math.sqrt(k)
@@ -76,7 +84,7 @@ class EffectiveModelComplexity(Result):
 
     def _ends(self) -> tuple[float, float]:
         _, low, high = self.reach()
-        beyond, within = high > self.epsilon, low > self.epsilon
+        beyond, within = ~(high <= self.epsilon), ~(low <= self.epsilon)  # NaN is never fitted
         first = int(np.argmax(beyond)) if beyond.any() else len(beyond)
         lower = float(self.counts[first - 1]) if first > 0 else 0.0
         after = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
@@ -87,14 +95,20 @@ class EffectiveModelComplexity(Result):
     def regime(self) -> str:
         """Return "under-parametrised", "critical" or "over-parametrised", of a training on `samples` examples.
 
+        "unknown" where trainings diverged: it is not their size that kept them from fitting.
+
         Nakkiran et al. (2019) leave open how close to the complexity is critical; here it is what the interval leaves
         undecided.
         """
         lower, upper = self._ends()
         if self.samples <= lower:
             return "over-parametrised"
+        if self.diverged:
+            return "unknown"
         return "under-parametrised" if self.samples >= upper else "critical"
 
     def summary(self) -> dict[str, Any]:
         """Return the main numbers."""
-        return {"value": self.value, "lower": self.lower, "upper": self.upper, "regime": self.regime}
+        return {"value": self.value, "lower": self.lower, "upper": self.upper, "regime": self.regime} | (
+            {"diverged": self.diverged} if self.diverged else {}
+        )

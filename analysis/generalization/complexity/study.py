@@ -102,7 +102,14 @@ def _findings(found: EffectiveModelComplexity) -> tuple[Finding, ...]:
         fitted = f"Fewer than {count(found.counts[0])}, the fewest that were tried."
     if not math.isfinite(found.upper):
         fitted += f" There are {count(found.available)} examples; whether it could fit more is not known."
+    if found.diverged:
+        trainings = f"{count(found.diverged)} of {count(len(found.rows))} trainings"
+        fitted += (
+            f" {trainings} diverged, and their numbers of examples count as not fitted: this is what diverges, not "
+            "what is too small. Lower the learning rate."
+        )
     says = {
+        "unknown": "trainings diverged, so that nothing follows. Lower the learning rate.",
         "over-parametrised": "it can fit more examples than it is given. A larger model, or a longer training, should "
         "lower the test error further.",
         "under-parametrised": "it cannot fit the examples it is given. A larger model should lower the test error; so "
@@ -111,9 +118,10 @@ def _findings(found: EffectiveModelComplexity) -> tuple[Finding, ...]:
         "training or even more examples may raise the test error, and label noise hurts most.",
     }
     regime = f"{found.regime[0].upper()}{found.regime[1:]}: on {count(found.samples)} examples {says[found.regime]}"
+    conjecture = "" if found.regime == "unknown" else " This is a conjecture of Nakkiran et al. (2019), not a theorem."
     return (
         Finding("How many examples can this training fit?", fitted),
-        Finding("In which regime is it?", f"{regime} This is a conjecture of Nakkiran et al. (2019), not a theorem."),
+        Finding("In which regime is it?", f"{regime}{conjecture}"),
     )
 
 

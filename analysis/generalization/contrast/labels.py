@@ -140,7 +140,9 @@ def _cards(found: Contrasts) -> tuple[Card, ...]:
     ratio = found.ratio("sharpness", "random labels")
     cards.append(
         Card(
-            label="Sharpness, random over true", value=wording.number(ratio.value, 2), hint="at the same training loss"
+            label="Sharpness, random over true",
+            value=wording.number(ratio.value, 2) if math.isfinite(ratio.value) else "unknown",
+            hint="at the same training loss" if math.isfinite(ratio.value) else "not measured at one training loss",
         )
     )
     error = found.mean("test_error", "true labels")
@@ -163,26 +165,48 @@ def _findings(found: Contrasts) -> tuple[Finding, ...]:
         f"{wording.THIN}%), after true ones {number(100 * found.mean('test_error', 'true labels').value, 3)}"
         f"{wording.THIN}%: with the same size and training. What bounds the test error must see more than these."
     )
-    time = found.ratio("steps", "random labels")
-    slower = (
-        f"The training loss comes to {found.target:g} after {told_ratio(time)} times as many steps as with true labels "
-        f"for random ones, and {told_ratio(found.ratio('steps', 'random pixels'))} for random pixels (95 %)."
-    )
-    short = [c for c in found.conditions if not all(r.reached for r in found.rows if r.condition == c)]
-    if short:
-        slower += f" Not all came there ({', '.join(short)}): these were measured after the last step."
-    seen = (
-        f"At the same training loss, random over true labels: norm {told_ratio(found.ratio('norm', 'random labels'))}, "
-        f"distance from the start {told_ratio(found.ratio('distance', 'random labels'))}, sharpness "
-        f"{told_ratio(found.ratio('sharpness', 'random labels'))}, trace "
-        f"{told_ratio(found.ratio('trace', 'random labels'))}, gradient noise "
-        f"{told_ratio(found.ratio('noise_trace', 'random labels'))}."
-    )
     return (
         Finding("Can it fit labels that mean nothing?", said),
-        Finding("Is that harder?", slower),
-        Finding("Does curvature tell them apart?", seen),
+        Finding("Is that harder?", _slower(found)),
+        Finding("Does curvature tell them apart?", _seen(found)),
     )
+
+
+def _slower(found: Contrasts) -> str:
+    short = [c for c in found.conditions if not found.reached(c)]
+    told = []
+    if found.conditions[0] not in short:
+        of = {"for random ones": "random labels", "for random pixels": "random pixels"}
+        told = [f"{told_ratio(found.ratio('steps', c))} times {words}" for words, c in of.items() if c not in short]
+    text = ""
+    if told:
+        text = (
+            f"Steps until the training loss comes to {found.target:g}, over those with true labels: {', '.join(told)} "
+            "(95 %)."
+        )
+    if short:
+        text += (
+            f" Within {wording.count(found.steps)} steps not all repeats came to a training loss of {found.target:g} "
+            f"({', '.join(short)}): these were measured after the last step, so that ratios with them are left out. "
+            "More steps, a higher rate or a higher target may."
+        )
+    return text.strip()
+
+
+def _seen(found: Contrasts) -> str:
+    random = "random labels"
+    short = [c for c in (found.conditions[0], random) if not found.reached(c)]
+    if short:
+        return (
+            f"Not known: with {' and '.join(short)} not all repeats came to a training loss of {found.target:g}, and "
+            "curvature is compared at one training loss only."
+        )
+    names = {"norm": "norm", "distance": "distance from the start", "sharpness": "sharpness", "trace": "trace"}
+    ratios = ", ".join(
+        f"{words} {told_ratio(found.ratio(name, random))}"
+        for name, words in (names | {"noise_trace": "gradient noise"}).items()
+    )
+    return f"At the same training loss, random over true labels: {ratios}."
 
 
 def _price(objective: Objective, plan: RandomLabelsPlan) -> Price:

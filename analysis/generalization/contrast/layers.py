@@ -55,7 +55,8 @@ def with_batch_norm(model: nn.Module) -> nn.Module:
         if type(layer) not in _NORM_AFTER or layer is layers[-1]:
             return None
         kind, size = _NORM_AFTER[type(layer)]
-        return kind(getattr(layer, size))
+        weight = layer.get_parameter("weight")
+        return kind(getattr(layer, size), dtype=weight.dtype, device=weight.device)
 
     return _inserted(model, norm)
 

@@ -100,10 +100,14 @@ def regularization_by_curvature(
     if not isinstance(shared.model, nn.Sequential):
         names = [name for name in names if name not in ("dropout", "batch norm")]
         notes.append("Dropout and batch norm are inserted into chains (nn.Sequential) only; the model is none.")
-    known = plan.squared or plan.loss == "cross-entropy" or isinstance(objective.rule, CrossEntropy)
+    rule = objective.rule if plan.loss == "task" else None
+    known = plan.loss != "task" or isinstance(rule, CrossEntropy)
     if not known:
         names.remove("label smoothing")
         notes.append("Labels are smoothed for cross-entropy and squared error only; --loss chooses one.")
+    elif rule is not None and rule.settings.get("label_smoothing", 0.0) > 0:
+        names.remove("label smoothing")
+        notes.append("The task's loss smooths labels already, in all conditions; --loss cross-entropy leaves that out.")
     loss = "squared error" if plan.squared else plan.loss.replace("task", "the task's loss")
     return compared(shared, names, "regularization", loss, notes, progress, draft)
 

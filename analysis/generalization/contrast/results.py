@@ -92,9 +92,18 @@ class Contrasts(Result):
             value=float(own.mean()), stderr=float(own.std(ddof=1)) / math.sqrt(len(own)), dof=len(own) - 1.0
         )
 
+    def reached(self, condition: str) -> bool:
+        """Return whether all repeats came to the target; true where there is none."""
+        return all(row.reached for row in self.rows if row.condition == condition)
+
     def ratio(self, name: str, condition: str, confidence: float = 0.95) -> Bounded:
-        """Return a positive field over that of the baseline: the geometric mean within repeats, and its interval."""
+        """Return a positive field over that of the baseline: the geometric mean within repeats, and its interval.
+
+        NaN where a value is not positive, or where networks to be measured at one training loss did not come there.
+        """
         found = self.of(name)
+        if not (self.reached(condition) and self.reached(self.conditions[0])):
+            return Bounded.between(math.nan, math.nan)
         own, base = found[self.conditions.index(condition)], found[0]
         if not (np.isfinite(own).all() and np.isfinite(base).all() and (own > 0).all() and (base > 0).all()):
             return Bounded.between(math.nan, math.nan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from analysis.generalization.descent.results import DescentCurve, DescentRow
 from analysis.generalization.ensemble import Ensemble, Recipe
 from analysis.generalization.kept import Kept
 from analysis.generalization.point import curvature_at
+from analysis.generalization.suited import copy_of, require_suited_loss
 from analysis.generalization.width import at_width, width_of
 from analysis.records.plan import Plan, from_plan, setting
 from analysis.run.draft import Draft
@@ -165,7 +165,7 @@ def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data
     """Return what all trainings share: data, labels with noise for each repeat, loss.
 
     Raises:
-        InputError: for data that are no class labels, or fewer than asked for.
+        InputError: for data that are no class labels, or fewer than asked for, or a loss in which some count more.
     """
     seed = generator.initial_seed() % 2**40
     data = labelled(objective, test_data, seed)
@@ -183,7 +183,9 @@ def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data
     loss = loss_of(objective, plan.loss, data.one_hot)
     if objective.num_params != sum(p.numel() for p in objective.model.parameters()):
         raise InputError("networks are trained in all their parameters; give an objective of all of them (no params=).")
-    model = copy.deepcopy(objective.model).cpu()  # the objective's own stays where it is
+    model = copy_of(objective.model).cpu()  # the objective's own stays where it is
+    if getattr(plan, "model", "task") == "task":
+        require_suited_loss(loss, data.labels, data.num_classes, objective.dtype)
     return Setup(model=model, loss=loss, data=data, noisy=noisy, plan=plan, seed=seed)
 
 

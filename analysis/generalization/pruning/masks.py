@@ -8,7 +8,6 @@ noise; and products, diagonals and eigenpairs are those of the sub-network, sinc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from analysis.generalization.suited import copy_of
 from curvature.arguments import checked
 from curvature.errors import InputError, ParameterSelectionError
 
@@ -92,7 +92,7 @@ def sparse_model(model: nn.Module, masks: Masks) -> nn.Module:
         ([(1,)], True)
     """
     _check(model, masks)
-    result = copy.deepcopy(model)
+    result = copy_of(model)
     for name, mask in masks.items():
         owner, _, key = name.rpartition(".")
         module = result.get_submodule(owner)
@@ -108,7 +108,7 @@ def sparse_model(model: nn.Module, masks: Masks) -> nn.Module:
 @checked
 def dense_model(model: nn.Module) -> nn.Module:
     """Return a copy of a sparse model with ordinary tensors: zeros where it was pruned, free to move again."""
-    result = copy.deepcopy(model)
+    result = copy_of(model)
     for module in result.modules():
         if keys := _masked_keys(module):
             _own_class(module)

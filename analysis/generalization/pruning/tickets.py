@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from analysis.generalization.pruning.masks import dense_model, sparse_model
 from analysis.generalization.pruning.results import TicketRow, Tickets
 from analysis.generalization.pruning.scores import PruningMethod, pruning_scores
+from analysis.generalization.suited import copy_of
 from analysis.show.listener import Progress
 from analysis.training.loop import MakeOptimizer, batches_of, initialise, take_step, training_loss
 from curvature.arguments import checked
@@ -134,7 +135,7 @@ class _Tickets:
     def of_seed(self, seed: int, kinds: list[str], tell: Callable[[], None]) -> dict[tuple[str, float], float]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            start = copy.deepcopy(self.objective.model)
+            start = copy_of(self.objective.model)
             initialise(start)
             other = copy.deepcopy(start)
             initialise(other)  # for masks on new weights
@@ -203,6 +204,11 @@ class _Tickets:
                 return float(there.loss())
             if outputs.ndim != 2 or targets.ndim != 1:
                 return float(there.loss())
-            right.append(outputs.argmax(1) == targets)
+            counts = torch.ones_like(targets, dtype=torch.bool)  # ignored labels do not
+            if there.rule is not None:
+                counts = there.rule.term_weights(outputs, targets) > 0
+            right.append((outputs.argmax(1) == targets)[counts])
+        if not any(map(len, right)):
+            raise InputError("no label of the held-out data counts in the loss; give examples that are not ignored.")
         self.metric = "accuracy"
         return float(torch.cat(right).double().mean())

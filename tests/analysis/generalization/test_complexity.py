@@ -21,6 +21,7 @@ from analysis import (
     plot_model_complexity,
 )
 from analysis.generalization.complexity.measure import ComplexityPlan, _between, _doubled
+from analysis.generalization.complexity.study import _report
 from analysis.generalization.data import flipped
 from analysis.generalization.ensemble import Ensemble, Recipe
 from analysis.run.draft import POINTS, Draft
@@ -56,6 +57,20 @@ def test_value_interval_and_regime_are_read_off_the_rows() -> None:
     assert (high.value, high.lower, high.upper, high.regime) == (50, 50, math.inf, "over-parametrised")
     assert _doubled(100) == [100, 50, 25, 12]
     assert plot_model_complexity(found).get_xscale() == "log"
+
+
+def test_trainings_that_diverge_fit_nothing_and_are_told() -> None:
+    nan = math.nan
+    found = made({20: [nan, 0.0, 0.0], 40: [nan, nan, nan], 80: [nan, 0.0, 0.0]}, samples=80)
+    assert (found.value, found.lower, found.upper, found.regime, found.diverged) == (0, 0, 20, "unknown", 5)
+    assert found.summary()["diverged"] == 5
+    told = " ".join(finding.answer for finding in _report(found).findings)
+    assert "5 of 9 trainings diverged" in told
+    assert "learning rate" in told
+    assert "or more" not in told
+    plot_model_complexity(found)
+    some = made({20: [0.0, 0.0, 0.0], 40: [0.0, 0.0, 0.0], 80: [nan, 0.0, 0.0]}, samples=30)
+    assert (some.value, some.lower, some.upper, some.regime) == (40, 40, 80, "over-parametrised")
 
 
 def task(num: int = 160) -> tuple[Objective, tuple[torch.Tensor, torch.Tensor]]:

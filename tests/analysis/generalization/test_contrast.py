@@ -22,7 +22,7 @@ from analysis import (
     random_labels,
     regularization_by_curvature,
 )
-from analysis.generalization.contrast.labels import RandomLabelsPlan
+from analysis.generalization.contrast.labels import RandomLabelsPlan, _report
 from analysis.generalization.contrast.layers import changed_inputs, with_batch_norm, with_dropout
 from analysis.generalization.contrast.measure import LABELS, REGULARIZERS, _data_of, _smoothed, prepared
 from analysis.tasks.digits import make_cnn, make_mlp
@@ -71,6 +71,23 @@ def test_ratios_and_differences_are_taken_within_repeats() -> None:
     assert off.stderr == pytest.approx(np.std([0.05, 0.09, 0.21], ddof=1) / math.sqrt(3))
     assert math.isnan(made({"none": [0.0, 1.0], "SAM": [1.0, 1.0]}).ratio("sharpness", "SAM").value)
     assert plot_contrast_ratios(found).get_xscale() == plot_fitting(found).get_xscale() == "log"
+
+
+def test_ratios_are_left_out_where_the_target_was_not_reached() -> None:
+    whole = made({"true labels": [2.0, 3.0], "random labels": [4.0, 7.0], "random pixels": [5.0, 6.0]})
+    for missing in ("random labels", "true labels"):
+        rows = tuple(ContrastRow(**{**vars(row), "reached": row.condition != missing}) for row in whole.rows)
+        found = Contrasts(**{**vars(whole), "rows": rows, "target": 0.05})
+        assert math.isnan(found.ratio("steps", "random labels").value)
+        report = _report(found)
+        assert f"({missing}): these were measured after the last step" in report.findings[1].answer
+        assert "Not known" in report.findings[2].answer
+        assert ("over those with true labels" in report.findings[1].answer) == (missing == "random labels")
+        assert report.cards[2].value == "unknown"
+        plot_contrast_ratios(found)
+    told = _report(Contrasts(**{**vars(whole), "target": 0.05})).findings
+    assert "Steps until the training loss comes to 0.05" in told[1].answer
+    assert "At the same training loss" in told[2].answer
 
 
 def test_conditions_change_what_they_say_and_nothing_else() -> None:
