@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analysis.generalization.pruning.removal import loss_changes, true_changes
+from analysis.generalization.pruning.removal import held, loss_changes, true_changes
 from analysis.generalization.pruning.results import ALL, EACH, PruningPoint, PruningRecord
 from analysis.generalization.pruning.scores import (
     LARGEST_DENSE,
@@ -60,7 +60,11 @@ class PruningPlan(Plan):
     )
     block_size: int = setting(128, "Of woodfisher: weights in a block.", least=1)
     held_out: float = setting(
-        0.2, "Share of the data that takes no part in the scores, for changes held out and tickets.", least=0, below=1
+        0.2,
+        "Share of the data (of the batches, where there are several) that takes no part in the scores, for changes "
+        "held out and tickets.",
+        least=0,
+        below=1,
     )
     tickets: int = setting(
         0, "Train lottery tickets with so many seeds, at the sparsities from a half on, or the largest.", least=0
@@ -128,8 +132,15 @@ def measure_pruning(
         [('weight', 2, 1.25, 1.25), ('all', 2, 1.25, 1.25)]
     """
     streams = spawn(generator, 4)
-    ours, theirs = _parted(objective, plan.held_out, streams[0])
     notes, points, dampings = list[str](), list[PruningPoint](), dict[str, float]()
+    objective.source.confirm()  # which shows whether a loader shuffles
+    if objective.shuffles:
+        notes.append("The loader shuffles: its batches were drawn once, and another run draws others.")
+    ours, theirs = _parted(held(objective), plan.held_out, streams[0])
+    scale = 1.0
+    if theirs is not None and ours.is_sum:
+        scale = _num_examples(ours) / _num_examples(theirs)
+        notes.append("The loss is a sum: held-out losses and changes are scaled to as many examples as the others.")
     samples = _samples(ours)
     if samples:
         notes.append(
@@ -164,7 +175,7 @@ def measure_pruning(
         for layer in (*layers, ALL, EACH):
             if progress is not None:
                 progress(f"{method}, {layer}", done, total)
-            points += _points(scores, layer, sorted(set(plan.sparsities)), ours, theirs, diagonal)
+            points += _points(scores, layer, sorted(set(plan.sparsities)), ours, theirs, diagonal, scale)
             done += 1
     tickets = None
     if plan.tickets:
@@ -187,7 +198,7 @@ def measure_pruning(
         points=tuple(points),
         layers=layers,
         loss=float(ours.loss()),
-        held_out_loss=math.nan if theirs is None else float(theirs.loss()),
+        held_out_loss=math.nan if theirs is None else scale * float(theirs.loss()),
         num_params=objective.num_params,
         dampings=dampings,
         tickets=tickets,
@@ -202,6 +213,7 @@ def _points(
     ours: Objective,
     theirs: Objective | None,
     diagonal: Tensor | None,
+    scale: float,
 ) -> Iterator[PruningPoint]:
     squares = scores.weights.double().square() / 2
     only = None if layer in (ALL, EACH) else layer
@@ -227,8 +239,8 @@ def _points(
                 size=float(squares[pruned].sum()),
                 true=float(here.true[k]),
                 true_stderr=float(here.true_stderr[k]),
-                held_out=float(held_out[k]),
-                held_out_stderr=float(held_out_stderr[k]),
+                held_out=scale * float(held_out[k]),
+                held_out_stderr=scale * float(held_out_stderr[k]),
             )
 
 
@@ -259,10 +271,14 @@ def _parted(objective: Objective, share: float, generator: torch.Generator) -> t
         pieces = [take(whole[0], sorted(rows), count) for rows in (order[:cut], order[cut:]) if rows]
         parts = [[piece] for piece in pieces]
     else:
-        every = max(2, round(1 / share))
-        held = [i for i in range(len(whole)) if i % every == every - 1]
-        parts = [[whole[i] for i in range(len(whole)) if i not in held], [whole[i] for i in held]]
+        count = round(share * len(whole))
+        chosen = {(i + 1) * len(whole) // count - 1 for i in range(count)}
+        parts = [[batch for i, batch in enumerate(whole) if (i in chosen) is out] for out in (False, True)]
     if len(parts) < 2 or not all(parts):
-        raise InputError(f"a share of {share:g} of these data is no example, or all of them; give held_out=0.")
+        raise InputError(f"a share of {share:g} of these data is no example or batch, or all of them; give held_out=0.")
     ours, theirs = (in_groups(objective.replace(data=part, micro_batch=None)) for part in parts)
     return ours, theirs
+
+
+def _num_examples(objective: Objective) -> int:
+    return sum(num_examples(batch) for batch in objective.settings["data"])

@@ -50,7 +50,8 @@ class PruningPoint:
     true_stderr: float
     """One standard error of it, from differences by batch."""
     held_out: float
-    """The same change on data that took no part in the scores; NaN without such data."""
+    """The same change on data that took no part in the scores, of a summed loss scaled to as many examples; NaN without
+    such data."""
     held_out_stderr: float
     """Likewise."""
 
@@ -118,7 +119,7 @@ class PruningRecord(Plain):
     loss: float
     """L before, on the data of the scores."""
     held_out_loss: float
-    """L before, on data held out; NaN without such data."""
+    """L before, on data held out, of a summed loss scaled to as many examples; NaN without such data."""
     num_params: int
     """n, with those that are never removed: biases and normalisation layers."""
     dampings: dict[str, float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 import analysis
 from analysis.generalization.pruning.inverse import InverseBlocks, block_places, dense_inverse, recursive_inverse
-from analysis.generalization.pruning.removal import Products, loss_changes
+from analysis.generalization.pruning.removal import Products, loss_changes, true_changes
 from analysis.generalization.pruning.scores import METHODS
 from analysis.sharpness.measure import measures_for
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError, ParameterSelectionError
 from curvature.layerwise import exact_diagonal, kronecker_factors
 from curvature.linop import to_dense
+from curvature.objective.shift import shifted
 
 F64 = torch.float64
 
@@ -480,6 +482,46 @@ def test_changes_and_their_errors_are_those_of_the_batches() -> None:
     steep_loss = Objective(steep, None, [torch.ones(2, 1, dtype=F64)], forward=lambda m, x: m(x).exp().mean())
     far = loss_changes(steep_loss, torch.tensor([[0.0, 1e4]], dtype=F64))
     assert far.true.tolist() == [0.0, float("inf")]  # the loss overflows there; its quadratic model does not
+
+
+class Shuffled:
+    """A loader that shuffles."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.g = x, y, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = torch.randperm(len(self.x), generator=self.g)
+        return iter([(self.x[r], self.y[r]) for r in rows.split(5)])
+
+
+def test_changes_over_a_loader_that_shuffles_are_paired() -> None:
+    objective = make_objective(batches=1)
+    D = torch.full((objective.num_params, 1), 1e-4, dtype=F64)
+    shuffled = objective.replace(data=Shuffled(*objective.settings["data"][0]))
+    fixed = objective.split(5)
+    for keep_graphs in ("auto", False):
+        found, expected = (loss_changes(o.replace(keep_graphs=keep_graphs), D) for o in (shuffled, fixed))
+        torch.testing.assert_close(found.true, expected.true)
+        torch.testing.assert_close(found.predicted, expected.predicted)
+        assert 0.2 < float(found.true_stderr / expected.true_stderr) < 5
+        assert float(found.true_stderr) == pytest.approx(float(found.predicted_stderr), rel=0.5)
+    torch.testing.assert_close(true_changes(shuffled, D)[0], expected.true)
+
+
+def test_errors_under_class_weights_are_those_of_a_ratio_of_sums() -> None:
+    """Against the bootstrap over examples."""
+    objective = make_objective(trained=False, batches=1)
+    ((x, y),) = objective.settings["data"]
+    weights = torch.tensor([1.0, 20.0, 0.1], dtype=F64)
+    D = torch.randn(objective.num_params, 1, generator=torch.Generator().manual_seed(1), dtype=F64)
+    found = loss_changes(objective.replace(loss=nn.CrossEntropyLoss(weight=weights)).split(1), D)
+    before = nn.functional.cross_entropy(objective.model(x), y, reduction="none")
+    with shifted(objective, objective.space.current() + D[:, 0]), torch.no_grad():
+        change = nn.functional.cross_entropy(objective.model(x), y, reduction="none") - before.detach()
+    rows = torch.randint(len(x), (4000, len(x)), generator=torch.Generator().manual_seed(0))
+    drawn = (weights[y] * change)[rows].sum(1) / weights[y][rows].sum(1)
+    assert float(found.true_stderr) == pytest.approx(float(drawn.std()), rel=0.12)
 
 
 def test_errors_over_data_cover_the_change_of_the_population() -> None:

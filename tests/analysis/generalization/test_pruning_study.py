@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import analysis
 from analysis.cli import app
+from analysis.generalization.pruning.measure import _parted
 from analysis.generalization.pruning.results import PruningPoint, PruningRecord, TicketRow, Tickets
 from analysis.generalization.pruning.tickets import lottery_tickets
 from curvature import Objective
@@ -86,6 +87,26 @@ def test_held_out_data_take_no_part_in_the_scores() -> None:
     batches = Objective(objective.model, nn.CrossEntropyLoss(), [objective.settings["data"]] * 4)
     (point,) = analysis.measure_pruning(batches, held_out=0.25, **plan).of("magnitude", "all")  # type: ignore[arg-type]
     assert point.held_out == pytest.approx(point.true, rel=1e-4)  # the same data again
+
+
+def test_the_share_held_out_is_the_one_asked_for_and_sums_are_of_as_many_examples() -> None:
+    objective, _ = toy()
+    x, y = objective.settings["data"]
+    plan = {"methods": ("magnitude",), "sparsities": (0.5,), "generator": 0}
+    batches = objective.replace(data=list(zip(x.split(8), y.split(8), strict=True)))
+    for share, count in ((0.1, 1), (0.2, 2), (0.3, 3), (0.7, 7), (0.9, 9)):
+        ours, theirs = _parted(batches, share, torch.Generator().manual_seed(0))
+        assert theirs is not None
+        assert (len(ours.settings["data"]), len(theirs.settings["data"])) == (10 - count, count)
+    mean, total = (
+        analysis.measure_pruning(batches.replace(loss=nn.CrossEntropyLoss(reduction=reduction)), **plan)  # type: ignore[arg-type]
+        for reduction in ("mean", "sum")
+    )
+    (one,), (summed,) = mean.of("magnitude", "all"), total.of("magnitude", "all")
+    for name in ("true", "held_out", "held_out_stderr"):
+        assert getattr(summed, name) == pytest.approx(64 * getattr(one, name), rel=1e-3)
+    assert total.held_out_loss == pytest.approx(64 * mean.held_out_loss, rel=1e-4)
+    assert "scaled" in total.notes[0]
 
 
 def point(method: str, true: float, linear: float, layer: str = "a", **others: float) -> PruningPoint:
