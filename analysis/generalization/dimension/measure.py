@@ -18,7 +18,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import CurvatureError, InputError
 from curvature.linalg.stochastic.functionals import effective_dimension as dimension_of_density
 from curvature.linop import SymmetricOperator
-from curvature.losses.rules import CrossEntropy, SquaredError
+from curvature.losses.rules import AnyLoss, CrossEntropy, SquaredError
 from curvature.objective.objective import Objective
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
@@ -95,7 +95,8 @@ def effective_dimension(
         progress: told the matrices as they are done.
 
     Raises:
-        InputError: for settings out of range, or a loss without any positive curvature.
+        InputError: for settings out of range, a loss without any positive curvature, or one that does not divide by its
+            number of terms, such as a sum written by oneself.
         NonFiniteError: if a product is not finite.
 
     Reference: MacKay (1992), Bayesian interpolation; Maddox, Benton and Wilson (2020), Rethinking parameter counting.
@@ -108,7 +109,7 @@ def effective_dimension(
         >>> [round(float(d), 4) for d in found.of("ggn").values]  # 2/(2 + a) + 18/(18 + a), a = 1, 2, 4
         [1.614, 1.4, 1.1515]
     """
-    notes: list[str] = []
+    about, notes = _about_terms(objective), list[str]()
     matrices: dict[str, Callable[[], SymmetricOperator]] = {
         "ggn": lambda: GGNOperator(objective),
         "hessian": lambda: HessianOperator(objective),
@@ -147,8 +148,23 @@ def effective_dimension(
         total_weight=objective.total_weight,
         loss=_loss_name(objective),
         train_loss=float(objective.loss()),
-        notes=tuple(notes),
+        notes=(*notes, *about),
     )
+
+
+def _about_terms(objective: Objective) -> list[str]:
+    """Return a note where the number of terms is a guess; refuse a loss that does not divide by it."""
+    if objective.is_sum or objective.settings["weight"] is not None or not isinstance(objective.rule, AnyLoss | None):
+        return []
+    if objective.ranks is None:
+        verdict = objective.cuts.verdict(objective.evaluator, next(objective.batches()), 0)
+        if verdict.weights is not None:
+            raise InputError(
+                f"the sum of the loss over its terms is not known: {verdict.weights}. Give a mean over the examples, "
+                "one of torch's losses (reduction='mean' or 'sum'), or weight= (batch -> what its loss divides by)."
+            )
+    terms = f"{objective.total_weight:g}"
+    return [f"The loss was taken to be a mean of {terms} terms, and their sum to be {terms} times as much."]
 
 
 class _OfParameters(SymmetricOperator):

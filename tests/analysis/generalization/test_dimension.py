@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from analysis import effective_dimension, measure, plot_dimension_of
@@ -73,6 +74,21 @@ def test_a_loss_without_a_split_has_a_hessian_only() -> None:
     flat = Objective(model, None, torch.ones(3, 2), forward=lambda m, batch: m(batch).mean())
     with pytest.raises(InputError, match="no eigenvalue is above 0"):
         effective_dimension(flat, generator=0)
+
+
+def test_what_an_unknown_loss_divides_by_is_told_or_refused() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(12, 4, generator=g).double(), torch.randint(0, 3, (12,), generator=g)
+    model, few = nn.Linear(4, 3).double(), {"points": 3, "lowest": 0.1, "highest": 1.0, "generator": 0}
+    known = effective_dimension(Objective(model, nn.CrossEntropyLoss(), (x, y)), **few)
+    own = effective_dimension(Objective(model, lambda z, t: F.cross_entropy(z, t), (x, y)), **few)
+    torch.testing.assert_close(own.of("hessian").values, known.of("hessian").values)
+    assert "a mean of 12 terms" in own.notes[0]
+    assert not known.notes
+    summed = effective_dimension(Objective(model, nn.CrossEntropyLoss(reduction="sum"), (x, y)), **few)
+    torch.testing.assert_close(summed.of("ggn").values, known.of("ggn").values)
+    with pytest.raises(InputError, match=r"sum of the loss over its terms is not known.*weight="):
+        effective_dimension(Objective(model, lambda z, t: F.cross_entropy(z, t, reduction="sum"), (x, y)), **few)
 
 
 def test_the_report_says_what_it_does_not_mean() -> None:
