@@ -42,7 +42,9 @@ class DirectFeedbackAlignment:
     a residual block as a whole. What follows the last cut gets its true gradient. Without `layers`, an
     `nn.Sequential` is cut before each child with parameters, those that normalise left out. Other models name the
     modules whose outputs are cut, in the order of the forward pass: in a residual network the blocks, whose outputs
-    carry the skip connection too. A path around all cuts carries the true gradient, as ever.
+    carry the skip connection too. A path around all cuts carries the true gradient, as ever. A module that is called
+    several times is cut after every call, each with its own feedback; where it stands in several places of an
+    `nn.Sequential`, its names are these places.
 
     Learning works because the weights come to agree with the feedback: `alignment` measures how far.
 
@@ -53,11 +55,11 @@ class DirectFeedbackAlignment:
         model: called with its inputs; its output is one tensor, whose first dimension are examples.
         layers: modules, by name, whose outputs are cut; None for an `nn.Sequential`.
         scale: factor on B. The size of steps in the early layers follows it.
-        seed: of B, a function of (seed, place of the cut, shape).
+        seed: of B, a function of (seed, place of the cut, shape), drawn in float32.
 
     Raises:
         InputError: for models that are not sequential without `layers`, unknown names, layers that a forward pass does
-            not reach, outputs that are no tensor, activation checkpointing.
+            not reach, modules whose places cannot be told apart, outputs that are no tensor, activation checkpointing.
 
     Examples:
         >>> from torch import nn
@@ -73,7 +75,7 @@ class DirectFeedbackAlignment:
     ) -> None:
         self.model, self.scale, self.seed = model, scale, seed
         self.layers = tuple(_cuts(model)) if layers is None else tuple(layers)
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         if unknown := [name for name in self.layers if name not in modules or not name]:
             raise InputError(f"layers names {unknown[0]!r}, and the model has {', '.join(n for n in modules if n)}.")
         if not self.layers or len(set(self.layers)) < len(self.layers):
@@ -82,9 +84,17 @@ class DirectFeedbackAlignment:
             raise InputError(f"scale must be a finite number >= 0, got {scale!r}.")
         self._active, self._pass = True, _Pass()
         self._feedback: dict[tuple[Any, ...], Tensor] = {}
+        names: dict[nn.Module, list[str]] = {}
+        for name in self.layers:
+            names.setdefault(modules[name], []).append(name)
+        self._places = {  # of modules whose calls are told apart: all their names, in the order of the calls
+            module: _places_of(model, module, of_module)
+            for module, of_module in names.items()
+            if len(of_module) > 1 or layers is None
+        }
         self._handles = [
             model.register_forward_pre_hook(self._begin),
-            *[modules[name].register_forward_hook(self._hook_of(name)) for name in self.layers],
+            *[module.register_forward_hook(self._hook_of(of_module[0])) for module, of_module in names.items()],
             model.register_forward_hook(self._end),
         ]
 
@@ -101,8 +111,8 @@ class DirectFeedbackAlignment:
         key = (name, call, rows, columns, outputs.device, outputs.dtype)
         if key not in self._feedback:
             generator = counter_generator(outputs.device, _STREAM, self.seed, self.layers.index(name), call)
-            drawn = torch.randn(rows, columns, generator=generator, device=outputs.device, dtype=outputs.dtype)
-            self._feedback[key] = drawn * (self.scale / max(1, columns) ** 0.5)
+            drawn = torch.randn(rows, columns, generator=generator, device=outputs.device, dtype=torch.float32)
+            self._feedback[key] = (drawn * (self.scale / max(1, columns) ** 0.5)).to(outputs.dtype)
         return self._feedback[key]
 
     def alignment(self, closure: Callable[[], Any], loss: Callable[..., Tensor] | None = None) -> dict[str, float]:
@@ -133,9 +143,15 @@ class DirectFeedbackAlignment:
         del args
         self._pass = _Pass()
 
-    def _hook_of(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def cut(_: nn.Module, args: Any, output: Any) -> Any:
+    def _hook_of(self, first: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def cut(module: nn.Module, args: Any, output: Any) -> Any:
             del args
+            name, places = first, self._places.get(module)
+            if places is not None and not self._pass.ended:
+                count = self._pass.counts[module] = self._pass.counts.get(module, 0) + 1
+                name = places[min(count, len(places)) - 1]
+                if name not in self.layers:
+                    return output
             if not isinstance(output, Tensor):
                 raise InputError(f"{name} returns {type(output).__name__}; name layers that return one tensor.")
             if torch._C._current_graph_task_id() != -1:
@@ -156,6 +172,12 @@ class DirectFeedbackAlignment:
     def _end(self, _: nn.Module, args: Any, output: Any) -> None:
         del args
         seen, self._pass.ended = self._pass, True
+        for module, places in self._places.items():
+            if (count := seen.counts.get(module, 0)) > len(places):
+                raise InputError(
+                    f"a {type(module).__name__}, {' and '.join(places)} of the model, was called {count} times in a "
+                    "pass, so that its calls cannot be told apart: give each place a module of its own."
+                )
         if missed := [name for name in self.layers if name not in seen.calls]:
             raise InputError(f"the forward pass did not call {missed[0]}; name layers that it calls.")
         if not isinstance(output, Tensor):
@@ -172,6 +194,7 @@ class _Pass:
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
+        self.counts: dict[nn.Module, int] = {}
         self.ended = False
         self.error: Tensor | None = None
 
@@ -207,15 +230,28 @@ def _cuts(model: nn.Module) -> list[str]:
             f"{type(model).__name__} is not an nn.Sequential: name the modules whose outputs are cut, such as "
             f"residual blocks, by layers=; its children are {names}."
         )
-    children = list(model.named_children())
+    children = list(model._modules.items())  # a module that stands in two places comes twice
     starts = [
         i
         for i, (_, child) in enumerate(children)
-        if any(True for _ in child.parameters()) and not isinstance(child, _NORMALISATIONS)
+        if child is not None and any(True for _ in child.parameters()) and not isinstance(child, _NORMALISATIONS)
     ]
     if len(starts) < 2:
         raise InputError("the model has one layer with parameters, which gets its true gradient: there is no feedback.")
     return [children[i - 1][0] for i in starts[1:]]
+
+
+def _places_of(model: nn.Module, module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return all names of a module that stands in several places, in the order in which a sequential model calls it."""
+    everywhere = [name for name, part in model.named_modules(remove_duplicate=False) if part is module]
+    if len(everywhere) > 1 and not (
+        isinstance(model, nn.Sequential) and all(model._modules.get(name) is module for name in everywhere)
+    ):
+        raise InputError(
+            f"{' and '.join(everywhere)} are one {type(module).__name__}, whose calls cannot be told apart: give each "
+            f"place a module of its own, or name {names[0]} alone by layers=, which cuts after every call."
+        )
+    return everywhere
 
 
 def _cosine(a: Tensor | None, b: Tensor | None) -> float:

@@ -128,6 +128,67 @@ def test_convolutions_sequences_and_layers_called_twice() -> None:
     assert not torch.equal(found.matrix("0", h, o, 0), found.matrix("0", h, o, 1))
 
 
+@pytest.mark.parametrize("layers", [None, ["1", "3"]])
+def test_a_module_in_two_places_is_cut_as_two_modules_are(layers: Any) -> None:
+    torch.manual_seed(0)
+    x, found = torch.randn(6, 4), []
+    start = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).state_dict()
+    for first, second in ((nn.Tanh(), nn.Tanh()), (shared := nn.Tanh(), shared)):
+        model = nn.Sequential(nn.Linear(4, 8), first, nn.Linear(8, 8), second, nn.Linear(8, 3))
+        model.load_state_dict(start)
+        feedback = DirectFeedbackAlignment(model, layers)
+        assert feedback.layers == ("1", "3")
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for own, of_shared in zip(*found, strict=True):
+        torch.testing.assert_close(own, of_shared)
+
+
+def test_a_module_that_also_follows_the_last_layer_is_cut_in_its_place_alone() -> None:
+    torch.manual_seed(0)
+    act, x = nn.Tanh(), torch.randn(6, 4)
+    model = nn.Sequential(nn.Linear(4, 5), act, nn.Linear(5, 3), act)
+    feedback = DirectFeedbackAlignment(model)
+    assert feedback.layers == ("1",)
+    cosines = feedback.alignment(lambda: model(x).square().sum())
+    assert cosines["2.weight"] == pytest.approx(1)
+
+
+def test_modules_whose_calls_cannot_be_told_apart_are_refused() -> None:
+    act = nn.Tanh()
+    nested = nn.Sequential(nn.Linear(4, 4), act, nn.Sequential(nn.Linear(4, 4), act), nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"1 and 2\.1 are one Tanh, whose calls cannot be told apart"):
+        DirectFeedbackAlignment(nested)
+    assert DirectFeedbackAlignment(nested, ["1"]).layers == ("1",)
+
+    class Calls(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.__dict__["act"] = act  # no child, so that no name tells of it
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x)  # type: ignore[no-any-return, operator]
+
+    hidden = nn.Sequential(nn.Linear(4, 4), Calls(act), act, nn.Linear(4, 2))
+    DirectFeedbackAlignment(hidden)
+    with pytest.raises(InputError, match=r"a Tanh, 2 of the model, was called 2 times in a pass"):
+        hidden(torch.randn(3, 4))
+
+
+def test_feedback_stays_when_the_model_changes_its_dtype() -> None:
+    model, x = three_layers().float(), torch.randn(4, 5)
+    feedback = DirectFeedbackAlignment(model)
+    h, outputs = torch.zeros(4, 7), torch.zeros(4, 3)
+    before = feedback.matrix("1", h, outputs)
+    model.double()(x.double()).square().sum().backward()
+    after = feedback.matrix("1", h.double(), outputs.double())
+    assert after.dtype == torch.float64
+    assert torch.equal(after.float(), before)
+    assert torch.equal(feedback.matrix("1", h, outputs.bfloat16()), before.bfloat16())
+
+
 def test_it_learns_digits_where_the_last_layer_alone_does_not() -> None:
     """And it is within .01 of backpropagation, the mean over two seeds of 30 epochs."""
     pytest.importorskip("sklearn")
