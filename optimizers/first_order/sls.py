@@ -50,8 +50,8 @@ class SLS(GradientOptimizer):
     The closure is evaluated several times a step and has to be the same function each time: random numbers (dropout)
     start over, running statistics are moved by the first evaluation only. One that calls `backward()` itself works and
     costs a gradient for every evaluation. A loss that is not finite counts as too large. Where no step of the search
-    lowers the loss enough, parameters stay; `last_search` says so. Differences below rounding of the loss are taken as
-    none.
+    lowers the loss enough, parameters stay, `last_search` says so, and the next search goes on from there. Differences
+    below rounding of the loss are taken as none.
 
     Cost: a gradient, and one evaluation of the loss for each eta tried: one or two a step by "grow" with
     `steps_per_epoch` given. Memory: a copy of the parameters.
@@ -60,7 +60,7 @@ class SLS(GradientOptimizer):
     batch. Parameters in parts (DTensors) are handed in as they are.
 
     Args:
-        params: parameters or groups of them. The step length is one for all; `lr` may differ.
+        params: parameters or groups of them. The step length is one for all, and so are settings; `lr` may differ.
         lr: unit of step lengths. Schedulers move it.
         decrease: c of the Armijo condition.
         shrink: factor from one eta to the next.
@@ -76,7 +76,8 @@ class SLS(GradientOptimizer):
         last_search: what the last search found: `step` (eta), `value` of the loss, `num_evaluations`, `success`.
 
     Raises:
-        InputError: for settings out of range, complex parameters, sparse gradients, steps without closure.
+        InputError: for settings out of range or that differ between groups, complex parameters, sparse gradients, steps
+            without closure.
         NonFiniteError: if the loss or its gradient is not finite where a step starts.
 
     Examples:
@@ -91,12 +92,13 @@ class SLS(GradientOptimizer):
     _takes_parts = True
     _late_settings: ClassVar[dict[str, Any]] = {
         **{"maximize": False, "seed": 0, "decrease": 0.1, "shrink": 0.9, "growth": 2.0, "steps_per_epoch": 1},
-        **{"reset": "grow", "max_step": 10.0, "max_evaluations": 100, "step_size": 0.0},
+        **{"reset": "grow", "max_step": 10.0, "max_evaluations": 100, "step_size": 0.0, "failed": False},
     }
     _least: ClassVar[dict[str, float]] = {"growth": 1.0}
     _counts = ("steps_per_epoch", "max_evaluations")
     _fractions = ("decrease", "shrink")
     _positive = ("decrease", "shrink", "growth", "max_step")
+    _alike = ("maximize", *_positive, *_counts, "reset")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"reset": ("grow", "keep", "restart")}
     last_search: LineSearchResult | None
 
@@ -129,6 +131,7 @@ class SLS(GradientOptimizer):
     def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
         """Take one step and return the closure's loss before it, detached."""
         params = self._trained()
+        self._refuse_unlike(*self.param_groups)
         if closure is None:
             # a checkpoint is loaded into an optimizer that was stepped with zero gradients and without closure
             if all_zero([local(p.grad) for p in params if p.grad is not None]):
@@ -160,7 +163,8 @@ class SLS(GradientOptimizer):
 
     def _search(self, loss: Any, share: float, evaluate: Closure, moved: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Move parameters by the longest step that passes, and leave the gradients at the start in `.grad`."""
-        settings, sign = self.param_groups[0], -1.0 if self.param_groups[0]["maximize"] else 1.0
+        settings = self.param_groups[0]
+        sign = -1.0 if settings["maximize"] else 1.0
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         if self.check_finite:
             refuse_gradients([p for p, *_ in moved], "SLS")
@@ -189,12 +193,14 @@ class SLS(GradientOptimizer):
             self.last_search = LineSearchResult(0.0, sign * start, tried, False, message)
         for p, _, g in moved:
             p.grad = g
-        settings["step_size"] = step
+        settings["step_size"], settings["failed"] = step, not self.last_search.success
 
     def _first_step(self, settings: Group) -> float:
         last = settings["step_size"]
         if last == 0:
             return float(min(1.0, settings["max_step"]))
+        if settings["failed"]:
+            return float(min(last, settings["max_step"]))
         if settings["reset"] == "restart":
             return float(settings["max_step"])
         factor = settings["growth"] ** (1 / settings["steps_per_epoch"]) if settings["reset"] == "grow" else 1.0

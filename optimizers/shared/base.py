@@ -73,6 +73,7 @@ class BaseOptimizer(torch.optim.Optimizer):
     _fractions: tuple[str, ...] = ()  # settings in [0, 1)
     _positive: tuple[str, ...] = ()  # settings that must be positive and finite
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> its values
+    _alike: tuple[str, ...] = ()  # settings that one computation for all groups follows: the same in each
     _takes_parts = False  # whether parameters may be DTensors
     _group: ProcessGroup | None
     _group_name: str | None
@@ -147,10 +148,22 @@ class BaseOptimizer(torch.optim.Optimizer):
                 raise InputError(f"{name} must be positive and finite, got {group[name]}.")
         for name, allowed in self._choices.items():
             check_choice(name, group[name], allowed)
+        self._refuse_unlike(group)
         betas = group.get("betas", (0.0, 0.0))
         two = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not two or not all(0 <= _number("betas", beta) < 1 for beta in betas):
             raise InputError(f"betas must be two numbers in [0, 1), got {betas!r}.")
+
+    def _refuse_unlike(self, *groups: Group) -> None:
+        """Refuse settings that must be those of the first group; users assign to groups, so before steps, too."""
+        first = self.param_groups[0]
+        for group in groups:
+            for name in self._alike:
+                if group[name] != first[name]:
+                    raise InputError(
+                        f"{name} must be the same in all groups, which move together, got {group[name]!r} and "
+                        f"{first[name]!r}: set it for all, or give the groups optimizers of their own. lr may differ."
+                    )
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,44 @@ def test_losses_that_are_not_finite_count_as_too_large() -> None:
     optimizer.step(lambda: 1e6 * v.square().sum())
     assert optimizer.last_search is not None
     assert (float(v.detach()), optimizer.last_search.success, optimizer.last_search.num_evaluations) == (2.0, False, 3)
+
+
+@pytest.mark.parametrize("reset", ["grow", "keep", "restart"])
+def test_after_a_failed_search_the_next_goes_on_from_there(reset: Any) -> None:
+    """Also over a checkpoint; three evaluations a search are too few, of the longest steps that pass 1.8e-6."""
+    w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer, tried = SLS([w], max_evaluations=3, reset=reset), []
+    for _ in range(60):
+        optimizer.step(lambda: 5e5 * w.square().sum())
+        tried.append(optimizer.param_groups[0]["step_size"])
+        if optimizer.last_search is not None and optimizer.last_search.success:
+            break
+        again = SLS([w], max_evaluations=3, reset=reset)
+        again.load_state_dict(optimizer.state_dict())
+        optimizer = again
+    assert optimizer.last_search is not None
+    assert optimizer.last_search.success
+    assert all(later <= earlier for earlier, later in itertools.pairwise(tried))
+    optimizer.step(lambda: 0.01 * w.square().sum())
+    assert optimizer.last_search.step == {"grow": 2 * tried[-1], "keep": tried[-1], "restart": 10.0}[reset]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("maximize", True), ("max_step", 1e-3), ("decrease", 0.5), ("max_evaluations", 3)]
+)
+def test_groups_that_differ_in_more_than_their_rates_are_refused(name: str, value: Any) -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    with pytest.raises(InputError, match=f"{name} must be the same in all groups"):
+        SLS([{"params": [a]}, {"params": [b], name: value}])
+    optimizer = SLS([{"params": [a]}, {"params": [b], "lr": 0.1}])
+    with pytest.raises(InputError, match=f"{name} must be the same in all groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], name: value})
+    assert len(optimizer.param_groups) == 2
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(InputError, match=f"{name} must be the same in all groups"):
+        optimizer.step(lambda: (a * b).square().sum())
+    optimizer.param_groups[0][name] = value
+    optimizer.step(lambda: (a * b).square().sum())
 
 
 def test_a_closure_that_raises_leaves_the_parameters() -> None:
