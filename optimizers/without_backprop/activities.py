@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvature.errors import InputError
 
-__all__ = ["Call", "layers_of", "local_gradients", "perturbed", "refuse_coupled"]
+__all__ = ["Call", "around_layers", "layers_of", "local_gradients", "perturbed", "refuse_coupled"]
 
 Draw = Callable[[Tensor], Tensor]
 
@@ -23,10 +24,10 @@ Draw = Callable[[Tensor], Tensor]
 class Call:
     """A forward pass of a layer."""
 
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    direction: Tensor  # what was drawn for its output
+    own: list[Tensor]
+    """The parameters that the layer holds itself."""
+    output: Tensor  # with its graph down to these, and no further
+    direction: Tensor  # what was drawn for it
 
 
 def layers_of(model: nn.Module, params: Sequence[Tensor]) -> list[nn.Module]:
@@ -47,25 +48,76 @@ def layers_of(model: nn.Module, params: Sequence[Tensor]) -> list[nn.Module]:
 
 
 @contextmanager
-def perturbed(layers: Sequence[nn.Module], draw: Draw) -> Iterator[list[Call]]:
-    """Give every output of the layers a random tangent, and collect the calls."""
-    calls: list[Call] = []
+def perturbed(layers: Sequence[nn.Module], params: Sequence[Tensor], draw: Draw) -> Iterator[list[Call]]:
+    """Give every output of the layers a random tangent, and collect the calls.
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    A layer's graph is recorded while it runs, so under the autocast and with the random numbers of its pass; what it
+    gives out has none. The parameters must be frozen.
+    """
+    calls: list[Call] = []
+    begun: list[ExitStack] = []
+
+    def begin(own: list[Tensor]) -> None:
+        begun.append(ExitStack())
+        begun[-1].enter_context(torch.enable_grad())
+        begun[-1].enter_context(
+            saved_tensors_hooks(_pack, _unpack)
+        )  # those of activation checkpointing would run again
+        for p in own:
+            p.requires_grad_(True)
+
+    def end(layer: nn.Module, own: list[Tensor], still: set[int], output: Any) -> Tensor:
+        primal, tangent = forward_ad.unpack_dual(output) if isinstance(output, Tensor) else (output, None)
+        begun.pop().close()
+        for p in own:
+            p.requires_grad_(id(p) in still)
         if not isinstance(output, Tensor):
             raise InputError(
                 f"a layer {type(layer).__name__} returns {type(output).__name__}, and activities are perturbed where "
                 "layers return one tensor: leave activities_of out, which perturbs the weights."
             )
-        direction = draw(_primal(output))
-        plain = tuple(_primal(a) for a in args), {name: _primal(a) for name, a in kwargs.items()}
-        calls.append(Call(layer, *plain, direction))
-        return output + forward_ad.make_dual(torch.zeros_like(direction), direction)
+        direction = draw(primal.detach())
+        calls.append(Call(own, primal, direction))
+        if begun:  # a layer inside a layer
+            return output + forward_ad.make_dual(torch.zeros_like(direction), direction)
+        total = direction if tangent is None else tangent.detach() + direction
+        return forward_ad.make_dual(primal.detach().clone(), total)
+
+    try:
+        with around_layers(layers, params, begin, end):
+            yield calls
+    finally:
+        while begun:  # a forward pass was broken off
+            begun.pop().close()
+
+
+@contextmanager
+def around_layers(
+    layers: Sequence[nn.Module],
+    params: Sequence[Tensor],
+    begin: Callable[[list[Tensor]], None],
+    end: Callable[[nn.Module, list[Tensor], set[int], Any], Any],
+) -> Iterator[None]:
+    """Call `begin(own)` before each pass of a layer and `end(layer, own, still, output)` after it.
+
+    `own` are the parameters that it holds itself, `still` the ids of those of layers that it runs inside of.
+    """
+    chosen = {id(p) for p in params}
+    inside: list[list[Tensor]] = []
+
+    def before(layer: nn.Module, _: Any) -> None:
+        inside.append([p for p in layer.parameters(recurse=False) if id(p) in chosen])
+        begin(inside[-1])
+
+    def after(layer: nn.Module, _: Any, output: Any) -> Any:
+        own = inside.pop()
+        return end(layer, own, {id(p) for outer in inside for p in outer}, output)
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        yield calls
+            stack.callback(layer.register_forward_pre_hook(before, prepend=True).remove)  # weight_norm has one, too
+            stack.callback(layer.register_forward_hook(after).remove)
+        yield
 
 
 def local_gradients(calls: Sequence[Call], factor: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -75,28 +127,16 @@ def local_gradients(calls: Sequence[Call], factor: Tensor, params: Sequence[Tens
         calls: of one evaluation.
         factor: a scalar, or one number an example, (N,).
         params: those to differentiate by.
-
-    Raises:
-        InputError: if a layer's output does not begin with the N examples.
     """
     found: dict[int, Tensor] = {}
-    chosen = {id(p) for p in params if p.requires_grad}
     for call in calls:
-        own = [p for p in call.layer.parameters(recurse=False) if id(p) in chosen]
+        if not call.output.requires_grad:
+            continue
         direction = call.direction
-        if factor.ndim == 1:
-            if direction.shape[:1] != factor.shape:
-                raise InputError(
-                    f"a layer {type(call.layer).__name__} returns {tuple(direction.shape)} for {len(factor)} examples, "
-                    "so that its rows are none: return the loss instead of (outputs, targets)."
-                )
-            direction = direction * factor.view(-1, *[1] * (direction.ndim - 1)).to(direction.dtype)
-        else:
-            direction = direction * factor.to(direction.dtype)
-        with torch.enable_grad():
-            output = call.layer(*call.args, **call.kwargs)
-            gradients = torch.autograd.grad(output, own, direction, allow_unused=True)
-        for p, g in zip(own, gradients, strict=True):
+        shape = factor.shape if factor.ndim == 0 else (-1, *[1] * (direction.ndim - 1))
+        cotangent = direction * factor.view(shape).to(direction.dtype)
+        gradients = torch.autograd.grad(call.output, call.own, cotangent, allow_unused=True, retain_graph=True)
+        for p, g in zip(call.own, gradients, strict=True):
             if g is not None:
                 found[id(p)] = found[id(p)] + g if id(p) in found else g
     return [found.get(id(p)) for p in params]
@@ -116,5 +156,15 @@ def refuse_coupled(model: nn.Module) -> None:
             )
 
 
-def _primal(value: Any) -> Any:
-    return forward_ad.unpack_dual(value).primal.detach() if isinstance(value, Tensor) else value
+def _pack(saved: Tensor) -> tuple[Tensor, int]:
+    return saved, saved._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    saved, version = packed
+    if saved._version != version:
+        raise InputError(
+            f"a tensor of shape {tuple(saved.shape)} that a layer needs for its gradient was overwritten after its "
+            "pass: replace the operation in place, or leave activities_of out."
+        )
+    return saved

@@ -20,11 +20,12 @@ from curvature.engine.repeated_evaluation import RepeatedEvaluation
 from curvature.errors import InputError
 from optimizers.shared.around import AroundAnother
 from optimizers.shared.closures import loss_of
-from optimizers.shared.differentiation import curvature_session
+from optimizers.shared.differentiation import curvature_session, leaves
 from optimizers.shared.gradients import UNREACHED
 from optimizers.shared.probes import counter_generator, random_normals, random_signs
 from optimizers.shared.ranks import average_over_ranks, on_all_ranks, share_of_rank
 from optimizers.without_backprop.activities import layers_of, local_gradients, perturbed, refuse_coupled
+from optimizers.without_backprop.look import bits_of, refuse_mixed_rows, refuse_other_rows, refuse_uncounted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["ForwardGradient"]
 
 _STREAM = 21
+_LOOK = 0, 0, 0  # counters of the random numbers of a look
 
 
 class ForwardGradient(AroundAnother):
@@ -52,7 +54,8 @@ class ForwardGradient(AroundAnother):
     layer's gradient is its own vector-Jacobian product with (directional derivative) u. Where the closure returns
     (outputs, targets) and `loss=` is given, every example has a directional derivative of its own; P is then the number
     of outputs of all layers for one example, and errors of examples average out. Where it returns the loss, P is that
-    number times the batch.
+    number times the batch. That parameters act through their layers alone, and rows of layers on their own example
+    alone, is looked at once for each batch size and structure of calls; other models are refused.
 
         loss = optimizer.step(closure)         # the closure returns the loss, or (outputs, targets)
         loss = optimizer.estimate(closure)     # the estimate in `.grad`, and no step
@@ -62,8 +65,8 @@ class ForwardGradient(AroundAnother):
     `process_group=`, directions are alike and derivatives are averaged. Attention runs under its math kernel, the only
     one with a forward mode.
 
-    Cost: m passes in forward mode, of two to three forward passes each. Memory: two copies of the parameters; nothing
-    that grows with depth.
+    Cost: m passes in forward mode, of two to three forward passes each; a look takes 3 + 2 log2(N) more. Memory: two
+    copies of the parameters, and nothing that grows with depth; by activities, what the layers' own gradients need.
 
     Args:
         params: parameters or groups of them.
@@ -78,7 +81,8 @@ class ForwardGradient(AroundAnother):
 
     Raises:
         InputError: for settings out of range, closures that call backward() or do not reach the parameters, and
-            operations without a forward mode.
+            operations without a forward mode; with `activities_of`, for layers that return no tensor,
+            parameters used outside of their layers, and (outputs, targets) where rows of layers are not the examples.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -92,6 +96,7 @@ class ForwardGradient(AroundAnother):
 
     _late_settings: ClassVar[dict[str, Any]] = {"num_directions": 1, "directions": "normal", "seed": 0, "num_steps": 0}
     _counts = ("num_directions",)
+    _alike = ("num_directions", "directions")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"directions": ("normal", "signs")}
     _kept = (*AroundAnother._kept, "activities_of")
 
@@ -146,6 +151,7 @@ class ForwardGradient(AroundAnother):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
             forward_ad._maybe_load_decompositions()
+        self._refuse_unlike(*self.param_groups)
         params, settings = self._trained(), self.param_groups[0]
         sums: dict[int, Tensor] = {}
         loss, kept = torch.zeros(()), False
@@ -192,34 +198,81 @@ class ForwardGradient(AroundAnother):
         generators: dict[torch.device, torch.Generator] = {}
 
         def draw(like: Tensor) -> Tensor:
-            generator = generators.setdefault(like.device, counter_generator(like.device, _STREAM, *counters, rank))
-            drawn = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            if like.device not in generators:
+                generators[like.device] = counter_generator(like.device, _STREAM, *counters, rank)
+            drawn = torch.randn(like.shape, generator=generators[like.device], device=like.device, dtype=like.dtype)
             return drawn if normal else drawn.sign()
 
-        with _frozen(params), _sentences(), forward_ad.dual_level(), perturbed(layers, draw) as calls:
-            returned = repeated.call(closure)
-            pair = self.loss is not None and isinstance(returned, (tuple, list)) and len(returned) == 2
+        with _frozen(params, moved=False), _sentences():
+            with forward_ad.dual_level(), perturbed(layers, params, draw) as calls:
+                returned = repeated.call(closure)
+                pair = self._is_pair(returned)
+                _refuse_leaks(returned[0] if pair else returned, params)
+                if pair:
+                    refuse_coupled(self.activities_of)
+                    outputs, tangent = forward_ad.unpack_dual(returned[0])
+                    returned = (outputs.detach(), returned[1])
+                loss, _, targets = loss_of(returned, self.loss)
+                value, slope = forward_ad.unpack_dual(loss)
+            if (tangent if pair else slope) is None:
+                raise InputError(f"the loss does not depend on the layers that hold the parameters. {UNREACHED}")
+            share = 1.0
             if pair:
-                refuse_coupled(self.activities_of)
-                outputs, tangent = forward_ad.unpack_dual(returned[0])
-                returned = (outputs.detach(), returned[1])
-            loss, _, targets = loss_of(returned, self.loss)
-            value, slope = forward_ad.unpack_dual(loss)
-        if (tangent if pair else slope) is None:
-            raise InputError(f"the loss does not depend on the layers that hold the parameters. {UNREACHED}")
-        share = 1.0
-        if pair:
-            with torch.enable_grad():
-                leaf = outputs.detach().requires_grad_()
-                (errors,) = torch.autograd.grad(loss_of((leaf, targets), self.loss)[0], leaf)
-            slope = (errors * tangent).reshape(len(errors), -1).sum(1)
-            share = 1.0 if self.process_group is None else share_of_rank(self, outputs, targets)
-        with repeated.evaluation(moves=False):
-            found = local_gradients(calls, slope, params)
+                with torch.enable_grad():
+                    leaf = outputs.detach().requires_grad_()
+                    (errors,) = torch.autograd.grad(loss_of((leaf, targets), self.loss)[0], leaf)
+                slope = (errors * tangent).reshape(len(errors), -1).sum(1)
+                refuse_other_rows(calls, len(slope))
+                share = 1.0 if self.process_group is None else share_of_rank(self, outputs, targets)
+        found = local_gradients(calls, slope.detach(), params)
+        count = len(slope) if pair else None
+        structure = count, *((id(call.own[0]), call.direction.ndim) for call in calls if call.own)
+        del calls
+        self._look(closure, repeated, layers, params, structure, draw)
         if self.process_group is not None:
             whole = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
             found = list(average_over_ranks(whole, self.process_group, share))
         return value.detach(), found
+
+    def _look(
+        self,
+        closure: Callable[[], Any],
+        repeated: RepeatedEvaluation,
+        layers: list[nn.Module],
+        params: list[Tensor],
+        structure: tuple[Any, ...],
+        draw: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Refuse models whose estimates would be biased, where batch size or calls are others than before."""
+        assert self.activities_of is not None
+        count = structure[0]
+        need = torch.tensor([structure not in self._shown, 0 if count is None else bits_of(count)])
+        if self.process_group is not None:  # ranks evaluate alike often
+            need = need.to(params[0].device)
+            torch.distributed.all_reduce(need, torch.distributed.ReduceOp.MAX, self.process_group)
+        due, bits = need.tolist()
+        if not due:
+            return
+
+        def given() -> Tensor:
+            returned = repeated.call(closure, moves=False)
+            return returned[0] if self._is_pair(returned) else loss_of(returned, self.loss)[0]
+
+        names = {id(p): name for name, p in self.activities_of.named_parameters()}
+        with _frozen(params), _sentences():
+            shifts = random_normals(params, *_LOOK)
+            finite = refuse_uncounted(given, layers, [(names[id(p)], p) for p in params], shifts)
+            if count is not None:
+                finite &= refuse_mixed_rows(given, layers, params, count, bits, draw)
+        if finite:
+            self._shown.add(structure)
+
+    def _is_pair(self, returned: Any) -> bool:
+        return self.loss is not None and isinstance(returned, (tuple, list)) and len(returned) == 2
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._shown: set[Any] = set()  # batch sizes and structures that were looked at
 
     def _mean(self, slope: Tensor, outputs: Tensor | None, targets: Any) -> Tensor:
         if self.process_group is None:
@@ -228,17 +281,28 @@ class ForwardGradient(AroundAnother):
         return average_over_ranks([slope], self.process_group, share)[0]
 
 
+def _refuse_leaks(given: Any, params: list[Tensor]) -> None:
+    """Refuse what depends on a layer's own parameters otherwise than by the layer's output, whose graph is cut."""
+    own = {id(p) for p in params}
+    if isinstance(given, Tensor) and any(id(leaf) in own for leaf in leaves([given])):
+        raise InputError(
+            "a layer of activities_of hands on something made of its parameters beside the tensor that it returns (a "
+            "penalty kept as an attribute), which is not perturbed: leave activities_of out."
+        )
+
+
 @contextlib.contextmanager
-def _frozen(params: list[Tensor]) -> Any:
-    """Keep a closure from recording graphs of these parameters, and put them back as they were, to the bit."""
-    before = [p.clone() for p in params]
+def _frozen(params: list[Tensor], *, moved: bool = True) -> Any:
+    """Keep a closure from recording graphs of these parameters, and put those moved back as they were, to the bit."""
+    before = [p.clone() for p in params] if moved else []
     for p in params:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p, x in zip(params, before, strict=True):
+        for p, x in zip(params, before, strict=False):
             p.copy_(x)
+        for p in params:
             p.requires_grad_(True)
 
 

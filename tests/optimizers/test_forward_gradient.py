@@ -103,7 +103,7 @@ def test_random_numbers_and_running_statistics_are_those_of_one_evaluation() -> 
 
         loss = optimizer.step(closure)
         assert int(model[1].num_batches_tracked) == moved + 1  # type: ignore[arg-type, union-attr]
-        assert len(states) == 3
+        assert len(states) == (6 if more else 3)  # a look at the layers takes three
         assert all(torch.equal(s, states[0]) for s in states)
         assert all(p.requires_grad for p in model.parameters())
         assert not loss.requires_grad
@@ -122,6 +122,157 @@ def test_attention_and_shared_weights() -> None:
     layer(x).square().mean().backward()
     true = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None]) - found  # backward adds
     torch.testing.assert_close(found, (true @ v) * v)
+
+
+class WithPositions(nn.Module):
+    """Positions are looked up once for all texts: (length, width), which is (N, width) for N texts of that length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(7, 5), nn.Embedding(length, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x) + self.places(torch.arange(x.shape[1]))
+        return self.head(h.tanh()).mean(1)  # type: ignore[no-any-return]
+
+
+class Swaps(nn.Module):
+    """Two examples change places inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)[[1, 0, 2, 3, 4, 5]])  # type: ignore[no-any-return]
+
+
+def weight_norm() -> nn.Module:
+    first = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("kind", ["positions", "weight norm", "swap"])
+def test_rows_that_are_not_the_examples_are_refused_where_their_number_is_the_batchs(kind: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = {"positions": WithPositions(4), "weight norm": weight_norm(), "swap": Swaps()}[kind]
+    x = torch.randint(0, 7, (4, 4)) if kind == "positions" else torch.randn(6, 4)
+    y = torch.randint(0, 3, (len(x),))
+    optimizer = Made(model.parameters(), activities_of=model, loss=F.cross_entropy)
+    with pytest.raises(InputError, match=rf"has the size of the batch, {len(x)}, and is not the examples"):
+        optimizer.step(lambda: (model(x), y))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    optimizer.step(lambda: F.cross_entropy(model(x), y))  # directions for all activities need no rows
+    if kind != "swap":
+        with pytest.raises(InputError, match="so that its rows are none"):
+            optimizer.step(lambda: (model(x[:3]), y[:3]))
+
+
+class Tied(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.table, self.hidden = how, nn.Embedding(7, 5), nn.Linear(5, 5)
+        if how == "module":
+            self.head = nn.Linear(5, 7, bias=False)
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(self.table(x)).tanh()
+        return self.head(h) if self.how == "module" else F.linear(h, self.table.weight)  # type: ignore[no-any-return]
+
+
+def test_parameters_that_act_outside_of_their_layers_are_refused() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 7, (6,)), torch.randint(0, 7, (6,))
+    model = Tied("function")
+    optimizer = Made(model.parameters(), activities_of=model, loss=F.cross_entropy)
+    for pair in (True, False):
+        with pytest.raises(InputError, match=r"table\.weight is also used outside of the forward pass of the layer"):
+            optimizer.step(lambda pair=pair: (model(x), y) if pair else F.cross_entropy(model(x), y))  # type: ignore[misc]
+    plain = mlp()
+    optimizer = Made(plain.params, activities_of=plain.model)
+    with pytest.raises(InputError, match=r"0\.bias is also used outside"):
+        optimizer.step(lambda: plain.closure() + 1e-3 * plain.params[1].square().sum())
+    model = Tied("module").double()
+    given = Problem(model, torch.zeros(1), y)
+    given.x = x  # type: ignore[assignment]
+    errors, _ = errors_of(given, given.pair, activities_of=model)
+    assert float(z_scores(errors, 0.0).square().mean()) < 2
+
+
+class KeepsAPenalty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.penalty = nn.Parameter(torch.randn(3, 4)), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.penalty = self.weight.square().sum()
+        return x @ self.weight.T
+
+
+def test_what_a_layer_hands_on_beside_its_output_and_what_is_overwritten_are_refused() -> None:
+    torch.manual_seed(0)
+    layer, x = KeepsAPenalty(), torch.randn(6, 4)
+    with pytest.raises(InputError, match="beside the tensor that it returns"):
+        Made(layer.parameters(), activities_of=layer).step(lambda: layer(x).sum() + layer.penalty)
+    linear = nn.Linear(4, 4)
+
+    def overwrites() -> Tensor:
+        h = x.clone()
+        h += linear(h)
+        return h.square().sum()
+
+    with pytest.raises(InputError, match="was overwritten after its pass"):
+        Made(linear.parameters(), activities_of=linear).step(overwrites)
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_autocast_inside_of_the_closure_is_that_of_the_layers(pair: bool) -> None:
+    problem = mlp()
+    problem.model.float()
+    x = problem.x.float()
+
+    def closure() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = problem.model(x)
+        return (outputs, problem.y) if pair else F.cross_entropy(outputs, problem.y)
+
+    optimizer = Made(problem.params, num_directions=800, activities_of=problem.model, loss=F.cross_entropy)
+    optimizer.step(closure)
+    found = flat_grad(problem.params).double()
+    problem.model.double()
+    gradient = problem.dense()[0]
+    assert float(F.cosine_similarity(found, gradient, dim=0)) > 0.9
+
+
+class Noisy(nn.Module):
+    """A layer with random numbers of its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x @ self.weight.T, 0.5)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_gradients_of_layers_are_those_of_the_random_numbers_of_their_pass(graphs: bool) -> None:
+    """What both layers dropped shows in the gradient's zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), Noisy(20, 30))
+    x = torch.randn(1, 20, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(graphs):
+            return model(x).square().sum()  # type: ignore[no-any-return]
+
+    Made(model.parameters(), activities_of=model).step(closure)
+    found = flat_grad(list(model.parameters()))
+    torch.manual_seed(1)
+    (true,) = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert torch.equal(found != 0, true.reshape(-1) != 0)
 
 
 def test_it_learns() -> None:
@@ -143,6 +294,8 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="directions must be one of normal, signs"):
         Made(problem.params, directions="sphere")
     assert all(p.requires_grad for p in problem.params)
+    with pytest.raises(InputError, match="num_directions must be the same in all groups"):
+        Made([{"params": problem.params[:1]}, {"params": problem.params[1:], "num_directions": 2}])
     other = nn.Linear(2, 2)
     with pytest.raises(InputError, match=r"belong to no layer of activities_of"):
         Made(problem.params, activities_of=other).step(problem.closure)
