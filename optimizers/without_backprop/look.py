@@ -58,6 +58,7 @@ def refuse_mixed_rows(
             chosen = (torch.arange(count) >> bit) & 1 == value
 
             def some_rows(like: Tensor, chosen: Tensor = chosen) -> Tensor:
+                _refuse_another_batch((count,), like.shape[:1])
                 return draw(like) * chosen.to(like).view(-1, *[1] * (like.ndim - 1))
 
             with forward_ad.dual_level(), perturbed(layers, params, some_rows):
@@ -125,8 +126,18 @@ def _differ(given: Given, layers: Sequence[nn.Module], pairs: Sequence[tuple[Ten
     finally:
         for p in params:
             p.copy_(before[id(p)])
+    for t in (again, whole):
+        _refuse_another_batch(through_layers.shape, t.shape)
     wide = torch.promote_types(whole.dtype, torch.float32)
     noise, gap = ((t.to(wide) - through_layers.to(wide)).norm() for t in (again, whole))
     if not bool(gap.isfinite()):
         return None
     return bool(gap > torch.maximum(10 * noise, 4 * torch.finfo(whole.dtype).eps * whole.to(wide).norm()))
+
+
+def _refuse_another_batch(first: Sequence[int], later: Sequence[int]) -> None:
+    if tuple(first) != tuple(later):
+        raise InputError(
+            f"the closure gave {tuple(first)} and then {tuple(later)}: it is evaluated several times, and must take its "
+            "batch from outside, so that it is the same each time."
+        )

@@ -299,6 +299,11 @@ def test_what_it_refuses() -> None:
     other = nn.Linear(2, 2)
     with pytest.raises(InputError, match=r"belong to no layer of activities_of"):
         Made(problem.params, activities_of=other).step(problem.closure)
+    sizes = iter([12, *range(11, 0, -1)])
+    with pytest.raises(InputError, match="must take its batch from outside"):
+        Made(problem.params, activities_of=problem.model, loss=F.cross_entropy).step(
+            lambda: problem.pair_of(slice(next(sizes)))()
+        )
     batch_norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
     coupled = Problem(batch_norm, problem.x, problem.y)
     with pytest.raises(InputError, match="examples see each other in 1, a BatchNorm1d in training mode"):
