@@ -138,6 +138,6 @@ def _differ(given: Given, layers: Sequence[nn.Module], pairs: Sequence[tuple[Ten
 def _refuse_another_batch(first: Sequence[int], later: Sequence[int]) -> None:
     if tuple(first) != tuple(later):
         raise InputError(
-            f"the closure gave {tuple(first)} and then {tuple(later)}: it is evaluated several times, and must take its "
-            "batch from outside, so that it is the same each time."
+            f"the closure gave {tuple(first)} and then {tuple(later)}: it is evaluated several times, and must take "
+            "its batch from outside, so that it is the same each time."
         )
