@@ -13,8 +13,8 @@ import torch
 from analysis.noise.measure import gradient_noise
 from analysis.race.plan import RacePlan
 from analysis.race.results import CoursePoint, Trait
-from analysis.race.steps import outputs_of
 from analysis.sharpness.measure import measure_sharpness
+from analysis.training.accuracy import accuracy, classifies
 from analysis.training.loop import initialise
 from curvature.data.parts import num_examples, take
 from curvature.errors import CurvatureError, InputError, NonFiniteError
@@ -73,7 +73,7 @@ class Ground:
     def _metric(self) -> float:
         if self.test is None:
             return math.nan
-        return _accuracy(self.test) if self.metric == "accuracy" else _loss(self.test)
+        return accuracy(self.test) if self.metric == "accuracy" else _loss(self.test)
 
     def traits(self, seed: int) -> tuple[tuple[Trait, ...], str]:
         """Return sharpness and noise of the point where the model is, and why something is not among them."""
@@ -124,7 +124,7 @@ def prepare_ground(objective: Objective, plan: RacePlan, *, test_data: Any, seed
         drawn=drawn,
         validation=validation,
         test=test,
-        metric="" if test is None else "accuracy" if _classifies(test) else "test loss",
+        metric="" if test is None else "accuracy" if classifies(test) else "test loss",
         fresh=plan.start == "fresh" or (plan.start == "auto" and _can_draw(objective)),
         batch_size=size,
         per_epoch=max(1, math.ceil(examples / max(size, 1.0))),
@@ -159,34 +159,3 @@ def _loss(objective: Objective) -> float:
         return float(objective.loss())
     except NonFiniteError:
         return math.nan
-
-
-@torch.no_grad()
-def _classifies(objective: Objective) -> bool:
-    """Return whether targets are classes and outputs have one score for each along the second dimension."""
-    if objective.settings["loss"] is None:
-        return False
-    batch = next(iter(objective.batches()))
-    mode = objective.model.training
-    objective.model.eval()
-    try:
-        outputs, targets = outputs_of(objective, batch)
-        whole = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
-        return whole and outputs.ndim > 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
-    except (TypeError, ValueError, AttributeError):
-        return False
-    finally:
-        objective.model.train(mode)
-
-
-@torch.no_grad()
-def _accuracy(objective: Objective) -> float:
-    """Return the share of targets that have the largest score; ignored ones do not count."""
-    ignored = getattr(objective.settings["loss"], "ignore_index", -100)
-    right = total = 0
-    for batch in objective.batches():
-        outputs, targets = outputs_of(objective, batch)
-        counts = targets != ignored
-        right += int(((outputs.argmax(1) == targets) & counts).sum())
-        total += int(counts.sum())
-    return right / total if total else math.nan

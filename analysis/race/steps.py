@@ -14,11 +14,12 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from analysis.race.counting import Work
 from analysis.race.kinds import Form
 from analysis.tasks.digits import half_squared_error
+from analysis.training.accuracy import outputs_of
 from analysis.training.loop import training_loss
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
-__all__ = ["Stepper", "outputs_of"]
+__all__ = ["Stepper"]
 
 
 class Stepper:
@@ -90,12 +91,6 @@ class Stepper:
             clip_grad_norm_(self._params, self._norm)
         if self._value is not None:
             clip_grad_value_(self._params, self._value)
-
-
-def outputs_of(objective: Objective, batch: Any) -> Any:
-    """Return (outputs, targets) of a batch as training has them."""
-    forward = objective.settings["forward"]
-    return (objective.model(batch[0]), batch[1]) if forward is None else forward(objective.model, batch)
 
 
 def _residuals(objective: Objective, batch: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from analysis.generalization.pruning.masks import dense_model, sparse_model
+from analysis.generalization.pruning.removal import held
 from analysis.generalization.pruning.results import TicketRow, Tickets
 from analysis.generalization.pruning.scores import PruningMethod, pruning_scores
 from analysis.generalization.suited import copy_of
 from analysis.show.listener import Progress
+from analysis.training.accuracy import accuracy, classifies
 from analysis.training.loop import MakeOptimizer, batches_of, initialise, take_step, training_loss
 from curvature.arguments import checked
 from curvature.errors import InputError
@@ -66,7 +69,8 @@ def lottery_tickets(
 
     Args:
         objective: whose model is trained, in train mode, on whose data; the model itself stays as it is.
-        held_out: data on which the trained networks are judged, in eval mode, as `Objective` takes them.
+        held_out: data on which the trained networks are judged, in eval mode, as `Objective` takes them: by accuracy
+            where targets are classes, of those that are not ignored, else by the loss.
         sparsities: ascending, above 0 and below 1.
         num_seeds: how many trainings of each kind; 2 or more give errors.
         steps: of the optimizer.
@@ -93,6 +97,9 @@ def lottery_tickets(
         )
     if unknown := sorted(set(kinds) - set(_KINDS)):
         raise InputError(f"kinds must be among {', '.join(_KINDS)}; got {', '.join(unknown)}.")
+    objective.source.confirm()  # which shows whether a loader shuffles: all trainings take the same batches
+    if objective.shuffles:
+        objective = held(objective)
     work = _Tickets(objective, held_out, ladder, steps, rewind, lr, batch_size, iterative, method, make_optimizer)
     also = [kind for kind in _KINDS if kind in {"ticket", *kinds}]
     total, done = num_seeds * (1 + len(also) * len(ladder)), 0
@@ -139,17 +146,17 @@ class _Tickets:
             initialise(start)
             other = copy.deepcopy(start)
             initialise(other)  # for masks on new weights
-            early = self._train(copy.deepcopy(start), seed, 0, self.rewind)
-            dense = self._train(copy.deepcopy(start), seed, 0, self.steps)
+            early, dense = self._train(start, seed, 0)
             found = {("dense", 0.0): self._judged(dense)}
             tell()
+            masks: dict[str, Tensor] = {}
             for sparsity in self.ladder:
-                masks = self._masks(dense, sparsity, seed)
+                masks = self._masks(dense, sparsity, seed, masks if self.iterative else {})
                 for kind in kinds:
                     mask = self._drawn(masks, seed) if kind == "random" else masks
                     begin = 0 if kind == "reinitialised" else self.rewind
                     model = sparse_model(other if kind == "reinitialised" else early, mask)
-                    trained = self._train(model, seed, begin, self.steps)
+                    _, trained = self._train(model, seed, begin)
                     found[kind, sparsity] = self._judged(trained)
                     tell()
                     if kind == "ticket" and self.iterative:
@@ -167,23 +174,33 @@ class _Tickets:
         settings["data"] = settings["data"] if data is None else data
         return Objective(model, settings.pop("loss"), settings.pop("data"), **settings)
 
-    def _train(self, model: nn.Module, seed: int, begin: int, end: int) -> nn.Module:
+    def _train(self, model: nn.Module, seed: int, begin: int) -> tuple[nn.Module, nn.Module]:
+        """Return the model as it is after `rewind` steps and at the end of its training from step `begin`."""
+        torch.manual_seed(seed)  # of dropout: what a training draws does not hang on those before it
         model.train()
-        here = self._on(model)
+        here, early = self._on(model), model
         optimizer = self.make([p for p in here.space.tensors.values() if p.numel()], self.lr)
         for step, batch in enumerate(batches_of(here, self.batch_size, seed, begin), begin):
-            if step >= end:
+            if step == self.rewind:
+                early = copy.deepcopy(model)
+            if step == self.steps:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
             loss = take_step(optimizer, partial(training_loss, here, batch))
             if not bool(torch.isfinite(loss)):
                 raise InputError(f"the training diverged at step {step}; lower lr, {self.lr:g} now.")
-        return model
+        return early, model
 
-    def _masks(self, trained: nn.Module, sparsity: float, seed: int) -> dict[str, Tensor]:
+    def _masks(self, trained: nn.Module, sparsity: float, seed: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the masks of the lowest scores; what was removed before goes first."""
         model = copy.deepcopy(trained).eval()
         scores = pruning_scores(self._on(model), self.method, generator=seed)
+        values = scores.scores.clone()
+        for name, mask in before.items():
+            start, _ = scores.tensors[name]
+            values[start : start + mask.numel()][~mask.flatten()] = torch.finfo(values.dtype).min
+        scores = replace(scores, scores=values)
         return scores.masks(scores.pruned(sparsity))
 
     @staticmethod
@@ -192,23 +209,11 @@ class _Tickets:
         g = torch.Generator().manual_seed(seed)
         return {name: m.flatten()[torch.randperm(m.numel(), generator=g)].view(m.shape) for name, m in masks.items()}
 
-    @torch.no_grad()
     def _judged(self, model: nn.Module) -> float:
         there = self._on(copy.deepcopy(model).eval(), self.held_out)
-        right = []
-        for batch in there.batches():
-            forward = there.settings["forward"]
-            found: Any = (there.model(batch[0]), batch[1]) if forward is None else forward(there.model, batch)
-            outputs, targets = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
-            if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or targets.is_floating_point():
-                return float(there.loss())
-            if outputs.ndim != 2 or targets.ndim != 1:
-                return float(there.loss())
-            counts = torch.ones_like(targets, dtype=torch.bool)  # ignored labels do not
-            if there.rule is not None:
-                counts = there.rule.term_weights(outputs, targets) > 0
-            right.append((outputs.argmax(1) == targets)[counts])
-        if not any(map(len, right)):
-            raise InputError("no label of the held-out data counts in the loss; give examples that are not ignored.")
+        if not classifies(there):
+            return float(there.loss())
         self.metric = "accuracy"
-        return float(torch.cat(right).double().mean())
+        if math.isnan(value := accuracy(there)):
+            raise InputError("no label of the held-out data counts in the loss; give examples that are not ignored.")
+        return value
