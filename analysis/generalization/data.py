@@ -101,8 +101,14 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
 
 def _num_classes(objective: Objective, inputs: Tensor) -> int:
     model = copy_of(objective.model).eval()  # statistics of normalisation stay as they are
-    with torch.no_grad():
-        outputs = model(inputs.to(objective.device))
+    try:
+        with torch.no_grad():
+            outputs = model(inputs.to(objective.device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise InputError(
+            f"the model does not run on two examples, inputs {tuple(inputs.shape)} of {inputs.dtype} "
+            f"({' '.join(str(error).split())[:200]}); give model and data of one shape and dtype."
+        ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         raise InputError("this needs a classifier whose outputs are of shape (examples, classes).")
     return outputs.shape[1]

@@ -44,7 +44,14 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
     made = copy_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        initialise(made)
+        try:
+            initialise(made)
+        except InputError as error:
+            cause = str(error).partition(";")[0]
+            raise InputError(
+                f"these networks start from parameters that are drawn anew, and {cause}; give it one, or leave "
+                "parametrisations and other modules without one out of the model."
+            ) from error
     return made.train()
 
 

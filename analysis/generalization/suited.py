@@ -76,7 +76,7 @@ def require_suited_loss(
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the loss does not run for several networks at once under torch.vmap ({_line(error)}); write it without "
-            f"data-dependent control flow (if, .item()), or {_WAY_OUT}."
+            f"data-dependent control flow (if, .item(), F.one_hot), or {_WAY_OUT}."
         ) from error
 
 

@@ -23,7 +23,7 @@ from analysis.generalization.width import at_width, width_of
 from analysis.noise.measure import gradient_noise
 from analysis.run.draft import Draft
 from analysis.show.listener import Progress
-from curvature.errors import CurvatureError
+from curvature.errors import CurvatureError, InputError
 from curvature.objective.objective import Objective
 
 __all__ = ["LABELS", "REGULARIZERS", "compared", "prepared"]
@@ -101,6 +101,9 @@ def train_condition(shared: Setup, job: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in range(R)]
 
     def read(i: int, step: int, reached: bool) -> None:
+        on_train = ensemble.fit(shared.loss, x, labels)
+        if not math.isfinite(float(on_train.loss[i])):
+            raise InputError(f'the training "{name}" diverged within {step} steps; lower lr, {plan.lr:g} now.')
         moved = torch.stack(
             [
                 (p[i].detach() - s[i]).double().square().sum()
@@ -108,7 +111,6 @@ def train_condition(shared: Setup, job: dict[str, Any]) -> list[dict[str, Any]]:
             ]
         )
         on_test = ensemble.fit(shared.loss, test, data.test_labels)
-        on_train = ensemble.fit(shared.loss, x, labels)
         member = ensemble.member(i)
         at = curvature_at(member, shared.loss, x, labels[i], regulariser=plan.regulariser, seed=i)
         whole = copy.deepcopy(member).double()

@@ -193,6 +193,9 @@ def _converged(found: DescentCurve) -> str:
     loss = found.mean("train_loss")[0]
     first, last = (number(float(loss[i]), 3) for i in (0, -1))
     ends = f"The training loss ends at {first} at the first value and {last} at the last."
+    if found.diverged:
+        lost = f"{wording.count(found.diverged)} of {wording.count(len(found.rows))} networks diverged"
+        ends += f" {lost}, and means with them are left out: lower --lr."
     if found.vary == "epochs":
         return f"They are watched on their way, so most are not. {ends}"
     if not unsettled:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,7 +130,8 @@ def double_descent(
         draft: where rows are kept, from which an interrupted curve goes on.
 
     Raises:
-        InputError: for settings out of range, other data than class labels, a model whose width cannot be varied.
+        InputError: for settings out of range, other data than class labels, a model whose width cannot be varied,
+            or trainings that all diverge.
 
     Reference: Belkin, Hsu, Ma and Mandal (2019), Reconciling modern machine-learning practice and the classical
     bias-variance trade-off; Nakkiran et al. (2019), Deep double descent.
@@ -158,7 +160,10 @@ def double_descent(
             rows += trained(shared, _jobs(shared, closer), kept, notes, progress)
     if plan.vary != "samples" and plan.samples is None and len(data.labels) == USUAL:
         notes.append(f"The networks were trained on {USUAL} examples; --samples takes more of them.")
-    return _curve(shared, rows, notes)
+    curve = _curve(shared, rows, notes)
+    if not np.isfinite(curve.of("test_loss")).all(axis=1).any():
+        raise InputError(f"at each value of the curve a training diverged; lower lr, {plan.lr:g} now.")
+    return curve
 
 
 def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data: Any) -> Setup:

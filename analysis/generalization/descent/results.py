@@ -240,10 +240,20 @@ class DescentCurve(Result):
         with np.errstate(invalid="ignore"):
             return np.asarray((self.of("condition") < 0.05 / (size * np.finfo(float).eps)).all(axis=1))
 
+    @property
+    def diverged(self) -> int:
+        """Trainings whose outputs are not finite."""
+        return int((~np.isfinite(self.of("train_loss"))).sum())
+
     def unsettled(self) -> tuple[float, ...]:
-        """Return the values at which the networks neither fit their labels nor have come to rest, on average."""
+        """Return the values at which the networks neither fit their labels nor have come to rest, on average.
+
+        Those with a training that diverged are among them.
+        """
         error, gradient = self.mean("train_error")[0], self.mean("gradient")[0]
-        return tuple(float(v) for v, e, g in zip(self.values, error, gradient, strict=True) if e > 0 and g > UNSETTLED)
+        return tuple(
+            float(v) for v, e, g in zip(self.values, error, gradient, strict=True) if not (e <= 0 or g <= UNSETTLED)
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return the main numbers."""

@@ -16,7 +16,16 @@ from scipy import stats
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from analysis import DescentCurve, DescentRow, double_descent, least_squares_risk, load_run, measure, plot_descent
+from analysis import (
+    DescentCurve,
+    DescentRow,
+    double_descent,
+    least_squares_risk,
+    load_run,
+    measure,
+    plot_descent,
+    random_labels,
+)
 from analysis.cli import app
 from analysis.generalization.data import flipped
 from analysis.generalization.descent.findings import findings
@@ -54,9 +63,15 @@ def curve(test_loss: Any, train_error: Any, vary: str = "width", **others: Any) 
     rows = []
     for i, (losses, errors) in enumerate(zip(test_loss, train_error, strict=True)):
         for r, (loss, error) in enumerate(zip(losses, errors, strict=True)):
-            about = {"num_params": 10 * 2**i, "num_samples": 50, "train_loss": 0.1, "gradient": 0.001, "norm": 1.0}
+            about: dict[str, Any] = {
+                "num_params": 10 * 2**i,
+                "num_samples": 50,
+                "train_loss": 0.1,
+                "gradient": 0.001,
+                "norm": 1.0,
+            }
             row = {"value": 2.0**i, "repeat": r, "train_error": error, "test_loss": loss, "test_error": loss / 10}
-            rows.append(DescentRow(**about, **row, **others))
+            rows.append(DescentRow(**{**about, **row, **others}))
     settings: dict[str, Any] = {"num_samples": 50, "num_test": 9, "num_classes": 3, "label_noise": 0.2, "steps": 10}
     return DescentCurve(vary=vary, model="task", rows=tuple(rows), loss="squared error", regulariser=1.0, **settings)
 
@@ -159,6 +174,21 @@ def test_unsettled_networks_are_told() -> None:
     found = DescentCurve(**{**vars(found), "rows": rows})
     assert found.unsettled() == (1, 2)  # at 4 the labels are fitted
     assert "Not all: at 1, 2 labels" in findings(found)[-1].answer
+
+
+def test_networks_that_diverged_have_not_converged() -> None:
+    nan = math.nan
+    found = curve([[1, nan], [2, 1], [1, 1]], [[nan, nan], [0.2, 0.1], [0, 0]], train_loss=nan)
+    rows = [DescentRow(**{**vars(row), "gradient": nan if row.value == 1 else 0.0}) for row in found.rows]
+    found = DescentCurve(**{**vars(found), "rows": tuple(rows)})
+    assert found.unsettled() == (1,)
+    assert "6 of 6 networks diverged" in findings(found)[-1].answer
+    objective, test_data = toy()
+    wild: dict[str, Any] = {"lr": 3e38, "optimizer": "sgd", "steps": 10, "repeats": 2, "processes": 1, "generator": 0}
+    with pytest.raises(InputError, match=r"a training diverged; lower lr, 3e\+38 now"):
+        double_descent(objective, test_data=test_data, vary="samples", values=(10, 20, 30), **wild)
+    with pytest.raises(InputError, match=r'"true labels" diverged within 10 steps; lower lr'):
+        random_labels(objective, test_data=test_data, width=6, **wild)
 
 
 def test_condition_numbers_at_the_end_of_float64_are_bounds() -> None:

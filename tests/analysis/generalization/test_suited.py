@@ -150,6 +150,14 @@ def test_old_weight_norm_is_refused() -> None:
         lottery_tickets(objective, (X, Y), steps=2, generator=0)
 
 
+def test_modules_that_cannot_be_drawn_and_data_of_another_dtype_are_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(InputError, match=r"drawn anew, and the module '0.parametrizations.weight'"):
+        double_descent(Objective(model, nn.CrossEntropyLoss(), (X, Y)), **ALONG)
+    with pytest.raises(InputError, match="model and data of one shape and dtype"):
+        double_descent(Objective(net(), nn.CrossEntropyLoss(), (X.double(), Y)), **ALONG)
+
+
 def test_models_in_float64_are_regularised_too() -> None:
     objective = Objective(net().double(), nn.CrossEntropyLoss(), (X.double(), Y))
     found = regularization_by_curvature(objective, width=5, **{**SHORT, "steps": 10})
@@ -184,3 +192,19 @@ def test_a_loader_that_shuffles_gives_one_answer_and_one_that_drops_is_refused()
     dropping = DataLoader(data, batch_size=7, shuffle=True, drop_last=True)
     with pytest.raises(DataError, match="other data at each pass"):
         labelled(Objective(net(), nn.CrossEntropyLoss(), dropping), None, 3)
+
+
+def test_tickets_and_dense_networks_see_the_same_batches_of_a_loader_that_shuffles() -> None:
+    seen: list[list[float]] = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.append(x[:, 0].tolist())
+            return super().forward(x)
+
+    loader = DataLoader(TensorDataset(X, Y), batch_size=15, shuffle=True)
+    objective = Objective(Watched(4, 3), nn.CrossEntropyLoss(), loader)
+    seen.clear()
+    lottery_tickets(objective, (X, Y), steps=4, num_seeds=1, batch_size=None, kinds=("ticket",), generator=0)
+    assert seen[:4] == seen[4:8]
