@@ -118,8 +118,8 @@ class Study(Generic[P, R]):
     """Its settings."""
     measure: Callable[..., Any]
     """`measure(objective, plan, *, generator, progress)` -> the result; with `resumable` also `draft`."""
-    price: Callable[[Objective, P], Price | Work]
-    """What that costs."""
+    price: Callable[..., Price | Work]
+    """`price(objective, plan)` -> what that costs; with `held_out` also `test_data`."""
     groups: bool = False
     """Whether data in one piece are cut into groups, for errors over the data."""
     num_vectors: Callable[[P], int] = lambda _: 0
@@ -129,7 +129,7 @@ class Study(Generic[P, R]):
     resumable: bool = False
     """Whether it keeps what it finds in a draft, from which an interrupted run goes on."""
     held_out: bool = False
-    """Whether `measure` also takes `test_data`, those of the task."""
+    """Whether `measure` and `price` also take `test_data`, those of the task."""
 
 
 def run_study(
@@ -193,7 +193,8 @@ def _studied(
     ready = prepare(task, objective, request, listener, groups=study.groups)
     objective = ready.objective
     with listener.doing("timing"):
-        price = study.price(objective, plan)
+        of_data = {"test_data": task.test_data} if study.held_out else {}
+        price = study.price(objective, plan, **of_data)
         price = price if isinstance(price, Price) else _priced(objective, price, study.unit)
     listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
     kept: dict[str, Any] = {"draft": draft} if study.resumable else {}

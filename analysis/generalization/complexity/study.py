@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,8 +39,8 @@ class ComplexityRun(StudyRun):
         return _report(self.complexity)
 
 
-def _price(objective: Objective, plan: ComplexityPlan) -> Price:
-    shared = setup(objective, plan.training, torch.Generator(), None)
+def _price(objective: Objective, plan: ComplexityPlan, test_data: Any = None) -> Price:
+    shared = setup(objective, plan.training, torch.Generator(), test_data)
     ensemble = Ensemble(shared.model if plan.width is None else at_width(shared.model, plan.width), range(plan.repeats))
     half = len(shared.data.labels) // 2 + 1  # a usual number of examples
     for steps in (2, 8):  # the first ones warm up

@@ -209,8 +209,8 @@ def _seen(found: Contrasts) -> str:
     return f"At the same training loss, random over true labels: {ratios}."
 
 
-def _price(objective: Objective, plan: RandomLabelsPlan) -> Price:
-    return price_of(objective, plan, len(LABELS))
+def _price(objective: Objective, plan: RandomLabelsPlan, test_data: Any = None) -> Price:
+    return price_of(objective, plan, len(LABELS), test_data)
 
 
 STUDY = Study(

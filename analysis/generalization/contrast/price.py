@@ -20,9 +20,9 @@ __all__ = ["price_of"]
 _STEPS = 10
 
 
-def price_of(objective: Objective, plan: Any, conditions: int) -> Price:
+def price_of(objective: Objective, plan: Any, conditions: int, test_data: Any) -> Price:
     """Return the price of so many trainings, all of their steps; those that end early cost less."""
-    shared, _ = prepared(objective, plan, torch.Generator(), None)
+    shared, _ = prepared(objective, plan, torch.Generator(), test_data)
     ensemble = Ensemble(shared.model, range(plan.repeats))
     for steps in (2, _STEPS):  # the first ones warm up
         begin = time.perf_counter()

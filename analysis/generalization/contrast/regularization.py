@@ -218,8 +218,8 @@ def _sorted(found: Contrasts, name: str) -> str:
     return f"{'; '.join(parts)} (over none, 95 %)."
 
 
-def _price(objective: Objective, plan: RegularizationPlan) -> Price:
-    return price_of(objective, plan, len(REGULARIZERS))
+def _price(objective: Objective, plan: RegularizationPlan, test_data: Any = None) -> Price:
+    return price_of(objective, plan, len(REGULARIZERS), test_data)
 
 
 STUDY = Study(

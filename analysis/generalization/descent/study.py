@@ -45,9 +45,9 @@ class DescentRun(StudyRun):
         return _report(self.descent)
 
 
-def _price(objective: Objective, plan: DescentPlan) -> Price:
+def _price(objective: Objective, plan: DescentPlan, test_data: Any = None) -> Price:
     """Time a few steps of the smallest and the largest network, and take the rest to lie between."""
-    shared = setup(objective, plan, torch.Generator(), None)
+    shared = setup(objective, plan, torch.Generator(), test_data)
     if plan.model != "task":
         return Price("least squares, solved at once", 2e-10 * plan.repeats * len(values_of(shared)) * plan_size(shared))
     values = values_of(shared)

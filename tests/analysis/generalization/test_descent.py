@@ -30,6 +30,7 @@ from analysis.cli import app
 from analysis.generalization.data import flipped
 from analysis.generalization.descent.findings import findings
 from analysis.generalization.descent.measure import DescentPlan
+from analysis.registry import study
 from analysis.run.draft import POINTS, Draft
 from analysis.show.drawing import Colors
 from analysis.tasks.digits import load_digits
@@ -263,6 +264,14 @@ def test_without_test_data_a_fifth_is_held_out_and_that_is_said() -> None:
     assert found.num_samples == 48
     assert found.num_test == 12
     assert "held out" in found.notes[0]
+
+
+def test_with_test_data_all_examples_may_be_trained_on_and_the_price_knows() -> None:
+    objective, test_data = toy()
+    plan = DescentPlan(vary="samples", model="random-features", samples=60, repeats=2)
+    assert study("descent").price(objective, plan, test_data).total == 1
+    with pytest.raises(InputError, match="there are 48 training examples; samples is 60"):
+        study("descent").price(objective, plan)
 
 
 def test_figures_are_drawn() -> None:
