@@ -21,7 +21,7 @@ from torch import Tensor
 
 from analysis.generalization.implicit_bias.results import DeepLinearRun
 from curvature.arguments import checked
-from curvature.errors import InputError
+from curvature.errors import InputError, NotConvergedError
 from curvature.generators import AnyGenerator, as_generator
 
 __all__ = ["deep_linear_singular_values", "singular_value_rates", "train_deep_linear"]
@@ -43,6 +43,7 @@ def deep_linear_singular_values(target: Tensor, start: Tensor, times: Tensor, *,
 
     Raises:
         InputError: for arguments out of range.
+        NotConvergedError: if the integration fails.
 
     Examples:
         >>> s, u = torch.tensor([2.0]), torch.tensor([0.01])
@@ -55,24 +56,40 @@ def deep_linear_singular_values(target: Tensor, start: Tensor, times: Tensor, *,
             f"depth must be at least 1, target and start of one shape (r,), times (T,); got depth {depth} and shapes "
             f"{tuple(s.shape)}, {tuple(u.shape)}, {tuple(t.shape)}."
         )
+    if not all(bool(torch.isfinite(x).all()) for x in (s, u, t)):
+        raise InputError("target, start and times must be finite; there are NaN or infinite numbers among them.")
     if bool((u <= 0).any()) or bool((s < 0).any()) or bool((t < 0).any()) or bool((t.diff() < 0).any()):
         raise InputError("start must be positive, target and times not negative, and times ascending.")
     if depth == 1:
         return s + (u - s) * (-t[:, None]).exp()
     if depth == 2:
         risen, of_zero = -torch.expm1(-2 * s * t[:, None]), u / (1 + 2 * u * t[:, None])  # the limit s -> 0
-        return torch.where(s > 0, s / (risen + s / u * (1 - risen)), of_zero)
+        return torch.where(s > 0, s / (risen + (s.log() - u.log() - 2 * s * t[:, None]).exp()), of_zero)
+    return _integrated(s, u, t, depth)
+
+
+def _integrated(s: Tensor, u: Tensor, t: Tensor, depth: int) -> Tensor:
+    """Return the singular values (T, r) at times by integration, in units of the largest value and the last time."""
+    if not len(t) or not len(s) or float(t[-1]) == 0:
+        return u.expand(len(t), -1).clone()
     from scipy.integrate import solve_ivp
 
-    power = 1 - 2 / depth
+    unit, power = max(float(s.max()), float(u.max())), 1 - 2 / depth
+    end = float(t[-1] * unit ** (1 + power))
+    if not math.isfinite(end):
+        raise InputError(f"times up to {float(t[-1]):g} are too long for values of {unit:g}; give shorter ones.")
+    goal = s / unit
 
     def rate(_: float, log_u: Tensor) -> Tensor:
         value = torch.as_tensor(log_u).exp()
-        return depth * value**power * (s - value)
+        return end * depth * value**power * (goal - value)
 
-    end = float(t[-1]) if len(t) else 0.0
-    found = solve_ivp(rate, (0.0, max(end, 1e-300)), u.log().numpy(), "LSODA", t.numpy(), rtol=1e-10, atol=1e-10)
-    return torch.as_tensor(found.y.T).exp()
+    shares, where = (t / t[-1]).unique(return_inverse=True)  # equal times are one
+    settings = {"method": "LSODA", "t_eval": shares.numpy(), "rtol": 1e-10, "atol": 1e-10}
+    found = solve_ivp(rate, (0.0, 1.0), (u.log() - math.log(unit)).numpy(), **settings)
+    if not found.success:
+        raise NotConvergedError(f"the flow could not be followed to time {float(t[-1]):g}: {found.message}", found)
+    return unit * torch.as_tensor(found.y.T)[where].exp()
 
 
 @checked
@@ -132,7 +149,12 @@ def train_deep_linear(
     """
     if target.ndim != 2 or not bool(torch.isfinite(target).all()) or not bool(target.any()):
         raise InputError("target must be a finite matrix other than zero.")
-    if depth < 1 or not (scale > 0 and math.isfinite(scale)) or num_points < 2 or not (time is None or time > 0):
+    if (
+        depth < 1
+        or not (scale > 0 and math.isfinite(scale))
+        or num_points < 2
+        or not (time is None or 0 < time < math.inf)
+    ):
         raise InputError(
             f"depth must be at least 1, scale and time positive, num_points at least 2; got {depth}, {scale}, {time} "
             f"and {num_points}."
@@ -217,9 +239,10 @@ def _time(s: Tensor, scale: float, depth: int) -> float:
     """Return the time in which the smallest singular value above 1 % of the largest comes to its end."""
     slow = float(s[s > 0.01 * s[0]].min())
     if depth == 1:
-        return 5.0
+        return 5.0 + max(0.0, math.log(scale / slow))
+    end = 1 / (depth * slow ** (2 - 2 / depth))  # of the last part, in which the gap falls by e
     if slow <= 2 * scale:
-        return 3 / slow
+        return 8 * end  # down from any height to 2 s it takes less than 1
     from scipy.integrate import quad
 
     whole, _ = quad(
@@ -228,4 +251,4 @@ def _time(s: Tensor, scale: float, depth: int) -> float:
         math.log(slow / 2),
         limit=200,
     )
-    return 1.2 * whole + 6 / (depth * slow ** (2 - 2 / depth))
+    return 1.2 * whole + 6 * end

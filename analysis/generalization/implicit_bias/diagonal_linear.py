@@ -45,6 +45,22 @@ def check_system(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return X, y
 
 
+def _scaled(X: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor, float, float, float]:
+    """Return X, y and alpha of the same problem with entries of size 1, and the units of its weights and its times.
+
+    Raises:
+        InputError: for an alpha at which other weights than the largest, or the last digits of z, are lost to rounding.
+    """
+    entry, size = float(X.square().mean().sqrt()), float(y.norm())
+    root = math.sqrt(size / entry)
+    if not 1e-12 * root <= alpha <= 1e12 * root:
+        raise InputError(
+            f"alpha must be from {1e-12 * root:.1e} to {1e12 * root:.1e} for these X and y; got {alpha}. Beyond, the "
+            "solution is that of least_norm to all digits, of order 1 below and 2 above."
+        )
+    return X / entry, y / size, alpha / root, size / entry, 1 / (entry * size)
+
+
 @checked
 def q_potential(b: Tensor, alpha: float) -> Tensor:
     """Return Q(b), (), for weights b (d,) and a start alpha > 0.
@@ -53,11 +69,12 @@ def q_potential(b: Tensor, alpha: float) -> Tensor:
         >>> q_potential(torch.tensor([2.0]), 100.0) * 4 * 100.0**2  # nearly b^2
         tensor(4.0000, dtype=torch.float64)
     """
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise InputError(f"alpha must be positive and finite, got {alpha}.")
-    z = b.double() / alpha**2
-    root = (4 + z.square()).sqrt()
-    return alpha**2 * (z * torch.asinh(z / 2) - z.square() / (2 + root)).sum()  # 2 - root, without cancellation
+    if not (1e-100 <= alpha <= 1e100 and bool(torch.isfinite(b).all())):
+        raise InputError(f"alpha must be from 1e-100 to 1e100, and b finite; got alpha {alpha}.")
+    b = b.double()
+    z = b / alpha**2
+    root = torch.hypot(z, torch.full_like(z, 2.0))
+    return (b * (torch.asinh(z / 2) - z / (2 + root))).sum()  # 2 - root, without cancellation or overflow
 
 
 @checked
@@ -100,7 +117,7 @@ def least_q(X: Tensor, y: Tensor, alpha: float, *, rtol: float = 1e-12) -> Tenso
     Args:
         X: (n, d), independent rows.
         y: (n,).
-        alpha: positive; not below 1e-100.
+        alpha: positive; 1e-12 to 1e12 times the root of |y| over the root mean square of X.
         rtol: of |X b - y| relative to |y|.
 
     Raises:
@@ -108,14 +125,13 @@ def least_q(X: Tensor, y: Tensor, alpha: float, *, rtol: float = 1e-12) -> Tenso
         NotConvergedError: if Newton's method stalls.
     """
     X, y = check_system(X, y)
-    if not 1e-100 <= alpha < math.inf:
-        raise InputError(f"alpha must be at least 1e-100 and finite, got {alpha}.")
+    X, y, alpha, unit, _ = _scaled(X, y, alpha)
     stage = max(alpha, float(y.norm()) ** 0.5 + 1)
     z = torch.linalg.solve(X @ X.T, y) / (2 * stage**2)
     while True:
         z = solve_dual(X, y, _Sinh(stage), z, rtol if stage == alpha else 1e-3)
         if stage == alpha:
-            return 2 * alpha**2 * torch.sinh(X.T @ z)
+            return unit * 2 * alpha**2 * torch.sinh(X.T @ z)
         stage = max(alpha, stage / 2)
 
 
@@ -181,7 +197,7 @@ def diagonal_linear_flow(X: Tensor, y: Tensor, alpha: float, *, rtol: float = 1e
     Args:
         X: (n, d), n <= d, independent rows.
         y: (n,).
-        alpha: start, positive, at least 1e-100.
+        alpha: start; 1e-12 to 1e12 times the root of |y| over the root mean square of X.
         rtol: |X b - y| / |y| at which to stop.
 
     Raises:
@@ -198,29 +214,39 @@ def diagonal_linear_flow(X: Tensor, y: Tensor, alpha: float, *, rtol: float = 1e
     from scipy.integrate import solve_ivp
 
     X, y = check_system(X, y)
-    if not 1e-100 <= alpha < math.inf or not 0 < rtol < 1:
-        raise InputError(f"alpha must be at least 1e-100 and finite, and rtol in (0, 1); got {alpha} and {rtol}.")
-    A, goal, n = X.numpy(), y.numpy(), len(y)
+    if not 0 < rtol < 1:
+        raise InputError(f"rtol must be in (0, 1), got {rtol}.")
+    inputs, outputs, start, unit, pace = _scaled(X, y, alpha)
+    A, goal, n = inputs.numpy(), outputs.numpy(), len(y)
+
+    top = math.asinh(1e8 / (2 * start**2))  # of weights far beyond the path, which only trial steps reach
+
+    def exponents(z: Array) -> Array:
+        return np.clip(A.T @ z, -top, top)
 
     def weights(z: Array) -> Array:
-        return 2 * alpha**2 * np.sinh(A.T @ z)
+        return 2 * start**2 * np.sinh(exponents(z))
 
     def rate(_: float, z: Array) -> Array:
         return (goal - A @ weights(z)) * 4 / n
 
     def slope(_: float, z: Array) -> Array:
-        return -(A * (2 * alpha**2 * np.cosh(A.T @ z))) @ A.T * 4 / n
+        return -(A * (2 * start**2 * np.cosh(exponents(z)))) @ A.T * 4 / n
 
     def solved(_: float, z: Array) -> float:
         return float(np.linalg.norm(A @ weights(z) - goal) / np.linalg.norm(goal)) - rtol
 
     solved.terminal = True  # type: ignore[attr-defined]  # as SciPy has it
-    limits = {"rtol": 1e-8, "atol": 1e-10, "jac": slope, "events": solved}
-    found = solve_ivp(rate, (0.0, 1e30), np.zeros(n), method="BDF", **limits)
+    limits = {"rtol": 1e-8, "atol": 1e-10 * min(1.0, start**-2), "jac": slope, "events": solved}
+    stuck = f"the flow could not be followed to |X b - y| <= {rtol:g} |y|"
+    try:
+        found = solve_ivp(rate, (0.0, 1e30), np.zeros(n), method="BDF", **limits)
+    except ValueError as error:  # numbers that are not finite
+        raise NotConvergedError(f"{stuck}: {error}", None) from error
     if found.status != 1:
-        raise NotConvergedError(f"the flow could not be followed to |X b - y| <= {rtol:g} |y|: {found.message}", found)
-    times = np.append(found.t, found.t_events[0][-1])
-    path = torch.as_tensor(np.stack([weights(z) for z in [*found.y.T, found.y_events[0][-1]]]))
+        raise NotConvergedError(f"{stuck}: {found.message}", found)
+    times = pace * np.append(found.t, found.t_events[0][-1])
+    path = unit * torch.as_tensor(np.stack([weights(z) for z in [*found.y.T, found.y_events[0][-1]]]))
     gaps = path @ X.T - y
     return DiagonalRun(
         alpha=alpha,

@@ -73,10 +73,14 @@ def label_noise_descent(
     n, d = X.shape
     if n == d:
         raise InputError(f"with as many rows as columns, {n}, there is one solution; nothing can move.")
-    if not (noise >= 0 and math.isfinite(noise) and lr > 0 and start > 0) or steps < _POINTS or batch_size < 1:
+    if (
+        not (0 <= noise < math.inf and 0 < lr < math.inf and 1e-100 <= start <= 1e100)
+        or steps < _POINTS
+        or batch_size < 1
+    ):
         raise InputError(
-            f"noise must be at least 0, lr and start positive, batch_size at least 1 and steps at least {_POINTS}; got "
-            f"{noise}, {lr}, {start}, {batch_size} and {steps}."
+            f"noise must be at least 0, lr positive, start from 1e-100 to 1e100, batch_size at least 1 and steps at "
+            f"least {_POINTS}; got {noise}, {lr}, {start}, {batch_size} and {steps}."
         )
     moments = X.square().mean(0)
     flattest = least_weighted(X, y, moments)
@@ -151,7 +155,7 @@ def _settled(X: Tensor, y: Tensor, start: float) -> Tensor:
     except NotConvergedError:
         raise InputError(
             "X b = y has no solution with all b positive, or none that is well within, at which noise could begin to "
-            "move; take fewer rows."
+            f"move; take fewer rows, or a start nearer to the root of such b than {start:g}."
         ) from None
 
 

@@ -174,6 +174,42 @@ def test_without_noise_nothing_moves() -> None:
     assert float(run.trace.std()) < 1e-6 * float(run.trace[0])
 
 
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_equal_times_no_time_and_values_of_any_size(depth: int) -> None:
+    s, u, times = (torch.tensor(x, dtype=F64) for x in ([2.0, 0.5], [0.01, 3.0], [0.0, 0.0, 1.0, 1.0, 2.0]))
+    found = analysis.deep_linear_singular_values(s, u, times, depth=depth)
+    single = analysis.deep_linear_singular_values(s, u, times[::2], depth=depth)
+    torch.testing.assert_close(found, single[[0, 0, 1, 1, 2]], rtol=1e-8, atol=0)
+    torch.testing.assert_close(analysis.deep_linear_singular_values(s, u, times[:1], depth=depth), u[None])
+    assert analysis.deep_linear_singular_values(s, u, times[:0], depth=depth).shape == (0, 2)
+    far = analysis.deep_linear_singular_values(1e150 * s, 1e-200 * u, times[-1:], depth=depth)
+    assert bool(torch.isfinite(far).all())
+    unit = 1e6 ** (2 / depth - 2)  # u = c v at t = c^(2/N - 2) tau
+    scaled = analysis.deep_linear_singular_values(1e6 * s, 1e6 * u, unit * times, depth=depth)
+    torch.testing.assert_close(scaled, 1e6 * found, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_default_time_suffices_from_above_too(depth: int) -> None:
+    run = analysis.train_deep_linear(2e-3 * torch.eye(2), depth=depth, scale=1e-2)
+    torch.testing.assert_close(run.singular_values[-1], torch.full((2,), 2e-3, dtype=F64), rtol=1e-2, atol=0)
+
+
+def test_starts_of_any_size_in_any_units() -> None:
+    X, y, _ = planted(3, 8, [1.0])
+    for alpha in (1e-10, 0.3, 1e10):
+        run = analysis.diagonal_linear_flow(X, y, alpha)
+        assert run.distance(run.expected) < 1e-5
+        assert run.distance(run.least_l1 if alpha < 1 else run.least_l2) < (1e-5 if alpha != 0.3 else 1)
+        other = analysis.diagonal_linear_flow(1e3 * X, 1e-4 * y, alpha * 1e-7**0.5)
+        torch.testing.assert_close(other.solution, 1e-7 * run.solution, rtol=1e-4, atol=1e-12)
+        assert float(other.times[-1]) == pytest.approx(10 * float(run.times[-1]), rel=1e-2)
+    b = torch.tensor([1.5, -0.2], dtype=F64)
+    for alpha in (1e-100, 1e100):
+        assert 0 < float(analysis.q_potential(b, alpha)) < math.inf
+    assert float(analysis.q_potential(b, 1e100)) == pytest.approx(float(b.square().sum()) / 4e200, rel=1e-9)
+
+
 def test_bad_input_is_refused() -> None:
     X, y, _ = planted(3, 8, [1.0])
     twice = torch.cat([X, X[:1]])
@@ -191,6 +227,12 @@ def test_bad_input_is_refused() -> None:
         (lambda: analysis.train_deep_linear(X, observed=X > 99), "observed"),
         (lambda: analysis.deep_linear_singular_values(y.abs(), -y.abs() - 1, y.abs().cumsum(0)), "positive"),
         (lambda: analysis.singular_value_rates([X, X], y), "fit"),
+        (lambda: analysis.deep_linear_singular_values(y * math.nan, y.abs() + 1, y.abs().cumsum(0)), "finite"),
+        (lambda: analysis.diagonal_linear_flow(X, y, 1e-20), "least_norm"),
+        (lambda: analysis.least_q(X, y, 1e200), "least_norm"),
+        (lambda: analysis.q_potential(y, 1e200), "alpha"),
+        (lambda: analysis.label_noise_descent(X, y, start=1e200, generator=0), "start"),
+        (lambda: analysis.label_noise_descent(X, y, lr=math.inf, generator=0), "lr"),
     ):
         with pytest.raises(InputError, match=said):
             call()
