@@ -31,7 +31,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
-from curvature.results.estimates import Estimate, mean_and_stderr
+from curvature.results.estimates import Estimate, mean_and_stderr, stderr_of_weighted_mean
 from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
 
@@ -151,7 +151,7 @@ def _in_pieces(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale
     elif objective.is_sum:
         stderr = len(parts) * float(mean_and_stderr(rises)[1])
     else:
-        stderr = float(((rises - value).square() * p / (1 - p) / len(parts)).sum().sqrt())
+        stderr = float(stderr_of_weighted_mean(rises, p))
     rho = s.rho if scale == "raw" else s.adaptive_rho
     details = {"rho": rho, "m": float(s.piece), "pieces": float(len(parts))}
     return Found(value=value, stderr=stderr, dof=len(parts) - 1.0, num_gradients=1, num_losses=1, details=details)

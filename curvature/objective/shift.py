@@ -90,11 +90,12 @@ def loss_at(
 ) -> PointLoss:
     """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
 
-    With weights w_b, p_b = w_b / sum w and B batches of losses l_b, the delete-one jackknife of the weighted mean is
+    With weights w_b, p_b = w_b / sum w and B batches of losses l_b, the standard error of this ratio of sums is
 
-        stderr^2 = (1/B) sum_b (l_b - L)^2 p_b / (1 - p_b),
+        stderr^2 = sum_b p_b^2 (l_b - L)^2 / (1 - p_b),
 
-    which is s^2 / B where all batches weigh the same. For objectives that sum, B times that of the mean.
+    whatever makes the weights differ, and s^2 / B where they are equal. For objectives that sum, B times that of the
+    mean.
 
     Args:
         objective: the function; it stays at its own point.
@@ -120,7 +121,7 @@ def loss_at(
         raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
     mean = total / weight
     shares = [(w / weight, loss) for w, loss in losses]
-    variance = sum((loss - mean) ** 2 * p / max(1 - p, _EPS) / count for p, loss in shares) if count > 1 else math.nan
+    variance = sum((loss - mean) ** 2 * p**2 / max(1 - p, _EPS) for p, loss in shares) if count > 1 else math.nan
     if ranks is not None:
         packed, _ = ranks.sum(_packed(objective, variance), 0.0)
         variance = float(packed)

@@ -28,6 +28,7 @@ __all__ = [
     "TraceEstimate",
     "bounded_mean",
     "mean_and_stderr",
+    "stderr_of_weighted_mean",
 ]
 
 
@@ -297,3 +298,18 @@ def mean_and_stderr(samples: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     if count < 2:
         return mean, torch.full_like(mean, torch.inf)
     return mean, samples.std(dim) / count**0.5
+
+
+def stderr_of_weighted_mean(values: Tensor, shares: Tensor) -> Tensor:
+    """Return one standard error of x = sum_b p_b x_b over further data, from B values (B, ...) and their shares (B,).
+
+        stderr^2 = sum_b p_b^2 (x_b - x)^2 / (1 - p_b)
+
+    It is that of a ratio of sums, whatever makes the shares differ, sizes of batches or weights of classes, and s^2 / B
+    where they are equal. NaN for a single value.
+    """
+    if len(values) < 2:
+        return torch.full_like(values[0], torch.nan)
+    p = shares.to(values).reshape(-1, *(1,) * (values.ndim - 1))
+    terms = p.square() / (1 - p).clamp_min(torch.finfo(values.dtype).eps)  # next to one, all others weigh nothing
+    return (terms * (values - (p * values).sum(0)).square()).sum(0).sqrt()

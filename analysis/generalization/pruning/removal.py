@@ -20,7 +20,7 @@ from curvature.linop import LinearOperator, SymmetricOperator
 from curvature.objective.objective import Objective
 from curvature.objective.shift import shifted
 from curvature.operators.hessian import HessianOperator
-from curvature.results.estimates import Status
+from curvature.results.estimates import Status, stderr_of_weighted_mean
 from curvature.results.record import Result
 
 __all__ = ["DiagonalMetric", "LiveProducts", "LossChanges", "Products", "held", "loss_changes", "true_changes"]
@@ -210,11 +210,7 @@ class _ByBatch:
 
     @property
     def stderr(self) -> Tensor:
-        values = torch.stack([x.double() for _, x in self.found.values()])
-        if len(values) < 2:
-            return torch.full_like(values[0], torch.nan)
-        p = self.shares.to(values.device)[:, None]
-        return ((values - self.mean).square() * p.square() / (1 - p).clamp_min(1e-300)).sum(0).sqrt()
+        return stderr_of_weighted_mean(torch.stack([x.double() for _, x in self.found.values()]), self.shares)
 
 
 def _losses(objective: Objective, point: Tensor) -> _ByBatch | None:

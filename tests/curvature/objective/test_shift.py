@@ -190,3 +190,22 @@ def test_bad_arguments() -> None:
     buffers = {"no": torch.zeros(1)}
     with pytest.raises(InputError, match="'no'"), shifted(objective, torch.zeros(4), buffers=buffers):
         pass
+
+
+def test_its_error_under_class_weights_is_that_of_a_ratio_of_sums() -> None:
+    """Against a bootstrap of single examples, whose weights are those of their classes."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 4, generator=g, dtype=torch.float64)
+    y = (torch.rand(200, generator=g) < 0.15).long()
+    weights = torch.tensor([1.0, 12.0], dtype=torch.float64)
+    model = nn.Linear(4, 2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(2, 4, generator=g))
+        model.bias.zero_()
+    loss = nn.CrossEntropyLoss(weight=weights)
+    objective = Objective(model, loss, [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+    found = loss_at(objective, objective.space.current())
+    single = nn.functional.cross_entropy(model(x), y, reduction="none").detach()
+    drawn = torch.randint(len(x), (20_000, len(x)), generator=g)
+    means = (weights[y] * single)[drawn].sum(1) / weights[y][drawn].sum(1)
+    assert found.stderr == pytest.approx(float(means.std()), rel=0.04)
