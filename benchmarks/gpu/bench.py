@@ -38,6 +38,7 @@ PAIRS: dict[str, tuple[int, Row]] = {
     "llama-0.5b": (3, {"num_basis": 8, "rtol": 1e-2}),
     "llama-1.5b": (1, {"num_basis": 5, "rtol": 1e-2, "basis_dtype": "bfloat16"}),
 }
+MATRIX_STEPS = ("adamw", "muon", "soap-steady", "shampoo-steady", "KFAC", "EKFAC", "GaussNewton")
 HEADS = ("16384,50304,768", "16384,131072,768")
 
 
@@ -88,6 +89,7 @@ def cases(device: str, row_limit: float) -> list[Case]:
         found += _products(problem, OURS + PLAIN, device)
     found += [_pairs(name, "eigsh", device, row_limit, k, options) for name, (k, options) in PAIRS.items()]
     found += [_step(name, method, device) for name in PAIRS for method in ("adahessian", "adahessian-10")]
+    found += [_step(name, method, device) for name in ("mlp-20m", "gpt2-124m-long") for method in MATRIX_STEPS]
     found += [_head(size, matrix, "blocks", device) for size in HEADS for matrix in ("ggn", "hessian")]
     found += [_product("llama-1.5b", operator, "kept", device, "bfloat16") for operator in METHODS["kept"].operators]
     for problem in (*LARGE[:3], *SMALL_NETWORKS):
@@ -115,7 +117,7 @@ def _small_cases(device: str, row_limit: float) -> list[Case]:
         _product("cnn-tiny", "hessian", "by-hand", device),
         _product("cnn-tiny", "ggn", "kept", device, "bfloat16"),
         _pairs("mlp-tiny", "eigsh", device, row_limit, 1, options),
-        _step("mlp-tiny", "adahessian-10", device),
+        *(_step("mlp-tiny", method, device) for method in ("adahessian-10", "soap-steady", "KFAC")),
         _head("64,50,4", "ggn", "blocks", device),
         *_products("gpt2-tiny", ("kept",), device),
         *_products("llama-tiny", ("kept",), device),

@@ -27,6 +27,8 @@ ROUNDS = 7
 NO_STEP = 1e-9
 """A learning rate at which networks stay where they are."""
 MIN_SECONDS = 0.5
+PERIODS = ("update_every", "update_period", "refresh_every", "precondition_frequency")
+"""What optimizers call the number of steps after which all of their work has been done."""
 
 
 def prepare() -> None:
@@ -98,7 +100,7 @@ def _listed(values: Tensor) -> list[float]:
 def measure_step(problem_name: str, method_name: str, device: str) -> Row:
     """Return the row of an optimizer: the cost of a step in steps of SGD taken in turn with it, and its memory.
 
-    A method that measures curvature on every n-th step takes n of them a round.
+    A method that measures curvature, or refreshes what it keeps, on every n-th step takes n of them a round.
     """
     gauge, method, problem = Gauge(device), method_of(method_name), make_problem(problem_name, device=device)
     row = _facts(problem, gauge)
@@ -116,7 +118,8 @@ def measure_step(problem_name: str, method_name: str, device: str) -> Row:
     batch, sgd = (problem.inputs, problem.targets), method_of("sgd")
     gauge.reset()
     optimizer = method.make(training.params, NO_STEP, problem.loss)
-    period = int(dict(method.settings).get("update_every", dict(method.settings).get("update_period", 1)))
+    settings = {**optimizer.defaults, **dict(method.settings)}
+    period = max(int(settings.get(name) or 1) for name in PERIODS)
     for _ in range(2):
         take_step(method, optimizer, training, batch)
     row["peak_mebibytes"] = gauge.extra_mebibytes()

@@ -316,6 +316,11 @@ COST_ONLY: dict[str, Method] = {
     "sgd-compiled": replace(METHODS["sgd"], label="torch SGD, compiled model", compiled=True),
     "compiled": replace(METHODS["adahessian"], label=f"{_OURS}, compiled model", compiled=True),
     "compiled-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, compiled model", compiled=True),
+    **{
+        name: Method(f"torch-curvature {name}, every 10th", _ours(name), "outputs", (), ours=True, settings=_TENTH)
+        for name in ("KFAC", "EKFAC")
+    },
+    "GaussNewton": Method("torch-curvature GaussNewton, 5 CG steps", _ours("GaussNewton"), "outputs", (), ours=True),
 }
 
 
