@@ -78,6 +78,10 @@ STUDIES = {
         "analysis.generalization.dimension.study",
         "Measure the effective dimension: how many directions the data determine beside a regulariser.",
     ),
+    "bias": (
+        "analysis.generalization.implicit_bias.study",
+        "Train linear models on a task's data, and hold which solutions they find against their theorems.",
+    ),
 }
 """By kind, which is also the name of the command: the module whose STUDY it is, and what it does."""
 
@@ -115,8 +119,7 @@ def measure(
 
     Args:
         kind: one of `STUDIES`: "inspect", "landscape", "sharpness", "conditioning", "critical", "noise", "implicit",
-            "track", "lr", "descent", "prune", "race", "complexity", "labels",
-            "regularize", "dimension".
+            "track", "lr", "descent", "prune", "race", "complexity", "labels", "regularize", "dimension", "bias".
         objective: the loss at its point.
         plan: the study's settings; or pass them one by one, as its plan names them.
         generator: source of all random numbers, on the objective's device, or a seed.

@@ -176,6 +176,8 @@ print(f"largest start:  {starts[-1].distance(starts[-1].least_l2):.1e} from the 
 #
 # SGD whose labels are disturbed at every step does not stay at the solution it has found. It drifts along the solutions to where the
 # trace of the Hessian is smallest, which for weights v² is a sparse solution. The flow is that of Li, Wang and Arora (2022).
+#
+# `curvature bias TASK` shows all of these on the inputs and targets of a task.
 
 # %%
 X = torch.randn(10, 30, generator=g, dtype=torch.float64)

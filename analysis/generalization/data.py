@@ -16,7 +16,7 @@ from analysis.run.preparation import fingerprint
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
-__all__ = ["Labelled", "LossName", "flipped", "labelled", "loss_of", "squared_error"]
+__all__ = ["Labelled", "LossName", "examples", "flipped", "labelled", "loss_of", "squared_error"]
 
 LossName = Literal["task", "cross-entropy", "squared"]
 
@@ -60,7 +60,7 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
         raise InputError("this trains in one process; give an objective without process_group.")
     if objective.settings["forward"] is not None or objective.settings["loss"] is None:
         raise InputError("this trains model(inputs) with loss(outputs, labels); give an objective without forward=.")
-    inputs, targets = _examples(objective)
+    inputs, targets = examples(objective)
     notes: tuple[str, ...] = ()
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     if test_data is None:
@@ -114,8 +114,12 @@ def _num_classes(objective: Objective, inputs: Tensor) -> int:
     return outputs.shape[1]
 
 
-def _examples(objective: Objective) -> tuple[Tensor, Tensor]:
-    """Return the examples in one order each time: where a loader shuffles, by their digests."""
+def examples(objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets on the CPU, in one order each time: where a loader shuffles, by their digests.
+
+    Raises:
+        InputError: for data that are not pairs of tensors, an example a row.
+    """
     what = "the data of the objective"
     inputs, targets = _joined(objective.batches(), what)
     if isinstance(objective.settings["data"], (tuple, list)):

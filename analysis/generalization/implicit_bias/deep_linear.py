@@ -24,7 +24,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError, NotConvergedError
 from curvature.generators import AnyGenerator, as_generator
 
-__all__ = ["deep_linear_singular_values", "singular_value_rates", "train_deep_linear"]
+__all__ = ["deep_linear_singular_values", "learning_time", "singular_value_rates", "steps_for", "train_deep_linear"]
 
 _STEP = 0.01  # of a step, times the curvature at the minimum
 
@@ -168,22 +168,23 @@ def train_deep_linear(
     if not aligned:
         ends = (_orthonormal(len(U), r, drawn), _orthonormal(Vt.shape[1], r, drawn))
     factors = _balanced(*ends, depth, scale, drawn)
-    largest = max(float(s[0]), scale)
-    lr = _STEP / (depth * largest ** (2 - 2 / depth))
-    time = _time(s, scale, depth) if time is None else time
-    steps = max(num_points, math.ceil(time / lr))
+    time = learning_time(s, scale, depth) if time is None else time
+    steps = max(num_points, steps_for(float(s[0]), scale, depth, time))
     lr = time / steps
     kept = {round(k * steps / (num_points - 1)) for k in range(num_points)}
-    rows = []
+    hidden, rows = (1 - seen).bool(), []
     for step in range(steps + 1):
         W = _product(factors)
         gap = (W - S) * seen
+        after = _stepped(factors, gap, lr)
         if step in kept:
-            u = torch.linalg.svdvals(W)
+            u, rates = singular_value_rates(factors, gap)
             unbalanced = max((float((b.T @ b - a @ a.T).abs().max()) for a, b in pairwise(factors)), default=0.0)
-            rows.append((step * lr, u, float(gap.square().sum() / 2), unbalanced))
+            moved = (torch.linalg.svdvals(_product(after)) - u) / lr
+            off = float((W - S)[hidden].norm() / S[hidden].norm()) if bool(S[hidden].any()) else math.nan
+            rows.append((step * lr, u, float(gap.square().sum() / 2), unbalanced, moved, rates, off))
         if step < steps:
-            factors = _stepped(factors, gap, lr)
+            factors = after
     times = torch.tensor([row[0] for row in rows], dtype=torch.float64)
     singular_values = torch.stack([row[1] for row in rows])
     if observed is None and aligned:
@@ -199,6 +200,9 @@ def train_deep_linear(
         effective_rank=torch.special.entr(shares).sum(1).exp(),
         loss=torch.tensor([row[2] for row in rows], dtype=torch.float64),
         balance=torch.tensor([row[3] for row in rows], dtype=torch.float64),
+        rates=torch.stack([row[4] for row in rows]),
+        expected_rates=torch.stack([row[5] for row in rows]),
+        hidden_error=torch.tensor([row[6] for row in rows], dtype=torch.float64),
         product=_product(factors),
         depth=depth,
     )
@@ -235,7 +239,12 @@ def _orthonormal(m: int, r: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(m, r, generator=generator, dtype=torch.float64)).Q
 
 
-def _time(s: Tensor, scale: float, depth: int) -> float:
+def steps_for(largest: float, scale: float, depth: int, time: float) -> int:
+    """Return how many steps a time takes, of a target with this largest singular value."""
+    return math.ceil(time * depth * max(largest, scale) ** (2 - 2 / depth) / _STEP)
+
+
+def learning_time(s: Tensor, scale: float, depth: int) -> float:
     """Return the time in which the smallest singular value above 1 % of the largest comes to its end."""
     slow = float(s[s > 0.01 * s[0]].min())
     if depth == 1:

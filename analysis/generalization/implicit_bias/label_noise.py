@@ -32,7 +32,7 @@ from curvature.arguments import checked
 from curvature.errors import InputError, NotConvergedError
 from curvature.generators import AnyGenerator, as_generator
 
-__all__ = ["label_noise_descent"]
+__all__ = ["label_noise_descent", "settled"]
 
 _POINTS = 100
 
@@ -84,7 +84,7 @@ def label_noise_descent(
         )
     moments = X.square().mean(0)
     flattest = least_weighted(X, y, moments)
-    v0 = _settled(X, y, float(start))
+    v0 = settled(X, y, float(start))
     means = _descended(X, y, v0, noise, lr, steps, batch_size, as_generator(generator))
     bounds = torch.linspace(0, steps, _POINTS + 1, dtype=torch.float64)
     times = lr**2 * (bounds[1:] + bounds[:-1]) / 2
@@ -102,6 +102,7 @@ def label_noise_descent(
         start=v0.square(),
         flow=flow[-1].square(),
         expected=flattest,
+        start_trace=4 * float(moments @ v0.square()),
         least_trace=4 * float(moments @ flattest),
     )
 
@@ -143,7 +144,7 @@ class _Exponential:
     slope = __call__
 
 
-def _settled(X: Tensor, y: Tensor, start: float) -> Tensor:
+def settled(X: Tensor, y: Tensor, start: float) -> Tensor:
     """Return the v at which the gradient flow without noise ends, from v = start.
 
     Raises:

@@ -26,7 +26,7 @@ _OF_TRAININGS: dict[str, dict[str, Any]] = {  # their prices count whole trainin
     "regularize": {"steps": 20, "repeats": 2, "processes": 1},
 }
 _SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in STUDIES if kind not in ("implicit", "landscape", "race", "track", *_OF_TRAININGS)),
+    *((kind, {}) for kind in STUDIES if kind not in ("bias", "implicit", "landscape", "race", "track", *_OF_TRAININGS)),
     ("landscape", {"points": 9}),
     ("noise", {"curvature": False}),
     ("noise", {"damping": 0.1}),
@@ -91,6 +91,20 @@ def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any
     spent = 2 * work["products"] + work["gradients"] + _OF_LOSS * work["losses"]
     spent += (1 - _OF_LOSS) * work["backward passes"]
     assert 0.5 <= predicted / spent <= 2, (price, work)
+
+
+def test_linear_models_are_trained_as_often_as_the_price_says() -> None:
+    found, objective, told = study("bias"), _objective(), list[tuple[int, int]]()
+    plan = found.plan(depths=(1, 2), starts=3, steps=100, repeats=2)
+    price = found.price(objective, plan)
+    found.measure(
+        objective,
+        plan,
+        generator=torch.Generator().manual_seed(0),
+        progress=lambda _, done, total: told.append((done, total)),
+    )
+    assert told == [(i + 1, price.total) for i in range(9)]
+    assert price.unit == "trainings"
 
 
 @pytest.mark.parametrize("kind", _OF_TRAININGS)
