@@ -54,7 +54,7 @@ class SASSHA(CurvatureOptimizer):
         betas: decay of the averages of gradients and of curvature.
         eps: added to the denominator.
         weight_decay: decoupled, times lr.
-        rho: length of the perturbation, over all parameters together. The first group's counts. The default is that of
+        rho: length of the perturbation, over all parameters together, the same in all groups. The default is that of
             Foret et al.; the authors' class has 0 and leaves it to its user.
         hessian_power: of the curvature.
         bias_correction: n counts "refreshes" of V, as the average needs it, or all "steps", as the authors' code does,
@@ -79,6 +79,7 @@ class SASSHA(CurvatureOptimizer):
     _averages = ("exp_avg", "exp_hessian_diag")
     _least: ClassVar[dict[str, float]] = {"eps": 0.0, "weight_decay": 0.0, "rho": 0.0, "hessian_power": 0.0}
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"bias_correction": ("refreshes", "steps")}
+    _alike = (*CurvatureOptimizer._alike, "rho", "maximize")
 
     def __init__(
         self,

@@ -131,8 +131,7 @@ class CurvatureOptimizer(BaseOptimizer):
             before_update: called when gradients lie in `.grad` and curvature is measured, before parameters move; for
                 clipping.
         """
-        found_inf = getattr(self, "found_inf", None)
-        loss = None
+        found_inf, loss = getattr(self, "found_inf", None), None
         if closure is not None:
             if found_inf is not None:
                 raise InputError("a GradScaler cannot step with a closure; use accumulate(closure, scaler=scaler).")
@@ -143,10 +142,12 @@ class CurvatureOptimizer(BaseOptimizer):
                 self.accumulate(curvature_closure, part="curvature", synchronize=False)
         elif curvature_closure is not None:
             self.accumulate(curvature_closure, part="curvature")
+        old = closure is None and self._has_old_gradients()
+        self._forget_if_cleared()
         self._take_graphs_off_gradients()
         if found_inf is not None:
             if bool(found_inf):
-                self._forget()
+                self._forget_measured()
                 return None
             scale: Tensor | None = getattr(self, "grad_scale", None)
             for p in (p for group in self.param_groups for p in group["params"]):
@@ -154,11 +155,11 @@ class CurvatureOptimizer(BaseOptimizer):
                     p.grad.div_(scale.to(p.device))
         if self.process_group is not None and not self._synchronized:
             self._join(self.process_group)
-        if closure is not None:
-            self._refuse_unreached()
+        self._look_for_gradients(computed=closure is not None, old=old)
         if before_update is not None:
             before_update()
         self._move()
+        self._see_gradients()
         return loss
 
     @on_all_ranks
@@ -190,6 +191,7 @@ class CurvatureOptimizer(BaseOptimizer):
         """
         if part not in ("both", "gradient", "curvature"):
             raise InputError(f'part must be "both", "gradient" or "curvature", got {part!r}.')
+        self._forget_if_cleared()
         measured = part != "gradient" and self.curvature_due
         params = self._trained()
         with (
@@ -219,17 +221,16 @@ class CurvatureOptimizer(BaseOptimizer):
             self._counted.append((outputs.detach(), targets) if known and outputs is not None else (None, None))
         if part != "curvature":
             add_to_grad(params, grads)
+            if self.process_group is None:
+                self._refuse_unreached()
         if scaler is not None and self._sums is not None:
             poison(params, self._sums)  # the scaler skips the step and lowers its scale
         self._synchronized = False
         if synchronize and self.process_group is not None:
             self._join(self.process_group)
+        if self._sums is not None or self._counted:
+            self._follow(came=part != "curvature")
         return loss.detach()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients and accumulated curvature."""
-        super().zero_grad(set_to_none)
-        self._forget()
 
     def _evaluated(self, closure: Closure | Tensor, *, moves_buffers: bool) -> tuple[Tensor, Tensor | None, Any]:
         """Return (loss, outputs, targets), the latter two None where the closure returned the loss itself."""
@@ -247,9 +248,6 @@ class CurvatureOptimizer(BaseOptimizer):
         if self._num_measured != measured:
             raise InputError("the closure must not call zero_grad(): the curvature of earlier micro-batches is lost.")
         return loss_of(returned, self.loss)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _curved(self) -> list[Tensor]:
         """Return the parameters whose curvature is due, in an order that all ranks share."""
@@ -286,6 +284,7 @@ class CurvatureOptimizer(BaseOptimizer):
     @_disable_dynamo
     def _take_graphs_off_gradients(self) -> None:
         """The classic form: gradients that hold their graph. Measure curvature from it if due, then let go of it."""
+        self._refuse_unlike(*self.param_groups)
         torch.clear_autocast_cache()  # of casts of the weights, which are about to move
         owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with_graph = [p for p in owners if p.grad is not None and p.grad.requires_grad]
@@ -343,8 +342,9 @@ class CurvatureOptimizer(BaseOptimizer):
             self._sums = [[next(means) for _ in tensors] for tensors in self._sums]
         self._synchronized = True
 
-    def _forget(self) -> None:
+    def _forget_measured(self) -> None:
         """Drop what was accumulated for the coming step beside `.grad`."""
+        super()._forget_measured()
         self._sums, self._counted = None, []
         self._num_measured, self._synchronized = 0, False
 
@@ -357,7 +357,7 @@ class CurvatureOptimizer(BaseOptimizer):
             if self.check_finite and getattr(self, "found_inf", None) is None:
                 refuse_non_finite(curved, estimates)
             found = {id(p): estimate for p, estimate in zip(curved, estimates, strict=True)}
-        self._forget()
+        self._forget_measured()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

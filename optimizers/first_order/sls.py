@@ -146,8 +146,7 @@ class SLS(GradientOptimizer):
                     loss, *of_batch = backward_of(closure, params, self.loss)
                 share = 1.0 if of_batch[0] is None or self.process_group is None else share_of_rank(self, *of_batch)
                 self._synchronize(share)
-                if isinstance(loss, Tensor):
-                    self._refuse_unreached()
+                self._look_for_gradients(computed=isinstance(loss, Tensor), old=False)
                 moved = [(p, x, p.grad) for p, x in zip(params, before, strict=True) if p.grad is not None]
                 refuse_sparse((g for *_, g in moved), "SLS")
                 if moved:

@@ -197,7 +197,7 @@ class GaussNewton(FullBatchOptimizer):
         rise = group["tolerance"] * abs(here.loss) if math.isfinite(group["tolerance"]) else math.inf
         accepted = loss <= here.loss + rise
         if self.damping_rule is not None and not (accepted and math.isnan(ratio)):
-            group["damping"] = self.damping_rule(damping, ratio if accepted else -math.inf)
+            self._adapt(self.damping_rule(damping, ratio if accepted else -math.inf))
         if not accepted:
             self._remember(flat, newton_direction=torch.zeros_like(d))
             return Move(None, here.loss, solver, "the loss would rise beyond the tolerance", -model, ratio)

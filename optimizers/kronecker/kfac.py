@@ -19,7 +19,6 @@ from torch._compile import _disable_dynamo
 from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
 from curvature.errors import CheckFailedError, InputError
-from curvature.objective.shards import is_part
 from optimizers.kronecker.averages import adam_members, exchange, fold, layer_directions
 from optimizers.kronecker.factors import State
 from optimizers.kronecker.fisher import FISHERS, fisher_columns, has_terms
@@ -29,7 +28,7 @@ from optimizers.kronecker.statistics import Statistics
 from optimizers.kronecker.uncounted import Uncounted
 from optimizers.shared.base import Group, check_choice
 from optimizers.shared.closures import loss_of, own_gradients
-from optimizers.shared.gradients import Mark, all_zero
+from optimizers.shared.gradients import all_zero
 from optimizers.shared.probes import counter_generator
 from optimizers.shared.ranks import compare_ranks, on_all_ranks, share_of_rank
 
@@ -75,15 +74,16 @@ class KFAC(MatrixOptimizer):
     cut into parts changes nothing, the targets that are drawn included. With a `GradScaler`:
     `accumulate(closure, scaler=scaler)`, `scaler.step(optimizer)`. With ranks see `MatrixOptimizer`; closures may call
     the `DistributedDataParallel` wrapper. `torch.distributed.checkpoint` loads into tensors that are there: take a step
-    on any batch with a new optimizer, then load model and state. Parameters in parts (`fully_shard`) are refused: their
-    layers use other tensors than the optimizer holds.
+    on any batch with a new optimizer, then load model and state. Models in parts (`fully_shard`) are trained by
+    `Sharded(model, KFAC, loss=..., ...)`: every rank then keeps all factors.
 
     Cost of a step with statistics: a backward pass through activations for each column ("monte-carlo": num_samples,
     "empirical": 1, "type-2": the outputs of an example), and for a layer with T positions T (o^2 + i^2)
     multiplications; a refresh o^3 + i^3; every step 2 o i (o + i). Memory: Adam's, and two of o^2 + i^2.
 
     Args:
-        params: parameters, named parameters, or groups of them. Settings on factors may differ by group.
+        params: parameters, named parameters, or groups of them. Settings may differ by group, but for `fisher`,
+            `sharing`, `num_samples`, `update_every` and `seed`.
         lr: learning rate; with `graft="adam"` one for Adam.
         betas: decay of the gradient's average and of its square's.
         eps: added to Adam's denominator.
@@ -91,8 +91,7 @@ class KFAC(MatrixOptimizer):
         loss: `loss(outputs, targets)`; required.
         fisher: "monte-carlo", targets drawn from the model's distribution (for a loss that is no likelihood: random
             combinations of the columns of its Hessian's root); "empirical", the targets there are, each term of the
-            loss an example (`optimizers.kronecker.fisher`); "type-2", the Gauss-Newton matrix without chance. The first
-            group's counts.
+            loss an example (`optimizers.kronecker.fisher`); "type-2", the Gauss-Newton matrix without chance.
         damping: units of the matrix, that is of loss per squared parameter.
         damping_form: "factored" or "exact", see above.
         factor_beta: decay of the factors a step.
@@ -131,6 +130,7 @@ class KFAC(MatrixOptimizer):
     _takes_parts = False
     _counts = ("update_every", "refresh_every", "num_samples", "max_dim")
     _fractions = ("factor_beta",)
+    _alike = ("fisher", "sharing", "num_samples", "update_every", "seed")
     _positive = ("damping",)
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         **MatrixOptimizer._choices,
@@ -143,7 +143,6 @@ class KFAC(MatrixOptimizer):
     _generators: list[torch.Generator] | None
     _reasons: dict[int, str]
     _uncounted: Uncounted
-    _mark: Mark | None  # of the gradients that came with the statistics
 
     def __init__(
         self,
@@ -178,11 +177,6 @@ class KFAC(MatrixOptimizer):
         super().__init__(params, defaults, **shared)
 
     def _validate(self, group: Group) -> None:
-        if any(is_part(p) for p in group["params"]):
-            raise InputError(
-                f"{type(self).__name__} finds layers by the parameters they use, and under fully_shard layers use "
-                "other tensors than the optimizer holds: take SOAP or Shampoo, which need gradients only."
-            )
         super()._validate({**group, "method": "auto"} if group["method"] == "matrix" else group)
         if group["graft"] is not None:
             check_choice("graft", group["graft"], ("adam", "rms"))
@@ -257,11 +251,12 @@ class KFAC(MatrixOptimizer):
             The loss, detached and without weight.
         """
         check_choice("part", part, ("both", "gradient", "statistics"))
+        self._refuse_unlike(*self.param_groups)
         return self._run(closure, weight, part, scaler)[0]
 
     def _run(self, closure: Callable[[], Any], weight: float, part: str, scaler: Any) -> tuple[Tensor, Tensor, Any]:
         measured, params = part != "gradient" and self.statistics_due, self._all_params()
-        self._drop_statistics(if_cleared=True)
+        self._forget_if_cleared()
         chosen = [p if g["method"] != "adamw" else p.new_empty(0) for g in self.param_groups for p in g["params"]]
         statistics = self._statistics or Statistics(chosen, self._uncounted)
         capture = statistics.capture() if measured else contextlib.nullcontext()
@@ -290,7 +285,10 @@ class KFAC(MatrixOptimizer):
             with torch.enable_grad():
                 scaled = loss if weight == 1.0 else loss * weight
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
-            self._mark = Mark(params)
+            if self.process_group is None:
+                self._refuse_unreached()
+        if self._statistics is not None:
+            self._follow(came=part != "statistics")
         return loss.detach(), outputs, targets
 
     def _observe(self, capture: Any, outputs: Tensor, targets: Any, weight: float) -> None:
@@ -315,19 +313,12 @@ class KFAC(MatrixOptimizer):
         changed = exchange(self._known_layers(), statistics.layers.values(), self._uncounted.reasons, states)
         self._split = None if changed else self._split
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients and accumulated statistics."""
-        super().zero_grad(set_to_none)
-        self._drop_statistics()
-
-    def _drop_statistics(self, *, if_cleared: bool = False) -> None:
-        """Gradients that came with statistics and were cleared since, by `model.zero_grad()`, take these with them."""
-        if not if_cleared or (self._mark is not None and self._mark.cleared(self._all_params())):
-            self._statistics, self._generators, self._mark = None, None, None
+    def _forget_measured(self) -> None:
+        super()._forget_measured()
+        self._statistics, self._generators = None, None
 
     def _forget(self) -> None:
         super()._forget()
-        self._drop_statistics()
         self._layers, self._reasons, self._uncounted = None, {}, Uncounted()
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -344,7 +335,7 @@ class KFAC(MatrixOptimizer):
             self._statistics.average(self.process_group, share)
 
     def _move(self) -> None:
-        self._drop_statistics(if_cleared=True)
+        self._forget_if_cleared()
         statistics = self._statistics
         if statistics is None and self.statistics_due:
             if not all_zero([p.grad for p in self._all_params() if p.grad is not None]):
@@ -366,7 +357,7 @@ class KFAC(MatrixOptimizer):
                 self.state[params[place]]["layer"] = torch.tensor(layer.main)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self._drop_statistics()
+        self._forget_measured()
 
     def _all_directions(self, routed: list[Routed]) -> list[list[Tensor]]:
         params = self._all_params()
@@ -395,6 +386,6 @@ class KFAC(MatrixOptimizer):
             return 1.0
         device = self.param_groups[0]["params"][0].device
         total = torch.stack([torch.zeros((), device=device), *(f.to(device, torch.float32) for f in falls)]).sum()
-        if self.process_group is not None and not self._corrects_eigenvalues:
-            dist.all_reduce(total, group=self.process_group)
+        if self._working_group is not None and not self._corrects_eigenvalues:
+            dist.all_reduce(total, group=self._working_group)
         return total.clamp(min=1.0).rsqrt()

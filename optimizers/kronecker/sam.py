@@ -207,6 +207,7 @@ class SAM(AroundAnother):
             raise InputError("perturb() was called before: take step() first.")
         if self.process_group is not None:
             self._average(None, None)
+        self._look_for_gradients(computed=False, old=False)
         buffers = RunningBuffers()
         self._watch = contextlib.ExitStack()
         self._watch.enter_context(buffers.watched())
@@ -227,8 +228,7 @@ class SAM(AroundAnother):
                 with repeated.evaluation(), first_pass():
                     loss, *of_batch = backward_of(closure, params, self.loss)
                 self._average(*of_batch)
-                if isinstance(loss, Tensor):
-                    self._refuse_unreached()
+                self._look_for_gradients(computed=isinstance(loss, Tensor), old=False)
                 self._move_away()
                 try:
                     self.zero_grad()

@@ -24,6 +24,7 @@ from optimizers.shared.gradient_steps import GradientOptimizer
 from optimizers.shared.gradients import refuse_gradients, refuse_sparse
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 __all__ = ["MatrixCommon", "MatrixOptimizer", "Routed"]
@@ -107,6 +108,7 @@ class MatrixOptimizer(GradientOptimizer):
     _least: ClassVar[dict[str, float]] = {"eps": 0.0, "weight_decay": 0.0, "adamw_scale": 0.0}
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"method": ("auto", "matrix", "adamw")}
     _split: WorkSplit | None
+    _shares_work = True  # whether ranks share the work out; else each does all of it, and has the whole state
 
     def __init__(self, params: Any, defaults: Group, **shared: Unpack[MatrixCommon]) -> None:
         super().__init__(params, defaults, **shared)
@@ -176,6 +178,7 @@ class MatrixOptimizer(GradientOptimizer):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
+        super()._forget()
         self._split = None
 
     def _move(self) -> None:
@@ -205,10 +208,14 @@ class MatrixOptimizer(GradientOptimizer):
             adamw(group, rest, [self.state[p] for p in rest])
             add_whole(matrices, split.gathered(matrices, found), group)
 
+    @property
+    def _working_group(self) -> ProcessGroup | None:
+        return self.process_group if self._shares_work else None
+
     def _work_split(self) -> WorkSplit:
         if self._split is None or self._split.num_groups != len(self.param_groups):
             units = [self._units(group) for group in self.param_groups]
-            self._split = WorkSplit(units, self.process_group)
+            self._split = WorkSplit(units, self._working_group)
         return self._split
 
     def _routed(self, group: Group, matrices: list[Tensor], split: WorkSplit) -> Routed:

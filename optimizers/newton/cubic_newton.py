@@ -56,6 +56,7 @@ class CubicNewton(FullBatchOptimizer):
 
     _kept = (*FullBatchOptimizer._kept, "sigma_rule")
     _adapted = "sigma"
+    _takes_lr = False
     _least: ClassVar[dict[str, float]] = {"max_trials": 1}
     _positive = ("sigma",)
 

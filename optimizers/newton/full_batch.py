@@ -99,20 +99,23 @@ class FullBatchOptimizer(BaseOptimizer):
     `step(closure)` evaluates the closure as often as it needs; the closure calls no `backward()`, and may itself
     differentiate with `create_graph=True`. `step(closure, curvature_closure)` takes the matrix from a second closure.
     `.grad` then holds the gradient at the point the step started from, and `last_step` what happened. All groups are
-    solved jointly; of settings that are no `lr` the first group's count, and those that the method adapts (damping,
-    radius) are kept there.
+    solved jointly, so that `lr` alone may differ between them; settings that the method adapts (damping, radius) are
+    written to all.
 
     Settings kept in every parameter group, beside those of the method: `lr`, a factor on the group's part of a step
-    before anything is tried; `maximize` and `seed` (see `Common`); `num_steps` taken so far.
+    before anything is tried, for methods that take one; `maximize` and `seed` (see `Common`); `num_steps` taken so far.
 
     Raises:
-        InputError: for complex parameters, settings out of range, closures that return something else than agreed.
+        InputError: for complex parameters, settings out of range or that differ between groups, closures that return
+            something else than agreed.
         NonFiniteError: if the loss or its gradient is not finite where a step starts.
     """
 
     _kept = (*BaseOptimizer._kept, "kind", "last_step")
     _late_settings: ClassVar[dict[str, Any]] = {"lr": 1.0, "maximize": False, "seed": 0, "num_steps": 0}
-    _adapted: str = ""  # setting that the method adapts, in the first group
+    _adapted: str = ""  # setting that the method adapts
+    _not_alike = ("lr", "num_steps")
+    _takes_lr = True
 
     last_step: StepReport | None
 
@@ -134,6 +137,24 @@ class FullBatchOptimizer(BaseOptimizer):
     @abstractmethod
     def _move(self, evaluations: Evaluations, here: Linearised) -> Move:
         """Decide on a step from `evaluations.start`, (n,), where the parameters stay."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, after a check of its settings."""
+        if self._adapted and self.param_groups:
+            param_group.setdefault(self._adapted, self.param_groups[0][self._adapted])
+        super().add_param_group(param_group)
+
+    def _refuse_unlike(self, *groups: Group) -> None:
+        super()._refuse_unlike(*groups)
+        if not self._takes_lr and any(float(group["lr"]) != 1 for group in groups):
+            raise InputError(
+                f"{type(self).__name__} finds the length of its steps itself and takes no lr, got "
+                f"{[float(group['lr']) for group in groups]}: leave it, and schedulers, out."
+            )
+
+    def _adapt(self, value: float) -> None:
+        for group in self.param_groups:
+            group[self._adapted] = value
 
     def _validate(self, group: Group) -> None:
         super()._validate(group)
@@ -183,6 +204,7 @@ class FullBatchOptimizer(BaseOptimizer):
         Where none is taken, `moves_buffers=False` leaves random streams and running statistics as they were found.
         """
         flat = self._flat()
+        self._refuse_unlike(*self.param_groups)
         if closure is None:
             # a checkpoint is loaded into an optimizer that was stepped with zero gradients and without closure
             if all_zero([p.grad for p in flat.params if p.grad is not None]):
@@ -347,7 +369,7 @@ class FullBatchOptimizer(BaseOptimizer):
                 message = f"no step down to a length of {found.length:.2g} lowers the loss"
             following = follow(value, ratio, found.length)
             if ratio >= accept:
-                group[name] = following
+                self._adapt(following)
                 message = f"accepted at the {trial}. {name} tried{found.note}"
                 return Move(found.step, loss, solver, message, found.model_decrease, ratio)
             if found.length <= eps * max(size, eps):
@@ -356,8 +378,5 @@ class FullBatchOptimizer(BaseOptimizer):
             if following == value:
                 break
             value = following
-        group[name] = value
+        self._adapt(value)
         return Move(None, here.loss, solver, message)
-
-    def _forget(self) -> None:
-        """Nothing is accumulated between steps."""

@@ -82,6 +82,7 @@ class LevenbergMarquardt(FullBatchOptimizer):
 
     _kept = (*FullBatchOptimizer._kept, "damping_rule", "jacobian")
     _adapted = "damping"
+    _takes_lr = False
     _least: ClassVar[dict[str, float]] = {"max_trials": 1, "acceleration": 0, "rescale_below": 0}
     _positive = ("damping", "rtol")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"method": ("auto", "dense", "lsmr")}

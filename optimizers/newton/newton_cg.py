@@ -140,12 +140,12 @@ class NewtonCG(FullBatchOptimizer):
         eps = torch.finfo(flat.dtype).eps
         ratio = reduction_ratio(here.loss, loss, -model, eps)
         if self.damping_rule is not None:
-            group["damping"] = self.damping_rule(damping, ratio)
+            self._adapt(self.damping_rule(damping, ratio))
         searched = self._search(evaluations.line(here, d, at_one=loss, curvature=2 * (model - float(g @ d))), initial)
         solver = found.status.value
         if not searched.success and searched.step == 0.0:
             if self.damping_rule is not None and damping > 0:
-                group["damping"] = max(group["damping"], self.damping_rule(damping, -math.inf))
+                self._adapt(max(group["damping"], self.damping_rule(damping, -math.inf)))
             self._remember(flat, newton_direction=torch.zeros_like(d))
             return Move(None, here.loss, solver, searched.message, ratio=ratio)
         return Move(searched.step * d, searched.value, solver, searched.message, -model, ratio)

@@ -62,6 +62,7 @@ class TrustRegionNewton(FullBatchOptimizer):
 
     _kept = (*FullBatchOptimizer._kept, "radius_rule")
     _adapted = "radius"
+    _takes_lr = False
     _least: ClassVar[dict[str, float]] = {"max_trials": 1}
     _positive = ("radius",)
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"subproblem": ("steihaug", "gltr")}
@@ -96,7 +97,7 @@ class TrustRegionNewton(FullBatchOptimizer):
         size, eps = float(torch.linalg.vector_norm(g)), torch.finfo(flat.dtype).eps
         settings = {"rtol": forcing(group["rtol"], size, eps), "max_iterations": group["max_iterations"]}
         if size > 0:  # the subproblem is scaled by the gradient, and squares its radius
-            group["radius"] = min(group["radius"], 1e100 * size)
+            self._adapt(min(group["radius"], 1e100 * size))
 
         def propose(radius: float) -> Proposal:
             if group["subproblem"] == "gltr":
@@ -107,7 +108,8 @@ class TrustRegionNewton(FullBatchOptimizer):
             return Proposal.of(found)
 
         move = self._try(evaluations, here, propose, self.radius_rule, self.radius_rule.accept)
-        group["radius"] = max(group["radius"], eps) if move.step is None else group["radius"]
+        if move.step is None:
+            self._adapt(max(group["radius"], eps))
         return move
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from curvature.errors import InputError
 from optimizers.shared.base import BaseOptimizer, Group
@@ -58,6 +57,7 @@ class AroundAnother(BaseOptimizer):
                 self.base._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self._share()
 
     def add_param_group(self, param_group: Group) -> None:
@@ -73,10 +73,3 @@ class AroundAnother(BaseOptimizer):
         except InputError:
             self.param_groups.pop()
             raise
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients."""
-        super().zero_grad(set_to_none)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -7,7 +7,7 @@ all attributes out of copies. Here averages keep their dtype, what is loaded is 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from curvature.errors import InputError
 from curvature.losses.rules import LossRule, loss_rule
 from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import ClosureRecorder
-from optimizers.shared.gradients import UNREACHED
+from optimizers.shared.gradients import UNREACHED, Followed, Seen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,7 @@ class Common(TypedDict, total=False):
     alike where they return the loss. Default: None."""
     maximize: bool  # climb instead of descend. Default: False.
     seed: int
-    """Of the random numbers, which are functions of (seed, step, sample). The first group's counts. Default: 0."""
+    """Of the random numbers, which are functions of (seed, step, sample); the same in all groups. Default: 0."""
 
 
 class Shared(Common, total=False):
@@ -73,10 +74,13 @@ class BaseOptimizer(torch.optim.Optimizer):
     _fractions: tuple[str, ...] = ()  # settings in [0, 1)
     _positive: tuple[str, ...] = ()  # settings that must be positive and finite
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # setting -> its values
-    _alike: tuple[str, ...] = ()  # settings that one computation for all groups follows: the same in each
+    _alike: tuple[str, ...] = ("seed",)  # settings that one computation for all groups follows: the same in each
+    _not_alike: tuple[str, ...] | None = None  # or: all settings but these
     _takes_parts = False  # whether parameters may be DTensors
     _group: ProcessGroup | None
     _group_name: str | None
+    _seen: Seen | None = None  # gradients at the end of the last step
+    _followed: Followed | None = None  # gradients that belong to what was accumulated for the coming step
 
     def __init__(self, params: Any, defaults: Group, **shared: Any) -> None:
         self.loss = shared.pop("loss", None)
@@ -96,15 +100,74 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _recorder(self) -> ClosureRecorder:
         return ClosureRecorder()
 
-    @abstractmethod
     def _forget(self) -> None:
-        """Drop what was accumulated for the coming step beside `.grad`."""
+        """Drop what was accumulated for the coming step, and what is worked out anew when it is asked for."""
+        self._forget_measured()
+
+    # -- whether gradients reach the parameters -----------------------------------------------------------------------
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _none_reached(self) -> bool:
+        trained = self._trained()
+        return bool(trained) and all(p.grad is None for p in trained)
 
     def _refuse_unreached(self) -> None:
         """Refuse a loss that gave no parameter a gradient: the optimizer would stand still."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if trained and all(p.grad is None for p in trained):
+        if self._none_reached():
             raise InputError(f"the loss gives none of the optimizer's parameters a gradient. {UNREACHED}")
+
+    @_disable_dynamo
+    def _look_for_gradients(self, *, computed: bool, old: bool) -> None:
+        """Refuse a loss that was computed for this step and reached no parameter; warn where `.grad` holds nothing new.
+
+        torch takes both in silence.
+        """
+        if computed:
+            self._refuse_unreached()
+        elif old:
+            warnings.warn(
+                "step() found the gradients of the step before: no backward pass has reached the optimizer's "
+                f"parameters since, and they move by an old gradient. {UNREACHED}",
+                stacklevel=3,
+            )
+        elif self._none_reached():
+            warnings.warn(f"step() found no gradient in any parameter, and nothing moves. {UNREACHED}", stacklevel=3)
+
+    @_disable_dynamo
+    def _see_gradients(self) -> None:
+        """Remember the gradients that the end of a step, or of zero_grad, leaves behind."""
+        self._seen = Seen(self._trained())
+
+    def _has_old_gradients(self) -> bool:
+        """Whether all gradients in `.grad` lay there at the end of the last step."""
+        return self._seen is not None and self._seen.all_still(self._trained())
+
+    def _follow(self, *, came: bool) -> None:
+        """Follow the gradients that belong to what was measured: those that came with it, or those to come."""
+        self._followed = self._followed or Followed()
+        to_come = not came and (self._none_reached() or self._has_old_gradients())
+        self._followed.take(self._trained(), to_come=to_come)
+
+    @_disable_dynamo
+    def _forget_if_cleared(self) -> None:
+        """Gradients that were cleared since, by `model.zero_grad()`, take what was measured beside them with them."""
+        if self._followed is not None and self._followed.cleared(self._trained()):
+            self._forget_measured()
+
+    def _forget_measured(self) -> None:
+        """Drop what was measured beside gradients for the coming step."""
+        if self._followed is not None:
+            self._followed.end()
+        self._followed = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, and what was accumulated beside them."""
+        super().zero_grad(set_to_none)
+        self._forget_measured()
+        if not set_to_none:
+            self._see_gradients()
 
     # -- settings -----------------------------------------------------------------------------------------------------
 
@@ -157,12 +220,16 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _refuse_unlike(self, *groups: Group) -> None:
         """Refuse settings that must be those of the first group; users assign to groups, so before steps, too."""
         first = self.param_groups[0]
+        names = self._alike
+        if self._not_alike is not None:
+            names = tuple(name for name in self.defaults if name not in self._not_alike)
         for group in groups:
-            for name in self._alike:
-                if group[name] != first[name]:
+            for name in names:
+                here, there = group.get(name), first.get(name)
+                if here != there:
                     raise InputError(
-                        f"{name} must be the same in all groups, which move together, got {group[name]!r} and "
-                        f"{first[name]!r}: set it for all, or give the groups optimizers of their own. lr may differ."
+                        f"{name} must be the same in all groups, which move together, got {here!r} and "
+                        f"{there!r}: set it for all, or give the groups optimizers of their own. lr may differ."
                     )
 
     # -- state --------------------------------------------------------------------------------------------------------

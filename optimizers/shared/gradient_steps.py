@@ -44,13 +44,15 @@ class GradientOptimizer(BaseOptimizer):
                 closures of torch's optimizers do; else it is called here, and replaces what lies in `.grad`.
             before_update: called when gradients lie in `.grad`, before anything moves; for clipping.
         """
+        self._refuse_unlike(*self.param_groups)
         loss, share = (None, 1.0) if closure is None else self._evaluated(closure)
+        old = closure is None and self._has_old_gradients()
         self._synchronize(share)
-        if isinstance(loss, Tensor):
-            self._refuse_unreached()
+        self._look_for_gradients(computed=isinstance(loss, Tensor), old=old)
         if before_update is not None:
             before_update()
         self._move()
+        self._see_gradients()
         return loss
 
     def _evaluated(self, closure: Callable[[], Any]) -> tuple[Any, float]:
@@ -64,9 +66,3 @@ class GradientOptimizer(BaseOptimizer):
     def _synchronize(self, share: float) -> None:
         if self.process_group is not None:
             average_gradients([p for p in self._trained() if not is_part(p)], self.process_group, share)
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _forget(self) -> None:
-        """Nothing is accumulated between steps."""

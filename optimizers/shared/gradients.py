@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from curvature.objective.shards import is_part
 
 __all__ = [
     "UNREACHED",
-    "Mark",
+    "Followed",
+    "Seen",
     "add_to_grad",
     "all_zero",
     "local",
@@ -72,20 +74,64 @@ def all_zero(grads: Iterable[Tensor]) -> bool:
     return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
 
 
-class Mark:
-    """Remembers which gradients lay in `.grad`, to tell later whether they were cleared."""
+class _Sight:
+    """A gradient as it was seen, without keeping it alive."""
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._versions = [None if p.grad is None else p.grad._version for p in params]
+    def __init__(self, g: Tensor) -> None:
+        self._id, self._ref, self._version = id(g), weakref.ref(g), local(g)._version
 
-    def cleared(self, params: Sequence[Tensor]) -> bool:
-        """Return whether there were gradients and all are gone or zero. Waits for the device if all have changed."""
+    def is_of(self, g: Tensor) -> bool:
+        # the reference is followed only where it leads to g: other tensors may live on in autograd alone
+        return self._id == id(g) and self._ref() is g
+
+    def is_now(self, g: Tensor) -> bool:
+        return self.is_of(g) and self._version == local(g)._version
+
+
+class Seen:
+    """The gradients that lay in `.grad` at some time."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._sights = [None if p.grad is None else _Sight(p.grad) for p in params]
+
+    def all_still(self, params: Sequence[Tensor]) -> bool:
+        """Return whether there are gradients, and each lay there then, unchanged: no backward pass came in between."""
         now = [p.grad for p in params]
-        if len(now) != len(self._versions) or not any(version is not None for version in self._versions):
+        if len(now) != len(self._sights) or all(g is None for g in now):
             return False
-        if any(g is not None and g._version == v for g, v in zip(now, self._versions, strict=True)):
+        return all(g is None or (s is not None and s.is_now(g)) for g, s in zip(now, self._sights, strict=True))
+
+
+class Followed:
+    """The gradients that belong to what was measured beside them, to tell later whether somebody cleared them."""
+
+    def __init__(self) -> None:
+        self._sights: dict[int, _Sight] = {}
+        self._handles: list[Any] = []
+
+    def take(self, params: Iterable[Tensor], *, to_come: bool = False) -> None:
+        """Follow the gradients that lie in `.grad`, or those that backward passes bring from here on."""
+        if not to_come:
+            self._sights |= {id(p): _Sight(p.grad) for p in params if p.grad is not None}
+        elif not self._handles:
+            self._handles = [p.register_post_accumulate_grad_hook(lambda p: self.take([p])) for p in params]
+
+    def cleared(self, params: Iterable[Tensor]) -> bool:
+        """Return whether all that were followed are gone, replaced or zero. Waits for the device if all changed."""
+        kept = [
+            (p.grad, self._sights[id(p)])
+            for p in params
+            if p.grad is not None and id(p) in self._sights and self._sights[id(p)].is_of(p.grad)
+        ]
+        if not self._sights or any(sight.is_now(g) for g, sight in kept):
             return False
-        return all_zero(g for g in now if g is not None)
+        return all_zero(local(g) for g, _ in kept)
+
+    def end(self) -> None:
+        """Follow nothing from here on."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._sights = {}
 
 
 def poison(params: Iterable[Tensor], curvatures: Sequence[Sequence[Tensor]]) -> None:

@@ -74,7 +74,7 @@ class ForwardGradient(AroundAnother):
         num_directions: m.
         directions: "normal" or "signs", whose error is smaller by 2/m.
         activities_of: a module that holds the parameters: perturb what its layers give out instead of the weights.
-        seed: of the directions, which are functions of (seed, step, j). The first group's counts.
+        seed: of the directions, which are functions of (seed, step, j). The same in all groups.
         loss: `loss(outputs, targets)`, for closures that return both.
         process_group: ranks that hold parts of each batch.
         settings: of base.
@@ -96,7 +96,7 @@ class ForwardGradient(AroundAnother):
 
     _late_settings: ClassVar[dict[str, Any]] = {"num_directions": 1, "directions": "normal", "seed": 0, "num_steps": 0}
     _counts = ("num_directions",)
-    _alike = ("num_directions", "directions")
+    _alike = (*AroundAnother._alike, "num_directions", "directions")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"directions": ("normal", "signs")}
     _kept = (*AroundAnother._kept, "activities_of")
 

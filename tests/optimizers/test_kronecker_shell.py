@@ -225,7 +225,8 @@ def test_a_loss_without_a_graph_is_refused_unless_gradients_were_found(name: str
     optimizer = OF_CLOSURES[name](problem.params, lr=0.02)
     with pytest.raises(InputError, match="no graph"):
         optimizer.step(torch.no_grad()(problem.closure))
-    assert optimizer.step(lambda: 0.0) == 0.0  # no gradients: nothing moves
+    with pytest.warns(UserWarning, match="nothing moves"):
+        assert optimizer.step(lambda: 0.0) == 0.0
     assert torch.equal(problem.flat(), mlp().flat())
 
     def cleared() -> Tensor:
