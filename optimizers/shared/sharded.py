@@ -20,7 +20,8 @@ class Sharded:
 
     A step gathers whole parameters, lets the optimizer take its step on them, its gradients and curvature averaged over
     the ranks that hold different data, and writes each rank's part back. So the update is that of one process. The
-    optimizer's state is whole on every rank: two vectors for `AdaHessian`, beside parameters and gradient.
+    optimizer's state is whole on every rank: two vectors for `AdaHessian`, all factors for `KFAC`, beside parameters
+    and gradient.
 
     Args:
         model: as `curvature.Objective` takes it. Closures call it as usual.
@@ -51,12 +52,19 @@ class Sharded:
         self._shards = shards
         trained = [leaf for leaf in shards.leaves.values() if leaf.requires_grad]
         self.inner = method(trained, process_group=data, **settings)
+        self.inner._shares_work = False  # type: ignore[attr-defined] # of matrix optimizers: the state is whole
+        self._places = _places(model)
 
     def step(self, closure: Callable[[], Any], **settings: Any) -> Tensor | None:
         """Take one step, all ranks together, and return what the optimizer's `step` returns.
 
         Where it raises, the parameters stay as they were.
         """
+        if _places(self._shards.model) != self._places:
+            raise InputError(
+                "the model has other layers or parameters than when the optimizer was built, which would not train "
+                "them: build the optimizer anew, then load its state."
+            )
         self._shards.gather()
         with self._shards.installed():
             loss: Tensor | None = self.inner.step(closure, **settings)  # type: ignore[assignment] # or a number
@@ -74,3 +82,7 @@ class Sharded:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that `state_dict` returned, for any number of ranks."""
         self.inner.load_state_dict(state)
+
+
+def _places(model: nn.Module) -> list[tuple[int, str]]:
+    return [(id(module), name) for module in model.modules() for name in module._parameters]

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
-from optimizers import EKFAC, KFAC, GaussNewton
+from optimizers import EKFAC, KFAC, GaussNewton, Sharded
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
 pytestmark = IN_TWO_PROCESSES
@@ -21,6 +22,10 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "KFAC": (KFAC, {"lr": 0.02, "fisher": "empirical", "refresh_every": 2}),
     "KFAC, clipped": (KFAC, {"lr": 0.5, "fisher": "type-2", "graft": None, "kl_clip": 1e-3, "update_every": 2}),
     "EKFAC": (EKFAC, {"lr": 0.02, "fisher": "type-2", "refresh_every": 2}),
+}
+IN_PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **METHODS,
+    "GaussNewton": (GaussNewton, {"iterations": 300, "rtol": 1e-13}),
 }
 
 
@@ -80,6 +85,43 @@ def gauss_newton(rank: int | None, group: Any) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
+def in_parts(name: str, rank: int | None, dtype: torch.dtype) -> Tensor:
+    """Five steps under fully_shard, by `Sharded`, the third with a new optimizer and the first rank's state."""
+    from torch.distributed.fsdp import fully_shard
+
+    method, settings = IN_PARTS[name]
+    torch.manual_seed(3)
+    x, y = torch.randn(48, 5).to(dtype), torch.randint(0, 3, (48,))
+    rows = slice(48) if rank is None else (slice(30) if rank == 0 else slice(30, 48))
+    model: Any = model_of().to(dtype)
+    if rank is not None:
+        fully_shard(model[0])
+        fully_shard(model)
+        with pytest.raises(InputError, match=rf"optimizers\.Sharded\(model, {method.__name__}"):
+            method(model.parameters(), loss=F.cross_entropy)
+
+    def made() -> Any:
+        if rank is None:
+            return method(model.parameters(), loss=F.cross_entropy, **settings)
+        return Sharded(model, method, loss=F.cross_entropy, **settings)
+
+    optimizer = made()
+    for step in range(5):
+        if step == 3 and rank is not None:
+            states = [optimizer.state_dict()]
+            dist.broadcast_object_list(states, src=0)
+            optimizer = made()
+            optimizer.load_state_dict(states[0])
+        optimizer.step(lambda: (model(x[rows]), y[rows]))
+    if rank is not None:
+        replaced, model[6] = model[6], nn.Linear(15, 3).to(dtype)
+        with pytest.raises(InputError, match="build the optimizer anew"):
+            optimizer.step(lambda: (model(x[rows]), y[rows]))
+        model[6] = replaced
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().reshape(-1) for p in whole])
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -87,6 +129,9 @@ def work(rank: int, folder: str) -> None:
         group = dist.group.WORLD
         found = {f"{name}, closure": run(name, "closure", rank, group) for name in METHODS}
         found["gauss-newton"] = gauss_newton(rank, group)
+        for dtype in (torch.float64, torch.float32):
+            named = str(dtype).removeprefix("torch.")
+            found |= {f"{name}, in parts, {named}": in_parts(name, rank, dtype) for name in IN_PARTS}
         found["ddp"] = run("KFAC", "ddp", rank, group)
         found["resumed"] = run("EKFAC", "closure", rank, group, f"{folder}/saved")
         torch.save(found, Path(folder) / f"{rank}.pt")
@@ -124,18 +169,12 @@ def test_resumes_through_a_distributed_checkpoint(two_ranks: list[dict[str, Tens
         assert torch.equal(found["resumed"], found["EKFAC, closure"])
 
 
-def work_in_parts(rank: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/parts", rank=rank, world_size=2)
-    try:
-        model = model_of()
-        fully_shard(model)
-        with pytest.raises(InputError, match="take SOAP or Shampoo"):
-            KFAC(model.parameters(), loss=F.cross_entropy)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_models_in_parts_are_refused(tmp_path: Path) -> None:
-    in_two_processes(work_in_parts, str(tmp_path))
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_models_in_parts_take_the_steps_of_one_process(
+    two_ranks: list[dict[str, Tensor]], name: str, dtype: str
+) -> None:
+    a, b = (found[f"{name}, in parts, {dtype}"] for found in two_ranks)
+    assert torch.equal(a, b)
+    atol = 1e-11 if dtype == "float64" else 1e-5 if name == "EKFAC" else 1e-6  # close eigenvectors turn by more
+    torch.testing.assert_close(a, in_parts(name, None, getattr(torch, dtype)), rtol=0, atol=atol)
