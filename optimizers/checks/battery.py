@@ -256,8 +256,7 @@ def _memory(s: Subject) -> None:
     params, outputs, optimizer = s.trained(5)
     before = num_tensors()
     s.run(optimizer, outputs, 40)
-    growth = num_tensors() - before
-    _require(growth <= 8, f"{growth} tensors more after 40 steps")
+    _require((growth := num_tensors() - before) <= 8, f"{growth} tensors more after 40 steps")
     held = any(p.grad is not None and p.grad.grad_fn is not None for p in params)
     _require(not held, "gradients hold their graph after the step")
 
