@@ -110,9 +110,10 @@ class DirectFeedbackAlignment:
         columns = outputs.shape[-1] if sequence else math.prod(outputs.shape[1:])
         key = (name, call, rows, columns, outputs.device, outputs.dtype)
         if key not in self._feedback:
-            generator = counter_generator(outputs.device, _STREAM, self.seed, self.layers.index(name), call)
-            drawn = torch.randn(rows, columns, generator=generator, device=outputs.device, dtype=torch.float32)
-            self._feedback[key] = (drawn * (self.scale / max(1, columns) ** 0.5)).to(outputs.dtype)
+            cpu = torch.device("cpu")  # so that it is the same on every device
+            generator = counter_generator(cpu, _STREAM, self.seed, self.layers.index(name), call)
+            drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
+            self._feedback[key] = (drawn * (self.scale / max(1, columns) ** 0.5)).to(outputs.device, outputs.dtype)
         return self._feedback[key]
 
     def alignment(self, closure: Callable[[], Any], loss: Callable[..., Tensor] | None = None) -> dict[str, float]:
