@@ -158,7 +158,7 @@ class Evaluator:
             stack.enter_context(lean)
             yield
 
-    def backward_session(self) -> AbstractContextManager[None]:
+    def backward_session(self) -> AbstractContextManager[Any]:
         """Do the same for a backward pass alone, in which nothing of the model runs again."""
         rounds = self._keeps_float32 and tf32_in_use(self.parameters[0].device)
         plain = all(map(_REQUIRES_GRAD, self.parameters)) and not any(map(_HOOKS, self.parameters))

@@ -41,6 +41,8 @@ class GraphBudget:
         self._tidied, self._tidying = -torch.inf, 0.0
         self.grown = False
         """Whether graphs have grown since unused memory was given back."""
+        self.unchecked = True
+        """Whether graphs have grown since it was seen whether they fit."""
         self._stores: WeakSet[KeptGraphs] = WeakSet()
 
     def admit(self, store: KeptGraphs) -> None:
@@ -63,8 +65,11 @@ class GraphBudget:
 
     def enforce(self) -> None:
         """Have graphs given up until the rest fits: first those of the objective that was used longest ago."""
-        recent = self._fixed is None and time.monotonic() - self._looked < _PATIENCE
-        if recent and self.held_bytes <= self._found:
+        recent = self._fixed is not None or time.monotonic() - self._looked < _PATIENCE
+        if recent and not self.unchecked:
+            return
+        self.unchecked = False
+        if recent and self._fixed is None and self.held_bytes <= self._found:
             return
         for store in sorted(self._stores, key=lambda store: store.last_used):
             while len(store) > 0 and self.held_bytes > self.num_bytes:  # what is freed may not be free
@@ -72,7 +77,7 @@ class GraphBudget:
 
     def look_again(self) -> None:
         """Have graphs given up until the rest fits what is free now, whenever that was looked up."""
-        self._looked = -torch.inf
+        self._looked, self.unchecked = -torch.inf, True
         self.enforce()
 
     def tidy(self, *, now: bool = False, vector_bytes: int = 0) -> None:
@@ -206,7 +211,7 @@ class KeptGraphs:
         entry = next((entry for entry in self._entries if entry.meter is meter), None)
         if entry is not None:
             entry.measure()
-            self.budget.grown = self._grew = True
+            self.budget.grown = self.budget.unchecked = self._grew = True
             if self.keep == "auto":
                 self.budget.enforce()
 

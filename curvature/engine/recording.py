@@ -185,7 +185,7 @@ class Recording:
         """How many layers were recorded in their lean form."""
         return self._lean.num_replaced
 
-    def _backward_session(self) -> AbstractContextManager[None]:
+    def _backward_session(self) -> AbstractContextManager[Any]:
         """What products need: as much as building the graph did only where parts of the model run again."""
         return self._session() if self._lean.saw_hooks else self._evaluator.backward_session()
 
