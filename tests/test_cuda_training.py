@@ -263,6 +263,7 @@ COMMANDS = [
     ["complexity", "digits-mlp", "--repeats", "3", "--steps", "50", "--samples", "200"],
     ["labels", "digits-mlp", "--repeats", "2", "--steps", "100", "--samples", "100"],
     ["regularize", "digits-mlp", "--repeats", "2", "--steps", "50", "--samples", "100"],
+    ["bias", "digits-mlp", "--depth", "2", "--inputs", "9", "--starts", "2", "--steps", "200", "--repeats", "2"],
 ]
 
 

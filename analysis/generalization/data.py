@@ -26,7 +26,7 @@ HELD_OUT = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Examples with class labels, on the CPU."""
+    """Examples with class labels."""
 
     inputs: Tensor
     """(N, ...), for training, in an order drawn by the seed."""
@@ -43,9 +43,14 @@ class Labelled:
         """Return the same with only the first examples for training."""
         return Labelled(**{**vars(self), "inputs": self.inputs[:count], "labels": self.labels[:count]})
 
+    def to(self, device: torch.device) -> Labelled:
+        """Return the same on a device."""
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return Labelled(**{**vars(self), **tensors})
+
 
 def labelled(objective: Objective, test_data: Any, seed: int, count: int | None = None) -> Labelled:
-    """Return the data of an objective as examples with class labels.
+    """Return the data of an objective as examples with class labels, on the CPU.
 
     Args:
         objective: of a classifier: outputs (N, C), targets class numbers (N,) or one-hot rows (N, C).

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -19,9 +20,11 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from analysis.generalization.suited import copy_of
 from analysis.training.loop import initialise
+from curvature.data.random_states import random_states_kept
+from curvature.environment.cost import timed
 from curvature.errors import InputError
 
-__all__ = ["Ensemble", "Fit", "Recipe", "fresh"]
+__all__ = ["Ensemble", "Fit", "Recipe", "device_of", "fresh", "seconds_of_step"]
 
 _ENTRYWISE = (
     nn.Tanh,
@@ -36,13 +39,15 @@ _ENTRYWISE = (
     nn.Dropout,
 )
 
+_STEPS = 10  # that are timed
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy of a model in train mode whose parameters are drawn anew, by a seed."""
-    made = copy_of(model)
-    with torch.random.fork_rng(devices=[]):
+    """Return a copy of a model in train mode whose parameters are drawn anew, by a seed: the same on any device."""
+    made, device = copy_of(model).cpu(), device_of(model)
+    with random_states_kept():
         torch.manual_seed(seed)
         try:
             initialise(made)
@@ -52,7 +57,12 @@ def fresh(model: nn.Module, seed: int) -> nn.Module:
                 f"these networks start from parameters that are drawn anew, and {cause}; give it one, or leave "
                 "parametrisations and other modules without one out of the model."
             ) from error
-    return made.train()
+    return made.to(device).train()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first parameter of a model lies."""
+    return next(model.parameters()).device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +93,7 @@ class Fit:
 
 
 class Ensemble:
-    """R copies of a model, each with parameters drawn by a seed of its own.
+    """R copies of a model, each with parameters drawn by a seed of its own, where the model is.
 
     Args:
         model: whose modules can draw their parameters.
@@ -101,6 +111,7 @@ class Ensemble:
         self._layers = _layers(made[0])
         kinds = nn.modules.conv._ConvNd
         self._one_by_one = any(isinstance(m, kinds) for m in made[0].modules())  # grouped convolutions are slower
+        self.device = device_of(made[0])
         self._base, self._whole = made[0], copy.deepcopy(made[0])  # functional_call leaves tied parameters changed
 
     def __len__(self) -> int:
@@ -198,10 +209,10 @@ class Ensemble:
 
         Args:
             loss: of one member's outputs (N, C) and labels (N,).
-            inputs: (N, ...), of all.
-            labels: (N,) or (R, N).
+            inputs: (N, ...), of all, on the members' device.
+            labels: (N,) or (R, N), there too.
             recipe: how.
-            change: what is done to the inputs of a batch, such as a shift.
+            change: what is done to the inputs of a batch, such as a shift, by a generator on the CPU.
             each: told the number of steps taken, 0 first; training ends where it returns True.
         """
         R, N = len(self), labels.shape[-1]
@@ -210,9 +221,9 @@ class Ensemble:
         orders = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         params = list(self.params.values())
         optimizer = _optimizer(params, recipe)
-        rows = torch.arange(R)[:, None]
+        rows = torch.arange(R, device=self.device)[:, None]
         queue = torch.empty(R, 0, dtype=torch.int64)
-        with torch.random.fork_rng(devices=[]):
+        with random_states_kept():
             torch.manual_seed(self.seeds[0])  # dropout
             for step in range(recipe.steps):
                 if each is not None and each(step):
@@ -221,7 +232,7 @@ class Ensemble:
                 if size < N:
                     if queue.shape[1] < size:
                         queue = torch.stack([torch.randperm(N, generator=g) for g in orders])
-                    places, queue = queue[:, :size], queue[:, size:]
+                    places, queue = queue[:, :size].to(self.device), queue[:, size:]
                     x, y = inputs[rows, places], labels[rows, places]
                 if change is not None:
                     x = torch.stack([change(part, g) for part, g in zip(x, orders, strict=True)])
@@ -253,6 +264,14 @@ class Ensemble:
             p.grad = g
         optimizer.step()
         optimizer.zero_grad()
+
+
+def seconds_of_step(ensemble: Ensemble, loss: Loss, inputs: Tensor, labels: Tensor, plan: Any) -> float:
+    """Return what a step of a training takes; it moves the members."""
+    for steps in (2, _STEPS):  # the first ones warm up
+        recipe = Recipe(steps=steps, lr=plan.lr, optimizer=plan.optimizer, batch_size=plan.batch_size)
+        _, seconds = timed(partial(ensemble.train, loss, inputs, labels, recipe), ensemble.device)
+    return seconds / _STEPS
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]] | None:

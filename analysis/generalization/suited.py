@@ -41,7 +41,7 @@ def require_suited_loss(
 
     Args:
         loss: of outputs (N, C) and labels (N,).
-        labels: that there are; all classes are tried beside them.
+        labels: that there are, on the device of the trainings; all classes are tried beside them.
         num_classes: C.
         dtype: of the model.
 
@@ -49,9 +49,9 @@ def require_suited_loss(
         InputError: for another loss.
     """
     g = torch.Generator().manual_seed(0)
-    y = torch.cat([labels[:_EXAMPLES], torch.arange(num_classes)[: 4 * _EXAMPLES]])
+    y = torch.cat([labels[:_EXAMPLES], torch.arange(num_classes, device=labels.device)[: 4 * _EXAMPLES]])
     for kind in dict.fromkeys((dtype, torch.float64)):  # curvature is measured in float64
-        z = torch.randn(len(y), num_classes, generator=g, dtype=torch.float64).to(kind)
+        z = torch.randn(len(y), num_classes, generator=g, dtype=torch.float64).to(y.device, kind)
         try:
             whole = loss(z, y)
             each = torch.stack([loss(z[i : i + 1], y[i : i + 1]) for i in range(len(y))])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from curvature.data.random_states import random_states_kept
 from curvature.errors import InputError
 
 __all__ = ["at_width", "width_of"]
@@ -36,8 +37,12 @@ def at_width(model: nn.Module, width: int) -> nn.Module:
             raise InputError(f"{type(model).__name__}.at_width returned {type(made).__name__}; return a module.")
         return made
     leaves = _leaves(model)
-    share, last = width / _size(leaves[0]), leaves[-1]
-    wide = copy.deepcopy(model)
+    with random_states_kept():
+        return _resized(model, leaves, width / _size(leaves[0]))
+
+
+def _resized(model: nn.Module, leaves: list[nn.Module], share: float) -> nn.Module:
+    wide, last = copy.deepcopy(model), leaves[-1]
     before: tuple[int, int] | None = None  # sizes of the layer before, then and now
     for leaf, new in zip(leaves, _leaves(wide), strict=True):
         if isinstance(leaf, _NORMS):

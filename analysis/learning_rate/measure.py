@@ -19,6 +19,7 @@ from analysis.training.loop import MakeOptimizer, TrainingPlan, put_back, take_s
 from analysis.training.results import TrainingReading
 from analysis.training.tracker import CurvatureTracker
 from curvature.arguments import checked_fields
+from curvature.data.random_states import random_states_kept
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 from curvature.operators.preconditioned import stability_limit
@@ -107,7 +108,7 @@ def critical_learning_rate(
             last = f"rate {number(taken[-1].lr, 3)}: loss {number(taken[-1].loss, 3)}"
             progress(f"training\n{last}", min(done, math.ceil(expected)), math.ceil(expected))
 
-    with put_back(objective.model) as before, torch.random.fork_rng(devices=[]):
+    with put_back(objective.model) as before, random_states_kept():
         objective.model.train()
         branches = Branches(
             objective,

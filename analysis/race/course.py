@@ -18,6 +18,7 @@ from analysis.race.results import Course, CoursePoint
 from analysis.race.schedules import Schedule
 from analysis.race.steps import Stepper
 from analysis.training.loop import Snapshot, batches_of, put_back, training_loss
+from curvature.data.random_states import random_states_kept
 from curvature.environment.device import is_gpu, synchronize
 from curvature.errors import CurvatureError, InputError, NonFiniteError
 from optimizers.shared.base import BaseOptimizer
@@ -76,7 +77,7 @@ def clock_of(device: torch.device) -> tuple[Callable[[], float], str]:
 
 def run_job(ground: Ground, job: Job) -> Course | Count:
     """Do what is asked for and put the model back; what goes wrong is in the result."""
-    with put_back(ground.objective.model) as before, torch.random.fork_rng(devices=[]):
+    with put_back(ground.objective.model) as before, random_states_kept():
         try:
             return _count(ground, job) if job.counts else _train(ground, job, before)
         except CurvatureError as error:

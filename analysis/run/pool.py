@@ -19,7 +19,7 @@ import torch
 
 from curvature.environment.device import any_gpu
 
-__all__ = ["Pool", "can_fork", "run_all", "usable_cores"]
+__all__ = ["Pool", "can_fork", "run_all", "usable_cores", "workers_of"]
 
 J = TypeVar("J")
 A = TypeVar("A")
@@ -33,6 +33,11 @@ def can_fork() -> bool:
     Where there is a GPU, autograd refuses backward passes in a process that was forked.
     """
     return sys.platform == "linux" and not any_gpu()
+
+
+def workers_of(asked: int | None, most: int) -> int:
+    """Return how many processes work where so many were asked for, or one a core, at most one for each job."""
+    return max(1, min(asked or usable_cores(), most)) if can_fork() else 1
 
 
 def usable_cores() -> int:

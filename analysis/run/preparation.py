@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from analysis.records.plain import plain_values
 from analysis.records.plan import Plan, setting
@@ -164,12 +164,13 @@ def _task(request: Request) -> Task:
 
 
 def _on_device(task: Task, device: str | None) -> Task:
-    """Return the task with its model moved; batches follow, since the objective moves each to its parameters."""
+    """Return the task with model and loss moved; batches follow, since the objective moves each to its parameters."""
     if device is None:
         return task
     target = _available(device)
     if task.prepared is None:
-        return replace(task, model=task.model.to(target))
+        loss = task.loss.to(target) if isinstance(task.loss, nn.Module) else task.loss  # it may hold class weights
+        return replace(task, model=task.model.to(target), loss=loss)
     if task.prepared.device != target:
         raise TaskError(
             f"{task.name} returns a ready-made Objective on {task.prepared.device}, which cannot be moved to {device}: "

@@ -22,6 +22,7 @@ from analysis.training.quantities import QUANTITIES
 from analysis.training.results import Phase, TrainingRecord
 from analysis.training.tracker import CurvatureTracker
 from curvature.arguments import checked_fields
+from curvature.data.random_states import random_states_kept
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
@@ -90,7 +91,7 @@ def track_training(
             "this trains in one process; put a CurvatureTracker into your own loop, whose ranks average gradients."
         )
     seed = generator.initial_seed() % 2**62
-    with put_back(objective.model), torch.random.fork_rng(devices=[]):
+    with put_back(objective.model), random_states_kept():
         torch.manual_seed(seed)
         if plan.fresh:
             initialise(objective.model)

@@ -6,6 +6,7 @@ samplers, its data set or its transforms hold.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import types
@@ -23,7 +24,7 @@ from curvature.data.tensors import attributes_of
 from curvature.environment.device import default_generators
 from curvature.environment.lock import one_at_a_time
 
-__all__ = ["RandomStates", "generators_of", "unnoticed"]
+__all__ = ["RandomStates", "generators_of", "random_states_kept", "unnoticed"]
 
 _MT, _WORDS = np.random.MT19937, 624 * 4 + 4  # its state: the key and the place in it
 _MANY = 64  # a list of more items holds data, not samplers or transforms
@@ -66,6 +67,16 @@ class RandomStates:
             and self._numpy.same_as(other._numpy)
             and all(_alike(a, b) for (_, a), (_, b) in zip(self._held, other._held, strict=True))
         )
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[RandomStates]:
+    """Put back all global random states that are in use, those of GPUs included, after what runs inside."""
+    states = RandomStates(None)
+    try:
+        yield states
+    finally:
+        states.restore()
 
 
 class _NumPyState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +12,9 @@ from analysis.generalization.complexity.figures import plot_model_complexity
 from analysis.generalization.complexity.measure import ComplexityPlan, effective_model_complexity, usual_trainings
 from analysis.generalization.complexity.results import EffectiveModelComplexity
 from analysis.generalization.descent.measure import setup
-from analysis.generalization.ensemble import Ensemble, Recipe
+from analysis.generalization.ensemble import Ensemble, seconds_of_step
 from analysis.generalization.width import at_width
-from analysis.run.pool import usable_cores
+from analysis.run.pool import workers_of
 from analysis.run.study import Price, Study, StudyRun
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
@@ -43,12 +42,9 @@ def _price(objective: Objective, plan: ComplexityPlan, test_data: Any = None) ->
     shared = setup(objective, plan.training, torch.Generator(), test_data)
     ensemble = Ensemble(shared.model if plan.width is None else at_width(shared.model, plan.width), range(plan.repeats))
     half = len(shared.data.labels) // 2 + 1  # a usual number of examples
-    for steps in (2, 8):  # the first ones warm up
-        begin = time.perf_counter()
-        recipe = Recipe(steps=steps, lr=plan.lr, optimizer=plan.optimizer, batch_size=plan.batch_size)
-        ensemble.train(shared.loss, shared.data.inputs[:half], shared.noisy[:, :half], recipe)
-    each = (time.perf_counter() - begin) / 8 * plan.steps
-    count = min(plan.processes or usable_cores(), 3)
+    data = shared.data.inputs[:half], shared.noisy[:, :half]
+    each = plan.steps * seconds_of_step(ensemble, shared.loss, *data, plan)
+    count = workers_of(plan.processes, 3)
     usual = usual_trainings(len(shared.data.labels), plan.resolution)
     text = f"about {usual} trainings of {wording.count(plan.repeats)} networks, {wording.duration(each)} each"
     return Price(text, usual * each / count, total=usual, unit="trainings")

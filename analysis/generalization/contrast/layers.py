@@ -74,11 +74,15 @@ def _inserted(model: nn.Module, after: Callable[[nn.Module], nn.Module | None]) 
 
 
 def changed_inputs(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (N, C, H, W) shifted by up to a pixel each way, or other inputs with a tenth of noise."""
+    """Return images (N, C, H, W) shifted by up to a pixel each way, or other inputs with a tenth of noise.
+
+    The generator is one on the CPU.
+    """
     if x.ndim != 4:
-        return x + 0.1 * x.std() * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + 0.1 * x.std() * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     N, _, H, W = x.shape
     padded = F.pad(x, (1, 1, 1, 1))
     down, right = (torch.randint(0, 3, (N, 1), generator=generator) for _ in range(2))
-    rows, columns = down + torch.arange(H), right + torch.arange(W)
-    return padded[torch.arange(N)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    rows, columns = (down + torch.arange(H)).to(x.device), (right + torch.arange(W)).to(x.device)
+    each = torch.arange(N, device=x.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

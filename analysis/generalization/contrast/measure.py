@@ -162,7 +162,7 @@ def _data_of(shared: Setup, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if name == "shuffled labels":
         labels = torch.stack([own[torch.randperm(len(own), generator=g)] for own in labels])
     elif name == "random labels":
-        labels = torch.randint(0, data.num_classes, labels.shape, generator=g)
+        labels = torch.randint(0, data.num_classes, labels.shape, generator=g).to(labels.device)
     elif name in ("shuffled pixels", "random pixels"):
         pixels = x[0].numel()
         same = torch.randperm(pixels, generator=g)
@@ -176,7 +176,7 @@ def _permuted(x: Tensor, order: Tensor | None, generator: torch.Generator) -> Te
     if order is not None:
         return flat[:, order].reshape(x.shape)
     orders = torch.rand(flat.shape, generator=generator).argsort(dim=1)
-    return flat.gather(1, orders).reshape(x.shape)
+    return flat.gather(1, orders.to(x.device)).reshape(x.shape)
 
 
 def _procedure(shared: Setup, name: str) -> tuple[nn.Module, Any, Recipe]:

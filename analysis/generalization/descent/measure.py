@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -121,8 +121,8 @@ def double_descent(
     eigenvalues of a matrix of the order min(parameters, examples x classes) at each.
 
     Args:
-        objective: of a classifier; copies of its model are drawn anew and trained, on the CPU. Varied in width, it is a
-            chain of known layers or has a method `at_width(width)`.
+        objective: of a classifier; copies of its model are drawn anew and trained on its device. Varied in width, it is
+            a chain of known layers or has a method `at_width(width)`.
         plan: settings; or pass them one by one.
         generator: source of random numbers, or a seed.
         test_data: inputs and labels, of the objective's structure; without any a fifth of the data is held out.
@@ -188,9 +188,12 @@ def setup(objective: Objective, plan: Any, generator: torch.Generator, test_data
     loss = loss_of(objective, plan.loss, data.one_hot)
     if objective.num_params != sum(p.numel() for p in objective.model.parameters()):
         raise InputError("networks are trained in all their parameters; give an objective of all of them (no params=).")
-    model = copy_of(objective.model).cpu()  # the objective's own stays where it is
     if getattr(plan, "model", "task") == "task":
+        data, noisy = data.to(objective.device), noisy.to(objective.device)
         require_suited_loss(loss, data.labels, data.num_classes, objective.dtype)
+    elif objective.device.type != "cpu":
+        data = replace(data, notes=(*data.notes, "Random features are solved on the CPU; the device had no part."))
+    model = copy_of(objective.model)  # the objective's own stays as it is
     return Setup(model=model, loss=loss, data=data, noisy=noisy, plan=plan, seed=seed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -15,11 +14,11 @@ from analysis.generalization.descent.figures import axis_name, plot_descent, plo
 from analysis.generalization.descent.findings import findings
 from analysis.generalization.descent.measure import DescentPlan, double_descent, setup, values_of
 from analysis.generalization.descent.results import DescentCurve
-from analysis.generalization.ensemble import Ensemble, Recipe
+from analysis.generalization.ensemble import Ensemble, seconds_of_step
 from analysis.generalization.point import seconds_at
 from analysis.generalization.width import at_width
 from analysis.records.measured import Measured
-from analysis.run.pool import usable_cores
+from analysis.run.pool import workers_of
 from analysis.run.study import Price, Study, StudyRun
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Report, Section, Table
@@ -55,15 +54,11 @@ def _price(objective: Objective, plan: DescentPlan, test_data: Any = None) -> Pr
     for value in (values[0], values[-1]) if plan.vary == "width" else (plan.width,):
         model = shared.model if value is None else at_width(shared.model, value)
         ensemble = Ensemble(model, range(plan.repeats))
-        for steps in (2, 10):  # the first ones warm up
-            begin = time.perf_counter()
-            recipe = Recipe(steps=steps, lr=plan.lr, optimizer=plan.optimizer, batch_size=plan.batch_size)
-            ensemble.train(shared.loss, data.inputs, shared.noisy, recipe)
-        seconds.append((time.perf_counter() - begin) / 10)
+        seconds.append(seconds_of_step(ensemble, shared.loss, data.inputs, shared.noisy, plan))
         of_point.append(seconds_at(model, data.num_classes * len(data.labels)))
     trainings = 1 if plan.vary == "epochs" else len(values) + (3 if plan.vary == "width" and not plan.values else 0)
     points = len(values) * plan.repeats if plan.curvature else 0
-    processes = min(plan.processes or usable_cores(), trainings if plan.vary != "epochs" else plan.repeats)
+    processes = workers_of(plan.processes, trainings if plan.vary != "epochs" else plan.repeats)
     each = sum(seconds) / len(seconds) * plan.steps
     total = (trainings * each + points * sum(of_point) / len(of_point)) / processes
     count = wording.count

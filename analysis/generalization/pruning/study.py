@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from analysis.run.preparation import in_groups
 from analysis.run.study import Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
+from curvature.environment.cost import timed
 from curvature.objective.objective import Objective
 from curvature.operators.hessian import HessianOperator
 
@@ -58,20 +58,17 @@ def _price(objective: Objective, plan: PruningPlan) -> Work:
         trainings = plan.tickets * (1 + 3 * len(plan.ladder()))
         gradients += trainings * plan.steps * min(1.0, plan.batch_size / max(objective.total_weight, 1.0))
     products = points + ("obs" in methods) * n + ("obs-greedy" in methods) * n
-    return Work(products=math.ceil(products * _groups_over_whole(objective)), gradients=gradients)
+    count, seconds = _in_groups(objective)
+    return Work(pieces=products * count, piece_seconds=seconds, gradients=gradients)
 
 
-def _groups_over_whole(objective: Objective) -> float:
-    """Return what a product in groups of examples, which errors over the data are from, takes over an ordinary one."""
-    seconds = []
-    for each in (in_groups(objective), objective):
-        A, x = HessianOperator(each), torch.ones(objective.num_params, dtype=objective.dtype, device=objective.device)
-        A @ x  # builds graphs
-        begin = time.perf_counter()
-        for _ in range(3):
-            A @ x
-        seconds.append(time.perf_counter() - begin)
-    return max(1.0, seconds[0] / seconds[1])
+def _in_groups(objective: Objective) -> tuple[int, float]:
+    """Return how many groups the data are in, for errors over the data, and what a product takes in one of them."""
+    groups = in_groups(objective)
+    A, x = HessianOperator(groups), torch.ones(objective.num_params, dtype=objective.dtype, device=objective.device)
+    A @ x  # builds graphs
+    count = sum(1 for _ in groups.batches())
+    return count, min(timed(partial(A.__matmul__, x), objective.device)[1] for _ in range(3)) / count
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from analysis.show.listener import Progress
 from analysis.training.accuracy import accuracy, classifies
 from analysis.training.loop import MakeOptimizer, batches_of, initialise, take_step, training_loss
 from curvature.arguments import checked
+from curvature.data.random_states import random_states_kept
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
@@ -140,7 +141,7 @@ class _Tickets:
         self.metric = "loss"
 
     def of_seed(self, seed: int, kinds: list[str], tell: Callable[[], None]) -> dict[tuple[str, float], float]:
-        with torch.random.fork_rng(devices=[]):
+        with random_states_kept():
             torch.manual_seed(seed)
             start = copy_of(self.objective.model)
             initialise(start)
