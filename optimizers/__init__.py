@@ -26,6 +26,7 @@ from optimizers.newton.newton_cg import NewtonCG
 from optimizers.newton.pointwise import PointwiseResiduals
 from optimizers.newton.saddle_free import SaddleFreeNewton
 from optimizers.newton.sketchy_newton import SketchyNewton
+from optimizers.newton.ss_broyden import SSBroyden
 from optimizers.newton.trust_region_newton import TrustRegionNewton
 from optimizers.shared.sharded import Sharded
 from optimizers.without_backprop.direct_feedback import DirectFeedbackAlignment
@@ -57,6 +58,7 @@ __all__ = [
     "NewtonCG",
     "PointwiseResiduals",
     "RadiusRule",
+    "SSBroyden",
     "SaddleFreeNewton",
     "Shampoo",
     "Sharded",

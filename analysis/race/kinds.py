@@ -158,6 +158,7 @@ _OURS: dict[str, tuple[str, Form, float | None, dict[str, Any]]] = {
     "cubic-newton": ("CubicNewton", "loss", None, {}),
     "saddle-free": ("SaddleFreeNewton", "loss", None, {}),
     "sketchy-newton": ("SketchyNewton", "loss", 0.1, {}),
+    "ss-broyden": ("SSBroyden", "loss", None, {"iterations": 1}),
     "levenberg-marquardt": ("LevenbergMarquardt", "residuals", None, {}),
     "forward-gradient": ("ForwardGradient", "loss", 1e-3, {"base": torch.optim.SGD}),
     "forward-activities": ("ForwardGradient", "outputs", 0.01, {"base": torch.optim.SGD, "activities_of": MODEL}),

@@ -23,7 +23,7 @@ _LOOKS = 22  # at all data, in a training
 _PRODUCTS, _MOMENTS = 15, 3  # of sharpness and noise at an end
 _WORK = {"sls": 2, "adahessian": 3, "sassha": 3, "sam": 2, "asam": 2, "kfac": 2, "ekfac": 2, "gauss-newton": 15}
 _WORK |= {"lbfgs": 12, "newton-cg": 100, "trust-region": 30, "cubic-newton": 30, "saddle-free": 50, "sketchy-newton": 3}
-_WORK |= {"natural-gradient": 50, "levenberg-marquardt": 50}
+_WORK |= {"natural-gradient": 50, "ss-broyden": 3, "levenberg-marquardt": 50}
 
 
 @dataclass(frozen=True, kw_only=True)

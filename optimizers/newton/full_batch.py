@@ -204,13 +204,13 @@ class FullBatchOptimizer(BaseOptimizer):
         Where none is taken, `moves_buffers=False` leaves random streams and running statistics as they were found.
         """
         flat = self._flat()
-        self._refuse_unlike(*self.param_groups)
         if closure is None:
             # a checkpoint is loaded into an optimizer that was stepped with zero gradients and without closure
             if all_zero([p.grad for p in flat.params if p.grad is not None]):
                 self._count(flat, moved=False)
                 return None  # state is made, nothing moves
             raise InputError(f"{type(self).__name__} evaluates the loss several times a step: call step(closure).")
+        self._refuse_unlike(*self.param_groups)
         if curvature_closure is not None and self.kind == "residuals":
             raise InputError("residuals and their Jacobian come from one closure; leave curvature_closure out.")
         evaluations = self._evaluations(flat, closure, curvature_closure, self.kind)
@@ -329,14 +329,14 @@ class FullBatchOptimizer(BaseOptimizer):
                 offset += size
 
     def _recall(self, flat: FlatParams, name: str) -> Tensor | None:
-        """Return what was kept under a name, (n,) or (n, r); None if a parameter has none."""
+        """Return what was kept under a name, (n,) or (n, r); None if a parameter has none, or one of another width."""
         parts = []
         for p in flat.params:
             part = self.state[p].get(name)
             if part is None:
                 return None
             parts.append(part.reshape(p.numel(), *part.shape[p.ndim :]).to(flat.device, flat.dtype))
-        return torch.cat(parts)
+        return torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else None
 
     def _try(
         self,

@@ -17,7 +17,7 @@ def test_conventions(name: str) -> None:
     subject = SUBJECTS[name]
     report = check_optimizer(subject.make, form=subject.form, settings=subject.settings, skip=subject.skip)
     assert report.passed, str(report)
-    assert sum(outcome.status == "passed" for outcome in report.outcomes) >= 28
+    assert sum(outcome.status == "passed" for outcome in report.outcomes) >= 28 - len(subject.skip)
 
 
 @pytest.mark.parametrize("fault", FAULTY)

@@ -22,6 +22,8 @@ from optimizers import (
     Lion,
     Shampoo,
     Sophia,
+    SSBroyden,
+    TrustRegionNewton,
     Yogi,
 )
 
@@ -38,6 +40,10 @@ class Subject:
 
 SPIKE = "a spike of the gradient is survived"
 LR = {"lr": 0.05}
+WITHOUT_LR = dict.fromkeys(
+    ("works under schedulers", "groups: learning rate", "zero curvature: finite"),
+    "it finds the length of its steps itself, and refuses an lr",
+)
 SUBJECTS: dict[str, Subject] = {
     "torch SGD": Subject(torch.optim.SGD, "backward", {"lr": 0.01, "momentum": 0.9}),
     "torch AdamW": Subject(torch.optim.AdamW, "backward", LR),
@@ -69,6 +75,8 @@ SUBJECTS: dict[str, Subject] = {
     "COCOB": Subject(COCOB, "backward"),
     "Lion": Subject(Lion, "backward", LR),
     "Yogi": Subject(Yogi, "backward", LR, {SPIKE: "its second average falls by squares of gradients, never faster"}),
+    "TrustRegionNewton": Subject(TrustRegionNewton, "loss", {}, WITHOUT_LR),
+    "SSBroyden": Subject(SSBroyden, "loss", {"iterations": 3}, WITHOUT_LR),
     "ForwardGradient": Subject(
         partial(ForwardGradient, base=torch.optim.SGD),
         "loss",
