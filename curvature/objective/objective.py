@@ -27,6 +27,7 @@ from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
 from curvature.losses.rules import loss_rule
 from curvature.objective.arguments import check_arguments, head_of
+from curvature.objective.by_module import loss_and_gradient_by_module, loss_by_module, stand_ins
 from curvature.objective.check import CheckReport, check_objective
 from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
@@ -115,6 +116,9 @@ class Objective:
         check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
         self.model = model
+        if self.shards is not None:
+            self.shards.choose(memory_budget, self.ranks)
+        by_module = self.shards is not None and self.shards.by_module
         self._space = space_of(model, params, self.shards)
         self.device = self._space.device
         check_served(self.device)
@@ -126,14 +130,14 @@ class Objective:
         self.rule = None if loss is None else loss_rule(loss)
         tensors, found = list(self._space.tensors.values()), head_of(model, head)
         self.evaluator = Evaluator(model, self.rule, forward, weight, tensors, seed, allow_tf32, head=found)
-        self.evaluator.stand_ins = None if self.shards is None else self.shards.installed
+        self.evaluator.stand_ins = None if self.shards is None else stand_ins(self.shards, self.ranks)
         self.source = DataSource(
             data, paired=forward is None, micro_batch=micro_batch, may_be_empty=process_group is not None
         )
         self.settings = {"loss": loss, "data": data, "forward": forward, "head": head, "weight": weight}
         self.settings |= {"process_group": process_group, "keep_graphs": keep_graphs, "memory_budget": memory_budget}
         self.settings |= {"micro_batch": micro_batch, "seed": seed, "allow_tf32": allow_tf32}
-        self.kept = KeptGraphs(keep_graphs, GraphBudget(memory_budget, self.device))
+        self.kept = KeptGraphs(False if by_module else keep_graphs, GraphBudget(memory_budget, self.device))
         self._total_weight: float | None = None
         self.dependence = Dependence()
         self.trust = LeanTrust()
@@ -232,6 +236,8 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
+        if self.shards is not None and self.shards.by_module:
+            return loss_by_module(self)
         return self.mean(parts_of(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
 
     def gradient(self) -> Tensor:
@@ -240,6 +246,8 @@ class Objective:
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L and its gradient (n,). Cost: one gradient."""
+        if self.sharding is not None and self.shards is not None and self.shards.by_module:
+            return loss_and_gradient_by_module(self, self.sharding)
         mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
         return mean[0], in_parts(mean[1:], self.sharding)
 
@@ -268,6 +276,8 @@ class Objective:
 
     def linearise(self, batch: Any, index: int = 0, **recording: Any) -> Linearization:
         """Return the loss of one batch, linearised at the parameters as they are; kept nowhere."""
+        if self.shards is not None:
+            self.shards.refuse_by_module("this")
         return Linearization(self.evaluator, self.space, move_batch(batch, self.device), index, **recording)
 
     def _sharing_with(self, other: Objective) -> Objective:

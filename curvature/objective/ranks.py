@@ -44,7 +44,7 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _NONE = -(2**62)  # of a rank that has nothing to compare
-_FIELDS = ("failed", "call", "settings", "point", "vectors", "dtype", "ndim", "size 0", "size 1", "size 2", "size 3")
+_FIELDS = ("failed", "call", "settings", "point", "vectors", "step", "dtype", "ndim", *(f"size {i}" for i in range(4)))
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -143,12 +143,33 @@ class RankAgreement:
         error: Exception | None = None,
     ) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Compare with the other ranks; return shape and dtype of what is to be added up, as some rank has it."""
+        high = self._compared(call, settings, point, vectors, None, total, error)
+        if high[7] == _NONE:
+            return None
+        return tuple(high[8 : 8 + high[7]]), _DTYPES[high[6]]
+
+    def step(self, code: int | None) -> int | None:
+        """Return the code of the ranks that have one, the same for all of them; None where none has."""
+        high = self._compared("a walk over the data", None, None, None, code, None, None)
+        return None if high[5] == _NONE else high[5]
+
+    def _compared(
+        self,
+        call: str,
+        settings: int | None,
+        point: Mapping[str, int] | None,
+        vectors: int | None,
+        step: int | None,
+        total: Tensor | None,
+        error: Exception | None,
+    ) -> list[int]:
+        """Return, for each of `_FIELDS`, what all ranks have that have something."""
         digest = None if point is None else text_digest(sorted(point.items()))
         sizes: list[int | None] = [None] * 5
         if total is not None:
             sizes = [total.ndim, *total.shape, *(0 for _ in range(4 - total.ndim))]
         dtype = None if total is None else _DTYPES.index(total.dtype)
-        values = [int(error is not None), text_digest(call), settings, digest, vectors, dtype, *sizes]
+        values = [int(error is not None), text_digest(call), settings, digest, vectors, step, dtype, *sizes]
         if error is not None:
             values[1:] = [None] * (len(_FIELDS) - 1)
         low_high = [_NONE if v is None else v for v in values] + [_NONE if v is None else -v for v in values]
@@ -159,9 +180,7 @@ class RankAgreement:
         if high[0] or any(a != b for a, b in zip(high, low, strict=True) if a != _NONE):
             mine = {"error": None if error is None else f"{type(error).__name__}: {error}", "call": call}
             self._refuse(error, {**mine, "values": values, "point": dict(point or {})})
-        if high[6] == _NONE:
-            return None
-        return tuple(high[7 : 7 + high[6]]), _DTYPES[high[5]]
+        return high
 
     def _refuse(self, error: Exception | None, mine: dict[str, Any]) -> None:
         every: list[Any] = [None] * self.group.size()
@@ -209,7 +228,7 @@ class RankAgreement:
                 total = total * unit
             found = self.agree(
                 "a sum over the data",
-                point=self._digests(objective),
+                point=self.digests(objective),
                 vectors=content(vectors) if vectors else None,
                 total=total,
             )
@@ -218,20 +237,22 @@ class RankAgreement:
         if total is None:
             total = torch.zeros(found[0], dtype=found[1], device=objective.device)
         if sharding is None:
-            return *self._sum(total, weight), 1.0
-        _, weight = self._sum(total.new_zeros(0, dtype=torch.float64), weight)
+            return *self.added(total, weight), 1.0
+        _, weight = self.added(total.new_zeros(0, dtype=torch.float64), weight)
         rows = sharding.summed(total.view(-1, total.shape[-1]), self.data, unit)
-        return ShardedTensor(rows.view(*total.shape[:-1], -1), sharding), weight, 1.0
+        return ShardedTensor(rows.view(*total.shape[:-1], rows.shape[-1]), sharding), weight, 1.0
 
-    def _sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
+    def added(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
+        """Return the sums over the ranks that hold different data, without a comparison."""
         return (total, weight) if self.data is None else sum_over_ranks(total, weight, self.data)
 
     def sum(self, total: Tensor, weight: float) -> tuple[Tensor, float]:
         """Return the sums of `total` and `weight` over the ranks."""
         self.agree("a sum", total=total)
-        return self._sum(total, weight)
+        return self.added(total, weight)
 
-    def _digests(self, objective: Compared) -> dict[str, int]:
+    def digests(self, objective: Compared) -> dict[str, int]:
+        """Return the digests of all that the loss depends on beside the data, at the present point."""
         mark = objective.freshness.current()
         if self._point is None or self._point[0] is not mark:
             self._point = (mark, _point_digests(objective))
@@ -265,6 +286,7 @@ class RankAgreement:
 
 
 _ADVICE = {
+    "step": "Where modules depend on the data, give a memory_budget that whole parameters fit in.",
     "settings": "Give all ranks the same architecture, params=, loss and settings.",
     "point": "Load or broadcast the same state on all ranks, and the same modes.",
     "vectors": "Give all ranks generators in the same state (the same seed), and the same start vectors.",
@@ -280,6 +302,8 @@ def _different(name: str, every: list[Any]) -> str:
         return f"the ranks differ in {', '.join(which[:3])}{more}"
     if name == "settings":
         return f"the ranks differ in what they gave to {every[0]['call']}"
+    if name == "step":
+        return "the ranks are at different modules"
     if name == "vectors":
         return "the ranks multiply by different vectors"
     return "the ranks add up tensors of different shapes or dtypes"

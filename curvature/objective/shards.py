@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvature.data.tensors import map_tensors, move_batch, tensors_in
+from curvature.data.tensors import move_batch, tensors_in
+from curvature.environment.memory import available_memory
 from curvature.errors import CheckFailedError, InputError
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.portable import content
+from curvature.objective.standing_in import fsdp_states, has_torch_hooks, param_dtypes, place, without_hooks
 from curvature.parameters import Block, ParameterSpace, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, whole
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "space_of", "spread"]
 
+_WHOLE = 6  # vectors that a product holds beside the basis where parameters are whole
 _COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models whose own loss was seen to be that of the plain model."""
 
@@ -61,7 +64,7 @@ def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, 
             "FullyShardedDataParallel has no second derivative: shard the model by torch.distributed.fsdp.fully_shard, "
             "which is handed in as it is, or pass one that is not sharded, with process_group=."
         )
-    states = _fsdp_states(model)
+    states = fsdp_states(model)
     for module in states:
         module.reshard()  # type: ignore[operator] # a method of FSDP's; after a forward pass the root is left whole
     parts = [p for p in model.parameters() if is_part(p)]
@@ -76,11 +79,6 @@ def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, 
 
 def _mesh_infos(state: Any) -> list[Any]:
     return [group.mesh_info for group in state._fsdp_param_groups]
-
-
-def _fsdp_states(model: nn.Module) -> dict[nn.Module, Any]:
-    """Return FSDP2's state of every module that it wraps."""
-    return {m: m._get_fsdp_state() for m in model.modules() if callable(getattr(m, "_get_fsdp_state", None))}  # type: ignore[operator] # a method of FSDP's
 
 
 def mesh_group(mesh: Any) -> ProcessGroup:
@@ -192,7 +190,7 @@ class Shards:
         self.model, self.group, self.data = model, group, data
         named = dict(model.named_parameters())
         first = {id(p): name for name, p in named.items()}
-        self._places = [
+        self.places = [
             (module, key, first[id(p)])
             for module in model.modules()
             for key, p in module._parameters.items()
@@ -202,13 +200,31 @@ class Shards:
             if is_part(buffer) and not all(p.is_replicate() for p in buffer.placements):  # type: ignore[attr-defined] # of a DTensor
                 raise InputError(f"the buffer {name!r} is sharded; replicate it over the ranks.")
         self.layout = Layout.agreed(list(named.values()), group)
-        self.leaves = {
-            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), requires_grad=p.requires_grad)
-            for name, p in named.items()
-        }
+        self.leaves: dict[str, nn.Parameter] = {}
+        for name, p in named.items():  # without memory, until they are gathered
+            nothing = self.present(name).new_full((), torch.nan if p.is_floating_point() else 0)
+            self.leaves[name] = nn.Parameter(nothing.expand(p.shape), requires_grad=p.requires_grad)
         self.pinned = False
         """Whether the leaves are at another point than the model, for a while."""
+        self.by_module = False
+        """Whether leaves are never gathered, and products take the parameters of one module at a time."""
+
+    def choose(self, memory_budget: int | None, ranks: Any) -> None:
+        """Take parameters module by module where whole vectors are more than the budget, or than some rank has free."""
+        each = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in self.leaves.values())
+        device = next(iter(self.leaves.values())).device
+        room = available_memory(device) if memory_budget is None else memory_budget
+        self.by_module = not ranks.everywhere(_WHOLE * each <= room, "the choice of a route")
         self.gather()
+
+    def refuse_by_module(self, what: str) -> None:
+        """Raise InputError where there are no whole parameters."""
+        if self.by_module:
+            raise InputError(
+                f"{what} needs whole parameters on every rank, and memory_budget, or the memory that is free, allows "
+                "for those of one module at a time; raise it. Losses, gradients and products with the Hessian, "
+                "Gauss-Newton and Fisher matrices do without, and all that is made of them."
+            )
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise InputError("a sharded model cannot be copied; build another objective of it.")
@@ -223,7 +239,7 @@ class Shards:
 
     def present(self, name: str) -> Tensor:
         """Return this rank's part of a parameter as it is now."""
-        module, key, _ = next(place for place in self._places if place[2] == name)
+        module, key, _ = next(place for place in self.places if place[2] == name)
         p = module._parameters[key]
         assert p is not None
         part: Tensor = p.to_local() if is_part(p) else p  # type: ignore[attr-defined] # of a DTensor
@@ -232,7 +248,7 @@ class Shards:
     def _versions(self) -> tuple[int, ...]:
         return tuple(
             version(p) + (version(p._local_tensor) if is_part(p) else 0)  # type: ignore[attr-defined] # of a DTensor
-            for module, key, _ in self._places
+            for module, key, _ in self.places
             for p in [module._parameters[key]]
             if p is not None
         )
@@ -242,11 +258,13 @@ class Shards:
         return not self.pinned and self._seen != self._versions()
 
     def gather(self) -> None:
-        """Write the whole parameters, as they are now, into the leaves. All ranks do so together."""
-        for module in _fsdp_states(self.model):
+        """Write the whole parameters, as they are now, into the leaves, if these are whole. All ranks do so together."""
+        for module in fsdp_states(self.model):
             module.reshard()  # type: ignore[operator] # a method of FSDP's
-        for i, (name, leaf) in enumerate(self.leaves.items()):
+        for i, (name, leaf) in enumerate(self.leaves.items() if not self.by_module else ()):
             whole = self.layout.of([i]).whole(self.present(name).reshape(1, -1))
+            if leaf.untyped_storage().nbytes() < leaf.numel() * leaf.element_size():
+                leaf.data = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
             leaf.data.copy_(whole.view(leaf.shape))
         self._seen = self._versions()
 
@@ -272,8 +290,11 @@ class Shards:
         if self.data is None or self.data.size() < self.group.size():
             place = 0 if self.data is None else self.data.rank()
             ranks.same_data(place, content(tensors_in(batch)))
-        has_hooks = any(map(_is_of_torch, _hooks(self.model)))
-        if has_hooks and self.model not in _COMPARED and ranks.everywhere(batch is not None, "the first batch"):
+        if (
+            has_torch_hooks(self.model)
+            and self.model not in _COMPARED
+            and ranks.everywhere(batch is not None, "the first batch")
+        ):
             self.compare(objective.evaluator, move_batch(batch, objective.device), ranks.agree)
         return True
 
@@ -290,38 +311,24 @@ class Shards:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Have the whole parameters stand in the model, without torch's hooks, inside the context."""
-        casts = {module: state._mp_policy for module, state in _fsdp_states(self.model).items()}
-        dtypes = _param_dtypes(self.model, casts)
-        originals = [(module, key, module._parameters[key]) for module, key, _ in self._places]
-        hooks = [h for m in self.model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
-        kept = [(store, dict(store)) for store in hooks if store]
-        handles: list[Any] = []
+        dtypes = param_dtypes(self.model)
+        originals = [(module, key, module._parameters[key]) for module, key, _ in self.places]
         cast: dict[tuple[str, torch.dtype], Tensor] = {}
-        try:
-            for module, key, name in self._places:
-                leaf, dtype = self.leaves[name], dtypes.get(module)
-                if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
-                    leaf = cast.setdefault((name, dtype), leaf.to(dtype))  # type: ignore[assignment] # no parameter
-                _put(module, key, leaf)
-            for store, _ in kept:
-                for handle in [i for i, hook in store.items() if _is_of_torch(hook)]:
-                    del store[handle]
-            for module, policy in casts.items():
-                handles += _casting(module, policy)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for store, before in kept:
-                store.clear()
-                store.update(before)
-            for module, key, original in originals:
-                _put(module, key, original)
+        with without_hooks(self.model):
+            try:
+                for module, key, name in self.places:
+                    leaf, dtype = self.leaves[name], dtypes.get(module)
+                    if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
+                        leaf = cast.setdefault((name, dtype), leaf.to(dtype))  # type: ignore[assignment] # no parameter
+                    place(module, key, leaf)
+                yield
+            finally:
+                for module, key, original in originals:
+                    place(module, key, original)
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes that FSDP2 casts parameters to."""
-        policies = {module: state._mp_policy for module, state in _fsdp_states(self.model).items()}
-        return set(_param_dtypes(self.model, policies).values())
+        return set(param_dtypes(self.model).values())
 
     def compare(self, evaluator: Evaluator, batch: Any, agree: Callable[[str], Any]) -> None:
         """Compare the loss of the plain model with the model's own on a batch, once a model. All ranks do so together.
@@ -331,11 +338,11 @@ class Shards:
         """
         own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None)
         with torch.no_grad(), evaluator.copy_buffers().installed():
-            with self.installed():
+            with evaluator.stand_ins():
                 ours = own.evaluate(batch, 0)
             agree("the loss of the plain model")  # the other one takes collectives, which wait for those that failed
             theirs = own.evaluate(batch, 0)
-            for module in _fsdp_states(self.model):
+            for module in fsdp_states(self.model):
                 module.reshard()  # type: ignore[operator] # a method of FSDP's
         eps = max(torch.finfo(t.dtype).eps for t in (*self.leaves.values(), theirs.loss))
         gap = abs(float(theirs.loss) - float(ours.loss))
@@ -347,46 +354,3 @@ class Shards:
                 "process_group=."
             )
         _COMPARED.add(self.model)
-
-
-def _hooks(model: nn.Module) -> list[Any]:
-    return [h for m in model.modules() for store in (m._forward_pre_hooks, m._forward_hooks) for h in store.values()]
-
-
-def _is_of_torch(hook: Any) -> bool:
-    """Whether a hook is one of torch's that gathers parameters or splits activations."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
-
-
-def _put(module: nn.Module, key: str, value: Any) -> None:
-    if isinstance(module, nn.RNNBase):
-        setattr(module, key, value)  # which renews its list of weights
-    else:
-        module._parameters[key] = value
-
-
-def _param_dtypes(model: nn.Module, policies: Mapping[nn.Module, Any]) -> dict[nn.Module, torch.dtype]:
-    """Return the dtype that FSDP2 casts the parameters of each module to, by the innermost wrapped one around it."""
-    found: dict[nn.Module, torch.dtype | None] = {}
-    for path, module in model.named_modules():
-        parent = found.get(model.get_submodule(path.rpartition(".")[0])) if path else None
-        found[module] = policies[module].param_dtype if module in policies else parent
-    return {module: dtype for module, dtype in found.items() if dtype is not None}
-
-
-def _casting(module: nn.Module, policy: Any) -> list[Any]:
-    """Register the casts of inputs and outputs that FSDP2's own hooks make; return the handles."""
-    handles: list[Any] = []
-    if policy.cast_forward_inputs and policy.param_dtype is not None:
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: _cast((args, kwargs), policy.param_dtype), prepend=True, with_kwargs=True
-            )
-        )
-    if policy.output_dtype is not None:
-        handles.append(module.register_forward_hook(lambda _, __, outputs: _cast(outputs, policy.output_dtype)))
-    return handles
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return map_tensors(values, lambda t: t.to(dtype) if t.is_floating_point() else t)

@@ -16,6 +16,7 @@ from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import OutputMetric
 from curvature.errors import DataError, InputError, ParameterSelectionError
 from curvature.linop import SymmetricOperator
+from curvature.objective.by_module import product_by_module
 from curvature.objective.objective import Objective
 from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import agree_on
@@ -28,6 +29,7 @@ class ObjectiveOperator(SymmetricOperator):
     """A symmetric matrix that is a weighted sum over batches; a subclass names the product of a linearised batch."""
 
     _product: ClassVar[Literal["hvp", "ggnvp"]]
+    _works_by_module: ClassVar[bool] = True
 
     @checked
     def __init__(self, objective: Objective, block: Block | None = None) -> None:
@@ -51,6 +53,11 @@ class ObjectiveOperator(SymmetricOperator):
         Graphs that are not kept are thus built once for all blocks. `observe` is told the place and weight of every
         batch that counts, and its own products.
         """
+        shards = self.objective.shards
+        if shards is not None and shards.by_module:
+            if observe is not None or not self._works_by_module:
+                shards.refuse_by_module(type(self).__name__)
+            return [self._by_module(x, block) for x, block in zip(X, blocks, strict=True)]
         rows = [whole(x).T.contiguous() for x in X]
         sharding = X[0].sharding if len(X) == 1 and isinstance(X[0], ShardedTensor) else None
 
@@ -78,6 +85,14 @@ class ObjectiveOperator(SymmetricOperator):
         return [
             in_parts(y, x.sharding if isinstance(x, ShardedTensor) else None, 0) for x, y in zip(X, found, strict=True)
         ]
+
+    def _by_module(self, X: Tensor, block: Block | None) -> Tensor:
+        every = self.objective.sharding
+        assert every is not None
+        chosen = every if block is None else every.of(block.positions)
+        mine = X if isinstance(X, ShardedTensor) else ShardedTensor(chosen.part(X, 0), chosen, 0)
+        found = product_by_module(self.objective, lambda lin, rows: self._of_batch(lin, rows, None), mine.T).T
+        return found if isinstance(X, ShardedTensor) else whole(found)
 
     @property
     def sharding(self) -> Layout | None:

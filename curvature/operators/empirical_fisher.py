@@ -62,6 +62,8 @@ class EmpiricalFisherOperator(MetricOperator):
                 [0., 8.]])
     """
 
+    _works_by_module = False  # coupling of examples is tested on whole parameters
+
     @checked
     def __init__(self, objective: Objective, *, per: Per = "example", block: Block | None = None) -> None:
         check_split(objective, "the empirical Fisher matrix")

@@ -71,7 +71,7 @@ class ShardedTensor(Tensor):
         """Return the whole as an ordinary tensor, alike on every rank."""
         refuse_apart()
         rows = self.local.movedim(self.along, -1)
-        found = self.sharding.whole(rows.reshape(-1, rows.shape[-1]))
+        found = self.sharding.whole(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]))  # which may be 0
         return found.view(*rows.shape[:-1], -1).movedim(-1, self.along)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override] # of torch, which passes what is of no use here

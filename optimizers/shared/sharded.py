@@ -50,6 +50,7 @@ class Sharded:
                 "ranks hold different data."
             )
         self._shards = shards
+        shards.gather()
         trained = [leaf for leaf in shards.leaves.values() if leaf.requires_grad]
         self.inner = method(trained, process_group=data, **settings)
         self.inner._shares_work = False  # type: ignore[attr-defined] # of matrix optimizers: the state is whole
