@@ -38,7 +38,8 @@ PEERS = (
     "hessian-eigenthings, DDP, differences",
     "hessian-eigenthings, DDP, autograd",
 )
-SIDE = 1280  # of the layers of the network whose cost is measured: 6 x 1280^2 is 10 million
+DEPTH, SIDE = 24, 640  # of the network whose cost is measured: 24 x 640^2 is 10 million
+COSTS = ("FSDP2", "FSDP2, module by module")
 
 
 class Net(nn.Module):
@@ -157,20 +158,21 @@ def _fisher_error(o: Objective, found: Tensor, v: Tensor, mine: Any, place: int)
     return float((found - product / weight).norm() / found.norm())
 
 
-def cost(rank: int, ranks: int, _: str) -> dict[str, Any]:
+def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
     """Return peak memory of `eigsh` and seconds of a product, of a network of 10 million parameters."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    layers = [part for _ in range(6) for part in (nn.Linear(SIDE, SIDE, bias=False), nn.Tanh())]
-    model: Any = nn.Sequential(*layers).double()
+    model: Any = nn.Sequential()
+    for _ in range(DEPTH):
+        layer: Any = nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64)
+        model.extend([layer if ranks == 1 else fully_shard(layer), nn.Tanh()])
     x = torch.randn(64, SIDE, dtype=torch.float64)[rank::ranks]
     if ranks > 1:
-        for layer in model:
-            fully_shard(layer)
         fully_shard(model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    o = Objective(model, nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False)
+    budget = 0 if "module" in layout else None
+    o = Objective(model, nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
     H, v = HessianOperator(o), o.gradient()
     H @ v
     start = time.perf_counter()
@@ -274,7 +276,8 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     asked = parser.parse_args()
     tasks = [("exact", layout, n) for layout in asked.layouts for n in asked.ranks]
-    tasks += [("cost", "FSDP2", n) for n in (1, *asked.ranks)] + [("peers", name, 2) for name in PEERS]
+    tasks += [("cost", layout, n) for n in (1, *asked.ranks) for layout in COSTS[: 1 if n == 1 else 2]]
+    tasks += [("peers", name, 2) for name in PEERS]
     tasks = [task for task in tasks if task[0] in asked.what]
     with Rows(asked.out, ("what", "layout", "ranks"), len(tasks)) as rows:
         for task in tasks:

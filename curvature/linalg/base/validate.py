@@ -73,6 +73,12 @@ def _range(dtype: torch.dtype, power: int) -> tuple[float, float]:
     return (info.tiny / info.eps) ** (1 / power), (info.eps * info.max) ** (1 / power)
 
 
+def squares_in_range(squares: float, n: int, dtype: torch.dtype) -> bool:
+    """Whether the sum of the squares of n entries says that none of these vanishes or overflows, or is not finite."""
+    low, high = _range(dtype, 2)
+    return low**2 * n <= squares <= high**2
+
+
 def _largest(product: Tensor, num_matvecs: int) -> float:
     if product.numel() == 0:
         return 0.0

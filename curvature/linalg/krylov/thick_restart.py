@@ -51,6 +51,7 @@ from curvature.linalg.krylov._ritz_selection import (
     wanted,
 )
 from curvature.linalg.krylov._rounded_space import RoundedSpace, check_basis_dtype
+from curvature.linalg.krylov._sharded_space import ShardedSpace
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import EigenPairs, Status
 
@@ -124,7 +125,8 @@ class ThickRestartLanczos:
         directions: dict[str, Any] = {"num_directions": start_size, "known": known, "generator": generator}
         if basis_dtype != working_dtype(A):
             directions["basis_dtype"] = basis_dtype
-        space = KrylovSpace if basis_dtype == working_dtype(A) else RoundedSpace
+        space = KrylovSpace if getattr(A, "sharding", None) is None else ShardedSpace
+        space = space if basis_dtype == working_dtype(A) else RoundedSpace
         self.space: KrylovSpace = space(A, size=self.size, place=held, **directions)
         self.space.start(start.T)
         spare = spare_bytes(held, size_given=num_basis is not None)  # for a chain
