@@ -136,8 +136,9 @@ class Freshness:
             self._versions = self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
         first, shards = self._point is None, self._objective.shards
-        if shards is not None and shards.follow(self._objective, moved=bool(what) or first) and not first:
-            what = what or ["parameters that other ranks hold"]
+        if shards is not None and shards.follow(self._objective, moved=bool(what) or first):
+            what = what or ["parameters that other ranks hold"] * (not first)
+            now = self.look()  # FSDP2 has set itself up, where the model's own forward pass ran for the first time
         if what:
             self._move(what, structure=self._point is not None and now.state.changes(self._point.state) != set())
         elif len(self._objective.kept) > 0 and time.perf_counter() - self._checked >= self._cost / _SHARE:

@@ -258,7 +258,7 @@ class Shards:
         return not self.pinned and self._seen != self._versions()
 
     def gather(self) -> None:
-        """Write the whole parameters, as they are now, into the leaves, if these are whole. All ranks do so together."""
+        """Write the whole parameters, as they are now, into the leaves, if they are held. All ranks do so."""
         for module in fsdp_states(self.model):
             module.reshard()  # type: ignore[operator] # a method of FSDP's
         for i, (name, leaf) in enumerate(self.leaves.items() if not self.by_module else ()):

@@ -21,7 +21,7 @@ from curvature import (
     eigsh,
     solve,
 )
-from curvature.linalg import diagonal, trace
+from curvature.linalg import ThickRestartLanczos, diagonal, trace
 from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.sharding.collectives import COUNTS
 from curvature.sharding.layout import Layout
@@ -119,6 +119,16 @@ def fully_sharded(rank: int) -> dict[str, Tensor]:
     return {**found, "after a step on one rank": o.loss()}
 
 
+def one_all_reduce_a_step(_: int) -> int:
+    """Return the all-reduces of five steps of Lanczos: the difference between ten steps and five."""
+    solver = ThickRestartLanczos(objective(_fully_sharded(), batches()), 2, rtol=1e-14, confidence=None, generator=0)
+    seen = []
+    for limit in (6, 11, 21):
+        solver.run(max_matvecs=limit)
+        seen.append(COUNTS["all_reduce"])
+    return (seen[2] - seen[1]) - (seen[1] - seen[0])
+
+
 def _fully_sharded() -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -126,6 +136,26 @@ def _fully_sharded() -> Any:
     fully_shard(model.up)
     fully_shard(model)
     return model
+
+
+def module_by_module(rank: int) -> dict[str, Tensor]:
+    """No rank holds whole parameters; the table is read outside of its module, too, and data are uneven."""
+    o = objective(_fully_sharded(), batches()[:1] if rank == 0 else batches()[1:], memory_budget=0)
+    assert all(leaf.untyped_storage().nbytes() < 16 for leaf in o.evaluator.parameters), "a leaf was gathered"
+    found, vector = values(o), o.gradient()
+    X = torch.randn(o.num_params, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found |= {"Fisher": whole(FisherOperator(o) @ in_parts(X, o.sharding, 0)), "again": o.loss()}
+    with torch.no_grad():
+        for p in o.model.parameters():
+            p.mul_(1.5)
+    return {**found, "after a step": whole(HessianOperator(o) @ vector)}
+
+
+def nobody_but_one(rank: int) -> dict[str, Tensor]:
+    """One rank has all data, the other takes part in its products."""
+    o = objective(_fully_sharded(), batches() if rank == 1 else [], memory_budget=0)
+    X = torch.randn(o.num_params, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {"loss": o.loss(), "of whole vectors": HessianOperator(o) @ X}
 
 
 def tensor_parallel(_: int) -> dict[str, Tensor]:
@@ -219,10 +249,38 @@ def _away(_: int) -> Any:
         return o.gradient()
 
 
+def _failing_by_module(rank: int) -> Any:
+    def forward(model: nn.Module, batch: Any) -> Any:
+        if rank == 1:
+            raise ValueError("no such file")
+        return model(batch[0]), batch[1]
+
+    return objective(_fully_sharded(), batches(), forward=forward, memory_budget=0).gradient()
+
+
+class Skipping(Net):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) if self.skips else self.down(self.up(self.table(tokens)))[:, -1].repeat(1, 2)
+
+
+def _other_modules(rank: int) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = fully_shard(Skipping().double())
+    model.skips = rank == 1
+    return objective(model, batches(), memory_budget=0).gradient()
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     "a forward that depends on the split": (_local_heads, "is not that of the plain one"),
     "other data on a tensor-parallel rank": (_other_data, "differ in their first batch"),
     "a rank that fails": (_failing, "no such file"),
+    "a rank that fails in a walk module by module": (_failing_by_module, "no such file"),
+    "ranks at different modules": (_other_modules, "at different modules"),
+    "whole parameters module by module": (
+        lambda _: objective(_fully_sharded(), batches(), memory_budget=0).check(),
+        "needs whole parameters",
+    ),
     "ranks at different calls": (_out_of_step, "different calls"),
     "an objective that keeps graphs of another point": (_away, "keeps no graphs"),
     "half a parameter": (lambda _: objective(_fully_sharded(), batches()).gradient()[:4], "cut a parameter"),
@@ -282,7 +340,10 @@ def _written(x: Tensor, y: Tensor) -> Tensor:
 
 # -- both processes ---------------------------------------------------------------------------------------------------
 
-CASES = {"fully sharded": fully_sharded, "tensor parallel": tensor_parallel, "replicas": replicas}
+CASES = {
+    **{"fully sharded": fully_sharded, "module by module": module_by_module, "all data on one rank": nobody_but_one},
+    **{"tensor parallel": tensor_parallel, "replicas": replicas},
+}
 
 
 def work(rank: int, folder: str) -> None:
@@ -294,6 +355,7 @@ def work(rank: int, folder: str) -> None:
         mine: dict[str, Any] = {name: case(rank) for name, case in CASES.items()}
         mine["lower precision"] = in_lower_precision(rank)
         mine["algebra"] = algebra(dist.group.WORLD)
+        mine["all-reduces of five steps"] = one_all_reduce_a_step(rank)
         for name, (call, _) in REFUSED.items():
             try:
                 call(rank)
@@ -316,7 +378,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def alone() -> dict[str, Tensor]:
     o = objective(net(), batches())
     later = objective(stepped(), batches())
-    found = {**values(o, more=True), "after a step": HessianOperator(later) @ o.gradient()}
+    found = {**values(o, more=True), "after a step": HessianOperator(later) @ o.gradient(), "again": o.loss()}
     with torch.no_grad():
         later.model.scale.mul_(2.0)
     return {**found, "after a step on one rank": later.loss()}
@@ -338,6 +400,10 @@ def test_casts_of_a_precision_policy_are_in_the_graph(ranks: list[dict[str, Any]
         assert_close(rank["lower precision"]["gradient"], o.gradient(), 1e-6)
         assert_close(rank["lower precision"]["Hessian"], HessianOperator(o) @ o.space.current(), 1e-5)
         assert float((rank["lower precision"]["gradient"] - wide.gradient()).norm()) > 1e-9
+
+
+def test_a_step_of_lanczos_takes_one_all_reduce(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["all-reduces of five steps"] for rank in ranks] == [5, 5]
 
 
 def test_algebra_of_parts_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> None:
