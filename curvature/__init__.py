@@ -37,15 +37,19 @@ from curvature.results.solves import MatrixFunctionResult as MatrixFunctionResul
 from curvature.results.solves import SolveResult as SolveResult
 from curvature.results.solves import SubproblemResult as SubproblemResult
 from curvature.solve import solve as solve
-from curvature.spectra.planning import SpectrumPlan as SpectrumPlan
+from curvature.spectra.many_devices import Cluster as Cluster
+from curvature.spectra.many_devices import ModelSize as ModelSize
+from curvature.spectra.many_devices import RankCost as RankCost
 from curvature.spectra.planning import plan as plan
 from curvature.spectra.results import Spectrum as Spectrum
 from curvature.spectra.spectrum import layer_spectra as layer_spectra
 from curvature.spectra.spectrum import spectrum as spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan as SpectrumPlan
 
 __all__ = [
     "Block",
     "BlockDiagonalOperator",
+    "Cluster",
     "CurvatureError",
     "DiagonalEstimate",
     "EigenPairs",
@@ -59,10 +63,12 @@ __all__ = [
     "LinearOperator",
     "MCFisherOperator",
     "MatrixFunctionResult",
+    "ModelSize",
     "NTKOperator",
     "Objective",
     "ParameterSpace",
     "PreconditionedOperator",
+    "RankCost",
     "Result",
     "SolveResult",
     "SpectralDensity",

@@ -100,7 +100,7 @@ def names_of(rank: int, part: int) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
     import optimizers
-    from curvature import HessianOperator, Objective, eigsh
+    from curvature import Cluster, HessianOperator, ModelSize, Objective, eigsh, plan
     from curvature.linalg import trace
     from optimizers import AdaHessian
 
@@ -112,9 +112,21 @@ def names_of(rank: int, part: int) -> dict[str, Any]:
     return {
         **{
             f.__name__: f
-            for f in (HessianOperator, Objective, eigsh, trace, AdaHessian, fully_shard, DistributedDataParallel)
+            for f in (
+                HessianOperator,
+                Objective,
+                ModelSize,
+                Cluster,
+                plan,
+                eigsh,
+                trace,
+                AdaHessian,
+                fully_shard,
+                DistributedDataParallel,
+            )
         },
         "dist": dist,
+        "torch": torch,
         "optimizers": optimizers,
         "model": model,
         "loss": nn.CrossEntropyLoss(),

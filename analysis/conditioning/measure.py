@@ -35,9 +35,9 @@ from curvature.operators.preconditioned import PreconditionedOperator
 from curvature.parameters import Block
 from curvature.results.intervals import combined_error
 from curvature.spectra.counts import count_between, smallest_beyond
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.spectrum import layer_spectra, spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["ConditioningPlan", "compare_conditioning", "measure_conditioning"]
 

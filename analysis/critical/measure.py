@@ -27,8 +27,8 @@ from curvature.objective.shift import loss_at
 from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_dots, gradient_norms
 from curvature.spectra.counts import count_between
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["CriticalPlan", "NoiseLaw", "critical_points", "gradient_p_value", "noise_law"]
 

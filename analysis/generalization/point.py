@@ -20,8 +20,8 @@ from torch.func import functional_call, jacrev, vmap
 from curvature.linalg.krylov.eigsh import eigsh
 from curvature.linalg.stochastic.functionals import effective_dimension
 from curvature.objective.objective import Objective
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["DENSE", "PointCurvature", "curvature_at", "gauss_newton_spectra", "seconds_at", "spread_of_nonzero"]
 

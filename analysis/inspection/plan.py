@@ -16,7 +16,7 @@ from curvature.layerwise import num_columns
 from curvature.objective.objective import Objective
 from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
-from curvature.spectra.planning import SpectrumPlan
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = [
     "COUPLING",

@@ -21,7 +21,7 @@ from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.data.tensors import tensors_in
 from curvature.errors import CurvatureError, InputError, TaskError
 from curvature.objective.objective import Objective
-from curvature.spectra.planning import SpectrumPlan
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["Prepared", "Request", "data_sha256", "fingerprint", "in_groups", "load", "prepare"]
 

@@ -32,8 +32,8 @@ from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import Estimate, mean_and_stderr, stderr_of_weighted_mean
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["MEASURES", "Measure", "SharpnessPlan"]
 

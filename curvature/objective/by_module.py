@@ -28,7 +28,7 @@ from curvature.sharding.collectives import apart
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor
 
-__all__ = ["loss_and_gradient_by_module", "loss_by_module", "product_by_module", "stand_ins"]
+__all__ = ["goes_by_module", "loss_and_gradient_by_module", "loss_by_module", "product_by_module", "stand_ins"]
 
 _BEGIN, _PARAMETERS, _DIRECTIONS, _CONTRIBUTE = range(4)
 
@@ -180,15 +180,15 @@ class Walk:
                     module.forward = _recorded(self, module, keys, forward, dtype)
                 for module, keys in every:
                     parts = {key: self.parts[i] for key, i in keys.items()}
-                    module._parameters = _Gathered({**module._parameters, **parts}, self, keys, dtypes.get(module))  # type: ignore[assignment] # of tensors
+                    module._parameters = _Gathered({**module._parameters, **parts}, self, keys, dtypes.get(module))
                 yield
             finally:
                 self._is_installed = False
-                for module, parameters, forward in before:
+                for module, parameters, own in before:
                     module._parameters = parameters
                     module.__dict__.pop("forward", None)
-                    if forward is not None:
-                        module.__dict__["forward"] = forward
+                    if own is not None:
+                        module.__dict__["forward"] = own
 
     def held(self, place: int) -> Tensor:
         """Return a whole parameter, recorded, and held as long as the batch is at work."""
@@ -237,7 +237,8 @@ class _LinearisedByModule(Linearization):
 
         def numbered(x: Tensor) -> Tensor:
             self.walk.row += 1
-            return product(x)  # type: ignore[no-any-return]
+            found: Tensor = product(x)
+            return found
 
         self.walk.row = -1
         try:
@@ -362,22 +363,27 @@ def _compare(objective: ObjectiveLike, marks: list[tuple[int, int, float]]) -> N
             )
 
 
+def goes_by_module(objective: ObjectiveLike) -> bool:
+    """Whether no rank holds whole parameters of the model."""
+    return objective.shards is not None and objective.shards.by_module
+
+
 def loss_by_module(objective: ObjectiveLike) -> Tensor:
     """Return the loss."""
     return _walked(objective, lambda _: None)[1]
 
 
-def loss_and_gradient_by_module(objective: ObjectiveLike, sharding: Layout) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_by_module(objective: ObjectiveLike, sharding: Layout | None) -> tuple[Tensor, Tensor]:
     """Return the loss and its gradient, sharded."""
+    assert sharding is not None
     walk, loss, _ = _walked(objective, lambda lin: lin.gradient(), None, sharding)
     assert walk.total is not None
     return loss, ShardedTensor(walk.total[0], sharding)
 
 
-def product_by_module(
-    objective: ObjectiveLike, of_batch: Callable[[Linearization, Tensor], Any], X: ShardedTensor
-) -> ShardedTensor:
+def product_by_module(objective: ObjectiveLike, of_batch: Callable[[Linearization, Tensor], Any], X: Tensor) -> Tensor:
     """Return the weighted mean over batches and ranks of products with the rows of X (k, n), sharded."""
+    assert isinstance(X, ShardedTensor)
     rows = X.local.contiguous()
     walk, _, _ = _walked(objective, lambda lin: of_batch(lin, rows), rows, X.sharding)
     assert walk.total is not None

@@ -34,7 +34,7 @@ class Exchange(Protocol):
     """What modules ask of the walk over the data that they run in; parameters are named by their places."""
 
     which: Pass
-    parts: Sequence[Tensor]
+    parts: list[Tensor]
     """This rank's parts of all parameters, the leaves of the graph."""
 
     def parameters(self, places: tuple[int, ...]) -> list[Tensor]:
@@ -123,7 +123,8 @@ class Call:
             if not pairs:
                 return (None,) * (len(inputs) + len(whole))
             with no_autocast(self.device):
-                return _derivatives(*zip(*pairs, strict=True), (*inputs, *whole), create_graph=again)
+                functions, along = [y for y, _ in pairs], [u for _, u in pairs]
+                return _derivatives(functions, along, (*inputs, *whole), create_graph=again)
 
 
 def _derivatives(
@@ -149,7 +150,8 @@ def _holding(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     """Have a module hold these parameters."""
     before, flat = module._parameters, module.__dict__.get("_flat_weights")
     try:
-        module._parameters = {**dict.fromkeys(before), **values}  # type: ignore[assignment] # tensors
+        held: dict[str, Any] = {**dict.fromkeys(before), **values}
+        module._parameters = held
         if flat is not None:  # of recurrent networks
             module._flat_weights = [values.get(name) for name in module._flat_weights_names]  # type: ignore[assignment, union-attr]
         yield

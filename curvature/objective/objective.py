@@ -27,7 +27,7 @@ from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
 from curvature.losses.rules import loss_rule
 from curvature.objective.arguments import check_arguments, head_of
-from curvature.objective.by_module import loss_and_gradient_by_module, loss_by_module, stand_ins
+from curvature.objective.by_module import goes_by_module, loss_and_gradient_by_module, loss_by_module, stand_ins
 from curvature.objective.check import CheckReport, check_objective
 from curvature.objective.coupling import Cuts
 from curvature.objective.dependence import Dependence
@@ -35,7 +35,7 @@ from curvature.objective.freshness import Freshness
 from curvature.objective.notes import notes_of
 from curvature.objective.ranks import RankAgreement, built_together
 from curvature.objective.refusals import refuse_other_batches, refuse_pieces
-from curvature.objective.shards import Shards, space_of
+from curvature.objective.shards import Shards, refuse_by_module, space_of
 from curvature.objective.sums import parts_of, sum_of_parts
 from curvature.parameters import ParameterSpace, Selection
 from curvature.sharding.layout import Layout
@@ -116,9 +116,7 @@ class Objective:
         check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
         self.model = model
-        if self.shards is not None:
-            self.shards.choose(memory_budget, self.ranks)
-        by_module = self.shards is not None and self.shards.by_module
+        by_module = self.shards is not None and self.shards.choose(memory_budget, self.ranks)
         self._space = space_of(model, params, self.shards)
         self.device = self._space.device
         check_served(self.device)
@@ -236,7 +234,7 @@ class Objective:
 
     def loss(self) -> Tensor:
         """Return L, a tensor () of `dtype`. Cost: a forward pass over the data, or nothing where graphs are kept."""
-        if self.shards is not None and self.shards.by_module:
+        if goes_by_module(self):
             return loss_by_module(self)
         return self.mean(parts_of(self._linearised(to_differentiate=False), lambda lin: lin.loss.to(self.dtype)))
 
@@ -246,7 +244,7 @@ class Objective:
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return L and its gradient (n,). Cost: one gradient."""
-        if self.sharding is not None and self.shards is not None and self.shards.by_module:
+        if goes_by_module(self):
             return loss_and_gradient_by_module(self, self.sharding)
         mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
         return mean[0], in_parts(mean[1:], self.sharding)
@@ -276,8 +274,7 @@ class Objective:
 
     def linearise(self, batch: Any, index: int = 0, **recording: Any) -> Linearization:
         """Return the loss of one batch, linearised at the parameters as they are; kept nowhere."""
-        if self.shards is not None:
-            self.shards.refuse_by_module("this")
+        refuse_by_module(self.shards, "this")
         return Linearization(self.evaluator, self.space, move_batch(batch, self.device), index, **recording)
 
     def _sharing_with(self, other: Objective) -> Objective:

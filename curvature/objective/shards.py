@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from curvature.data.batches import DataSource
     from curvature.engine.evaluation import Evaluator
 
-__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "space_of", "spread"]
+__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "refuse_by_module", "space_of", "spread"]
 
 _WHOLE = 6  # vectors that a product holds beside the basis where parameters are whole
 _COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -209,22 +209,14 @@ class Shards:
         self.by_module = False
         """Whether leaves are never gathered, and products take the parameters of one module at a time."""
 
-    def choose(self, memory_budget: int | None, ranks: Any) -> None:
-        """Take parameters module by module where whole vectors are more than the budget, or than some rank has free."""
+    def choose(self, memory_budget: int | None, ranks: Any) -> bool:
+        """Go module by module where whole vectors exceed the budget, or what some rank has free; say whether."""
         each = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in self.leaves.values())
         device = next(iter(self.leaves.values())).device
         room = available_memory(device) if memory_budget is None else memory_budget
         self.by_module = not ranks.everywhere(_WHOLE * each <= room, "the choice of a route")
         self.gather()
-
-    def refuse_by_module(self, what: str) -> None:
-        """Raise InputError where there are no whole parameters."""
-        if self.by_module:
-            raise InputError(
-                f"{what} needs whole parameters on every rank, and memory_budget, or the memory that is free, allows "
-                "for those of one module at a time; raise it. Losses, gradients and products with the Hessian, "
-                "Gauss-Newton and Fisher matrices do without, and all that is made of them."
-            )
+        return self.by_module
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise InputError("a sharded model cannot be copied; build another objective of it.")
@@ -338,7 +330,7 @@ class Shards:
         """
         own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None)
         with torch.no_grad(), evaluator.copy_buffers().installed():
-            with evaluator.stand_ins():
+            with evaluator.stand_ins() if evaluator.stand_ins is not None else contextlib.nullcontext():
                 ours = own.evaluate(batch, 0)
             agree("the loss of the plain model")  # the other one takes collectives, which wait for those that failed
             theirs = own.evaluate(batch, 0)
@@ -354,3 +346,13 @@ class Shards:
                 "process_group=."
             )
         _COMPARED.add(self.model)
+
+
+def refuse_by_module(shards: Shards | None, what: str) -> None:
+    """Raise InputError where there are no whole parameters."""
+    if shards is not None and shards.by_module:
+        raise InputError(
+            f"{what} needs whole parameters on every rank, and memory_budget, or the memory that is free, allows for "
+            "those of one module at a time; raise it. Losses, gradients and products with the Hessian, Gauss-Newton "
+            "and Fisher matrices do without, and all that is made of them."
+        )

@@ -16,10 +16,11 @@ from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import OutputMetric
 from curvature.errors import DataError, InputError, ParameterSelectionError
 from curvature.linop import SymmetricOperator
-from curvature.objective.by_module import product_by_module
+from curvature.objective.by_module import goes_by_module, product_by_module
 from curvature.objective.objective import Objective
 from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import agree_on
+from curvature.objective.shards import refuse_by_module
 from curvature.parameters import Block, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
@@ -53,10 +54,9 @@ class ObjectiveOperator(SymmetricOperator):
         Graphs that are not kept are thus built once for all blocks. `observe` is told the place and weight of every
         batch that counts, and its own products.
         """
-        shards = self.objective.shards
-        if shards is not None and shards.by_module:
+        if goes_by_module(self.objective):
             if observe is not None or not self._works_by_module:
-                shards.refuse_by_module(type(self).__name__)
+                refuse_by_module(self.objective.shards, type(self).__name__)
             return [self._by_module(x, block) for x, block in zip(X, blocks, strict=True)]
         rows = [whole(x).T.contiguous() for x in X]
         sharding = X[0].sharding if len(X) == 1 and isinstance(X[0], ShardedTensor) else None

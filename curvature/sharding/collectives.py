@@ -16,10 +16,12 @@ from curvature.errors import InputError, RankError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["COUNTS", "all_gather", "all_reduce", "apart", "explained", "reduce_scatter", "refuse_apart"]
+__all__ = ["COUNTS", "RECEIVED", "all_gather", "all_reduce", "apart", "explained", "reduce_scatter", "refuse_apart"]
 
 COUNTS = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
 """How many collectives this process made with tensors that are held in parts."""
+RECEIVED = {"bytes": 0}
+"""How much it received in gathers and reduce-scatters."""
 
 
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
@@ -76,6 +78,7 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dis
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the x of all ranks, of one shape, (ranks, ...)."""
     COUNTS["all_gather"] += 1
+    RECEIVED["bytes"] += x.numel() * x.element_size() * (group.size() - 1)
     found = x.new_empty(group.size(), *x.shape)
     with explained():
         _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
@@ -85,6 +88,7 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return the sum over ranks of x[rank], for x of shape (ranks, ...)."""
     COUNTS["reduce_scatter"] += 1
+    RECEIVED["bytes"] += x[0].numel() * x.element_size() * (group.size() - 1)
     found = torch.empty_like(x[0])
     with explained():
         _REDUCE_SCATTER(found.view(-1), x.contiguous().view(-1), group=group)

@@ -17,9 +17,9 @@ from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.results.estimates import EigenPairs, Status
-from curvature.spectra.planning import SMALL, SpectrumPlan
 from curvature.spectra.results import DataSpread, Spectrum
 from curvature.spectra.runs import AllEntries, BlockKrylov, GroupSums, Run
+from curvature.spectra.spectrum_plan import SMALL, SpectrumPlan
 
 __all__ = ["SpectrumAnalysis"]
 

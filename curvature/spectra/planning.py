@@ -8,159 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 
-from curvature.arguments import checked, checked_fields
-from curvature.environment.cost import ELSEWHERE, check_fits, gibibytes, peak_memory, timed
-from curvature.environment.memory import available_memory
+from curvature.arguments import checked
+from curvature.environment.cost import gibibytes, peak_memory, timed
 from curvature.errors import InputError
-from curvature.linalg.base.places import Place
-from curvature.linalg.base.validate import check_confidence, check_count, check_square, working_dtype
-from curvature.linalg.krylov.eigsh import block_penalty
+from curvature.linalg.base.validate import check_count, check_square, working_dtype
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.results.record import Result
+from curvature.spectra.many_devices import Cluster, ModelSize, RankCost, rank_cost
 from curvature.spectra.product_cost import ProductCost, product_cost
-from curvature.spectra.ways import Way, graph_choices, present_memory, ways_to_pairs
+from curvature.spectra.spectrum_plan import SpectrumPlan
+from curvature.spectra.ways import CHAIN, Way, graph_choices, present_memory, ways_to_pairs
 
-__all__ = ["SMALL", "PlannedCost", "Quantity", "SpectrumPlan", "plan"]
+__all__ = ["PlannedCost", "Quantity", "plan"]
 
 Quantity = Literal[
     "top", "bottom", "trace", "frobenius_norm", "moments", "density", "effective_dimension", "logdet", "layer_traces"
 ]
 Whole = Literal["eigenpairs", "product", "layers"]
-_EXACT_IS_WORTH = 1.5
-_SEARCH = 8  # products of a chain outside the Krylov space, on the spectra of trained networks
-_CONTINUED = 50  # products with which the smallest pairs of trained networks go on beyond the plan
 _COMPARED = 3  # vectors that the first product of all holds, which compares lean layers with autograd, ...
 _HEAP = 2  # ... and those that the heap of the process keeps meanwhile, in pieces
 _OF_BLOCK = 0.7  # of a product: that with the block of a layer, on average
-_CROWD = 10  # blocks work at the low end as for so many pairs: it is dense, and one vector gets no further either
-SMALL = 1e-4
-"""Smallest eigenvalues need not be known better than this, relative to the largest."""
-
-
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class SpectrumPlan:
-    """What a spectrum is to hold and how well.
-
-    A matrix with at most one and a half times as many columns as products planned is computed entry by entry: exact.
-
-    Raises:
-        InputError: for values out of range.
-    """
-
-    k: int = 10
-    """Largest eigenpairs (all, if there are fewer); 0 for none."""
-    num_bottom: int = 3
-    """Smallest eigenpairs (all, if there are fewer); 0 for none."""
-    rtol: float = 1e-3
-    """Residual of the largest, relative to the eigenvalue; of the smallest, thirty times that."""
-    num_probes: int = 4
-    """Start vectors; standard errors fall as their square root."""
-    num_steps: int = 30
-    """Block steps at least: what is narrower than the spectrum over their number is not resolved."""
-    num_deflated: int = 10
-    """Largest pairs that are taken exactly, as far as they converge, whether asked for or not: less variance."""
-    confidence: float | None = 0.99
-    """Probability with which no eigenvalue beyond the pairs may be missed, as in `curvature.linalg.eigsh`; None to do
-    without the products that show it. Pairs that are continued beyond the plan are not looked at: UNCERTIFIED."""
-    patience: int = 4
-    """Pairs that have not converged after the planned products are given so many times as much again; 0 leaves them."""
-    num_groups: int = 16
-    """Groups of batches for the error over the data, at most; 0 for none."""
-    least_groups: int = 4
-    """Fewest batches from which an error over the data is given."""
-    fraction: float = 0.0
-    """Share of all data of interest that the objective holds, where these are a random sample: errors over the data are
-    then those of values over all of them, (1 - fraction)^(1/2) times those over other data of the same size."""
-
-    def __post_init__(self) -> None:
-        least = (("k", 0), ("num_bottom", 0), ("num_probes", 2), ("num_steps", 1), ("num_deflated", 0))
-        for name, low in (*least, ("patience", 0), ("num_groups", 0), ("least_groups", 2)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}.")
-        if not 0 < self.rtol <= 0.1:
-            raise InputError(f"rtol must lie in (0, 0.1], got {self.rtol}.")
-        check_confidence(self.confidence)
-        if not 0 <= self.fraction <= 1:
-            raise InputError(f"fraction must lie in [0, 1], got {self.fraction}.")
-
-    @property
-    def bottom_rtol(self) -> float:
-        return min(0.1, 30 * self.rtol)
-
-    def num_steps_for(self, n: int) -> int:
-        """Return the block steps for a matrix of size n: more than `num_steps` where eigenpairs need them."""
-        width = min(self.num_probes, n)
-        needed = float(self.k + self.num_bottom + width)  # Ritz pairs must be there
-        if self.k > 0:
-            needed = max(needed, _top_matvecs(min(self.k, n)) * block_penalty(self.k, width))
-        if self.num_bottom > 0:
-            needed = max(needed, _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(_CROWD, width))
-        wanted = math.ceil(needed / width)
-        return max(self.num_steps, wanted)
-
-    def num_matvecs(self, n: int) -> int:
-        """Return the products with a matrix of size n."""
-        planned = min(self.num_probes, n) * self.num_steps_for(n)
-        return n if n <= _EXACT_IS_WORTH * planned else planned
-
-    def num_search(self, n: int) -> int:
-        """Return about how many products come on top for a matrix of size n.
-
-        The smallest pairs are continued, and it is shown that no eigenpair was missed.
-        """
-        if self.all_entries(n) or self.k + self.num_bottom == 0:
-            return 0
-        return _CONTINUED * (self.num_bottom > 0 and self.patience > 0) + _SEARCH * (self.confidence is not None)
-
-    def all_entries(self, n: int) -> bool:
-        """Return whether a matrix of size n is computed entry by entry."""
-        return self.num_matvecs(n) == n
-
-    def parts_of_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> tuple[int, int]:
-        """Return the bytes of the bases held at once for matrices of these sizes, and of the vectors beside them."""
-        itemsize = torch.empty(0, dtype=working_dtype(A)).element_size()
-        bases = others = 0
-        for n in sizes:
-            if self.all_entries(n):
-                others += 3 * 8 * n * n
-            else:
-                bases += n * itemsize * (self.num_matvecs(n) + self.num_probes)
-                at_work = 5 * self.num_probes  # a block, its products and what these leave behind
-                others += n * itemsize * (self.k + self.num_bottom + max(at_work, self.num_search(n)))
-        return bases, others
-
-    def num_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> int:
-        """Return the bytes of the vectors held at once for matrices of these sizes, beside graphs and parameters."""
-        return sum(self.parts_of_bytes(A, sizes))
-
-    def place(self, A: MatrixLike, sizes: Sequence[int]) -> Place:
-        """Return where bases for matrices of these sizes are held: on A's device, or on disk where they do not fit."""
-        return A.device if self.num_bytes(A, sizes) <= available_memory(A.device) else "disk"
-
-    def check_memory(self, A: MatrixLike, sizes: Sequence[int], place: Place) -> None:
-        """Refuse what does not fit.
-
-        Raises:
-            InputError: with what is needed, what is free and what would fit.
-        """
-        if not sizes:
-            raise InputError("blocks must hold one or more, got none; leave them out for all layers.")
-        bases, others = self.parts_of_bytes(A, sizes)
-        space, remedy = (
-            f"a Krylov space of {self.num_matvecs(max(sizes))} vectors",
-            "plan fewer num_steps or num_probes",
-        )
-        if place == A.device:
-            check_fits(bases + others, place, space, f"{remedy}; {ELSEWHERE}")
-            return
-        check_fits(bases, place, space, remedy)
-        check_fits(others, A.device, f"what is held beside {space}", f"{remedy}, or ask for fewer pairs")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -187,9 +59,37 @@ class PlannedCost(Result):
     """The other ways, and what they would cost, the fastest first."""
 
 
-@checked
+@overload
 def plan(
     A: AnyMatrix,
+    quantities: Collection[Quantity] | Whole = ...,
+    *,
+    matrix: MatrixName = ...,
+    k: int = ...,
+    num_bottom: int = ...,
+    rtol: float = ...,
+    num_probes: int = ...,
+    num_steps: int = ...,
+    moment_order: int = ...,
+    memory_limit: int | None = ...,
+) -> PlannedCost: ...
+@overload
+def plan(
+    A: ModelSize,
+    quantities: Collection[Quantity] | Whole = ...,
+    *,
+    k: int = ...,
+    num_bottom: int = ...,
+    rtol: float = ...,
+    num_probes: int = ...,
+    num_steps: int = ...,
+    moment_order: int = ...,
+    world_size: int,
+    cluster: Cluster | None = ...,
+) -> RankCost: ...
+@checked
+def plan(
+    A: AnyMatrix | ModelSize,
     quantities: Collection[Quantity] | Whole = ("top", "bottom", "trace", "density"),
     *,
     matrix: MatrixName = "hessian",
@@ -200,18 +100,23 @@ def plan(
     num_steps: int = 30,
     moment_order: int = 2,
     memory_limit: int | None = None,
-) -> PlannedCost:
+    world_size: int | None = None,
+    cluster: Cluster | None = None,
+) -> PlannedCost | RankCost:
     """Say what the quantities will cost together, and how they are computed within a limit on memory.
 
     Cost: four gradients and the graph of one batch, no product (`curvature.spectra.product_cost`); for a matrix
     that is not an objective's, two block products. What was measured beside it: `benchmarks/memory`.
 
+    With `world_size`, the price on each of so many ranks is computed from sizes: memory, bytes moved and seconds
+    (`curvature.spectra.many_devices`); nothing is run, and the model may lie on the meta device.
+
     Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
     as the spectra of trained networks take, which the truth may exceed.
 
     Args:
-        A: the matrix.
-        matrix: which one of an objective; see `as_matrix`.
+        A: the matrix; with `world_size` a `ModelSize`.
+        matrix: which one of an objective; see `as_matrix`. With `world_size` it is the Hessian.
         quantities: what is wanted of `spectrum`; or "eigenpairs", the k largest by `eigsh`; or "product"; or
             "layers", all of `layer_spectra`.
         k: how many of the largest eigenpairs.
@@ -222,6 +127,8 @@ def plan(
         moment_order: highest power whose mean is wanted.
         memory_limit: bytes that the process may hold, or torch on a device. The fastest way within it is chosen, among
             graphs kept or rebuilt, batches whole or in pieces, and bases that are shorter, narrower or on disk.
+        world_size: ranks over which parameters and data are spread.
+        cluster: memory and speeds of a rank.
 
     Raises:
         InputError: for unknown quantities and values out of range, or if no way fits the limit.
@@ -232,16 +139,23 @@ def plan(
         (4, 120)
         >>> plan(A, "eigenpairs", k=3).settings, plan(A, "eigenpairs", k=3).num_matvecs
         ({}, 31)
+        >>> size = ModelSize(
+        ...     num_params=7 * 10**9, largest_module=2 * 10**8, num_modules=300, tokens=10**6, batch_tokens=4096
+        ... )
+        >>> cost = plan(size, "eigenpairs", k=1, world_size=64)
+        >>> cost.route, cost.rank_bytes // 10**9, cost.bytes_per_matvec // 10**9
+        ('module by module', 16, 771)
     """
-    A = as_matrix(A, matrix)
-    n = check_square(A)
+    if isinstance(A, ModelSize) != (world_size is not None):
+        raise InputError(
+            "world_size= goes with the size of a model: plan(ModelSize.of(model, tokens=..., batch_tokens=...), ..., "
+            "world_size=64); without it, A is a matrix or an objective."
+        )
     names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     unknown = sorted(set(names) - set(get_args(Quantity)))
     if quantities == "eigenpairs" or quantities == "product":
         made = None
     elif quantities == "layers":
-        if not isinstance(A, ObjectiveOperator):
-            raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
         made = _spectrum_plan(("top", "bottom", "density"), k, num_bottom, rtol, num_probes, num_steps, moment_order)
     elif unknown or not names:
         raise InputError(
@@ -250,6 +164,16 @@ def plan(
         )
     else:
         made = _spectrum_plan(names, k, num_bottom, rtol, num_probes, num_steps, moment_order)
+    if isinstance(A, ModelSize):
+        if quantities == "layers":
+            raise InputError("layers are planned for an objective, without world_size=.")
+        assert world_size is not None
+        count, basis, others = _vectors_of(made, A, k if quantities == "eigenpairs" else 0)
+        return rank_cost(A, num_matvecs=count, num_basis=basis, others=others, world_size=world_size, cluster=cluster)
+    A = as_matrix(A, matrix)
+    n = check_square(A)
+    if quantities == "layers" and not isinstance(A, ObjectiveOperator):
+        raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
     width = 1 if made is None else min(num_probes, n)
     cost, seconds = None, 0.0
     if isinstance(A, ObjectiveOperator):
@@ -266,7 +190,7 @@ def plan(
         if quantities == "layers" and isinstance(A, ObjectiveOperator):
             sizes = [block.num_params for block in A.objective.space.blocks]
         ways = _ways_to(made, A, sizes, cost, seconds / width, width)
-    first, others = _chosen(ways, memory_limit)
+    first, rest = _chosen(ways, memory_limit)
     return PlannedCost(
         quantities=names,
         num_matvecs=first.num_matvecs,
@@ -276,8 +200,17 @@ def plan(
         changes=first.changes,
         settings=first.settings,
         plan=made,
-        ways=others,
+        ways=rest,
     )
+
+
+def _vectors_of(made: SpectrumPlan | None, size: ModelSize, k: int) -> tuple[int, int, int]:
+    """Return the products, the vectors of the basis, and those beside it, for a model of this size."""
+    n = size.num_params
+    if made is None:
+        return (1, 0, 0) if k == 0 else (min(n, 10 + 2 * k + CHAIN), min(n, max(2 * k + 1, 20) + 1), k)
+    bases, others = (math.ceil(part / (n * size.dtype.itemsize)) for part in made.bytes_of(size.dtype.itemsize, [n]))
+    return made.num_matvecs(n) + made.num_search(n), bases, others
 
 
 def _spectrum_plan(
@@ -344,13 +277,3 @@ def _chosen(ways: Sequence[Way], memory_limit: int | None) -> tuple[Way, tuple[W
             )
         first = fitting[0]
     return first, tuple(way for way in by_time if way is not first)
-
-
-def _top_matvecs(k: int) -> int:
-    """Return about how many products the k largest pairs of a trained network take; the truth depends on gaps."""
-    return 10 + 2 * k
-
-
-def _bottom_matvecs(k: int) -> int:
-    """Return the same for the k smallest, which lie close together and far below the norm."""
-    return 20 + 8 * k

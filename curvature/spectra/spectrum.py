@@ -27,9 +27,9 @@ from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.sharding.layout import Layout
 from curvature.spectra.analysis import SpectrumAnalysis
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.runs import AllEntries, BlockKrylov, GroupSums, Run, advance
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["layer_spectra", "spectrum"]
 

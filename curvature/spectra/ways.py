@@ -18,9 +18,9 @@ from curvature.linalg.krylov._rounded_space import COLUMNS
 from curvature.linop import MatrixLike
 from curvature.spectra.product_cost import ProductCost
 
-__all__ = ["Way", "graph_choices", "present_memory", "ways_to_pairs"]
+__all__ = ["CHAIN", "Way", "graph_choices", "present_memory", "ways_to_pairs"]
 
-_CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
+CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
 _FEW = 11  # vectors beside k: three to work with, and the chain
 _SPEED, _GPU_SPEED, _DISK_SPEED = 3e9, 8e10, 1.2e9  # bytes of a basis a second, with all that a product does to it
 _ROUNDED = 4  # times as long for each byte of a basis in a narrower dtype
@@ -74,7 +74,7 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
         seconds: of a product with another.
     """
     n, dtype, present = int(A.shape[0]), working_dtype(A), present_memory(A.device)
-    vector, expected = n * dtype.itemsize, min(n, 10 + 2 * k + _CHAIN)
+    vector, expected = n * dtype.itemsize, min(n, 10 + 2 * k + CHAIN)
     found = []
     for changes, pieces, keep in graph_choices(cost):
         each = seconds if cost is None else cost.seconds(1, pieces, keep)
@@ -85,7 +85,7 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
             size = min(n, settings.get("num_basis", max(2 * k + 1, 20)))
             row = n * itemsize
             spare = spare_bytes(place, size_given="num_basis" in settings)
-            rows = max(size + 1, min(spare // row, size + _CHAIN)) * row
+            rows = max(size + 1, min(spare // row, size + CHAIN)) * row
             rounded = "basis_dtype" in settings
             count = expected + k * rounded
             here = rows if place == A.device or (place == "disk" and not rounded) else 0

@@ -26,9 +26,9 @@ from curvature.operators.jacobian import JacobianOperator
 from curvature.operators.ntk import NTKOperator
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import student_quantile
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.results import Spectrum
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["EffectiveDimensionPlan", "effective_dimension"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvature.linalg.base.validate import squares_in_range
 from curvature.linalg.krylov._krylov_space import KrylovSpace
+from curvature.linop import MatrixLike
 from curvature.sharding.tensors import ShardedTensor, all_reduce, owned_part
 
 _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of rounding, is a small rest
@@ -26,6 +27,11 @@ _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of ro
 
 class ShardedSpace(KrylovSpace):
     """V and P in parts; between steps the direction in P is orthogonal to V to 1e-13, in single precision to 1e-6."""
+
+    @staticmethod
+    def kind(A: MatrixLike) -> type[KrylovSpace]:
+        """Return the kind of space for A: this one, if its vectors lie in parts."""
+        return KrylovSpace if getattr(A, "sharding", None) is None else ShardedSpace
 
     def absorb(self, AX: Tensor) -> None:
         one = AX.shape[1] == self.num_directions == 1 and self.num_known == 0 and self._frame is None

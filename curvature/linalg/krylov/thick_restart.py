@@ -115,8 +115,8 @@ class ThickRestartLanczos:
         check_problem(n - known.shape[1], k, which, num_basis, least)
         self.A, self.k, self.which = A, k, which
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
-        self.certify, self.confidence = certify or basis_dtype != working_dtype(A), confidence
-        self.callback = callback
+        self.certify = certify or basis_dtype != working_dtype(A)
+        self.confidence, self.callback = confidence, callback
         size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
         held = place_of(basis_device, A.device)
@@ -125,16 +125,14 @@ class ThickRestartLanczos:
         directions: dict[str, Any] = {"num_directions": start_size, "known": known, "generator": generator}
         if basis_dtype != working_dtype(A):
             directions["basis_dtype"] = basis_dtype
-        space = KrylovSpace if getattr(A, "sharding", None) is None else ShardedSpace
-        space = space if basis_dtype == working_dtype(A) else RoundedSpace
+        space = ShardedSpace.kind(A) if basis_dtype == working_dtype(A) else RoundedSpace
         self.space: KrylovSpace = space(A, size=self.size, place=held, **directions)
         self.space.start(start.T)
         spare = spare_bytes(held, size_given=num_basis is not None)  # for a chain
         self._room = max(self.size + start_size, min(n, spare // row))
         self._chain: Chain | None = None
         self._held: tuple[Tensor, ...] = ()  # values, coefficients and residuals of the pairs when it began
-        self._spent = 0.0  # of the failure probability, in chains that found something
-        self._num_chains = 0
+        self._spent, self._num_chains = 0.0, 0  # of the failure probability, in chains that found something
         self._closed: list[float] = []  # signs of the ends where nothing was missed
         self._beyond = 0  # Ritz values beyond the bounds when the chain began: more say that something had been missed
         self._least = torch.inf  # largest residual in units of its goal, where rounding of the basis is near, ...

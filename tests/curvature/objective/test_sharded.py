@@ -17,13 +17,15 @@ from curvature import (
     GGNOperator,
     GradientCovarianceOperator,
     HessianOperator,
+    ModelSize,
     Objective,
     eigsh,
+    plan,
     solve,
 )
 from curvature.linalg import ThickRestartLanczos, diagonal, trace
 from curvature.objective.shift import gradient_at, loss_at, shifted
-from curvature.sharding.collectives import COUNTS
+from curvature.sharding.collectives import COUNTS, RECEIVED
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
 from tests.checks import BATCHING_TOLERANCE, assert_close
@@ -117,6 +119,29 @@ def fully_sharded(rank: int) -> dict[str, Tensor]:
         if rank == 0:  # what only this rank sees of a step
             model.scale.to_local().mul_(2.0)
     return {**found, "after a step on one rank": o.loss()}
+
+
+def bytes_a_product(rank: int) -> dict[str, tuple[int, int]]:
+    """Return the bytes that a rank received for a product, and those that are planned, by route."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for budget in (None, 0):
+        layers = [nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)]
+        model: Any = nn.Sequential(*layers).double()
+        size = ModelSize.of(model, tokens=8, batch_tokens=2)
+        x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        data: Any = [(part, part) for part in x.split(2)]
+        o = Objective(fully_shard(model), nn.MSELoss(), data, memory_budget=budget, keep_graphs=False)
+        H, v = HessianOperator(o), o.gradient()
+        H @ v
+        before = RECEIVED["bytes"]
+        H @ v
+        cost = plan(size, "product", world_size=2)
+        planned = {c.route: c.bytes_per_matvec for c in (cost, cost.other) if c is not None}
+        route = "whole parameters" if budget is None else "module by module"
+        found[route] = (RECEIVED["bytes"] - before, planned[route])
+    return found
 
 
 def one_all_reduce_a_step(_: int) -> int:
@@ -356,6 +381,7 @@ def work(rank: int, folder: str) -> None:
         mine["lower precision"] = in_lower_precision(rank)
         mine["algebra"] = algebra(dist.group.WORLD)
         mine["all-reduces of five steps"] = one_all_reduce_a_step(rank)
+        mine["bytes"] = bytes_a_product(rank)
         for name, (call, _) in REFUSED.items():
             try:
                 call(rank)
@@ -404,6 +430,15 @@ def test_casts_of_a_precision_policy_are_in_the_graph(ranks: list[dict[str, Any]
 
 def test_a_step_of_lanczos_takes_one_all_reduce(ranks: list[dict[str, Any]]) -> None:
     assert [rank["all-reduces of five steps"] for rank in ranks] == [5, 5]
+
+
+def test_a_product_moves_the_bytes_that_are_planned(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert set(rank["bytes"]) == {"whole parameters", "module by module"}
+        moved, planned = rank["bytes"]["whole parameters"]
+        assert moved == planned
+        moved, planned = rank["bytes"]["module by module"]  # the first module contributes once, not twice
+        assert moved <= planned <= 1.1 * moved
 
 
 def test_algebra_of_parts_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> None:

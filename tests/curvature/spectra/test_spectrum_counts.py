@@ -10,8 +10,8 @@ from torch import Tensor
 
 from curvature.linalg.stochastic._mass_bounds import mass_below
 from curvature.spectra.counts import count_between, smallest_beyond
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 from tests.matrices import F64, generator, spectra, with_spectrum
 
 N = 80
