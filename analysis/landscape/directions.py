@@ -20,7 +20,7 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
-from curvature.layerwise.filters import filter_dims
+from curvature.layerwise.filters import filter_dims, kept_filters
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
 
@@ -57,6 +57,7 @@ def random_direction(
 
     Biases and the parameters of normalisation layers (all tensors with fewer than two dimensions) stay where they are
     in the first two, as in the paper; `scale_vectors` moves them too, each as one filter. A filter of zeros stays zero.
+    Of masked weights (`sparse_model`) the kept entries of a row are a filter.
 
     Args:
         objective: at the point of interest.
@@ -77,11 +78,13 @@ def random_direction(
         return _direction(name, "random", scaling, drawn)
     if scaling == "unit":
         return _direction(name, "random", scaling, drawn / drawn.norm())
-    dims = filter_dims(objective.model)
+    dims, kept = filter_dims(objective.model), kept_filters(objective.model)
     parts = {}
     for key, d in space.to_dict(drawn).items():
         weights = space.tensors[key].detach().to(space.dtype)
-        if weights.ndim < 2:
+        if key in kept:
+            parts[key] = _of_norms(d, weights, kept[key]) if scaling == "filter" else _of_norm(d, weights, None)
+        elif weights.ndim < 2:
             parts[key] = _of_norm(d, weights, None) if scale_vectors else torch.zeros_like(d)
         else:
             parts[key] = _of_norm(d, weights, dims.get(key, 0) if scaling == "filter" else None)
@@ -212,6 +215,15 @@ def trajectory_directions(
 
 def _direction(name: str, kind: str, scaling: str, vector: Tensor) -> Direction:
     return Direction(name=name, kind=kind, scaling=scaling, norm=float(vector.norm()), vector=vector.contiguous())
+
+
+def _of_norms(d: Tensor, weights: Tensor, filters: Tensor) -> Tensor:
+    """Return `d`, (k,), with the entries of each filter of the norm they have in `weights`."""
+    have, want = (
+        d.new_zeros(int(filters.max()) + 1 if len(filters) else 0).index_add(0, filters, t.square()).sqrt()
+        for t in (d, weights)
+    )
+    return d * torch.where(have > 0, want / torch.where(have > 0, have, 1), 0)[filters]
 
 
 def _of_norm(d: Tensor, weights: Tensor, dim: int | None) -> Tensor:

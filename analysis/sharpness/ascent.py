@@ -23,7 +23,7 @@ from torch import Tensor
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
-from curvature.layerwise.filters import filter_dims
+from curvature.layerwise.filters import filter_dims, kept_filters
 from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at
 
@@ -70,11 +70,17 @@ def perturbation_scale(objective: Objective, kind: ScaleKind) -> Tensor:
         return torch.ones_like(theta)
     if kind == "elementwise":
         return theta.abs()
-    dims = filter_dims(objective.model)
+    dims, kept = filter_dims(objective.model), kept_filters(objective.model)
     parts = {}
     for name, w in space.to_dict(theta).items():
         if kind == "layer":
             parts[name] = w.square().mean().sqrt().expand_as(w)
+        elif name in kept and len(w):
+            squares, counts = (
+                w.new_zeros(int(kept[name].max()) + 1).index_add(0, kept[name], t)
+                for t in (w.square(), torch.ones_like(w))
+            )
+            parts[name] = (squares / counts.clamp_min(1)).sqrt()[kept[name]]
         elif w.ndim < 2:
             parts[name] = w.abs()
         else:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from analysis.records.plan import Plan, setting
 from curvature.arguments import checked_fields
@@ -124,20 +125,38 @@ def training_loss(objective: Objective, batch: Any) -> Tensor:
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw all parameters anew, as their modules do.
+    """Draw all parameters anew, as their modules do; kept weights of masked ones as those of the whole tensor.
 
     Raises:
         InputError: for a module that holds parameters and cannot draw them.
     """
     for name, module in model.named_modules():
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
+        if callable(reset) and parametrize.is_parametrized(module):
+            _reset_masked(module)
+        elif callable(reset):
             reset()
+        elif isinstance(module, parametrize.ParametrizationList) and _masks(module):
+            continue  # set by the module that it belongs to
         elif module._parameters:
             raise InputError(
                 f"the module {name or type(model).__name__!r} has no reset_parameters(); let the task's function "
                 "return the model as it is to start, and leave --fresh out."
             )
+
+
+def _masks(parts: nn.Module) -> bool:
+    return all(hasattr(part, "mask") and hasattr(part, "right_inverse") for part in parts.children())
+
+
+def _reset_masked(module: nn.Module) -> None:
+    """Draw the tensors that the module sees, and keep of them what is kept; others than masks stay as they are."""
+    keys = [key for key, parts in cast("nn.ModuleDict", module.parametrizations).items() if _masks(parts)]
+    with parametrize.cached():
+        cast("Any", module).reset_parameters()
+        drawn = {key: getattr(module, key).detach().clone() for key in keys}
+    for key, value in drawn.items():
+        setattr(module, key, value)  # by the right inverse
 
 
 class Snapshot:

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.common.markdown import insert, markers
 from benchmarks.common.summary_report import summary_table
 from benchmarks.coverage.report import coverage_table
+from benchmarks.descent.bench import descent_table
 from benchmarks.eigen.report import eigen_table
 from benchmarks.estimators.report import estimator_table
 from benchmarks.gpu.report import gpu_table
@@ -31,6 +32,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "pretrained": (pretrained_table, ("pretrained",)),
     "matrices": (matrices_table, ("matrices",)),
     "pruning": (pruning_table, ("pruning",)),
+    "descent": (descent_table, ("descent",)),
 }
 """How a table is made, and of which files of rows."""
 

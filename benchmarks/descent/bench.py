@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -24,7 +26,7 @@ from analysis.tasks import load_task
 from analysis.tasks.digits import make_cnn, make_mlp
 from benchmarks.common.suite import Row, Rows, command
 
-__all__ = ["CASES", "curve_row", "main", "stack_row"]
+__all__ = ["CASES", "curve_row", "descent_table", "main", "stack_row"]
 
 CASES: dict[str, dict[str, Any]] = {
     "digits, random features": {"task": "digits-mlp", "model": "random-features", "samples": 200, "repeats": 20},
@@ -60,7 +62,8 @@ def _said(found: DescentCurve) -> Row:
         row[f"{name}_standing"] = None if peak is None else peak.standing
         row[name] = found.mean(name)[0].tolist()
     for name in ("train_error", "effective_dimension", "condition"):
-        row[name] = found.mean(name)[0].tolist()
+        if np.isfinite(found.of(name)).any():  # NaN: not measured
+            row[name] = found.mean(name)[0].tolist()
     if found.model != "task":
         off = found.of("simulated") / found.of("expected") - 1
         z = off.mean(1) / (off.std(1, ddof=1) / math.sqrt(off.shape[1]))
@@ -96,6 +99,26 @@ def stack_row(name: str, steps: int = 200, members: int = 5) -> Row:
         "ms_per_step": 1000 * stacked / steps,
         "ratio": stacked / alone,
     }
+
+
+def descent_table(rows: Sequence[Row]) -> str:
+    """Return the table of curves."""
+    lines = [
+        "| curve | threshold | peak of the test loss | of the test error | least test error |",
+        "|---|---|---|---|---|",
+    ]
+    for row in (r for case in CASES for r in rows if r["case"] == case):
+        along = row["settings"].get("vary", "width")
+        along = "features" if row["settings"].get("model") == "random-features" else along
+        peaks = []
+        for name in ("test_loss", "test_error"):
+            place, standing = row[f"{name}_peak"], row[f"{name}_standing"]
+            peaks.append("none" if place is None else f"{place:g}, {standing:.1f} standard errors")
+        least = min(range(len(row["values"])), key=lambda i: row["test_error"][i])
+        ends = " to ".join(f"{x:g}" for x in row["threshold"])
+        told = f"{100 * row['test_error'][least]:.1f} % at {row['values'][least]:g}"
+        lines.append(f"| {row['case']} | {ends} {along} | {' | '.join(peaks)} | {told} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:

@@ -47,18 +47,22 @@ def with_batch_norm(model: nn.Module) -> nn.Module:
     """Return a chain with batch normalisation after each linear layer and convolution but the last.
 
     Raises:
-        InputError: for a model that is no chain.
+        InputError: for a model that is no chain, or has no hidden layer.
     """
-    layers = [m for m in model.modules() if type(m) in _NORM_AFTER]
+    layers = [m for m in model.modules() if isinstance(m, tuple(_NORM_AFTER))]  # parametrised ones among them
 
     def norm(layer: nn.Module) -> nn.Module | None:
-        if type(layer) not in _NORM_AFTER or layer is layers[-1]:
+        kinds = [kind for kind in _NORM_AFTER if isinstance(layer, kind)]
+        if not kinds or layer is layers[-1]:
             return None
-        kind, size = _NORM_AFTER[type(layer)]
-        weight = layer.get_parameter("weight")
-        return kind(getattr(layer, size), dtype=weight.dtype, device=weight.device)
+        kind, size = _NORM_AFTER[kinds[0]]
+        p = next(layer.parameters())
+        return kind(getattr(layer, size), dtype=p.dtype, device=p.device)
 
-    return _inserted(model, norm)
+    found = _inserted(model, norm)
+    if not has_batch_norm(found):
+        raise InputError(f"{type(model).__name__} has no hidden layer after which batch norm could stand.")
+    return found
 
 
 def _inserted(model: nn.Module, after: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
-from analysis.generalization.contrast.layers import has_batch_norm
+from analysis.generalization.contrast.layers import has_batch_norm, with_batch_norm, with_dropout
 from analysis.generalization.contrast.measure import REGULARIZERS, compared, prepared
 from analysis.generalization.contrast.price import price_of
 from analysis.generalization.contrast.report import TERMS, facts, points, sections, told_ratio
@@ -22,6 +23,7 @@ from analysis.show import wording
 from analysis.show.listener import Progress
 from analysis.show.report import Card, Finding, Report
 from curvature.arguments import checked_fields
+from curvature.errors import InputError
 from curvature.losses.rules import CrossEntropy
 from curvature.objective.objective import Objective
 
@@ -97,9 +99,13 @@ def regularization_by_curvature(
     if has_batch_norm(shared.model):
         names.remove("batch norm")
         notes.append("The model normalises over batches already; batch norm is no condition of its own.")
-    if not isinstance(shared.model, nn.Sequential):
-        names = [name for name in names if name not in ("dropout", "batch norm")]
-        notes.append("Dropout and batch norm are inserted into chains (nn.Sequential) only; the model is none.")
+    for name, change in (("dropout", partial(with_dropout, p=plan.dropout)), ("batch norm", with_batch_norm)):
+        try:
+            if name in names:
+                change(copy.deepcopy(shared.model))
+        except InputError as error:
+            names.remove(name)
+            notes.append(f"There is no condition {name}: {error}")
     rule = objective.rule if plan.loss == "task" else None
     known = plan.loss != "task" or isinstance(rule, CrossEntropy)
     if not known:

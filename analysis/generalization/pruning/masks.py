@@ -70,9 +70,9 @@ def sparse_model(model: nn.Module, masks: Masks) -> nn.Module:
 
     Every analysis, optimizer and `Objective` takes it as it is. With P the selection of the kept weights, its gradient
     is P g, its Hessian P H P', both of the dense model with zeros in the pruned places. The kept weights of `weight`
-    are `parametrizations.weight.original`, (k,); where all are pruned it is empty. Kronecker factors and norms by
-    filter need the tensor's shape: factors refuse a masked layer with a sentence, and normalisation "by filter" takes
-    its kept weights as one.
+    are `parametrizations.weight.original`, (k,); where all are pruned it is empty. Normalisation
+    by filter takes the kept weights of a row as one; Kronecker factors need the tensor's shape and refuse a masked
+    layer with a sentence.
 
     Cost: a copy of the model, and an indexing of each masked tensor in every forward pass. No pass gets cheaper.
 

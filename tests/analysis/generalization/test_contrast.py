@@ -195,4 +195,4 @@ def test_what_a_model_does_not_allow_is_left_out_and_said() -> None:
         objective, samples=20, repeats=2, steps=10, processes=1, generator=0, test_data=(x, y)
     )
     assert found.conditions == ("none", "weight decay", "augmentation", "SAM")
-    assert len(found.notes) == 3
+    assert len(found.notes) == 4
