@@ -35,6 +35,7 @@ from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 from benchmarks.optimizers.micro_batches import MICRO, micro_differences
 from benchmarks.optimizers.peers import (
     BESIDE_MATRIX,
+    CHECK_ONLY,
     COST_ONLY,
     MATRIX,
     METHODS,
@@ -215,13 +216,14 @@ def check_row(method_name: str, *, only: str | None = None) -> Row:
     """Return what `check_optimizer` says of a method."""
     from optimizers import check_optimizer
 
-    method = METHODS[method_name]
+    method = method_of(method_name)
     assert method.form != "calls"
     row = new_row("check", "", method_name)
     try:
         settings = {"lr": CHECK_RATES.get(method_name, 0.05), **dict(method.settings)}
         settings.pop("foreach", None)  # set for speed, and a check of its own
-        report = check_optimizer(method.load(), form=method.form, settings=settings, only=only)
+        skip = dict(NOT_MEANT.get(method_name, {}))
+        report = check_optimizer(method.load(), form=method.form, settings=settings, skip=skip, only=only)
     except Exception as error:
         return {**row, "failure": one_line(error)}
     outcomes = [(outcome.name, outcome.status, outcome.reason) for outcome in report.outcomes]
@@ -229,7 +231,19 @@ def check_row(method_name: str, *, only: str | None = None) -> Row:
 
 
 CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessian-gnb": 0.005}
+CHECK_RATES |= dict.fromkeys(("GaussNewton", *CHECK_ONLY), 1.0)
 """Under which the quadratics of the checks decrease; 0.05 for the others."""
+CHECKED = [*METHODS, "KFAC", "EKFAC", "GaussNewton", *CHECK_ONLY]
+_NO_RATE = dict.fromkeys(
+    ("works under schedulers", "groups: learning rate", "zero curvature: finite"),
+    "it finds the length of its steps itself, and refuses an lr",
+)
+NOT_MEANT = {
+    "GaussNewton": {"maximize": "a Gauss-Newton matrix is that of a minimum: refused"},
+    "ss-broyden": _NO_RATE,
+    "trust-region": _NO_RATE,
+}
+"""Method -> check -> why it is left out."""
 
 
 def new_row(kind: str, problem: str, method: str) -> Row:
@@ -292,7 +306,9 @@ def main() -> None:
         "what", choices=["costs", "widths", "micro", "memory", "training", "variants", "checks", "report"]
     )
     parser.add_argument("--problems", nargs="+", choices=[*TRAINING, *WIDTHS], default=None)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY, *MATRIX], default=None)
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY, *MATRIX, *CHECK_ONLY], default=None
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
@@ -307,6 +323,7 @@ def main() -> None:
         "costs": [*METHODS, "quarter", *COST_ONLY],
         "variants": list(VARIANTS),
         "memory": MEMORY,
+        "checks": CHECKED,
     }
     a.methods = a.methods or methods_of_all.get(a.what, list(METHODS))
     groups = [a.methods] if a.what in ("costs", "widths") else [[method] for method in a.methods]

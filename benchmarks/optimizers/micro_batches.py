@@ -14,7 +14,10 @@ from benchmarks.optimizers.peers import Method
 
 __all__ = ["MICRO", "micro_differences"]
 
-MICRO = ("adamw", "muon", "soap", "soap-continuous", "shampoo", "official-soap", "kozistr-soap", "kozistr-shampoo")
+MICRO = (
+    *("adamw", "muon", "soap", "soap-continuous", "shampoo"),
+    *("official-soap", "kozistr-soap", "kozistr-shampoo", "meta-shampoo"),
+)
 EXAMPLES, STEPS, LR = 32, 25, 3e-3
 
 

@@ -6,6 +6,7 @@ documentation of each asks for, and nothing that would slow it down.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from benchmarks.optimizers.problems import Pair, TrainingProblem
 
 __all__ = [
     "BESIDE_MATRIX",
+    "CHECK_ONLY",
     "COST_ONLY",
     "MATRIX",
     "METHODS",
@@ -123,13 +125,27 @@ def _ours(name: str, preset: str | None = None) -> Callable[[], Make]:
 
 def _peer(library: str, name: str) -> Callable[[], Make]:
     def load() -> Make:
-        import importlib
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return getattr(importlib.import_module(library), name)
 
     return load
+
+
+def _meta_shampoo() -> Make:
+    """Return Meta's Shampoo with the update of ours: EMAs, two factors a matrix, the length of Adam's steps."""
+    meta: Any = importlib.import_module("distributed_shampoo")  # github.com/facebookresearch/optimizers, on the path
+    return partial(
+        meta.DistributedShampoo,
+        betas=(0.9, 0.99),
+        epsilon=1e-12,
+        weight_decay=0.01,
+        max_preconditioner_dim=10_000,
+        precondition_frequency=10,
+        grafting_config=meta.AdamPreconditionerConfig(beta2=0.99, epsilon=1e-8),
+        preconditioner_config=meta.RootInvShampooPreconditionerConfig(inverse_exponent_override={1: 0.0}),
+        distributed_config=meta.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
+    )
 
 
 class _MuonAndAdamW(torch.optim.Optimizer):
@@ -282,6 +298,7 @@ METHODS |= {
         _ADAM,
         settings=(("preconditioning_compute_steps", 10), ("start_preconditioning_step", 1)),
     ),
+    "meta-shampoo": Method("Meta's DistributedShampoo, every 10th", lambda: _meta_shampoo(), "backward", _ADAM),
 }
 _STEADY = (("update_first", 1),)
 _BLOCKS = (("max_dim", 1024), ("large", "blocks"))
@@ -299,7 +316,7 @@ MATRIX: dict[str, Method] = {  # for steps at some widths: the frequent refreshe
         settings=(*_STEADY, *_BLOCKS),
     ),
 }
-BESIDE_MATRIX = ("muon", "official-soap", "kozistr-soap", "kozistr-shampoo")
+BESIDE_MATRIX = ("muon", "official-soap", "kozistr-soap", "kozistr-shampoo", "meta-shampoo")
 VARIANTS: dict[str, Method] = {  # of AdaHessian, on every step where the label says nothing else
     "no average": _adahessian(", no spatial average", settings=(("spatial_average", None),)),
     "rows": _adahessian(", rows of matrices averaged too", settings=(("spatial_average", "instruction"),)),
@@ -324,6 +341,13 @@ COST_ONLY: dict[str, Method] = {
 }
 
 
+CHECK_ONLY: dict[str, Method] = {
+    "ss-broyden": Method("torch-curvature SSBroyden", _ours("SSBroyden"), "loss", (), ours=True),
+    "newton-cg": Method("torch-curvature NewtonCG", _ours("NewtonCG"), "loss", (), ours=True),
+    "trust-region": Method("torch-curvature TrustRegionNewton", _ours("TrustRegionNewton"), "loss", (), ours=True),
+}
+
+
 def method_of(name: str) -> Method:
     """Return a method, a variant, or what is measured for its cost only, by its name."""
-    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY}[name]
+    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY, **CHECK_ONLY}[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,8 +61,10 @@ def width_rows(
             for p, g in zip(params, found, strict=True):
                 p.grad = g.clone()
             begin = time.process_time()
-            for _ in range(period):
-                optimizer.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that gradients are those of the step before
+                for _ in range(period):
+                    optimizer.step()
             steps[name].append((time.process_time() - begin) / period)
     gradient = statistics.median(gradients)
     unit = gradient + statistics.median(steps[UNIT])

@@ -48,8 +48,8 @@ class SOAP(MatrixOptimizer):
 
     Micro-batches accumulate in `.grad`, so factors and V see the gradient of the joined batch. Yet rounding decides on
     eigenvectors whose eigenvalues are close, or zero up to rounding, and Adam's update depends on them: two
-    micro-batches of 16 and one batch of 32 part by half of the update within 25 steps. With `refresh="continuous"`
-    they stay together to about 1e-4 (`benchmarks/optimizers`).
+    micro-batches of 16 and one batch of 32 part by half of the update within 25 steps, and in float32 a model in parts
+    and one process do. With `refresh="continuous"` they stay together to about 1e-4 (`benchmarks/optimizers`).
 
     Cost: products of 6 n m (n + m) flops a step and matrix, beside 6 n m a token for the gradient; a refresh takes
     about 8 (n^3 + m^3) by QR, thrice that by eigh. Memory: two averages of the matrix, and twice n^2 + m^2.

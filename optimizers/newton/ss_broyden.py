@@ -42,7 +42,7 @@ class SSBroyden(FullBatchOptimizer):
     closure, so that points may be drawn anew between two calls: H stays, and no y mixes two losses. Where a direction
     is none of descent, or its line search finds nothing, H starts from the identity again, once.
 
-    Cost of an iteration: a gradient for each t tried, mostly one, and about 5 n^2 multiplications. Memory: two matrices
+    Cost of an iteration: a gradient for each t tried, one or two, and about 5 n^2 multiplications. Memory: two matrices
     (n, n) during a step, one in the state.
 
     Args:

@@ -142,3 +142,40 @@ def test_the_first_gradient_after_zeros_counts(graft: Any, resumes: bool) -> Non
         ends.append(p.detach().clone())
     assert torch.equal(*ends)
     assert float(ends[0].norm()) < 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("graft", ["adamw", "sgd", None])
+def test_it_takes_the_steps_of_metas(graft: Any) -> None:
+    """At equal settings, where github.com/facebookresearch/optimizers is on the path, to float32's rounding."""
+    meta = pytest.importorskip("distributed_shampoo")
+    weights, gradients = random_run([(4, 4), (8, 5)], 12)
+    weights = [w.float() for w in weights]
+    lengths = {
+        "adamw": meta.AdamPreconditionerConfig(beta2=B2, epsilon=EPS),
+        "sgd": meta.SGDPreconditionerConfig(),
+        None: None,
+    }
+    common: dict[str, Any] = {"lr": LR, "betas": (B1, B2), "weight_decay": WD}
+    ends = []
+    for make in (
+        lambda p: Shampoo(p, **common, eps=EPS, graft=graft, damping=1e-10, update_every=1),
+        lambda p: meta.DistributedShampoo(
+            p,
+            **common,
+            epsilon=1e-12,
+            precondition_frequency=1,
+            start_preconditioning_step=1,
+            grafting_config=lengths[graft],
+            distributed_config=meta.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
+        ),
+    ):
+        params = [nn.Parameter(w.clone()) for w in weights]
+        optimizer = make(params)
+        for step in range(12):
+            for p, gs in zip(params, gradients, strict=True):
+                p.grad = gs[step].float()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    moved = (ends[0] - torch.cat([w.flatten() for w in weights])).norm()
+    assert float((ends[0] - ends[1]).norm()) < 1e-4 * float(moved)
