@@ -42,8 +42,10 @@ class SLS(GradientOptimizer):
 
     f is the loss of the closure's batch, g its gradient. Where the search starts is the `reset` rule of the paper:
     "grow" from the last step times growth^(1 / steps_per_epoch), "keep" from the last step, "restart" from `max_step`.
-    The first search starts from eta = 1. Converges at SGD's best rates where the model can fit every batch
-    (interpolation); where it cannot, steps do not shrink and the loss stays at the level of the batches' noise.
+    The first search starts from eta = 1. Converges at SGD's best rates where one model is best for every batch
+    (interpolation); where none is, steps do not shrink and the loss stays at the level of the batches' noise. On
+    separable data the logistic loss has no minimum: there SGD is faster the larger its rate, through steps that raise
+    the loss, which this search never takes.
 
         optimizer.step(closure)          # closure returns the loss, or (outputs, targets) where loss= was given
 
@@ -68,7 +70,7 @@ class SLS(GradientOptimizer):
         steps_per_epoch: batches in an epoch, `len(loader)`. With 1, the default, eta starts a search `growth` times as
             large as it was: right for full batches, six more evaluations a step on small ones.
         reset: "grow", "keep" or "restart"; see above.
-        max_step: largest eta.
+        max_step: largest eta. None: 10 where each search restarts from it, else 10^6, far beyond usual steps.
         max_evaluations: most values of the loss in a search.
         shared: maximize, check_finite, loss, process_group: see `optimizers.shared.base.Common`.
 
@@ -92,13 +94,13 @@ class SLS(GradientOptimizer):
     _takes_parts = True
     _late_settings: ClassVar[dict[str, Any]] = {
         **{"maximize": False, "seed": 0, "decrease": 0.1, "shrink": 0.9, "growth": 2.0, "steps_per_epoch": 1},
-        **{"reset": "grow", "max_step": 10.0, "max_evaluations": 100, "step_size": 0.0, "failed": False},
+        **{"reset": "grow", "max_step": None, "max_evaluations": 100, "step_size": 0.0, "failed": False},
     }
     _least: ClassVar[dict[str, float]] = {"growth": 1.0}
     _counts = ("steps_per_epoch", "max_evaluations")
     _fractions = ("decrease", "shrink")
-    _positive = ("decrease", "shrink", "growth", "max_step")
-    _alike = ("maximize", *_positive, *_counts, "reset")
+    _positive = ("decrease", "shrink", "growth")
+    _alike = ("maximize", *_positive, "max_step", *_counts, "reset")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"reset": ("grow", "keep", "restart")}
     last_search: LineSearchResult | None
 
@@ -112,7 +114,7 @@ class SLS(GradientOptimizer):
         growth: float = 2.0,
         steps_per_epoch: int = 1,
         reset: Literal["grow", "keep", "restart"] = "grow",
-        max_step: float = 10.0,
+        max_step: float | None = None,
         max_evaluations: int = 100,
         check_finite: bool = True,
         **shared: Unpack[Common],
@@ -121,6 +123,13 @@ class SLS(GradientOptimizer):
         defaults |= {"steps_per_epoch": steps_per_epoch, "max_step": max_step, "max_evaluations": max_evaluations}
         self.last_search = None
         super().__init__(params, defaults, check_finite=check_finite, **shared)
+
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
+        most = group["max_step"]
+        number = isinstance(most, (int, float)) and not isinstance(most, bool)
+        if most is not None and not (number and 0 < most < math.inf):
+            raise InputError(f"max_step must be None or positive and finite, got {most!r}.")
 
     def _move(self) -> None:
         """Steps are taken by the search."""
@@ -171,6 +180,9 @@ class SLS(GradientOptimizer):
         if not math.isfinite(start):
             raise NonFiniteError(f"the loss is {sign * start}: parameters are left as they are. Look at the batch.")
         slope = sum(rates[id(p)] * _squared_norm(g) for p, _, g in moved)
+        if slope == 0:  # nothing can move, and eta stays as it was
+            self.last_search = LineSearchResult(0.0, sign * start, 0, True, "no gradient")
+            return
         noise = torch.finfo(loss.dtype).eps * abs(start) if isinstance(loss, Tensor) else 0.0
         step, tried = self._first_step(settings), 0
         while tried < settings["max_evaluations"]:
@@ -195,15 +207,16 @@ class SLS(GradientOptimizer):
         settings["step_size"], settings["failed"] = step, not self.last_search.success
 
     def _first_step(self, settings: Group) -> float:
-        last = settings["step_size"]
+        last, most, restarts = settings["step_size"], settings["max_step"], settings["reset"] == "restart"
+        if most is None:
+            most = 10.0 if restarts else 1e6
         if last == 0:
-            return float(min(1.0, settings["max_step"]))
-        if settings["failed"]:
-            return float(min(last, settings["max_step"]))
-        if settings["reset"] == "restart":
-            return float(settings["max_step"])
-        factor = settings["growth"] ** (1 / settings["steps_per_epoch"]) if settings["reset"] == "grow" else 1.0
-        return float(min(last * factor, settings["max_step"]))
+            last = 1.0
+        elif not settings["failed"] and restarts:
+            last = most
+        elif not settings["failed"] and settings["reset"] == "grow":
+            last *= settings["growth"] ** (1 / settings["steps_per_epoch"])
+        return float(min(last, most))
 
     def _mean(self, value: Any, share: float) -> float:
         """Return a loss, the mean of it over the ranks that hold parts of the batch or of the parameters."""
