@@ -16,6 +16,7 @@ from optimizers.kronecker.kfac import KFAC
 from optimizers.kronecker.sam import ASAM, SAM
 from optimizers.kronecker.shampoo import Shampoo
 from optimizers.kronecker.soap import SOAP
+from optimizers.learned.optimizer import LearnedOptimizer
 from optimizers.newton.cubic_newton import CubicNewton
 from optimizers.newton.damping import CubicRule, DampingRule, RadiusRule
 from optimizers.newton.levenberg_marquardt import LevenbergMarquardt
@@ -52,6 +53,7 @@ __all__ = [
     "ForwardGradient",
     "GaussNewton",
     "Grid",
+    "LearnedOptimizer",
     "LevenbergMarquardt",
     "Lion",
     "NaturalGradient",

@@ -35,7 +35,7 @@ ROOMS = {
         "sharding autograd parameters results environment arguments generators errors"
     ),
     "curvature.linalg": "systems low_rank stochastic krylov base",
-    "optimizers": "checks without_backprop first_order kronecker newton diagonal shared",
+    "optimizers": "checks learned without_backprop first_order kronecker newton diagonal shared",
     "analysis": (
         "entry cli registry race compare generalization inspection landscape sharpness conditioning critical "
         "integrations learning_rate training implicit noise alignment run tasks show records"

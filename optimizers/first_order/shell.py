@@ -1,4 +1,4 @@
-"""The shell of methods that move every entry of a parameter by its own gradient: Lion, Yogi, COCOB."""
+"""The shell of methods that move every entry of a parameter by its own gradient: Lion, Yogi, COCOB, a learned rule."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class Elementwise(GradientOptimizer):
         grads = [local(p.grad, like=p).to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None]
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
-        states = {name: [local(self.state[p][name]) for p in params] for name in self._averages}
-        for p in params:
-            self.state[p]["step"] += 1
+        states = {name: [local(self.state[p][name]) for p in params] for name in ("step", *self._averages)}
+        for step in states["step"]:
+            step += 1
         for i in first:
             self._begin(group, (wide[i], grads[i]), {name: tensors[i] for name, tensors in states.items()})
         if group.get("weight_decay", 0.0) != 0:

@@ -19,6 +19,7 @@ from optimizers import (
     SOAP,
     AdaHessian,
     ForwardGradient,
+    LearnedOptimizer,
     Lion,
     Shampoo,
     Sophia,
@@ -77,6 +78,7 @@ SUBJECTS: dict[str, Subject] = {
     "Yogi": Subject(Yogi, "backward", LR, {SPIKE: "its second average falls by squares of gradients, never faster"}),
     "TrustRegionNewton": Subject(TrustRegionNewton, "loss", {}, WITHOUT_LR),
     "SSBroyden": Subject(SSBroyden, "loss", {"iterations": 3}, WITHOUT_LR),
+    "LearnedOptimizer": Subject(LearnedOptimizer, "backward", {"num_steps": 60}),
     "ForwardGradient": Subject(
         partial(ForwardGradient, base=torch.optim.SGD),
         "loss",

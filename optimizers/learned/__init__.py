@@ -1,0 +1,1 @@
+"""An optimizer that was trained itself."""
