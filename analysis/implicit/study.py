@@ -17,7 +17,7 @@ from analysis.implicit.measure import (
     num_products,
 )
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
-from analysis.run.study import Study, StudyRun, Work
+from analysis.run.study import Part, Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import median_seconds
@@ -61,7 +61,8 @@ def _price(objective: Objective, plan: ImplicitPlan) -> Work:
     run()  # the first is slower
     seconds = median_seconds(run, objective.device) / len(sample)
     pieces = num_pieces(objective, plan.batch_size)
-    return Work(products=products + 2, gradients=gradients, pieces=pieces, piece_seconds=seconds)
+    part = Part(pieces, "pieces of the data", seconds, gradients=3)
+    return Work(products=products + 2, gradients=gradients, parts=(part,))
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from analysis.race.schedules import Schedule
 from analysis.race.steps import Stepper
 from analysis.training.loop import Snapshot, batches_of, put_back, training_loss
 from curvature.data.random_states import random_states_kept
+from curvature.environment.cost import median_seconds, timed
 from curvature.environment.device import is_gpu, synchronize
 from curvature.errors import CurvatureError, InputError, NonFiniteError
+from optimizers import LearnedOptimizer
 from optimizers.shared.base import BaseOptimizer
 
-__all__ = ["Count", "Job", "clock_of", "run_job"]
+__all__ = ["Count", "Job", "StepCost", "clock_of", "look_seconds", "run_job", "step_cost"]
 
 _FAR = 1e6  # times the loss at the start, or 1 where that is larger: it has diverged
 _RISE = 0.1  # of the start: an end that is so far above it, too
@@ -31,6 +35,8 @@ _LOOKS = tuple(sorted({0.0, *(2.0**-k for k in range(5, 10)), *(k / 16 for k in 
 """Shares of the budget at which a training is looked at."""
 _COUNTED, _EVALUATIONS = 40, 200  # steps whose work is counted, and at most about so many evaluations
 _TIMED = 5  # gradients
+_TRIED, _LONG = 12, 0.5  # steps for a price, or so many seconds
+_STEPS = 100  # that a training is said to take before it is known
 _SEEDS = 2_147_483_629  # a prime: seeds of single steps
 
 
@@ -91,6 +97,56 @@ def run_job(ground: Ground, job: Job) -> Course | Count:
     return _course(job, points=(), failure=said)
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of an entrant takes."""
+
+    seconds: float = 0.0
+    """With its batch."""
+    gradients: float = 1.0
+    """That it counts as."""
+    counted: int = 0
+    """Steps whose work will be counted."""
+    counted_seconds: float = 0.0
+    """Of one of these."""
+
+
+def step_cost(ground: Ground, entry: Entry) -> StepCost:
+    """Time an entrant's first steps, the first two left out; nothing where it cannot train. The model is put back."""
+    job = Job(entry, 0, entry.lr or entry.kind.lr, 1.0, math.nan, counts=True)
+    with put_back(ground.objective.model), random_states_kept(), contextlib.suppress(Exception):
+        ground.begin(0)
+        optimizer, stepper = _stepper(ground, job)
+        taken: list[float] = []
+        try:
+            _mode(optimizer, "train")
+            batches = iter(_steps(ground, 0))
+            while len(taken) < _TRIED and sum(taken) < _LONG:
+                taken.append(timed(lambda: stepper.step(next(batches)), ground.objective.device)[1])
+        finally:
+            _mode(optimizer, "eval")
+        each, evaluations = statistics.mean(taken[2:] or taken), stepper.evaluations / len(taken)
+        counted = max(1, min(_COUNTED, round(_EVALUATIONS / evaluations), ground.plan.limit.steps or _COUNTED))
+        work, seconds = timed(lambda: _count(ground, job, most=_TIMED), ground.objective.device)
+        per_evaluation = work.per_evaluation if math.isfinite(work.per_evaluation) else 1.0
+        return StepCost(each, evaluations * per_evaluation, counted, seconds / _TIMED)
+    return StepCost()
+
+
+def look_seconds(ground: Ground) -> float:
+    """Return what a look takes at where the model is."""
+
+    def look() -> None:
+        for objective in (ground.objective, ground.test):
+            if objective is not None:
+                objective.release()  # what it knows of this point: a training is elsewhere at each look
+        ground.look(0, 0.0, 0.0, test=True)
+
+    with put_back(ground.objective.model):
+        look()  # warms up
+        return median_seconds(look, ground.objective.device)
+
+
 def _course(job: Job, **found: Any) -> Course:
     lr = math.nan if job.lr is None else job.lr
     return Course(entrant=job.entry.name, seed=job.seed, lr=lr, share=job.share, **found)
@@ -106,6 +162,7 @@ def _stepper(ground: Ground, job: Job, work: Work | None = None) -> tuple[torch.
         seed=(ground.seed + job.seed) % _SEEDS,
         weight_decay=plan.weight_decay,
         steps_per_epoch=ground.per_epoch,
+        num_steps=plan.limit.part(job.share).steps or _STEPS,
     )
     form = kind.form
     if ":" in job.entry.optimizer:  # of a user
@@ -159,6 +216,8 @@ def _train(ground: Ground, job: Job, before: Snapshot) -> Course:
                 diverged = f"at step {steps}"
                 break
             used = budget.used(steps, spent, gradients())
+            if isinstance(optimizer, LearnedOptimizer) and budget.steps is None:
+                _tell_steps(optimizer, steps, used)
             if used >= looks[0] - 1e-9:
                 _mode(optimizer, "eval")
                 look()
@@ -186,6 +245,12 @@ def _mode(optimizer: torch.optim.Optimizer, name: str) -> None:
         switch()
 
 
+def _tell_steps(optimizer: LearnedOptimizer, steps: int, used: float) -> None:
+    """Tell an optimizer that has to know how many steps the whole budget will give, from what a part of it gave."""
+    for group in optimizer.param_groups:
+        group["num_steps"] = max(steps, round(steps / used)) if used > 0 else _STEPS
+
+
 def _seconds_per_gradient(ground: Ground, seed: int, clock: Callable[[], float]) -> float:
     """Return the time of a gradient of the first batch, the median of a few after one that warms up."""
     objective = ground.objective
@@ -198,7 +263,7 @@ def _seconds_per_gradient(ground: Ground, seed: int, clock: Callable[[], float])
     return sorted(taken[1:])[_TIMED // 2]
 
 
-def _count(ground: Ground, job: Job) -> Count:
+def _count(ground: Ground, job: Job, *, most: int = _COUNTED) -> Count:
     ground.begin(0)
     work, objective = Work(), ground.objective
     params = list(objective.space.tensors.values())
@@ -214,7 +279,7 @@ def _count(ground: Ground, job: Job) -> Count:
             except NonFiniteError:
                 break
             of_gradients, steps = of_gradients + of_gradient, steps + 1
-            if steps == _COUNTED or stepper.evaluations >= _EVALUATIONS or steps == ground.plan.limit.steps:
+            if steps == most or stepper.evaluations >= _EVALUATIONS or steps == ground.plan.limit.steps:
                 break
     finally:
         _mode(optimizer, "eval")

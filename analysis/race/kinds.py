@@ -43,12 +43,12 @@ class Kind:
         Args:
             params: what it trains.
             lr: its rate; None leaves its own.
-            **run: what a run has to say: `loss` and `model`, for those that need them; `seed`, `weight_decay`,
-                `steps_per_epoch`, each passed on if the optimizer takes it and it is not None.
+            **run: what a run has to say: `loss`, `model` and `num_steps`, for those that need them; `seed`,
+                `weight_decay`, `steps_per_epoch`, each passed on if the optimizer takes it and it is not None.
         """
-        loss, model = run.pop("loss"), run["model"]
+        loss, model, num_steps = run.pop("loss"), run["model"], run.pop("num_steps")
         given = {name: value for name, value in run.items() if value is not None and self.takes(name)}
-        given |= {name: model if value is MODEL else value for name, value in self.settings.items()}
+        given |= {name: {MODEL: model, NUM_STEPS: num_steps}.get(value, value) for name, value in self.settings.items()}
         if self.form == "outputs":
             given["loss"] = loss
         return self.cls(params, **({} if lr is None else {"lr": lr}), **given)
@@ -117,8 +117,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
-MODEL = object()
-"""Stands for the model among settings."""
+MODEL, NUM_STEPS = object(), object()
+"""Stand for the model, and the steps that a training will take, among settings."""
 _TORCH: dict[str, tuple[str, float, dict[str, Any]]] = {
     "sgd": ("SGD", 0.1, {}),
     "momentum": ("SGD", 0.03, {"momentum": 0.9}),
@@ -141,6 +141,7 @@ _OURS: dict[str, tuple[str, Form, float | None, dict[str, Any]]] = {
     "yogi": ("Yogi", "backward", 0.01, {}),
     "sls": ("SLS", "loss", None, {}),
     "cocob": ("COCOB", "backward", None, {}),
+    "learned": ("LearnedOptimizer", "backward", None, {"num_steps": NUM_STEPS}),
     "adahessian": ("AdaHessian", "loss", 0.1, {}),
     "sophia": ("Sophia", "outputs", 3e-3, {"update_first": 20}),
     "esgd": ("ESGD", "loss", 0.1, {"update_first": 20}),
@@ -182,7 +183,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "yogi",
         "lion",
     ),
-    "no-rate": ("sls", "cocob", "prodigy"),
+    "no-rate": ("sls", "cocob", "learned", "prodigy"),
     "no-backprop": ("forward-gradient", "forward-activities", "direct-feedback"),
     "curvature": ("adahessian", "sophia", "sassha", "soap", "shampoo", "kfac", "ekfac", "gauss-newton"),
     "sharpness-aware": ("sam", "asam", "sassha"),

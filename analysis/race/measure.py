@@ -29,15 +29,20 @@ from curvature.environment.device import is_gpu
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
 
-__all__ = ["budgets_expected", "race_optimizers"]
+__all__ = ["budgets_expected", "budgets_of_entry", "race_optimizers"]
 
 _APART = 1_000_003  # so that neighbouring seeds share no training
 
 
 def budgets_expected(plan: RacePlan) -> float:
     """Return how many whole trainings a race usually takes."""
-    searched = sum(plan.tune and e.kind.lr is not None and e.lr is None for e in plan.entries())
-    return len(plan.entries()) * plan.seeds + searched * budgets_of(plan.rates)
+    return sum(budgets_of_entry(entry, plan) for entry in plan.entries())
+
+
+def budgets_of_entry(entry: Entry, plan: RacePlan) -> float:
+    """Return how many whole trainings an entrant usually takes."""
+    searched = plan.tune and entry.kind.lr is not None and entry.lr is None
+    return plan.seeds + (budgets_of(plan.rates) if searched else 0)
 
 
 @from_plan(RacePlan)

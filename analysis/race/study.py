@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from operator import mul
 from typing import Any, ClassVar
 
+from analysis.race.course import look_seconds, step_cost
 from analysis.race.figures import plot_race, plot_race_ends, plot_race_pairs, plot_race_rates, plot_race_single
-from analysis.race.measure import budgets_expected, race_optimizers
+from analysis.race.ground import prepare_ground
+from analysis.race.measure import budgets_expected, budgets_of_entry, race_optimizers
 from analysis.race.plan import RacePlan
 from analysis.race.results import Race, RacePair
 from analysis.race.told import cards_of, findings_of, tables_of
-from analysis.run.study import Price, Study, StudyRun, Work
+from analysis.run.study import Part, Price, Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Figure, Report, Section
 from curvature.objective.objective import Objective
@@ -21,9 +24,6 @@ __all__ = ["STUDY", "RaceRun"]
 
 _LOOKS = 22  # at all data, in a training
 _PRODUCTS, _MOMENTS = 15, 3  # of sharpness and noise at an end
-_WORK = {"sls": 2, "adahessian": 3, "sassha": 3, "sam": 2, "asam": 2, "kfac": 2, "ekfac": 2, "gauss-newton": 15}
-_WORK |= {"lbfgs": 12, "newton-cg": 100, "trust-region": 30, "cubic-newton": 30, "saddle-free": 50, "sketchy-newton": 3}
-_WORK |= {"natural-gradient": 50, "ss-broyden": 3, "levenberg-marquardt": 50}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +41,36 @@ class RaceRun(StudyRun):
         return _report(self.race)
 
 
-def _price(objective: Objective, plan: RacePlan) -> Price | Work:
+def _price(objective: Objective, plan: RacePlan, *, test_data: Any = None) -> Price | Work:
     trainings, ends = budgets_expected(plan), len(plan.entries()) * plan.seeds
     workers = plan.processes()
     if plan.limit.unit == "seconds":
         seconds = trainings * plan.limit.amount / workers
         text = f"about {wording.number(trainings, 2)} trainings of {wording.duration(plan.limit.amount)} and their ends"
         return Price(text, seconds, max(1, round(trainings)), "trainings")
-    share = 1.0 if plan.batch_size is None else min(1.0, plan.batch_size / max(objective.total_weight, 1.0))
-    mean = sum(_WORK.get(e.optimizer, 1) for e in plan.entries()) / len(plan.entries())
-    each = plan.limit.amount * (mean if plan.limit.unit == "steps" else 1)
+    ground = prepare_ground(objective, plan, test_data=test_data, seed=0)
+    costs = [step_cost(ground, entry) for entry in plan.entries()]
+    gradients = [cost.gradients if plan.limit.unit == "gradients" else 1.0 for cost in costs]
+    steps = [plan.limit.amount * budgets_of_entry(e, plan) / g for e, g in zip(plan.entries(), gradients, strict=True)]
     return Work(
-        gradients=trainings * each * share + (_MOMENTS * ends if plan.noise else 0),
-        losses=_LOOKS * ends + 2 * trainings,
+        parts=(
+            _part("training steps", steps, [cost.seconds for cost in costs], [cost.gradients for cost in costs]),
+            _part("steps that are counted", [cost.counted for cost in costs], [cost.counted_seconds for cost in costs]),
+            Part(_LOOKS * ends + 2 * (trainings - ends), "looks", look_seconds(ground), gradients=1 / 3),
+        ),
+        gradients=_MOMENTS * ends if plan.noise else 0,
         products=_PRODUCTS * ends * len(plan.sharpness()),
         workers=workers,
     )
+
+
+def _part(what: str, counts: list[float], seconds: list[float], gradients: list[float] | None = None) -> Part:
+    """Return all of them, at what they cost on average."""
+    total = sum(counts)
+    mean = [
+        sum(map(mul, counts, each)) / total if total else 0.0 for each in (seconds, gradients or [2.0] * len(counts))
+    ]
+    return Part(total, what, *mean)
 
 
 # -- what it tells ----------------------------------------------------------------------------------------------------
@@ -235,7 +249,7 @@ STUDY = Study(
     record=RaceRun,
     plan=RacePlan,
     measure=race_optimizers,
-    price=lambda objective, plan, **_: _price(objective, plan),
+    price=_price,
     unit="trainings",
     held_out=True,
     resumable=True,

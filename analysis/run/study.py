@@ -29,7 +29,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at
 from curvature.operators.hessian import HessianOperator
 
-__all__ = ["Price", "Study", "StudyCost", "StudyRun", "Work", "run_study", "study_objective"]
+__all__ = ["Part", "Price", "Study", "StudyCost", "StudyRun", "Work", "run_study", "study_objective"]
 
 P = TypeVar("P", bound=Plan)
 R = TypeVar("R", bound="StudyRun")
@@ -49,6 +49,18 @@ class Price:
     """What these are."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Something that a measurement does many times, and that it has timed itself."""
+
+    count: float
+    what: str
+    seconds: float
+    """Of one of them, from a few."""
+    gradients: float = 0.0
+    """About so many gradients one of them evaluates, of data however many."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a measurement will do, in walks over all data; the units are timed apart, as their ratios vary by model."""
@@ -59,10 +71,8 @@ class Work:
     """Gradients at points where no graph is kept."""
     losses: float = 0.0
     """Losses without a graph."""
-    pieces: float = 0.0
-    """Pieces of the data that are worked on one by one; they cost more than their share of the data."""
-    piece_seconds: float = 0.0
-    """What one of them takes, from a few."""
+    parts: tuple[Part, ...] = ()
+    """What comes in other sizes than all data, such as pieces of them or steps on batches."""
     workers: int = 1
     """Processes that share it."""
 
@@ -225,7 +235,7 @@ def _priced(objective: Objective, work: Work, unit: str) -> Price:
         (work.losses, "losses", lambda: loss_at(objective, here)),
         (work.products, "curvature products", lambda: H @ v),
     ]
-    parts = [(work.pieces, "pieces of the data", work.piece_seconds)] if work.pieces else []
+    parts = [(part.count, part.what, part.seconds) for part in work.parts if part.count]
     for count, of, run in units:
         if count:
             run()

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from analysis.records.measured import Measured
-from analysis.run.study import Study, StudyRun, Work
+from analysis.run.study import Part, Study, StudyRun, Work
 from analysis.sharpness.catalogue import MEASURES
 from analysis.sharpness.figures import plot_sharpness
 from analysis.sharpness.measure import SharpnessPlan, measure_sharpness, measures_for
@@ -58,11 +58,11 @@ def _price(objective: Objective, plan: SharpnessPlan) -> Work:
     total: Counter[str] = Counter()
     for name in names:
         total.update(_spent(name, objective, plan))
-    pieces, seconds = sum("m_sharpness" in name for name in names), 0.0
-    if pieces:
-        num_pieces, seconds = _timed_pieces(objective, plan)
-        pieces *= num_pieces
-    return Work(**total, pieces=pieces, piece_seconds=seconds)
+    parts = list[Part]()
+    if by_pieces := sum("m_sharpness" in name for name in names):
+        pieces, seconds = _timed_pieces(objective, plan)
+        parts.append(Part(by_pieces * pieces, "pieces of the data", seconds, gradients=3))
+    return Work(**total, parts=tuple(parts))
 
 
 def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float]:

@@ -122,6 +122,26 @@ def test_clipping_is_a_plain_loops(settings: dict[str, float], clip: Any) -> Non
         race_optimizers(ground().objective, optimizers=("newton-cg",), budget="2 steps", **settings, generator=0)
 
 
+@pytest.mark.parametrize("budget", ["12 steps", "12 gradients", "0.05 seconds"])
+def test_a_learned_rule_is_told_how_many_steps_there_are(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    class Noted(optimizers.LearnedOptimizer):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            told.append(self.param_groups[0]["num_steps"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setitem(vars(_kinds()["learned"]), "cls", Noted)
+    found = trained(ground(budget=budget), "learned", None)
+    if budget == "12 steps":
+        assert told == [12] * 12
+    elif budget == "12 gradients":
+        assert told == [100, *[12] * 11]
+    else:
+        assert told[0] == 100
+        assert told[-1] == pytest.approx(found.end.steps, abs=2 + 0.2 * found.end.steps)
+
+
 def test_seeds_share_start_and_batches_across_optimizers() -> None:
     where = ground(dropout=0.2)
     seen: dict[str, list[tuple[float, ...]]] = {}

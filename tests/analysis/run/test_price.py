@@ -85,7 +85,12 @@ def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any
     if isinstance(price, Price):
         losses = price.total if price.unit == "points" else 0
         price = Work(losses=losses, products=price.total - losses)
-    predicted = 2 * price.products + price.gradients + _OF_LOSS * price.losses + 3 * price.pieces
+    predicted = (
+        2 * price.products
+        + price.gradients
+        + _OF_LOSS * price.losses
+        + sum(part.count * part.gradients for part in price.parts)
+    )
     work.clear()
     found.measure(objective, plan, generator=torch.Generator().manual_seed(0), progress=None)
     spent = 2 * work["products"] + work["gradients"] + _OF_LOSS * work["losses"]
