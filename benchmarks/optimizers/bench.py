@@ -32,6 +32,7 @@ from benchmarks.common.harness import Conditions, one_line, peak_mebibytes
 from benchmarks.common.processes import alone
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
+from benchmarks.optimizers.first_order import FIRST_ORDER
 from benchmarks.optimizers.micro_batches import MICRO, micro_differences
 from benchmarks.optimizers.peers import (
     BESIDE_MATRIX,
@@ -75,7 +76,7 @@ def cost_rows(problem_name: str, methods: Sequence[str], *, rounds: int, period:
             if method.compiled:
                 model: Any = torch.compile(problem.model)  # its method compile() skips a bare nn.Sequential
                 problem = replace(problem, model=model)
-            optimizer = method.make(problem.params, 1e-9, problem.loss)
+            optimizer = method.make(problem.params, 1e-9, problem.loss, model=problem.model)
             batch = problem.batch(torch.Generator().manual_seed(0))
             for _ in range(1 + method.compiled):  # a graph is compiled at the first call
                 take_step(method, optimizer, problem, batch)
@@ -307,7 +308,10 @@ def main() -> None:
     )
     parser.add_argument("--problems", nargs="+", choices=[*TRAINING, *WIDTHS], default=None)
     parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS, *VARIANTS, *COST_ONLY, *MATRIX, *CHECK_ONLY], default=None
+        "--methods",
+        nargs="+",
+        choices=[*METHODS, *VARIANTS, *COST_ONLY, *FIRST_ORDER, *MATRIX, *CHECK_ONLY],
+        default=None,
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -320,7 +324,7 @@ def main() -> None:
     methods_of_all = {
         "widths": [*MATRIX, *BESIDE_MATRIX],
         "micro": list(MICRO),
-        "costs": [*METHODS, "quarter", *COST_ONLY],
+        "costs": [*METHODS, "quarter", *COST_ONLY, *FIRST_ORDER],
         "variants": list(VARIANTS),
         "memory": MEMORY,
         "checks": CHECKED,

@@ -26,6 +26,7 @@ __all__ = [
     "MATRIX",
     "METHODS",
     "VARIANTS",
+    "Make",
     "Method",
     "StepForm",
     "method_of",
@@ -54,9 +55,17 @@ class Method:
     clip: float | None = None
     """Gradients are clipped at this share of the norm that they have at the start."""
     compiled: bool = False
+    model_as: str = ""
+    """The argument by which it takes the model; empty: it takes none."""
 
     def make(
-        self, params: Sequence[Tensor], lr: float, loss: torch.nn.Module, *, training: bool = False
+        self,
+        params: Sequence[Tensor],
+        lr: float,
+        loss: torch.nn.Module,
+        *,
+        training: bool = False,
+        model: torch.nn.Module | None = None,
     ) -> torch.optim.Optimizer:
         """Return the optimizer for some parameters.
 
@@ -64,6 +73,8 @@ class Method:
             ImportError: if its library is not installed.
         """
         settings = dict(self.settings) | ({"loss": loss} if self.form == "outputs" else {})
+        if self.model_as:
+            settings[self.model_as] = model
         return self.load()(params, lr=lr, **settings, **(dict(self.training_settings) if training else {}))
 
 
@@ -350,4 +361,6 @@ CHECK_ONLY: dict[str, Method] = {
 
 def method_of(name: str) -> Method:
     """Return a method, a variant, or what is measured for its cost only, by its name."""
-    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY, **CHECK_ONLY}[name]
+    from benchmarks.optimizers.first_order import FIRST_ORDER
+
+    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY, **FIRST_ORDER, **CHECK_ONLY}[name]

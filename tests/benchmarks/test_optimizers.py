@@ -22,6 +22,7 @@ from benchmarks.optimizers.bench import (
     train_row,
 )
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
+from benchmarks.optimizers.first_order import FIRST_ORDER
 from benchmarks.optimizers.peers import METHODS, Method, method_of, take_step
 from benchmarks.optimizers.problems import TrainingProblem, make_training
 from benchmarks.optimizers.report import (
@@ -118,6 +119,12 @@ def test_costs_and_training_have_tables() -> None:
     assert [len(row["runs"]), row["runs"][1]["seed"]] == [2, 1]
     assert [one["seed"] for one in row["equal_steps"]["runs"]] == [0, 1]
     assert "**torch-curvature AdaHessian** (2 seeds) | " in training_table([row], "tiny")
+
+
+def test_first_order_methods_and_those_without_backpropagation_have_rows() -> None:
+    rows = cost_rows("tiny", [*FIRST_ORDER], rounds=1, period=2)
+    assert {row["method"]: row["failure"] for row in rows if row["ours"] and row["failure"]} == {}
+    assert "**torch-curvature LearnedOptimizer**" in cost_table(rows)
 
 
 def test_widths_and_micro_batches_have_tables() -> None:
