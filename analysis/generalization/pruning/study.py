@@ -20,7 +20,7 @@ from analysis.generalization.pruning.results import ALL, EACH, PruningPoint, Pru
 from analysis.generalization.pruning.scores import METHODS
 from analysis.records.measured import Measured
 from analysis.run.preparation import in_groups
-from analysis.run.study import Study, StudyRun, Work
+from analysis.run.study import Part, Study, StudyRun, Work
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import timed
@@ -59,7 +59,7 @@ def _price(objective: Objective, plan: PruningPlan) -> Work:
         gradients += trainings * plan.steps * min(1.0, plan.batch_size / max(objective.total_weight, 1.0))
     products = points + ("obs" in methods) * n + ("obs-greedy" in methods) * n
     count, seconds = _in_groups(objective)
-    return Work(pieces=products * count, piece_seconds=seconds, gradients=gradients)
+    return Work(parts=(Part(products * count, "pieces of the data", seconds, gradients=3),), gradients=gradients)
 
 
 def _in_groups(objective: Objective) -> tuple[int, float]:
