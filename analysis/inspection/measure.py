@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.inspection.coupling import layer_coupling
 from analysis.inspection.diagonal import layer_diagonals
 from analysis.inspection.low_rank import low_rank_error
-from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, MOST_CONTINUED, WHOLE, InspectionPlan
+from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.records.measured import Measured
 from analysis.records.plan import from_plan
@@ -75,17 +75,19 @@ def inspect_model(
     found: dict[str, Spectrum] = {}
     if blocks:
         with meter.stage(LAYERS, planned_layers, whole=False):
-            layer = plan.layer(len(blocks))
+            layer = plan.layer(objective)
             place = layer.place(H, [block.num_params for block in blocks])
             own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
             found = layer_spectra(H, layer, blocks=blocks, **own)
     layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
     left_out: tuple[str, ...] = ()
-    if len(blocks) > MOST_CONTINUED:
+    if (of_many := len(objective.space.blocks)) > plan.most_layers and layers:
         left = sum(not layer.converged for layer in layers)
+        parts = f" in {len(layers)} parts, the modules that hold them" if len(layers) < of_many else ""
         left_out = (
-            f"The eigenvalues of {len(blocks)} layers, more than {MOST_CONTINUED}, are those of the planned products, "
-            f"neither continued nor searched for: {left} layers hold one that has not converged.",
+            f"The {of_many} layers, more than {plan.most_layers}, are inspected{parts}, and eigenvalues are those of the "
+            f"planned products, neither continued nor searched for: {left} of {len(layers)} hold one that has not "
+            "converged (--most-layers).",
         )
     diagonal = None
     if plan.layers:

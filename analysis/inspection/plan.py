@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from analysis.inspection.parts import parts_of
 from analysis.records.plan import Plan, setting
 from analysis.run.study import Price
 from analysis.show.wording import count, duration, memory
@@ -25,7 +26,6 @@ __all__ = [
     "DIAGONAL_MATVECS",
     "LAYERS",
     "MOST_COLUMNS",
-    "MOST_CONTINUED",
     "WHOLE",
     "InspectionPlan",
 ]
@@ -35,8 +35,7 @@ DIAGONAL = "the diagonal"
 COUPLING_PROBES = 8
 DIAGONAL_MATVECS = 24
 """Products that an estimate of the diagonal takes, where it cannot be had exactly."""
-MOST_CONTINUED = 16
-"""Layers whose eigenpairs are continued until they converge."""
+_PATIENCE = 1  # so many times the planned products again, at either end: no more than twice the price in all
 MOST_COLUMNS = 1000
 """Columns that an exact diagonal may take, about a gradient each; beyond them an estimate is the better bargain."""
 
@@ -67,6 +66,12 @@ class InspectionPlan(Plan):
         least=4,
     )
     layers: bool = setting(True, "Also inspect each layer.")
+    most_layers: int = setting(
+        16,
+        "Layers to inspect one by one. Of more, the modules that hold them are inspected, such as transformer blocks, "
+        "and eigenvalues are those of the planned products.",
+        least=1,
+    )
     coupling: bool = setting(False, "Also measure the coupling between layers.")
 
     @property
@@ -79,16 +84,17 @@ class InspectionPlan(Plan):
             num_probes=self.num_probes,
             num_steps=self.num_steps,
             num_deflated=self.k,
+            patience=_PATIENCE,
         )
 
-    def layer(self, num_layers: int) -> SpectrumPlan:
+    def layer(self, objective: Objective) -> SpectrumPlan:
         """Return the plan of each layer: of many layers, pairs are those of the planned products, as far as they come.
 
         To continue them, and to look for pairs that were missed, takes more products than all else, one at a time.
         """
-        few = num_layers <= MOST_CONTINUED
+        few = len(objective.space.blocks) <= self.most_layers
         return SpectrumPlan(
-            patience=4 if few else 0,
+            patience=_PATIENCE if few else 0,
             confidence=0.99 if few else None,
             k=1,
             num_bottom=1,
@@ -100,13 +106,22 @@ class InspectionPlan(Plan):
 
     def layer_blocks(self, objective: Objective) -> tuple[Block, ...]:
         """Return the blocks to inspect one by one; none where a single module owns all parameters."""
-        blocks = objective.space.blocks
-        return blocks if self.layers and len(blocks) > 1 else ()
+        blocks = parts_of(objective, self.most_layers) if self.layers else ()
+        return blocks if len(blocks) > 1 else ()
+
+    def left_out(self, objective: Objective) -> str:
+        """Return, in words, what is not done because the layers are many; nothing where they are few."""
+        layers = len(objective.space.blocks)
+        if not self.layers or layers <= self.most_layers:
+            return ""
+        parts = len(self.layer_blocks(objective))
+        taken = f", taken in {count(parts)} parts," if parts < layers else ""
+        return f"; the eigenvalues of {count(layers)} layers{taken} are not continued (--most-layers {layers} does it)"
 
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
         sizes = [block.num_params for block in self.layer_blocks(objective)]
-        layer = self.layer(len(sizes))
+        layer = self.layer(objective)
         of_layers = sum(layer.num_matvecs(n) + layer.num_search(n) for n in sizes)
         n = objective.num_params
         whole = self.whole.num_matvecs(n) + self.whole.num_search(n)
@@ -135,26 +150,26 @@ class InspectionPlan(Plan):
         H = HessianOperator(objective)
         n, device = objective.num_params, objective.device
         blocks = self.layer_blocks(objective)
-        held, where = 0, ""
-        for plan, sizes in ((self.whole, [n]), (self.layer(len(blocks)), [block.num_params for block in blocks])):
+        held, where, on_bases = 0, "", 0.0
+        for plan, sizes in ((self.whole, [n]), (self.layer(objective), [block.num_params for block in blocks])):
             if sizes:  # refused before anything takes long
                 plan.check_memory(H, sizes, place := plan.place(H, sizes))
                 bases, others = plan.parts_of_bytes(H, sizes)
                 held = max(held, others + (0 if place == "disk" else bases))
                 where = f" and {memory(bases)} on disk" if place == "disk" else where
-        v = torch.full((n, 1), n**-0.5, dtype=objective.dtype, device=device)
-        _ = H @ v
-        each = median_seconds(lambda: H @ v, device)
+                on_bases += plan.seconds_of_bases(H, sizes, place, objective.num_batches or 0)
+        v = torch.full((n, min(self.num_probes, n)), n**-0.5, dtype=objective.dtype, device=device)
+        _ = H @ v[:, :1]
+        each = median_seconds(lambda: H @ v, device) / v.shape[1]
         whole, of_layers = self.total_matvecs(objective)
-        total = whole * each + (_layer_seconds(H, blocks, self) if blocks else 0.0)
+        total = whole * each + on_bases + (_layer_seconds(H, blocks, self) if blocks else 0.0)
         if self.layers:
             total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
         most = memory(max(peak_memory(device), current_memory(device) + held))
         products = f"{count(whole)} Hessian products"
         if of_layers:
             products += f" and {count(of_layers)} with single layers"
-        left = f"; the pairs of {count(len(blocks))} layers are not continued" if len(blocks) > MOST_CONTINUED else ""
-        text = f"about {products} at {duration(each)} a product, up to {most}{where}{left}"
+        text = f"about {products} at {duration(each)} a product, up to {most}{where}{self.left_out(objective)}"
         return Price(text, total, whole + of_layers, "products")
 
 
@@ -171,6 +186,6 @@ def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: Inspecti
     """Return what the products with all layers will take, from one with a column for each."""
     columns = [torch.ones(block.num_params, 1, dtype=H.dtype, device=H.device) for block in blocks]
     _, seconds = timed(lambda: H.products(columns, blocks), H.device)
-    layer, sizes = plan.layer(len(blocks)), [block.num_params for block in blocks]
+    layer, sizes = plan.layer(H.objective), [block.num_params for block in blocks]
     walks = max(map(layer.num_matvecs, sizes))
     return (walks + sum(map(layer.num_search, sizes)) / len(sizes)) * seconds  # pairs are continued one by one

@@ -25,6 +25,7 @@ from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["Prepared", "Request", "data_sha256", "fingerprint", "in_groups", "load", "prepare"]
 
+_GROUPED = 10**8  # numbers in the vectors of all groups together: a product writes those of each, few data or many
 _MOST_NAMES = 20  # of parameters in a record
 
 
@@ -137,16 +138,19 @@ def prepare(task: Task, objective: Objective, request: Request, listener: Listen
 def in_groups(objective: Objective) -> Objective:
     """Return the objective with its data in enough pieces for an error over the data, if that is the same function.
 
+    They are 16 where vectors are short and 4 where a vector has 25 million entries or more, since a product makes one
+    for every piece.
     A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
     """
     _, gradient = objective.loss_and_gradient()
-    num_batches, most = objective.num_batches, SpectrumPlan().num_groups
-    if num_batches is None or num_batches >= SpectrumPlan().least_groups or objective.process_group is not None:
+    num_batches, least = objective.num_batches, SpectrumPlan().least_groups
+    most = min(SpectrumPlan().num_groups, max(least, _GROUPED // objective.num_params))
+    if num_batches is None or num_batches >= least or objective.process_group is not None:
         return objective
     largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
     if largest < most:
         return objective
-    pieces = objective.split(-(-largest // (most // num_batches)))
+    pieces = objective.split(-(-largest // max(most // num_batches, -(-least // num_batches))))
     try:
         _, of_pieces = pieces.loss_and_gradient()
     except CurvatureError:

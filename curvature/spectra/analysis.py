@@ -104,6 +104,8 @@ class SpectrumAnalysis:
         if plan.confidence is not None:
             top = self._searched(top, 1.0, of_high, progress)
             bottom = self._searched(bottom, -1.0, of_low, progress)
+        if plan.patience > 0 and not bool(top.converged.all() and bottom.converged.all()):
+            run.space.give_up()  # before there is another
         if plan.patience > 0 and not bool(top.converged.all()):
             top = self._continue(top, "LA", plan.rtol, 0.0, generator, progress)
         if plan.patience > 0 and not bool(bottom.converged.all()):
@@ -199,7 +201,8 @@ class SpectrumAnalysis:
                 progress(spent - before[0])
             before[0] = spent
 
-        k = len(pairs.eigenvalues)
+        assert isinstance(self.run, BlockKrylov)
+        k, place = len(pairs.eigenvalues), self.run.place
         lost = pairs.eigenvectors.shape[1] > k
         found = eigsh(
             self.A,
@@ -213,6 +216,7 @@ class SpectrumAnalysis:
             generator=generator,
             num_basis=min(self.n, max(2 * k + 1, self.run.num_matvecs)),
             max_matvecs=self.plan.patience * self.run.num_matvecs,
+            basis_device=place,
             confidence=self.plan.confidence if lost else None,
             callback=callback,
         )

@@ -62,7 +62,7 @@ class BlockKrylov:
         place: Place,
         sharding: Layout | None = None,
     ) -> None:
-        self.num_steps = num_steps
+        self.num_steps, self.place = num_steps, place
         self.num_probes = min(num_probes, n)
         shape = _Shape(A, n, sharding)
         self.probes = normal_rows(shape, self.num_probes, generator).T.to(A.dtype)

@@ -236,8 +236,13 @@ class KrylovSpace:
     def final(self, S: Tensor, keep: bool) -> Tensor:
         """Return V S; if the rows are not kept, they are given up."""
         U = self.vectors(S)
-        self.rows = self.rows if keep else self.rows.new_empty(0, self.n)
+        if not keep:
+            self.give_up()
         return U
+
+    def give_up(self) -> None:
+        """Let go of the rows; what T, C and D say remains."""
+        self.rows = self.rows.new_empty(0, self.n)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later run needs to go on, tensors and numbers only."""

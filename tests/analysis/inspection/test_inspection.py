@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -9,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.inspection import measure as measure_module
-from analysis.inspection import plan as plan_module
 from analysis.inspection.measure import inspect_model
+from analysis.inspection.parts import parts_of
 from analysis.inspection.plan import InspectionPlan
 from analysis.inspection.results import Inspection
 from curvature import HessianOperator, Objective
@@ -213,22 +213,62 @@ def test_a_loss_that_is_not_finite() -> None:
         inspect(objective)
 
 
-def test_pairs_of_many_layers_are_left_as_they_come_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_of_many_layers_are_left_as_they_come_and_said_to_be() -> None:
     """The price holds what continuing them takes; without it, what is spent on layers is what was planned."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(12, 12), nn.Tanh())), nn.Linear(12, 3))
     objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(40, 12), torch.randint(3, (40,))))
     settings = InspectionPlan(num_probes=2, num_steps=10, k=2, num_bottom=1)
     sizes = [block.num_params for block in objective.space.blocks]
+    layer = settings.layer(objective)
     assert "not continued" not in settings.price(objective).text
-    assert settings.total_matvecs(objective)[1] == sum(
-        settings.layer(4).num_matvecs(n) + settings.layer(4).num_search(n) for n in sizes
-    )
-    monkeypatch.setattr(plan_module, "MOST_CONTINUED", 3)
-    monkeypatch.setattr(measure_module, "MOST_CONTINUED", 3)
-    assert "the pairs of 4 layers are not continued" in settings.price(objective).text
+    assert settings.total_matvecs(objective)[1] == sum(layer.num_matvecs(n) + layer.num_search(n) for n in sizes)
+    settings = dataclasses.replace(settings, most_layers=3)
+    assert "the eigenvalues of 4 layers are not continued (--most-layers 4 does it)" in settings.price(objective).text
     found = inspect_model(objective, settings, generator=0)
     assert found.cost.num_layer_matvecs == settings.total_matvecs(objective)[1]
-    assert sum("neither continued nor searched for" in note for note in found.notes) == 1
+    assert sum("The 4 layers, more than 3, are inspected, and" in note for note in found.notes) == 1
     exact = torch.linalg.eigvalsh(HessianOperator(objective.restrict("0.*")).to_dense())
     assert abs(found.layers[0].top - float(exact[-1])) <= 1.1 * found.layers[0].top_residual + 1e-6
+
+
+class _Blocks(nn.Module):
+    """A table, two blocks of two layers each, and a head: six layers, four parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(2)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.table(words)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_many_layers_are_taken_in_the_modules_that_hold_them() -> None:
+    """Each part is the diagonal block of its parameters, and the parts are all parameters, in order."""
+    torch.manual_seed(0)
+    objective = Objective(_Blocks().double(), nn.CrossEntropyLoss(), (torch.arange(40) % 5, torch.arange(40) % 3))
+    layers = [block.name for block in objective.space.blocks]
+    assert len(layers) == 6
+    assert [part.name for part in parts_of(objective, 6)] == layers
+    parts = parts_of(objective, 5)
+    assert [part.name for part in parts] == ["table", "blocks.0", "blocks.1", "head"]
+    assert [i for part in parts for i in part.positions] == list(range(len(objective.space.names)))
+    assert [part.name for part in parts_of(objective, 3)] == ["table", "blocks", "head"]
+    assert [part.name for part in parts_of(objective, 2)] == layers  # no cut makes two
+    settings = InspectionPlan(most_layers=5)
+    assert "the eigenvalues of 6 layers, taken in 4 parts, are not continued" in settings.price(objective).text
+    found = inspect_model(objective, settings, generator=0)
+    assert [layer.name for layer in found.layers] == [part.name for part in parts]
+    assert found.diagonal is not None
+    assert [row.name for row in found.diagonal.rows] == layers
+    exact = HessianOperator(objective.restrict("blocks.0.*")).to_dense()
+    of_block = found.layers[1]
+    assert of_block.num_params == len(exact) == 40
+    assert of_block.top == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-8)
+    assert of_block.trace.value == pytest.approx(float(exact.trace()), rel=1e-8)
+    assert any("in 4 parts, the modules that hold them" in note for note in found.notes)
