@@ -85,8 +85,8 @@ def inspect_model(
         left = sum(not layer.converged for layer in layers)
         parts = f" in {len(layers)} parts, the modules that hold them" if len(layers) < of_many else ""
         left_out = (
-            f"The {of_many} layers, more than {plan.most_layers}, are inspected{parts}, and eigenvalues are those of the "
-            f"planned products, neither continued nor searched for: {left} of {len(layers)} hold one that has not "
+            f"The {of_many} layers, more than {plan.most_layers}, are inspected{parts}, and eigenvalues are those of "
+            f"the planned products, neither continued nor searched for: {left} of {len(layers)} hold one that has not "
             "converged (--most-layers).",
         )
     diagonal = None

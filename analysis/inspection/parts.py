@@ -16,7 +16,8 @@ def parts_of(objective: Objective, most: int) -> tuple[Block, ...]:
     Then all names are cut to the same number of components, the largest with which there are no more than `most` parts
     (and two at least): of a transformer, its blocks. Where no cut does that, the layers are left as they are.
     """
-    layers = objective.space.blocks
+    space = objective.space
+    layers = space.blocks
     if len(layers) <= most:
         return layers
     for depth in range(max(layer.name.count(".") for layer in layers), 0, -1):
@@ -25,6 +26,7 @@ def parts_of(objective: Objective, most: int) -> tuple[Block, ...]:
             members.setdefault(".".join(layer.name.split(".")[:depth]), []).extend(layer.parameters)
         if 2 <= len(members) <= most:
             return tuple(
-                replace(objective.space.block(dict.fromkeys(names)), name=name) for name, names in members.items()
+                replace(space.block({each: space.tensors[each] for each in names}), name=name)
+                for name, names in members.items()
             )
     return layers

@@ -248,13 +248,17 @@ def _ways_to(
             [{}] if made is None or len(sizes) > 1 or made.all_entries(n) else [{}, {"basis_device": "disk"}]
         )
         for settings in places:
-            basis, rest = (0, 0) if made is None else made.parts_of_bytes(A, sizes)
+            basis, rest, beside = 0, 0, 0.0
+            if made is not None:
+                basis, rest = made.parts_of_bytes(A, sizes)
+                place: Place = "disk" if settings else A.device
+                beside = made.seconds_of_bases(A, sizes, place, 0 if cost is None else cost.num_batches * pieces)
             held = graphs + work + rest + (0 if settings else basis)
             if made is None and cost is not None:
                 held = max(held, (_COMPARED + _HEAP * (A.device.type == "cpu")) * vector)
             peak = present + held
             setup = 0.0 if cost is None or made is None else cost.setup
-            found.append(Way(changes, settings, count, setup + taken, peak))
+            found.append(Way(changes, settings, count, setup + taken + beside, peak))
     return found
 
 

@@ -14,6 +14,8 @@ from analysis.inspection.measure import inspect_model
 from analysis.inspection.parts import parts_of
 from analysis.inspection.plan import InspectionPlan
 from analysis.inspection.results import Inspection
+from analysis.run import preparation
+from analysis.run.preparation import in_groups
 from curvature import HessianOperator, Objective
 from curvature.errors import InputError, NonFiniteError
 
@@ -272,3 +274,17 @@ def test_many_layers_are_taken_in_the_modules_that_hold_them() -> None:
     assert of_block.top == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-8)
     assert of_block.trace.value == pytest.approx(float(exact.trace()), rel=1e-8)
     assert any("in 4 parts, the modules that hold them" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("num_batches", "vectors", "groups"), [(1, 100, 16), (1, 5, 5), (1, 1, 4), (3, 1, 6)])
+def test_long_vectors_come_in_fewer_groups_of_the_data(
+    num_batches: int, vectors: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product writes a vector for each, so there are as many as hold so many numbers together, but 4 at least."""
+    x, y = torch.randn(64 * num_batches, 3), torch.randn(64 * num_batches, 2)
+    data = list(zip(x.split(64), y.split(64), strict=True))
+    objective = Objective(nn.Linear(3, 2), nn.MSELoss(), data)
+    monkeypatch.setattr(preparation, "_GROUPED", vectors * objective.num_params)
+    cut = in_groups(objective)
+    torch.testing.assert_close(cut.gradient(), objective.gradient())
+    assert cut.num_batches == groups
