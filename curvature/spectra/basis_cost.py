@@ -7,16 +7,25 @@ import torch
 from curvature.environment.cost import timed
 from curvature.linalg.base.places import Place
 
-__all__ = ["block_seconds"]
+__all__ = ["block_seconds", "num_together"]
 
 _READS = 4  # of the whole basis in a step: two to project on it and two to take away, as Gram-Schmidt goes twice
 _DISK_SPEED = 1.2e9  # bytes a second that come from a file, once a step
 _SMALL = 1 << 28  # bytes read that take a tenth of a second and are not worth a timing
 _ROWS, _COLUMNS = 16, 1 << 21  # of the piece
+_TOGETHER, _TOGETHER_BYTES = 4, 1 << 31
+
+
+def num_together(block_bytes: int) -> int:
+    """Return how many groups of data have their products, of so many bytes each, projected at a time.
+
+    A basis takes as long against four columns as against sixteen; but what is summed up takes memory.
+    """
+    return min(_TOGETHER, max(1, _TOGETHER_BYTES // block_bytes))
 
 
 def block_seconds(
-    n: int, dtype: torch.dtype, *, width: int, steps: float, singles: float, groups: int, place: Place
+    n: int, dtype: torch.dtype, *, width: int, steps: float, singles: float, passes: int, place: Place
 ) -> float:
     """Return the seconds that a basis takes which grows by `width` vectors in each of so many steps.
 
@@ -26,12 +35,12 @@ def block_seconds(
         width: vectors a step, at least 1.
         steps: block steps.
         singles: single products against the full basis after them.
-        groups: of data, whose products are projected on the basis one by one.
+        passes: projections a step beside those, of the products of groups of the data.
         place: where it is held.
     """
     full = n * dtype.itemsize * width * steps
     by_block, by_one = full * steps / 2, full * singles  # bytes once; on average it is half full
-    read = by_block * (_READS + groups) + by_one * _READS / width  # against a single vector it is as much faster
+    read = by_block * (_READS + passes) + by_one * _READS / width  # against a single vector it is as much faster
     if read < _SMALL:
         return 0.0
     rows = torch.ones(_ROWS, min(n, _COLUMNS), dtype=dtype, device="cpu" if place == "disk" else place)

@@ -21,6 +21,7 @@ from curvature.linop import MatrixLike
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.parameters import Block
 from curvature.sharding.layout import Layout
+from curvature.spectra.basis_cost import num_together
 
 __all__ = ["AllEntries", "BlockKrylov", "GroupSums", "Run", "advance"]
 
@@ -40,8 +41,8 @@ class Run(Protocol):
     def absorb(self, AX: Tensor) -> None:
         """Take their products, (n, k)."""
 
-    def project(self, AX: Tensor) -> Tensor:
-        """Return V A X for the columns proposed, (m + k, k), in float64 on the CPU; V includes X."""
+    def project(self, AX: Tensor, width: int) -> Tensor:
+        """Return V A X, (m + width, c), in float64 on the CPU, for c columns A X; V includes the `width` proposed."""
 
     @property
     def T(self) -> Tensor:
@@ -109,8 +110,8 @@ class BlockKrylov:
         """Block steps of the probes' quadrature; None if it is exact."""
         return None if self.invariant else self._steps
 
-    def project(self, AX: Tensor) -> Tensor:
-        rows = self.space.rows[: self.space.count + AX.shape[1]]
+    def project(self, AX: Tensor, width: int) -> Tensor:
+        rows = self.space.rows[: self.space.count + width]
         return (rows @ AX.to(rows)).double().cpu()
 
     def start(self) -> Tensor:
@@ -149,12 +150,14 @@ class AllEntries:
     def absorb(self, AX: Tensor) -> None:
         self._columns.append(check_finite(AX, self.num_matvecs + AX.shape[1]).double().cpu())
 
-    def project(self, AX: Tensor) -> Tensor:
-        return AX[: self.num_matvecs + AX.shape[1]].double().cpu()
+    def project(self, AX: Tensor, width: int) -> Tensor:
+        return AX[: self.num_matvecs + width].double().cpu()
 
 
 class GroupSums:
     """w_g T_g for groups g of consecutive batches, as the steps of a run yield them.
+
+    The products of a few groups are projected together, see `basis_cost.num_together`.
 
     Args:
         run: whose products are looked at.
@@ -167,30 +170,30 @@ class GroupSums:
         self.weights = torch.zeros(num_groups, dtype=torch.float64)
         self.T = torch.zeros(num_groups, 0, 0, dtype=torch.float64)
         self._parts = torch.zeros(0)
-        self._sum: Tensor | None = None
-        self._group = -1
+        self._sums = torch.zeros(0, 0)
+        self._summed: list[int] = []
 
     def begin(self, width: int) -> None:
         """Make room for the columns that a step multiplies."""
         groups, m = len(self.T), self.T.shape[1]
         self._parts = torch.zeros(groups, m + width, width, dtype=torch.float64)
         self.weights.zero_()
-        self._group = -1
 
     def add(self, index: int, weight: float, AX: Tensor) -> None:
         """Count the products of one batch; batches come in order."""
-        group = index * len(self.T) // self._num_batches
-        if group != self._group:
-            self._close()
-            self._group, self._sum = group, torch.zeros_like(AX)
-        assert self._sum is not None
-        self._sum += weight * AX
+        group, width = index * len(self.T) // self._num_batches, AX.shape[1]
+        if group not in self._summed:
+            if len(self._summed) * width == len(self._sums):
+                self._close()
+                self._sums = AX.new_zeros(min(num_together(AX.nbytes), len(self.T)) * width, len(AX))
+            self._summed.append(group)
+        first = (len(self._summed) - 1) * width
+        self._sums[first : first + width].add_(AX.T, alpha=weight)
         self.weights[group] += weight
 
     def end(self) -> None:
         """Append the step's columns, and by symmetry its rows."""
         self._close()
-        self._group = -1
         m, width = self.T.shape[1], self._parts.shape[2]
         grown = torch.zeros(len(self.T), m + width, m + width, dtype=torch.float64)
         grown[:, :m, :m], grown[:, :, m:] = self.T, self._parts
@@ -199,9 +202,11 @@ class GroupSums:
         self.T = grown
 
     def _close(self) -> None:
-        if self._group >= 0 and self._sum is not None:
-            self._parts[self._group] = self._run.project(self._sum)
-            self._sum = None
+        width = self._parts.shape[2]
+        if self._summed:
+            found = self._run.project(self._sums[: len(self._summed) * width].T, width)
+            self._parts[self._summed] = torch.stack(found.split(width, dim=1))
+        self._sums, self._summed = torch.zeros(0, 0), []
 
 
 @one_matrix

@@ -25,13 +25,13 @@ def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, fl
     return work(), 1.0
 
 
-def test_a_basis_is_read_four_times_a_step_and_once_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_basis_is_read_four_times_a_step_and_once_for_each_pass_over_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basis_cost, "timed", _timed)
     n = 1 << 22  # a vector is 16 MiB, an eighth of what is read in a second
-    own: dict[str, Any] = {"width": 4, "steps": 10, "singles": 0, "groups": 0, "place": CPU}
+    own: dict[str, Any] = {"width": 4, "steps": 10, "singles": 0, "passes": 0, "place": CPU}
     every = block_seconds(n, torch.float32, **own)
     assert every == pytest.approx(4 * 10 * 20 / 8)  # half of 40 vectors on average, in ten steps
-    assert block_seconds(n, torch.float32, **{**own, "groups": 4}) == pytest.approx(2 * every)
+    assert block_seconds(n, torch.float32, **{**own, "passes": 4}) == pytest.approx(2 * every)
     assert block_seconds(n, torch.float32, **{**own, "singles": 5}) == pytest.approx(
         every + 5 * 40 / 8
     )  # of one vector
@@ -54,9 +54,9 @@ def test_the_price_of_a_spectrum_holds_its_bases(monkeypatch: pytest.MonkeyPatch
     A, made = torch.eye(4), SpectrumPlan()
     assert made.seconds_of_bases(A, [10**6, 20, 10**5], CPU, num_batches=5) == 4
     steps = made.num_steps_for(10**6)
-    assert calls[0] == {"width": 4, "steps": steps, "singles": 58, "groups": 5, "place": CPU}
+    assert calls[0] == {"width": 4, "steps": steps, "singles": 58, "passes": 2, "place": CPU}
     assert made.seconds_of_bases(A, [10**6], "disk", num_batches=3) == 2
-    assert (calls[-1]["groups"], calls[-1]["place"]) == (0, "disk")
+    assert (calls[-1]["passes"], calls[-1]["place"]) == (0, "disk")
 
 
 @pytest.mark.parametrize("place", [None, "disk"])
