@@ -251,8 +251,8 @@ def _ways_to(
             basis, rest, beside = 0, 0, 0.0
             if made is not None:
                 basis, rest = made.parts_of_bytes(A, sizes)
-                place: Place = "disk" if settings else A.device
-                beside = made.seconds_of_bases(A, sizes, place, 0 if cost is None else cost.num_batches * pieces)
+                batches = 0 if cost is None else cost.num_batches * pieces
+                beside = made.seconds_of_bases(A, sizes, "disk" if settings else A.device, batches)
             held = graphs + work + rest + (0 if settings else basis)
             if made is None and cost is not None:
                 held = max(held, (_COMPARED + _HEAP * (A.device.type == "cpu")) * vector)

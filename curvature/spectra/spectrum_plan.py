@@ -14,6 +14,7 @@ from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import check_confidence, working_dtype
 from curvature.linalg.krylov.eigsh import block_penalty
 from curvature.linop import MatrixLike
+from curvature.spectra.basis_cost import block_seconds, num_together
 
 __all__ = ["SMALL", "SpectrumPlan"]
 
@@ -52,7 +53,8 @@ class SpectrumPlan:
     """Probability with which no eigenvalue beyond the pairs may be missed, as in `curvature.linalg.eigsh`; None to do
     without the products that show it. Pairs that are continued beyond the plan are not looked at: UNCERTIFIED."""
     patience: int = 4
-    """Pairs that have not converged after the planned products are given so many times as much again; 0 leaves them."""
+    """Pairs that have not converged after the planned products are given so many times as many again, at either end; 0
+    leaves them."""
     num_groups: int = 16
     """Groups of batches for the error over the data, at most; 0 for none."""
     least_groups: int = 4
@@ -118,8 +120,27 @@ class SpectrumPlan:
             else:
                 bases += n * itemsize * (self.num_matvecs(n) + self.num_probes)
                 at_work = 5 * self.num_probes  # a block, its products and what these leave behind
-                others += n * itemsize * (self.k + self.num_bottom + max(at_work, self.num_search(n)))
+                others += n * itemsize * (self.k + self.num_bottom + at_work)
         return bases, others
+
+    def seconds_of_bases(self, A: MatrixLike, sizes: Sequence[int], place: Place, num_batches: int = 0) -> float:
+        """Return the seconds that bases for matrices of these sizes take beside products, for data in such batches."""
+        groups = min(self.num_groups, num_batches) if num_batches >= self.least_groups else 0
+        total = 0.0
+        for n in sizes:
+            if self.all_entries(n):
+                continue
+            width, dtype = min(self.num_probes, n), working_dtype(A)
+            total += block_seconds(
+                n,
+                dtype,
+                width=width,
+                steps=self.num_matvecs(n) / width,
+                singles=self.num_search(n),
+                passes=-(-groups // num_together(n * width * dtype.itemsize)),
+                place=place,
+            )
+        return total
 
     def num_bytes(self, A: MatrixLike, sizes: Sequence[int]) -> int:
         """Return the bytes of the vectors held at once for matrices of these sizes, beside graphs and parameters."""

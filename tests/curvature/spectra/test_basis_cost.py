@@ -13,8 +13,8 @@ from curvature.linalg import eigsh
 from curvature.linalg.krylov._krylov_space import KrylovSpace
 from curvature.spectra import analysis, basis_cost
 from curvature.spectra.basis_cost import block_seconds
-from curvature.spectra.planning import SpectrumPlan
 from curvature.spectra.spectrum import spectrum
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_the_price_of_a_spectrum_holds_its_bases(monkeypatch: pytest.MonkeyPatch
         calls.append(how)
         return 2.0
 
-    monkeypatch.setattr("curvature.spectra.planning.block_seconds", counted)
+    monkeypatch.setattr("curvature.spectra.spectrum_plan.block_seconds", counted)
     A, made = torch.eye(4), SpectrumPlan()
     assert made.seconds_of_bases(A, [10**6, 20, 10**5], CPU, num_batches=5) == 4
     steps = made.num_steps_for(10**6)
