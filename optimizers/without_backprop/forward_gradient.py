@@ -55,7 +55,8 @@ class ForwardGradient(AroundAnother):
     (outputs, targets) and `loss=` is given, every example has a directional derivative of its own; P is then the number
     of outputs of all layers for one example, and errors of examples average out. Where it returns the loss, P is that
     number times the batch. That parameters act through their layers alone, and rows of layers on their own example
-    alone, is looked at once for each batch size and structure of calls; other models are refused.
+    alone, is looked at once for each batch size and structure of calls; other models are refused. The look does not see
+    a model that puts its examples in order where that batch happened to be in order.
 
         loss = optimizer.step(closure)         # the closure returns the loss, or (outputs, targets)
         loss = optimizer.estimate(closure)     # the estimate in `.grad`, and no step
