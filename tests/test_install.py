@@ -59,6 +59,7 @@ import analysis, curvature, optimizers
 assert all("unpacked" in package.__file__ for package in (analysis, curvature, optimizers))
 runpy.run_path("downstream.py", run_name="__main__")
 assert analysis.load_task("digits-mlp").model is not None
+optimizers.LearnedOptimizer(analysis.load_task("digits-mlp").model.parameters(), num_steps=10)
 sys.argv = ["curvature", "--version"]
 from analysis.entry import main
 main()
