@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import statistics
 import time
@@ -167,7 +168,8 @@ def _stepper(ground: Ground, job: Job, work: Work | None = None) -> tuple[torch.
     form = kind.form
     if ":" in job.entry.optimizer:  # of a user
         form = "loss" if isinstance(optimizer, BaseOptimizer) else form
-        form = "closure" if isinstance(optimizer, torch.optim.LBFGS) else form
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        form = "closure" if form == "backward" and closure and closure.default is closure.empty else form
     return optimizer, Stepper(
         form, optimizer, objective, clip_norm=plan.clip_norm, clip_value=plan.clip_value, work=work
     )

@@ -313,6 +313,29 @@ def test_every_optimizer_takes_steps_and_leaves_the_model(name: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_one_of_a_user_that_needs_the_loss_gets_a_closure(tmp_path: Path) -> None:
+    """A `step` that cannot do without one; written as the page on races writes it."""
+    (tmp_path / "mine.py").write_text(
+        """
+import torch
+class TakesLoss(torch.optim.SGD):  # a rule that is told the loss
+    def step(self, loss):
+        assert loss.ndim == 0 and not loss.requires_grad
+        super().step()
+class Mine(TakesLoss):
+    def step(self, closure):
+        loss = closure()
+        super().step(loss.detach())
+        return loss
+def make(params, lr):
+    return Mine(params, lr)
+"""
+    )
+    found, plain = trained(ground(), f"{tmp_path}/mine.py:make", 0.1), trained(ground(), "sgd", 0.1)
+    assert [p.loss for p in found.points] == pytest.approx([p.loss for p in plain.points], rel=1e-5)
+    assert found.end.gradients == plain.end.gradients
+
+
 def test_every_optimizer_of_the_toolkit_can_race() -> None:
     classes = {name for name in optimizers.__all__ if isinstance(getattr(optimizers, name), type)}
     own = {name for name in classes if issubclass(getattr(optimizers, name), torch.optim.Optimizer)}
