@@ -232,15 +232,17 @@ def check_row(method_name: str, *, only: str | None = None) -> Row:
 
 
 CHECK_RATES = {"sgd": 0.01, "lbfgs": 0.1, "lion": 0.01, "esgd": 0.02, "adahessian-gnb": 0.005}
-CHECK_RATES |= dict.fromkeys(("GaussNewton", *CHECK_ONLY), 1.0)
+CHECK_RATES |= dict.fromkeys(("GaussNewton", "our-cocob", "our-sls", "learned", *CHECK_ONLY), 1.0)
 """Under which the quadratics of the checks decrease; 0.05 for the others."""
 CHECKED = [*METHODS, "KFAC", "EKFAC", "GaussNewton", *CHECK_ONLY]
+CHECKED += ["our-lion", "our-yogi", "kozistr-yogi", "our-cocob", "our-sls", "learned"]
 _NO_RATE = dict.fromkeys(
     ("works under schedulers", "groups: learning rate", "zero curvature: finite"),
     "it finds the length of its steps itself, and refuses an lr",
 )
 NOT_MEANT = {
     "GaussNewton": {"maximize": "a Gauss-Newton matrix is that of a minimum: refused"},
+    "our-yogi": {"a spike of the gradient is survived": "its second average never falls faster than by squares"},
     "ss-broyden": _NO_RATE,
     "trust-region": _NO_RATE,
 }
