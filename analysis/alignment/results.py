@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from analysis.records.plain import Plain
+from curvature.results.record import Result
 
 __all__ = ["ClassStructure", "GradientAlignment", "SubspaceOverlap", "VectorAlignment"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class VectorAlignment(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VectorAlignment(Result):
     """One vector x among the eigenvectors u_1, ..., u_k of the largest eigenvalues."""
 
     name: str
@@ -28,9 +28,11 @@ class VectorAlignment(Plain):
     """Of the angle between x and -g; -1 for the gradient itself, NaN where either is 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientAlignment(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientAlignment(Result):
     """How much of the gradient, and of updates, lies along the sharpest directions."""
+
+    _figure = "plot_alignment"
 
     num_params: int
     """n."""
@@ -53,8 +55,8 @@ class GradientAlignment(Plain):
         return (1 + self.eigenvalues.new_tensor(range(k))) / self.num_params
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubspaceOverlap(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SubspaceOverlap(Result):
     """How much two subspaces of R^n have in common."""
 
     overlap: float
@@ -67,10 +69,11 @@ class SubspaceOverlap(Plain):
     """(min(k, k'),), of the principal angles, descending."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassStructure(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ClassStructure(Result):
     """The Gauss-Newton matrix of a classifier as a sum of four: G = class + cross-class + own-class + within."""
 
+    _figure = "plot_class_structure"
     _also = ("shares",)
 
     _large: ClassVar[tuple[str, ...]] = ("class_factor", "cross_factor", "own_factor")

@@ -9,16 +9,16 @@ from typing import Literal
 from torch import Tensor
 
 from analysis.records.measured import Measured
-from analysis.records.plain import Plain
 from curvature.errors import InputError
+from curvature.results.record import Result
 
 __all__ = ["Compared", "Comparison", "Verdict"]
 
 Verdict = Literal["real", "on these data", "not told apart", "unknown"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Compared(Result):
     """One number of several models; the first is what others are compared with."""
 
     name: str
@@ -43,9 +43,11 @@ class Compared:
         return tuple(m.value / first if first * m.value > 0 else math.nan for m in self.values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Result):
     """Several models, number by number."""
+
+    _figure = "plot_comparison"
 
     names: tuple[str, ...]
     """Of the models; the first is what others are compared with."""

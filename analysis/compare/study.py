@@ -24,7 +24,7 @@ __all__ = ["ComparisonRun", "compare_runs"]
 _MOST_CARDS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ComparisonRun(StudyRun):
     """A comparison, with the runs that were compared."""
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from analysis.records.measured import Bounded, Measured
-from analysis.records.plain import Plain
+from curvature.results.record import Result
 
 __all__ = ["Condition", "Conditioning", "ConditioningComparison"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Condition:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Condition(Result):
     """How unequal the curvatures of one matrix are."""
 
     name: str
@@ -57,10 +57,11 @@ class Condition:
         return self.condition.value**0.5 * math.log(1 / accuracy) / 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conditioning(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Conditioning(Result):
     """The conditioning of a loss, of its layers, and with preconditioners."""
 
+    _figure = "plot_conditioning"
     _also = ("gains", "layer_spread")
 
     matrix: str
@@ -99,8 +100,8 @@ class Conditioning(Plain):
         return max(tops) / min(tops) if tops and min(tops) > 0 else (math.inf if any(tops) else math.nan)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConditioningComparison(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConditioningComparison(Result):
     """Two models side by side, e.g. with and without normalisation layers."""
 
     _also = ("ratios",)

@@ -21,7 +21,7 @@ __all__ = ["STUDY", "ConditioningRun"]
 _ACCURACY = 0.01  # of the steps that are spoken of: to a hundredth of the distance
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ConditioningRun(StudyRun):
     """One study of conditioning, with what produced it."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.records.measured import Bounded, Measured
-from analysis.records.plain import Plain
+from curvature.results.record import Result
 
 __all__ = ["CriticalPoint", "EscapeLine", "PointKind", "Symmetry"]
 
@@ -25,8 +25,8 @@ PointKind = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EscapeLine:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EscapeLine(Result):
     """The loss along the direction of most negative curvature, or, where there is none, of least curvature."""
 
     steps: Tensor
@@ -67,8 +67,8 @@ class EscapeLine:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Symmetry:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Symmetry(Result):
     """What happened when the scales of some parameters were changed."""
 
     name: str
@@ -83,10 +83,11 @@ class Symmetry:
     """Whether all three vanish up to rounding."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CriticalPoint(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CriticalPoint(Result):
     """One point of a loss, judged by gradient and curvature."""
 
+    _figure = "plot_escape"
     _large: ClassVar[tuple[str, ...]] = ("direction",)
 
     kind: PointKind

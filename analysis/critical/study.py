@@ -17,7 +17,7 @@ from curvature.objective.objective import Objective
 __all__ = ["STUDY", "CriticalRun"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CriticalRun(StudyRun):
     """One judgement of a point, with what produced it."""
 

@@ -46,6 +46,8 @@ class PenaltyDirection(Result):
 class ImplicitRegularization(Result):
     """The loss that the mean iterate of SGD descends, C + P |g|^2 + V (1/m) sum_k |g_k - g|^2, and its parts."""
 
+    _figure = "plot_penalties"
+
     loss: float
     """C, the mean over batches."""
     lr: float
@@ -147,6 +149,8 @@ class ImplicitRegularization(Result):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BackwardError(Result):
     """How far the mean iterate after an epoch of SGD is from three flows, for several learning rates (E,)."""
+
+    _figure = "plot_backward_error"
 
     lrs: Tensor
     """(E,), ascending."""

@@ -29,7 +29,7 @@ _SAMPLE = 4  # pieces that are timed
 _SMALL = 0.5  # lr times lambda_max beyond which an expansion in lr says little along the sharpest direction
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ImplicitRun(StudyRun):
     """One study of implicit regularization, with what produced it."""
 

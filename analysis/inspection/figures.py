@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from analysis.inspection.results import DataErrors, LayerCurvature
+from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.show.drawing import (
     Array,
     Colors,
@@ -21,11 +21,14 @@ from analysis.show.drawing import (
     to_numpy,
 )
 from analysis.show.wording import MINUS, count
+from curvature.errors import InputError
 from curvature.results.estimates import EigenPairs, SpectralDensity
 from curvature.results.jackknife import jackknife_stderr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from curvature.spectra.results import Spectrum
 
 __all__ = ["plot_eigenvalues", "plot_layers", "plot_spectral_density"]
 
@@ -33,7 +36,7 @@ __all__ = ["plot_eigenvalues", "plot_layers", "plot_spectral_density"]
 
 
 def plot_spectral_density(
-    density: SpectralDensity,
+    density: SpectralDensity | Spectrum | Inspection,
     *,
     top: EigenPairs | None = None,
     bottom: EigenPairs | None = None,
@@ -50,7 +53,7 @@ def plot_spectral_density(
     zero, as far as the quadrature resolves it, and logarithmic beyond.
 
     Args:
-        density: from `spectral_density`.
+        density: from `spectral_density`; or all of `spectrum` or of `inspect`, with the pairs.
         top: converged pairs, marked as outliers above the curve.
         bottom: converged pairs at the lower end, marked likewise.
         ax: where to draw; a new figure by default.
@@ -60,6 +63,10 @@ def plot_spectral_density(
     """
     ax = new_axes(ax)
     colors = colors or Colors()
+    if isinstance(density, Inspection):
+        data = data or density.data
+    if not isinstance(density, SpectralDensity):
+        top, bottom, density = top or density.top, bottom or density.bottom, density.density
     nodes, weights = to_numpy(density.nodes), to_numpy(density.weights)
     width = _linear_width(nodes, weights) if scale != "linear" else math.inf
     extreme = float(np.abs(nodes[weights > 0]).max(initial=0.0))
@@ -87,7 +94,7 @@ def plot_spectral_density(
             _mark_eigenvalues(ax, pairs, colors, name)
     decade_ticks(ax.yaxis)
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
-    ax.set(xlabel="eigenvalue λ of the Hessian", ylabel="eigenvalues (smoothed count)")
+    ax.set(xlabel="eigenvalue λ", ylabel="eigenvalues (smoothed count)")
     legend_above(ax, columns=3)
     return ax
 
@@ -159,9 +166,9 @@ def _mark_eigenvalues(ax: Axes, pairs: EigenPairs, colors: Colors, name: str) ->
 
 def plot_eigenvalues(
     top: EigenPairs,
-    bottom: EigenPairs,
+    bottom: EigenPairs | None = None,
     *,
-    num_params: int,
+    num_params: int | None = None,
     data: DataErrors | None = None,
     ax: Axes | None = None,
     colors: Colors | None = None,
@@ -173,7 +180,7 @@ def plot_eigenvalues(
     Args:
         top: the largest, descending.
         bottom: the smallest, descending.
-        num_params: size of the matrix, which gives the ranks of the smallest.
+        num_params: size of the matrix, which gives the ranks of the smallest; needed for these only.
         data: errors over the data.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
@@ -181,15 +188,19 @@ def plot_eigenvalues(
     ax = new_axes(ax)
     colors = colors or Colors()
     k = len(top.eigenvalues)
-    low = min(len(bottom.eigenvalues), num_params - k)  # in tiny matrices the two ends overlap
+    if bottom is not None and num_params is None:
+        raise InputError("num_params is needed to number the smallest eigenvalues: pass the size of the matrix.")
+    found = 0 if bottom is None else len(bottom.eigenvalues)
+    num_params = k if num_params is None else num_params
+    low = min(found, num_params - k)  # in tiny matrices the two ends overlap
     gap = 1 if k + low < num_params else 0
     places = np.concatenate([np.arange(k), k + gap + np.arange(low)])
-    ends = [(top, slice(0, k)), (bottom, slice(len(bottom.eigenvalues) - low, None))]
+    ends = [(top, slice(0, k)), *([] if bottom is None else [(bottom, slice(found - low, None))])]
     values = np.concatenate([to_numpy(pairs.eigenvalues)[part] for pairs, part in ends])
     residuals = np.concatenate([to_numpy(pairs.residual_norms)[part] for pairs, part in ends])
     converged = np.concatenate([pairs.converged.cpu().numpy()[part] for pairs, part in ends])
     if data is not None:
-        moved = np.concatenate([to_numpy(data.top)[:k], to_numpy(data.bottom)[len(bottom.eigenvalues) - low :]])
+        moved = np.concatenate([to_numpy(data.top)[:k], to_numpy(data.bottom)[found - low :]])
         ax.errorbar(
             places,
             values,

@@ -12,10 +12,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from analysis.records.measured import Measured
-from analysis.records.plain import Plain
 from analysis.run.meter import Cost
 from curvature.layerwise.diagonal_summary import DiagonalRow
 from curvature.results.estimates import EigenPairs, SpectralDensity, TraceEstimate
+from curvature.results.record import Result
 
 __all__ = [
     "DataErrors",
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataErrors:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DataErrors(Result):
     """How far numbers would move with other data of the same size: one standard error, by the jackknife.
 
     Groups of batches are left out in turn. With G groups an error is itself known to about (2 (G - 1))^(-1/2).
@@ -54,8 +54,8 @@ class DataErrors:
     """(G, m), their weights, means over the probes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCurvature:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerCurvature(Result):
     """The diagonal block of the Hessian that belongs to one module's own parameters, all others held fixed."""
 
     name: str
@@ -87,10 +87,11 @@ class LayerCurvature:
     """Products with the block that were spent."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCoupling(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerCoupling(Result):
     """Frobenius norms |H_ab|_F of the blocks of the Hessian between layers a and b."""
 
+    _figure = "plot_layer_coupling"
     _also = ("relative",)
 
     names: tuple[str, ...]
@@ -114,9 +115,11 @@ class LayerCoupling(Plain):
         return self.norms / (own[:, None] * own)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerDiagonals:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerDiagonals(Result):
     """The diagonal of the Hessian, layer by layer: what diagonal methods divide by and pruning uses."""
+
+    _figure = "plot_layer_diagonals"
 
     rows: tuple[DiagonalRow, ...]
     """One for each module that owns parameters, in the order of the model; loss / parameter^2."""
@@ -142,9 +145,11 @@ class LayerDiagonals:
         return sum(trace.value for trace in self.traces.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class LowRankError:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LowRankError(Result):
     """How far the best approximations of low rank are from a symmetric matrix A, in the Frobenius norm."""
+
+    _figure = "plot_low_rank_error"
 
     ranks: Tensor
     """(m,), ascending, 1 to n."""
@@ -161,9 +166,11 @@ class LowRankError:
         return int(self.ranks[reached[0, 0] if len(reached) else -1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Inspection(Result):
     """The curvature of a loss at one point: its value, its gradient and the spectrum of its Hessian H."""
+
+    _figure = "plot_spectral_density"
 
     loss: float
     """L, in the unit of the loss. Exact up to rounding."""

@@ -21,7 +21,7 @@ from analysis.show.report import Card, Figure, Report, Section, Table
 __all__ = ["STUDY", "InspectionRun"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class InspectionRun(StudyRun):
     """One inspection, with what produced it."""
 

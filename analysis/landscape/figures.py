@@ -81,15 +81,16 @@ def plot_slice(
     return ax
 
 
-def plot_paths(paths: Sequence[LossPath], *, ax: Axes | None = None, colors: Colors | None = None) -> Axes:
+def plot_paths(paths: LossPath | Sequence[LossPath], *, ax: Axes | None = None, colors: Colors | None = None) -> Axes:
     """Plot the loss along paths between the same two ends, and the line between the ends that a barrier is above.
 
     Args:
-        paths: from `analysis.landscape.paths.loss_along_path`.
+        paths: from `loss_along_path`.
         ax: where to draw; a new figure by default.
         colors: what to paint with.
     """
     ax, colors = new_axes(ax), colors or Colors()
+    paths = [paths] if isinstance(paths, LossPath) else paths
     losses = np.concatenate([to_numpy(path.losses) for path in paths])
     low, high, logarithmic = _range(losses)
     styles: dict[str, Any] = {

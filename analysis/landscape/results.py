@@ -12,15 +12,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from analysis.records.plain import Plain
+from curvature.results.record import Result
 
 __all__ = ["Direction", "Landscape", "LandscapeCost", "LossPath", "LossPlane", "LossSlice", "Trajectory"]
 
 _ROUNDING = 32  # units in the last place of a loss that a sum over the data may be wrong by
 
 
-@dataclass(frozen=True, kw_only=True)
-class Direction:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Direction(Result):
     """A direction in the space of the parameters, and how long a step of 1 along it is."""
 
     _large: ClassVar[tuple[str, ...]] = ("vector",)
@@ -37,9 +37,11 @@ class Direction:
     """d, (n,), in the order of the objective's space; parameter."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSlice:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossSlice(Result):
     """The loss along a direction, L(theta + t d), and the quadratic model L + t g'd + t^2 d'Hd / 2."""
+
+    _figure = "plot_slice"
 
     direction: Direction
     """d."""
@@ -89,8 +91,8 @@ class LossSlice:
         return min(radii)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trajectory(Result):
     """Checkpoints seen in a plane: their projections and their distances from it."""
 
     names: tuple[str, ...]
@@ -105,9 +107,11 @@ class Trajectory:
     """Share of the sum of squared distances from the centre that lies along each direction; 0 to 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossPlane:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossPlane(Result):
     """The loss on a grid, L(theta + x d1 + y d2), and the quadratic model in the plane."""
+
+    _figure = "plot_plane"
 
     first: Direction
     """d1."""
@@ -139,9 +143,11 @@ class LossPlane:
         return self.centre + self.gradient[0] * x + self.gradient[1] * y + bend / 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossPath:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossPath(Result):
     """The loss along a path from one set of parameters to another."""
+
+    _figure = "plot_paths"
 
     kind: str
     """"straight", or "curved": a quadratic Bezier curve through a trained bend."""
@@ -177,8 +183,8 @@ class LossPath:
         return self.losses - torch.lerp(self.losses[0], self.losses[-1], self.positions)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LandscapeCost:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LandscapeCost(Result):
     """What it took."""
 
     num_losses: int
@@ -193,8 +199,8 @@ class LandscapeCost:
     """Of this call."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landscape(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Landscape(Result):
     """The loss around a point: along lines, on a plane, and on paths to another point."""
 
     loss: float

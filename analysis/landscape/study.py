@@ -10,16 +10,16 @@ from analysis.landscape.figures import color_stops, is_logarithmic, plot_paths, 
 from analysis.landscape.look import look_around
 from analysis.landscape.plan import LandscapePlan
 from analysis.landscape.results import Landscape, LossPath, LossPlane, LossSlice, Trajectory
-from analysis.records.plain import to_plain
 from analysis.run.study import Study, StudyRun
 from analysis.show.drawing import to_numpy
 from analysis.show.report import Card, Figure, Finding, Report, Section, Surface, Table
 from analysis.show.wording import count, number
+from curvature.results.record import to_plain
 
 __all__ = ["STUDY", "LandscapeRun"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LandscapeRun(StudyRun):
     """One landscape, with what produced it."""
 

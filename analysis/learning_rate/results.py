@@ -80,6 +80,8 @@ class LearningRateRange(Result):
     smallest unstable rate above it.
     """
 
+    _figure = "plot_learning_rates"
+
     lower: float
     """The largest stable rate is between this, NaN if no rate lowered the loss, ..."""
     upper: float

@@ -19,7 +19,7 @@ __all__ = ["STUDY", "LearningRateRun"]
 _ALIKE = 1.5  # factors below this are within what the branches resolve
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LearningRateRun(StudyRun):
     """A search for learning rates, and what produced it."""
 

@@ -36,6 +36,7 @@ class GradientNoise(Result):
     sample: S and G are covariance and mean of the population's gradients, N stands for 1 / sum p_i^2.
     """
 
+    _figure = "plot_batch_sizes"
     _large = ("layer_gsnr",)
 
     num_examples: int

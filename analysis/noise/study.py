@@ -21,6 +21,7 @@ from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.arguments import checked_fields
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
+from curvature.results.record import Result
 
 __all__ = ["STUDY", "NoisePlan", "NoiseRun", "NoiseStudy", "measure_noise"]
 
@@ -47,8 +48,8 @@ class NoisePlan(Plan):
             raise InputError("the Takeuchi criterion needs curvature; leave out --damping or --no-curvature.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseStudy:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NoiseStudy(Result):
     """What was found about gradient noise at one point."""
 
     noise: GradientNoise
@@ -61,7 +62,7 @@ class NoiseStudy:
     """Learning rate of the training, to be judged."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class NoiseRun(StudyRun):
     """One study of the noise, with what produced it."""
 

@@ -138,6 +138,8 @@ class RacePair(Result):
 class Race(Result):
     """A race: entrants, all trainings, and which differences are beyond chance."""
 
+    _figure = "plot_race"
+
     budget: float
     """Of each training, ..."""
     unit: Literal["steps", "seconds", "gradients"]

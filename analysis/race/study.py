@@ -26,7 +26,7 @@ _LOOKS = 22  # at all data, in a training
 _PRODUCTS, _MOMENTS = 15, 3  # of sharpness and noise at an end
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RaceRun(StudyRun):
     """A race, and what produced it."""
 

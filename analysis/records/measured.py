@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 
 from curvature.results.intervals import mean_interval
+from curvature.results.record import Result
 from curvature.spectra.results import SpectrumEstimate
 
 __all__ = ["Bounded", "Measured"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Measured(Result):
     """A number and how well it is known."""
 
     value: float
@@ -46,10 +47,15 @@ class Measured:
 
     def __format__(self, spec: str) -> str:
         """Return "value ± stderr", both in the format asked for; the value alone where it is exact or has no error."""
-        if not spec:
-            return str(self)
+        spec = spec or ".5g"
         value = format(self.value, spec)
         return value if self.stderr == 0 or math.isnan(self.stderr) else f"{value} ± {format(self.stderr, spec)}"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    def _brief(self) -> str:
+        return format(self)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Return the interval of `stderr`, that of these very data: `mean_interval`, or the bound where it is one."""
@@ -58,7 +64,7 @@ class Measured:
         return mean_interval(self.value, self.stderr, dof=self.dof, skewness=self.skewness, confidence=confidence)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Bounded(Measured):
     """A number that is known between bounds: `value` +- 2 `stderr` reaches to the further of them."""
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.records.plain import to_plain
 from analysis.run.identity import batches_sha256, loss_sha256
 from analysis.run.preparation import Request, data_sha256, fingerprint
 from analysis.run.saving import write_text
 from analysis.tasks import Task
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
+from curvature.results.record import to_plain
 
 __all__ = ["POINTS", "STATE", "Draft"]
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from analysis.records.plain import to_plain
 from analysis.show.report import Report
+from curvature.results.record import Result, to_plain
 
 __all__ = ["Record", "now", "versions"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Record(Result):
     """What produced a result, whatever was measured; a subclass adds the result."""
 
     kind: ClassVar[str]
@@ -58,10 +58,6 @@ class Record:
         """Return the report of it, for terminal and page; each kind of record has its own."""
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the large arrays as plain Python values that JSON can hold."""
-        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
-
     def stored(self) -> dict[str, Any]:
         """Return all but the large arrays as JSON can hold it, numbers that are not finite among it."""
         free = ("metadata", "settings")  # where a word could be a word
@@ -69,6 +65,16 @@ class Record:
             f.name: to_plain(getattr(self, f.name), number=_number_or_mark if f.name in free else _number_or_word)
             for f in fields(self)
         }
+
+    def _told(self) -> list[tuple[str, Any]]:
+        found = getattr(self, self.result)
+        parts = [part for _, part in found._items() if isinstance(part, Result)]
+        told = [pair for part in (parts or [found]) for pair in part._told()]
+        return [("task", self.name), ("created", self.created), *told]
+
+    def plot(self, **settings: Any) -> Any:
+        """Draw the result, as its own `plot` does."""
+        return getattr(self, self.result).plot(**settings)
 
     def to_json(self) -> str:
         """Return `to_dict` in one line of JSON, with numbers that are not finite as the run folder has them."""

@@ -89,7 +89,7 @@ class StudyCost:
     """Wall clock that was spent."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StudyRun(Record):
     """The record of a study; a subclass adds its result, and the report of it."""
 

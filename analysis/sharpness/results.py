@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from analysis.records.measured import Measured
-from analysis.records.plain import Plain
 from curvature.errors import InputError
+from curvature.results.record import Result
 
 __all__ = ["Kind", "SharpnessRow", "SharpnessTable"]
 
@@ -26,8 +26,8 @@ _WORDS = {
 Kind = Literal["exact", "estimate", "residual", "lower bound"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharpnessRow:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SharpnessRow(Result):
     """One measure of sharpness at one point; larger is sharper."""
 
     name: str
@@ -85,13 +85,15 @@ class SharpnessRow:
         return " ".join(_WORDS.get(word, word) for word in words)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharpnessTable(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SharpnessTable(Result):
     """Measures of sharpness of one loss at one point.
 
     None of them ranks models across settings: Andriushchenko et al. (2023) find rank correlations with generalisation
     of either sign, that follow the learning rate. Compare like with like, and look at the invariant ones first.
     """
+
+    _figure = "plot_sharpness"
 
     rows: tuple[SharpnessRow, ...]
     """In the order they were asked for."""

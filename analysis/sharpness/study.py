@@ -38,7 +38,7 @@ _CARDS = {
 _SAMPLE = 4  # pieces that are timed
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SharpnessRun(StudyRun):
     """One table of sharpness, with what produced it."""
 

@@ -212,6 +212,8 @@ class TrainingReading(Result):
 class TrainingRecord(Result):
     """All readings of a run, in the order they were taken."""
 
+    _figure = "plot_training"
+
     readings: tuple[TrainingReading, ...]
     """One whenever the tracker took one."""
     num_steps: int = 0

@@ -23,7 +23,7 @@ __all__ = ["STUDY", "TrackRun"]
 _ROWS = 12  # of the table
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TrackRun(StudyRun):
     """One training run with its readings, and what produced it."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,14 +13,15 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.parameters import Block, ParameterSpace
 from curvature.results.estimates import DiagonalEstimate
+from curvature.results.record import Result
 
 __all__ = ["LEVELS", "DiagonalRow", "DiagonalSummary", "summarise_diagonal"]
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiagonalRow:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DiagonalRow(Result):
     """The diagonal entries of one layer or one parameter."""
 
     name: str
@@ -40,8 +41,8 @@ class DiagonalRow:
     """|stderr|_2 / |values|_2 over the entries: 0 is exact, at 1 single entries mean nothing. NaN if all are zero."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiagonalSummary:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DiagonalSummary(Result):
     """Rows in the order of the flat vector, and the price."""
 
     rows: tuple[DiagonalRow, ...]
@@ -50,10 +51,6 @@ class DiagonalSummary:
     """Products with A that were spent on the diagonal."""
     method: str
     """Which estimator gave the diagonal."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain Python values."""
-        return asdict(self)
 
 
 @full_precision

@@ -100,16 +100,12 @@ class GradientNorms(Result):
 class GradientMoments(GradientNorms):
     """The first two moments of the gradients of single examples, entry by entry."""
 
+    _curves = ("blocks",)
+
     second_moment: Tensor
     """(n,), sum_i p_i g_i^2, entrywise."""
     blocks: tuple[Block, ...]
     """The layers' places in vectors (n,)."""
-
-    def to_dict(self, *, arrays: bool = False) -> dict[str, object]:
-        """Return the fields as plain Python values; fields of n or more entries only with `arrays=True`."""
-        plain = super().to_dict(arrays=arrays)
-        plain.pop("blocks")
-        return plain
 
     @property
     def variance(self) -> Tensor:

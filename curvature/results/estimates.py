@@ -94,6 +94,7 @@ class EigenPairs(Result):
     `residual_norms` of each entry of `eigenvalues` (Bauer-Fike for symmetric matrices).
     """
 
+    _figure = "plot_eigenvalues"
     _large = ("eigenvectors",)
 
     eigenvalues: Tensor
@@ -221,6 +222,9 @@ class SpectralDensity(Result):
     phi(t) = (1/n) sum_i N(t; lambda_i, sigma^2), estimated as the mean over probes of sum_k weights_k N(t; nodes_k,
     sigma^2).
     """
+
+    _figure = "plot_spectral_density"
+    _curves = ("grid", "density", "stderr", "nodes", "weights", "deflated", "rule")
 
     grid: Tensor
     """(num_points,), ascending; units of A."""

@@ -96,6 +96,8 @@ class DataSpread(Result):
 class Spectrum(Result):
     """What is known of a symmetric matrix A of size n."""
 
+    _figure = "plot_spectral_density"
+
     top: EigenPairs
     """The largest eigenvalues, descending."""
     bottom: EigenPairs

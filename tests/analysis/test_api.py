@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import subprocess
 import sys
+import types
+from dataclasses import fields
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
 
 import analysis
+import curvature
 from analysis.inspection.study import InspectionRun
 from analysis.registry import STUDIES
 from analysis.run.report import page_of
+from analysis.run.study import StudyRun
 from analysis.tasks import load_task
 from curvature import Objective
 from curvature.errors import InputError
+from curvature.results.record import Result
 
 
 def small() -> Objective:
@@ -102,9 +110,47 @@ def test_every_study_measures_an_objective_alike(kind: str, tmp_path: Path, monk
     first, second = (re.sub(r"'(seconds|peak_bytes)[^,}]*", "", result) for result in results)
     assert first == second
     assert (third.name, third.seed) == ("mine", 3)
+    shows_itself(found)
     folder = third.save(tmp_path / "run")
     assert type(analysis.load_run(folder)) is type(found)
     assert (folder / "report.html").read_text() == page_of(third)
+
+
+def shows_itself(run: StudyRun) -> None:
+    """What a notebook makes of a record: a few lines, a table, a figure, a data frame."""
+    result = getattr(run, run.result)
+    for shown in (run, result):
+        lines = repr(shown).splitlines()
+        assert 2 < len(lines) <= 12, lines
+        assert max(map(len, lines)) <= 100
+        assert shown._repr_html_().count("<tr>") == len(lines) - 1
+        json.dumps(shown.to_dict(), allow_nan=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda data: data))
+        assert len(result.to_frame()) > 0
+    parts = [result, *(getattr(result, f.name) for f in fields(result))]
+    drawn = [part for part in parts if isinstance(part, Result) and part._figure]
+    assert drawn or run.kind == "bias" or run.kind == "landscape", "nothing of it can be drawn"
+    for part in drawn:
+        assert part.plot() is not None
+    plt.close("all")
+    if not result._figure:
+        with pytest.raises(InputError, match=r"has no figure of its own; (its|draw)"):
+            run.plot()
+
+
+def test_what_has_a_figure_is_drawn_by_its_own_method() -> None:
+    """Each function that draws a single result is the figure of that kind of result, or a further one of it."""
+    for name in analysis.__all__:
+        if not name.startswith("plot_"):
+            continue
+        (first, *_) = inspect.signature(getattr(analysis, name)).parameters.values()
+        kinds = [
+            getattr(analysis, kind, None) or getattr(curvature, kind, None) for kind in first.annotation.split(" | ")
+        ]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Result):
+                assert kind._figure in analysis.__all__, f"{kind.__name__}.plot should draw it by {name}"
 
 
 def test_refusals() -> None:

@@ -20,6 +20,8 @@ __all__ = ["EffectiveModelComplexity"]
 class EffectiveModelComplexity(Result):
     """The largest number of examples that a training procedure fits to a mean training error of at most epsilon."""
 
+    _figure = "plot_model_complexity"
+
     epsilon: float
     """Training error that counts as fitted."""
     rows: tuple[DescentRow, ...]

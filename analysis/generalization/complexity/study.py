@@ -23,7 +23,7 @@ from curvature.objective.objective import Objective
 __all__ = ["STUDY", "ComplexityRun"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ComplexityRun(StudyRun):
     """A search for the effective model complexity, and what produced it."""
 

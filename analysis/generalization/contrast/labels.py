@@ -88,7 +88,7 @@ def random_labels(
     return compared(shared, LABELS, "labels", loss, notes, progress, draft)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RandomLabelsRun(StudyRun):
     """Trainings on labels that carry more or less, and what produced them."""
 

@@ -118,7 +118,7 @@ def regularization_by_curvature(
     return compared(shared, names, "regularization", loss, notes, progress, draft)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RegularizationRun(StudyRun):
     """Trainings under regularisers, and what produced them."""
 

@@ -58,6 +58,8 @@ class ContrastRow(Result):
 class Contrasts(Result):
     """Conditions side by side; the first one is what the others are held against."""
 
+    _figure = "plot_contrast_ratios"
+
     title: str
     """"labels" or "regularization"."""
     conditions: tuple[str, ...]

@@ -125,6 +125,8 @@ class Peak(Result):
 class DescentCurve(Result):
     """Test error, loss and curvature along width, epochs or number of examples."""
 
+    _figure = "plot_descent"
+
     vary: str
     """"width", "epochs" or "samples"."""
     model: str

@@ -29,7 +29,7 @@ __all__ = ["STUDY", "DescentRun"]
 _CURVATURE = ("effective_dimension", "condition", "trace", "sharpness")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DescentRun(StudyRun):
     """A curve of trainings, and what produced it."""
 

@@ -42,6 +42,8 @@ class MatrixDimension(Result):
 class EffectiveDimension(Result):
     """How many directions the data determine beside a regulariser, for each of a grid."""
 
+    _figure = "plot_dimension_of"
+
     regularisers: Tensor
     """(m,), alpha, ascending; beside the loss summed over its terms: alpha is the precision of a prior."""
     matrices: tuple[MatrixDimension, ...]

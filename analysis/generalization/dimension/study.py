@@ -18,7 +18,7 @@ from curvature.objective.objective import Objective
 __all__ = ["STUDY", "EffectiveDimensionRun"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EffectiveDimensionRun(StudyRun):
     """Effective dimensions, and what produced them."""
 

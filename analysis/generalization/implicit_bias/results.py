@@ -19,6 +19,7 @@ __all__ = ["DeepLinearRun", "DiagonalRun", "ImplicitBias", "LabelNoiseRun"]
 class DeepLinearRun(Result):
     """Gradient descent on W = W_N ... W_1 towards a matrix, and the closed form of its singular values."""
 
+    _figure = "plot_deep_linear"
     _large = (
         "times",
         "singular_values",
@@ -75,6 +76,7 @@ class DeepLinearRun(Result):
 class DiagonalRun(Result):
     """The gradient flow of b = u^2 - v^2 from u = v = alpha, and the solution that the theorem names."""
 
+    _figure = "plot_diagonal_linear"
     _large = ("solution", "expected", "least_l1", "least_l2", "losses", "times", "path")
 
     alpha: float
@@ -108,6 +110,7 @@ class DiagonalRun(Result):
 class LabelNoiseRun(Result):
     """SGD with noise on the labels, b = v^2, beside the flow that it follows along the solutions."""
 
+    _figure = "plot_label_noise"
     _large = ("times", "trace", "expected_trace", "solution", "expected", "flow", "start", "losses")
 
     times: Tensor

@@ -30,7 +30,7 @@ _CLOSE = 1e-3
 _SECONDS = 1.0, 8e-5  # of a flow, and of a step of SGD
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ImplicitBiasRun(StudyRun):
     """Linear models beside their theorems, and what produced them."""
 

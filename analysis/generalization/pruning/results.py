@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from analysis.records.measured import Measured
-from analysis.records.plain import Plain
 from curvature.errors import InputError
+from curvature.results.record import Result
 
 __all__ = ["ALL", "EACH", "PruningPoint", "PruningRecord", "TicketRow", "Tickets"]
 
@@ -21,8 +21,8 @@ EACH = "each"
 Predictor = Literal["predicted", "own", "diagonal", "size"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningPoint:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PruningPoint(Result):
     """Some weights removed by one method, and what became of the loss; changes in units of the loss."""
 
     method: str
@@ -61,8 +61,8 @@ class PruningPoint:
         return self.linear + self.curvature
 
 
-@dataclass(frozen=True, kw_only=True)
-class TicketRow:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TicketRow(Result):
     """Trainings of one kind, one for each seed."""
 
     kind: str
@@ -74,9 +74,11 @@ class TicketRow:
     """The metric on held-out data at the end, by seed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tickets(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Tickets(Result):
     """Sub-networks trained again from where the dense network began, or soon after."""
+
+    _figure = "plot_tickets"
 
     metric: str
     """"accuracy", or "loss" where targets are no classes."""
@@ -108,9 +110,11 @@ class Tickets(Plain):
         return Measured(value=float(pairs.mean()), stderr=stderr, dof=count - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningRecord(Plain):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PruningRecord(Result):
     """Which weights a loss can lose, by several methods."""
+
+    _figure = "plot_pruning"
 
     points: tuple[PruningPoint, ...]
     """By method, layer and sparsity."""

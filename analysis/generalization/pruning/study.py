@@ -34,7 +34,7 @@ _MOST = 0.5
 """Sparsity up to which rank correlations are told."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PruningRun(StudyRun):
     """One record of pruning, with what produced it."""
 

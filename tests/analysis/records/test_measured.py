@@ -14,7 +14,7 @@ def test_format_strings_write_the_error_beside_the_value() -> None:
     assert f"{Measured(value=2.0, stderr=0.0):.1f}" == "2.0"
     assert f"{Measured(value=2.0, stderr=math.nan):.1f}" == "2.0"
     assert f"{Bounded.between(1.0, 3.0):.2g}" == "2 ± 0.5"
-    assert f"{Measured(value=2.0, stderr=0.5)}".startswith("Measured(value=2.0")
+    assert f"{Measured(value=2.0, stderr=0.5)}" == str(Measured(value=2.0, stderr=0.5)) == "2 ± 0.5"
 
 
 def test_ratios_of_bounds_reach_from_the_least_to_the_most() -> None:
