@@ -90,7 +90,7 @@ def plot_paths(paths: LossPath | Sequence[LossPath], *, ax: Axes | None = None, 
         colors: what to paint with.
     """
     ax, colors = new_axes(ax), colors or Colors()
-    paths = [paths] if isinstance(paths, LossPath) else paths
+    paths = [paths] if not isinstance(paths, Sequence) else paths
     losses = np.concatenate([to_numpy(path.losses) for path in paths])
     low, high, logarithmic = _range(losses)
     styles: dict[str, Any] = {
