@@ -81,6 +81,11 @@ def labelled(objective: Objective, test_data: Any, seed: int, count: int | None 
                 f"{inputs.dtype}; got {tuple(test_inputs.shape)} of {test_inputs.dtype}. Convert the test data."
             )
     inputs, targets = inputs[order], targets[order]
+    for given, what in ((inputs, "the data of the objective"), (test_inputs, "the test data")):
+        if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+            raise InputError(f"{what} have inputs that are NaN or infinite; leave these examples out, or clean them.")
+    if len(inputs) < 2:
+        raise InputError(f"a training takes at least 2 examples beside those held out; there are {len(inputs)}.")
     one_hot = targets.ndim == 2
     labels, test_labels = _classes(targets), _classes(test_targets)
     if count is not None and not 2 <= count <= len(inputs):

@@ -175,10 +175,14 @@ def _low_rank(found: ImplicitBias) -> str:
         for run in found.completed
     ]
     off = max(run.rate_deviation for run in found.completed)
+    m, n = found.completed[0].product.shape
+    seen, free = round((1 - found.hidden) * m * n), found.rank * (m + n - found.rank)
+    known = f"{wording.count(seen)} are seen, and matrices of this rank have {wording.count(free)} degrees of freedom"
+    one = " One layer leaves them as they began." if any(run.depth == 1 for run in found.completed) else ""
     return (
-        f"Of a matrix of rank {wording.count(found.rank)}, {_percent(found.hidden)} of the entries were hidden; the "
-        f"error on these is {', '.join(told)}. One layer leaves them as they began. Rates of the singular values are "
-        f"those of the theorem to {_percent(off)} of the largest."
+        f"Of a matrix of rank {wording.count(found.rank)}, {_percent(found.hidden)} of the entries were hidden ({known}"
+        f"{', so that several fit' if free >= seen else ''}); the error on these is {', '.join(told)}.{one} Rates of "
+        f"the singular values are those of the theorem to {_percent(off)} of the largest."
     )
 
 

@@ -208,3 +208,16 @@ def test_tickets_and_dense_networks_see_the_same_batches_of_a_loader_that_shuffl
     seen.clear()
     lottery_tickets(objective, (X, Y), steps=4, num_seeds=1, batch_size=None, kinds=("ticket",), generator=0)
     assert seen[:4] == seen[4:8]
+
+
+def test_data_that_nothing_can_be_trained_on_are_refused_before_it() -> None:
+    bad = X.clone()
+    bad[3, 1] = torch.nan
+    for data, test, says in (
+        ((X[:1], Y[:1]), None, "at least 2 examples"),
+        ((X[:1], Y[:1]), (X, Y), "at least 2 examples"),
+        ((bad, Y), None, "the data of the objective have inputs that are NaN"),
+        ((X, Y), (bad, Y), "the test data have inputs that are NaN"),
+    ):
+        with pytest.raises(InputError, match=says):
+            labelled(Objective(net(), nn.CrossEntropyLoss(), data), test, 0)
