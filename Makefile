@@ -10,11 +10,11 @@ RUN ?= runs/demo
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench bench-quick notebooks docs clean
+.PHONY: help demo test check lint format bench bench-quick notebooks docs release-check clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## inspect a trained network on handwritten digits; prints the path of the report
 	$(VENV)/bin/curvature inspect digits-cnn --out $(RUN) --overwrite
@@ -46,6 +46,9 @@ docs: $(VENV)/.ready $(DOCS)/.ready ## build the site into site/: code is run, l
 	$(TEST) -q tests/test_site.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q
 	$(VENV)/bin/python docs/look.py
+
+release-check: $(VENV)/.ready ## build the wheel, install and use it on every supported Python there is (minutes each)
+	RELEASE_CHECK=1 $(VENV)/bin/python -m pytest -q -s -rs tests/test_install.py
 
 clean: ## remove environments, runs and caches
 	rm -rf $(VENV) $(BENCH) $(DOCS) runs site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -7,6 +7,7 @@ import json
 import posixpath
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
+from citations import CITATION, ENTRY, meant, sources
 from public_names import pages, rooms
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ LINK = re.compile(r"(!?\[[^\]\n]*\])\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?
 
 CALL = re.compile(r"`((?:[a-z_]+\.)*([A-Za-z_]+)(?:\([^`]*)?)`")
 KEPT = re.compile(r"(<(pre|code|script|style)\b.*?</\2>)", re.DOTALL)
+TAGS = re.compile(r"(<(pre|code|script|style|a|h\d)\b.*?</\2>|<[^>]*>)", re.DOTALL)
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 
@@ -73,16 +76,32 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         up = posixpath.relpath(".", posixpath.dirname(own) or ".")
         rows = (_with_links(line, up) if line.startswith("|") else line for line in markdown.split("\n"))
         markdown = "\n".join(rows)
+    if own == "bibliography.md":
+        anchors = iter(sources())
+        markdown = ENTRY.sub(lambda entry: f'- <span id="{next(anchors).anchor}"></span>{entry[0][2:]}', markdown)
     return markdown
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """Write the formulas of notebooks as MathML, which browsers draw themselves."""
-    if not page.file.src_uri.endswith(".ipynb"):
+    """Let citations lead to the bibliography, and write formulas of notebooks as MathML, which browsers draw."""
+    own = page.file.src_uri
+    if own.endswith(".ipynb"):
+        content = _outside(KEPT, MATH, _formula, content)
+    if own == "bibliography.md":
         return content
-    parts = KEPT.split(content)  # text, what is kept, its tag, text, ...
-    parts[::3] = [MATH.sub(_formula, part) for part in parts[::3]]
+    place = posixpath.relpath("bibliography.html", posixpath.dirname(own) or ".")
+    return _outside(TAGS, CITATION, lambda match: _cited(match, place), content)
+
+
+def _outside(kept: re.Pattern[str], pattern: re.Pattern[str], new: Callable[[re.Match[str]], str], text: str) -> str:
+    parts = kept.split(text)  # text, what is kept, its tag, text, ...
+    parts[::3] = [pattern.sub(new, part) for part in parts[::3]]
     return "".join(part for i, part in enumerate(parts) if i % 3 != 2)
+
+
+def _cited(match: re.Match[str], place: str) -> str:
+    found = meant(match, SOURCES)
+    return f'<a href="{place}#{found[0].anchor}">{match[0]}</a>' if found else match[0]
 
 
 def _formula(match: re.Match[str]) -> str:
@@ -105,6 +124,7 @@ def _with_links(row: str, up: str) -> str:
     return CALL.sub(linked, row)
 
 
+SOURCES = sources()
 ENTRIES = {
     public.rsplit(".", 1)[1]: f"reference/{room.replace('.', '/')}.md#{place}"
     for room, names in rooms().items()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
+
+from citations import Source, cited, sources
 
 ROOT = Path(__file__).parents[1]
 PATHS = ("curvature", "curvature.linalg", "curvature.per_example", "curvature.layerwise", "optimizers", "analysis")
@@ -21,7 +24,7 @@ BASES = {
     "optimizers.kronecker": ("optimizers.kronecker.shell.MatrixOptimizer", "optimizers.kronecker.shell.MatrixCommon"),
 }
 """What public docstrings refer to for what several of them share."""
-BLOCK = "::: {}\n    options:\n      heading: {}\n      toc_label: {}\n"
+BLOCK = "::: {}\n    options:\n      heading: {}\n      toc_label: {}\n{}"
 INDEX = """# Reference
 
 Public are the names below, by these paths: {paths}. Whatever takes a matrix takes an operator, an objective, a tensor
@@ -30,8 +33,11 @@ or a NumPy array; whatever draws random numbers takes `generator=`, a `torch.Gen
 """
 
 
+@cache
 def _tree(module: str) -> ast.Module:
-    return ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    place = ROOT / module.replace(".", "/")
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def origins(path: str) -> dict[str, str]:
@@ -65,16 +71,32 @@ def rooms() -> dict[str, dict[str, str]]:
     return dict(sorted(found.items(), key=lambda entry: (entry[0].split(".")[0] != "curvature", entry[0])))
 
 
+def _sources(own: list[Source], of_module: list[Source]) -> str:
+    """What stands below an entry whose docstring leaves the sources to its module."""
+    return "" if own or not of_module else f"\nSources: {'; '.join(source.short for source in of_module)}.\n"
+
+
+def formula_sources() -> dict[str, tuple[list[Source], list[Source]]]:
+    """Return, for each public name, what its own docstring cites and what that of its module does."""
+    known, found = sources(), {}
+    for names in rooms().values():
+        for public, place in names.items():
+            module, name = place.rsplit(".", 1)
+            tree = _tree(module)
+            own = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+            texts = (ast.get_docstring(own[0]) if own else "", ast.get_docstring(tree))
+            found[public] = (cited(texts[0] or "", known), cited(texts[1] or "", known))
+    return found
+
+
 def pages() -> dict[str, str]:
     """Return the text of each page by its place in the site."""
-    made, lines = {}, []
+    made, lines, found = {}, [], formula_sources()
     for room, names in rooms().items():
         uri, title = f"reference/{room.replace('.', '/')}.md", room
         about = (ast.get_docstring(_tree(room)) or "").split("\n")[0]
         order = sorted(names, key=lambda n: ("plot_" in n, n.rsplit(".", 1)[1][0].isupper(), n))
-        blocks = [
-            f"::: {names[n]}\n    options:\n      heading: {n}\n      toc_label: {n.rsplit('.', 1)[1]}\n" for n in order
-        ]
+        blocks = [BLOCK.format(names[n], n, n.rsplit(".", 1)[1], _sources(*found[n])) for n in order]
         made[uri] = f"# {title}\n\n{about}\n\n" + "\n".join(blocks)
         links = ", ".join(f"[`{n.rsplit('.', 1)[1]}`]({uri.removeprefix('reference/')}#{names[n]})" for n in order)
         lines.append(f"**[{title}]({uri.removeprefix('reference/')})** {about}\n: {links}\n")

@@ -16,6 +16,7 @@ from analysis.alignment.results import GradientAlignment, SubspaceOverlap, Vecto
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
+from curvature.generators import AnyGenerator
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
 from curvature.operators.hessian import HessianOperator
@@ -31,7 +32,7 @@ def gradient_alignment(
     *,
     updates: Mapping[str, Tensor] | None = None,
     rtol: float = 1e-4,
-    generator: torch.Generator,
+    generator: AnyGenerator,
 ) -> GradientAlignment:
     """Return the share of the gradient in the span of the k top eigenvectors, and the curvature along it.
 
@@ -45,7 +46,7 @@ def gradient_alignment(
         k: eigenvectors, in [1, n].
         updates: further vectors by name, (n,), e.g. the step an optimizer took.
         rtol: residual of the eigenpairs.
-        generator: source of the start, on the objective's device.
+        generator: source of the start, on the objective's device, or a seed.
 
     Raises:
         InputError: for arguments out of range.

@@ -172,7 +172,7 @@ def _classes(targets: Tensor) -> Tensor:
 
 
 def flipped(labels: Tensor, rate: float, num_classes: int, seed: int) -> Tensor:
-    """Return labels of which each is, with probability `rate`, one of the other classes, all alike (Nakkiran 2019)."""
+    """Return labels of which each is, with probability `rate`, one of the others, all alike (Nakkiran et al. 2019)."""
     g = torch.Generator().manual_seed(seed)
     wrong = torch.rand(len(labels), generator=g) < rate
     shift = torch.randint(1, max(2, num_classes), (len(labels),), generator=g)

@@ -4,6 +4,8 @@ Every point is one forward pass over the data with the parameters set for as lon
 (`curvature.objective.shift`). Points are looked at one by one: to map a model over stacked parameters costs about as
 much per point for small networks on a CPU, twice as much for convolutions, and is another function for batch
 statistics, masks and hooks.
+
+Reference: Li, Xu, Taylor, Studer and Goldstein (2018), Visualizing the loss landscape of neural nets.
 """
 
 from __future__ import annotations

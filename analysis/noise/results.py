@@ -126,7 +126,9 @@ class GradientNoise(Result):
         return 1 / (1 + self.noise_scale.value / _size(batch_size))
 
     def generalization_ratio(self, num_examples: float | None = None) -> float:
-        """Return E(decrease on other data) / E(decrease on the data) of a step: |G|^2 / (|G|^2 + tr S / n) (Liu 2020).
+        """Return E(decrease on other data) / E(decrease on the data) of a step: |G|^2 / (|G|^2 + tr S / n).
+
+        Reference: Liu et al. (2020), Understanding why neural networks generalize well through GSNR of parameters.
 
         Args:
             num_examples: n, the examples that the gradient is of. Default: N.

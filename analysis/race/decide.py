@@ -1,6 +1,8 @@
 """Who is ahead: paired tests over seeds, all pairs together at one level.
 
 All entrants of a seed share initial weights and batches, so differences within seeds have less noise than between them.
+
+Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A race of optimizers: what `curvature race` does."""
+"""A race of optimizers: what `curvature race` does.
+
+References: Jamieson and Talwalkar (2016), for the search of rates; Holm (1979), for the tests of all pairs together.
+"""
 
 from __future__ import annotations
 

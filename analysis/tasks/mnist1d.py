@@ -1,7 +1,7 @@
 """Sequences in the manner of MNIST-1D: ten shapes, padded, moved, stretched, sheared and drowned in smooth noise.
 
 Made here, by a seed, from no file: a linear model does badly on them, a small network well, and where a shape
-begins is not known. The shapes follow those of Greydanus and Kobak (2020, 2024), Scaling down
+begins is not known. The shapes follow those of Greydanus and Kobak (2020), Scaling down
 deep learning; the steps from shape to example are theirs, but shapes are moved less far and there are fewer examples,
 so no figure of theirs is one of these data.
 """

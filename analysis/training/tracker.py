@@ -1,4 +1,7 @@
-"""Curvature along a training run, measured as it goes, without its noticing and within a budget of its time."""
+"""Curvature along a training run, measured as it goes, without its noticing and within a budget of its time.
+
+References: Cohen et al. (2021) and Cohen et al. (2022), on the edge of stability; each further quantity names its own.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.cost import timed
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
+from curvature.generators import AnyGenerator
 from curvature.layerwise.bends import Bend, bends
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
 from curvature.objective.objective import Objective
@@ -89,7 +90,7 @@ def exact_diagonal(
     *,
     route: Route = "auto",
     mc_samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: AnyGenerator | None = None,
     memory_budget: int | None = None,
     max_columns: int | None = 10_000,
 ) -> ExactDiagonal:
@@ -107,7 +108,7 @@ def exact_diagonal(
         route: "auto", or "rules" (an error where layers have none), "vmap" or "loop" over examples, as in
             `curvature.per_example.gradient_norms`.
         mc_samples: samples of the Monte Carlo kinds, each a pass over the data; 2 or more for a standard error.
-        generator: source of the Monte Carlo kinds.
+        generator: source of the Monte Carlo kinds, or a seed.
         memory_budget: bytes for gradients of examples that are held. Default: half of what is free.
         max_columns: refuse work beyond so many columns (or products) instead of beginning it; None forces.
 
@@ -128,8 +129,8 @@ def exact_diagonal(
     """
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
-    check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind.endswith("-mc"))
-    work = _Work(objective, kind, route, generator, memory_budget, max_columns)
+    source = check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind.endswith("-mc"))
+    work = _Work(objective, kind, route, source, memory_budget, max_columns)
     samples = mc_samples if kind.endswith("-mc") else 1
     n, dtype = objective.num_params, objective.dtype
     mean, squares = (torch.zeros(n, dtype=dtype, device=objective.device) for _ in range(2))

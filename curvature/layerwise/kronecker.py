@@ -25,6 +25,7 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.cost import timed
 from curvature.environment.one_matrix import one_matrix
 from curvature.errors import InputError, NonFiniteError
+from curvature.generators import AnyGenerator
 from curvature.layerwise.kronecker_work import KroneckerKind, KroneckerWork, LayerUse
 from curvature.layerwise.loss_root import check_sampling
 from curvature.linop import SymmetricOperator
@@ -132,7 +133,7 @@ def kronecker_factors(
     kind: KroneckerKind = "kflr",
     *,
     mc_samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: AnyGenerator | None = None,
     max_columns: int | None = 10_000,
 ) -> KroneckerFactors:
     """Return Kronecker factors for every nn.Linear and nn.Conv2d that holds parameters of the objective.
@@ -149,7 +150,7 @@ def kronecker_factors(
         objective: one with split between model and loss.
         kind: "kflr", "kfac" or "kfra".
         mc_samples: targets an example for "kfac".
-        generator: source of "kfac".
+        generator: source of "kfac", or a seed.
         max_columns: refuse more columns a batch than this; None forces.
 
     Raises:
@@ -172,8 +173,8 @@ def kronecker_factors(
     """
     if kind not in ("kflr", "kfac", "kfra"):
         raise InputError(f"kind must be 'kflr', 'kfac' or 'kfra', got {kind!r}.")
-    check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind == "kfac")
-    work = KroneckerWork(objective, kind, mc_samples, generator, max_columns)
+    source = check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind == "kfac")
+    work = KroneckerWork(objective, kind, mc_samples, source, max_columns)
     total, seconds = timed(lambda: objective.reduce(work.of_batch), objective.device)
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteError("the factors are not finite: activations or columns overflow; use a wider dtype.")

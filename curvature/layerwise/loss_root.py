@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.generators import as_generator
 from curvature.losses.rules import BinaryCrossEntropyWithLogits, CrossEntropy, LossRule, SquaredError
 
 __all__ = ["LossRoot", "UnsupportedError", "check_sampling", "loss_root"]
@@ -229,8 +230,8 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_sampling(
     objective: Any, kind: str, mc_samples: Any, generator: Any, max_columns: Any, *, draws: bool
-) -> None:
-    """Refuse arguments of what is computed from columns of a loss's root.
+) -> torch.Generator | None:
+    """Refuse arguments of what is computed from columns of a loss's root, and return what it draws from.
 
     Raises:
         InputError: with the argument, what is allowed and what was given.
@@ -246,3 +247,4 @@ def check_sampling(
         raise InputError(f"kind={kind!r} draws at random: pass generator=, e.g. torch.Generator().manual_seed(0).")
     if max_columns is not None and max_columns < 1:
         raise InputError(f"max_columns must be at least 1, or None, got {max_columns!r}.")
+    return as_generator(generator) if isinstance(generator, int) else generator

@@ -11,6 +11,8 @@ class HessianOperator(ObjectiveOperator):
     Cost of one product: 2 gradients at best with the graph kept, about 4 to 5 with the graph rebuilt. A block of k
     columns walks the data once.
 
+    Reference: Pearlmutter (1994), Fast exact multiplication by the Hessian.
+
     Args:
         objective: the function; it needs a second derivative (piecewise linear activations have one almost everywhere).
         block: restricts the matrix to some parameters: H_BB, the diagonal block. See `restrict`.

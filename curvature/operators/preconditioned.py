@@ -151,6 +151,8 @@ def optimizer_divisor(
             their eps, 1e-8 for Adam, which lets them rule the spectrum, or "exclude" for infinity, which leaves them
             out.
 
+    Reference: Cohen et al. (2022), Adaptive gradient methods at the edge of stability.
+
     Raises:
         InputError: for another kind of optimizer, or parameters without state.
 

@@ -1,7 +1,7 @@
 """Norms, inner products and moments of the gradients of single examples, in one pass over the data.
 
 Reference: McCandlish, Kaplan, Amodei and the OpenAI Dota team (2018), An empirical model of large-batch training; Liu,
-Bai, Jiang, Wang, Wang and Hou (2020), Understanding why neural networks generalize well through GSNR of parameters.
+Jiang, Bai, Chen and Wang (2020), Understanding why neural networks generalize well through GSNR of parameters.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `minimize` runs an optimizer until the gradient is small, the loss or the step no longer changes, or a budget is spent.
 `to_scipy` turns the same methods into callables for `scipy.optimize.minimize(fun, x0, method=...)` on NumPy functions.
+
+Reference: Nocedal and Wright (2006), Numerical Optimization; each method's optimizer names its own.
 """
 
 from __future__ import annotations

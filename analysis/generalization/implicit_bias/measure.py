@@ -76,7 +76,8 @@ def implicit_bias(
       hidden ones, effective rank, and the rates of the singular values beside those of Arora et al. (2019).
     - Diagonal networks b = u^2 - v^2 fit a few examples, whose targets a teacher with few weights has made, from small
       to large starts: distance to the solutions of least l1 and l2 norm, and to that of Woodworth et al. (2020).
-    - SGD on b = v^2 with noise on the labels: tr H beside the flow of Li et al. (2022), and the flattest solution.
+    - SGD on b = v^2 with noise on the labels: tr H beside the flow of Li, Wang and Arora (2022), and the
+      flattest solution.
 
     All is computed in float64 on the CPU, wherever the objective is; its model has no part in it.
 

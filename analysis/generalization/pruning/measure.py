@@ -1,4 +1,7 @@
-"""What each method of pruning predicts of the loss, and what the loss does, layer by layer and for all together."""
+"""What each method of pruning predicts of the loss, and what the loss does, layer by layer and for all together.
+
+References: LeCun, Denker and Solla (1990); Hassibi and Stork (1993); Singh and Alistarh (2020).
+"""
 
 from __future__ import annotations
 

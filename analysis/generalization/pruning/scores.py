@@ -1,4 +1,8 @@
-"""Which weights to remove: a score for each, the predicted change of the loss when it alone goes, lowest first."""
+"""Which weights to remove: a score for each, the predicted change of the loss when it alone goes, lowest first.
+
+References: LeCun, Denker and Solla (1990), Optimal brain damage; Hassibi and Stork (1993), Optimal brain surgeon; Singh
+and Alistarh (2020), WoodFisher.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Some eigenpairs of a symmetric matrix: the front of all the ways to them."""
+"""Some eigenpairs of a symmetric matrix: the front of all the ways to them.
+
+References: Wu and Simon (2000), for thick-restart Lanczos; Knyazev (2001), for LOBPCG; Haynsworth (1968), for what
+shows that no eigenvalue was missed.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ tridiagonal:  A Q = Q T + r e_m',  Q'r = 0.
 
 Several start vectors at a time share their products, one block a step, and nothing else.
 
-Reference: Golub and Van Loan, Matrix Computations, 4th ed., section 10.1; twice is enough: Giraud et al. (2005).
+Reference: Golub and Van Loan (2013), Matrix Computations, 4th ed., section 10.1; twice is enough: Giraud et al. (2005).
 """
 
 from __future__ import annotations

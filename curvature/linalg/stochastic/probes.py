@@ -1,4 +1,8 @@
-"""Random probe vectors z with E[z z'] = I, as columns."""
+"""Random probe vectors z with E[z z'] = I, as columns.
+
+References: Hutchinson (1990), for signs; Girard (1989), for normal entries; Epperly, Tropp and Webber (2024), for
+the sphere.
+"""
 
 from __future__ import annotations
 

@@ -158,10 +158,7 @@ def test_kfac_has_the_mean_of_kflr() -> None:
     objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
     exact = kronecker_factors(objective).layers["(root)"].B
     draws = torch.stack(
-        [
-            kronecker_factors(objective, "kfac", generator=torch.Generator().manual_seed(seed)).layers["(root)"].B
-            for seed in range(400)
-        ]
+        [kronecker_factors(objective, "kfac", generator=seed).layers["(root)"].B for seed in range(400)]
     )
     z = (draws.mean(0) - exact) / (draws.std(0) / 20)
     assert float(z.abs().max()) < 4
