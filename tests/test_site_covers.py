@@ -8,12 +8,16 @@ import enum
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import analysis
+import curvature
+import optimizers
 from analysis.registry import STUDIES
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +120,55 @@ def test_every_row_of_the_questions_has_all_its_cells() -> None:
 
 def cells(line: str) -> list[str]:
     return re.sub(r"`[^`]*`|\\\|", "", line).strip().strip("|").split("|")
+
+
+def signature(of: Callable[..., Any]) -> inspect.Signature:
+    """With the settings of a plan in place of the plan."""
+    found = inspect.signature(of)
+    plan = found.parameters.get("plan")
+    kind = getattr(analysis, plan.annotation, None) if plan is not None else None
+    if not dataclasses.is_dataclass(kind):
+        return found
+    settings = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None) for f in dataclasses.fields(kind)
+    ]
+    return found.replace(parameters=[*(p for p in found.parameters.values() if p is not plan), *settings])
+
+
+def test_calls_of_the_questions_take_their_arguments() -> None:
+    """Names, keywords and their number; `...` stands for those that are left out."""
+    public = {
+        name: getattr(path, name)
+        for path in (curvature.per_example, curvature.layerwise, optimizers, curvature, curvature.linalg, analysis)
+        for name in path.__all__
+    }
+    seen = 0
+    for code in re.findall(r"`([^`\n]+)`", page("questions.md")):
+        if "(" not in code or code.startswith(("curvature ", ".")):
+            continue
+        for node in ast.walk(ast.parse(code.replace("lr=)", "lr=1)"))):
+            if isinstance(node, ast.Call):
+                place, name = node.func, ast.unparse(node.func).rsplit(".", 1)[-1]
+                of_density = ast.unparse(place) == "linalg.effective_dimension"
+                called = curvature.linalg.effective_dimension if of_density else public.get(name)
+                given = [a for a in node.args if ast.unparse(a) != "..."]
+                if called is not None:
+                    bind = signature(called).bind if given == node.args else signature(called).bind_partial
+                    bind(*given, **{k.arg or "": k for k in node.keywords})
+                    seen += 1
+    assert seen > 80
+
+
+def test_old_names_are_gone_and_new_ones_are_there() -> None:
+    """Of the first table of `docs/migration.md`; and what the changelog says has been renamed stands there."""
+    paths = (curvature, curvature.linalg, curvature.layerwise, optimizers, analysis)
+    public = {name for path in paths for name in path.__all__}
+    text = page("migration.md")
+    rows = [line.split(" | ") for line in text.split("## Paths")[0].split("\n") if line.startswith("| `")]
+    before, now = ({n for row in rows for n in re.findall(r"\b[\w.]{4,}", row[i])} for i in (0, 1))
+    assert before - public >= {"hutchinson_trace", "hutchinson_diagonal", "hutchpp", "xtrace", "top_eigenpairs"}
+    assert {"trace", "diagonal", "eigsh", "optimizer_divisor", "analysis.CurvatureTracker"} <= now
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    renamed = re.findall(r"it was `(\w+)`|what was `(\w+)`|replaces `([A-Z]\w+)`|`(\w+)` before", changelog)
+    assert len(renamed) > 3
+    assert [name for name in map("".join, renamed) if name not in text] == []
