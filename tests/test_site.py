@@ -25,7 +25,7 @@ PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ON_RANKS = "how_to/distributed.md"
 NOT_RUN = {"start/lightning.md": 1, ON_RANKS: 1, "how_to/race.md": 1, "migration.md": 1}
-"""A checkpoint of the user's own; the start of processes; an optimizer whose weights lie elsewhere; names that are gone."""
+"""A checkpoint of one's own; the start of processes; an optimizer whose weights lie elsewhere; names that are gone."""
 KINDS = {"python", "py", "text", "console", "bash"}
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
