@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from curvature.data.tensors import move_batch
 from curvature.engine.linearize import Linearization
+from curvature.environment.memory import return_unused
 from curvature.errors import CheckFailedError, DataError, NonFiniteError
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.module_graph import Call, Pass, whole_in_graph
@@ -61,7 +62,7 @@ class Walk:
             for i in chosen.positions:
                 dtype = torch.promote_types(dtype, self.parts[i].dtype)
             self.total = self.parts[0].new_zeros(1 if vectors is None else len(vectors), chosen.num_local, dtype=dtype)
-        self._is_installed = False
+        self._is_installed, self._on_cpu = False, self.parts[0].device.type == "cpu"
         self._held: dict[tuple[int, bool], Tensor] = {}
         self._groups: list[tuple[int, ...]] = [(i,) for i in range(len(named))]
         self._modules: list[tuple[nn.Module, dict[str, int]]] = []
@@ -117,6 +118,8 @@ class Walk:
 
     def _taken(self, what: int, places: tuple[int, ...], row: int, rows: Tensor | None) -> Any:
         """Take part in a collective; with nothing to contribute, where rows is None."""
+        if self._on_cpu:
+            return_unused()  # of the module before
         if what == _PARAMETERS:
             mine = torch.cat([self.parts[i].detach().reshape(-1) for i in places])
             return self.shards.layout.of(places).whole(mine[None])
@@ -130,11 +133,8 @@ class Walk:
             return layout.whole(mine[None])
         assert self.total is not None
         self.num_sums += 1
-        if rows is None:
-            rows = self.total.new_zeros(1, layout.num_entries)
-            found = layout.summed(rows, self.shards.data, 0.0)[0]
-        else:
-            found = layout.summed(rows, self.shards.data, self.weight)[0]
+        mine = self.total.new_zeros(1, layout.num_entries) if rows is None else rows
+        found = layout.summed(mine, self.shards.data, self.weight)[0]
         first = 0
         for s in slices:
             self.total[row, s] += found[first : first + s.stop - s.start]
@@ -245,6 +245,10 @@ class _LinearisedByModule(Linearization):
             return super()._products(X, numbered, chosen)
         finally:
             self.walk.row = 0
+
+    def _flatten(self, *_: Any) -> Tensor:
+        """Return one number for a vector that nobody reads."""
+        return self.walk.parts[0].new_zeros(1)
 
     def _curve(self, chosen: Sequence[int], x: Tensor) -> Tensor:
         self._build_gradient()

@@ -201,7 +201,7 @@ class _ModuleBackward(torch.autograd.Function):
         if final:
             _contribute(call, found[count:])
             return *found[:count], *(None for _ in parts)
-        return *found[:count], *(torch.zeros_like(part) if part.requires_grad else None for part in parts)
+        return *found[:count], *(_nothing(part) if part.requires_grad else None for part in parts)
 
     @staticmethod
     @once_differentiable
@@ -229,6 +229,11 @@ class _ModuleBackward(torch.autograd.Function):
             return None, None, None, *found, *(None for _ in (*inputs, *parts))
         _contribute(call, found[len(u) + count :])
         return None, None, None, *found[: len(u) + count], *(None for _ in parts)
+
+
+def _nothing(part: Tensor) -> Tensor:
+    """Return zeros in the shape of a part, without its memory."""
+    return part.new_zeros(()).expand(part.shape)
 
 
 def _separated(given: Sequence[Any], num_vectors: int, count: int) -> tuple[Any, Any, Any]:
@@ -271,7 +276,7 @@ class _WholeBackward(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, place: int, gradient: Tensor, part: Tensor) -> Tensor:
         del gradient
         ctx.exchange, ctx.place = exchange, place
-        return torch.zeros_like(part)
+        return _nothing(part)
 
     @staticmethod
     @once_differentiable

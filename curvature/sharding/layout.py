@@ -212,6 +212,9 @@ class Layout:
         for first, stop in self._buckets(k):
             most = max(starts[stop] - starts[first] for starts in self.local_starts)
             mine = rows[:, self.local_starts[self.rank][first] : self.local_starts[self.rank][stop]]
+            if k == 1 and self._in_turn(first, stop):
+                found[:, self.starts[first] : self.starts[stop]] = all_gather(mine, self.group).view(1, -1)
+                continue
             sent = torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
             received = all_gather(sent, self.group)
             for rank, i, place in self._places(first, stop, found):
@@ -232,6 +235,11 @@ class Layout:
         found = rows.new_empty(k, self.num_local)
         for first, stop in self._buckets(k):
             most = max(starts[stop] - starts[first] for starts in self.local_starts)
+            if k == 1 and self._in_turn(first, stop):
+                sent = (rows[0, self.starts[first] : self.starts[stop]] * factor).view(self.group.size(), -1)
+                a, b = (self.local_starts[self.rank][j] for j in (first, stop))
+                found[0, a:b] = reduce_scatter(sent, self.group)
+                continue
             sent = rows.new_zeros(self.group.size(), k, most)
             for rank, i, place in self._places(first, stop, rows, owners=False):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
@@ -239,6 +247,14 @@ class Layout:
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
             found[:, a:b] = reduce_scatter(sent.mul_(factor), self.group)[:, : b - a]
         return found
+
+    def _in_turn(self, first: int, stop: int) -> bool:
+        """Whether the ranks hold a bucket of one tensor one after the other, as many entries each."""
+        shape, count = self.shapes[first], self.group.size()
+        if stop - first > 1 or not shape or shape[0] == 0 or shape[0] % count:
+            return False
+        step, rest = shape[0] // count, tuple((0, n) for n in shape[1:])
+        return all(self.boxes[r][first] == ((r * step, (r + 1) * step), *rest) for r in range(count))
 
     def _buckets(self, k: int) -> list[tuple[int, int]]:
         """Return runs of tensors that are moved at a time."""
