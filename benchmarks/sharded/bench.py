@@ -1,11 +1,12 @@
 """Do processes that hold parts of a model compute what one with all of it does, and at what price?
 
-    python -m benchmarks.sharded.bench [--what exact cost peers] [--ranks 2 4] [--out FILE]    to results/sharded.json
+    python -m benchmarks.sharded.bench [--what exact cost peers speed] [--ranks 2 4] [--out FILE]
 
 `exact`: relative errors against one process, in float64, of a network with normalisation and widths that ranks do not
 divide, on ragged data; collectives of a product and of a step of Lanczos. `cost`: peak resident memory of `eigsh` with
-a basis of 20 vectors, 10 million parameters in float64, graph rebuilt, and seconds of a Hessian product. `peers`: the
-routes of plain torch and of hessian-eigenthings, with their errors. Processes talk over gloo; one thread each.
+a basis of 20 vectors, 10 million parameters in float64, graph rebuilt, bytes that a product moves and its seconds,
+beside what `plan` says. `peers`: the routes of plain torch and of hessian-eigenthings, with their errors. `speed`:
+quartiles of the seconds of a step of Lanczos. Processes talk over gloo; one thread each.
 """
 
 from __future__ import annotations
@@ -25,10 +26,20 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.common.suite import Rows, command
-from curvature import GGNOperator, HessianOperator, MCFisherOperator, Objective, eigsh, solve
-from curvature.linalg import spectral_density, trace
-from curvature.sharding.collectives import COUNTS
+from curvature import (
+    Cluster,
+    GGNOperator,
+    HessianOperator,
+    MCFisherOperator,
+    ModelSize,
+    Objective,
+    eigsh,
+    solve,
+)
+from curvature.linalg import ThickRestartLanczos, spectral_density, trace
+from curvature.sharding.collectives import COUNTS, RECEIVED
 from curvature.sharding.tensors import in_parts, whole
+from curvature.spectra.many_devices import rank_cost
 
 LAYOUTS = ("DDP", "FSDP2", "FSDP2, nested", "DTensor", "column- and row-parallel", "tensor-parallel and FSDP2")
 PEERS = (
@@ -158,30 +169,58 @@ def _fisher_error(o: Objective, found: Tensor, v: Tensor, mine: Any, place: int)
     return float((found - product / weight).norm() / found.norm())
 
 
-def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
-    """Return peak memory of `eigsh` and seconds of a product, of a network of 10 million parameters."""
+def _deep(ranks: int) -> tuple[Any, ModelSize]:
+    """Return a network of 10 million parameters, in parts where there are several ranks, and its size."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
+    layers = (nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64, device="meta") for _ in range(DEPTH))
+    size = ModelSize.of(nn.Sequential(*layers), tokens=64, batch_tokens=64, token_bytes=3 * DEPTH * SIDE * 8)
     model: Any = nn.Sequential()
     for _ in range(DEPTH):
         layer: Any = nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64)
         model.extend([layer if ranks == 1 else fully_shard(layer), nn.Tanh()])
+    return model if ranks == 1 else fully_shard(model), size
+
+
+def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
+    """Return peak memory of `eigsh` and seconds of a product, of a network of 10 million parameters."""
+    model, size = _deep(ranks)
     x = torch.randn(64, SIDE, dtype=torch.float64)[rank::ranks]
-    if ranks > 1:
-        fully_shard(model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     budget = 0 if "module" in layout else None
     o = Objective(model, nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
     H, v = HessianOperator(o), o.gradient()
     H @ v
-    start = time.perf_counter()
-    for _again in range(3):
-        H @ v
-    seconds = (time.perf_counter() - start) / 3
+    moved, start = RECEIVED["bytes"], time.perf_counter()
+    H @ v
+    seconds, moved = time.perf_counter() - start, RECEIVED["bytes"] - moved
     eigsh(H, 1, num_basis=20, max_matvecs=24, rtol=1e-9, confidence=None, generator=0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {"peak_mib": peak, "before_mib": before, "product_seconds": seconds, "parameters": o.num_params}
+    route = COSTS[1] if budget == 0 else "whole parameters"
+    costs = rank_cost(size, num_matvecs=24, num_basis=21, others=1, world_size=ranks, cluster=Cluster(memory=1e15))
+    planned = next(c for c in (costs, costs.other) if c is not None and c.route in route)
+    return {
+        **{"peak_mib": peak, "before_mib": before, "product_seconds": seconds, "parameters": o.num_params},
+        **{"planned_mib": planned.rank_bytes / 2**20, "moved_mib": moved / 2**20},
+        "planned_moved_mib": planned.bytes_per_matvec / 2**20,
+    }
+
+
+def speed(rank: int, ranks: int, layout: str) -> dict[str, Any]:
+    """Return quartiles of the seconds of a step of Lanczos on 512 examples, one thread a rank."""
+    model, _ = _deep(ranks)
+    x = torch.randn(512, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[rank::ranks]
+    budget = 0 if "module" in layout else None
+    o = Objective(model, nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
+    solver = ThickRestartLanczos(o, 1, rtol=1e-12, confidence=None, generator=0)
+    solver.run(max_matvecs=2)
+    seconds = []
+    for done in range(3, 12):
+        start = time.perf_counter()
+        solver.run(max_matvecs=done)
+        seconds.append(time.perf_counter() - start)
+    return {"step_seconds": torch.tensor(seconds).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()}
 
 
 def peer(rank: int, ranks: int, layout: str) -> dict[str, Any]:
@@ -242,7 +281,9 @@ def _by_peer(layout: str, rank: int, ranks: int, v: Tensor) -> Tensor:
     return (found[0] - found[1]) / (2 * eps)
 
 
-WORK: dict[str, Callable[[int, int, str], dict[str, Any]]] = {"exact": exact, "cost": cost, "peers": peer}
+WORK: dict[str, Callable[[int, int, str], dict[str, Any]]] = {
+    **{"exact": exact, "cost": cost, "peers": peer, "speed": speed}
+}
 
 
 def work(rank: int, ranks: int, folder: str, what: str, layout: str) -> None:
@@ -265,7 +306,9 @@ def measured(what: str, layout: str, ranks: int) -> dict[str, Any]:
     row = {"what": what, "layout": layout, "ranks": ranks, **found[0]}
     if "errors" in row:
         row["errors"] = {k: max(f["errors"][k] for f in found) for k in row["errors"]}
-    return row | {k: max(f[k] for f in found) for k in ("peak_mib", "before_mib", "product_seconds") if k in row}
+    return row | {
+        k: max(f[k] for f in found) for k in ("peak_mib", "before_mib", "product_seconds", "moved_mib") if k in row
+    }
 
 
 def main() -> None:
@@ -278,6 +321,7 @@ def main() -> None:
     tasks = [("exact", layout, n) for layout in asked.layouts for n in asked.ranks]
     tasks += [("cost", layout, n) for n in (1, *asked.ranks) for layout in COSTS[: 1 if n == 1 else 2]]
     tasks += [("peers", name, 2) for name in PEERS]
+    tasks += [("speed", layout, n) for layout, n in ((COSTS[0], 1), (COSTS[0], 2), (COSTS[1], 2))]
     tasks = [task for task in tasks if task[0] in asked.what]
     with Rows(asked.out, ("what", "layout", "ranks"), len(tasks)) as rows:
         for task in tasks:

@@ -21,7 +21,7 @@ from curvature.sharding.collectives import all_reduce as _all_reduce
 from curvature.sharding.collectives import refuse_apart
 from curvature.sharding.layout import Layout
 
-__all__ = ["RULES", "ShardedTensor", "all_reduce", "held", "in_parts", "owned_part", "part_of", "rule", "whole"]
+__all__ = ["RULES", "ShardedTensor", "all_reduce", "held", "in_parts", "part_of", "rule", "whole"]
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
@@ -103,11 +103,6 @@ def whole(x: Tensor) -> Tensor:
 def in_parts(x: Tensor, sharding: Layout | None, along: int = -1) -> Tensor:
     """Return what `whole` undoes: a tensor that is alike on every rank as a sharded one, where there is a layout."""
     return x if sharding is None else ShardedTensor(sharding.part(x, along), sharding, along)
-
-
-def owned_part(local: Tensor, sharding: Layout) -> Tensor:
-    """Return a part (k, entries) with zeros where other ranks own the entries: what sums over all of them count."""
-    return local if sharding.owned is None else local * sharding.owned.to(local.device)
 
 
 def held(x: Tensor) -> Tensor:

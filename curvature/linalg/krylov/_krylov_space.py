@@ -31,7 +31,7 @@ _TINY = 1e-37  # keeps a start of zero zero
 _NOISE = 1e4 * torch.finfo(torch.float64).eps  # what products leave of an invariant space, relative to |A|
 _MORE, _SMALL = 16, 1 << 25  # rows to add at a time where the buffer holds no more than so many numbers
 _STATE = ("T", "C", "D", "num_known", "num_matvecs", "norm", "_injected")
-_COLUMNS = 1 << 18  # coordinates that a restart treats at a time
+_COLUMNS = 1 << 16  # coordinates that a restart treats at a time
 
 
 class KrylovSpace:

@@ -17,10 +17,12 @@ import math
 import torch
 from torch import Tensor
 
+from curvature.environment.device import is_gpu
 from curvature.linalg.base.validate import squares_in_range
 from curvature.linalg.krylov._krylov_space import KrylovSpace
+from curvature.linalg.krylov._rounded_space import COLUMNS, GPU_COLUMNS
 from curvature.linop import MatrixLike
-from curvature.sharding.tensors import ShardedTensor, all_reduce, owned_part
+from curvature.sharding.tensors import ShardedTensor, all_reduce
 
 _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of rounding, is a small rest
 
@@ -47,8 +49,15 @@ class ShardedSpace(KrylovSpace):
         """Take a step by one reduction; return the product that is left to be taken otherwise, if any."""
         m = self.count
         V, x = rows[:m], rows[m]
-        counted = owned_part(torch.stack([x, w]), AX.sharding)
-        inner = torch.cat([(rows[: m + 1] @ counted.T).reshape(-1), (w @ counted[1])[None]]).double()
+        owned = AX.sharding.owned
+        width = GPU_COLUMNS if is_gpu(w.device) else COLUMNS
+        inner = torch.zeros(2 * (m + 1) + 1, dtype=torch.float64, device=w.device)
+        for first in range(0, len(w), width):
+            part = slice(first, first + width)
+            two = torch.stack([x[part], w[part]])
+            two = two if owned is None else two * owned[part].to(w.device)  # what sums over all ranks count
+            inner[:-1] += (rows[: m + 1, part] @ two.T).reshape(-1)
+            inner[-1] += w[part] @ two[1]
         inner = all_reduce(inner, AX.sharding.group).cpu()
         ww = float(inner[-1])
         if not squares_in_range(ww, self.n, self.dtype):

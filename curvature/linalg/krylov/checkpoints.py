@@ -41,7 +41,7 @@ def save_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
         >>> later = ThickRestartLanczos(A, 2, rtol=1e-4, generator=0)
         >>> load_run(later, "run")  # doctest: +SKIP
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     state = solver.state_dict()
     rows = state.pop("rows")
@@ -50,7 +50,7 @@ def save_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
     rest = io.BytesIO()
     torch.save(state, rest)
     whole = {"rows": parts, "rest": rest.getvalue()}
-    _tried("written", folder, lambda: dcp.save(whole, checkpoint_id=folder, **_ranks(layout)))
+    _tried("written", folder, lambda: save(whole, checkpoint_id=folder, **_ranks(layout)))
 
 
 def load_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> None:
@@ -62,10 +62,11 @@ def load_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
     Raises:
         InputError: if there is no such run, or it is one of another problem.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     layout: Layout | None = getattr(solver.A, "sharding", None)
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     found = _tried("read", folder, lambda: reader.read_metadata().state_dict_metadata)
     stored = {k.removeprefix("rows."): v for k, v in found.items() if k.startswith("rows.")}
     if not stored or "rest" not in found:
@@ -79,8 +80,8 @@ def load_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
         parts = _pieces(local, layout)
     else:
         parts = {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()}
-    whole = {"rows": parts, "rest": b""}
-    _tried("read", folder, lambda: dcp.load(whole, storage_reader=reader, **_ranks(layout)))
+    whole: dict[str, Any] = {"rows": parts, "rest": b""}
+    _tried("read", folder, lambda: load(whole, storage_reader=reader, **_ranks(layout)))
     state = torch.load(io.BytesIO(whole["rest"]), weights_only=True)
     if not any(isinstance(part, _Piece) for part in parts.values()) or layout is None:
         rows = torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
