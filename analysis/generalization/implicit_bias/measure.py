@@ -39,7 +39,7 @@ class ImplicitBiasPlan(Plan):
     depths: tuple[int, ...] = setting(
         (1, 2, 3), "Numbers of layers of the deep linear networks; may be given several times.", flag="--depth N"
     )
-    scale: float = setting(1e-3, "Singular values at their start, over the largest to be learnt.", above=0, below=1)
+    scale: float = setting(1e-3, "Singular values at their start, over the largest to be learnt.", above=0, most=0.1)
     rank: int = setting(2, "Rank of the matrix to be completed, made of examples and inputs.", least=1)
     hidden: float = setting(0.3, "Share of its entries that training does not see.", above=0, below=1)
     examples: int | None = setting(
@@ -197,7 +197,13 @@ def _disturbed(
     largest = 4 * float((X.square() @ v.square()).max())  # curvature of an example's loss
     lr, runs = plan.lr or 0.5 / largest, list[LabelNoiseRun]()
     for r in range(plan.repeats):
-        found = label_noise_descent(X, y, noise=plan.noise, lr=lr, steps=plan.steps, start=_START, generator=seed + r)
+        try:
+            found = label_noise_descent(
+                X, y, noise=plan.noise, lr=lr, steps=plan.steps, start=_START, generator=seed + r
+            )
+        except InputError as error:
+            notes.append(f"Label noise was left out: {error}")
+            return ()
         runs.append(found)
         tell(f"label noise, seed {r + 1}")
     return tuple(runs)

@@ -70,10 +70,15 @@ class PruningPlan(Plan):
         below=1,
     )
     tickets: int = setting(
-        0, "Train lottery tickets with so many seeds, at the sparsities from a half on, or the largest.", least=0
+        0,
+        "Train lottery tickets with so many seeds, at the sparsities from a half on, iterative at all, or the largest.",
+        least=0,
     )
     steps: int = setting(300, "Steps of each of these trainings.", least=1)
     rewind: int = setting(0, "Steps after the beginning that tickets are rewound to.", least=0)
+    iterative: bool = setting(
+        False, "Prune each sparsity of tickets from the trained ticket of the one before; give a ladder of them."
+    )
     lr: float = setting(0.1, "Learning rate of these trainings, SGD with momentum 0.9.", above=0)
     batch_size: int = setting(64, "Batch size of these trainings.", least=1)
 
@@ -92,7 +97,8 @@ class PruningPlan(Plan):
 
     def ladder(self) -> list[float]:
         """Return the sparsities of tickets."""
-        return sorted({s for s in self.sparsities if 0.5 <= s < 1}) or [min(0.9, max(self.sparsities))]
+        least = 0.0 if self.iterative else 0.5
+        return sorted({s for s in self.sparsities if least <= s < 1}) or [min(0.9, max(self.sparsities))]
 
     def wanted(self, num_params: int) -> tuple[str, ...]:
         """Return the methods to try, of an objective with so many parameters."""
@@ -190,6 +196,7 @@ def measure_pruning(
             num_seeds=plan.tickets,
             steps=plan.steps,
             rewind=plan.rewind,
+            iterative=plan.iterative,
             lr=plan.lr,
             batch_size=plan.batch_size if len(ours.settings["data"]) == 1 else None,
             generator=streams[2],

@@ -148,6 +148,13 @@ def test_a_single_depth_and_data_that_leave_no_room_for_noise() -> None:
     assert len(run.report().findings) == (4 if found.noisy else 3)
 
 
+def test_noise_that_no_rate_stands_is_left_out_and_said() -> None:
+    found = analysis.implicit_bias(classes(), depths=(1,), starts=2, steps=100, repeats=2, noise=50.0, generator=0)
+    assert found.noisy == ()
+    assert any("Label noise was left out: SGD diverged" in note for note in found.notes)
+    assert math.isnan(found.noise_deviation().value)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_command(tmp_path: Path) -> None:
     asked = [
@@ -201,7 +208,7 @@ def test_data_that_no_linear_model_takes_are_refused(x: Tensor, y: Tensor, says:
         {"depths": (0,)},
         {"smallest": 1.0, "largest": 0.5},
         {"hidden": 1.0},
-        {"scale": 1.0},
+        {"scale": 0.2},
         {"steps": 10},
     ],
 )

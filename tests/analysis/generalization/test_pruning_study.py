@@ -156,6 +156,16 @@ def test_bad_trainings_are_refused() -> None:
             analysis.measure_pruning(objective, generator=0, **plan)  # type: ignore[arg-type]
 
 
+def test_rounds_of_a_plan_are_all_its_sparsities() -> None:
+    objective, _ = toy()
+    plan = {"methods": ("magnitude",), "sparsities": (0.3, 0.6), "tickets": 2, "steps": 15, "generator": 0}
+    at_once, rounds = (analysis.measure_pruning(objective, iterative=way, **plan).tickets for way in (False, True))
+    assert at_once is not None
+    assert rounds is not None
+    assert {row.sparsity for row in at_once.rows} == {0.0, 0.6}
+    assert {row.sparsity for row in rounds.rows} == {0.0, 0.3, 0.6}
+
+
 def test_command_report_and_stored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy.py").write_text(TASK)
     monkeypatch.chdir(tmp_path)
