@@ -62,6 +62,7 @@ class Draft:
             "seed": request.seed,
             "checkpoint": str(request.checkpoint),
             **{f"setting {name}": value for name, value in settings.items()},
+            "device": objective.device.type,  # others round otherwise, and the record names one
             "weights": weights,
             "data": data_sha256(objective.settings["data"]),
             "test data": batches_sha256(task.test_data),

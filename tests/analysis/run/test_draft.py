@@ -55,6 +55,14 @@ def test_another_loss_or_other_data_are_refused(tmp_path: Path, loader: bool) ->
         Draft(tmp_path).confirm("loss", 0.5)
 
 
+def test_another_device_is_refused(tmp_path: Path) -> None:
+    begin(tmp_path, task())
+    (kept,) = tmp_path.rglob("settings.json")
+    kept.write_text(kept.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(InputError, match="begun with another device;"):
+        begin(tmp_path, task())
+
+
 def scaled(factor: float) -> Any:
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         return factor * F.cross_entropy(outputs, labels)
