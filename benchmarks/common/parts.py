@@ -20,15 +20,21 @@ from benchmarks.common.problems import PROBLEMS
 from benchmarks.common.suite import ROOT
 from benchmarks.common.trained import TRAINED
 from benchmarks.coverage.bench import CASES
+from benchmarks.descent.bench import CASES as CURVES
 from benchmarks.estimators.reference import ESTIMATED
 from benchmarks.exact.bench import PROBLEMS as EXACT
+from benchmarks.head.bench import SIZES
 from benchmarks.matrices.bench import COSTS
 from benchmarks.matrices.bench import PROBLEMS as MATRIX_RUNS
+from benchmarks.memory.bench import PARTS as MEMORY
 from benchmarks.newton.bench import SUITES
 from benchmarks.optimizers.bench import PROBLEMS as OPTIMIZED
 from benchmarks.relations.bench import RELATIONS
 from benchmarks.scale.bench import GRIDS
+from benchmarks.sharded.bench import WORK as SHARDED
 from benchmarks.tracking.bench import STARTS
+from benchmarks.tracking.rates import TASKS
+from benchmarks.tracking.spikes import RECIPES
 
 __all__ = ["PARTS", "STATE", "run"]
 
@@ -51,7 +57,16 @@ _SPLIT: dict[str, tuple[str, Sequence[str]]] = {
     "coverage": ("--quantities", list(CASES)),
     "completeness": ("", ()),
     "compare": ("", ()),
+    "descent": ("--cases", list(CURVES)),
+    "head": ("--sizes", SIZES),
+    "memory": ("--parts", MEMORY),
+    "sharded": ("--what", list(SHARDED)),
+    "tracking.along": ("", ()),
+    "tracking.rates": ("--tasks", list(TASKS)),
+    "tracking.spikes": ("--tasks", list(RECIPES)),
 }
+ELSEWHERE = ("gpu", "pretrained", "learned")
+"""Suites that are no part: they need a GPU, packages with models, a training of hours."""
 _ALL = [
     *((suite, option, value) for suite, (option, values) in _SPLIT.items() for value in values or ("",)),
     *((f"optimizers {what}", "--problems", name) for what, names in OPTIMIZED.items() for name in names),
@@ -64,7 +79,8 @@ _ALL = [
 def _part(suite: str, option: str, value: str) -> tuple[str, list[str]]:
     module, *what = suite.split()
     name = "-".join(filter(None, (*suite.split(), value.replace(",", "").replace(" ", "_"))))
-    return name, [f"benchmarks.{module}.bench", *what, *(filter(None, (option, value)) if value else ())]
+    file = module if "." in module else f"{module}.bench"
+    return name, [f"benchmarks.{file}", *what, *(filter(None, (option, value)) if value else ())]
 
 
 PARTS = dict(_part(*part) for part in _ALL)
