@@ -40,6 +40,7 @@ from optimizers import (
     Shampoo,
     SketchyNewton,
     Sophia,
+    SSBroyden,
     TrustRegionNewton,
     Yogi,
 )
@@ -59,6 +60,7 @@ DETERMINISTIC: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (TrustRegionNewton, {"subproblem": "gltr"}),
     (CubicNewton, {}),
     (NaturalGradient, {"lr": 0.3, **LOSS}),
+    (SSBroyden, {"iterations": 3}),
     (GaussNewton, LOSS),
     (GaussNewton, {"blocks": "layer", **LOSS}),
     (KFAC, {"fisher": "type-2", **LOSS}),

@@ -42,10 +42,17 @@ OURS = ("newton-cg", "hessian-free", "trust-region", "gltr", "cubic", "saddle-fr
 SCIPY = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-exact")
 PINNS = {"poisson": POISSON, "convection": CONVECTION, "burgers": BURGERS}
 SUITES = ("autoencoder", *PINNS, "published", "nist", "logistic")
+_NATURAL = ("energy natural gradient", "energy natural gradient, rank 100", "spring")
 PINN_SEEDS = {
-    "poisson": {"levenberg-marquardt": 10, PLAIN: 3, "torch L-BFGS": 3, "torch Adam": 3},
-    "convection": {"levenberg-marquardt": 3, "torch L-BFGS": 2, "torch Adam": 1},
-    "burgers": {"levenberg-marquardt": 3, "torch L-BFGS": 2, "torch Adam": 1},
+    "poisson": {
+        "levenberg-marquardt": 10,
+        **dict.fromkeys((PLAIN, "ss-broyden", "bfgs", *_NATURAL, "torch L-BFGS", "torch Adam"), 3),
+    },
+    "convection": {
+        **dict.fromkeys(("levenberg-marquardt", "ss-broyden", "energy natural gradient"), 3),
+        **{"torch L-BFGS": 2, "torch Adam": 1},
+    },
+    "burgers": {"ss-broyden": 2, "levenberg-marquardt": 1, "torch L-BFGS": 1},
 }
 
 

@@ -59,4 +59,4 @@ def _error(model: nn.Module) -> float:
     return relative_error(model, points, convection_solution(points))
 
 
-CONVECTION = PinnProblem(make=_make, error=_error, seconds=25.0, steps=5000, success=2e-2)
+CONVECTION = PinnProblem(make=_make, error=_error, seconds=25.0, success=2e-2)

@@ -48,4 +48,4 @@ def _error(model: nn.Module) -> float:
     return relative_error(model, points, poisson_solution(points))
 
 
-POISSON = PinnProblem(make=poisson, error=_error, seconds=15.0, steps=300)
+POISSON = PinnProblem(make=poisson, error=_error, seconds=15.0)

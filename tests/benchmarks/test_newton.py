@@ -14,8 +14,9 @@ from torch.func import jacrev, vmap
 from benchmarks.newton.bench import PINN_SEEDS, PINNS
 from benchmarks.newton.burgers import burgers_equation, burgers_solution
 from benchmarks.newton.convection import convection_equation, convection_solution
-from benchmarks.newton.pinns import pinn_facts
+from benchmarks.newton.pinns import METHODS, pinn_facts
 from benchmarks.newton.poisson import poisson_equation, poisson_solution
+from optimizers import PointwiseResiduals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in jvp
 
@@ -103,9 +104,38 @@ def test_burgers_equation_beside_finite_differences() -> None:
 
 
 def test_every_method_makes_a_row() -> None:
-    short = replace(PINNS["convection"], seconds=0.02, steps=1)
-    for method in PINN_SEEDS["poisson"]:
+    def make(seed: int) -> tuple[nn.Module, PointwiseResiduals]:
+        model, residuals = PINNS["poisson"].make(seed)
+        residuals.terms = [(residual, points[::30]) for residual, points in residuals.terms]
+        return model, residuals
+
+    short = replace(PINNS["poisson"], seconds=0.02, make=make)
+    for method in METHODS:
         facts = pinn_facts(short, 0, method)
         assert math.isfinite(facts["loss"])
         assert facts["gradients"] > 0
         assert not facts["success"]
+
+
+def test_every_method_of_the_command_is_known() -> None:
+    assert all(METHODS.keys() >= seeds.keys() for seeds in PINN_SEEDS.values())
+
+
+def test_points_are_drawn_anew_where_the_residual_is_large() -> None:
+    """Under the density (1 + |r| / m) / 2 the mean of |r| is m (1 + v / 2), v its variance over m^2; it is less here.
+
+    Of four times as many even points each is taken once only.
+    """
+    problem, model = PINNS["burgers"], Exact(burgers_solution, 1.25)
+    _, residuals = problem.make(0)
+    residuals.model, (residual, points) = model, residuals.terms[0]
+    even = residuals()[: len(points)].abs()
+    assert problem.renew is not None
+    problem.renew(model, residuals)
+    assert residuals.terms[0][0] is residual
+    found = residuals.terms[0][1]
+    assert found.shape == points.shape
+    assert bool((found.abs() <= 1).all())
+    assert bool((found[:, 1] >= 0).all())
+    expected = float(1 + even.var() / even.mean() ** 2 / 2)
+    assert 1.5 < float(residuals()[: len(points)].abs().mean() / even.mean()) < expected
