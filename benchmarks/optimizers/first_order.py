@@ -57,7 +57,7 @@ FIRST_ORDER: dict[str, Method] = {
     "forward-activities": _method(
         "torch-curvature ForwardGradient of SGD, activities perturbed",
         _ours("ForwardGradient"),
-        "outputs",
+        "loss",
         settings=_SGD,
         model_as="activities_of",
     ),

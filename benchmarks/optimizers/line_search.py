@@ -88,7 +88,7 @@ def main() -> None:
         cells = []
         for rates in (RATES, OF_AUTHORS):
             best = min(rates, key=lambda lr: sum(found[lr]))
-            cells.append(f"{_told(found[best])}, rate {best:.2g}")
+            cells.append(f"{_told(found[best])}, rate {round(best, 3):g}")
         print(f"| {name} | {ours} | {' | '.join(cells)} |", flush=True)
 
 
