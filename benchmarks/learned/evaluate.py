@@ -29,7 +29,7 @@ HELD_OUT = 2 * 10**6
 KINDS: dict[str, tuple[int, int, Callable[[Draw], Draw]]] = {
     "held-out tasks like those of its training": (40, 5, lambda draw: draw),
     "500 steps": (10, 5, lambda draw: replace(draw, steps=500)),
-    "2000 steps": (4, 2, lambda draw: replace(draw, steps=2000)),
+    "1000 steps": (5, 1, lambda draw: replace(draw, steps=1000)),
     "20 steps": (10, 5, lambda draw: replace(draw, steps=20)),
     "two hidden layers of 256": (4, 2, lambda draw: replace(draw, widths=(256, 256), channels=0)),
     "six hidden layers of 16": (10, 3, lambda draw: replace(draw, widths=(16,) * 6, channels=0)),
