@@ -196,11 +196,12 @@ def _by(
     batch = min(size.batch_tokens, share)
     batches = math.ceil(share / batch)
     graph = int(batch * size.token_bytes * _DERIVATIVES)
+    whole = n * (p * (W > 1) + _WHOLE * v) if is_whole else _MODULE * size.largest_module * v
     parts = {
         "parameters": mine * p,
         "basis": num_basis * mine * v,
-        "vectors": (others + _OWN) * mine * v,
-        "whole parameters and vectors": n * (p + _WHOLE * v) if is_whole else _MODULE * size.largest_module * v,
+        "vectors": (others + _OWN * (W > 1)) * mine * v,  # on one rank they are the whole ones
+        "whole parameters and vectors": whole,
         "graph of a batch": graph,
     }
     moved = 2 * n * v if is_whole else batches * n * (5 * p + 2 * v)
