@@ -303,20 +303,26 @@ class Shards:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Have the whole parameters stand in the model, without torch's hooks, inside the context."""
-        dtypes = param_dtypes(self.model)
         originals = [(module, key, module._parameters[key]) for module, key, _ in self.places]
-        cast: dict[tuple[str, torch.dtype], Tensor] = {}
         with without_hooks(self.model):
             try:
-                for module, key, name in self.places:
-                    leaf, dtype = self.leaves[name], dtypes.get(module)
-                    if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
-                        leaf = cast.setdefault((name, dtype), leaf.to(dtype))  # type: ignore[assignment] # no parameter
-                    place(module, key, leaf)
+                self.install()
                 yield
             finally:
                 for module, key, original in originals:
                     place(module, key, original)
+
+    def install(self) -> None:
+        """Put the whole parameters, as they are now, and cast as FSDP2 does, in their places."""
+        dtypes = param_dtypes(self.model)
+        cast: dict[tuple[str, torch.dtype], Tensor] = {}
+        for module, key, name in self.places:
+            leaf, dtype = self.leaves[name], dtypes.get(module)
+            if dtype is not None and leaf.is_floating_point() and leaf.dtype != dtype:
+                if (name, dtype) not in cast:
+                    cast[name, dtype] = leaf.to(dtype)
+                leaf = cast[name, dtype]  # type: ignore[assignment] # no parameter
+            place(module, key, leaf)
 
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes that FSDP2 casts parameters to."""

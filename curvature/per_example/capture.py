@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types as python_types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _VIEWS = {
     *(torch.select, torch.chunk, torch.split, torch.unflatten, torch.movedim, _T.movedim, torch.swapaxes, _T.repeat),
     *_TRANSPOSES,
 }
+_CASTS = {_T.to, _T.type, _T.type_as, _T.float, _T.double, _T.half, _T.bfloat16}
 _MATRIX_PRODUCTS = {F.linear, torch.matmul, _T.matmul}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 
@@ -146,6 +147,11 @@ class Capture(TorchFunctionMode):
             return out
         if func in _VIEWS and placed[0] is not None:
             return self._follow_view(func, placed[0], args, kwargs)
+        if func in _CASTS and placed[0] is not None:
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor):  # not a dtype's name
+                self._places[id(out)] = replace(placed[0], tensor=out)
+            return out
         if isinstance(func, python_types.FunctionType) and func.__module__ == F.__name__:
             with self:
                 return inside(func)(*args, **kwargs)

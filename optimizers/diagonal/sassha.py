@@ -21,7 +21,7 @@ from optimizers.shared.base import Group, Shared
 from optimizers.shared.closures import loss_of, own_gradients
 from optimizers.shared.differentiation import gradients
 from optimizers.shared.gradients import refuse_sparse
-from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.ranks import average_over_ranks, on_all_ranks, share_of_rank
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -142,7 +142,6 @@ class SASSHA(CurvatureOptimizer):
         refuse_sparse(found, type(self).__name__)
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
         if self.process_group is not None:
-            compare_ranks(self, "gradients at the start of SASSHA's step")
             share = share_of_rank(self, outputs, targets)
             grads = average_over_ranks(grads, self.process_group, share)
         group = self.param_groups[0]

@@ -24,7 +24,7 @@ from optimizers.shared.base import Common, Group
 from optimizers.shared.closures import backward_of, loss_of
 from optimizers.shared.gradient_steps import GradientOptimizer
 from optimizers.shared.gradients import all_zero, local, refuse_gradients, refuse_sparse
-from optimizers.shared.ranks import average_over_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -224,6 +224,8 @@ class SLS(GradientOptimizer):
         group = self.process_group if part is None else self.process_group or mesh_group(part.device_mesh)  # type: ignore[attr-defined]
         if group is None:
             return float(value)
+        if self.process_group is not None:
+            compare_ranks(self, "a loss of the search")
         mine = torch.as_tensor(float(value), dtype=torch.float64, device=local(self._trained()[0]).device)
         return float(average_over_ranks([mine], group, share)[0])
 

@@ -147,7 +147,8 @@ class LayerCall:
 
     def _form(self, delta: Tensor, parameter: Tensor) -> tuple[Form | None, int]:
         """Return the gradients of the call's rows, and their number."""
-        delta = delta.detach().to(torch.promote_types(delta.dtype, torch.float32)).reshape(self.use.shape)
+        wide = torch.promote_types(torch.promote_types(delta.dtype, parameter.dtype), torch.float32)
+        delta = delta.detach().to(wide).reshape(self.use.shape)
         count = 1 if delta.ndim <= 1 and self.use.kind in _WITH_BIAS else len(delta) if delta.ndim else 1
         return self._form_of_rows(delta, count, parameter), count
 

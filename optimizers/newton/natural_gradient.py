@@ -62,7 +62,7 @@ class NaturalGradient(FullBatchOptimizer):
             Pays from some thousand residuals and parameters on. Without `jacobian`, products differentiate the closure
             and J is never made.
         jacobian: as for `LevenbergMarquardt`.
-        rtol: of conjugate gradients.
+        rtol: of conjugate gradients; `last_step.solver` says whether they reached it.
         max_iterations: of conjugate gradients.
         process_group: ranks that hold parts of each batch, and count by their loss terms if closures return outputs;
             not for residuals.
@@ -80,6 +80,7 @@ class NaturalGradient(FullBatchOptimizer):
     """
 
     _kept = (*FullBatchOptimizer._kept, "line_search", "jacobian")
+    _late_settings = FullBatchOptimizer._late_settings | {"rank": None}
     _fractions = ("momentum",)
     _least: ClassVar[dict[str, float]] = {"max_iterations": 1, "damping": 0}
 
@@ -172,6 +173,9 @@ class NaturalGradient(FullBatchOptimizer):
         A = Composed(J.T, J) if tall else Composed(J, J.T)
         sketch = nystrom(A, min(group["rank"], min(J.shape)), num_tests=0, generator=generator)
         settings = {"damping": damping, "rtol": group["rtol"], "max_iterations": group["max_iterations"]}
-        found = cg(A, J.T @ b if tall else b, preconditioner=sketch.preconditioner(damping), **settings)
+        # with less damping than rounding of I - U U' the preconditioner would be indefinite
+        rounding = 16 * A.shape[0] ** 0.5 * torch.finfo(b.dtype).eps * float(sketch.eigenvalues[0])
+        P = sketch.preconditioner(max(damping, rounding))
+        found = cg(A, J.T @ b if tall else b, preconditioner=P, **settings)
         steps = f"{found.num_iterations[0]} steps of conjugate gradients, {found.status.value}"
         return found.x if tall else J.T @ found.x, steps

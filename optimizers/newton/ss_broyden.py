@@ -132,7 +132,8 @@ class SSBroyden(FullBatchOptimizer):
         def value_and_slope(t: float) -> tuple[float, float]:
             seen.clear()  # a search ends where it looked last, or looks again
             seen[t] = evaluations.value_and_gradient(x + t * d)
-            return seen[t][0], float(seen[t][1] @ d)
+            finite = bool(seen[t][1].isfinite().all())
+            return (seen[t][0], float(seen[t][1] @ d)) if finite else (math.inf, math.nan)
 
         line = Line(
             value=lambda t: evaluations.value(x + t * d),

@@ -122,7 +122,8 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _look_for_gradients(self, *, computed: bool, old: bool) -> None:
         """Refuse a loss that was computed for this step and reached no parameter; warn where `.grad` holds nothing new.
 
-        torch takes both in silence.
+        torch takes both in silence. Where the parameters of a part of the model were replaced and others are reached,
+        nobody is told: that part looks as if the loss did not use it.
         """
         if computed:
             self._refuse_unreached()

@@ -80,12 +80,9 @@ class _Sight:
     def __init__(self, g: Tensor) -> None:
         self._id, self._ref, self._version = id(g), weakref.ref(g), local(g)._version
 
-    def is_of(self, g: Tensor) -> bool:
-        # the reference is followed only where it leads to g: other tensors may live on in autograd alone
-        return self._id == id(g) and self._ref() is g
-
     def is_now(self, g: Tensor) -> bool:
-        return self.is_of(g) and self._version == local(g)._version
+        # the reference is followed only where it leads to g: other tensors may live on in autograd alone
+        return self._id == id(g) and self._ref() is g and self._version == local(g)._version
 
 
 class Seen:
@@ -103,35 +100,55 @@ class Seen:
 
 
 class Followed:
-    """The gradients that belong to what was measured beside them, to tell later whether somebody cleared them."""
+    """The gradients that belong to what was measured beside them, to tell later whether somebody cleared them.
+
+    Only None and zeros are a clearing, not a gradient that was scaled or replaced. A backward pass fills what was None,
+    so hooks look at what lies there before each pass.
+    """
 
     def __init__(self) -> None:
         self._sights: dict[int, _Sight] = {}
+        self._empty: dict[int, bool] = {}  # whether there was no gradient when a backward pass last came by
+        self._cleared: set[int] = set()  # followed, and gone before a backward pass brought the next
         self._handles: list[Any] = []
+        self._to_come = False
 
     def take(self, params: Iterable[Tensor], *, to_come: bool = False) -> None:
         """Follow the gradients that lie in `.grad`, or those that backward passes bring from here on."""
-        if not to_come:
-            self._sights |= {id(p): _Sight(p.grad) for p in params if p.grad is not None}
-        elif not self._handles:
-            self._handles = [p.register_post_accumulate_grad_hook(lambda p: self.take([p])) for p in params]
+        params = list(params)
+        if to_come:
+            self._to_come = True
+        else:
+            found = {id(p): _Sight(p.grad) for p in params if p.grad is not None}
+            self._sights |= found
+            self._cleared -= found.keys()
+        if not self._handles:
+            self._handles = [p.register_hook(lambda _, p=p: self._before(p)) for p in params]
+            self._handles += [p.register_post_accumulate_grad_hook(self._after) for p in params]
+
+    def _before(self, p: Tensor) -> None:
+        self._empty[id(p)] = p.grad is None
+
+    def _after(self, p: Tensor) -> None:
+        if id(p) not in self._sights:
+            if self._to_come:
+                self.take([p])
+        elif self._empty.get(id(p)):
+            self._cleared.add(id(p))
 
     def cleared(self, params: Iterable[Tensor]) -> bool:
-        """Return whether all that were followed are gone, replaced or zero. Waits for the device if all changed."""
-        kept = [
-            (p.grad, self._sights[id(p)])
-            for p in params
-            if p.grad is not None and id(p) in self._sights and self._sights[id(p)].is_of(p.grad)
-        ]
-        if not self._sights or any(sight.is_now(g) for g, sight in kept):
+        """Return whether all that were followed are gone or zero. Waits for the device if all changed."""
+        followed = [p for p in params if id(p) in self._sights]
+        kept = [p for p in followed if p.grad is not None and id(p) not in self._cleared]
+        if not followed or any(self._sights[id(p)].is_now(p.grad) for p in kept if p.grad is not None):
             return False
-        return all_zero(local(g) for g, _ in kept)
+        return all_zero(local(p.grad) for p in kept if p.grad is not None)
 
     def end(self) -> None:
         """Follow nothing from here on."""
         while self._handles:
             self._handles.pop().remove()
-        self._sights = {}
+        self._sights, self._empty, self._cleared, self._to_come = {}, {}, set(), False
 
 
 def poison(params: Iterable[Tensor], curvatures: Sequence[Sequence[Tensor]]) -> None:

@@ -84,13 +84,13 @@ def share_of_rank(optimizer: Any, outputs: Tensor | None, targets: Any) -> float
     1 where the closure returned the loss itself, so that nobody knows how much a rank counts.
     """
     rule, group = optimizer._rule, optimizer.process_group
-    if rule is None or outputs is None:
-        terms = math.nan
-    elif rule.reduction == "sum":
-        return float(group.size())
-    else:
-        terms = float(rule.num_terms(outputs, targets))
+    is_sum = rule is not None and outputs is not None and rule.reduction == "sum"
+    known = rule is not None and outputs is not None and not is_sum
+    terms = float(rule.num_terms(outputs, targets)) if known else math.nan
     ranks = cast("RankAgreement", _agreement(optimizer))
+    ranks.agree("shares of a batch")
+    if is_sum:
+        return float(group.size())
     total = torch.tensor(terms, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(total, group=group)
     share = terms * group.size() / float(total) if float(total) != 0 else 1.0
@@ -102,6 +102,7 @@ def average_gradients(params: Sequence[Tensor], group: dist.ProcessGroup, share:
 
     Waits for the device only on ranks that did not use some parameter, which must learn whether others did.
     """
+    RankAgreement(group, params[0].device, group).agree("gradients")
     used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     local = [torch.zeros_like(p) if p.grad is None or share == 0 else p.grad * share for p in params]
     *means, shares = average_over_ranks([*local, used], group)

@@ -21,7 +21,7 @@ class Sharded:
     A step gathers whole parameters, lets the optimizer take its step on them, its gradients and curvature averaged over
     the ranks that hold different data, and writes each rank's part back. So the update is that of one process. The
     optimizer's state is whole on every rank: two vectors for `AdaHessian`, all factors for `KFAC`, beside parameters
-    and gradient.
+    and gradient. Parameters may be frozen and unfrozen between steps.
 
     Args:
         model: as `curvature.Objective` takes it. Closures call it as usual.
@@ -51,8 +51,8 @@ class Sharded:
             )
         self._shards = shards
         shards.gather()
-        trained = [leaf for leaf in shards.leaves.values() if leaf.requires_grad]
-        self.inner = method(trained, process_group=data, **settings)
+        leaves = [leaf for leaf in shards.leaves.values() if leaf.is_floating_point() or leaf.is_complex()]
+        self.inner = method(leaves, process_group=data, **settings)
         self.inner._shares_work = False  # type: ignore[attr-defined] # of matrix optimizers: the state is whole
         self._places = _places(model)
 
@@ -67,10 +67,32 @@ class Sharded:
                 "them: build the optimizer anew, then load its state."
             )
         self._shards.gather()
+        self._follow_requires_grad()
+        closures = {name: self._installing(given) for name, given in settings.items() if name == "curvature_closure"}
         with self._shards.installed():
-            loss: Tensor | None = self.inner.step(closure, **settings)  # type: ignore[assignment] # or a number
+            found: Any = self.inner.step(self._installing(closure), **{**settings, **closures})
         self._shards.write()
+        loss: Tensor | None = found
         return loss
+
+    def _follow_requires_grad(self) -> None:
+        """Freeze and unfreeze whole parameters as those of the model are now."""
+        for module, key, name in self._shards.places:
+            p, leaf = module._parameters[key], self._shards.leaves[name]
+            if p is not None and p.requires_grad != leaf.requires_grad:
+                leaf.requires_grad_(p.requires_grad)
+                leaf.grad = None
+
+    def _installing(self, closure: Any) -> Any:
+        """Have a closure see parameters as they are when it runs: FSDP2's casts of them are copies."""
+        if not callable(closure):
+            return closure
+
+        def run() -> Any:
+            self._shards.install()
+            return closure()
+
+        return run
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the optimizer's gradients."""

@@ -23,7 +23,7 @@ from optimizers.shared.closures import loss_of
 from optimizers.shared.differentiation import curvature_session, leaves
 from optimizers.shared.gradients import UNREACHED
 from optimizers.shared.probes import counter_generator, random_normals, random_signs
-from optimizers.shared.ranks import average_over_ranks, on_all_ranks, share_of_rank
+from optimizers.shared.ranks import average_over_ranks, compare_ranks, on_all_ranks, share_of_rank
 from optimizers.without_backprop.activities import layers_of, local_gradients, perturbed, refuse_coupled
 from optimizers.without_backprop.look import bits_of, refuse_mixed_rows, refuse_other_rows, refuse_uncounted
 
@@ -231,6 +231,7 @@ class ForwardGradient(AroundAnother):
         del calls
         self._look(closure, repeated, layers, params, structure, draw)
         if self.process_group is not None:
+            compare_ranks(self, "means of gradients")
             whole = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
             found = list(average_over_ranks(whole, self.process_group, share))
         return value.detach(), found
@@ -249,6 +250,7 @@ class ForwardGradient(AroundAnother):
         count = structure[0]
         need = torch.tensor([structure not in self._shown, 0 if count is None else bits_of(count)])
         if self.process_group is not None:  # ranks evaluate alike often
+            compare_ranks(self, "a look at the model")
             need = need.to(params[0].device)
             torch.distributed.all_reduce(need, torch.distributed.ReduceOp.MAX, self.process_group)
         due, bits = need.tolist()
@@ -278,6 +280,7 @@ class ForwardGradient(AroundAnother):
     def _mean(self, slope: Tensor, outputs: Tensor | None, targets: Any) -> Tensor:
         if self.process_group is None:
             return slope
+        compare_ranks(self, "means of slopes")
         share = 1.0 if outputs is None else share_of_rank(self, outputs, targets)
         return average_over_ranks([slope], self.process_group, share)[0]
 

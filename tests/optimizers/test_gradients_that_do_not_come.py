@@ -191,6 +191,25 @@ def test_measurements_outlive_the_clearing_of_the_last_steps_gradients(name: str
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("order", ["both", "measured first", "measured last"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_gradients_that_are_clipped_out_of_place_keep_their_measurements(name: str, order: str) -> None:
+    """`p.grad = ...` of what lay there, between two micro-batches and before the step, is no clearing."""
+    ends = []
+    for replaces in (True, False):
+        problem = mlp()
+        optimizer = MEASURED[name](problem.params)
+        for _ in range(3):
+            problem.model.zero_grad()
+            for rows, weight in ((FIRST, 1 / 3), (SECOND, 2 / 3)):
+                micro_batch(problem, optimizer, rows, weight, order, measured_part(name))
+                for p in problem.params if replaces else ():
+                    p.grad = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+        ends.append(problem.flat())
+    assert torch.equal(*ends)
+
+
 # -- groups that one computation moves ---------------------------------------------------------------------------------
 
 JOINT: dict[str, tuple[Callable[..., Any], str, Any]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from curvature.errors import InputError
+from curvature.errors import InputError, RankError
 from optimizers import EKFAC, KFAC, GaussNewton, Sharded
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
 
@@ -27,6 +27,7 @@ IN_PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
     **METHODS,
     "GaussNewton": (GaussNewton, {"iterations": 300, "rtol": 1e-13}),
 }
+CHANGED = ("KFAC", "EKFAC", "GaussNewton")
 
 
 def model_of() -> nn.Module:
@@ -122,6 +123,53 @@ def in_parts(name: str, rank: int | None, dtype: torch.dtype) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in whole])
 
 
+def changed(name: str, what: str, rank: int | None) -> Tensor:
+    """Three steps in parts: cast to float32 by FSDP2, or a weight frozen after the first and a bias only before it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    method, settings = IN_PARTS[name]
+    torch.manual_seed(3)
+    x, y = torch.randn(48, 5).double(), torch.randint(0, 3, (48,))
+    rows = slice(48) if rank is None else (slice(30) if rank == 0 else slice(30, 48))
+    model: Any = model_of()
+    model[6].bias.requires_grad_(what != "frozen")
+    if rank is not None:
+        policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float32)} if what == "cast" else {}
+        fully_shard(model, **policy)
+    made = method if rank is None else Sharded
+    optimizer = made(
+        model.parameters() if rank is None else model,
+        *() if rank is None else (method,),
+        loss=F.cross_entropy,
+        **settings,
+    )
+    for step in range(3):
+        if what == "frozen" and step == 1:
+            model[0].weight.requires_grad_(False)
+            model[6].bias.requires_grad_(True)
+        optimizer.step(lambda: (model(x[rows]).double(), y[rows]))
+    states = (optimizer if rank is None else optimizer.inner).state.values()
+    assert what == "frozen" or sum("left" in state for state in states) == 3
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().reshape(-1) for p in whole])
+
+
+def failing(rank: int, group: Any) -> str:
+    """Return what KFAC's step says where the closure of rank 1 fails."""
+
+    def closure() -> tuple[Tensor, Tensor]:
+        if rank == 1:
+            raise OSError("on purpose")
+        return model(torch.ones(4, 5).double()), torch.zeros(4).long()
+
+    model = model_of()
+    try:
+        KFAC(model.parameters(), loss=F.cross_entropy, process_group=group).step(closure)
+    except (RankError, OSError) as error:
+        return str(error)
+    return "taken"
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -132,6 +180,8 @@ def work(rank: int, folder: str) -> None:
         for dtype in (torch.float64, torch.float32):
             named = str(dtype).removeprefix("torch.")
             found |= {f"{name}, in parts, {named}": in_parts(name, rank, dtype) for name in IN_PARTS}
+        found |= {f"{n}, {what}": changed(n, what, rank) for n in CHANGED for what in ("cast", "frozen")}
+        found["failing"] = failing(rank, group)
         found["ddp"] = run("KFAC", "ddp", rank, group)
         found["resumed"] = run("EKFAC", "closure", rank, group, f"{folder}/saved")
         torch.save(found, Path(folder) / f"{rank}.pt")
@@ -167,6 +217,20 @@ def test_closures_may_call_data_parallel_wrappers(two_ranks: list[dict[str, Tens
 def test_resumes_through_a_distributed_checkpoint(two_ranks: list[dict[str, Tensor]]) -> None:
     for found in two_ranks:
         assert torch.equal(found["resumed"], found["EKFAC, closure"])
+
+
+@pytest.mark.parametrize("what", ["cast", "frozen"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_models_in_parts_may_be_cast_and_frozen(two_ranks: list[dict[str, Tensor]], name: str, what: str) -> None:
+    """Casts of FSDP2 keep their factors, and `requires_grad` counts as it is at the step."""
+    a, b = (found[f"{name}, {what}"] for found in two_ranks)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, changed(name, what, None), rtol=0, atol=1e-10 if what == "frozen" else 1e-4)
+
+
+def test_a_closure_that_fails_on_one_rank_raises_on_both(two_ranks: list[dict[str, Any]]) -> None:
+    assert two_ranks[1]["failing"] == "on purpose"
+    assert "rank 1: OSError: on purpose" in two_ranks[0]["failing"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

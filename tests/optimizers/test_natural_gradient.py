@@ -99,3 +99,27 @@ def test_randomised_steps_on_an_equation() -> None:
 def test_bad_ranks_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         NaturalGradient([nn.Parameter(torch.ones(2))], **settings)
+
+
+def test_the_preconditioner_is_definite_in_float32() -> None:
+    """A sketch of all of J J', which nothing but rounding is left of, under a damping far below rounding."""
+    g = torch.Generator().manual_seed(0)
+    A, b = torch.randn(60, 200, generator=g), torch.randn(60, generator=g)
+    w = nn.Parameter(torch.zeros(200))
+    NaturalGradient([w], damping=1e-6, rank=100).step(lambda: A @ w - b)
+    expected = torch.linalg.pinv(A.double()) @ b.double()
+    torch.testing.assert_close(w.detach().double(), expected, rtol=0, atol=1e-4 * float(expected.norm()))
+    smooth = A @ torch.diag(torch.logspace(2, -2, 200))
+    NaturalGradient([w], damping=1e-10, rank=55).step(lambda: smooth @ w - b)
+
+
+def test_states_from_before_there_was_a_rank_go_on() -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = NaturalGradient([w])
+    optimizer.step(lambda: 1 * w)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["rank"]
+    again = NaturalGradient([w])
+    again.load_state_dict(state)
+    again.step(lambda: 1 * w)
+    assert again.param_groups[0]["rank"] is None

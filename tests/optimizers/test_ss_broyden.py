@@ -166,3 +166,14 @@ def test_bad_settings_and_losses_are_refused() -> None:
         SSBroyden([x]).step(lambda: (x - 2).log().sum())
     SSBroyden([x]).step(lambda: (x - 0.5 - x.log()).sum())  # beyond 0 there is no loss: the search steps back
     assert float(x.detach().min()) > 0
+
+
+def test_a_trial_without_finite_gradient_shortens_the_step() -> None:
+    """The sum of roots falls to where its gradient is not finite: the first trial steps across, and others follow."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = SSBroyden([w], iterations=10)
+    optimizer.step(lambda: w.sqrt().sum())
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.accepted
+    assert bool(w.isfinite().all())
+    assert float(w.detach().min()) < 1e-6
