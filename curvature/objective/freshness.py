@@ -31,6 +31,7 @@ from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.python_state import Key, PythonState
 from curvature.losses.rules import loss_rule
+from curvature.objective.comparison import follow
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.moving import moving_module
@@ -136,7 +137,7 @@ class Freshness:
             self._versions = self._present_versions()
         what = [] if self._point is None else self._changes(self._point, now)
         first, shards = self._point is None, self._objective.shards
-        if shards is not None and shards.follow(self._objective, moved=bool(what) or first):
+        if shards is not None and follow(self._objective, moved=bool(what) or first):
             what = what or ["parameters that other ranks hold"] * (not first)
             now = self.look()  # FSDP2 has set itself up, where the model's own forward pass ran for the first time
         if what:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from curvature.autograd.backward import differentiable, ends_of, no_autocast, pull_back
 from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
+from curvature.fingerprints.digest import version
 
 __all__ = ["Call", "Exchange", "whole_in_graph"]
 
@@ -161,6 +162,10 @@ def _holding(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
             module._flat_weights = flat
 
 
+def _continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _leaf(tensor: Tensor, record: bool) -> Tensor:
     return tensor.detach().requires_grad_(record)
 
@@ -173,8 +178,16 @@ class _Module(torch.autograd.Function):
         ctx.call, ctx.count = call, count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        outputs = call.run([t.detach() for t in tensors[:count]], call.exchange.parameters(call.places))
-        ctx.mark_non_differentiable(*(y for y in outputs if not y.is_floating_point()))
+        inputs = [t.detach() for t in tensors[:count]]  # which share the counts of writes
+        before = [version(t) for t in inputs]
+        outputs = call.run(inputs, call.exchange.parameters(call.places))
+        if before != [version(t) for t in inputs]:
+            raise InputError(
+                f"a {type(call.module).__name__} writes into a tensor that it is given, and modules whose parameters "
+                "are gathered when they run are run again on the same tensors: write x * w for x.mul_(w), or give a "
+                "memory_budget that whole parameters fit in."
+            )
+        ctx.mark_non_differentiable(*(y for y in outputs if not _continuous(y)))
         return tuple(outputs)
 
     @staticmethod
@@ -216,7 +229,7 @@ class _ModuleBackward(torch.autograd.Function):
         exchange, final = call.exchange, call.exchange.which == "final"
         asked = any(d is not None for d in directions[count:])
         along = exchange.directions(call.places) if asked else {}
-        u = [None if t is None else _leaf(t, t.is_floating_point()) for t in vectors]
+        u = [None if t is None else _leaf(t, _continuous(t)) for t in vectors]
         x = [_leaf(t, t.requires_grad) for t in inputs]
         W = [_leaf(t, part.requires_grad) for t, part in zip(exchange.parameters(call.places), parts, strict=True)]
         first = call.pulled_back(x, W, u, again=True)

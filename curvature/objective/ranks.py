@@ -148,9 +148,9 @@ class RankAgreement:
             return None
         return tuple(high[8 : 8 + high[7]]), _DTYPES[high[6]]
 
-    def step(self, code: int | None) -> int | None:
+    def step(self, code: int | None, call: str) -> int | None:
         """Return the code of the ranks that have one, the same for all of them; None where none has."""
-        high = self._compared("a walk over the data", None, None, None, code, None, None)
+        high = self._compared(call, None, None, None, code, None, None)
         return None if high[5] == _NONE else high[5]
 
     def _compared(

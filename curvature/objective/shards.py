@@ -12,21 +12,17 @@ Without them the model is what it would be on one device, which is compared with
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from curvature.data.tensors import move_batch, tensors_in
 from curvature.environment.memory import available_memory
 from curvature.errors import CheckFailedError, InputError
 from curvature.fingerprints.digest import version
-from curvature.fingerprints.portable import content
-from curvature.objective.standing_in import fsdp_states, has_torch_hooks, param_dtypes, place, without_hooks
+from curvature.objective.standing_in import fsdp_states, param_dtypes, place, without_hooks
 from curvature.parameters import Block, ParameterSpace, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, whole
@@ -34,14 +30,9 @@ from curvature.sharding.tensors import ShardedTensor, whole
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from curvature.data.batches import DataSource
-    from curvature.engine.evaluation import Evaluator
-
 __all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "refuse_by_module", "space_of", "spread"]
 
 _WHOLE = 6  # vectors that a product holds beside the basis where parameters are whole
-_COMPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models whose own loss was seen to be that of the plain model."""
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -91,20 +82,6 @@ def mesh_group(mesh: Any) -> ProcessGroup:
         return dist.group.WORLD
     flat: ProcessGroup = mesh._flatten().get_group()
     return flat
-
-
-class Followed(Protocol):
-    """What is asked of an objective whose parameters are followed."""
-
-    evaluator: Evaluator
-    source: DataSource
-    device: torch.device
-
-    @property
-    def ranks(self) -> Any: ...
-
-    @property
-    def may_keep_graphs(self) -> bool: ...
 
 
 class WholeSpace(ParameterSpace):
@@ -260,36 +237,6 @@ class Shards:
             leaf.data.copy_(whole.view(leaf.shape))
         self._seen = self._versions()
 
-    def follow(self, objective: Followed, *, moved: bool) -> bool:
-        """Gather anew if the parameters moved on any rank; all ranks look together. Say whether they did.
-
-        Raises:
-            RankError: if ranks that must hold the same data do not.
-            CheckFailedError: from `compare`, which comes before the first product.
-        """
-        ranks = objective.ranks
-        assert ranks is not None
-        if self.pinned and objective.may_keep_graphs:
-            raise InputError(
-                "away from its point, a model in parts is evaluated by an objective that keeps no graphs: use loss_at "
-                "and gradient_at, or objective.replace(keep_graphs=False)."
-            )
-        if ranks.everywhere(self.pinned or not (moved or self.stale()), "a look at the parameters"):
-            return False
-        self.gather()
-        batch = next((batch for _, _, batch in objective.source), None)
-        ranks.agree("reading the first batch")
-        if self.data is None or self.data.size() < self.group.size():
-            place = 0 if self.data is None else self.data.rank()
-            ranks.same_data(place, content(tensors_in(batch)))
-        if (
-            has_torch_hooks(self.model)
-            and self.model not in _COMPARED
-            and ranks.everywhere(batch is not None, "the first batch")
-        ):
-            self.compare(objective.evaluator, move_batch(batch, objective.device), ranks.agree)
-        return True
-
     @torch.no_grad()
     def write(self) -> None:
         """Write this rank's parts of the leaves, alike on every rank, into the model's parameters."""
@@ -327,31 +274,6 @@ class Shards:
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes that FSDP2 casts parameters to."""
         return set(param_dtypes(self.model).values())
-
-    def compare(self, evaluator: Evaluator, batch: Any, agree: Callable[[str], Any]) -> None:
-        """Compare the loss of the plain model with the model's own on a batch, once a model. All ranks do so together.
-
-        Raises:
-            CheckFailedError: if they differ, or the model's own cannot be had.
-        """
-        own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None)
-        with torch.no_grad(), evaluator.copy_buffers().installed():
-            with evaluator.stand_ins() if evaluator.stand_ins is not None else contextlib.nullcontext():
-                ours = own.evaluate(batch, 0)
-            agree("the loss of the plain model")  # the other one takes collectives, which wait for those that failed
-            theirs = own.evaluate(batch, 0)
-            for module in fsdp_states(self.model):
-                module.reshard()  # type: ignore[operator] # a method of FSDP's
-        eps = max(torch.finfo(t.dtype).eps for t in (*self.leaves.values(), theirs.loss))
-        gap = abs(float(theirs.loss) - float(ours.loss))
-        if not gap <= 1e4 * eps * max(abs(float(theirs.loss)), 1e-8):
-            raise CheckFailedError(
-                f"the loss of the model as it is parallelised, {float(theirs.loss):.8g}, is not that of the plain one, "
-                f"{float(ours.loss):.8g}: its forward depends on how it was split (a number of local heads?). Products "
-                "through torch's hooks would be wrong in silence; pass the plain model with fully_shard, or with "
-                "process_group=."
-            )
-        _COMPARED.add(self.model)
 
 
 def refuse_by_module(shards: Shards | None, what: str) -> None:

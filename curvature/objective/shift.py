@@ -20,6 +20,7 @@ from curvature.environment.lock import one_at_a_time
 from curvature.errors import DataError, InputError, NonFiniteError
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.ranks import together
+from curvature.objective.shards import refuse_by_module
 from curvature.sharding.tensors import whole
 
 __all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
@@ -51,8 +52,10 @@ def shifted(objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Te
         buffers: name -> values of some of the model's buffers, which are set likewise.
 
     Raises:
-        InputError: for a vector of another shape, or a buffer that the model does not have.
+        InputError: for a vector of another shape, a buffer that the model does not have, and a sharded model of which
+            no rank holds whole parameters.
     """
+    refuse_by_module(objective.shards, "the function away from its point")
     parts = objective.space.to_dict(whole(point).detach().to(objective.device))
     changes = [(tensor, parts[name].to(tensor.dtype)) for name, tensor in objective.space.tensors.items()]
     if buffers:

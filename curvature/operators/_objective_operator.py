@@ -91,7 +91,8 @@ class ObjectiveOperator(SymmetricOperator):
         assert every is not None
         chosen = every if block is None else every.of(block.positions)
         mine = X if isinstance(X, ShardedTensor) else ShardedTensor(chosen.part(X, 0), chosen, 0)
-        found = product_by_module(self.objective, lambda lin, rows: self._of_batch(lin, rows, None), mine.T).T
+        what = f"products of {type(self).__name__}"
+        found = product_by_module(self.objective, what, lambda lin, rows: self._of_batch(lin, rows, None), mine.T).T
         return found if isinstance(X, ShardedTensor) else whole(found)
 
     @property

@@ -45,7 +45,7 @@ class ModelSize:
     """How large a model and its data are.
 
     Raises:
-        InputError: for counts below 1.
+        InputError: for counts below 1, modules beyond the parameters, negative bytes, and dtypes without derivative.
     """
 
     num_params: int
@@ -67,6 +67,16 @@ class ModelSize:
         for name in ("num_params", "largest_module", "num_modules", "tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("largest_module", "num_modules"):
+            if getattr(self, name) > self.num_params:
+                raise InputError(
+                    f"{name} must be at most num_params = {self.num_params}, got {getattr(self, name)}: modules "
+                    "without parameters of their own do not count."
+                )
+        if self.token_bytes < 0:
+            raise InputError(f"token_bytes must be at least 0, got {self.token_bytes}.")
+        if not self.param_dtype.is_floating_point:
+            raise InputError(f"param_dtype must be a floating-point dtype, got {self.param_dtype}.")
 
     @classmethod
     def of(cls, model: nn.Module, *, tokens: int, batch_tokens: int, token_bytes: int = 0) -> ModelSize:
@@ -79,7 +89,7 @@ class ModelSize:
             >>> size.num_params, size.largest_module, size.num_modules
             (134238208, 67125248, 2)
         """
-        own = [sum(p.numel() for p in m._parameters.values() if p is not None) for m in model.modules()]
+        own = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
         every = list(model.parameters())
         if not every:
             raise InputError("the model has no parameters.")

@@ -74,7 +74,7 @@ def fully_sharded(rank: int, **settings: Any) -> Objective:
     return objective(fully_shard(model), data, **settings)
 
 
-def on_a_mesh() -> Objective:
+def on_a_mesh(**settings: Any) -> Objective:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -82,7 +82,7 @@ def on_a_mesh() -> Objective:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     model = parallelize_module(net(), mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     data = batches()[:1] if mesh.get_local_rank("data") == 0 else batches()[1:]
-    return objective(fully_shard(model, mesh=mesh["data"]), data)
+    return objective(fully_shard(model, mesh=mesh["data"]), data, **settings)
 
 
 def work(rank: int, folder: str) -> None:
@@ -95,6 +95,7 @@ def work(rank: int, folder: str) -> None:
         sharded = fully_sharded(rank, **settings)
         found[f"fully sharded, {name}"] = values(sharded)
     found["mesh"] = values(on_a_mesh())
+    found["mesh, by module"] = values(on_a_mesh(memory_budget=0))
     found["fully sharded, whole"] |= solved(fully_sharded(rank))
 
     def dying(model: nn.Module, batch: Any) -> Any:
@@ -125,7 +126,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 pytestmark = pytest.mark.xdist_group("four ranks")
 
 
-@pytest.mark.parametrize("case", ["fully sharded, whole", "fully sharded, by module", "mesh"])
+@pytest.mark.parametrize("case", ["fully sharded, whole", "fully sharded, by module", "mesh", "mesh, by module"])
 def test_four_ranks_equal_one_process(ranks: list[dict[str, Any]], case: str) -> None:
     o = objective(net(), batches())
     alone = {**values(o), **solved(o)}

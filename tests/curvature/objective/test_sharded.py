@@ -316,6 +316,95 @@ def _other_modules(rank: int) -> Any:
     return objective(model, batches(), memory_budget=0).gradient()
 
 
+class Leaking(nn.Module):
+    """Hands tensors over otherwise than as arguments and results, in one of several ways."""
+
+    class Layer(nn.Module):
+        def __init__(self, how: str, other: list[nn.Linear]) -> None:
+            super().__init__()
+            self.how, self.other, self.weight = how, other, nn.Parameter(torch.linspace(-1, 1, 9).view(3, 3).clone())
+            self.given: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.how == "in place":
+                return x.mul_(self.weight[0])
+            self.kept = (x @ self.weight).square().mean()
+            if self.how == "a complex result":
+                return torch.complex(x @ self.weight, x)
+            return x @ (self.other[0].weight if self.how == "a list" else self.weight) * (self.given or 1.0)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(3, 3), nn.Linear(3, 3)
+        self.layer = Leaking.Layer(how, [self.first])
+        if how == "a hook":
+            nn.utils.weight_norm(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        if self.how == "an attribute before":
+            self.layer.given = x.mean()
+        y = self.layer(x)
+        y = (y * y).imag if y.is_complex() else y
+        y = self.last(torch.tanh(y))
+        return y + self.layer.kept if self.how == "an attribute after" else y
+
+
+def leaking(rank: int, how: str, **settings: Any) -> Objective:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = fully_shard(Leaking(how).double()) if rank >= 0 else Leaking(how).double()
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(6, 3)
+    data = [(x[:4], x[:4].sin()), (x[4:], x[4:].cos())]
+    return Objective(model, nn.MSELoss(), data if rank < 0 else data[rank : rank + 1], **settings)
+
+
+def complex_results(rank: int) -> dict[str, Tensor]:
+    """What goes between modules may be complex; what the model had of gradients and hooks stays as it was."""
+    o = leaking(rank, "a complex result", memory_budget=0 if rank >= 0 else None)
+    hits: list[Any] = []
+    for p in o.model.parameters():
+        p.grad = torch.ones_like(p)
+        p.register_post_accumulate_grad_hook(hits.append)
+    gradient = o.gradient()
+    assert not hits
+    assert all(bool((getattr(p.grad, "_local_tensor", p.grad) == 1).all()) for p in o.model.parameters())
+    return {"gradient": whole(gradient), "Hessian": whole(HessianOperator(o) @ gradient)}
+
+
+def _by_value(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0]) * sum(p.square().sum() for p in model.parameters()), batch[1]
+
+
+def _compared_on_the_other_route(rank: int) -> Any:
+    """What was compared with whole parameters was not module by module; a rank has no data."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(net())
+    data = batches() if rank == 0 else []
+    objective(model, data, forward=_by_value).loss()
+    return objective(model, data, forward=_by_value, memory_budget=0).loss()
+
+
+def _gradient_beside_loss(rank: int) -> Any:
+    o = objective(_fully_sharded(), batches(), memory_budget=0)
+    return o.gradient() if rank == 0 else o.loss()
+
+
+def _other_products(rank: int) -> Any:
+    o = objective(_fully_sharded(), batches(), memory_budget=0)
+    return (HessianOperator if rank == 0 else GGNOperator)(o) @ o.space.current()
+
+
+def _elsewhere(function: Callable[..., Any]) -> Callable[[int], Any]:
+    def call(_: int) -> Any:
+        o = objective(_fully_sharded(), batches(), memory_budget=0)
+        return function(o, o.space.current())
+
+    return call
+
+
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     "a forward that depends on the split": (_local_heads, "is not that of the plain one"),
     "other data on a tensor-parallel rank": (_other_data, "differ in their first batch"),
@@ -326,6 +415,18 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
         lambda _: objective(_fully_sharded(), batches(), memory_budget=0).check(),
         "needs whole parameters",
     ),
+    **{
+        f"{how}, module by module": (lambda rank, how=how: leaking(rank, how, memory_budget=0).loss(), text)
+        for how, text in {
+            **dict.fromkeys(("a list", "a hook", "an attribute before", "an attribute after"), "own backward pass"),
+            "in place": "writes into a tensor that it is given",
+        }.items()
+    },
+    "a comparison on the other route": (_compared_on_the_other_route, "is not that of the plain one"),
+    "a gradient beside a loss": (_gradient_beside_loss, "different calls"),
+    "products with other matrices": (_other_products, "different calls"),
+    "a loss away from the point": (_elsewhere(loss_at), "needs whole parameters"),
+    "a gradient away from the point": (_elsewhere(gradient_at), "needs whole parameters"),
     "ranks at different calls": (_out_of_step, "different calls"),
     "an objective that keeps graphs of another point": (_away, "keeps no graphs"),
     "half a parameter": (lambda _: objective(_fully_sharded(), batches()).gradient()[:4], "cut a parameter"),
@@ -398,6 +499,7 @@ def work(rank: int, folder: str) -> None:
     )
     try:
         mine: dict[str, Any] = {name: case(rank) for name, case in CASES.items()}
+        mine["complex results"] = complex_results(rank)
         mine["lower precision"] = in_lower_precision(rank)
         mine["algebra"] = algebra(dist.group.WORLD)
         mine["all-reduces of five steps"] = one_all_reduce_a_step(rank)
@@ -447,6 +549,13 @@ def test_casts_of_a_precision_policy_are_in_the_graph(ranks: list[dict[str, Any]
         assert_close(rank["lower precision"]["gradient"], o.gradient(), 1e-6)
         assert_close(rank["lower precision"]["Hessian"], HessianOperator(o) @ o.space.current(), 1e-5)
         assert float((rank["lower precision"]["gradient"] - wide.gradient()).norm()) > 1e-9
+
+
+def test_results_of_modules_may_be_complex(ranks: list[dict[str, Any]]) -> None:
+    alone = complex_results(-1)
+    for rank in ranks:
+        for what, value in rank["complex results"].items():
+            assert_close(value, alone[what], BATCHING_TOLERANCE)
 
 
 def test_a_step_of_lanczos_takes_one_all_reduce(ranks: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -89,6 +90,10 @@ def test_one_rank_moves_nothing_and_spectra_take_their_basis() -> None:
         (lambda: plan(size(BILLION), "product", world_size=0), "at least 1"),
         (lambda: Cluster(link=0.0), "must be positive"),
         (lambda: size(0), "num_params must be at least 1"),
+        (lambda: replace(size(BILLION), largest_module=2 * BILLION), "largest_module must be at most num_params"),
+        (lambda: replace(size(BILLION), num_modules=2 * BILLION), "num_modules must be at most num_params"),
+        (lambda: replace(size(BILLION), token_bytes=-1), "token_bytes must be at least 0"),
+        (lambda: replace(size(BILLION), param_dtype=torch.int8), "floating-point dtype"),
     ],
 )
 def test_refusals(call, words) -> None:  # type: ignore[no-untyped-def]
