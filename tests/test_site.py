@@ -160,7 +160,8 @@ def test_the_gallery_shows_all_notebooks() -> None:
     assert [n.name for n in (ROOT / "notebooks").glob("*.ipynb") if n.name not in gallery] == []
 
 
-def test_every_public_name_has_a_page() -> None:
+def test_every_public_name_has_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
     spec = importlib.util.spec_from_file_location("public_names", DOCS / "public_names.py")
     assert spec is not None
     assert spec.loader is not None

@@ -166,24 +166,25 @@ def _tensor_learning_rate(s: Subject) -> None:
     _same(by_number, by_tensor, "a tensor lr moves otherwise than a number", rtol=1e-6, atol=1e-9)
 
 
-def _no_gradients(s: Subject) -> None:
-    params, _, optimizer = s.trained(0)
+def _stays(s: Subject, params: Sequence[Tensor], optimizer: Any, what: str) -> None:
     before = _copies(params)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an optimizer may say that none came
+        warnings.simplefilter("ignore")  # an optimizer may say that no gradient came
         optimizer.step(*[lambda: 0.0] if s.form == "closure" else [])
-    _same(params, before, "a step without gradients moved parameters")
+    _same(params, before, f"a step {what} moved parameters")
+
+
+def _no_gradients(s: Subject) -> None:
+    params, _, optimizer = s.trained(0)
+    _stays(s, params, optimizer, "without gradients")
 
 
 def _zero_gradients(s: Subject) -> None:
     params, _, optimizer = s.trained(0)
-    before = _copies(params)
-    if "weight_decay" in optimizer.defaults:
-        optimizer = s.new(params, weight_decay=0.0)
+    optimizer = s.new(params, weight_decay=0.0) if "weight_decay" in optimizer.defaults else optimizer
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer.step(closure=(lambda: 0.0) if s.form == "closure" else None)
-    _same(params, before, "a step with zero gradients moved parameters")
+    _stays(s, params, optimizer, "with zero gradients")
 
 
 def _return_types(s: Subject) -> None:

@@ -14,7 +14,7 @@ from analysis.inspection.plan import InspectionPlan
 from curvature import EigenPairs, HessianOperator, Objective, eigsh
 from curvature.linalg.base import places
 from curvature.linop import to_dense
-from curvature.spectra import planning
+from curvature.spectra import spectrum_plan
 
 
 class Softmax(nn.Softmax):
@@ -76,7 +76,7 @@ def test_what_does_not_fit_into_memory_is_held_on_disk_or_not_at_all(monkeypatch
     file = places.tempfile.TemporaryFile
     monkeypatch.setattr(places.tempfile, "TemporaryFile", lambda: (files.append(file()), files[-1])[1])
     for free in (1 << 40, 0):
-        monkeypatch.setattr(planning, "available_memory", lambda _, free=free: free)
+        monkeypatch.setattr(spectrum_plan, "available_memory", lambda _, free=free: free)
         monkeypatch.setattr(diagonal, "available_memory", lambda _, free=free: free)
         o = objective(Softmax, width=30)
         assert ("on disk" in plan.price(o).text) is (free == 0)
