@@ -175,8 +175,7 @@ def _stays(s: Subject, params: Sequence[Tensor], optimizer: Any, what: str) -> N
 
 
 def _no_gradients(s: Subject) -> None:
-    params, _, optimizer = s.trained(0)
-    _stays(s, params, optimizer, "without gradients")
+    _stays(s, (trained := s.trained(0))[0], trained[2], "without gradients")
 
 
 def _zero_gradients(s: Subject) -> None:
