@@ -25,6 +25,7 @@ from curvature.autograd.backward import differentiable, ends_of, no_autocast, pu
 from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
 from curvature.fingerprints.digest import version
+from curvature.objective.standing_in import renew_weights
 
 __all__ = ["Call", "Exchange", "whole_in_graph"]
 
@@ -149,17 +150,15 @@ def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 @contextlib.contextmanager
 def _holding(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     """Have a module hold these parameters."""
-    before, flat = module._parameters, module.__dict__.get("_flat_weights")
+    before = module._parameters
     try:
         held: dict[str, Any] = {**dict.fromkeys(before), **values}
         module._parameters = held
-        if flat is not None:  # of recurrent networks
-            module._flat_weights = [values.get(name) for name in module._flat_weights_names]  # type: ignore[assignment, union-attr]
+        renew_weights(module)
         yield
     finally:
         module._parameters = before
-        if flat is not None:
-            module._flat_weights = flat
+        renew_weights(module)
 
 
 def _continuous(tensor: Tensor) -> bool:

@@ -75,6 +75,8 @@ class Objective:
             product on a kept graph is captured and later ones are replayed (CUDA graphs), which takes more memory.
         memory_budget: bytes that kept graphs may hold, those of `restrict` and `split` included; the graph that is
             being worked on comes on top. Default: half of what is free, below all limits of the process, as they grow.
+            A model in parts is differentiated module by module where six vectors as long as the parameters are more
+            than it, or than what a rank finds free; ranks that share a host see the same memory: give each a budget.
         micro_batch: cut batches into pieces of at most this many examples, to bound the memory of one graph: where none
             is kept, a Hessian product holds at most 3 times what the gradient of the same pieces does, one with the
             Gauss-Newton matrix 2.3 times; 4 and 2.4 where attention, tokens by tokens, is most of it. Texts are
@@ -116,7 +118,7 @@ class Objective:
         check_arguments(model, loss, forward, keep_graphs, memory_budget, micro_batch)
         model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile has no second derivative
         self.model = model
-        by_module = self.shards is not None and self.shards.choose(memory_budget, self.ranks)
+        by_module = self.shards is not None and self.shards.choose(memory_budget, self.ranks, keep_graphs, head)
         self._space = space_of(model, params, self.shards)
         self.device = self._space.device
         check_served(self.device)
@@ -274,7 +276,7 @@ class Objective:
 
     def linearise(self, batch: Any, index: int = 0, **recording: Any) -> Linearization:
         """Return the loss of one batch, linearised at the parameters as they are; kept nowhere."""
-        refuse_by_module(self.shards, "this")
+        refuse_by_module(self.shards, "linearise()")
         return Linearization(self.evaluator, self.space, move_batch(batch, self.device), index, **recording)
 
     def _sharing_with(self, other: Objective) -> Objective:

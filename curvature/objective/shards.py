@@ -30,7 +30,7 @@ from curvature.sharding.tensors import ShardedTensor, whole
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "refuse_by_module", "space_of", "spread"]
+__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "refuse_by_module", "refuse_settings", "space_of", "spread"]
 
 _WHOLE = 6  # vectors that a product holds beside the basis where parameters are whole
 
@@ -186,12 +186,13 @@ class Shards:
         self.by_module = False
         """Whether leaves are never gathered, and products take the parameters of one module at a time."""
 
-    def choose(self, memory_budget: int | None, ranks: Any) -> bool:
+    def choose(self, memory_budget: int | None, ranks: Any, keep_graphs: bool | str, head: Any) -> bool:
         """Go module by module where whole vectors exceed the budget, or what some rank has free; say whether."""
         each = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in self.leaves.values())
         device = next(iter(self.leaves.values())).device
         room = available_memory(device) if memory_budget is None else memory_budget
         self.by_module = not ranks.everywhere(_WHOLE * each <= room, "the choice of a route")
+        refuse_settings(self.by_module, keep_graphs, head)
         self.gather()
         return self.by_module
 
@@ -274,6 +275,17 @@ class Shards:
     def dtypes(self) -> set[torch.dtype]:
         """Return the dtypes that FSDP2 casts parameters to."""
         return set(param_dtypes(self.model).values())
+
+
+def refuse_settings(by_module: bool, keep_graphs: bool | str, head: Any) -> None:
+    """Raise InputError for settings of an objective that do not hold module by module."""
+    for name, value, plain in (("keep_graphs", keep_graphs, "auto"), ("head", head, "auto")):
+        if by_module and value not in (plain, False, None):
+            raise InputError(
+                f"{name}={value!r:.60} does not hold for a model that is differentiated module by module, whose graphs "
+                "are built anew and whose logits are whole; leave it out, or give a memory_budget that six vectors of "
+                "all parameters fit in."
+            )
 
 
 def refuse_by_module(shards: Shards | None, what: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from curvature.data.tensors import map_tensors
 
-__all__ = ["fsdp_states", "has_torch_hooks", "param_dtypes", "place", "without_hooks"]
+__all__ = ["fsdp_states", "has_torch_hooks", "param_dtypes", "place", "renew_weights", "without_hooks"]
 
 
 def fsdp_states(model: nn.Module) -> dict[nn.Module, Any]:
@@ -54,10 +54,15 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 def place(module: nn.Module, key: str, value: Any) -> None:
     """Put a tensor in the place of a module's parameter."""
+    module._parameters[key] = value
+    renew_weights(module)
+
+
+def renew_weights(module: nn.Module) -> None:
+    """Have a recurrent network run with the parameters that it holds: it keeps a list of them."""
     if isinstance(module, nn.RNNBase):
-        setattr(module, key, value)  # which renews its list of weights
-    else:
-        module._parameters[key] = value
+        found = [module._parameters.get(name) for name in module._flat_weights_names]
+        module._flat_weights = found  # not by setattr, which takes no casts
 
 
 def param_dtypes(model: nn.Module) -> dict[nn.Module, torch.dtype]:

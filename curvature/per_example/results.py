@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class GradientNorms(Result):
     example is of this rank's examples.
     """
 
-    _large = ("mean", "dots", "second_moment")
+    _large: ClassVar[tuple[str, ...]] = ("mean", "dots", "second_moment")
 
     mean: Tensor
     """(n,), the objective's gradient; units of loss / parameter."""
@@ -100,7 +101,7 @@ class GradientNorms(Result):
 class GradientMoments(GradientNorms):
     """The first two moments of the gradients of single examples, entry by entry."""
 
-    _curves = ("blocks",)
+    _large = (*GradientNorms._large, "blocks")
 
     second_moment: Tensor
     """(n,), sum_i p_i g_i^2, entrywise."""

@@ -73,6 +73,7 @@ class Result:
                 f"its {' and its '.join(parts)} can be drawn" if parts else "draw its fields, or those of to_frame()"
             )
             raise InputError(f"a {type(self).__name__} has no figure of its own; {advice}.")
+        # The one place here that knows of `analysis`, which draws: by name, where somebody wants a figure.
         return getattr(importlib.import_module("analysis"), self._figure)(self, **settings)
 
     def raise_if_failed(self) -> Self:
@@ -124,12 +125,12 @@ def _tells(value: Any) -> bool:
     return not (value is None or value in ("", ()) or (isinstance(value, float) and math.isnan(value)))
 
 
-def finite_or_none(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     """Return a number that JSON can hold."""
     return value if math.isfinite(value) else None
 
 
-def to_plain(value: Any, *, arrays: bool = False, number: Callable[[float], Any] = finite_or_none) -> Any:
+def to_plain(value: Any, *, arrays: bool = False, number: Callable[[float], Any] = _finite_or_none) -> Any:
     """Return a result, or what stands in one, as nested dicts and lists: enums by name, what JSON knows not as text.
 
     Args:

@@ -30,8 +30,8 @@ from curvature.results.record import Result
 __all__ = ["Cluster", "ModelSize", "RankCost", "Route", "rank_cost"]
 
 Route = Literal["whole parameters", "module by module"]
-_WHOLE = 5  # vectors that every rank holds whole beside the parameters: the one that is multiplied, gradients, product
-_MODULE = 6  # tensors of the largest module's size: parameters, direction, gradient, product, two on their way
+_WHOLE = 3  # vectors that every rank holds whole beside the parameters: gradients; and the columns and their products
+_MODULE = 4  # tensors of the largest module's size: parameters, gradient, two on their way; and directions and products
 _OWN = 4  # parts of vectors beside the basis
 _DERIVATIVES = 1.8  # of what a graph holds, with a derivative for most activations
 _FLOPS = {"whole parameters": 16, "module by module": 26}
@@ -165,7 +165,14 @@ class RankCost(Result):
 
 @checked
 def rank_cost(
-    size: ModelSize, *, num_matvecs: int, num_basis: int, others: int, world_size: int, cluster: Cluster | None = None
+    size: ModelSize,
+    *,
+    num_matvecs: int,
+    num_basis: int,
+    others: int,
+    width: int = 1,
+    world_size: int,
+    cluster: Cluster | None = None,
 ) -> RankCost:
     """Return what products and a basis take on each rank, by the faster route that fits; the other one beside it.
 
@@ -174,6 +181,7 @@ def rank_cost(
         num_matvecs: products.
         num_basis: vectors of the basis.
         others: vectors beside it, such as eigenvectors.
+        width: columns that are multiplied at a time.
         world_size: ranks.
         cluster: what each has.
 
@@ -184,7 +192,7 @@ def rank_cost(
         raise InputError(f"world_size must be at least 1, got {world_size}.")
     cluster = Cluster() if cluster is None else cluster
     routes: tuple[Route, Route] = ("whole parameters", "module by module")
-    found = [_by(route, size, num_matvecs, num_basis, others, world_size, cluster) for route in routes]
+    found = [_by(route, size, num_matvecs, num_basis, others, width, world_size, cluster) for route in routes]
     fitting = sorted((cost for cost in found if cost.fits), key=lambda cost: cost.seconds)
     if not fitting:
         least = min(found, key=lambda cost: cost.rank_bytes)
@@ -197,7 +205,14 @@ def rank_cost(
 
 
 def _by(
-    route: Route, size: ModelSize, num_matvecs: int, num_basis: int, others: int, world_size: int, cluster: Cluster
+    route: Route,
+    size: ModelSize,
+    num_matvecs: int,
+    num_basis: int,
+    others: int,
+    width: int,
+    world_size: int,
+    cluster: Cluster,
 ) -> RankCost:
     n, p, v, W = size.num_params, size.param_dtype.itemsize, size.dtype.itemsize, world_size
     is_whole = route == "whole parameters"
@@ -206,7 +221,10 @@ def _by(
     batch = min(size.batch_tokens, share)
     batches = math.ceil(share / batch)
     graph = int(batch * size.token_bytes * _DERIVATIVES)
-    whole = n * (p * (W > 1) + _WHOLE * v) if is_whole else _MODULE * size.largest_module * v
+    if is_whole:
+        whole = n * (p * (W > 1) + (_WHOLE + 2 * width) * v)
+    else:
+        whole = (_MODULE + 2 * width) * size.largest_module * v
     parts = {
         "parameters": mine * p,
         "basis": num_basis * mine * v,

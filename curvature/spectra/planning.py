@@ -169,7 +169,16 @@ def plan(
             raise InputError("layers are planned for an objective, without world_size=.")
         assert world_size is not None
         count, basis, others = _vectors_of(made, A, k if quantities == "eigenpairs" else 0)
-        return rank_cost(A, num_matvecs=count, num_basis=basis, others=others, world_size=world_size, cluster=cluster)
+        width = 1 if made is None else min(num_probes, A.num_params)
+        return rank_cost(
+            A,
+            num_matvecs=count,
+            num_basis=basis,
+            others=others,
+            width=width,
+            world_size=world_size,
+            cluster=cluster,
+        )
     A = as_matrix(A, matrix)
     n = check_square(A)
     if quantities == "layers" and not isinstance(A, ObjectiveOperator):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 
 import analysis
-import curvature
 from analysis.inspection.study import InspectionRun
 from analysis.registry import STUDIES
 from analysis.run.report import page_of
@@ -139,18 +139,28 @@ def shows_itself(run: StudyRun) -> None:
             run.plot()
 
 
-def test_what_has_a_figure_is_drawn_by_its_own_method() -> None:
-    """Each function that draws a single result is the figure of that kind of result, or a further one of it."""
-    for name in analysis.__all__:
-        if not name.startswith("plot_"):
-            continue
-        (first, *_) = inspect.signature(getattr(analysis, name)).parameters.values()
-        kinds = [
-            getattr(analysis, kind, None) or getattr(curvature, kind, None) for kind in first.annotation.split(" | ")
-        ]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, Result):
-                assert kind._figure in analysis.__all__, f"{kind.__name__}.plot should draw it by {name}"
+def _kinds(base: type) -> Iterator[type[Result]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def test_the_figure_of_a_kind_of_result_takes_one() -> None:
+    """And each function that draws a kind of result has one of that kind's own, which `plot` finds."""
+    assert set(analysis.__all__) <= set(dir(analysis))
+    places = [getattr(analysis, name) for name in analysis.__all__]  # imports every room
+    drawn = {kind.__name__: kind._figure for kind in _kinds(Result) if kind._figure}
+    assert len(drawn) > 25
+    for name, figure in drawn.items():
+        (first, *rest) = inspect.signature(getattr(analysis, figure)).parameters.values()
+        assert name in first.annotation.split(" | "), f"{figure} does not draw a {name}"
+        assert all(p.default is not p.empty for p in rest), f"{figure} asks for more than a {name}"
+    known = {kind.__name__ for kind in _kinds(Result)}
+    for place in places:
+        if inspect.isfunction(place) and place.__name__.startswith("plot_"):
+            (first, *_) = inspect.signature(place).parameters.values()
+            kinds = set(first.annotation.split(" | ")) & known
+            assert kinds <= set(drawn), f"{place.__name__} draws {kinds}, whose plot() finds nothing"
 
 
 def test_refusals() -> None:

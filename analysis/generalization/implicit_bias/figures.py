@@ -74,7 +74,9 @@ def plot_completion(
     return ax
 
 
-def plot_diagonal_linear(runs: Sequence[DiagonalRun], *, ax: Axes | None = None, colors: Colors | None = None) -> Axes:
+def plot_diagonal_linear(
+    runs: DiagonalRun | Sequence[DiagonalRun], *, ax: Axes | None = None, colors: Colors | None = None
+) -> Axes:
     """Plot how far the solutions of several starts are from those of least l1 and least l2 norm, and from theory.
 
     Args:
@@ -83,7 +85,7 @@ def plot_diagonal_linear(runs: Sequence[DiagonalRun], *, ax: Axes | None = None,
         colors: what to paint with.
     """
     ax, colors = new_axes(ax), colors or Colors()
-    runs = sorted(runs, key=lambda run: run.alpha)
+    runs = sorted([runs] if not isinstance(runs, Sequence) else runs, key=lambda run: run.alpha)
     alphas = [run.alpha for run in runs]
     for name, values, color, mark in (
         ("least l1 norm", [run.distance(run.least_l1) for run in runs], colors.positive, "o"),

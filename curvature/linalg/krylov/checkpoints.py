@@ -10,6 +10,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ def save_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
 
     Args:
         solver: between two calls of `run`.
-        folder: where; one that all ranks reach.
+        folder: where; one that all ranks reach, without a run: what is cut off loses none that was saved before.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if it cannot be written, or holds a run.
 
     Examples:
         >>> A = torch.diag(torch.arange(100.0))
@@ -43,6 +44,8 @@ def save_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    if (Path(folder) / ".metadata").exists():  # written last, when all ranks are done
+        raise InputError(f"{str(folder)!r} holds a run: save each time to a folder of its own.")
     state = solver.state_dict()
     rows = state.pop("rows")
     layout: Layout | None = getattr(rows, "sharding", None)
@@ -74,6 +77,7 @@ def load_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
     sizes = {name: tuple(stored[name].size) for name in sorted(stored, key=int)}
     dtype = next(entry.properties.dtype for entry in stored.values())
     device = solver.space.rows.device
+    local: Tensor | None = None
     if layout is not None and [s[1:] for s in sizes.values()] == list(layout.shapes):
         count = next(iter(sizes.values()))[0]
         local = torch.empty(count, layout.num_local, dtype=dtype, device=device)
@@ -83,11 +87,12 @@ def load_run(solver: ThickRestartLanczos, folder: str | os.PathLike[str]) -> Non
     whole: dict[str, Any] = {"rows": parts, "rest": b""}
     _tried("read", folder, lambda: load(whole, storage_reader=reader, **_ranks(layout)))
     state = torch.load(io.BytesIO(whole["rest"]), weights_only=True)
-    if not any(isinstance(part, _Piece) for part in parts.values()) or layout is None:
+    if local is None:
         rows = torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
         if layout is not None and rows.shape[1] == layout.num_entries:
             rows = ShardedTensor(layout.part(rows), layout)
     else:
+        assert layout is not None
         rows = ShardedTensor(local, layout)
     solver.load_state_dict({**state, "rows": rows})
 
@@ -101,7 +106,7 @@ def _tried(what: str, folder: str | os.PathLike[str], act: Callable[[], Any]) ->
 
     try:
         with warnings.catch_warnings():  # that a single process is one
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.filterwarnings("ignore", "torch.distributed is disabled|torch.distributed is unavailable")
             return act()
     except (CheckpointException, OSError) as error:
         raise InputError(f"the run in {str(folder)!r} cannot be {what}: {str(error).splitlines()[-1][:200]}") from error

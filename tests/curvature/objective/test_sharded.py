@@ -26,7 +26,9 @@ from curvature import (
 )
 from curvature.errors import InputError
 from curvature.linalg import ThickRestartLanczos, diagonal, load_run, save_run, trace
+from curvature.objective.shards import refuse_settings
 from curvature.objective.shift import gradient_at, loss_at, shifted
+from curvature.objective.standing_in import place
 from curvature.sharding.collectives import COUNTS, RECEIVED
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
@@ -595,6 +597,26 @@ def test_a_run_of_one_process_is_read_and_others_are_refused(tmp_path: Path) -> 
         load_run(ThickRestartLanczos(A[:50, :50], 2, generator=0, **SOLVER), tmp_path / "run")
     with pytest.raises(InputError, match="cannot be read"):
         load_run(later, tmp_path / "nothing")
+    with pytest.raises(InputError, match="holds a run: save each time to a folder of its own"):
+        save_run(later, tmp_path / "run")
+
+
+def test_recurrent_networks_run_with_what_stands_in() -> None:
+    lstm = torch.nn.LSTM(3, 4)
+    x, before = torch.randn(2, 3), lstm.weight_ih_l0
+    plain = lstm(x)[0]
+    place(lstm, "weight_ih_l0", (2 * before).to(torch.bfloat16).float())  # no parameter, as a cast of one is
+    assert not torch.equal(lstm(x)[0], plain)
+    place(lstm, "weight_ih_l0", before)
+    assert torch.equal(lstm(x)[0], plain)
+
+
+def test_settings_that_one_route_cannot_keep_are_refused() -> None:
+    for settings in ({"keep_graphs": True, "head": "auto"}, {"keep_graphs": "auto", "head": "lm_head"}):
+        refuse_settings(False, **settings)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="does not hold for a model that is differentiated module by module"):
+            refuse_settings(True, **settings)  # type: ignore[arg-type]
+    refuse_settings(True, False, None)
 
 
 def test_algebra_of_parts_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> None:
