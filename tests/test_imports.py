@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,14 @@ def test_checker_catches_planted_import(tmp_path: Path, statement: str, name: st
     assert found
     assert all(entry.startswith("curvature/linalg/deep/planted.py:") for entry in found)
     assert any(entry.endswith(f" imports {name}") for entry in found)
+
+
+def test_one_place_of_the_lower_packages_reaches_up_by_name() -> None:
+    """`Result.plot` asks `analysis` for the figure; no other string may hide an import from the rules."""
+    reaching = [
+        path.relative_to(ROOT).as_posix()
+        for package in ("curvature", "optimizers")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if re.search(r"""import(_module|__)\(\s*["'](analysis|optimizers)""", path.read_text(encoding="utf-8"))
+    ]
+    assert reaching == ["curvature/results/record.py"]

@@ -35,7 +35,7 @@ DIAGONAL = "the diagonal"
 COUPLING_PROBES = 8
 DIAGONAL_MATVECS = 24
 """Products that an estimate of the diagonal takes, where it cannot be had exactly."""
-_PATIENCE = 1  # so many times the planned products again, at either end: no more than twice the price in all
+_PATIENCE = 1  # so many times the planned products again at each end: at most three times the price, the search aside
 MOST_COLUMNS = 1000
 """Columns that an exact diagonal may take, about a gradient each; beyond them an estimate is the better bargain."""
 

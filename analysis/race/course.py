@@ -113,7 +113,10 @@ class StepCost:
 
 
 def step_cost(ground: Ground, entry: Entry) -> StepCost:
-    """Time an entrant's first steps, the first two left out; nothing where it cannot train. The model is put back."""
+    """Time an entrant's first steps, the first two left out. The model is put back.
+
+    Where that fails in any way, so will its trainings, as far as anyone can tell: they are priced at nothing.
+    """
     job = Job(entry, 0, entry.lr or entry.kind.lr, 1.0, math.nan, counts=True)
     with put_back(ground.objective.model), random_states_kept(), contextlib.suppress(Exception):
         ground.begin(0)

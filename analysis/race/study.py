@@ -50,11 +50,15 @@ def _price(objective: Objective, plan: RacePlan, *, test_data: Any = None) -> Pr
         return Price(text, seconds, max(1, round(trainings)), "trainings")
     ground = prepare_ground(objective, plan, test_data=test_data, seed=0)
     costs = [step_cost(ground, entry) for entry in plan.entries()]
+    failing = [entry.name for entry, cost in zip(plan.entries(), costs, strict=True) if cost.seconds == 0]
+    untimed = f" (without {', '.join(failing)}: not to be timed)" if failing else ""
     gradients = [cost.gradients if plan.limit.unit == "gradients" else 1.0 for cost in costs]
     steps = [plan.limit.amount * budgets_of_entry(e, plan) / g for e, g in zip(plan.entries(), gradients, strict=True)]
     return Work(
         parts=(
-            _part("training steps", steps, [cost.seconds for cost in costs], [cost.gradients for cost in costs]),
+            _part(
+                f"training steps{untimed}", steps, [cost.seconds for cost in costs], [cost.gradients for cost in costs]
+            ),
             _part("steps that are counted", [cost.counted for cost in costs], [cost.counted_seconds for cost in costs]),
             Part(_LOOKS * ends + 2 * (trainings - ends), "looks", look_seconds(ground), gradients=1 / 3),
         ),

@@ -20,7 +20,7 @@ from benchmarks.common.processes import Worker
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.eigen.methods import EIGEN_METHODS
 from benchmarks.gpu.measures import measure_head, measure_pairs, measure_step, prepare, run_tests, tidy
-from benchmarks.optimizers.peers import method_of
+from benchmarks.optimizers.methods import method_of
 from benchmarks.products.bench import said as product_said
 
 __all__ = ["KEY", "cases", "main"]

@@ -18,7 +18,8 @@ from benchmarks.common.problems import Problem, make_problem
 from benchmarks.common.suite import ROOT, Row
 from benchmarks.eigen.methods import EIGEN_METHODS, Meter
 from benchmarks.head import bench as head
-from benchmarks.optimizers.peers import method_of, take_step
+from benchmarks.optimizers.methods import method_of
+from benchmarks.optimizers.peers import take_step
 from benchmarks.optimizers.problems import TrainingProblem
 
 __all__ = ["measure_head", "measure_pairs", "measure_step", "prepare", "run_tests", "tidy"]

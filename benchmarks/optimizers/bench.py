@@ -33,6 +33,7 @@ from benchmarks.common.processes import alone
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 from benchmarks.optimizers.first_order import FIRST_ORDER
+from benchmarks.optimizers.methods import method_of
 from benchmarks.optimizers.micro_batches import MICRO, micro_differences
 from benchmarks.optimizers.peers import (
     BESIDE_MATRIX,
@@ -42,7 +43,6 @@ from benchmarks.optimizers.peers import (
     METHODS,
     VARIANTS,
     Method,
-    method_of,
     take_step,
 )
 from benchmarks.optimizers.problems import TRAINING, WIDTHS, TrainingProblem, make_training

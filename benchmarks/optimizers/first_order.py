@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.optimizers.peers import Make, Method, _ours, _peer
+from benchmarks.optimizers.peers import Make, Method, ours, peer
 
 __all__ = ["FIRST_ORDER"]
 
@@ -17,7 +17,7 @@ def _without_rate(library: str, name: str, **settings: Any) -> Callable[[], Make
     """Return a public method that takes no learning rate."""
 
     def load() -> Make:
-        cls = _peer(library, name)()
+        cls = peer(library, name)()
         return lambda params, lr: cls(params, **settings)  # noqa: ARG005
 
     return load
@@ -41,22 +41,22 @@ def _method(label: str, load: Callable[[], Make], form: Any = "backward", **fiel
 
 
 FIRST_ORDER: dict[str, Method] = {
-    "our-lion": _method("torch-curvature Lion", _ours("Lion")),
-    "our-yogi": _method("torch-curvature Yogi", _ours("Yogi")),
-    "kozistr-yogi": _method("pytorch-optimizer Yogi", _peer("pytorch_optimizer", "Yogi")),
-    "our-cocob": _method("torch-curvature COCOB", _ours("COCOB")),
+    "our-lion": _method("torch-curvature Lion", ours("Lion")),
+    "our-yogi": _method("torch-curvature Yogi", ours("Yogi")),
+    "kozistr-yogi": _method("pytorch-optimizer Yogi", peer("pytorch_optimizer", "Yogi")),
+    "our-cocob": _method("torch-curvature COCOB", ours("COCOB")),
     "parameterfree-cocob": _method("parameterfree COCOB", _without_rate("parameterfree", "COCOB")),
-    "our-sls": _method("torch-curvature SLS", _ours("SLS"), "loss"),
+    "our-sls": _method("torch-curvature SLS", ours("SLS"), "loss"),
     "official-sls": _method(  # its folder sls on the path
         "SLS, its authors' code", _without_rate("sls", "Sls", init_step_size=1e-9), "loss"
     ),
-    "learned": _method("torch-curvature LearnedOptimizer", _ours("LearnedOptimizer"), settings=(("num_steps", 100),)),
+    "learned": _method("torch-curvature LearnedOptimizer", ours("LearnedOptimizer"), settings=(("num_steps", 100),)),
     "forward-gradient": _method(
-        "torch-curvature ForwardGradient of SGD", _ours("ForwardGradient"), "loss", settings=_SGD
+        "torch-curvature ForwardGradient of SGD", ours("ForwardGradient"), "loss", settings=_SGD
     ),
     "forward-activities": _method(
         "torch-curvature ForwardGradient of SGD, activities perturbed",
-        _ours("ForwardGradient"),
+        ours("ForwardGradient"),
         "loss",
         settings=_SGD,
         model_as="activities_of",

@@ -29,7 +29,8 @@ __all__ = [
     "Make",
     "Method",
     "StepForm",
-    "method_of",
+    "ours",
+    "peer",
     "take_step",
 ]
 
@@ -123,7 +124,9 @@ def _torch(name: str) -> Callable[[], Make]:
     return lambda: getattr(torch.optim, name)
 
 
-def _ours(name: str, preset: str | None = None) -> Callable[[], Make]:
+def ours(name: str, preset: str | None = None) -> Callable[[], Make]:
+    """Return what loads an optimizer of this toolkit; of AdaHessian perhaps with the settings of another library."""
+
     def load() -> Make:
         import optimizers
 
@@ -134,7 +137,9 @@ def _ours(name: str, preset: str | None = None) -> Callable[[], Make]:
     return load
 
 
-def _peer(library: str, name: str) -> Callable[[], Make]:
+def peer(library: str, name: str) -> Callable[[], Make]:
+    """Return what loads an optimizer of another library, without its warnings."""
+
     def load() -> Make:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -196,7 +201,7 @@ _DENSE_START = (("update_first", 20),)
 
 
 def _adahessian(what: str, *, preset: str | None = None, form: StepForm = "loss", **fields: Any) -> Method:
-    return Method(f"{_OURS}{what}", _ours("AdaHessian", preset), form, _ADA, ours=True, **fields)
+    return Method(f"{_OURS}{what}", ours("AdaHessian", preset), form, _ADA, ours=True, **fields)
 
 
 METHODS: dict[str, Method] = {
@@ -209,7 +214,7 @@ METHODS: dict[str, Method] = {
     ),
     "adam": Method("torch Adam", _torch("Adam"), "backward", _ADAM, settings=(("foreach", True),)),
     "adamw": Method("torch AdamW", _torch("AdamW"), "backward", _ADAM, settings=(("foreach", True),)),
-    "lion": Method("pytorch-optimizer Lion", _peer("pytorch_optimizer", "Lion"), "backward", _SIGNS),
+    "lion": Method("pytorch-optimizer Lion", peer("pytorch_optimizer", "Lion"), "backward", _SIGNS),
     "lbfgs": Method(
         "torch LBFGS, strong Wolfe",
         _torch("LBFGS"),
@@ -231,7 +236,7 @@ METHODS: dict[str, Method] = {
     "adahessian-davda54": _adahessian('.like("davda54")', preset="davda54"),
     "sophia-h": Method(
         "torch-curvature Sophia-H, every 10th",
-        _ours("Sophia"),
+        ours("Sophia"),
         "loss",
         _ADAM,
         ours=True,
@@ -240,7 +245,7 @@ METHODS: dict[str, Method] = {
     ),
     "sophia-g": Method(
         "torch-curvature Sophia-G, every 10th",
-        _ours("Sophia"),
+        ours("Sophia"),
         "outputs",
         _ADAM,
         ours=True,
@@ -249,7 +254,7 @@ METHODS: dict[str, Method] = {
     ),
     "esgd": Method(
         "torch-curvature ESGD, every 10th",
-        _ours("ESGD"),
+        ours("ESGD"),
         "loss",
         _ADA,
         ours=True,
@@ -258,53 +263,53 @@ METHODS: dict[str, Method] = {
     ),
     "sassha": Method(
         "torch-curvature SASSHA, every 10th",
-        _ours("SASSHA"),
+        ours("SASSHA"),
         "loss",
         _ADA,
         ours=True,
         training_settings=_DENSE_START,
     ),
-    "torch-optimizer": Method("torch_optimizer Adahessian", _peer("torch_optimizer", "Adahessian"), "graph", _ADA),
-    "kozistr": Method("pytorch-optimizer AdaHessian", _peer("pytorch_optimizer", "AdaHessian"), "graph", _ADA),
+    "torch-optimizer": Method("torch_optimizer Adahessian", peer("torch_optimizer", "Adahessian"), "graph", _ADA),
+    "kozistr": Method("pytorch-optimizer AdaHessian", peer("pytorch_optimizer", "AdaHessian"), "graph", _ADA),
     "kozistr-10": Method(
         "pytorch-optimizer AdaHessian, every 10th",
-        _peer("pytorch_optimizer", "AdaHessian"),
+        peer("pytorch_optimizer", "AdaHessian"),
         "graph",
         _ADA,
         settings=(("update_period", 10),),
     ),
     "kozistr-sophia": Method(
-        "pytorch-optimizer SophiaH, every 10th", _peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
+        "pytorch-optimizer SophiaH, every 10th", peer("pytorch_optimizer", "SophiaH"), "graph", _ADAM
     ),
 }
 _OFFICIAL = (("precondition_frequency", 10),)
 METHODS |= {
     "muon": Method("torch Muon, AdamW for the rest", lambda: _MuonAndAdamW, "backward", _ADAM),
-    "soap": Method("torch-curvature SOAP, every 10th", _ours("SOAP"), "backward", _ADAM, ours=True),
+    "soap": Method("torch-curvature SOAP, every 10th", ours("SOAP"), "backward", _ADAM, ours=True),
     "soap-continuous": Method(
         "torch-curvature SOAP, continuous",
-        _ours("SOAP"),
+        ours("SOAP"),
         "backward",
         _ADAM,
         ours=True,
         settings=(("refresh", "continuous"),),
     ),
-    "shampoo": Method("torch-curvature Shampoo, every 10th", _ours("Shampoo"), "backward", _ADAM, ours=True),
+    "shampoo": Method("torch-curvature Shampoo, every 10th", ours("Shampoo"), "backward", _ADAM, ours=True),
     "sam": Method("torch-curvature SAM of AdamW", _around("SAM"), "loss", _ADAM, ours=True),
     "asam": Method("torch-curvature ASAM of AdamW", _around("ASAM"), "loss", _ADAM, ours=True),
     "official-soap": Method(  # its file soap.py on the path
-        "SOAP, its authors' code, every 10th", _peer("soap", "SOAP"), "backward", _ADAM, settings=_OFFICIAL
+        "SOAP, its authors' code, every 10th", peer("soap", "SOAP"), "backward", _ADAM, settings=_OFFICIAL
     ),
     "kozistr-soap": Method(
         "pytorch-optimizer SOAP, every 10th",
-        _peer("pytorch_optimizer", "SOAP"),
+        peer("pytorch_optimizer", "SOAP"),
         "backward",
         _ADAM,
         settings=_OFFICIAL,
     ),
     "kozistr-shampoo": Method(
         "pytorch-optimizer ScalableShampoo, every 10th",
-        _peer("pytorch_optimizer", "ScalableShampoo"),
+        peer("pytorch_optimizer", "ScalableShampoo"),
         "backward",
         _ADAM,
         settings=(("preconditioning_compute_steps", 10), ("start_preconditioning_step", 1)),
@@ -320,7 +325,7 @@ MATRIX: dict[str, Method] = {  # for steps at some widths: the frequent refreshe
     },
     "soap-blocks": Method(
         "torch-curvature SOAP, every 10th, sides above 1024 in blocks",
-        _ours("SOAP"),
+        ours("SOAP"),
         "backward",
         (),
         ours=True,
@@ -345,22 +350,15 @@ COST_ONLY: dict[str, Method] = {
     "compiled": replace(METHODS["adahessian"], label=f"{_OURS}, compiled model", compiled=True),
     "compiled-10": replace(METHODS["adahessian-10"], label=f"{_OURS}, every 10th, compiled model", compiled=True),
     **{
-        name: Method(f"torch-curvature {name}, every 10th", _ours(name), "outputs", (), ours=True, settings=_TENTH)
+        name: Method(f"torch-curvature {name}, every 10th", ours(name), "outputs", (), ours=True, settings=_TENTH)
         for name in ("KFAC", "EKFAC")
     },
-    "GaussNewton": Method("torch-curvature GaussNewton, 5 CG steps", _ours("GaussNewton"), "outputs", (), ours=True),
+    "GaussNewton": Method("torch-curvature GaussNewton, 5 CG steps", ours("GaussNewton"), "outputs", (), ours=True),
 }
 
 
 CHECK_ONLY: dict[str, Method] = {
-    "ss-broyden": Method("torch-curvature SSBroyden", _ours("SSBroyden"), "loss", (), ours=True),
-    "newton-cg": Method("torch-curvature NewtonCG", _ours("NewtonCG"), "loss", (), ours=True),
-    "trust-region": Method("torch-curvature TrustRegionNewton", _ours("TrustRegionNewton"), "loss", (), ours=True),
+    "ss-broyden": Method("torch-curvature SSBroyden", ours("SSBroyden"), "loss", (), ours=True),
+    "newton-cg": Method("torch-curvature NewtonCG", ours("NewtonCG"), "loss", (), ours=True),
+    "trust-region": Method("torch-curvature TrustRegionNewton", ours("TrustRegionNewton"), "loss", (), ours=True),
 }
-
-
-def method_of(name: str) -> Method:
-    """Return a method, a variant, or what is measured for its cost only, by its name."""
-    from benchmarks.optimizers.first_order import FIRST_ORDER
-
-    return {**MATRIX, **METHODS, **VARIANTS, **COST_ONLY, **FIRST_ORDER, **CHECK_ONLY}[name]

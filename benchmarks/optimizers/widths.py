@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common.harness import one_line
 from benchmarks.common.suite import Row
-from benchmarks.optimizers.peers import method_of
+from benchmarks.optimizers.methods import method_of
 from benchmarks.optimizers.problems import make_training
 
 __all__ = ["width_rows"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvature.errors import InputError
-from optimizers.checks.battery import NotApplicable, Subject
+from optimizers.checks.subject import NotApplicable, Subject
 
 __all__ = ["BATCH_CHECKS"]
 

@@ -7,114 +7,32 @@ import gc
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BASIC_CHECKS", "NotApplicable", "StepForm", "Subject"]
+from optimizers.checks.subject import (
+    NotApplicable,
+    Subject,
+    copies,
+    least_squares,
+    require,
+    residuals_of,
+    same,
+    value_of,
+)
 
-StepForm = Literal["backward", "graph", "closure", "loss", "outputs"]
-Outputs = Callable[[], Tensor]
-
-
-class NotApplicable(Exception):
-    """A check that an optimizer's kind has nothing to say to."""
-
-
-@dataclass
-class Subject:
-    """An optimizer class, how it steps, and a small least-squares problem to step on."""
-
-    make: Callable[..., torch.optim.Optimizer]
-    form: StepForm
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def new(self, params: Iterable[Any], **more: Any) -> Any:
-        settings = {**self.settings, **more}
-        if self.form == "outputs":
-            settings.setdefault("loss", nn.MSELoss(reduction="sum"))
-        return self.make(params, **settings)
-
-    def step(self, optimizer: Any, outputs: Outputs) -> Any:
-        """Take a step on the sum of squares of `outputs()`."""
-
-        def loss() -> Tensor:
-            return outputs().square().sum()
-
-        if self.form == "loss":
-            return optimizer.step(loss)
-        if self.form == "outputs":
-            return optimizer.step(lambda: (z := outputs(), torch.zeros_like(z)))
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = loss()
-            value.backward(create_graph=self.form == "graph")
-            return value
-
-        if self.form == "closure":
-            return optimizer.step(closure)
-        closure()
-        return optimizer.step()
-
-    def run(self, optimizer: Any, outputs: Outputs, steps: int) -> None:
-        for _ in range(steps):
-            self.step(optimizer, outputs)
-
-    def trained(self, steps: int, **settings: Any) -> tuple[list[nn.Parameter], Outputs, Any]:
-        """Return parameters, residuals and optimizer after some steps from the start."""
-        params, outputs = _problem()
-        optimizer = self.new(params, **settings)
-        self.run(optimizer, outputs, steps)
-        return params, outputs, optimizer
-
-    def needs(self, name: str) -> None:
-        """Leave a check out where the optimizer does not have some setting."""
-        if name not in self.new(_problem()[0]).defaults:
-            raise NotApplicable(f"there is no {name}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _problem(contiguous: bool = True, dtype: torch.dtype = torch.float64) -> tuple[list[nn.Parameter], Outputs]:
-    """Return weight, bias and the residuals of a linear least-squares problem."""
-    generator = torch.Generator().manual_seed(2)
-    A = torch.randn(10, 5, generator=generator, dtype=torch.float64)
-    weight = A if contiguous else torch.stack([A, A], dim=2)[..., 0]
-    params = [nn.Parameter(weight.to(dtype)), nn.Parameter(torch.randn(10, generator=generator).to(dtype))]
-    return params, _residuals(params)
-
-
-def _residuals(params: Sequence[Tensor]) -> Outputs:
-    x = torch.linspace(-1.5, 1.2, 5, dtype=torch.float64).to(params[0].dtype)
-    return lambda: nn.functional.linear(x, params[0], params[1])  # where methods that look for layers find one
-
-
-def _value(outputs: Outputs) -> float:
-    return float(outputs().detach().double().square().sum())
-
-
-def _copies(params: Sequence[Tensor]) -> list[Tensor]:
-    return [p.detach().clone() for p in params]
-
-
-def _same(a: Iterable[Tensor], b: Iterable[Tensor], what: str, *, rtol: float = 0.0, atol: float = 0.0) -> None:
-    for x, y in zip(a, b, strict=True):
-        _require(torch.allclose(x.detach(), y.detach(), rtol=rtol, atol=atol, equal_nan=True), what)
+__all__ = ["BASIC_CHECKS"]
 
 
 def _right_direction(s: Subject) -> None:
     for contiguous in (True, False):
-        params, outputs = _problem(contiguous)
-        before = _value(outputs)
+        params, outputs = least_squares(contiguous)
+        before = value_of(outputs)
         s.run(s.new(params), outputs, 20)
-        _require(_value(outputs) < before, f"the loss went from {before:.4g} to {_value(outputs):.4g} in 20 steps")
+        require(value_of(outputs) < before, f"the loss went from {before:.4g} to {value_of(outputs):.4g} in 20 steps")
 
 
 def _schedulers(s: Subject) -> None:
@@ -125,57 +43,58 @@ def _schedulers(s: Subject) -> None:
         lambda o: schedulers.ExponentialLR(o, 0.99),
     ):
         _, outputs, optimizer = s.trained(0)
-        schedule, before = make(optimizer), _value(outputs)
+        schedule, before = make(optimizer), value_of(outputs)
         for _ in range(12):
             s.step(optimizer, outputs)
             schedule.step()
-        _require(_value(outputs) < before, "the loss did not decrease under a scheduler")
+        require(value_of(outputs) < before, "the loss did not decrease under a scheduler")
 
 
 def _learning_rates_of_groups(s: Subject) -> None:
-    params, outputs = _problem()
-    moved, still = _copies(params)
+    params, outputs = least_squares()
+    moved, still = copies(params)
     s.run(s.new([{"params": params[:1]}, {"params": params[1:], "lr": 0.0}]), outputs, 3)
-    _same([params[1]], [still], "a group with lr = 0 moved")
-    _require(not torch.equal(params[0].detach(), moved), "a group with lr > 0 did not move")
+    same([params[1]], [still], "a group with lr = 0 moved")
+    require(not torch.equal(params[0].detach(), moved), "a group with lr > 0 did not move")
 
 
 def _weight_decay_of_groups(s: Subject) -> None:
     s.needs("weight_decay")
     ends = []
     for decay in (0.0, 0.5):
-        params, outputs = _problem()
+        params, outputs = least_squares()
         s.run(s.new([{"params": params[:1], "weight_decay": decay}, {"params": params[1:]}]), outputs, 2)
         ends.append(float(params[0].detach().norm()))
-    _require(ends[1] < ends[0], "weight decay did not shrink the weights of its group")
+    require(ends[1] < ends[0], "weight decay did not shrink the weights of its group")
 
 
 def _new_groups(s: Subject) -> None:
-    params, outputs = _problem()
+    params, outputs = least_squares()
     optimizer = s.new(params[:1])
     s.run(optimizer, outputs, 2)
     before = params[1].detach().clone()
     optimizer.add_param_group({"params": params[1:]})
     s.run(optimizer, outputs, 2)
-    _require(not torch.equal(params[1].detach(), before), "a group that was added in the middle of a run did not move")
+    require(not torch.equal(params[1].detach(), before), "a group that was added in the middle of a run did not move")
 
 
 def _tensor_learning_rate(s: Subject) -> None:
     lr = float(s.trained(0)[2].param_groups[0]["lr"])
     by_number, by_tensor = s.trained(3, lr=lr)[0], s.trained(3, lr=torch.tensor(lr, dtype=torch.float64))[0]
-    _same(by_number, by_tensor, "a tensor lr moves otherwise than a number", rtol=1e-6, atol=1e-9)
+    same(by_number, by_tensor, "a tensor lr moves otherwise than a number", rtol=1e-6, atol=1e-9)
 
 
 def _stays(s: Subject, params: Sequence[Tensor], optimizer: Any, what: str) -> None:
-    before = _copies(params)
+    before = copies(params)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an optimizer may say that no gradient came
+        warnings.filterwarnings("ignore", r"step\(\) found no gradient", UserWarning)  # an optimizer may say so
         optimizer.step(*[lambda: 0.0] if s.form == "closure" else [])
-    _same(params, before, f"a step {what} moved parameters")
+    same(params, before, f"a step {what} moved parameters")
 
 
 def _no_gradients(s: Subject) -> None:
-    _stays(s, (trained := s.trained(0))[0], trained[2], "without gradients")
+    params, _, optimizer = s.trained(0)
+    _stays(s, params, optimizer, "without gradients")
 
 
 def _zero_gradients(s: Subject) -> None:
@@ -189,7 +108,7 @@ def _zero_gradients(s: Subject) -> None:
 def _return_types(s: Subject) -> None:
     _, outputs, optimizer = s.trained(0)
     kinds = {type(s.step(optimizer, outputs)) for _ in range(3)}
-    _require(len(kinds) == 1, f"step returned {sorted(k.__name__ for k in kinds)}")
+    require(len(kinds) == 1, f"step returned {sorted(k.__name__ for k in kinds)}")
 
 
 def _shapes(s: Subject) -> None:
@@ -199,32 +118,32 @@ def _shapes(s: Subject) -> None:
         p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
         other = nn.Parameter(torch.ones(2, dtype=torch.float64))
         s.run(s.new([p, other]), lambda p=p, other=other: torch.cat([p.reshape(-1), other]), 2)  # type: ignore[misc]
-        _require(bool(torch.isfinite(p).all()), f"not finite for shape {shape}")
+        require(bool(torch.isfinite(p).all()), f"not finite for shape {shape}")
 
 
 def _dtypes(s: Subject) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        params, outputs = _problem(dtype=dtype)
-        before = _value(outputs)
+        params, outputs = least_squares(dtype=dtype)
+        before = value_of(outputs)
         s.run(s.new(params), outputs, 5)
-        _require({p.dtype for p in params} == {dtype}, "a step changed the dtype of parameters")
-        _require(_value(outputs) < before, f"the loss did not decrease in {dtype}")
+        require({p.dtype for p in params} == {dtype}, "a step changed the dtype of parameters")
+        require(value_of(outputs) < before, f"the loss did not decrease in {dtype}")
 
 
 def _storage(s: Subject) -> None:
     params, outputs, optimizer = s.trained(0)
     pointers = [p.data_ptr() for p in params]
     s.run(optimizer, outputs, 3)
-    _require([p.data_ptr() for p in params] == pointers, "parameters were given new storage instead of being updated")
+    require([p.data_ptr() for p in params] == pointers, "parameters were given new storage instead of being updated")
 
 
 def _frozen_and_unused(s: Subject) -> None:
-    params, outputs = _problem()
+    params, outputs = least_squares()
     params[1].requires_grad_(False)
     unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    before = _copies([params[1], unused])
+    before = copies([params[1], unused])
     s.run(s.new([*params, unused]), outputs, 3)
-    _same([params[1], unused], before, "a frozen or unused parameter moved")
+    same([params[1], unused], before, "a frozen or unused parameter moved")
 
 
 def _linear_parameter(s: Subject) -> None:
@@ -233,19 +152,19 @@ def _linear_parameter(s: Subject) -> None:
     w, b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     # the sum of their squares is |w|^2 + sum b
     s.step(s.new([w, b], lr=1e-6), lambda: torch.cat([w, (b.sum() + 100).sqrt()[None]]))
-    _require(bool(torch.isfinite(torch.cat([w, b])).all()), "not finite where the curvature is zero")
+    require(bool(torch.isfinite(torch.cat([w, b])).all()), "not finite where the curvature is zero")
 
 
 def _foreach(s: Subject) -> None:
     s.needs("foreach")
     loop, lists = s.trained(5, foreach=False)[0], s.trained(5, foreach=True)[0]
-    _same(loop, lists, "foreach and the loop over tensors differ", rtol=1e-5, atol=1e-8)
+    same(loop, lists, "foreach and the loop over tensors differ", rtol=1e-5, atol=1e-8)
 
 
 def _maximize(s: Subject) -> None:
     s.needs("maximize")
     _, outputs, _ = s.trained(3, maximize=True)
-    _require(_value(outputs) > _value(_problem()[1]), "the loss did not increase under maximize")
+    require(value_of(outputs) > value_of(least_squares()[1]), "the loss did not increase under maximize")
 
 
 def _memory(s: Subject) -> None:
@@ -256,9 +175,10 @@ def _memory(s: Subject) -> None:
     params, outputs, optimizer = s.trained(5)
     before = num_tensors()
     s.run(optimizer, outputs, 40)
-    _require((growth := num_tensors() - before) <= 8, f"{growth} tensors more after 40 steps")
+    growth = num_tensors() - before
+    require(growth <= 8, f"{growth} tensors more after 40 steps")
     held = any(p.grad is not None and p.grad.grad_fn is not None for p in params)
-    _require(not held, "gradients hold their graph after the step")
+    require(not held, "gradients hold their graph after the step")
 
 
 def _hooks(s: Subject) -> None:
@@ -269,7 +189,7 @@ def _hooks(s: Subject) -> None:
         getattr(optimizer, f"register_{name}")(lambda *_, name=name: seen.append(name))
     s.step(optimizer, outputs)
     optimizer.load_state_dict(optimizer.state_dict())
-    _require(seen == names, f"hooks fired as {seen}")
+    require(seen == names, f"hooks fired as {seen}")
 
 
 def _bad_arguments(s: Subject) -> None:
@@ -287,7 +207,7 @@ def _bad_arguments(s: Subject) -> None:
 
 def _printed(s: Subject) -> None:
     text = repr(s.trained(0)[2])
-    _require("Parameter Group 0" in text and "lr" in text, "repr shows no groups")
+    require("Parameter Group 0" in text and "lr" in text, "repr shows no groups")
 
 
 def _resumed(s: Subject, way: Callable[[Any, Any], None]) -> None:
@@ -300,7 +220,7 @@ def _resumed(s: Subject, way: Callable[[Any, Any], None]) -> None:
     s.run(optimizer, outputs, 5)
     torch.rand(7)  # a resumed process stands elsewhere in the global stream
     s.run(fresh, other, 5)
-    _same(params, twins, "the resumed run is another one")
+    same(params, twins, "the resumed run is another one")
 
 
 def _through_file(old: Any, new: Any) -> None:
@@ -341,29 +261,29 @@ def _with_numbers(saved: dict[str, Any]) -> None:
 
 def _deterministic_state(s: Subject) -> None:
     a, b = (optimizer.state_dict() for optimizer in [s.trained(2)[2]] * 2)
-    _require(a["param_groups"] == b["param_groups"] and list(a["state"]) == list(b["state"]), "state_dict differs")
+    require(a["param_groups"] == b["param_groups"] and list(a["state"]) == list(b["state"]), "state_dict differs")
 
 
 def _filled_state(s: Subject) -> None:
-    _require(all(s.trained(1)[2].state.values()), "a state is empty after a step")
+    require(all(s.trained(1)[2].state.values()), "a state is empty after a step")
 
 
 def _named_parameters(s: Subject) -> None:
-    params, outputs = _problem()
+    params, outputs = least_squares()
     optimizer = s.new([("weight", params[0]), ("bias", params[1])])
     s.run(optimizer, outputs, 1)
-    _require(optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"], "names were lost")
+    require(optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"], "names were lost")
 
 
 def _copied(s: Subject, copied: Callable[[Any], Any]) -> None:
     params, outputs, optimizer = s.trained(3)
     twin = copied(optimizer)
     public = {n for n in vars(optimizer) if not n.startswith("_")}
-    _require(public <= set(vars(twin)), f"a copy has lost {sorted(public - set(vars(twin)))}")
+    require(public <= set(vars(twin)), f"a copy has lost {sorted(public - set(vars(twin)))}")
     twins = [p for group in twin.param_groups for p in group["params"]]
     s.run(optimizer, outputs, 3)
-    s.run(twin, _residuals(twins), 3)
-    _same(params, twins, "a copy takes other steps")
+    s.run(twin, residuals_of(twins), 3)
+    same(params, twins, "a copy takes other steps")
 
 
 BASIC_CHECKS: dict[str, Callable[[Subject], None]] = {

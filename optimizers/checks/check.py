@@ -18,7 +18,8 @@ import torch
 from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
 from optimizers.checks.batches import BATCH_CHECKS
-from optimizers.checks.battery import BASIC_CHECKS, NotApplicable, StepForm, Subject
+from optimizers.checks.battery import BASIC_CHECKS
+from optimizers.checks.subject import NotApplicable, StepForm, Subject
 
 __all__ = ["CHECKS", "CheckOutcome", "OptimizerReport", "check_optimizer"]
 

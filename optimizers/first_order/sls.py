@@ -100,7 +100,7 @@ class SLS(GradientOptimizer):
     _counts = ("steps_per_epoch", "max_evaluations")
     _fractions = ("decrease", "shrink")
     _positive = ("decrease", "shrink", "growth")
-    _alike = ("maximize", *_positive, "max_step", *_counts, "reset")
+    _alike = (*GradientOptimizer._alike, "maximize", *_positive, "max_step", *_counts, "reset")
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"reset": ("grow", "keep", "restart")}
     last_search: LineSearchResult | None
 

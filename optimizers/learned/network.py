@@ -22,6 +22,8 @@ DECAYS = (0.5, 0.9, 0.99)
 SQUARES = (0.9, 0.99)
 """Of the averages of its square."""
 WEIGHTS = Path(__file__).parent / "weights.json"
+_LOG = 4.0
+"""Logarithms are seen divided by this."""
 _SEEN, _HIDDEN = 18, 16
 _PARTS = (_SEEN * _HIDDEN, _HIDDEN, _HIDDEN * 2, _SEEN * 2, 2)
 NUM_WEIGHTS = sum(_PARTS)
@@ -35,10 +37,6 @@ def initial_weights(seed: int = 0) -> Tensor:
     hidden.normal_(std=_SEEN**-0.5, generator=torch.Generator().manual_seed(seed))
     last[0] = math.log(0.06)
     return weights
-
-
-_LOG = 4.0
-"""Logarithms are seen divided by this."""
 
 
 def load_weights(path: Path | str = WEIGHTS) -> Tensor:

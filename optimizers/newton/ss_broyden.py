@@ -42,8 +42,8 @@ class SSBroyden(FullBatchOptimizer):
     closure, so that points may be drawn anew between two calls: H stays, and no y mixes two losses. Where a direction
     is none of descent, or its line search finds nothing, H starts from the identity again, once.
 
-    Cost of an iteration: a gradient for each t tried, one or two, and about 5 n^2 multiplications. Memory: two matrices
-    (n, n) during a step, one in the state.
+    Cost of an iteration: a gradient for each t tried, one or two, and about 5 n^2 multiplications. Memory: four
+    matrices (n, n) during a step, one in the state.
 
     Args:
         params: parameters or groups of them. There is no lr: the line search starts from t = 1.

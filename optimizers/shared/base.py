@@ -6,10 +6,12 @@ all attributes out of copies. Here averages keep their dtype, what is loaded is 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
@@ -128,13 +130,12 @@ class BaseOptimizer(torch.optim.Optimizer):
         if computed:
             self._refuse_unreached()
         elif old:
-            warnings.warn(
+            _warn(
                 "step() found the gradients of the step before: no backward pass has reached the optimizer's "
-                f"parameters since, and they move by an old gradient. {UNREACHED}",
-                stacklevel=3,
+                f"parameters since, and they move by an old gradient. {UNREACHED}"
             )
         elif self._none_reached():
-            warnings.warn(f"step() found no gradient in any parameter, and nothing moves. {UNREACHED}", stacklevel=3)
+            _warn(f"step() found no gradient in any parameter, and nothing moves. {UNREACHED}")
 
     @_disable_dynamo
     def _see_gradients(self) -> None:
@@ -302,3 +303,14 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be one number, got {value!r}.") from None
+
+
+_OURS = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+
+
+def _warn(text: str) -> None:
+    """Warn at the line that called a step: Python shows a warning once a line, and a wrapper's serves all steps."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -23,7 +23,8 @@ from benchmarks.optimizers.bench import (
 )
 from benchmarks.optimizers.curves import at_equal_steps, at_equal_time
 from benchmarks.optimizers.first_order import FIRST_ORDER
-from benchmarks.optimizers.peers import METHODS, Method, method_of, take_step
+from benchmarks.optimizers.methods import method_of
+from benchmarks.optimizers.peers import METHODS, Method, take_step
 from benchmarks.optimizers.problems import TrainingProblem, make_training
 from benchmarks.optimizers.report import (
     check_page,

@@ -183,27 +183,33 @@ def _disturbed(
     data: LinearData, plan: ImplicitBiasPlan, seed: int, notes: list[str], tell: Callable[[str], None]
 ) -> tuple[LabelNoiseRun, ...]:
     """Return SGD with label noise on the first examples, as many as leave it room to move."""
+    runs = list[LabelNoiseRun]()
+
+    def left_out(error: Exception) -> tuple[LabelNoiseRun, ...]:
+        notes.append(f"Label noise was left out: {error}")
+        for _ in range(plan.repeats - len(runs)):
+            tell("label noise")
+        return ()
+
     n = max(1, min(len(data.X) // 2, data.X.shape[1] - 1))
     while True:
         X, y = data.X[:n], data.X[:n] @ data.teacher
         try:
             v = settled(X, y, _START)
             break
-        except InputError as error:
+        except (InputError, NotConvergedError) as error:
             if n == 1:
-                notes.append(f"Label noise was left out: {error}")
-                return ()
+                return left_out(error)
             n //= 2
     largest = 4 * float((X.square() @ v.square()).max())  # curvature of an example's loss
-    lr, runs = plan.lr or 0.5 / largest, list[LabelNoiseRun]()
+    lr = plan.lr or 0.5 / largest
     for r in range(plan.repeats):
         try:
             found = label_noise_descent(
                 X, y, noise=plan.noise, lr=lr, steps=plan.steps, start=_START, generator=seed + r
             )
-        except InputError as error:
-            notes.append(f"Label noise was left out: {error}")
-            return ()
+        except (InputError, NotConvergedError) as error:
+            return left_out(error)
         runs.append(found)
         tell(f"label noise, seed {r + 1}")
     return tuple(runs)
