@@ -9,8 +9,8 @@ With n parameters of p bytes, vectors of v bytes an entry, W ranks and B batches
     whole:   2 (W - 1)/W n v bytes,             16 n flops a token
     module:  (W - 1)/W n (5 p + 2 v) B bytes,   26 n flops a token
 
-(a forward pass takes 2 n, a backward pass 4 n). Nothing is taken to overlap. How this compares with two and four ranks:
-`benchmarks/sharded`.
+(a forward pass takes 2 n, a backward pass 4 n). Nothing is taken to overlap. Memory and bytes were compared
+with two and four ranks (`benchmarks/sharded`), seconds were not.
 """
 
 from __future__ import annotations
