@@ -67,14 +67,16 @@ class Plain:
 
 
 class Closures:
-    """One of ours that takes (outputs, targets)."""
+    """One of ours that takes (outputs, targets), with its matrix from the first `share` of a batch drawn anew."""
 
-    def __init__(self, make: Callable[..., Any], **settings: Any) -> None:
-        self.make, self.settings = make, settings
+    def __init__(self, make: Callable[..., Any], share: float = 1.0, **settings: Any) -> None:
+        self.make, self.share, self.settings = make, share, settings
 
     def build(self, model: nn.Module, lr: float, loss: Loss) -> Step:
         """Return its step."""
         optimizer = self.make(model.parameters(), lr, loss=loss, **self.settings)
+        generator = torch.Generator().manual_seed(7)
+        share = self.share
 
         def step(model: nn.Module, batch: Batch, factor: float, due: bool | None) -> float:
             for group in optimizer.param_groups:
@@ -85,13 +87,24 @@ class Closures:
                 if "schedule" in state:
                     state["schedule"][3] = -1e6  # its refresh is long ago
             measured = getattr(optimizer, "statistics_due", False)
-            optimizer.step(lambda: (model(batch[0]), batch[1]))
+            part = {} if share == 1 else {"curvature_closure": _part_of(batch, share, model, generator)}
+            optimizer.step(lambda: (model(batch[0]), batch[1]), **part)
             if isinstance(optimizer, GaussNewton):
                 assert optimizer.last_step is not None
-                return 1 + 2 / 3 + 4 / 3 * optimizer.last_step.num_products + 1 / 3
+                once = 2 / 3 if share == 1 else share  # the draw; with a forward pass of its own
+                return 1 + once + 4 / 3 * share * optimizer.last_step.num_products + 1 / 3
             return 1 + 2 / 3 * measured
 
         return step
+
+
+def _part_of(batch: Batch, share: float, model: nn.Module, generator: torch.Generator) -> Callable[[], Any]:
+    """Return a closure on a random part of a batch, drawn once a step."""
+    inputs, targets = batch
+    chosen = torch.randperm(len(inputs), generator=generator)[: max(1, round(share * len(inputs)))]
+    own = targets.reshape(len(inputs), -1, *targets.shape[1:]) if len(targets) != len(inputs) else targets
+    part, wanted = inputs[chosen], own[chosen].flatten(0, 1) if own is not targets else targets[chosen]
+    return lambda: (model(part), wanted)
 
 
 def _adamw(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -110,10 +123,7 @@ def _muon(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 _FLOORED = DampingRule(increase=2.0, decrease=0.5, minimum=1e-3)
 METHODS: dict[str, tuple[Any, tuple[float, ...]]] = {
-    "AdamW": (
-        Plain(lambda m, lr: [torch.optim.AdamW(m.parameters(), lr, (0.9, 0.99), weight_decay=0.0)]),
-        (3e-3, 1e-2),
-    ),
+    "AdamW": (Plain(_adamw), (3e-3, 1e-2)),
     "SOAP": (Plain(lambda m, lr: [SOAP(m.parameters(), lr, weight_decay=0.0)]), (3e-3, 1e-2, 3e-2)),
     "Muon": (Plain(_muon), (1e-2, 3e-2, 1e-1)),
     "KFAC": (Closures(KFAC), (1e-2, 3e-2)),

@@ -96,4 +96,4 @@ def _error(model: nn.Module) -> float:
     return relative_error(model, points, burgers_solution(points))
 
 
-BURGERS = PinnProblem(make=_make, error=_error, seconds=60.0, success=6.7e-4, renew=_renew)
+BURGERS = PinnProblem(make=_make, error=_error, seconds=180.0, success=6.7e-4, renew=_renew)

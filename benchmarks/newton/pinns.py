@@ -106,5 +106,5 @@ METHODS: dict[str, Callable[[nn.Module, PointwiseResiduals], torch.optim.Optimiz
     "torch L-BFGS": _lbfgs,
     "torch Adam": lambda m, _: torch.optim.Adam(m.parameters(), lr=1e-3),
 }
-PER_STEP = {"ss-broyden": 50, "bfgs": 50, "torch L-BFGS": 50, "torch Adam": 0.2}
+PER_STEP = {"ss-broyden": 50, "torch L-BFGS": 50}
 """Iterations of a step; points that are drawn anew are so after 10, or one step where it holds more."""
