@@ -72,7 +72,13 @@ def test_networks_are_trained_where_the_model_is_with_the_numbers_of_the_cpu(
 
 
 def test_pruning_and_tickets_are_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {"methods": ("magnitude", "obd", "kfac"), "sparsities": (0.3, 0.6), "held_out": 0.0, "generator": 0}
+    plain: dict[str, Any] = {
+        "methods": ("magnitude", "obd", "kfac"),
+        "sparsities": (0.3, 0.6),
+        "held_out": 0.0,
+        "generator": 0,
+    }
+    plain |= {"damping": 1e-2}  # under the usual one rounding moves K-FAC's losses by 2e-6, on CPUs too
     with nothing_changes():
         there = analysis.measure_pruning(_classifier("cuda"), **plain)
     here = analysis.measure_pruning(_classifier("cpu"), **plain)

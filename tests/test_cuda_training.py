@@ -67,7 +67,7 @@ DETERMINISTIC: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (KFAC, {"fisher": "empirical", **LOSS}),
     (EKFAC, {"fisher": "type-2", **LOSS}),
     (Shampoo, {"lr": 0.01, "eigen_dtype": "float64"}),
-    (SOAP, {"lr": 0.01, "eigen_dtype": "float64"}),
+    (SOAP, {"lr": 0.01, "eigen_dtype": "float64", "refresh": "continuous"}),  # other bases are decided by rounding
     (SAM, {"base": torch.optim.SGD, "lr": 0.1}),
     (ASAM, {"base": torch.optim.AdamW, "lr": 0.01}),
     (SLS, {}),
