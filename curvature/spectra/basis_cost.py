@@ -7,10 +7,11 @@ import torch
 from curvature.environment.cost import timed
 from curvature.linalg.base.places import Place
 
-__all__ = ["block_seconds", "num_together"]
+__all__ = ["DISK_SPEED", "block_seconds", "num_together"]
 
 _READS = 4  # of the whole basis in a step: two to project on it and two to take away, as Gram-Schmidt goes twice
-_DISK_SPEED = 1.2e9  # bytes a second that come from a file, once a step
+DISK_SPEED = 1.2e9
+"""Bytes of a basis a second that come from a file, once a step."""
 _SMALL = 1 << 28  # bytes read that take a tenth of a second and are not worth a timing
 _ROWS, _COLUMNS = 16, 1 << 21  # of the piece
 _TOGETHER, _TOGETHER_BYTES = 4, 1 << 31
@@ -47,4 +48,4 @@ def block_seconds(
     X = rows[:width].clone()
     _ = rows @ X.T
     _, seconds = timed(lambda: rows @ X.T, rows.device)
-    return seconds / rows.nbytes * read + ((by_block + by_one) / _DISK_SPEED if place == "disk" else 0.0)
+    return seconds / rows.nbytes * read + ((by_block + by_one) / DISK_SPEED if place == "disk" else 0.0)

@@ -16,13 +16,14 @@ from curvature.arguments import checked
 from curvature.environment.cost import gibibytes, peak_memory, timed
 from curvature.errors import InputError
 from curvature.linalg.base.validate import check_count, check_square, working_dtype
+from curvature.linalg.krylov._ritz_selection import basis_size
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
 from curvature.operators._objective_operator import ObjectiveOperator
 from curvature.results.record import Result
 from curvature.spectra.many_devices import Cluster, ModelSize, RankCost, rank_cost
 from curvature.spectra.product_cost import ProductCost, product_cost
 from curvature.spectra.spectrum_plan import SpectrumPlan
-from curvature.spectra.ways import CHAIN, Way, graph_choices, present_memory, ways_to_pairs
+from curvature.spectra.ways import Way, graph_choices, matvecs_of_pairs, present_memory, ways_to_pairs
 
 __all__ = ["PlannedCost", "Quantity", "plan"]
 
@@ -111,8 +112,9 @@ def plan(
     With `world_size`, the price on each of so many ranks is computed from sizes: memory, bytes moved and seconds
     (`curvature.spectra.many_devices`); nothing is run, and the model may lie on the meta device.
 
-    Traces, norms and low moments need few steps; densities and what follows from them `num_steps`; eigenpairs as many
-    as the spectra of trained networks take, which the truth may exceed.
+    Traces, norms and low moments need few steps; densities and what follows from them `num_steps`. Products for
+    eigenpairs are planned between those that trained networks take, down to half as many, and random weights, up to
+    twice as many: it is gaps that matter, and nobody knows them before.
 
     Args:
         A: the matrix; with `world_size` a `ModelSize`.
@@ -138,7 +140,7 @@ def plan(
         >>> plan(A, ["trace"]).num_matvecs, plan(A, ["trace", "density"]).num_matvecs
         (4, 120)
         >>> plan(A, "eigenpairs", k=3).settings, plan(A, "eigenpairs", k=3).num_matvecs
-        ({}, 31)
+        ({}, 36)
         >>> size = ModelSize(
         ...     num_params=7 * 10**9, largest_module=2 * 10**8, num_modules=300, tokens=10**6, batch_tokens=4096
         ... )
@@ -217,7 +219,7 @@ def _vectors_of(made: SpectrumPlan | None, size: ModelSize, k: int) -> tuple[int
     """Return the products, the vectors of the basis, and those beside it, for a model of this size."""
     n = size.num_params
     if made is None:
-        return (1, 0, 0) if k == 0 else (min(n, 10 + 2 * k + CHAIN), min(n, max(2 * k + 1, 20) + 1), k)
+        return (1, 0, 0) if k == 0 else (matvecs_of_pairs(n, k), min(n, basis_size(k) + 1), k)
     bases, others = (math.ceil(part / (n * size.dtype.itemsize)) for part in made.bytes_of(size.dtype.itemsize, [n]))
     return made.num_matvecs(n) + made.num_search(n), bases, others
 

@@ -12,6 +12,7 @@ from curvature.environment.memory import available_memory
 from curvature.errors import InputError
 from curvature.linalg.base.places import Place
 from curvature.linalg.base.validate import check_confidence, working_dtype
+from curvature.linalg.krylov._ritz_selection import expected_matvecs
 from curvature.linalg.krylov.eigsh import block_penalty
 from curvature.linop import MatrixLike
 from curvature.spectra.basis_cost import block_seconds, num_together
@@ -83,7 +84,7 @@ class SpectrumPlan:
         width = min(self.num_probes, n)
         needed = float(self.k + self.num_bottom + width)  # Ritz pairs must be there
         if self.k > 0:
-            needed = max(needed, _top_matvecs(min(self.k, n)) * block_penalty(self.k, width))
+            needed = max(needed, expected_matvecs(min(self.k, n)) * block_penalty(self.k, width))
         if self.num_bottom > 0:
             needed = max(needed, _bottom_matvecs(min(self.num_bottom, n)) * block_penalty(_CROWD, width))
         wanted = math.ceil(needed / width)
@@ -170,11 +171,6 @@ class SpectrumPlan:
         check_fits(others, A.device, f"what is held beside {space}", f"{remedy}, or ask for fewer pairs")
 
 
-def _top_matvecs(k: int) -> int:
-    """Return about how many products the k largest pairs of a trained network take; the truth depends on gaps."""
-    return 10 + 2 * k
-
-
 def _bottom_matvecs(k: int) -> int:
-    """Return the same for the k smallest, which lie close together and far below the norm."""
+    """Return `expected_matvecs` for the k smallest pairs, which lie close together and far below the norm."""
     return 20 + 8 * k

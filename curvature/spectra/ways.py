@@ -14,15 +14,19 @@ from curvature.environment.device import is_gpu
 from curvature.environment.memory import return_unused
 from curvature.linalg.base.places import Place, spare_bytes
 from curvature.linalg.base.validate import working_dtype
+from curvature.linalg.krylov._krylov_space import most_rows
+from curvature.linalg.krylov._ritz_selection import basis_size, expected_matvecs
 from curvature.linalg.krylov._rounded_space import COLUMNS
 from curvature.linop import MatrixLike
+from curvature.spectra.basis_cost import DISK_SPEED
 from curvature.spectra.product_cost import ProductCost
 
-__all__ = ["CHAIN", "Way", "graph_choices", "present_memory", "ways_to_pairs"]
+__all__ = ["Way", "graph_choices", "matvecs_of_pairs", "present_memory", "ways_to_pairs"]
 
-CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
+_CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
 _FEW = 11  # vectors beside k: three to work with, and the chain
-_SPEED, _GPU_SPEED, _DISK_SPEED = 3e9, 8e10, 1.2e9  # bytes of a basis a second, with all that a product does to it
+_UNTRAINED = 1.3  # of the products of trained networks: random weights take twice as many, and plans serve both
+_SPEED, _GPU_SPEED = 3e9, 8e10  # bytes of a basis a second, with all that a product does to it
 _ROUNDED = 4  # times as long for each byte of a basis in a narrower dtype
 _MOST_PIECES = 64
 
@@ -74,7 +78,7 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
         seconds: of a product with another.
     """
     n, dtype, present = int(A.shape[0]), working_dtype(A), present_memory(A.device)
-    vector, expected = n * dtype.itemsize, min(n, 10 + 2 * k + CHAIN)
+    vector, expected = n * dtype.itemsize, matvecs_of_pairs(n, k)
     found = []
     for changes, pieces, keep in graph_choices(cost):
         each = seconds if cost is None else cost.seconds(1, pieces, keep)
@@ -82,16 +86,18 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
         work = 2 * vector if cost is None else cost.work(pieces)
         setup = 0.0 if cost is None else cost.setup
         for settings, place, itemsize in _bases(A, k, dtype):
-            size = min(n, settings.get("num_basis", max(2 * k + 1, 20)))
+            size = min(n, settings.get("num_basis", basis_size(k)))
             row = n * itemsize
             spare = spare_bytes(place, size_given="num_basis" in settings)
-            rows = max(size + 1, min(spare // row, size + CHAIN)) * row
+            grown = max(size + 1, min(spare // row, size + _CHAIN))
+            rows, copied = grown * row, most_rows(size + 1, grown, n) * row
             rounded = "basis_dtype" in settings
             count = expected + k * rounded
             here = rows if place == A.device or (place == "disk" and not rounded) else 0
             widened = 2 * (size + 1) * min(n, COLUMNS) * dtype.itemsize
             kept = 0 if place == "disk" else here  # a file's pages are let go of during a product
             step = max(kept + work + vector * (kept == 0 or rounded), here + (2 + rounded) * vector + rounded * widened)
+            step = max(step, copied + vector if here else 0)
             if rounded and place == "disk":  # the pairs are there, too, but for one
                 last = max((k + 2) * vector + widened, vector + work)
             else:
@@ -109,14 +115,22 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
     return found
 
 
+def matvecs_of_pairs(n: int, k: int) -> int:
+    """Return about how many products `eigsh` takes for k pairs of a matrix of size n, the chain included.
+
+    For the three largest of networks with random weights 23 to 77, of trained ones 12 to 25 (`benchmarks/memory`).
+    """
+    return min(n, round(_UNTRAINED * expected_matvecs(k)) + _CHAIN)
+
+
 def _speed(place: Place) -> float:
-    return _DISK_SPEED if place == "disk" else _GPU_SPEED if is_gpu(place) else _SPEED
+    return DISK_SPEED if place == "disk" else _GPU_SPEED if is_gpu(place) else _SPEED
 
 
 def _bases(A: MatrixLike, k: int, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Place, int]]:
     """Yield (settings, where the basis is, bytes of an entry)."""
     here, full = A.device, dtype.itemsize
-    few = {"num_basis": k + _FEW} if k + _FEW < max(2 * k + 1, 20) else {}
+    few = {"num_basis": k + _FEW} if k + _FEW < basis_size(k) else {}
     yield {}, here, full
     if few:
         yield few, here, full

@@ -34,6 +34,13 @@ _STATE = ("T", "C", "D", "num_known", "num_matvecs", "norm", "_injected")
 _COLUMNS = 1 << 16  # coordinates that a restart treats at a time
 
 
+def most_rows(size: int, grown: int, n: int) -> int:
+    """Return the rows of n entries held at most where a buffer of `size` grows to `grown`: it is copied on the way."""
+    if grown <= size:
+        return size
+    return max(2 * size, grown) if grown * n <= _SMALL else 2 * grown - 1
+
+
 class KrylovSpace:
     """U, V and P as rows at `place`; T, C and D in float64 on the CPU, so that a step waits for the device once."""
 

@@ -41,6 +41,16 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
     return torch.cat([torch.arange(k // 2), torch.arange(m - (k - k // 2), m)])
 
 
+def expected_matvecs(k: int) -> int:
+    """Return about how many products the k largest pairs of a trained network take; the truth depends on gaps."""
+    return 10 + 2 * k
+
+
+def basis_size(k: int) -> int:
+    """Return how many vectors a basis for k pairs holds by default, where products are single."""
+    return max(2 * k + 1, 20)
+
+
 def num_kept(k: int, num_done: int, size: int, width: int) -> int:
     """Return how many Ritz vectors survive a restart: the more of them converged, the more of the next ones.
 

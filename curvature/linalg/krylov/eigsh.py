@@ -18,7 +18,7 @@ from curvature.generators import AnyGenerator, as_generator
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import check_count, check_square, product_noise, with_noise, working_dtype
-from curvature.linalg.krylov._ritz_selection import Which, wanted
+from curvature.linalg.krylov._ritz_selection import Which, expected_matvecs, wanted
 from curvature.linalg.krylov.lobpcg import lobpcg
 from curvature.linalg.krylov.thick_restart import ThickRestartLanczos
 from curvature.linop import AnyMatrix, LinearOperator, MatrixLike, MatrixName, as_matrix, to_dense
@@ -138,7 +138,7 @@ def eigsh(
     common: dict[str, Any] = {"which": which, "rtol": rtol, "atol": atol, "v0": v0, "generator": generator}
     common |= {"certify": certify, "confidence": confidence, "callback": callback}
     chosen, why = method, "as asked for"
-    iterated = 10 + 2 * k  # products, for the spectrum of a trained network
+    iterated = expected_matvecs(k)
     if method == "auto":
         free = isinstance(A, Tensor) and n <= _DENSE
         few = n <= iterated and v0 is None and (max_matvecs is None or n <= max_matvecs)

@@ -44,6 +44,7 @@ from curvature.linalg.krylov._krylov_space import KrylovSpace
 from curvature.linalg.krylov._ritz_selection import (
     Look,
     Which,
+    basis_size,
     check_memory,
     check_problem,
     known_directions,
@@ -117,7 +118,7 @@ class ThickRestartLanczos:
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
         self.certify = certify or basis_dtype != working_dtype(A)
         self.confidence, self.callback = confidence, callback
-        size = max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
+        size = max(basis_size(k), k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
         self.size = min(n - known.shape[1], size)
         held = place_of(basis_device, A.device)
         row = entries_held(A) * basis_dtype.itemsize

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.linalg import eigsh
+from curvature.linalg import ThickRestartLanczos, eigsh
+from curvature.linalg.krylov import _krylov_space
 from curvature.linalg.krylov._krylov_space import KrylovSpace
+from curvature.results.estimates import Status
 from curvature.spectra import analysis, basis_cost
 from curvature.spectra.basis_cost import block_seconds
 from curvature.spectra.spectrum import spectrum
@@ -86,3 +88,26 @@ def test_pairs_are_continued_where_the_basis_was_and_without_it(
     torch.testing.assert_close(
         found.top.eigenvalues, torch.linspace(0, 1, 600, dtype=torch.float64).flip(0)[:8], rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("small", [0, 1 << 25])
+def test_a_plan_knows_what_a_basis_holds_while_a_chain_makes_it_grow(
+    monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setattr(_krylov_space, "_SMALL", small)
+    held: list[int] = []
+    made = _krylov_space.empty_rows
+
+    def noted(count: int, *rest: Any) -> Tensor:
+        held.append(count)
+        return made(count, *rest)
+
+    monkeypatch.setattr(_krylov_space, "empty_rows", noted)
+    A = torch.diag(torch.linspace(1, 2, 400, dtype=torch.float64) ** 12)
+    solver = ThickRestartLanczos(A, 3, generator=0)
+    assert solver.run().status is Status.CONVERGED
+    assert len(held) > 1, "the chain needed no room, and nothing was tested"
+    used = solver.space.count + solver.space.num_directions
+    filled = min(held[1], used)  # rows that were never written take no memory
+    most = max(held[0] + held[0], filled) if small else held[-2] + held[-1]
+    assert _krylov_space.most_rows(held[0], used, A.shape[0]) == most
