@@ -46,9 +46,9 @@ def expected_matvecs(k: int) -> int:
     return 10 + 2 * k
 
 
-def basis_size(k: int) -> int:
-    """Return how many vectors a basis for k pairs holds by default, where products are single."""
-    return max(2 * k + 1, 20)
+def basis_size(k: int, block_size: int = 1, start_size: int = 1) -> int:
+    """Return how many vectors a basis for k pairs holds by default."""
+    return max(2 * k + 1, 20, k + 2 * block_size, start_size + block_size)
 
 
 def num_kept(k: int, num_done: int, size: int, width: int) -> int:

@@ -118,8 +118,7 @@ class ThickRestartLanczos:
         self.rtol, self.atol, self.block_size, self.start_size = rtol, atol, block_size, start_size
         self.certify = certify or basis_dtype != working_dtype(A)
         self.confidence, self.callback = confidence, callback
-        size = max(basis_size(k), k + 2 * block_size, start_size + block_size) if num_basis is None else num_basis
-        self.size = min(n - known.shape[1], size)
+        self.size = min(n - known.shape[1], num_basis or basis_size(k, block_size, start_size))
         held = place_of(basis_device, A.device)
         row = entries_held(A) * basis_dtype.itemsize
         check_memory((self.size + start_size + 2 * k) * row, held, basis_dtype == working_dtype(A))
