@@ -19,7 +19,7 @@ import torch
 from analysis import load_run
 from analysis.inspection.study import InspectionRun
 from analysis.records.measured import Measured
-from analysis.show.wording import quantity
+from analysis.show.wording import duration, quantity
 from analysis.tasks.task import Task
 from benchmarks.common.processes import ROOT
 from benchmarks.common.suite import Row, Rows, command
@@ -37,6 +37,7 @@ def row_of(name: str, folder: Path) -> Row:
     """Return the row of a run folder of `curvature inspect`."""
     run = load_run(folder)
     assert isinstance(run, InspectionRun)
+    assert run.cost is not None
     found = run.inspection
     numbers = {
         "sharpness": found.sharpness,
@@ -47,7 +48,7 @@ def row_of(name: str, folder: Path) -> Row:
     row: Row = {"model": name, "description": run.description, "num_params": found.num_params, "loss": found.loss}
     row |= {key: {"value": known.value, "stderr": known.stderr} for key, known in numbers.items()}
     products: Row = {"products": found.trace.num_matvecs, "seconds": found.cost.seconds}
-    products |= {"peak_mebibytes": found.cost.peak_bytes / 2**20}
+    products |= {"price_seconds": run.cost.expected_seconds, "peak_mebibytes": found.cost.peak_bytes / 2**20}
     products["stages"] = [[stage.name, stage.planned, stage.num_matvecs, stage.seconds] for stage in found.cost.stages]
     return row | products | {"dtype": found.dtype, "device": found.device, "notes": list(found.notes)}
 
@@ -106,7 +107,8 @@ def minilm_parts() -> dict[str, str | Sequence[str]]:
 
 def pretrained_table(rows: list[Row]) -> str:
     """Return the Markdown table."""
-    heads = ["model", "parameters", "largest λ", "trace", "effective condition", "negative", "products"]
+    heads = ["model", "parameters", "largest λ", "trace", "effective condition", "negative"]
+    heads += ["products", "price", "time"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row in rows:
         if row.get("failure"):
@@ -116,7 +118,9 @@ def pretrained_table(rows: list[Row]) -> str:
         share = Measured(value=100 * known["negative_share"].value, stderr=100 * known["negative_share"].stderr)
         figures = [quantity(known[key], 3) for key in ("sharpness", "trace", "condition")]
         cells = [row["model"], f"{row['num_params']:,}".replace(",", " "), *figures, f"({quantity(share)}) %"]
-        lines.append("| " + " | ".join([*cells, str(row["products"])]) + " |")
+        spent = sum(num_matvecs for _, _, num_matvecs, _ in row["stages"])
+        times = (duration(row["price_seconds"]), duration(row["seconds"]))
+        lines.append("| " + " | ".join([*cells, str(spent), *times]) + " |")
     return "\n".join(lines) + "\n"
 
 
