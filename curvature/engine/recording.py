@@ -32,6 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R", bound="Recording")
 T = TypeVar("T")
 
+_NAMED = 4  # parameters that a message names
 _LARGE = 1 << 20  # entries of a vector from which memory counts more than calls, ...
 _FRUGAL = 1 << 25  # ... and bytes from which a gradient is rather computed again than held beside its graph
 
@@ -236,7 +237,9 @@ class Recording:
             raise NonFiniteError("the vector that the matrix is applied to holds values that are not finite.")
         sizes = [self._params[i].numel() for i in chosen]
         bad = [not bool(part.isfinite().all()) for part in rows.split(sizes, dim=-1)] if sizes else []
-        names = ", ".join(repr(self._space.names[i]) for i, is_bad in zip(chosen, bad, strict=True) if is_bad)
+        rows_of = [repr(self._space.names[i]) for i, is_bad in zip(chosen, bad, strict=True) if is_bad]
+        more = f" and {len(rows_of) - _NAMED} more" if len(rows_of) > _NAMED else ""
+        names = ", ".join(rows_of[:_NAMED]) + more
         operation = "" if again is None else failing_operation(again)
         raise NonFiniteError(
             f"the product is not finite on batch {self.index}"

@@ -365,6 +365,19 @@ def test_curvature_that_is_not_finite_names_batch_and_parameter() -> None:
         Objective(objective.model, None, list(objective.batches())[::-1], **forward_of(objective)).check()
 
 
+def test_a_message_names_a_few_parameters_and_counts_the_others() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(7))).double()
+    for layer in model:
+        layer.weight.data[0] = 0
+
+    def loss(m: Any, batch: Any) -> Tensor:
+        return m(batch).square().mean() + sum(layer.weight.norm(dim=1).sum() for layer in m)
+
+    objective = Objective(model, None, [real(2, 3)], forward=loss, weight=len)
+    with pytest.raises(NonFiniteError, match=r"in the rows of '0\.weight', .*'3\.weight' and 3 more"):
+        _ = HessianOperator(objective) @ real(objective.num_params)
+
+
 def forward_of(objective: Objective) -> dict[str, Any]:
     return {"forward": objective.evaluator.forward, "weight": objective.evaluator.weight}
 
