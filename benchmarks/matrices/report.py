@@ -27,7 +27,7 @@ def matrices_table(rows: Sequence[Row]) -> str:
     ]
     for problem, method, steps in dict.fromkeys((row["problem"], row["method"], row["steps"]) for row in runs):
         mine = [r for r in runs if (r["problem"], r["method"], r["steps"]) == (problem, method, steps)]
-        best = min((r for r in mine if r["seed"] == 0), key=lambda r: r["loss"])
+        best = min((r for r in mine if r["seed"] == 0 and r["loss"] is not None), key=lambda r: r["loss"])
         chosen = [best, *(r for r in mine if r["seed"] > 0 and r["lr"] == best["lr"])]
         digits = 3 if best["loss"] < 1 else 2
         gradients, seconds = (statistics.median(r[key] for r in chosen) for key in ("gradients", "seconds"))
