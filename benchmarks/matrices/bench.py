@@ -7,7 +7,7 @@
     runs    training runs of equal length, cosine over each, a small grid of learning rates with the first seed, the
             best one with further seeds; loss on training data, seconds of the process, gradients
     race    the same for all kinds of methods on all problems, five seeds, once with as many steps for each and once
-            with the seconds that AdamW takes for three times as many; four learning rates each time
+            in the time that AdamW takes for twice as many; four learning rates each time, more where an end is best
 
 Widths name the tokens of a step: the overhead does not grow with these.
 """
@@ -28,6 +28,7 @@ from benchmarks.common.problems import make_gpt
 from benchmarks.common.suite import Row, Rows, command, stored
 from benchmarks.matrices.methods import METHODS, OF_PARTS, PERIOD, RACE
 from benchmarks.matrices.problems import PINNS, PROBLEMS
+from benchmarks.optimizers.bench import next_rate
 from curvature.errors import CurvatureError
 
 __all__ = ["COSTS", "METHODS", "PROBLEMS", "cost_row", "main", "race", "run_row"]
@@ -108,15 +109,25 @@ def run_row(problem: str, method: str, lr: float, *, seed: int, steps: int) -> R
     }
 
 
-STEPS = {"gpt": 100, "digits-cnn": 150, "autoencoder": 300, "logistic": 100, "poisson": 200, "convection": 200}
-"""Of the race; as many for burgers as for the other equations."""
-LONGER = 3
+STEPS = {
+    "gpt": 100,
+    "digits-cnn": 100,
+    "autoencoder": 200,
+    "logistic": 100,
+    "poisson": 100,
+    "convection": 60,
+    "burgers": 40,
+}
+"""Of the race: short runs, which say how methods start."""
+FURTHER_RATES = 3
+"""At most so many beyond either end of the four."""
+LONGER = 2
 """The time of the race is that of AdamW's run, so many times as long."""
 
 
 def race(problem: str, methods: list[str], *, seeds: int) -> Iterator[Row]:
     """Yield the rows of one problem, AdamW's first, whose seconds are the time of all."""
-    steps = STEPS.get(problem, 200)
+    steps = STEPS[problem]
     budget = math.nan
     for method in dict.fromkeys(("AdamW", *methods)):
         if problem in PINNS and method in OF_PARTS:  # all points are one example there
@@ -132,11 +143,19 @@ def race(problem: str, methods: list[str], *, seeds: int) -> Iterator[Row]:
 
 def _tuned(problem: str, method: str, steps: int, seeds: int, what: str) -> Generator[Row, None, list[Row]]:
     """Yield runs with the first seed at every rate, and with the others at the best; return those at the best."""
-    found = []
-    for lr in RACE[method][1]:
-        found.append(run_row(problem, method, lr, seed=0, steps=steps) | {"kind": "race", "equal": what})
-        yield found[-1]
-    ended = [row for row in found if row["loss"] is not None]
+    found: dict[float, Row] = {}
+    waiting = list(RACE[method][1])
+    while waiting:
+        lr = waiting.pop()
+        found[lr] = run_row(problem, method, lr, seed=0, steps=steps) | {"kind": "race", "equal": what}
+        yield found[lr]
+        ended = [row for row in found.values() if row["loss"] is not None]
+        if waiting or not ended or len(RACE[method][1]) == 1:
+            continue
+        best = min(ended, key=lambda row: row["loss"])["lr"]
+        for end, up in ((min(found), False), (max(found), True)):
+            if best == end and len(found) < len(RACE[method][1]) + FURTHER_RATES:
+                waiting.append(next_rate(end, up=up))
     if not ended:
         return []
     chosen = [min(ended, key=lambda row: row["loss"])]
