@@ -201,11 +201,12 @@ class Evaluator:
         if not self._looked_for_checkpoints and loss.requires_grad:
             refuse_reentrant(loss)
             self._looked_for_checkpoints = True
-        weight = self._weight(batch, outputs, targets)
-        if weight != 0 and not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
-        if self.rule is not None and self.weight is None and self.batch_weights is not None:
-            self.batch_weights.see(self.rule, outputs, targets, index)
+        with _past_modes(loss, outputs, targets):
+            weight = self._weight(batch, outputs, targets)
+            if weight != 0 and not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
+            if self.rule is not None and self.weight is None and self.batch_weights is not None:
+                self.batch_weights.see(self.rule, outputs, targets, index)
         in_blocks = blocks is not None and blocks.in_use
         return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers, in_blocks)
 
@@ -367,6 +368,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
         yield lambda: not seeded.same_as(RandomStates([device]))
     finally:
         before.restore()
+
+
+def _past_modes(*values: Any) -> AbstractContextManager[Any]:
+    """Leave modes that watch a model out of other arithmetic, unless tensors have ways of their own."""
+    plain = all(type(value) is Tensor or not isinstance(value, Tensor) for value in values)
+    return torch._C.DisableTorchFunction() if plain else contextlib.nullcontext()
 
 
 def _leading_size(batch: Any) -> int:

@@ -27,11 +27,11 @@ from curvature.autograd.backward import pull_back as _pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
 from curvature.autograd.lean import LeanLayers
-from curvature.autograd.lean_trust import LeanTrust
-from curvature.data.parts import small_part
+from curvature.engine.chain import find_chain
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
-from curvature.engine.recording import NOT_OF_LAYERS, Recording, all_finite, invisibly, stacked
+from curvature.engine.recording import all_finite, invisibly, stacked
 from curvature.engine.replays import Replays, agree
+from curvature.engine.verified import VerifiedRecording
 from curvature.environment.device import is_gpu
 from curvature.errors import InputError
 from curvature.parameters import Block
@@ -42,7 +42,7 @@ LOSS_HESSIAN = LossHessian()
 HESSIAN = frozenset({"hvp"})  # a name, as an output metric is that of its products
 
 
-class Linearization(Recording):
+class Linearization(VerifiedRecording):
     """The loss of one batch at the present parameters, ready for products."""
 
     def _evaluate(self) -> None:
@@ -53,6 +53,11 @@ class Linearization(Recording):
         self._replays: Replays | None = None
         self._params = list(self._space.tensors.values())
         super()._evaluate()
+        rule = self._evaluator.rule
+        lean = self._trust is not None and self._uniform and not self._lean.saw_hooks
+        lean = lean and rule is not None and rule.closed_form
+        found = self._evaluation
+        self._chain = find_chain(found.loss, found.outputs, self._params) if lean else None
 
     def _recorded_again(self, beside: AbstractContextManager[None]) -> bool:
         """Record the batch on another stream, for products that are replayed from now on; False if it cannot be."""
@@ -78,7 +83,7 @@ class Linearization(Recording):
         Raises:
             NonFiniteError: with batch and parameter.
         """
-        if self._gradient is not None and not self.is_large:
+        if self._gradient is not None and self.holds_gradient:
             return self._flatten([g.detach() if isinstance(g, Tensor) else None for g in self._gradient])
         if not self._evaluation.loss.requires_grad:
             return self._flatten([None] * len(self._params))
@@ -91,6 +96,8 @@ class Linearization(Recording):
         """Say for each parameter whether this batch depends on it; None before a graph was built."""
         transposed = None if self._jacobian is None else self._jacobian[0]
         parts = transposed if self._gradient is None else self._gradient
+        if self._chain is not None:  # it holds all of them
+            return (True,) * len(self._params)
         return None if parts is None else tuple([part is not None for part in parts])
 
     def outputs_and_targets(self) -> tuple[Tensor, Any]:
@@ -133,8 +140,11 @@ class Linearization(Recording):
         if self.weight == 0:  # nothing counts in this batch: its mean is 0 / 0
             return torch.zeros_like(X)
         self._verify("hvp")
-        self._build_gradient()
+        self._build("hvp", block)
         chosen = self._positions(block)
+        if self._chain is not None and block is None:
+            chain, M = self._chain, self._map(LOSS_HESSIAN)
+            return self._products(X, lambda x: chain.hessian(x, M), chosen, HESSIAN)
         return self._products(X, lambda x: self._curve(chosen, x), chosen, HESSIAN)
 
     def _products(
@@ -193,7 +203,7 @@ class Linearization(Recording):
         if self.weight == 0:
             return torch.zeros_like(X)
         self._verify("ggnvp")
-        self._map(metric)
+        self._build(metric, block)
         chosen = self._positions(block)
 
         def product(x: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ class Linearization(Recording):
         """Return J X, (k, num_outputs), for X (k, m), one vector a row; columns outside the block are left out of J."""
         self._leave_blocks()
         self._verify("ggnvp")
-        self._build_jacobian()
+        self._build_outputs(block)
         zero = X.new_zeros(self.num_outputs)
 
         def product(x: Tensor) -> Tensor:
@@ -229,7 +239,7 @@ class Linearization(Recording):
         """Return J'U, (k, m), for U (k, num_outputs), one vector a row."""
         self._leave_blocks()
         self._verify("ggnvp")
-        self._build_jacobian()
+        self._build_outputs(block)
         outputs = self._outputs("Jacobian")
 
         def product(u: Tensor) -> Tensor:
@@ -239,6 +249,8 @@ class Linearization(Recording):
 
     def _push(self, x: Tensor, block: Block | None) -> Sequence[Tensor | None]:
         """Return J x in the shapes of the roots; None where they do not depend on the block."""
+        if self._chain is not None and block is None:
+            return [self._chain.push(x)]
         transposed, u = self._build_jacobian()
         chosen = self._positions(block)
         Jt, v = differentiable([transposed[i] for i in chosen], self._unflatten(x, chosen))
@@ -246,6 +258,9 @@ class Linearization(Recording):
 
     def _pull(self, u: Sequence[Tensor | None], block: Block | None) -> Tensor:
         """Return J'u, (m,)."""
+        if self._chain is not None and block is None:
+            assert u[0] is not None
+            return self._chain.pull(u[0])
         chosen = self._positions(block)
         params = [self._params[i] for i in chosen]
         roots = [(root, part.to(root.dtype)) for root, part in zip(self._roots, u, strict=True) if part is not None]
@@ -260,78 +275,11 @@ class Linearization(Recording):
         if self.weight == 0:
             return
         self._verify("hvp" if product == "hvp" else "ggnvp")
-        if product == "hvp":
-            self._build_gradient()
-        else:
-            self._map(LOSS_HESSIAN if isinstance(product, str) else product)
+        self._build(product)
 
-    # -- lean layers --------------------------------------------------------------------------------------------------
-
-    def _verify(self, product: Literal["hvp", "ggnvp"]) -> None:
-        """Before lean layers of these shapes first serve for a product, compare it with autograd's own."""
-        trust = self._trust
-        if trust is None or self.num_lean_layers == 0 or trust.covers(product, self._lean.signature()):
-            return
-        eps = max(torch.finfo(p.dtype).eps for p in self._params)
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(1, self._space.num_params, generator=generator).to(self._space.device, self._space.dtype)
-        if self._agrees_on_a_part(product, trust, v, eps):
-            return
-        given_up = self._gradient is None and self._jacobian is None  # one graph at a time, where nothing is built yet
-        if given_up:
-            del self._evaluation
-        try:
-            plain = Linearization(self._evaluator, self._space, self.batch, self.index)
-            reference = plain._compared(product, v)
-            del plain
-        finally:
-            if given_up:
-                self._record()
-        if self._trust is None or self.num_lean_layers == 0:
-            return
-        self._trust = None
-        try:
-            lean = self._compared(product, v)
-        except Exception as error:
-            if isinstance(error, NOT_OF_LAYERS):
-                raise
-            trust.revoke(f"they raised {type(error).__name__}")
-        else:
-            sizes = [p.numel() for p in self._params]
-            trust.compare(product, self._lean.signature(), lean[0], reference[0], sizes, eps)
-        if trust.revoked:
-            self._record_plainly()
-        else:
-            self._trust = trust
-
-    def _agrees_on_a_part(self, product: Literal["hvp", "ggnvp"], trust: LeanTrust, v: Tensor, eps: float) -> bool:
-        """Compare on a small part of the batch, if it can be cut: a layer's derivative does not depend on how many.
-
-        Only agreement counts; whatever else comes of it, the whole batch decides.
-        """
-        rule = self._evaluator.rule
-        if rule is None or not rule.closed_form:
-            return False
-        try:
-            if (part := small_part(self.batch)) is None:
-                return False
-            lean = Linearization(self._evaluator, self._space, part, self.index, trust=LeanTrust())
-            if lean.weight == 0 or lean._lean.calls() != self._lean.calls():
-                return False
-            lean._trust = None
-            found = lean._compared(product, v)[0]
-            del lean
-            reference = Linearization(self._evaluator, self._space, part, self.index)._compared(product, v)[0]
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return False
-        sizes, of_part = [p.numel() for p in self._params], LeanTrust()
-        of_part.compare(product, self._lean.signature(), found, reference, sizes, eps)
-        if of_part.revoked or not bool(reference.any()):
-            return False
-        trust.accept(of_part)
-        return True
+    @property
+    def _is_built(self) -> bool:
+        return self._gradient is not None or self._jacobian is not None
 
     def _compared(self, product: Literal["hvp", "ggnvp"], v: Tensor) -> Tensor:
         """Products with J and J' are compared whatever the loss: its own Hessian may be zero and hide them."""
@@ -344,6 +292,28 @@ class Linearization(Recording):
             return self._pull(self._push(v[0], None), None)[None]
 
     # -- graphs -------------------------------------------------------------------------------------------------------
+
+    def _build(self, product: Literal["hvp", "ggnvp"] | OutputMetric, block: Block | None = None) -> None:
+        """Build what products with a matrix, or a diagonal block of it, go by."""
+        if product != "hvp":
+            self._build_outputs(block)
+            self._map(LOSS_HESSIAN if isinstance(product, str) else product)
+        elif self._chain is None or block is not None:
+            self._build_gradient()
+        elif not self._chain.knows_loss:
+            self._map(LOSS_HESSIAN)
+            self.gradient()  # refuses what is not finite
+            with self._session(), no_autocast(self._space.device), self._metered():
+                self._chain.prepare(self._evaluation.loss)
+
+    def _build_outputs(self, block: Block | None) -> None:
+        """Build what products with J and J' go by."""
+        if self._chain is None or block is not None:
+            self._build_jacobian()
+        elif not self._chain.prepared:
+            self._outputs("Gauss-Newton matrix")
+            with self._session(), no_autocast(self._space.device), self._metered():
+                self._chain.prepare()
 
     def _build_gradient(self) -> Sequence[End | None]:
         if self._gradient is None:
@@ -373,8 +343,9 @@ class Linearization(Recording):
         return self._jacobian
 
     def _map(self, metric: OutputMetric) -> Callable[[Any], Any]:
-        """Return u -> M u on the outputs, or on the roots of logits in blocks, with the Jacobian's graph built."""
-        self._build_jacobian()
+        """Return u -> M u on the outputs, or on the roots of logits in blocks."""
+        if self.in_blocks:
+            self._build_jacobian()
         if metric not in self._output_maps:
             plain = self._evaluator.session(self._buffers, LeanLayers(corrections_only=True))
             with plain, no_autocast(self._space.device), self._metered():

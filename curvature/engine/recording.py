@@ -95,6 +95,8 @@ class Recording:
         self.index = index
         self._meter = meter
         self._third_order = third_order or bool(evaluator.forward_differentiates)
+        self.holds_gradient = self.vector_bytes < _FRUGAL
+        """Whether a graph is kept with the vector that it yields."""
         self._allows_blocks = True
         self._trust = None if trust is None or trust.revoked or self._third_order else trust
         self._record()
@@ -172,14 +174,9 @@ class Recording:
         """Of a vector with an entry for each parameter."""
         return self._space.num_params * self._space.dtype.itemsize
 
-    @property
-    def is_large(self) -> bool:
-        """Whether graphs are kept without the vectors they yield."""
-        return self.vector_bytes >= _FRUGAL
-
     def _ends(self, parts: Sequence[Tensor | None]) -> Sequence[End | None]:
         """Return what products begin with."""
-        return ends_of(parts) if self.is_large else parts
+        return parts if self.holds_gradient else ends_of(parts)
 
     @property
     def num_lean_layers(self) -> int:

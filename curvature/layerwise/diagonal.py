@@ -96,11 +96,12 @@ def exact_diagonal(
 ) -> ExactDiagonal:
     """Return the diagonal of the Gauss-Newton matrix or the Hessian over all data, exactly or by Monte Carlo.
 
-    Cost: diag G takes C columns for C outputs an example, each between a third of a gradient (linear layers on vectors)
-    and two; N C gradients where examples meet. diag H takes a column more for each unit of a curved activation (tanh,
-    GELU, ...), and n products for models with other curved functions (softmax, layer normalisation). The Monte Carlo
-    kinds cost one column a sample: "ggn-mc" takes random combinations of the loss Hessian's columns and serves any
-    loss, "fisher-mc" draws targets from the model's own distribution. Both are unbiased for diag G.
+    Cost: diag G takes C columns for C outputs an example, C - 1 for cross-entropy, each between a third of a gradient
+    (linear layers on vectors) and two; N C gradients where examples meet. diag H takes a column more for each unit of a
+    curved activation (tanh, GELU, ...), and n products for models with other curved functions (softmax, layer
+    normalisation). The Monte Carlo kinds cost one column a sample: "ggn-mc" takes random combinations of the loss
+    Hessian's columns and serves any loss, "fisher-mc" draws targets from the model's own distribution. Both are
+    unbiased for diag G.
 
     Args:
         objective: the data are taken as it weights them; micro-batches are its own.

@@ -99,21 +99,30 @@ class DiagonalRoot(LossRoot):
 
 
 class SoftmaxRoot(LossRoot):
-    """Cross-entropy: at a site of weight a, H = a (diag p - p p') = sum_c a p_c (e_c - p)(e_c - p)'."""
+    """Cross-entropy: at a site of weight a, H = a (diag p - p p'), of rank C - 1.
+
+    Its columns are those of the Cholesky factor, which holds no differences: with t_c = sum_{i > c} p_i,
+    r_c = sqrt(a p_c t_c / (p_c + t_c)) (e_c - sum_{i > c} p_i e_i / t_c), and none for the last class.
+    """
 
     def __init__(self, shape: torch.Size, p: Tensor, site_weight: Tensor) -> None:
-        super().__init__(shape, p.shape[1] * p.shape[2])
+        self._each = max(1, p.shape[2] - 1)
+        super().__init__(shape, p.shape[1] * self._each)
         self._p, self._a = p, site_weight  # (N, T, C), (N, T)
 
     def columns(self, start: int, stop: int, examples: slice = slice(None)) -> Tensor:
         p, a = self._p[examples], self._a[examples]
         v = torch.arange(start, stop, device=p.device)
-        site, c = v // p.shape[2], v % p.shape[2]
+        site, c = v // self._each, v % self._each
         k = torch.arange(len(v), device=p.device)
+        later = torch.arange(p.shape[2], device=p.device) > c[:, None]
         q = p[:, site].movedim(1, 0)  # (k, N, C)
-        column = -q.clone()
-        column[k, :, c] += 1
-        column *= (a[:, site].T * q[k, :, c]).sqrt().unsqueeze(-1)
+        after = q * later.unsqueeze(1)
+        own, t = q[k, :, c], after.sum(-1)
+        tiny = torch.finfo(p.dtype).tiny
+        column = -after / t.clamp_min(tiny).unsqueeze(-1)
+        column[k, :, c] = 1
+        column *= (a[:, site].T * own * (t / (own + t).clamp_min(tiny))).sqrt().unsqueeze(-1)
         full = p.new_zeros(len(v), *p.shape)
         full[k, :, site] = column
         return self._shaped(full)

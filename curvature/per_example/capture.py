@@ -158,9 +158,10 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build) -> None:
-        if place is not None and place.tensor.requires_grad:
-            edge = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out)
-            self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build))
+        with torch._C.DisableTorchFunction():  # a mode below would be asked at each attribute
+            if place is not None and place.tensor.requires_grad:
+                edge = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out)
+                self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build))
 
     def _follow_embedding(self, out: Tensor, index: Tensor, table: Tensor) -> None:
         """Positions are often looked up once for all examples: then what is looked up is a part of the table."""

@@ -15,7 +15,8 @@ class ColumnSquares:
 
     Where examples have one row, d_vi a_i' for a linear map, squares of the d_vi are summed first and multiplied by
     those of the a_i at the end. Where they have many, the gradients of several columns are written out with right
-    factors (windows of a convolution) that are formed once.
+    factors (windows of a convolution) that are formed once for them: for as many as a cache holds, on a CPU, since new
+    memory for more costs more than windows that are formed again.
 
     Args:
         total: (numel,), where the sum is added.
@@ -24,6 +25,7 @@ class ColumnSquares:
 
     def __init__(self, total: Tensor, chunk_bytes: int) -> None:
         self._total, self._chunk_bytes = total, chunk_bytes
+        self._held_bytes = min(chunk_bytes, 2 * CACHE_BYTES) if total.device.type == "cpu" else chunk_bytes
         self._squares: Tensor | None = None  # (N, G, q) of a linear map, (N, numel) of what is held as it is
         self._right: Rows | Windows | None = None
         self._lefts: list[Tensor] = []
@@ -40,7 +42,7 @@ class ColumnSquares:
                 self.flush()
             self._lefts.append(form.left)
             self._right, self._sign = form.right, sign
-            if (1 + len(self._lefts)) * form.left.nbytes > self._chunk_bytes:
+            if (1 + len(self._lefts)) * form.left.nbytes > self._held_bytes:
                 self.flush()
         else:
             ones = self._total.new_ones(form.num_examples)

@@ -57,6 +57,8 @@ class ProductCost:
     """Bytes of a gradient."""
     beside: int
     """Bytes of the gradient that each graph holds, or none of it."""
+    chained: bool
+    """Whether products go by `curvature.engine.chain`."""
     keeps: bool
     """Whether graphs are kept at all."""
     room: float
@@ -82,7 +84,8 @@ class ProductCost:
 
     def work(self, pieces: int = 1) -> int:
         """Return the bytes that a product needs beside graphs and the vectors it is made with."""
-        sums = 3 if pieces * self.num_batches > 1 else 2  # of batches, parts of a product, the same as one vector
+        many = self.chained or pieces * self.num_batches > 1  # a chain is compared with another product first
+        sums = 3 if many else 2  # of batches, parts of a product, the same as one vector
         return self.derivatives // pieces + sums * self.vector
 
     @property
@@ -118,6 +121,7 @@ def product_cost(A: ObjectiveOperator) -> ProductCost:
         derivatives=int((_CONVOLVED if first.convolved else _DERIVATIVES[product]) * first.graph),
         vector=objective.num_params * objective.dtype.itemsize,
         beside=first.beside,
+        chained=first.chained,
         keeps=objective.may_keep_graphs,
         room=float("inf") if objective.kept.keep is True else objective.kept.budget.num_bytes,
         held=objective.held_bytes,
@@ -131,6 +135,7 @@ class _Batch(NamedTuple):
     beside: int
     examples: int
     convolved: bool
+    chained: bool
 
 
 def _first_batch(A: ObjectiveOperator, product: str) -> _Batch:
@@ -142,11 +147,11 @@ def _first_batch(A: ObjectiveOperator, product: str) -> _Batch:
     parts = [p.detach() for p in objective.space.tensors.values()]
     vector = min(whole, _least_seconds(lambda: lin._flatten(list(parts)), objective.device))
     if lin.weight != 0:
-        _ = lin._build_gradient() if product == "hvp" else lin._map(getattr(A, "_metric", LOSS_HESSIAN))
-    beside = 0 if lin.is_large else lin.vector_bytes
+        lin._build("hvp" if product == "hvp" else getattr(A, "_metric", LOSS_HESSIAN))
+    beside = lin.vector_bytes if lin.holds_gradient and lin._chain is None else 0
     convolved = any("Conv" in node.name() for node in walk([lin.graph_root()]))
     held = max(0, meter.held_bytes() - beside)
-    return _Batch(whole - vector, vector, held, beside, num_examples(lin.batch), convolved)
+    return _Batch(whole - vector, vector, held, beside, num_examples(lin.batch), convolved, lin._chain is not None)
 
 
 def _least_seconds(work: Callable[[], object], device: torch.device) -> float:

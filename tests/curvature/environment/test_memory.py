@@ -116,6 +116,7 @@ def _check(of: Objective, limit: int) -> None:
 def test_graphs_dropped_in_the_middle_of_a_walk_are_built_again(shuffles: bool) -> None:
     """All graphs of the Hessian fit; those of the Gauss-Newton matrix beside them do not."""
     probe = objective(keep_graphs=True)
+    probe.trust.revoke("a chain needs little beside the other")
     v = _v(probe)
     H = HessianOperator(probe) @ v
     data = Reversing(batches()) if shuffles else batches()
@@ -123,6 +124,7 @@ def test_graphs_dropped_in_the_middle_of_a_walk_are_built_again(shuffles: bool) 
     limit = int(1.05 * probe.held_bytes) + own
     G = GGNOperator(probe) @ v
     of = Objective(net(), nn.CrossEntropyLoss(), data, memory_budget=limit)
+    of.trust.revoke("as above")
     assert_close(HessianOperator(of) @ v, H, BATCHING_TOLERANCE)
     assert len(of.kept) == NUM_BATCHES
     for _ in range(3):
@@ -424,6 +426,8 @@ def test_large_gradients_are_not_held_beside_their_graphs(monkeypatch: pytest.Mo
     for limit in (recording._FRUGAL, 0):
         monkeypatch.setattr(recording, "_FRUGAL", limit)
         hessian, ggn = wide(8, keep_graphs=True), wide(8, keep_graphs=True)
+        for of in (hessian, ggn):
+            of.trust.revoke("a chain holds none")
         products = [HessianOperator(hessian) @ v, GGNOperator(ggn) @ v]
         assert_close(hessian.gradient(), wide(8).gradient())
         found.append((products, hessian.held_bytes, ggn.held_bytes))

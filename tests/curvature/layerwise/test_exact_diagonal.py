@@ -15,6 +15,8 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise import bends as bends_module
 from curvature.layerwise import diagonal as diagonal_module
 from curvature.layerwise import exact_diagonal, num_columns
+from curvature.layerwise.loss_root import loss_root
+from curvature.losses.rules import loss_rule
 from curvature.per_example.forms import Factors
 from tests.cases import CASES, Case
 from tests.checks import assert_close, assert_untouched, relative_error
@@ -234,11 +236,28 @@ def test_residual_network(kind: Any) -> None:
     assert_close(found.value, DENSE[kind](model, nn.CrossEntropyLoss(), x, y).diagonal())
 
 
+@pytest.mark.parametrize(
+    "logits", [[0.3], [1.0, -2.0], [0.5, 0.1, -3.0, 2.0], [0.0, 60.0, -50.0], [-900.0, 0.0, -901.0]]
+)
+def test_columns_of_cross_entropy_are_the_root_of_its_hessian(logits: list[float]) -> None:
+    z = torch.tensor([logits, logits[::-1]], dtype=torch.float64)
+    root = loss_root(loss_rule(nn.CrossEntropyLoss(reduction="sum")), z, torch.zeros(2, dtype=torch.long))
+    columns = root.columns(0, root.num_columns)
+    assert root.num_columns == max(1, len(logits) - 1)
+    p = z.softmax(1)
+    others = torch.stack([p[:, [j for j in range(len(logits)) if j != i]].sum(1) for i in range(len(logits))], 1)
+    H = torch.diag_embed(p * others) - (p[:, :, None] * p[:, None, :]).masked_fill(torch.eye(len(logits)).bool(), 0)
+    found = torch.einsum("vni,vnj->nij", columns, columns)
+    torch.testing.assert_close(
+        found, H, rtol=1e-12, atol=1e-300
+    )  # entry by entry: no differences of nearly equal numbers
+
+
 def test_columns_are_counted_beforehand() -> None:
     model, loss, x, y = setting("Tanh")  # five or six units behind each of two activations, three outputs
     objective = Objective(model, loss, cut(x, y))
-    assert num_columns(objective) == exact_diagonal(objective).num_columns / 2 == 3
-    assert num_columns(objective, "hessian") == exact_diagonal(objective, "hessian").num_columns / 2 == 14
+    assert num_columns(objective) == exact_diagonal(objective).num_columns / 2 == 2  # of cross-entropy
+    assert num_columns(objective, "hessian") == exact_diagonal(objective, "hessian").num_columns / 2 == 13
     with pytest.raises(InputError, match="NativeLayerNorm"):
         num_columns(Objective(setting("LayerNorm")[0], loss, cut(x, y)), "hessian")
 
