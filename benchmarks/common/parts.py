@@ -24,8 +24,8 @@ from benchmarks.descent.bench import CASES as CURVES
 from benchmarks.estimators.reference import ESTIMATED
 from benchmarks.exact.bench import PROBLEMS as EXACT
 from benchmarks.head.bench import SIZES
-from benchmarks.matrices.bench import COSTS
-from benchmarks.matrices.bench import PROBLEMS as MATRIX_RUNS
+from benchmarks.matrices.bench import COSTS, RUNS
+from benchmarks.matrices.bench import PROBLEMS as RACES
 from benchmarks.memory.bench import PARTS as MEMORY
 from benchmarks.newton.bench import SUITES
 from benchmarks.optimizers.bench import PROBLEMS as OPTIMIZED
@@ -72,7 +72,8 @@ _ALL = [
     *((f"optimizers {what}", "--problems", name) for what, names in OPTIMIZED.items() for name in names),
     ("optimizers report", "", ""),
     *(("matrices costs", "--problems", name) for name in COSTS),
-    *(("matrices runs", "--problems", name) for name in MATRIX_RUNS),
+    *(("matrices runs", "--problems", name) for name in RUNS),
+    *(("matrices race", "--problems", name) for name in RACES),
 ]
 
 

@@ -14,7 +14,7 @@ from benchmarks.descent.bench import descent_table
 from benchmarks.eigen.report import eigen_table
 from benchmarks.estimators.report import estimator_table
 from benchmarks.gpu.report import gpu_table
-from benchmarks.matrices.report import matrices_table
+from benchmarks.matrices.report import matrices_table, race_table
 from benchmarks.pretrained.bench import pretrained_table
 from benchmarks.products.report import table
 from benchmarks.pruning.bench import pruning_table
@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "coverage": (coverage_table, ("coverage",)),
     "pretrained": (pretrained_table, ("pretrained",)),
     "matrices": (matrices_table, ("matrices",)),
+    "race": (race_table, ("matrices",)),
     "pruning": (pruning_table, ("pruning",)),
     "descent": (descent_table, ("descent",)),
 }

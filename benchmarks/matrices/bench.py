@@ -31,10 +31,11 @@ from benchmarks.matrices.problems import PINNS, PROBLEMS
 from benchmarks.optimizers.bench import next_rate
 from curvature.errors import CurvatureError
 
-__all__ = ["COSTS", "METHODS", "PROBLEMS", "cost_row", "main", "race", "run_row"]
+__all__ = ["COSTS", "METHODS", "PROBLEMS", "RUNS", "cost_row", "main", "race", "run_row"]
 
 COSTS = {"width 128, 4096 tokens": (128, 64), "width 512, 8192 tokens": (512, 128)}
 """Width and sequences of 64 tokens."""
+RUNS = ("gpt", "autoencoder")
 
 
 COSTED = ("KFAC", "KFAC, every 10th", "EKFAC, every 10th")
@@ -190,7 +191,7 @@ def main() -> None:
                 for row in race(problem, a.methods or list(RACE), seeds=a.seeds):
                     rows.add(row, said=_line(row))
         return
-    cases = [(p, m) for p in a.problems or ("gpt", "autoencoder") for m in a.methods or METHODS]
+    cases = [(p, m) for p in a.problems or RUNS for m in a.methods or METHODS]
     with Rows(a.out, ("kind", "problem", "method", "lr", "seed", "steps"), len(cases) * a.seeds) as rows:
         for problem, method in cases:
             found = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common.markdown import conditions
 
-__all__ = ["matrices_table"]
+__all__ = ["matrices_table", "race_table"]
 
 Row = dict[str, Any]
 
@@ -27,11 +28,53 @@ def matrices_table(rows: Sequence[Row]) -> str:
     ]
     for problem, method, steps in dict.fromkeys((row["problem"], row["method"], row["steps"]) for row in runs):
         mine = [r for r in runs if (r["problem"], r["method"], r["steps"]) == (problem, method, steps)]
-        best = min((r for r in mine if r["seed"] == 0 and r["loss"] is not None), key=lambda r: r["loss"])
-        chosen = [best, *(r for r in mine if r["seed"] > 0 and r["lr"] == best["lr"])]
+        chosen = _tuned(mine)
+        best = chosen[0]
         digits = 3 if best["loss"] < 1 else 2
         gradients, seconds = (statistics.median(r[key] for r in chosen) for key in ("gradients", "seconds"))
         losses = ", ".join(f"{r['loss']:.{digits}f}" for r in chosen)
         name = f"{problem}: {method}, lr {best['lr']:g}"
         lines.append(f"| {name} | {steps} | {gradients:.0f} | {seconds:.0f} | {losses} |")
     return "\n".join([*lines, "", conditions(rows)]) + "\n"
+
+
+def race_table(rows: Sequence[Row]) -> str:
+    """Return the Markdown tables of the race, one a problem: median loss over seeds, and its range."""
+    rows = [row for row in rows if row["kind"] == "race"]
+    lines: list[str] = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        mine = [row for row in rows if row["problem"] == problem]
+        name = "error" if any("error" in row for row in mine) else "loss"
+        lines += [
+            f"| `{problem}` | lr | steps | {name}, equal steps | seconds | lr | steps | {name}, equal time |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = []
+            for equal in ("steps", "time"):
+                of_method = [row for row in mine if (row["method"], row["equal"]) == (method, equal)]
+                chosen = _tuned(of_method)
+                if not chosen:
+                    failure = of_method[0]["failure"] if of_method else None
+                    cells += ["", "", "diverges" if failure is None else f"fails: {failure[:60]}"]
+                    cells += [""] if equal == "steps" else []
+                    continue
+                measured = [row.get("error", row["loss"]) for row in chosen if row["loss"] is not None]
+                losses = [*(float(x or 0.0) for x in measured), *[math.inf] * (len(chosen) - len(measured))]
+                found = sorted(losses)
+                cells += [f"{chosen[0]['lr']:g}", f"{chosen[0]['steps']}"]
+                cells.append(f"{statistics.median(found):.3g} ({found[0]:.3g} to {found[-1]:.3g})")
+                if equal == "steps":
+                    cells.append(f"{statistics.median(row['seconds'] for row in chosen):.2g}")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join([*lines, conditions(rows)]) + "\n" if rows else ""
+
+
+def _tuned(rows: Sequence[Row]) -> list[Row]:
+    """Return the run with the first seed whose loss is least, and those with further seeds at its rate."""
+    first = [row for row in rows if row["seed"] == 0 and row["loss"] is not None]
+    if not first:
+        return []
+    best = min(first, key=lambda row: row["loss"])
+    return [best, *(row for row in rows if row["seed"] > 0 and row["lr"] == best["lr"])]

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from benchmarks.matrices.bench import METHODS, run_row
-from benchmarks.matrices.report import matrices_table
+from benchmarks.matrices import bench
+from benchmarks.matrices.bench import METHODS, RACE, race, run_row
+from benchmarks.matrices.report import matrices_table, race_table
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -31,3 +32,25 @@ def test_the_table_has_the_best_rate_and_its_further_seeds() -> None:
     table = matrices_table(rows)
     assert "| wide: SOAP | 2.00 | 1.10 | 1.19 |" in table
     assert "| gpt: SOAP, lr 0.01 | 10 | 10 | 2 | 1.50, 1.62 |" in table
+
+
+def test_the_race_tunes_on_beyond_an_end_and_gives_all_the_time_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.STEPS, "logistic", 10)
+    rows = list(race("logistic", ["GaussNewton"], seeds=2))
+    of_adamw = [row for row in rows if row["method"] == "AdamW" and row["equal"] == "steps"]
+    tried = [row["lr"] for row in of_adamw if row["seed"] == 0]
+    best = min((row for row in of_adamw if row["seed"] == 0), key=lambda row: row["loss"])["lr"]
+    assert len(tried) == len(set(tried)) <= len(RACE["AdamW"][1]) + bench.FURTHER_RATES
+    assert min(tried) < best < max(tried) or len(tried) == len(RACE["AdamW"][1]) + bench.FURTHER_RATES
+    assert [row["lr"] for row in of_adamw if row["seed"] == 1] == [best]
+    longer = {row["method"]: row["steps"] for row in rows if row["equal"] == "time"}
+    assert longer["GaussNewton"] < longer["AdamW"] == bench.LONGER * 10
+    table = race_table(rows)
+    assert [line.split(" |")[0] for line in table.splitlines()[2:4]] == ["| AdamW", "| GaussNewton"]
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_method_that_cannot_train_says_why() -> None:
+    row = run_row("poisson", "GaussNewton, 10 iterations, matrix of a quarter", 1.0, seed=0, steps=2)
+    assert row["loss"] is None
+    assert "must match the size" in row["failure"]
