@@ -1,9 +1,9 @@
 """The loss away from a point: along a direction, on a plane, each beside the quadratic model that curvature gives.
 
 Every point is one forward pass over the data with the parameters set for as long as it takes
-(`curvature.objective.shift`). Points are looked at one by one: to map a model over stacked parameters costs about as
-much per point for small networks on a CPU, twice as much for convolutions, and is another function for batch
-statistics, masks and hooks.
+(`curvature.objective.shift`), as many examples at a time as is fastest. Points are looked at one by one: to map a model
+over stacked parameters costs about as much per point for small networks on a CPU, twice as much for convolutions, and
+is another function for batch statistics, masks and hooks.
 
 Reference: Li, Xu, Taylor, Studer and Goldstein (2018), Visualizing the loss landscape of neural nets.
 """
@@ -24,7 +24,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
-from curvature.objective.shift import loss_at
+from curvature.objective.shift import loss_at, rows_at_once
 from curvature.operators.hessian import HessianOperator
 
 __all__ = ["evaluate_points", "loss_along", "loss_on_plane"]
@@ -175,12 +175,12 @@ def evaluate_points(
         progress: told after each point.
     """
     known = {} if log is None else log.known(section, key)
-    losses, stderr = [], []
+    losses, stderr, at_once = [], [], rows_at_once(objective)
     for i, (point, buffers) in enumerate(points):
         if i in known:
             value, error = known[i]
         else:
-            found = loss_at(objective, point, buffers=buffers)
+            found = loss_at(objective, point, buffers=buffers, at_once=at_once)
             value, error = found.value, found.stderr
             if log is not None:
                 log.note(section, key, i, value, error)

@@ -22,7 +22,7 @@ from curvature.layerwise.filters import filter_dims
 from curvature.linalg import trace
 from curvature.linop import LinearOperator, MatrixLike
 from curvature.objective.objective import Objective
-from curvature.objective.shift import gradient_at, loss_at
+from curvature.objective.shift import gradient_at, loss_at, rows_at_once
 from curvature.operators.fisher import FisherOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import mean_and_stderr
@@ -83,10 +83,10 @@ def diagonally_scaled(A: MatrixLike, c: Tensor) -> LinearOperator:
 
 def _pair_rises(objective: Objective, c: Tensor, sigma: float, probes: Tensor, base: float) -> Tensor:
     """Return (L(theta + s) + L(theta - s)) / 2 - L with s = sigma c z for every column z; infinite on overflow."""
-    theta, rises = objective.space.current(), []
+    theta, rises, at_once = objective.space.current(), [], rows_at_once(objective)
     for z in probes.T:
         step = sigma * c * z
-        sides = [loss_at(objective, theta + sign * step).value for sign in (1, -1)]
+        sides = [loss_at(objective, theta + sign * step, at_once=at_once).value for sign in (1, -1)]
         mean = sum(sides) / 2 - base
         rises.append(math.inf if math.isnan(mean) else mean)
     return torch.tensor(rises, dtype=torch.float64)

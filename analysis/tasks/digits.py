@@ -7,6 +7,11 @@ file, every fifth image of each class is for testing.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,21 +31,28 @@ def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     Raises:
         TaskError: if scikit-learn, which ships the images, is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise TaskError(
-            f"the digits tasks take their images from scikit-learn, which does not import ({error}); "
-            "pip install 'torch-curvature[tasks]'."
-        ) from error
-    pixels, classes = datasets.load_digits(return_X_y=True)
+    pixels, classes = np.split(_table(), [64], axis=1)
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    labels = torch.as_tensor(classes, dtype=torch.int64)
+    labels = torch.as_tensor(classes[:, 0], dtype=torch.int64)
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for c in range(NUM_CLASSES):
         members = (labels == c).nonzero()[:, 0]
         is_test[members[TEST_EVERY - 1 :: TEST_EVERY]] = True
     return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+
+
+def _table() -> np.ndarray[Any, Any]:
+    """Return pixels and class of every image, (1797, 65), without the second that importing scikit-learn takes."""
+    found = find_spec("sklearn")
+    try:
+        if found is None or found.origin is None:
+            raise FileNotFoundError("scikit-learn is not installed")
+        return np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    except OSError as error:
+        raise TaskError(
+            f"the digits tasks take their images from the files of scikit-learn, which cannot be read ({error}); "
+            "pip install 'torch-curvature[tasks]'."
+        ) from error
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Sequential:

@@ -82,6 +82,19 @@ class DataSource:
                 "work on one fixed draw."
             )
 
+    @property
+    def whole(self) -> bool:
+        """Whether batches are as they were given."""
+        return self._micro_batch is None
+
+    def uncut(self, at_once: int) -> Iterator[tuple[list[Any], int, list[range]]]:
+        """Yield of every batch in memory parts of so many examples, their number, and which are those of each piece."""
+        for batch in self.given:
+            batch = with_tensors(batch) if self._paired else batch
+            count = _count(batch)
+            parts = list(_split(batch, at_once, flattened=self._paired))
+            yield parts, count, _pieces_of(count, self._micro_batch or count)
+
     def reset(self) -> None:
         """Forget what passes have shown: the data were changed."""
         self.num_batches, self.shuffles = None, False
@@ -145,10 +158,19 @@ def _as_batches(data: Any, paired: bool, may_be_empty: bool) -> Iterable[Any]:
 
 def _split(batch: Any, size: int, *, flattened: bool) -> Iterator[Any]:
     """Cut a batch along the first dimension of its tensors; tensors of another length are handed to every piece."""
+    count = _count(batch)
+    for rows in _pieces_of(count, size):
+        yield take(batch, rows, count, flattened=flattened)
+
+
+def _count(batch: Any) -> int:
     count = next((n for n, _ in ways_to_cut(batch) if n), 0)
     if count == 0:
         raise DataError(
             "micro_batch= cuts batches along the first dimension of their tensors, and this batch has none."
         )
-    for start in range(0, count, size):
-        yield take(batch, range(start, min(start + size, count)), count, flattened=flattened)
+    return count
+
+
+def _pieces_of(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

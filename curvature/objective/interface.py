@@ -53,6 +53,9 @@ class ObjectiveLike(Compared, Protocol):
     def may_keep_graphs(self) -> bool: ...
 
     @property
+    def keeps_all_graphs(self) -> bool: ...
+
+    @property
     def num_params(self) -> int: ...
 
     @property

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
-from curvature.data.tensors import move_batch
+from curvature.data.parts import take
+from curvature.data.tensors import move_batch, tensors_in
+from curvature.engine.evaluation import Evaluation
 from curvature.environment.lock import one_at_a_time
-from curvature.errors import DataError, InputError, NonFiniteError
+from curvature.errors import CurvatureError, DataError, InputError, NonFiniteError
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.ranks import together
 from curvature.objective.shards import refuse_by_module
 from curvature.sharding.tensors import whole
 
-__all__ = ["PointLoss", "gradient_at", "loss_at", "shifted"]
+__all__ = ["PointLoss", "gradient_at", "loss_at", "rows_at_once", "shifted"]
 
-
+_CACHE = 4 * 2**20  # bytes of a layer's output that the next finds in the caches of a core
+_ROUNDING = 1e3  # units of rounding by which the losses of pieces may differ from those of other passes
 _EPS = 2.0**-53  # a batch next to which all others weigh nothing has no deviation either
 
 
@@ -90,6 +95,7 @@ def loss_at(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     batches: Sequence[Any] | None = None,
+    at_once: int | None = None,
 ) -> PointLoss:
     """Return L at `point` (n,), with its standard error over the data. Cost: a forward pass; no graph is recorded.
 
@@ -105,6 +111,7 @@ def loss_at(
         point: (n,).
         buffers: as `shifted` takes them.
         batches: other data than the objective's own.
+        at_once: how many examples go through the model at a time, as `rows_at_once` says; None for a batch or piece.
 
     Raises:
         InputError: for a vector of another shape.
@@ -112,9 +119,9 @@ def loss_at(
     """
     with shifted(objective, point, buffers=buffers):
         try:
-            losses = _batch_losses(objective, batches, recorded=False)
+            losses = _batch_losses(objective, batches, recorded=False, at_once=at_once)
         except RuntimeError:  # a forward pass that differentiates in the parameters itself
-            losses = _batch_losses(objective, batches, recorded=True)
+            losses = _batch_losses(objective, batches, recorded=True, at_once=at_once)
     ranks = objective.ranks
     weight, total, count = sum(w for w, _ in losses), sum(w * loss for w, loss in losses), float(len(losses))
     if ranks is not None:
@@ -131,6 +138,58 @@ def loss_at(
     scale = count if objective.is_sum else 1.0
     value, stderr = scale * mean, scale * math.sqrt(variance) if variance == variance else math.nan
     return PointLoss(value=value if math.isfinite(value) else math.nan, stderr=stderr)
+
+
+def rows_at_once(objective: ObjectiveLike) -> int | None:
+    """Return how many examples go through the model at a time fastest, whatever pieces the data are cut into.
+
+    Pieces from which an error over the data comes are small, and cost a pass each; of all data at once the outputs of
+    layers leave the caches. So on a CPU the largest output is 4 MiB a thread, or as large as the parameters. None,
+    which is a pass for each batch or piece, where the loss is the model's own, where the batches are a loader's or one
+    of several ranks', where the graphs of all pieces are not kept (a pass without a graph takes their place in memory),
+    and where losses come out as others: batch statistics, dropout. Cost: three losses, once for all calls at a point.
+    """
+    known = objective.freshness.measured()
+    if "rows at once" not in known:
+        known["rows at once"] = _rows_at_once(objective)
+    found: int | None = known["rows at once"]
+    return found
+
+
+def _rows_at_once(objective: ObjectiveLike) -> int | None:
+    evaluator, source = objective.evaluator, objective.source
+    own = evaluator.rule is None or evaluator.weight is not None or objective.ranks is not None
+    if own or not source.in_memory or not (source.whole or objective.keeps_all_graphs):
+        return None
+    try:
+        count = max(of_batch for _, of_batch, _ in source.uncut(sys.maxsize))
+        with _outputs_measured() as sizes:
+            found = _batch_losses(objective, None, recorded=False, at_once=count)
+        fitting = max(_CACHE * torch.get_num_threads(), sum(p.nbytes for p in objective.space.tensors.values()))
+        passes = math.ceil(max(sizes, default=0) / fitting) if objective.device.type == "cpu" else 1
+        if passes > 1:
+            count = math.ceil(count / passes)
+            found = _batch_losses(objective, None, recorded=False, at_once=count)
+        elif source.whole:
+            return None
+        apart = _batch_losses(objective, None, recorded=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, CurvatureError):
+        return None
+    eps = max(torch.finfo(p.dtype).eps for p in objective.space.tensors.values())
+    same = len(apart) == len(found) and all(
+        w == v and abs(a - b) <= _ROUNDING * eps * (1 + abs(a)) for (w, a), (v, b) in zip(apart, found, strict=True)
+    )
+    return count if same else None
+
+
+@contextlib.contextmanager
+def _outputs_measured() -> Iterator[list[int]]:
+    sizes = list[int]()
+    measure = register_module_forward_hook(lambda *call: sizes.extend(t.nbytes for t in tensors_in(call[-1])))
+    try:
+        yield sizes
+    finally:
+        measure.remove()
 
 
 def gradient_at(
@@ -153,26 +212,50 @@ def _packed(objective: ObjectiveLike, *values: float) -> Tensor:
 
 
 def _batch_losses(
-    objective: ObjectiveLike, batches: Sequence[Any] | None, *, recorded: bool
+    objective: ObjectiveLike, batches: Sequence[Any] | None, *, recorded: bool, at_once: int | None = None
 ) -> list[tuple[float, float]]:
     """Return (weight, loss) of this rank's batches that count; a batch whose loss overflows has the loss NaN."""
     evaluator, found = objective.evaluator, list[tuple[float, float]]()
-    walk = ((index, batch) for index, _, batch in objective.source) if batches is None else enumerate(batches)
     with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()):
         try:
             if not recorded:  # grad mode stays on, for forward passes that differentiate in their inputs
                 for p in evaluator.parameters:
                     p.requires_grad_(False)
+            if at_once is not None and batches is None:
+                return [each for each in _of_pieces(objective, at_once) if each[0] != 0]
+            walk = ((index, batch) for index, _, batch in objective.source) if batches is None else enumerate(batches)
             for index, batch in walk:
-                try:
-                    with evaluator.copy_buffers().installed():
-                        evaluation = evaluator.evaluate(move_batch(batch, objective.device), index)
-                except NonFiniteError:
+                evaluation = _evaluated(objective, batch, index)
+                if evaluation is None:
                     found.append((1.0, math.nan))
-                    continue
-                if evaluation.weight != 0:
+                elif evaluation.weight != 0:
                     found.append((evaluation.weight, float(evaluation.loss.detach())))
         finally:
             for p in evaluator.parameters:
                 p.requires_grad_(True)
     return found
+
+
+def _evaluated(objective: ObjectiveLike, batch: Any, index: int) -> Evaluation | None:
+    evaluator = objective.evaluator
+    try:
+        with evaluator.copy_buffers().installed():
+            return evaluator.evaluate(move_batch(batch, objective.device), index)
+    except NonFiniteError:
+        return None
+
+
+def _of_pieces(objective: ObjectiveLike, at_once: int) -> Iterator[tuple[float, float]]:
+    """Yield (weight, loss) of every piece, from outputs of so many examples at a time."""
+    rule = objective.evaluator.rule
+    assert rule is not None
+    for batches, count, pieces in objective.source.uncut(at_once):
+        parts = [_evaluated(objective, batch, 0) for batch in batches]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            yield 1.0, math.nan
+            continue
+        outputs, targets = (torch.cat([getattr(part, what) for part in known]) for what in ("outputs", "targets"))
+        for rows in pieces:
+            z, y = (take(of, rows, count, flattened=True) for of in (outputs, targets))
+            yield 1.0 if rule.reduction == "sum" else rule.num_terms(z, y), float(rule.loss(z, y))

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.objective import Objective
-from curvature.objective.shift import gradient_at, loss_at, shifted
+from curvature.objective.shift import gradient_at, loss_at, rows_at_once, shifted
 from curvature.operators.hessian import HessianOperator
 from tests.cases import CASES, Case
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes
@@ -209,3 +210,69 @@ def test_its_error_under_class_weights_is_that_of_a_ratio_of_sums() -> None:
     drawn = torch.randint(len(x), (20_000, len(x)), generator=g)
     means = (weights[y] * single)[drawn].sum(1) / weights[y][drawn].sum(1)
     assert found.stderr == pytest.approx(float(means.std()), rel=0.04)
+
+
+def in_pieces(model: nn.Module, size: int | None = 4, **settings: object) -> Objective:
+    x, y = torch.randn(22, 3, 4, 4).double(), torch.randint(5, (22,))
+    y[:4] = -100  # a piece that does not count
+    objective = Objective(model.double(), nn.CrossEntropyLoss(), (x, y), micro_batch=size, **settings)  # type: ignore[arg-type]
+    objective.gradient()
+    return objective
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 5))
+
+
+@pytest.mark.parametrize("size", [None, 4, 5])
+def test_examples_that_share_a_pass_have_the_losses_of_their_pieces(
+    size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest output holds 22 x 4 x 2 x 2 entries and the model 197: without caches, two passes."""
+    objective, seen = in_pieces(small_net(), size), list[int]()
+    monkeypatch.setattr("curvature.objective.shift._CACHE", 0)
+    at_once = rows_at_once(objective)
+    assert at_once == 11
+    there = torch.randn(objective.num_params, dtype=torch.float64)
+    apart = loss_at(objective, there)
+    handle = objective.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    found = loss_at(objective, there, at_once=at_once)
+    handle.remove()
+    assert seen == [11, 11]
+    assert found.value == pytest.approx(apart.value, rel=1e-12)
+    assert found.stderr == pytest.approx(apart.stderr, rel=1e-11, nan_ok=True)
+    assert math.isnan(apart.stderr) == (size is None)
+
+
+def test_pieces_share_one_pass_where_outputs_are_small_and_whole_data_stay_as_they_are() -> None:
+    assert rows_at_once(in_pieces(small_net())) == 22
+    assert rows_at_once(in_pieces(small_net(), None)) is None
+
+
+def test_a_shared_pass_that_overflows_is_no_number() -> None:
+    objective = in_pieces(small_net())
+    there = torch.full((objective.num_params,), 1e308, dtype=torch.float64)
+    assert math.isnan(loss_at(objective, there, at_once=22).value)
+
+
+def test_what_couples_examples_or_cannot_be_cut_again_shares_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(22, 3, 4, 4).double(), torch.randint(5, (22,))
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+
+    def shares(model: nn.Module, data: object, **settings: object) -> int | None:
+        objective = Objective(model.double(), data=data, **{"loss": nn.CrossEntropyLoss(), **settings})  # type: ignore[arg-type]
+        objective.loss()
+        return rows_at_once(objective)
+
+    assert shares(small_net(), batches, micro_batch=3) == 14
+    dropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 5))
+    assert shares(dropping, (x, y), micro_batch=3) is None
+    normalising = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 2), nn.Linear(2, 5))
+    monkeypatch.setattr("curvature.objective.shift._CACHE", 0)
+    assert shares(normalising, (x, y)) is None  # the statistics of some are not those of all
+    monkeypatch.undo()
+    assert shares(small_net(), batches, micro_batch=3, keep_graphs=False) is None
+    assert shares(small_net(), DataLoader(batches, batch_size=None), micro_batch=3) is None
+    assert shares(small_net(), (x, y), micro_batch=3, weight=lambda batch: len(batch[0])) is None
+    forward = {"loss": None, "forward": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])}
+    assert shares(small_net(), (x, y), micro_batch=3, **forward) is None
