@@ -59,7 +59,7 @@ def test_code_runs_and_prints_what_is_said(page: str) -> None:
             if "TrainingArguments" in text and importlib.util.find_spec("accelerate") is None:
                 pytest.skip("transformers.Trainer needs accelerate")
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, page, "exec"), names)
+                exec(compile(text, page, "exec", dont_inherit=True), names)
             printed = out.getvalue()
         elif kind == "text":
             assert printed is not None

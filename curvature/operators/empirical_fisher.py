@@ -47,7 +47,7 @@ class EmpiricalFisherOperator(MetricOperator):
             targets by its second derivative or its terms cannot be told apart.
         DataError: with the first product, if examples are coupled, which cutting a batch in two shows.
 
-    Reference: Kunstner, Hennig and Balles (2019), Limitations of the empirical Fisher approximation; Thomas et al.
+    Reference: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher approximation; Thomas et al.
     (2020), On the interplay between noise and curvature.
 
     Examples:

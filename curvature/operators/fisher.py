@@ -35,7 +35,7 @@ class FisherOperator(ObjectiveOperator):
     Raises:
         InputError: if the objective has no split between model and loss, or another loss.
 
-    Reference: Martens (2020), New insights and perspectives on the natural gradient method; Kunstner, Hennig and Balles
+    Reference: Martens (2020), New insights and perspectives on the natural gradient method; Kunstner, Balles and Hennig
     (2019), Limitations of the empirical Fisher approximation.
 
     Examples:

@@ -204,7 +204,7 @@ class EmpiricalFisher(_OutputSquares):
     curvature: it vanishes where every example is fitted, and agrees with the Fisher information only where the
     model's predictions match the targets' distribution.
 
-    Reference: Kunstner, Hennig and Balles (2019), Limitations of the empirical Fisher approximation for natural
+    Reference: Kunstner, Balles and Hennig (2019), Limitations of the empirical Fisher approximation for natural
     gradient descent.
     """
 
