@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.common.problems import PROBLEMS
 from benchmarks.common.suite import ROOT
 from benchmarks.common.trained import TRAINED
+from benchmarks.costs.calls import NETS
 from benchmarks.coverage.bench import CASES
 from benchmarks.descent.bench import CASES as CURVES
 from benchmarks.estimators.reference import ESTIMATED
@@ -29,6 +30,7 @@ from benchmarks.matrices.bench import PROBLEMS as RACES
 from benchmarks.memory.bench import PARTS as MEMORY
 from benchmarks.newton.bench import SUITES
 from benchmarks.optimizers.bench import PROBLEMS as OPTIMIZED
+from benchmarks.races.bench import TASKS as RACED
 from benchmarks.relations.bench import RELATIONS
 from benchmarks.scale.bench import GRIDS
 from benchmarks.sharded.bench import WORK as SHARDED
@@ -54,6 +56,7 @@ _SPLIT: dict[str, tuple[str, Sequence[str]]] = {
     "sharpness": ("", ()),
     "relations": ("", list(RELATIONS)),
     "newton": ("--suites", SUITES),
+    "costs": ("--nets", NETS),
     "coverage": ("--quantities", list(CASES)),
     "completeness": ("", ()),
     "compare": ("", ()),
@@ -61,6 +64,8 @@ _SPLIT: dict[str, tuple[str, Sequence[str]]] = {
     "head": ("--sizes", SIZES),
     "memory": ("--parts", MEMORY),
     "sharded": ("--what", list(SHARDED)),
+    "optimizers.line_search": ("", ()),
+    "races": ("--tasks", RACED),
     "tracking.along": ("", ()),
     "tracking.rates": ("--tasks", list(TASKS)),
     "tracking.spikes": ("--tasks", list(RECIPES)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.common.markdown import insert, markers
 from benchmarks.common.summary_report import summary_table
+from benchmarks.costs.report import with_costs
 from benchmarks.coverage.report import coverage_table
 from benchmarks.descent.bench import descent_table
 from benchmarks.eigen.report import eigen_table
@@ -36,6 +37,9 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "descent": (descent_table, ("descent",)),
 }
 """How a table is made, and of which files of rows."""
+QUESTIONS = ROOT / "docs" / "questions.md"
+COSTS = ("costs", "optimizers", "matrices", "products")
+"""The page whose cells are costs, and the files of rows that these are made of."""
 
 
 def main() -> None:
@@ -57,6 +61,10 @@ def main() -> None:
                 rows = [json.loads((a.results / f"{source}.json").read_text(encoding="utf-8")) for source in sources]
                 text = insert(text, make(*rows), name)
         file.write_text(text, encoding="utf-8")
+    if not a.tables:
+        sources = [json.loads((a.results / f"{name}.json").read_text(encoding="utf-8")) for name in COSTS]
+        page = with_costs(QUESTIONS.read_text(encoding="utf-8"), *sources)
+        QUESTIONS.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the learned optimizer is worth: `python -m benchmarks.learned.evaluate` prints its table beside a tuned Adam.
+"""What the learned optimizer is worth beside a tuned Adam: `python -m benchmarks.learned.evaluate` measures its rows.
 
 Adam's rate is the best of eleven, a factor of 1.8 apart, for each task, by the very losses that are compared: a choice
 that nobody who trains can make, in Adam's favour. The seeds of a task have starts and batches of their own, which all
@@ -7,9 +7,8 @@ share. Tasks are of the distribution that meta-training draws from, none of thos
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +16,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.common.markdown import insert
+from benchmarks.common.suite import RESULTS, Row, Rows, command
 from benchmarks.learned.tasks import Digits, Draw, drawn
-from benchmarks.learned.train import trained
+from benchmarks.learned.train import adam_direction, trained
 from optimizers.learned.network import WEIGHTS, load_weights
 
-__all__ = ["KINDS", "Outcome", "compared", "main", "row"]
+__all__ = ["KINDS", "Outcome", "compared", "main", "row", "table"]
 
 RATES = tuple(10 ** (k / 4) for k in range(-12, -1))
 HELD_OUT = 2 * 10**6
@@ -75,39 +76,59 @@ def _adam(task: Digits, rates: Tensor, *, decays: bool) -> list[Tensor]:
     for t in range(1, task.draw.steps + 1):
         share = (task.draw.steps - t + 1) / task.draw.steps if decays else 1.0
         for p, a, b, g in zip(params, m, v, task.gradients(params, t), strict=True):
-            a.lerp_(g, 0.1)
-            b.lerp_(g * g, 0.001)
-            p -= share * rates[:, None] * (a / (1 - 0.9**t)) / ((b / (1 - 0.999**t)).sqrt() + 1e-8)
+            p -= share * rates[:, None] * adam_direction(g, a, b, t, beta2=0.999)
     return params
 
 
-def row(name: str, weights: Tensor) -> str:
-    """Return a line of the table: the loss over Adam's, with its 95 % interval over tasks, and how many are ahead."""
+def row(name: str, weights: Tensor) -> Row:
+    """Return a row: the loss over Adam's with its 95 % interval over tasks, how many are ahead, and accuracies."""
     number, seeds, change = KINDS[name]
     found = []
     for k in range(number):
         draw = change(drawn(torch.Generator().manual_seed(HELD_OUT + k)))
         found.append(compared(draw, weights, seeds=seeds, seed=HELD_OUT + k))
-    cells = [name]
+    made: Row = {"kind": name, "tasks": number, "seeds": seeds}
     for other in ("adam", "decayed"):
         d = torch.tensor([one.learned - getattr(one, other) for one in found], dtype=torch.float64)
         mean, half = float(d.mean()), float(stats.t.ppf(0.975, number - 1) * d.std() / number**0.5)
-        low, middle, high = (math.exp(x) for x in (mean - half, mean, mean + half))
-        cells += [f"{middle:.2g} ({low:.2g} to {high:.2g})", f"{int((d < 0).sum())} of {number}"]
-    cells.append(" / ".join(f"{sum(one.accuracies[i] for one in found) / number:.3f}" for i in range(2)))
-    return "| " + " | ".join(cells) + " |"
+        made[f"over_{other}"] = [math.exp(x) for x in (mean - half, mean, mean + half)]
+        made[f"ahead_{other}"] = int((d < 0).sum())
+    made["accuracy"], made["accuracy_adam"] = (sum(one.accuracies[i] for one in found) / number for i in range(2))
+    return made
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table of the page."""
+    lines = [
+        "| tasks | loss over Adam's | ahead | over that of Adam, rate falling | ahead | accuracy, it / Adam |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for made in rows:
+        cells = [made["kind"]]
+        for other in ("adam", "decayed"):
+            low, middle, high = made[f"over_{other}"]
+            cells += [f"{middle:.2g} ({low:.2g} to {high:.2g})", f"{made[f'ahead_{other}']} of {made['tasks']}"]
+        cells.append(f"{made['accuracy']:.3f} / {made['accuracy_adam']:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure the rows, and write the table of the page."""
+    parser = command("learned", __doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     given = parser.parse_args()
-    print("| tasks | loss over Adam's | ahead | over that of Adam, rate falling | ahead | accuracy, it / Adam |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for name in given.kinds:
-        print(row(name, load_weights(given.weights)), flush=True)
+    order = list(KINDS)
+    with Rows(
+        given.out, ("kind",), len(given.kinds), lambda rows: sorted(rows, key=lambda r: order.index(r["kind"]))
+    ) as rows:
+        for name in given.kinds:
+            rows.begin(name)
+            rows.add(row(name, load_weights(given.weights)), said=name)
+    if given.out == RESULTS / "learned.json":
+        page = Path(__file__).parent / "README.md"
+        page.write_text(insert(page.read_text(encoding="utf-8"), table(rows.rows), "learned"), encoding="utf-8")
 
 
 if __name__ == "__main__":

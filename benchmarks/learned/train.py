@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.learned.tasks import Digits, drawn
 from optimizers.learned.network import DECAYS, NUM_WEIGHTS, SQUARES, WEIGHTS, initial_weights, update
 
-__all__ = ["main", "meta_step", "outcome", "trained"]
+__all__ = ["adam_direction", "main", "meta_step", "outcome", "trained"]
 
 PAIRS, SIGMA, RATE, AVERAGE = 6, 0.06, 0.02, 0.98
 MOST = 2.0
@@ -63,6 +63,13 @@ def begin() -> dict[str, Any]:
     return {"meta_step": 0, "weights": weights, "average": weights.clone(), "m": zero, "v": zero.clone()}
 
 
+def adam_direction(gradient: Tensor, m: Tensor, v: Tensor, step: int, *, beta2: float) -> Tensor:
+    """Return what Adam multiplies its rate with, elementwise and so for any number of copies; m and v are moved."""
+    m.lerp_(gradient, 0.1)
+    v.lerp_(gradient.square(), 1 - beta2)
+    return (m / (1 - 0.9**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+
+
 @torch.no_grad()
 def meta_step(state: dict[str, Any], num_steps: float, *, device: str = "cpu") -> dict[str, float]:
     """Take one step of Adam on a task of its own."""
@@ -76,9 +83,7 @@ def meta_step(state: dict[str, Any], num_steps: float, *, device: str = "cpu") -
     difference = (found[:, 0] - found[:, 1]).clamp(-MOST, MOST)
     gradient = (difference[:, None] * noise).mean(0) / (2 * SIGMA**2)
     state["meta_step"], m, v = number, state["m"], state["v"]
-    m.lerp_(gradient, 0.1)
-    v.lerp_(gradient.square(), 0.01)
-    direction = (m / (1 - 0.9**number)) / ((v / (1 - 0.99**number)).sqrt() + 1e-8)
+    direction = adam_direction(gradient, m, v, number, beta2=0.99)
     state["weights"] -= RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, number / num_steps))) * direction
     state["average"].lerp_(state["weights"], 1 - AVERAGE)
     return {"meta_step": number, "steps": task.draw.steps, "outcome": float(found.mean())}

@@ -8,16 +8,18 @@ are a factor of 10^(1/2) apart, from 10^-3 to 10^3; the authors' code has 10^-4 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.tasks.digits import load_digits
+from benchmarks.common.markdown import insert
+from benchmarks.common.suite import RESULTS, ROOT, Row, Rows, command
 from optimizers import SLS
 
-__all__ = ["PROBLEMS", "main", "trained"]
+__all__ = ["PROBLEMS", "main", "table", "trained"]
 
 EPOCHS, BATCH, SEEDS = 35, 100, 3
 RATES = tuple(10 ** (k / 2) for k in range(-6, 7))
@@ -78,21 +80,40 @@ def trained(X: Tensor, p: Tensor, lr: float | None, seed: int) -> float:
     return float(loss(slice(None)).detach().clamp_min(1e-17).log10())
 
 
-def main() -> None:
-    """Print the table."""
-    print("| log10 of the loss | SLS, untuned | SGD, best rate | SGD, rates up to 0.1 |\n|---|--:|--:|--:|")
-    for name, make in PROBLEMS.items():
-        X, p = make()
-        ours = _told([trained(X, p, None, seed) for seed in range(SEEDS)])
-        found = {lr: [trained(X, p, lr, seed) for seed in range(SEEDS)] for lr in RATES}
-        cells = []
+def table(rows: Sequence[Row]) -> str:
+    """Return the table of docs/how_to/race.md."""
+    lines = ["| log10 of the loss | SLS, untuned | SGD, best rate | SGD, rates up to 0.1 |", "|---|--:|--:|--:|"]
+    for row in rows:
+        cells = [_told(row["sls"])]
         for rates in (RATES, OF_AUTHORS):
-            best = min(rates, key=lambda lr: sum(found[lr]))
-            cells.append(f"{_told(found[best])}, rate {round(best, 3):g}")
-        print(f"| {name} | {ours} | {' | '.join(cells)} |", flush=True)
+            lr, losses = min(
+                ((lr, losses) for lr, losses in row["sgd"] if lr <= max(rates)), key=lambda found: sum(found[1])
+            )
+            cells.append(f"{_told(losses)}, rate {round(lr, 3):g}")
+        lines.append(f"| {row['problem']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def _told(values: list[float]) -> str:
+def main() -> None:
+    """Measure the rows, and write the table."""
+    parser = command("optimizers.line_search", __doc__)
+    parser.set_defaults(out=RESULTS / "line_search.json")
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS), metavar="PROBLEM")
+    given = parser.parse_args()
+    with Rows(given.out, ("problem",), len(given.problems)) as rows:
+        for name, make in ((name, PROBLEMS[name]) for name in given.problems):
+            rows.begin(name)
+            X, p = make()
+            sgd = [(lr, [trained(X, p, lr, seed) for seed in range(SEEDS)]) for lr in RATES]
+            rows.add(
+                {"problem": name, "sls": [trained(X, p, None, seed) for seed in range(SEEDS)], "sgd": sgd}, said=name
+            )
+    if given.out == RESULTS / "line_search.json":
+        page = ROOT / "docs" / "how_to" / "race.md"
+        page.write_text(insert(page.read_text(encoding="utf-8"), table(rows.rows), "line_search"), encoding="utf-8")
+
+
+def _told(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 

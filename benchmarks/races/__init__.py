@@ -1,0 +1,1 @@
+"""Races of optimizers on bundled tasks."""
