@@ -62,8 +62,8 @@ def main() -> None:
                 text = insert(text, make(*rows), name)
         file.write_text(text, encoding="utf-8")
     if not a.tables:
-        sources = [json.loads((a.results / f"{name}.json").read_text(encoding="utf-8")) for name in COSTS]
-        page = with_costs(QUESTIONS.read_text(encoding="utf-8"), *sources)
+        of_costs = [json.loads((a.results / f"{name}.json").read_text(encoding="utf-8")) for name in COSTS]
+        page = with_costs(QUESTIONS.read_text(encoding="utf-8"), *of_costs)
         QUESTIONS.write_text(page, encoding="utf-8")
 
 

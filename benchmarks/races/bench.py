@@ -71,7 +71,6 @@ def measure(task: str, *, entrants: Sequence[str] = ENTRANTS, steps: int = STEPS
             }
         )
     return rows
-    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
