@@ -34,6 +34,7 @@ from benchmarks.races.bench import TASKS as RACED
 from benchmarks.relations.bench import RELATIONS
 from benchmarks.scale.bench import GRIDS
 from benchmarks.sharded.bench import WORK as SHARDED
+from benchmarks.sharpness.bench import COMMANDS
 from benchmarks.tracking.bench import STARTS
 from benchmarks.tracking.rates import TASKS
 from benchmarks.tracking.spikes import RECIPES
@@ -53,7 +54,7 @@ _SPLIT: dict[str, tuple[str, Sequence[str]]] = {
     "noise": ("", ()),
     "regularization": ("", ()),
     "pruning": ("", ()),
-    "sharpness": ("", ()),
+    "sharpness": ("--what", COMMANDS),
     "relations": ("", list(RELATIONS)),
     "newton": ("--suites", SUITES),
     "costs": ("--nets", NETS),

@@ -1,31 +1,41 @@
-"""What the whole sharpness table of digits-cnn and a landscape of 51 x 51 points cost, on one thread.
+"""What commands cost on digits-cnn: the sharpness table, a landscape of 51 x 51 points, an inspection, on one thread.
 
-    python -m benchmarks.sharpness.bench [--points P] [--out FILE]      rows to results/sharpness.json
+    python -m benchmarks.sharpness.bench [--points P] [--what table landscape inspect] [--out FILE]
 
 Seconds are those of the process's CPU time and of the wall clock, with the load of the machine beside them, and the
-time of one plain forward pass taken before and after: what slows the machine down slows both.
+time of one plain forward pass taken before and after: what slows the machine down slows both. The landscape is also
+measured in the 16 groups that the command cuts the data into, for errors over the data. Of the inspection the process
+is measured from its start to its end, beside one that imports torch and does nothing.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from analysis.landscape.directions import random_direction
 from analysis.landscape.measure import loss_on_plane
+from analysis.registry import load_run
+from analysis.run.preparation import in_groups
 from analysis.sharpness.measure import measure_sharpness
 from analysis.tasks import load_task
 from benchmarks.common.suite import RESULTS as RESULTS_FOLDER
-from benchmarks.common.suite import Row, Rows, command
+from benchmarks.common.suite import ROOT, Row, Rows, command
 from curvature import Objective
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 RESULTS = RESULTS_FOLDER / "sharpness.json"
+COMMANDS = ("table", "landscape", "inspect")
 
 
 class _Clock:
@@ -71,27 +81,61 @@ def _table(task: Any) -> list[Row]:
 
 
 def _landscape(task: Any, points: int) -> list[Row]:
-    objective, generator = task.objective(), torch.Generator().manual_seed(0)
-    first, second = (random_direction(objective, generator=generator) for _ in range(2))
-    axis = torch.linspace(-1, 1, points)
-    clock = _Clock(objective)
-    loss_on_plane(objective, first, second, axis, axis)
-    return [{"what": "landscape", "count": points**2, **clock.read()}]
+    rows = []
+    for groups in (1, 16):
+        objective, generator = task.objective(), torch.Generator().manual_seed(0)
+        first, second = (random_direction(objective, generator=generator) for _ in range(2))
+        axis = torch.linspace(-1, 1, points)
+        clock = _Clock(objective)
+        loss_on_plane(objective if groups == 1 else in_groups(objective), first, second, axis, axis)
+        what = "landscape" if groups == 1 else f"landscape in {groups} groups"
+        found = clock.read()
+        per_point = found["forwards"] / points**2
+        rows.append({"what": what, "count": points**2, **found, "forwards_per_point": per_point})
+    return rows
+
+
+def _inspection() -> list[Row]:
+    """Return the row of the command, from the start of its process to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        of_torch = statistics.median(_cpu_seconds(["-c", "import torch"]) for _ in range(3))
+        start = time.perf_counter()
+        spent = _cpu_seconds(["-m", "analysis.cli", "inspect", "digits-cnn", "--out", str(out)])
+        wall = time.perf_counter() - start
+        run = load_run(out)
+        assert run.cost is not None
+        row = {"what": "curvature inspect", "cpu_seconds": spent, "wall_seconds": wall, "torch_seconds": of_torch}
+        row |= {"measuring_wall_seconds": run.cost.seconds, "load": os.getloadavg()[0]}
+        return [row]
+
+
+def _cpu_seconds(arguments: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
-    """Measure both and write the rows."""
+    """Measure and write the rows."""
     parser = command("sharpness", __doc__)
     parser.add_argument("--points", type=int, default=51, help="along each side of the landscape")
+    parser.add_argument("--what", nargs="+", choices=COMMANDS, default=COMMANDS)
     a = parser.parse_args()
     task = load_task("digits-cnn")
-    with Rows(a.out, ("what",), 2) as rows:
-        for found in (_table(task), _landscape(task, a.points)):
-            first = found[0]
+    work = {"table": lambda: _table(task), "landscape": lambda: _landscape(task, a.points), "inspect": _inspection}
+    with Rows(a.out, ("what",), len(a.what)) as rows:
+        for found in (work[what]() for what in a.what):
             rows.add(
                 *({"task": "digits-cnn", "threads": 1, **row} for row in found),
-                said=f"{first['what']}: {first['cpu_seconds']:.1f} s of CPU time, {first['wall_seconds']:.1f} s by the "
-                f"clock, {first['forwards']:.0f} forward passes' worth, load {first['load']:.1f}",
+                said="; ".join(
+                    f"{row['what']}: {row['cpu_seconds']:.1f} s of CPU time, {row['wall_seconds']:.1f} s by the clock, "
+                    f"load {row['load']:.1f}"
+                    for row in found
+                    if "load" in row
+                ),
             )
 
 

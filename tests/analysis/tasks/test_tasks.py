@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import math
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from analysis.tasks import BUNDLED, Task, load_task
 from analysis.tasks.bundled import Recipe
 from analysis.tasks.checkpoint import load_checkpoint, save_checkpoint
-from analysis.tasks.digits import load_digits
+from analysis.tasks.digits import _table, load_digits
 from analysis.tasks.text import CONTEXT, VOCABULARY, load_text
 from analysis.tasks.train import train
 from curvature import HessianOperator, Objective
@@ -104,16 +105,18 @@ def test_loading_leaves_the_random_state_alone() -> None:
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_import = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-        return real_import(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(TaskError, match=r"\(No module named 'sklearn'\); pip install 'torch-curvature\[tasks\]'"):
+    monkeypatch.setattr("analysis.tasks.digits.find_spec", lambda _: None)
+    with pytest.raises(TaskError, match=r"which is not installed; pip install 'torch-curvature\[tasks\]'"):
         load_task("digits-cnn")
+
+
+def test_digits_are_those_of_the_file_and_scikit_learn_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that loads them is spared a second; where the file is missing they come through the import."""
+    code = "import sys, analysis.tasks.digits as d; d.load_digits(); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    of_file = _table()
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert np.array_equal(of_file, _table())
 
 
 # -- a user's own task ------------------------------------------------------------------------------------------------
