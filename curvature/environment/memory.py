@@ -170,8 +170,9 @@ def drop_pages(t: Tensor) -> None:
 
 
 @functools.cache
+@functools.cache
 def keep_freed() -> None:
-    """Have the C library keep some tens of MiB that are freed, to be used again without page faults.
+    """Have the C library keep some tens of MiB that are freed, to be used again without page faults; done once.
 
     glibc gives back all above twice the largest mapped piece it has seen freed, 32 MiB at most: a few MiB with a small
     network, again and again within one product, a seventh of its time. So a piece of that size is mapped and freed,

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend
 from curvature.autograd.backward import differentiable, no_autocast, pull_back, walk
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean import LeanLayers, MustRecordAnewError
-from curvature.environment.device import ATTENTION_KERNELS
+from curvature.environment.device import ATTENTION_KERNELS, is_gpu
 from curvature.environment.lock import one_at_a_time
+from curvature.environment.memory import keep_freed
 from curvature.errors import CheckFailedError, CurvatureError, InputError
 
 __all__ = ["ClosureRecorder", "curvature_session", "gradients", "leaves", "products"]
@@ -106,6 +107,8 @@ def products(
     chosen, along = differentiable(functions, vectors)
     if not chosen:
         return [torch.zeros_like(p) for p in params]
+    if not is_gpu(params[0].device):
+        keep_freed()  # a graph comes and goes with each step
     parts = _derivatives(chosen, params, along, retain_graph=retain_graph)
     return [torch.zeros_like(p) if part is None else part for part, p in zip(parts, params, strict=True)]
 

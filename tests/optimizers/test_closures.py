@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -270,3 +273,25 @@ def test_parameters_that_the_model_no_longer_holds_are_refused(name: str) -> Non
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     with pytest.raises(InputError, match=r"assign=True.* build the optimizer anew"):
         optimizer.step(closure)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_graphs_of_steps_come_and_go_without_page_faults() -> None:
+    code = """
+import resource, torch, optimizers
+from torch import nn
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(4, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 1))
+x = torch.randn(2000, 4)
+optimizer = optimizers.AdaHessian(model.parameters(), lr=1e-6)
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    optimizer.step(lambda: model(x).square().mean())
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    faults = [*map(int, done.stdout.split())]
+    assert sum(faults[-3:]) < 3000 < faults[0]  # pages of 4 KiB; the graph of one step takes some 8000
