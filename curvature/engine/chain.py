@@ -23,6 +23,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import GradientEdge
 
 from curvature.autograd.backward import pull_back, walk
+from curvature.engine.recording import all_finite
 
 __all__ = ["Chain", "find_chain"]
 
@@ -114,6 +115,11 @@ class Chain:
             if own.weight is not None:
                 g = g @ own.weight
         self.knows_loss = True
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the gradients in the layers are finite, which the loss's gradient is made of."""
+        return all(own.gradient is not None and all_finite(own.gradient) for own in self._factors or ())
 
     # -- products -----------------------------------------------------------------------------------------------------
 

@@ -302,9 +302,10 @@ class Linearization(VerifiedRecording):
             self._build_gradient()
         elif not self._chain.knows_loss:
             self._map(LOSS_HESSIAN)
-            self.gradient()  # refuses what is not finite
             with self._session(), no_autocast(self._space.device), self._metered():
                 self._chain.prepare(self._evaluation.loss)
+            if not self._chain.is_finite:
+                self.gradient()  # refuses it, with the parameter
 
     def _build_outputs(self, block: Block | None) -> None:
         """Build what products with J and J' go by."""
