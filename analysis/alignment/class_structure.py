@@ -25,10 +25,12 @@ from curvature.errors import InputError
 from curvature.layerwise import exact_diagonal
 from curvature.losses.rules import CrossEntropy
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 
 __all__ = ["class_structure"]
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def class_structure(objective: Objective, *, top: Tensor | None = None) -> ClassStructure:

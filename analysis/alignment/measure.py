@@ -19,11 +19,13 @@ from curvature.errors import InputError
 from curvature.generators import AnyGenerator
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.operators.hessian import HessianOperator
 
 __all__ = ["gradient_alignment", "overlap_over_time", "subspace_overlap"]
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def gradient_alignment(

@@ -23,6 +23,7 @@ from curvature.arguments import checked, checked_fields
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at
 from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_dots, gradient_norms
@@ -101,6 +102,7 @@ class CriticalPlan(Plan):
         )
 
 
+@in_whole_vectors
 @from_plan(CriticalPlan)
 @full_precision
 @checked

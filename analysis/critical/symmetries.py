@@ -20,6 +20,7 @@ from torch import Tensor
 from analysis.critical.results import Symmetry
 from curvature.environment.autocast import full_precision
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at
 from curvature.operators.hessian import HessianOperator
 
@@ -57,6 +58,7 @@ def try_rescaling(objective: Objective, exponents: Tensor, *, name: str) -> Symm
     )
 
 
+@in_whole_vectors
 @full_precision
 def rescaling_symmetries(objective: Objective) -> tuple[tuple[Symmetry, ...], Tensor]:
     """Try the scale of every layer with a weight matrix, and of each against the next; return trials and directions.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from curvature.errors import InputError
+from curvature.objective.shards import is_part
 
 __all__ = ["copy_of", "require_suited_loss"]
 
@@ -21,8 +22,14 @@ def copy_of(model: nn.Module) -> nn.Module:
     """Return a copy of a model.
 
     Raises:
-        InputError: for one that holds a tensor with a graph, as the old `torch.nn.utils.weight_norm` leaves it.
+        InputError: for one that holds a tensor with a graph, as the old `torch.nn.utils.weight_norm` leaves it, and one
+            that lies in parts on several ranks.
     """
+    if any(map(is_part, model.parameters())):
+        raise InputError(
+            f"this {type(model).__name__} lies in parts on several ranks, and copies are what is worked on; work on it "
+            "before it is sharded."
+        )
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:

@@ -24,6 +24,7 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import shifted
 
 __all__ = ["MOST_ENUMERATED", "backward_error"]
@@ -34,6 +35,7 @@ Orders = Literal["all", "reverse", "single"]
 Field = Callable[[Tensor], Tensor]
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def backward_error(

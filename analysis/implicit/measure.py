@@ -34,6 +34,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import DataError, InputError
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.third_order import curvature_gradient
 from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
@@ -65,6 +66,7 @@ class ImplicitPlan(Plan):
 _STAGE = "penalties"
 
 
+@in_whole_vectors
 @from_plan(ImplicitPlan, directions=False)
 @full_precision
 @checked
@@ -113,8 +115,7 @@ def implicit_regularization(
     """
     if plan.batch_size is not None and objective.is_sum:
         raise InputError('batch_size= needs a loss that averages; use reduction="mean", or the batches as they are.')
-    if objective.process_group is not None:
-        raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")
+    refuse_ranks(objective)
     lr, batch_size, drop_last = plan.lr, plan.batch_size, plan.drop_last
     momentum, weight_decay, space = plan.momentum, plan.weight_decay, objective.space
     tell, products, units = progress or (lambda *_: None), 0, 0
@@ -195,6 +196,12 @@ def num_products(k: int) -> int:
     return 12 + 8 * k
 
 
+def refuse_ranks(objective: Objective) -> None:
+    """Raise InputError where the batches of an epoch are shared out over ranks."""
+    if objective.process_group is not None:
+        raise InputError("the batches of an epoch must lie on one rank; measure on a single one.")
+
+
 def num_pieces(objective: Objective, batch_size: int | None) -> int:
     """Return how many batches, or with a batch size examples, have their gradients' penalties differentiated."""
     if batch_size is None:
@@ -202,6 +209,7 @@ def num_pieces(objective: Objective, batch_size: int | None) -> int:
     return sum(next((t.shape[0] for t in tensors_in(b) if t.ndim > 0), 1) for b in objective.batches())
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def penalty_gradients(
@@ -211,7 +219,11 @@ def penalty_gradients(
 
     2 H g and (2/m) sum_k H_k g_k - 2 H g, batches counted alike: two Hessian products a batch and a gradient, each on
     one batch's graph. Weight decay adds lambda theta to every g_k and lambda to every H_k's diagonal.
+
+    Raises:
+        InputError: for data on several ranks.
     """
+    refuse_ranks(objective)
     g = _of_batches(objective)[1]
     count, Hg, own = 0, torch.zeros_like(g), torch.zeros_like(g)
     theta = torch.cat([t.detach().reshape(-1) for t in objective.space.tensors.values()]).to(g)
@@ -252,6 +264,7 @@ def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Progres
     return (2 * count / total**2 * (own - (HessianOperator(objective) @ rest).double())).to(g)
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def adam_correction(

@@ -15,6 +15,7 @@ from analysis.implicit.measure import (
     implicit_regularization,
     num_pieces,
     num_products,
+    refuse_ranks,
 )
 from analysis.implicit.results import ImplicitRegularization, PenaltyDirection
 from analysis.run.study import Part, Study, StudyRun, Work
@@ -22,6 +23,7 @@ from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
 from curvature.environment.cost import median_seconds
 from curvature.objective.objective import Objective
+from curvature.sharding.tensors import whole
 
 __all__ = ["STUDY", "ImplicitRun"]
 
@@ -45,6 +47,7 @@ class ImplicitRun(StudyRun):
 
 
 def _price(objective: Objective, plan: ImplicitPlan) -> Work:
+    refuse_ranks(objective)
     if not plan.directions:
         return Work(gradients=1.0 if plan.batch_size is None else 3.0)
     products, gradients = float(num_products(plan.k)), 8.0  # a third derivative takes six
@@ -52,14 +55,14 @@ def _price(objective: Objective, plan: ImplicitPlan) -> Work:
         return Work(products=products + 2, gradients=gradients)
     sample = list(itertools.islice(objective.split(1).batches(), _SAMPLE))
     some = objective.replace(data=sample)
-    g = some.gradient()
+    g = whole(some.gradient())
 
     def run() -> object:
         some.release()  # no graph of an example is kept
         return example_trace_gradient(some, g)
 
     run()  # the first is slower
-    seconds = median_seconds(run, objective.device) / len(sample)
+    seconds = median_seconds(run, objective.device, objective.ranks) / len(sample)
     pieces = num_pieces(objective, plan.batch_size)
     part = Part(pieces, "pieces of the data", seconds, gradients=3)
     return Work(products=products + 2, gradients=gradients, parts=(part,))

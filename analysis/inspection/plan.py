@@ -160,7 +160,7 @@ class InspectionPlan(Plan):
                 on_bases += plan.seconds_of_bases(H, sizes, place, objective.num_batches or 0)
         v = torch.full((n, min(self.num_probes, n)), n**-0.5, dtype=objective.dtype, device=device)
         _ = H @ v[:, :1]
-        each = median_seconds(lambda: H @ v, device) / v.shape[1]
+        each = median_seconds(lambda: H @ v, device, objective.ranks) / v.shape[1]
         whole, of_layers = self.total_matvecs(objective)
         total = whole * each + on_bases + (_layer_seconds(H, blocks, self) if blocks else 0.0)
         if self.layers:

@@ -23,6 +23,7 @@ from curvature.generators import AnyGenerator, as_generator
 from curvature.layerwise.filters import filter_dims, kept_filters
 from curvature.linalg import eigsh
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 
 __all__ = [
     "Scaling",
@@ -37,6 +38,7 @@ __all__ = [
 Scaling = Literal["filter", "layer", "raw", "unit"]
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def random_direction(
@@ -97,6 +99,7 @@ def random_direction(
     return _direction(name, "random", scaling, vector)
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def eigenvector_directions(
@@ -123,6 +126,7 @@ def eigenvector_directions(
     return tuple(found), pairs.num_matvecs
 
 
+@in_whole_vectors
 @checked
 def gradient_direction(objective: Objective) -> Direction:
     """Return the gradient, of unit length: steps above 0 go uphill.
@@ -137,6 +141,7 @@ def gradient_direction(objective: Objective) -> Direction:
     return _direction("gradient", "gradient", "unit", g / norm)
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoint", unit: bool = False) -> Direction:
@@ -154,6 +159,7 @@ def direction_to(objective: Objective, target: Tensor, *, name: str = "checkpoin
     return _direction(name, "checkpoint", "unit" if unit else "difference", d / d.norm() if unit else d)
 
 
+@in_whole_vectors
 @checked
 def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Direction:
     """Return the given vector (n,) as a direction, unscaled.
@@ -167,6 +173,7 @@ def custom_direction(objective: Objective, vector: Tensor, *, name: str) -> Dire
     return _direction(name, "custom", "raw", vector.to(objective.device, objective.dtype))
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def trajectory_directions(

@@ -32,6 +32,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.generators import spawn
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at
 from curvature.operators.hessian import HessianOperator
 
@@ -41,6 +42,7 @@ _MARGIN = 0.2  # of the box around a trajectory, on each side
 _SLIMMEST = 0.5  # shorter side of that box, of the longer
 
 
+@in_whole_vectors
 @from_plan(LandscapePlan)
 @full_precision
 @checked

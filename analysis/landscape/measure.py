@@ -24,12 +24,14 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at, rows_at_once
 from curvature.operators.hessian import HessianOperator
 
 __all__ = ["evaluate_points", "loss_along", "loss_on_plane"]
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def loss_along(
@@ -84,6 +86,7 @@ def loss_along(
     )
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def loss_on_plane(

@@ -28,6 +28,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import CheckpointError, InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import gradient_at
 
 __all__ = ["Place", "bend_towards", "loss_along_path", "present_place", "read_place"]
@@ -50,12 +51,14 @@ class Place:
     """File name, digest and key of the checkpoint it was read from."""
 
 
+@in_whole_vectors
 @checked
 def present_place(objective: Objective, *, name: str = "the model") -> Place:
     """Return the point where the objective is."""
     return Place(name=name, vector=objective.space.current(), buffers=_buffers(dict(objective.model.named_buffers())))
 
 
+@in_whole_vectors
 @checked
 def read_place(objective: Objective, path: Path, *, key: str | None = None) -> Place:
     """Return the point that a checkpoint holds, `key` says where if at several places; the model is left as it is.
@@ -74,6 +77,7 @@ def read_place(objective: Objective, path: Path, *, key: str | None = None) -> P
     return Place(name=path.stem, vector=vector, buffers=buffers, record=checkpoint.record)
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def loss_along_path(
@@ -129,6 +133,7 @@ def loss_along_path(
     )
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def bend_towards(

@@ -89,10 +89,10 @@ class LandscapePlan(Plan):
         """
         here, device = objective.space.current(), objective.device
         loss_at(objective, here)
-        of_loss = median_seconds(lambda: loss_at(objective, here), device)
+        of_loss = median_seconds(lambda: loss_at(objective, here), device, objective.ranks)
         H, v = HessianOperator(objective), torch.ones_like(here)
         _ = H @ v
-        of_product = median_seconds(lambda: H @ v, device)
+        of_product = median_seconds(lambda: H @ v, device, objective.ranks)
         products = 6 + _EIGEN_MATVECS * (self.directions in ("eigenvectors", "gradient"))
         gradients = 3 + self.curve
         text = f"{count(self.num_losses)} losses, {duration(of_loss)} each, about {count(products)} Hessian "

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from analysis.noise.measure import projections
+from analysis.noise.measure import of_all_ranks, projections
 from analysis.noise.results import CurvatureNoise, NoiseScale
 from analysis.records.measured import Measured
 from curvature.arguments import checked
@@ -16,16 +16,19 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.generators import AnyGenerator
 from curvature.linalg import cg, rademacher
 from curvature.objective.objective import Objective
+from curvature.objective.ranks import together
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.gradient_covariance import GradientCovarianceOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.per_example import GradientNorms, gradient_norms
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import ratio_interval, skewness, student_quantile
+from curvature.sharding.tensors import whole
 
 __all__ = ["curvature_noise", "tail_index"]
 
 
+@together
 @full_precision
 @checked
 def curvature_noise(
@@ -78,7 +81,7 @@ def curvature_noise(
         Z = math.sqrt(n) * torch.eye(n, dtype=H.dtype, device=H.device)  # means over columns are traces
     else:
         Z = rademacher(n, num_probes, generator=generator, dtype=H.dtype, device=H.device)
-    g = objective.gradient()
+    g = whole(objective.gradient())
     HZ, SZ, Hg = H @ Z, S @ Z, H @ g
     if not bool(torch.isfinite(HZ).all() & torch.isfinite(SZ).all() & torch.isfinite(Hg).all()):
         raise NonFiniteError("a product with H or Sigma is not finite; check the model for overflow.")
@@ -129,8 +132,8 @@ def _noise_scale(
     k = len(products)
     crossed = products * products.T
     square = float(crossed.sum() / k**2) if exact else float((crossed.sum() - crossed.trace()) / (k * (k - 1)))
-    p = norms.weights / norms.weights.sum()
-    spread = factor * float(p @ (projections(objective, Hg)[1] - along).square())  # g'H S H g
+    p, moved = of_all_ranks(objective, norms.weights, projections(objective, Hg)[1])
+    spread = factor * float((p / p.sum()) @ (moved - along).square())  # g'H S H g
     floor = 2 * (share2 * factor) ** 2 * max(square, 0.0)
     slope = noise * 4 * share2 * spread / along if along > 0 else 0.0
     quantile = student_quantile(min(together.dof, 1 / share2 - 1), confidence)

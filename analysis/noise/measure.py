@@ -22,6 +22,7 @@ from curvature.engine.output_metrics import example_shares
 from curvature.environment.autocast import full_precision
 from curvature.errors import CheckFailedError, DataError, InputError
 from curvature.objective.objective import Objective
+from curvature.objective.ranks import together
 from curvature.per_example import GradientMoments, GradientNorms, gradient_moments
 from curvature.per_example.moments import refuse_shuffling
 from curvature.results.estimates import mean_and_stderr
@@ -35,6 +36,7 @@ HEAVY_TAILS = (
 )
 
 
+@together
 @full_precision
 @checked
 def gradient_noise(
@@ -53,6 +55,8 @@ def gradient_noise(
     of the outputs, at the memory of one batch. Else inputs and gradients of the layers are held for all batches, while
     they fit.
 
+    Over ranks the result is that of all data, on every rank.
+
     Args:
         objective: with `loss=`, examples along the first dimension, in an order that is the same at every pass.
         confidence: of the interval of the noise scale.
@@ -61,7 +65,7 @@ def gradient_noise(
     Raises:
         DataError: for fewer than two examples that count, for a loader that shuffles where two passes are made, and as
             `gradient_moments`.
-        InputError: for a confidence outside (0, 1), data on several ranks, and as `gradient_moments`.
+        InputError: for a confidence outside (0, 1), and as `gradient_moments`.
         CheckFailedError: if the examples' inner products with g do not average to |g|^2.
 
     Reference: McCandlish, Kaplan, Amodei et al. (2018), An empirical model of large-batch training; Fieller (1954).
@@ -77,20 +81,18 @@ def gradient_noise(
     """
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie between 0 and 1, got {confidence}.")
-    if objective.process_group is not None:
-        raise InputError("gradient noise is measured on one rank; gather the data there, or measure each rank's own.")
     clock = time.perf_counter()
     if moments is None:
         moments = gradient_moments(objective, along_mean=takes_one_pass(objective))
     factor, share2 = moments.unbiased_factor, moments.sum_squared_shares
     if not math.isfinite(factor):
         raise DataError("the covariance of gradients needs at least two examples that count; pass more data.")
-    p = moments.weights / moments.weights.sum()
     along = inner_products(objective, moments)
     if moments.squared_norms is None:
         raise InputError("moments hold no norms of single examples' gradients; take them with norms=True.")
     square = float(moments.mean.double().square().sum())
-    norms = moments.squared_norms.double()
+    p, norms, along = of_all_ranks(objective, moments.weights, moments.squared_norms.double(), along)
+    p = p / p.sum()
     spread = (norms - 2 * along + square).clamp_min(0)  # t_i = |g_i - g|^2
     biased = float(moments.trace.double())
     gap, rounding = abs(float(p @ along) - square), float(p @ norms) + square
@@ -117,7 +119,7 @@ def gradient_noise(
     ratios = (moments.mean.double().square() / variance)[noisy]
     layer_traces = moments.layer_traces * factor
     return GradientNoise(
-        num_examples=moments.num_examples,
+        num_examples=len(p),
         effective_examples=1 / share2,
         loss=moments.loss,
         mean_squared_norm=square,
@@ -146,12 +148,20 @@ def gradient_noise(
     )
 
 
+def of_all_ranks(objective: Objective, *values: Tensor) -> Sequence[Tensor]:
+    """Return what the ranks with different data have, one after the other, for what this one has of its examples."""
+    return values if objective.ranks is None else objective.ranks.joined(torch.stack(values)).unbind()
+
+
 @checked
 def takes_one_pass(objective: Objective) -> bool:
     """Return whether g_i'g comes with the norms: of one batch, or of several whose gradients' factors may be held.
 
-    Behind a head in blocks it does, too: a product with the outputs' Jacobian would hold all logits.
+    Behind a head in blocks it does, too: a product with the outputs' Jacobian would hold all logits. So it does over
+    ranks, which may have different numbers of batches.
     """
+    if objective.ranks is not None:
+        return True
     return objective.num_batches == 1 or objective.may_keep_graphs or objective.evaluator.head_in_use
 
 
@@ -170,6 +180,8 @@ def inner_products(objective: Objective, norms: GradientNorms) -> Tensor:
 @checked
 def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
     """Return the loss, and g_i'v for every example (N,), float64, g_i as `GradientNorms` defines it; v is (n,).
+
+    Over ranks the loss is that of all data, and the examples are this rank's.
 
     Cost: one product with the outputs' Jacobian, 0.7 gradients with graphs kept and 2 without.
 
@@ -201,6 +213,9 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
         found.append(torch.where(shares > 0, rates / shares, 0.0))
         terms += float(shares.sum())
     along = torch.cat(found)
+    if objective.ranks is not None:
+        packed, weights = objective.ranks.sum(along.new_tensor([losses, terms]), weights)
+        losses, terms = packed.tolist()
     return (losses, along * terms) if objective.is_sum else (losses / weights, along)
 
 

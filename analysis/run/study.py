@@ -239,7 +239,7 @@ def _priced(objective: Objective, work: Work, unit: str) -> Price:
     for count, of, run in units:
         if count:
             run()
-            parts.append((count, of, median_seconds(run, device)))
+            parts.append((count, of, median_seconds(run, device, objective.ranks)))
     text = ", ".join(f"{number(count, 2)} {of} of {duration(each)}" for count, of, each in parts)
     seconds = sum(count * each for count, _, each in parts) / work.workers
     if work.workers > 1:

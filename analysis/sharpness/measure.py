@@ -24,6 +24,7 @@ from curvature.errors import InputError
 from curvature.generators import spawn
 from curvature.objective.memory_format import fast_layout
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at
 
 __all__ = ["SHARPNESS_MEASURES", "SharpnessPlan", "measure_sharpness", "measures_for"]
@@ -32,6 +33,7 @@ SHARPNESS_MEASURES: tuple[str, ...] = tuple(MEASURES)
 """Names of all measures."""
 
 
+@in_whole_vectors
 @from_plan(SharpnessPlan)
 @full_precision
 @checked
@@ -119,6 +121,8 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
         ]
         if masked_weights(objective) or all(t.ndim < 2 for t in objective.space.tensors.values()):
             names.remove("relative_flatness")
+        if objective.process_group is not None:  # which ranks' pieces of data would be, is not defined
+            names = [name for name in names if not name.endswith("m_sharpness")]
         return tuple(names)
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures or len(set(measures)) < len(measures):

@@ -14,6 +14,7 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import loss_at
 
 __all__ = ["critical_sharpness", "search_critical_step"]
@@ -22,6 +23,7 @@ _FAR, _NEAR = 8.0, 1.5  # by how much a step grows at most and at least while th
 _SEEN = 20.0  # roundings of the loss below which its change tells nothing
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def critical_sharpness(

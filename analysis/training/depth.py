@@ -14,10 +14,12 @@ from curvature.data.tensors import move_batch
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 
 __all__ = ["jacobian_norms", "layer_jacobians"]
 
 
+@in_whole_vectors
 @checked
 def layer_jacobians(objective: Objective, *, num_probes: int = 8, generator: AnyGenerator) -> dict[str, float]:
     """Return |d outputs / d layer|_F of each layer that holds parameters, per row of the outputs.
@@ -83,7 +85,11 @@ def jacobian_norms(
             found = torch.autograd.grad(outputs, places, v, retain_graph=True, allow_unused=True)
             for (name, _), part in zip(seen, found, strict=True):
                 squares[name] += 0.0 if part is None else float(part.double().square().sum()) / num_probes
-    return {name: math.sqrt(square / max(rows, 1)) for name, square in squares.items()}
+    sums = torch.tensor([float(square) for square in squares.values()], dtype=torch.float64)
+    if objective.ranks is not None and batches is None:
+        sums, total = objective.ranks.sum(sums, rows)
+        rows = int(total)
+    return {name: math.sqrt(square / max(rows, 1)) for name, square in zip(squares, sums.tolist(), strict=True)}
 
 
 def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Any:

@@ -13,6 +13,7 @@ from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.errors import InputError, NonFiniteError
 from curvature.objective.objective import Objective
+from curvature.objective.shards import in_whole_vectors
 from curvature.objective.shift import shifted
 
 __all__ = ["MULTIPLES", "along_gradient", "gradient_smoothness"]
@@ -21,6 +22,7 @@ MULTIPLES = (0.5, 1.0, 2.0, 4.0)
 """Steps that are looked at, in learning rates."""
 
 
+@in_whole_vectors
 @full_precision
 @checked
 def gradient_smoothness(

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import psutil
 import torch
@@ -32,11 +32,22 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median of the seconds that work takes, of five runs, or fewer where they take long."""
+class Ranks(Protocol):
+    """Processes that do the same work together."""
+
+    def mean(self, *values: float) -> list[float]:
+        """Return the means over the ranks."""
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, ranks: Ranks | None = None) -> float:
+    """Return the median of the seconds that work takes, of five runs, or fewer where they take long.
+
+    Ranks that work together run it as often as each other: they go by their mean.
+    """
     taken: list[float] = []
     while len(taken) < _RUNS and (not taken or sum(taken) < _LONG):
-        taken.append(timed(work, device)[1])
+        seconds = timed(work, device)[1]
+        taken.append(seconds if ranks is None else ranks.mean(seconds)[0])
     return statistics.median(taken)
 
 

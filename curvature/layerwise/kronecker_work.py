@@ -190,6 +190,11 @@ def loss_root_of_examples(rule: Any, outputs: Any, targets: Any, kind: str) -> L
 
 def layer_uses(objective: Objective) -> tuple[list[LayerUse], dict[str, str]]:
     """Return the layers that get factors, and the parameters that get none, with the reason."""
+    if objective.shards is not None:
+        raise InputError(
+            "Kronecker factors are those of layers that a rank holds whole, and this model lies in parts on several "
+            "ranks: take exact_diagonal, or build them before it is sharded."
+        )
     names = {id(tensor): name for name, tensor in objective.space.tensors.items()}
     holders: dict[int, int] = {}
     for module in objective.model.modules():

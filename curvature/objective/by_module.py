@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -127,6 +128,7 @@ def _walked(
             walk = Walk(shards, ranks, vectors, chosen, what)
             losses, weight, marks = _added(objective, walk, of_batch)
         _compare(objective, marks)
+        walk.give_back()
         ranks.agree("a sum over the data", point=ranks.digests(objective))
     losses, weight = ranks.added(losses, weight)
     if weight == 0:
@@ -135,7 +137,7 @@ def _walked(
     divisor = 1.0 if objective.is_sum else weight
     if walk.total is not None:
         walk.total.div_(divisor)
-        if not ranks.everywhere(bool(walk.total.isfinite().all()), "what has come out"):
+        if not ranks.everywhere(_is_finite(walk.total), "what has come out"):
             raise NonFiniteError(
                 "the gradient or product is not finite although the loss is: the function is not twice differentiable "
                 "there (a norm or sqrt at 0?) or overflows; shift the argument or use a wider dtype."
@@ -143,6 +145,11 @@ def _walked(
         if walk.num_sums == 0:
             raise CheckFailedError("the loss depends on none of the chosen parameters, on no rank.")
     return walk, losses / divisor, weight
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all entries are, without a copy of them."""
+    return x.numel() == 0 or all(map(math.isfinite, torch.stack(torch.aminmax(x)).tolist()))
 
 
 def _added(

@@ -31,7 +31,7 @@ def fast_layout(objective: Objective) -> Iterator[None]:
     """
     weights = _weights(objective.model)
     originals = [weight.data for weight in weights]
-    if not weights or objective.device.type != "cpu":
+    if not weights or objective.device.type != "cpu" or objective.shards is not None:
         yield
         return
     here = objective.space.current()

@@ -25,6 +25,7 @@ from curvature.autograd.backward import differentiable, ends_of, no_autocast, pu
 from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
 from curvature.fingerprints.digest import version
+from curvature.objective.leaks import Leaks
 from curvature.objective.standing_in import renew_weights
 
 __all__ = ["Call", "Exchange", "whole_in_graph"]
@@ -38,6 +39,8 @@ class Exchange(Protocol):
     which: Pass
     parts: list[Tensor]
     """This rank's parts of all parameters, the leaves of the graph."""
+    leaks: Leaks
+    """Looks for tensors that go other ways."""
 
     def parameters(self, places: tuple[int, ...]) -> list[Tensor]:
         """Return whole parameters."""
@@ -119,7 +122,7 @@ class Call:
         self, inputs: Sequence[Tensor], whole: Sequence[Tensor], vectors: Sequence[Tensor | None], *, again: bool
     ) -> tuple[Tensor | None, ...]:
         """Return the derivatives along vectors on the outputs in inputs and parameters, None for those without."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self.exchange.leaks.paused():
             outputs = self.run(inputs, whole)
             pairs = [(y, u) for y, u in zip(outputs, vectors, strict=True) if u is not None and y.requires_grad]
             if not pairs:
@@ -179,7 +182,11 @@ class _Module(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         inputs = [t.detach() for t in tensors[:count]]  # which share the counts of writes
         before = [version(t) for t in inputs]
-        outputs = call.run(inputs, call.exchange.parameters(call.places))
+        W, leaks = call.exchange.parameters(call.places), call.exchange.leaks
+        moving = [t for t, given in zip((*inputs, *W), tensors, strict=True) if given.requires_grad]
+        with leaks.inside(call.module, moving):
+            outputs = call.run(inputs, W)
+            leaks.hand_over(outputs)
         if before != [version(t) for t in inputs]:
             raise InputError(
                 f"a {type(call.module).__name__} writes into a tensor that it is given, and modules whose parameters "
@@ -211,6 +218,7 @@ class _ModuleBackward(torch.autograd.Function):
         ]
         found = call.pulled_back(x, W, vectors, again=False)
         if final:
+            del W  # of the size of the module, while ranks exchange what has come out
             _contribute(call, found[count:])
             return *found[:count], *(None for _ in parts)
         return *found[:count], *(_nothing(part) if part.requires_grad else None for part in parts)
@@ -235,10 +243,11 @@ class _ModuleBackward(torch.autograd.Function):
         cotangents = [*directions[:count], *(along.get(i) for i in call.places)]
         pairs = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
         ends, vectors_on = differentiable(ends_of([g for g, _ in pairs]), [c for _, c in pairs])
-        del first, pairs
+        del first, pairs, along, cotangents
         found = _derivatives(ends, vectors_on, [*u, *x, *W] if final else u)
         if not final:
             return None, None, None, *found, *(None for _ in (*inputs, *parts))
+        del ends, vectors_on, W  # of the size of the module, while ranks exchange what has come out
         _contribute(call, found[len(u) + count :])
         return None, None, None, *found[: len(u) + count], *(None for _ in parts)
 

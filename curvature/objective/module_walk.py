@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from curvature.environment.memory import return_unused
 from curvature.fingerprints.portable import text_digest
+from curvature.objective.leaks import Leaks
 from curvature.objective.module_graph import Call, Pass, whole_in_graph
 from curvature.objective.shards import Shards
 from curvature.objective.standing_in import param_dtypes, without_hooks
@@ -50,6 +51,7 @@ class Walk:
         self._what = f"a walk over the data for {what}{count}{entries}"
         self.shards, self.ranks, self.vectors, self.chosen = shards, ranks, vectors, chosen
         self.which: Pass = "build"
+        self.leaks = Leaks()
         self.row, self.weight, self.num_sums = 0, 0.0, 0
         self.total: Tensor | None = None
         named = list(shards.leaves)
@@ -117,8 +119,7 @@ class Walk:
 
     def _taken(self, what: int, places: tuple[int, ...], row: int, rows: Tensor | None) -> Any:
         """Take part in a collective; with nothing to contribute, where rows is None."""
-        if self._on_cpu:
-            return_unused()  # of the module before
+        self.give_back()  # what the module before had
         if what == _PARAMETERS:
             mine = torch.cat([self.parts[i].detach().reshape(-1) for i in places])
             return self.shards.layout.of(places).whole(mine[None])
@@ -139,6 +140,11 @@ class Walk:
             self.total[row, s] += found[first : first + s.stop - s.start]
             first += s.stop - s.start
         return None
+
+    def give_back(self) -> None:
+        """Let go of memory that nobody uses and the C library keeps."""
+        if self._on_cpu:
+            return_unused()
 
     # -- the ranks in step --------------------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class Walk:
         dtypes = param_dtypes(self.shards.model)
         every = [*self._modules, *self._others]
         before = [(module, module._parameters, module.__dict__.get("forward")) for module, _ in every]
-        with without_hooks(self.shards.model):
+        with without_hooks(self.shards.model), self.leaks:
             self._is_installed = True
             try:
                 for module, keys in self._modules:
@@ -214,5 +220,8 @@ class _Gathered(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys:
             return super().__getitem__(key)
-        found = self._walk.held(self._keys[key])
+        place = self._keys[key]
+        if self._walk.parts[place].requires_grad:
+            self._walk.leaks.refuse_inside("a weight of another module, a tensor")
+        found = self._walk.held(place)
         return found if self._dtype is None or not found.is_floating_point() else found.to(self._dtype)

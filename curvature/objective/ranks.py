@@ -272,6 +272,14 @@ class RankAgreement:
                     "mesh."
                 )
 
+    def joined(self, values: Tensor) -> Tensor:
+        """Return (k, N) of all ranks with different data side by side, for (k, N) of this rank's N examples."""
+        every: list[Any] = [values.cpu()] * (1 if self.data is None else self.data.size())
+        if self.data is not None:
+            with explained():
+                dist.all_gather_object(every, values.cpu(), group=self.data)
+        return torch.cat(every, dim=1).to(values.device)
+
     def everywhere(self, flag: bool, call: str = "") -> bool:
         """Whether something holds on all ranks; with `call`, compared as what they are at."""
         if call:

@@ -12,8 +12,11 @@ Without them the model is what it would be on one device, which is compared with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,8 +33,19 @@ from curvature.sharding.tensors import ShardedTensor, whole
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "WholeSpace", "is_part", "mesh_group", "refuse_by_module", "refuse_settings", "space_of", "spread"]
+__all__ = [
+    "Shards",
+    "WholeSpace",
+    "in_whole_vectors",
+    "is_part",
+    "mesh_group",
+    "refuse_by_module",
+    "refuse_settings",
+    "space_of",
+    "spread",
+]
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _WHOLE = 6  # vectors that a product holds beside the basis where parameters are whole
 
 
@@ -95,7 +109,12 @@ class WholeSpace(ParameterSpace):
         self._shards = shards
         super().__init__({name: shards.leaves[name] for name in names}, aliases)
         every = list(shards.leaves)
-        self.sharding = shards.layout.of([every.index(name) for name in names])
+        self._layout = shards.layout.of([every.index(name) for name in names])
+
+    @property
+    def sharding(self) -> Layout | None:
+        """How vectors lie over ranks; None while they are whole."""
+        return None if _whole_vectors.get() else self._layout
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -135,7 +154,48 @@ class WholeSpace(ParameterSpace):
     def current(self) -> Tensor:
         """Return the parameters' present values, (n,), sharded."""
         parts = [self._shards.present(name) for name in self.names]
-        return ShardedTensor(torch.cat([p.detach().reshape(-1).to(self.dtype) for p in parts]), self.sharding)
+        found = ShardedTensor(torch.cat([p.detach().reshape(-1).to(self.dtype) for p in parts]), self._layout)
+        return found if self.sharding is not None else found.whole()
+
+
+_whole_vectors: ContextVar[bool] = ContextVar("whole vectors", default=False)
+
+
+def in_whole_vectors(function: _Function) -> _Function:
+    """Have vectors be whole, alike on every rank, inside a function of an objective, for what reads single entries.
+
+    Raises:
+        InputError: by the function, for a sharded model of which no rank holds whole parameters.
+    """
+
+    @functools.wraps(function)
+    def wrapped(objective: Any, *args: Any, **settings: Any) -> Any:
+        shards = getattr(objective, "shards", None)
+        if shards is None:
+            return function(objective, *args, **settings)
+        refuse_by_module(shards, f"{function.__name__}()")
+        token = _whole_vectors.set(True)
+        try:
+            return function(objective, *_gathered(args), **_gathered(settings))
+        finally:
+            _whole_vectors.reset(token)
+
+    return cast("_Function", wrapped)
+
+
+def _gathered(value: Any) -> Any:
+    """Return arguments with whole vectors in place of sharded ones."""
+    if isinstance(value, ShardedTensor):
+        return value.whole()
+    if isinstance(value, dict):
+        return {key: _gathered(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_gathered(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        changes = {name: item.whole() for name, item in changes.items() if isinstance(item, ShardedTensor)}
+        return dataclasses.replace(value, **changes) if changes else value
+    return value
 
 
 def space_of(model: nn.Module, selection: Selection | None, shards: Shards | None) -> ParameterSpace:

@@ -8,6 +8,8 @@ from curvature.arguments import checked
 from curvature.errors import InputError
 from curvature.linop import LinearOperator, MatrixLike, transpose
 from curvature.parameters import Block
+from curvature.sharding.layout import Layout
+from curvature.sharding.tensors import ShardedTensor
 
 
 class SubmatrixOperator(LinearOperator):
@@ -37,8 +39,21 @@ class SubmatrixOperator(LinearOperator):
         super().__init__((rows.num_params, cols.num_params), A.dtype, A.device)
         self.A, self.rows, self.cols = A, rows, cols
 
+    @property
+    def sharding(self) -> Layout | None:
+        every: Layout | None = getattr(self.A, "sharding", None)
+        return every if every is None else every.of(self.cols.positions)
+
     def _matmat(self, X: Tensor) -> Tensor:
-        return self.rows.take(self.A @ self.cols.embed(X, self.A.shape[1]))
+        return self.rows.take(self.A @ self._embedded(self.cols, X, self.A.shape[1]))
 
     def _rmatmat(self, X: Tensor) -> Tensor:
-        return self.cols.take(transpose(self.A) @ self.rows.embed(X, self.A.shape[0]))
+        return self.cols.take(transpose(self.A) @ self._embedded(self.rows, X, self.A.shape[0]))
+
+    def _embedded(self, block: Block, X: Tensor, size: int) -> Tensor:
+        if not isinstance(X, ShardedTensor):
+            return block.embed(X, size)
+        every: Layout = self.A.sharding  # type: ignore[attr-defined] # of a matrix that takes vectors in parts
+        flat = ShardedTensor(X.local.new_zeros(every.num_local, X.shape[1]), every, 0)
+        block.put(X, flat)
+        return flat

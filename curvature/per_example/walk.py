@@ -21,6 +21,7 @@ from curvature.losses.rules import AnyLoss
 from curvature.objective.dependence import Dependence
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
+from curvature.objective.shards import refuse_by_module
 from curvature.per_example.batch import Splitter, coarsest_eps, flat_gradient, tolerance
 from curvature.per_example.cutting import leading_size, session
 from curvature.per_example.run import Part, Run
@@ -72,6 +73,7 @@ class Walk:
     ) -> None:
         if per not in ("example", "target"):
             raise InputError(f"per must be 'example' or 'target', got {per!r}.")
+        refuse_by_module(objective.shards, "what is made of the gradients of single examples")
         self._splitter = Splitter(objective, route=route, memory_budget=memory_budget)
         self.budget, self.chunk_bytes = self._splitter.budget, self._splitter.chunk_bytes
         self._objective, self._evaluator = objective, objective.evaluator

@@ -128,6 +128,20 @@ def _added_product(func: Any, self: Tensor, a: Tensor, b: Tensor, *, beta: Any =
     return self if in_place else ShardedTensor(found, sharding, dim)
 
 
+def products_and_squares(V: Tensor, R: ShardedTensor) -> tuple[Tensor, Tensor]:
+    """Return V R, (p, m), and the squares of the rows of R, (p,), in float64 by one all-reduce; V (p, m, n), R (p, n).
+
+    Args:
+        V: rows in parts, or alike on every rank.
+        R: rows in parts.
+    """
+    rows = _counted(R.local, R.sharding, 1)
+    products = part_of(V, R.sharding, 1) @ rows[:, :, None]
+    squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).square()
+    found = all_reduce(torch.cat([products[..., 0].double(), squares], dim=1), R.sharding.group)
+    return found[:, :-1], found[:, -1]
+
+
 @rule("linalg_qr", told=False)
 def _qr(x: ShardedTensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
     """Return Q, sharded, and R of a tall (n, k): of the parts, then of their Rs (Demmel et al., 2012)."""

@@ -23,6 +23,7 @@ from curvature.data.parts import num_examples
 from curvature.engine.linearize import LOSS_HESSIAN
 from curvature.environment.cost import timed
 from curvature.environment.memory import HeldMemory, return_unused
+from curvature.objective.shards import refuse_by_module
 from curvature.operators._objective_operator import ObjectiveOperator
 
 __all__ = ["ProductCost", "product_cost"]
@@ -100,9 +101,11 @@ def product_cost(A: ObjectiveOperator) -> ProductCost:
     Graphs that were not there before are given up again: the call that follows may be another objective's.
     """
     objective, product = A.objective, getattr(A, "_product", "ggnvp")
+    refuse_by_module(objective.shards, "plan() of an objective, unlike that of a ModelSize with world_size=,")
     had_graphs = len(objective.kept) > 0
     _, seconds = timed(objective.loss_and_gradient, objective.device)  # loads, warms up, counts the batches
-    if not objective.keeps_all_graphs:
+    keeps = objective.keeps_all_graphs
+    if not (keeps if objective.ranks is None else objective.ranks.everywhere(keeps, "what products cost")):
         _, seconds = timed(objective.loss_and_gradient, objective.device)
     kept, count = objective.keeps_all_graphs, objective.num_batches or 1
     if not had_graphs:

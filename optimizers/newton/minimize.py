@@ -156,6 +156,11 @@ def minimize(
     if isinstance(objective, Objective):
         if x0 is not None or params is not None:
             raise InputError("an objective has its own parameters, changed in place: leave x0 and params out.")
+        if objective.shards is not None:
+            raise InputError(
+                "minimize changes whole parameters in place, and those of this model lie in parts on several ranks: "
+                "take steps with optimizers.Sharded(model, TrustRegionNewton)."
+            )
         params = list(objective.space.tensors.values())
     if (x0 is None) == (params is None):
         raise InputError("give x0 for a function of x, or params for a closure: one of them, not both.")

@@ -163,6 +163,8 @@ def times_of(data: LinearData, plan: ImplicitBiasPlan, depth: int) -> tuple[floa
 
 def data_of(objective: Objective, plan: ImplicitBiasPlan, seed: int) -> LinearData:
     """Return what is trained on, with a note where the objective is elsewhere."""
+    if objective.process_group is not None:
+        raise InputError("this trains in one process; give an objective without process_group.")
     data = linear_data(
         objective,
         seed,

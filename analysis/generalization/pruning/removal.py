@@ -142,9 +142,11 @@ def loss_changes(objective: Objective, displacements: Tensor) -> LossChanges:
     Cost: a gradient, k Hessian products and k + 1 losses; up to twice that over a loader that shuffles.
 
     Raises:
-        InputError: for displacements of another shape.
+        InputError: for displacements of another shape, and data on several ranks.
     """
     D = displacements
+    if objective.process_group is not None:
+        raise InputError("changes of the loss are measured in one process; give an objective without process_group.")
     if D.ndim != 2 or len(D) != objective.num_params:
         raise InputError(f"displacements must be of shape ({objective.num_params}, k), got {tuple(D.shape)}.")
     gradients: dict[int, Tensor] = {}

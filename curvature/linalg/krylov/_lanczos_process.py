@@ -4,6 +4,9 @@
 
 with W = V without preconditioner. All vectors are kept and kept orthogonal, so that what is computed from T holds for
 A as long as the run lasts. A run that has exhausted its Krylov space rests.
+
+Where vectors lie in parts on several ranks, all inner products with the basis and the norm come in one all-reduce, and
+those of the second projection in another.
 """
 
 from __future__ import annotations
@@ -16,8 +19,16 @@ from torch import Tensor
 
 from curvature.errors import NonFiniteError
 from curvature.linalg.base.systems import indefinite, preconditioned
-from curvature.linalg.base.validate import non_finite_message, rounding_level, unit_of, working_dtype
+from curvature.linalg.base.validate import (
+    non_finite_message,
+    rounding_level,
+    squares_in_range,
+    unit_of,
+    working_dtype,
+)
 from curvature.linop import MatrixLike
+from curvature.sharding.algebra import products_and_squares
+from curvature.sharding.tensors import ShardedTensor
 
 
 class LanczosProcess:
@@ -93,18 +104,16 @@ class LanczosProcess:
         R = (self.A @ v.T.to(self.A.dtype)).T.to(self.dtype)
         if self.damping:
             R = R + self.damping * v
-        unit = unit_of(R, self.num_matvecs, first=not bool(self.scale.any()))
-        R = R if unit == 1 else R / unit
         V, W = self.V[active, : self.m], self.W[active, : self.m]
-        self.scale[active] = torch.maximum(self.scale[active], unit * self._dual_norm(R))
-        alpha = (v * R).sum(dim=1)
+        in_parts = isinstance(R, ShardedTensor) and self.preconditioner is None
+        found = self._projected_in_parts(V, R) if in_parts else None
+        if found is None:
+            found = self._projected(V, W, R)
+        R, Y, unit, sizes, products, squares = found
+        self.scale[active] = torch.maximum(self.scale[active], unit * sizes)
+        alpha, beta = products[:, -1], squares.clamp_min(0).sqrt()
         if self.cut is not None:
-            self.columns.append(unit * (V[0] @ R[0]).double().cpu())
-        for _ in range(2):  # twice is enough
-            R = R - ((V @ R[:, :, None]).mT @ W)[:, 0]
-        Y = preconditioned(self.preconditioner, R.T).T
-        squares = (R * Y).sum(dim=1)
-        beta = squares.clamp_min(0).sqrt()
+            self.columns.append(unit * products[0].double().cpu())
         facts = torch.stack([alpha, beta, self.scale[active] / unit, squares]).double().tolist()
         following = []
         for i, a, b, scale, square in zip(going, *facts, strict=True):
@@ -122,6 +131,29 @@ class LanczosProcess:
             next_V, next_W = (self.V.new_zeros(self.num_runs, self.n) for _ in range(2))
             next_V[active], next_W[active] = torch.where(keep, Y / divisor, 0), torch.where(keep, R / divisor, 0)
             self._append(next_V.T, next_W.T)
+
+    def _projected(self, V: Tensor, W: Tensor, R: Tensor) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:
+        """Return R / unit without its part in the basis, P^-1 times it, unit, norm before, V'R / unit, norm^2 after."""
+        unit = unit_of(R, self.num_matvecs, first=not bool(self.scale.any()))
+        R = R if unit == 1 else R / unit
+        sizes, products = self._dual_norm(R), (V @ R[:, :, None])[..., 0]
+        R = R - (products[:, None] @ W)[:, 0]
+        R = R - ((V @ R[:, :, None]).mT @ W)[:, 0]  # twice is enough
+        Y = preconditioned(self.preconditioner, R.T).T
+        return R, Y, unit, sizes, products, (R * Y).sum(dim=1)
+
+    def _projected_in_parts(self, V: Tensor, R: Tensor) -> Any:
+        """Do it by two all-reduces, the norm after the second projection from Pythagoras; None where squares do not."""
+        products, before = products_and_squares(V, R)
+        if not all(squares_in_range(square, self.n, self.dtype) for square in before.tolist()):
+            return None
+        R = R - (products.to(R.dtype)[:, None] @ V)[:, 0]
+        again, between = products_and_squares(V, R)
+        R = R - (again.to(R.dtype)[:, None] @ V)[:, 0]
+        after = between - again.square().sum(dim=1)
+        if not bool((after > 0.5 * between).all()):  # rounding of the first projection is most of it
+            after = torch.linalg.vector_norm(R, dim=1).square()
+        return R, R, 1.0, before.sqrt().to(R.dtype), products.to(R.dtype), after.to(R.dtype)
 
     def _dual_norm(self, R: Tensor) -> Tensor:
         """Return |R| row by row in the norm of P^-1."""

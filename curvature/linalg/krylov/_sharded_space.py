@@ -22,8 +22,9 @@ from curvature.linalg.base.validate import squares_in_range
 from curvature.linalg.krylov._krylov_space import KrylovSpace
 from curvature.linalg.krylov._rounded_space import COLUMNS, GPU_COLUMNS
 from curvature.linop import MatrixLike
-from curvature.sharding.tensors import ShardedTensor, all_reduce
+from curvature.sharding.tensors import ShardedTensor, all_reduce, held
 
+_FEW = 1 << 13  # coordinates that a restart treats at a time, beside a basis that fills a rank's memory
 _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of rounding, is a small rest
 
 
@@ -44,6 +45,18 @@ class ShardedSpace(KrylovSpace):
             rest = AX
         if rest is not None:
             super().absorb(rest)
+
+    def restart(self, S: Tensor) -> None:
+        if self.num_known:
+            super().restart(S)
+            return
+        rows, old, weights = held(self.rows), self.count, S.T.to(held(self.rows))
+        for part in rows[:old].split(_FEW, dim=1):
+            part[: len(weights)] = weights @ part
+        self.T, self.C, self.D = S.T @ self.T @ S, self.C @ S, self.D @ S
+        self.count = len(weights)
+        for i in range(self.num_directions):  # forwards, so that nothing is read after it was written
+            rows[self.count + i].copy_(rows[old + i])
 
     def _absorb_one(self, rows: Tensor, w: Tensor, AX: ShardedTensor) -> Tensor | None:
         """Take a step by one reduction; return the product that is left to be taken otherwise, if any."""
@@ -78,13 +91,13 @@ class ShardedSpace(KrylovSpace):
             w = torch.addmv(w, V.T, (self.T @ g).to(w), alpha=-1).sub_(x, alpha=nu * along).div_(nu)
             return ShardedTensor(w[:, None], AX.sharding, 0)
         h = torch.cat([(s - self.T @ g) / nu, torch.tensor([b / nu - along], dtype=torch.float64)])
-        w = torch.addmv(w, V.T, s.to(w), alpha=-1).sub_(x, alpha=b).div_(math.sqrt(left))
+        rows[m + 1].copy_(w).addmv_(V.T, s.to(w), alpha=-1).sub_(x, alpha=b).div_(math.sqrt(left))  # in its place
         T = torch.nn.functional.pad(self.T, (0, 1, 0, 1))
         T[m], T[:, m] = h, h
         self.T, self.D = T, self.D.new_zeros(0, m + 1)
         self.C = torch.zeros(1, m + 1, dtype=torch.float64)
         self.C[0, m] = math.sqrt(left) / nu
         self.num_matvecs, self.count, self._injected = self.num_matvecs + 1, m + 1, False
-        self._set_directions(ShardedTensor(w[None], AX.sharding), [0])
+        self.num_directions = 1
         self.norm = max(self.norm, float(torch.linalg.vector_norm(h)))
         return None

@@ -25,7 +25,17 @@ from curvature import (
     solve,
 )
 from curvature.errors import InputError
-from curvature.linalg import ThickRestartLanczos, diagonal, load_run, save_run, trace
+from curvature.linalg import (
+    ThickRestartLanczos,
+    diagonal,
+    lanczos,
+    lanczos_runs,
+    load_run,
+    matrix_function,
+    save_run,
+    spectral_density,
+    trace,
+)
 from curvature.objective.shards import refuse_settings
 from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.objective.standing_in import place
@@ -174,6 +184,28 @@ def one_all_reduce_a_step(_: int) -> int:
         solver.run(max_matvecs=limit)
         seen.append(COUNTS["all_reduce"])
     return (seen[2] - seen[1]) - (seen[1] - seen[0])
+
+
+def all_reduces_of_runs(_: int) -> dict[str, int]:
+    """Return the all-reduces of five steps of Lanczos runs that keep all vectors, for one and for three at a time."""
+    o = objective(_fully_sharded(), batches())
+    G, X = GGNOperator(o), torch.randn(o.num_params, 3, generator=torch.Generator().manual_seed(0)).double()
+    S = in_parts(X, o.sharding, 0)
+    calls: dict[str, Callable[[int], Any]] = {
+        "lanczos": lambda steps: lanczos(G, S[:, 0], num_steps=steps),
+        "lanczos_runs": lambda steps: lanczos_runs(G, S, num_steps=steps),
+        "matrix_function": lambda steps: matrix_function(G, S[:, 0], "sqrt", rtol=None, num_steps=steps, damping=1.0),
+        "spectral_density": lambda steps: spectral_density(G, num_probes=2, num_steps=steps, generator=0),
+    }
+    found = {}
+    for name, call in calls.items():
+        seen = []
+        for steps in (3, 8):
+            before = COUNTS["all_reduce"]
+            call(steps)
+            seen.append(COUNTS["all_reduce"] - before)
+        found[name] = seen[1] - seen[0]
+    return found
 
 
 def _fully_sharded() -> Any:
@@ -333,7 +365,7 @@ class Leaking(nn.Module):
             self.kept = (x @ self.weight).square().mean()
             if self.how == "a complex result":
                 return torch.complex(x @ self.weight, x)
-            return x @ (self.other[0].weight if self.how == "a list" else self.weight) * (self.given or 1.0)
+            return x @ (self.other[0].weight if self.how == "a list" else self.weight) * (1.0 if self.given is None else self.given)
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -344,8 +376,10 @@ class Leaking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x))
-        if self.how == "an attribute before":
+        if self.how == "an attribute before" or (self.how == "a branch by data" and bool((x.abs() > 0.999).any())):
             self.layer.given = x.mean()
+        if self.how == "constants":
+            self.layer.given = 1.5 + torch.linspace(0, 1, 3).to(x) * x.detach().mean()
         y = self.layer(x)
         y = (y * y).imag if y.is_complex() else y
         y = self.last(torch.tanh(y))
@@ -359,6 +393,8 @@ def leaking(rank: int, how: str, **settings: Any) -> Objective:
     model = fully_shard(Leaking(how).double()) if rank >= 0 else Leaking(how).double()
     x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(6, 3)
     data = [(x[:4], x[:4].sin()), (x[4:], x[4:].cos())]
+    if how == "a branch by data":  # in the second batch of every rank, and none is compared before
+        return Objective(model, nn.MSELoss(), [*data[rank : rank + 1], (100 * x, x)], **settings)
     return Objective(model, nn.MSELoss(), data if rank < 0 else data[rank : rank + 1], **settings)
 
 
@@ -372,6 +408,13 @@ def complex_results(rank: int) -> dict[str, Tensor]:
     gradient = o.gradient()
     assert not hits
     assert all(bool((getattr(p.grad, "_local_tensor", p.grad) == 1).all()) for p in o.model.parameters())
+    return {"gradient": whole(gradient), "Hessian": whole(HessianOperator(o) @ gradient)}
+
+
+def constants(rank: int) -> dict[str, Tensor]:
+    """What does not move with the parameters may reach a module in any way."""
+    o = leaking(rank, "constants", memory_budget=0 if rank >= 0 else None)
+    gradient = o.gradient()
     return {"gradient": whole(gradient), "Hessian": whole(HessianOperator(o) @ gradient)}
 
 
@@ -420,7 +463,8 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     **{
         f"{how}, module by module": (lambda rank, how=how: leaking(rank, how, memory_budget=0).loss(), text)
         for how, text in {
-            **dict.fromkeys(("a list", "a hook", "an attribute before", "an attribute after"), "own backward pass"),
+            **dict.fromkeys(("a list", "a hook", "an attribute before", "an attribute after"), "would be a constant"),
+            "a branch by data": "would be a constant",
             "in place": "writes into a tensor that it is given",
         }.items()
     },
@@ -501,10 +545,11 @@ def work(rank: int, folder: str) -> None:
     )
     try:
         mine: dict[str, Any] = {name: case(rank) for name, case in CASES.items()}
-        mine["complex results"] = complex_results(rank)
+        mine["complex results"], mine["constants"] = complex_results(rank), constants(rank)
         mine["lower precision"] = in_lower_precision(rank)
         mine["algebra"] = algebra(dist.group.WORLD)
         mine["all-reduces of five steps"] = one_all_reduce_a_step(rank)
+        mine["all-reduces of runs"] = all_reduces_of_runs(rank)
         mine["bytes"] = bytes_a_product(rank)
         mine["saved run"] = saved_run(folder)
         for name, (call, _) in REFUSED.items():
@@ -553,15 +598,23 @@ def test_casts_of_a_precision_policy_are_in_the_graph(ranks: list[dict[str, Any]
         assert float((rank["lower precision"]["gradient"] - wide.gradient()).norm()) > 1e-9
 
 
-def test_results_of_modules_may_be_complex(ranks: list[dict[str, Any]]) -> None:
-    alone = complex_results(-1)
+@pytest.mark.parametrize(("what", "of"), [("complex results", complex_results), ("constants", constants)])
+def test_what_modules_may_hand_over(ranks: list[dict[str, Any]], what: str, of: Callable[[int], Any]) -> None:
+    alone = of(-1)
     for rank in ranks:
-        for what, value in rank["complex results"].items():
-            assert_close(value, alone[what], BATCHING_TOLERANCE)
+        for name, value in rank[what].items():
+            assert_close(value, alone[name], BATCHING_TOLERANCE)
 
 
 def test_a_step_of_lanczos_takes_one_all_reduce(ranks: list[dict[str, Any]]) -> None:
     assert [rank["all-reduces of five steps"] for rank in ranks] == [5, 5]
+
+
+def test_a_step_of_runs_that_keep_all_vectors_takes_two_all_reduces(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert len(rank["all-reduces of runs"]) == 4
+        for name, count in rank["all-reduces of runs"].items():
+            assert count == 2 * 5 * (2 if name == "spectral_density" else 1), name  # two probes, one by one
 
 
 def test_a_product_moves_the_bytes_that_are_planned(ranks: list[dict[str, Any]]) -> None:
