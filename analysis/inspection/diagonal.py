@@ -13,7 +13,9 @@ from curvature.generators import AnyGenerator
 from curvature.layerwise import exact_diagonal
 from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import diagonal
+from curvature.objective.by_module import goes_by_module
 from curvature.objective.objective import Objective
+from curvature.objective.shards import gathered
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
@@ -69,6 +71,8 @@ def _estimated(
 ) -> LayerDiagonals:
     H, budget = HessianOperator(objective), max(4, num_matvecs)  # the least it takes; never more than parameters
     fits = _KEPT * budget * objective.num_params * objective.dtype.itemsize <= available_memory(objective.device)
+    if objective.ranks is not None:
+        fits = objective.ranks.everywhere(fits and not goes_by_module(objective), "the memory of a diagonal")
     estimate = diagonal(
         H,
         method="auto" if fits else "hutchinson",
@@ -78,6 +82,7 @@ def _estimated(
         keep_samples=fits,
         callback=None if progress is None else lambda spent, _: progress(DIAGONAL, spent, num_matvecs),
     )
+    estimate = gathered(estimate)  # vectors in parts: layers are summed over
     rows = summarise_diagonal(estimate, objective.space).rows
     exact = not bool(estimate.stderr.any())
     how = f"By {estimate.method} from {estimate.num_matvecs} products, since an exact one is out of reach: {refusal}."

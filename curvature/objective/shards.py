@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Shards",
     "WholeSpace",
+    "gathered",
     "in_whole_vectors",
     "is_part",
     "mesh_group",
@@ -176,21 +177,21 @@ def in_whole_vectors(function: _Function) -> _Function:
         refuse_by_module(shards, f"{function.__name__}()")
         token = _whole_vectors.set(True)
         try:
-            return function(objective, *_gathered(args), **_gathered(settings))
+            return function(objective, *gathered(args), **gathered(settings))
         finally:
             _whole_vectors.reset(token)
 
     return cast("_Function", wrapped)
 
 
-def _gathered(value: Any) -> Any:
+def gathered(value: Any) -> Any:
     """Return arguments with whole vectors in place of sharded ones."""
     if isinstance(value, ShardedTensor):
         return value.whole()
     if isinstance(value, dict):
-        return {key: _gathered(item) for key, item in value.items()}
+        return {key: gathered(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_gathered(item) for item in value)
+        return type(value)(gathered(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changes = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         changes = {name: item.whole() for name, item in changes.items() if isinstance(item, ShardedTensor)}

@@ -128,13 +128,14 @@ def _added_product(func: Any, self: Tensor, a: Tensor, b: Tensor, *, beta: Any =
     return self if in_place else ShardedTensor(found, sharding, dim)
 
 
-def products_and_squares(V: Tensor, R: ShardedTensor) -> tuple[Tensor, Tensor]:
+def products_and_squares(V: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """Return V R, (p, m), and the squares of the rows of R, (p,), in float64 by one all-reduce; V (p, m, n), R (p, n).
 
     Args:
         V: rows in parts, or alike on every rank.
         R: rows in parts.
     """
+    assert isinstance(R, ShardedTensor)
     rows = _counted(R.local, R.sharding, 1)
     products = part_of(V, R.sharding, 1) @ rows[:, :, None]
     squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).square()

@@ -365,7 +365,11 @@ class Leaking(nn.Module):
             self.kept = (x @ self.weight).square().mean()
             if self.how == "a complex result":
                 return torch.complex(x @ self.weight, x)
-            return x @ (self.other[0].weight if self.how == "a list" else self.weight) * (1.0 if self.given is None else self.given)
+            return (
+                x
+                @ (self.other[0].weight if self.how == "a list" else self.weight)
+                * (1.0 if self.given is None else self.given)
+            )
 
     def __init__(self, how: str) -> None:
         super().__init__()
