@@ -16,6 +16,7 @@ from analysis.show.drawing import (
     asinh_ticks,
     decade_ticks,
     ink,
+    layer_labels,
     legend_above,
     new_axes,
     to_numpy,
@@ -256,7 +257,7 @@ def plot_layers(
     _draw_shares(share, layers, rows, colors)
     _draw_extremes(extremes, layers, rows, colors)
     for ax in (share, extremes):
-        ax.set_yticks(rows, [layer.name for layer in layers])
+        ax.set_yticks(rows, layer_labels(ax, [layer.name for layer in layers]))
         ax.set_ylim(len(layers) - 0.4, -0.6)
     if extremes.get_subplotspec() is not None and extremes in extremes.get_shared_y_axes().get_siblings(share):
         extremes.tick_params(axis="y", labelleft=False)
@@ -306,4 +307,4 @@ def _draw_extremes(ax: Axes, layers: Sequence[LayerCurvature], rows: Array, colo
     decade_ticks(ax.xaxis)
     ax.grid(axis="y", linewidth=0.5)
     ax.set(xlabel="extreme eigenvalues")
-    legend_above(ax, columns=2)
+    legend_above(ax, columns=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from analysis.show.drawing import Array, Colors, asinh_ticks, figure_width, legend_above, new_axes
+from analysis.show.drawing import Array, Colors, asinh_ticks, figure_width, layer_labels, legend_above, new_axes
 from analysis.show.wording import MINUS
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def plot_layer_coupling(result: LayerCoupling, *, ax: Axes | None = None, colors
     norms, stderr, shown = (t.double().cpu().numpy() for t in (result.norms, result.stderr, result.relative.clone()))
     np.fill_diagonal(shown, np.diagonal(norms) / (np.diagonal(norms).max() or 1.0))
     ax.set(xlim=(-0.5, L - 0.5), ylim=(L - 0.5, -0.5), aspect="equal")
-    ax.set_yticks(range(L), list(result.names))
-    ax.set_xticks(range(L), list(result.names), rotation=45, ha="right", rotation_mode="anchor")
+    labels = layer_labels(ax, result.names)
+    ax.set_yticks(range(L), labels)
+    ax.set_xticks(range(L), labels, rotation=45, ha="right", rotation_mode="anchor")
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
@@ -85,11 +86,12 @@ def plot_layer_diagonals(result: LayerDiagonals, *, ax: Axes | None = None, colo
     ax.set_xscale("asinh", linear_width=width)
     asinh_ticks(ax.xaxis, min(0.0, float(q.min())), max(extreme, width), width)
     ax.axvline(0.0, color=colors.quiet, linewidth=0.8, zorder=0)
-    ax.set_yticks(places, [row.name for row in rows])
+    ax.set_yticks(places, layer_labels(ax, [row.name for row in rows]))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", linewidth=0.5)
-    ax.set(xlabel="diagonal entries of the Hessian" + ("" if result.exact else ", widened by their noise"))
-    legend_above(ax, columns=4 if figure_width(ax) > 5 else 2)
+    noise = "," + (" " if figure_width(ax) > 5 else "\n") + "widened by their noise"
+    ax.set(xlabel="diagonal entries of the Hessian" + ("" if result.exact else noise))
+    legend_above(ax, columns=4)
     return ax
 
 

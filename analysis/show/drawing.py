@@ -7,6 +7,7 @@ the figures read in grey. Ink, grid and background follow matplotlib's settings.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,14 @@ __all__ = [
     "decade_ticks",
     "figure_width",
     "ink",
+    "layer_labels",
     "legend_above",
     "new_axes",
     "to_numpy",
 ]
 
 Array = npt.NDArray[np.float64]
+_LABELS, _NARROW_LABELS, _CHARACTER = 0.3, 0.4, 0.08  # share of the width of a figure for labels; inches of a letter
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,26 @@ def figure_width(ax: Axes) -> float:
     return figure.get_figwidth()
 
 
+def layer_labels(ax: Axes, names: Sequence[str]) -> list[str]:
+    """Return the names of layers as labels beside axes: where they are too long for the figure, abbreviated.
+
+    Components are cut to their first letter from the left, as far as it takes: encoder.layer.0.attention.self.query
+    becomes e.l.0.a.s.query. Numbers stay, what is still too long ends in …, and all names stay whole if two would look
+    alike.
+    """
+    width = figure_width(ax)
+    room = int((_LABELS if width > 5 else _NARROW_LABELS) * width / _CHARACTER)
+    short = []
+    for name in names:
+        parts = name.split(".")
+        for i, part in enumerate(parts[:-1]):
+            if len(".".join(parts)) > room and not part.isdigit():
+                parts[i] = part[:1]
+        label = ".".join(parts)
+        short.append(label if len(label) <= room else label[: room - 1] + "…")
+    return short if len(set(short)) == len(set(names)) else list(names)
+
+
 def ink() -> str:
     """Return the colour of text in force, for marks that belong to no series."""
     import matplotlib as mpl
@@ -87,8 +110,10 @@ def legend_above(ax: Axes, *, columns: int) -> None:
             "handletextpad": 0.5,
             "columnspacing": 1.4,
         }
-        columns = columns if figure_width(ax) > 5 else min(columns, 2)
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, **style)
+        wide = figure_width(ax) > 5
+        place = ("lower left", (0.0, 1.0)) if wide else ("lower right", (1.0, 1.0))  # over the labels
+        style |= dict(zip(("loc", "bbox_to_anchor"), place, strict=True))
+        ax.legend(ncols=columns if wide else min(columns, 2), **style)
 
 
 def decade_ticks(axis: Axis) -> None:

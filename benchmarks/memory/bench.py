@@ -22,10 +22,10 @@ from benchmarks.common.suite import Rows, command
 from benchmarks.memory.adapters import ADAPTERS, adapters_row
 from benchmarks.memory.plans import CALLS, PLAN_MODELS, layers_row, limit_row, plan_row
 
-__all__ = ["measure", "products"]
+__all__ = ["in_turn", "measure", "products"]
 
 TIMEOUT_SECONDS = 2400
-NUM_BASIS = 8
+NUM_BASIS, TURNS = 8, 5
 MEBI = 2**20
 PARTS = ("bases", "products", "plans", "limit", "layers", "adapters")
 LIMIT_SECONDS, LIMIT_BYTES = 7200, 6 * 10**9
@@ -72,39 +72,59 @@ def measure(basis: str) -> dict[str, Any]:
     }
 
 
+def _product(method: str, tokens: int, **measures: Any) -> tuple[Callable[[], Tensor], int]:
+    """Return a Hessian product of GPT-2, and how many parameters that has."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from curvature import HessianOperator
+    from curvature.adapters.hugging_face import causal_lm_objective
+
+    torch.manual_seed(0)
+    attention = "eager" if method == "plain" else "sdpa"
+    model = GPT2LMHeadModel(GPT2Config(**{"attn_implementation": attention, **measures})).eval()
+    ids, params = torch.randint(0, model.config.vocab_size, (4, tokens)), list(model.parameters())
+    v = torch.randn(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(1))
+    if method != "plain":
+        H = HessianOperator(causal_lm_objective(model, [{"input_ids": ids, "labels": ids}]))
+        return lambda: H @ v, len(v)
+    parts = [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
+
+    def by_hand() -> Tensor:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        gradient = torch.autograd.grad(loss, params, create_graph=True)
+        return torch.cat([h.flatten() for h in torch.autograd.grad(gradient, params, parts)])
+
+    return by_hand, len(v)
+
+
+def in_turn() -> dict[str, Any]:
+    """Return the CPU time of the toolkit's first product and of later ones in those of plain ones, made in turn."""
+    torch.set_num_threads(1)
+    for method in ("plain", "toolkit"):
+        _product(method, 8, n_layer=1, n_embd=12, vocab_size=300, bos_token_id=0, eos_token_id=0)[0]()
+    both = [_product(method, 128)[0] for method in ("plain", "toolkit")]
+    ratios = []
+    for _ in range(TURNS):
+        taken = []
+        for product in both:
+            start = time.process_time()
+            _ = product()
+            taken.append(time.process_time() - start)
+        ratios.append(taken[1] / taken[0])
+    return {"part": "products", "method": "in turn", "first": ratios[0], "later": statistics.median(ratios[1:])}
+
+
 def products(method: str) -> dict[str, Any]:
     """Return peak above the start and CPU seconds of Hessian products of GPT-2, the first and the median of later ones.
 
     "plain" is double backward by hand with eager attention, which builds the graph for each product.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from curvature import HessianOperator
-    from curvature.adapters.hugging_face import causal_lm_objective
     from curvature.environment.cost import current_memory, peak_memory
-
-    def made(tokens: int, **measures: Any) -> tuple[Callable[[], Tensor], int]:
-        torch.manual_seed(0)
-        attention = "eager" if method == "plain" else "sdpa"
-        model = GPT2LMHeadModel(GPT2Config(**{"attn_implementation": attention, **measures})).eval()
-        ids, params = torch.randint(0, model.config.vocab_size, (4, tokens)), list(model.parameters())
-        v = torch.randn(sum(p.numel() for p in params), generator=torch.Generator().manual_seed(1))
-        if method != "plain":
-            H = HessianOperator(causal_lm_objective(model, [{"input_ids": ids, "labels": ids}]))
-            return lambda: H @ v, len(v)
-        parts = [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
-
-        def by_hand() -> Tensor:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            gradient = torch.autograd.grad(loss, params, create_graph=True)
-            return torch.cat([h.flatten() for h in torch.autograd.grad(gradient, params, parts)])
-
-        return by_hand, len(v)
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    made(8, n_layer=1, n_embd=12, vocab_size=300, bos_token_id=0, eos_token_id=0)[0]()
-    product, num_params = made(128)
+    _product(method, 8, n_layer=1, n_embd=12, vocab_size=300, bos_token_id=0, eos_token_id=0)[0]()
+    product, num_params = _product(method, 128)
     before, seconds = current_memory(cpu), []
     for _ in range(4):
         start = time.process_time()
@@ -130,13 +150,14 @@ def main() -> None:
     a = parser.parse_args()
     bases = ("float32", "bfloat16") if "bases" in a.parts else ()
     plans = list(itertools.product(a.models, a.calls)) if "plans" in a.parts else []
-    methods = ("plain", "toolkit") if "products" in a.parts else ()
+    methods = ("plain", "toolkit", "in turn") if "products" in a.parts else ()
     adapters = ADAPTERS if "adapters" in a.parts else ()
     total = len(adapters) + len(bases) + len(plans) + len(methods) + ("limit" in a.parts) + ("layers" in a.parts)
     with Rows(a.out, ("part", "basis", "model", "call", "method", "adapter"), total) as rows:
         for method in methods:
             known = {"part": "products", "method": method}
-            row = alone(products, known, timeout_seconds=TIMEOUT_SECONDS, method=method)
+            work, said = (in_turn, {}) if method == "in turn" else (products, {"method": method})
+            row = alone(work, known, timeout_seconds=TIMEOUT_SECONDS, **said)
             rows.add(row, said=str(row))
         for basis in bases:
             row = alone(measure, {"basis": basis}, timeout_seconds=TIMEOUT_SECONDS, basis=basis)

@@ -25,7 +25,7 @@ __all__ = ["Way", "graph_choices", "matvecs_of_pairs", "present_memory", "ways_t
 
 _CHAIN = 15  # products of a chain outside the Krylov space and of the check at the end, as a rule
 _FEW = 11  # vectors beside k: three to work with, and the chain
-_UNTRAINED = 1.3  # of the products of trained networks: random weights take twice as many, and plans serve both
+_UNTRAINED = 1.7  # times the products of trained networks: random weights take more, up to four times as many
 _SPEED, _GPU_SPEED = 3e9, 8e10  # bytes of a basis a second, with all that a product does to it
 _ROUNDED = 4  # times as long for each byte of a basis in a narrower dtype
 _MOST_PIECES = 64
@@ -118,7 +118,8 @@ def ways_to_pairs(A: MatrixLike, k: int, cost: ProductCost | None, seconds: floa
 def matvecs_of_pairs(n: int, k: int) -> int:
     """Return about how many products `eigsh` takes for k pairs of a matrix of size n, the chain included.
 
-    For the three largest of networks with random weights 23 to 77, of trained ones 12 to 25 (`benchmarks/memory`).
+    For the three largest of six networks with random weights it takes 22 to 77 (`benchmarks/memory`), for those of
+    trained ones 10 to 20 as a rule.
     """
     return min(n, round(_UNTRAINED * expected_matvecs(k)) + _CHAIN)
 

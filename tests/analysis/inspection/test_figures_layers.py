@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from analysis.inspection.figures_layers import plot_layer_coupling
 from analysis.inspection.results import LayerCoupling
+from analysis.show.drawing import layer_labels
 from analysis.show.wording import MINUS
 
 
@@ -63,3 +66,21 @@ def test_it_draws_where_it_is_told_and_leaves_numbers_out_where_there_is_no_room
 def test_a_single_layer_and_one_without_curvature() -> None:
     ax = plot_layer_coupling(coupling([[0.0]]))
     assert ax.texts[1].get_text() == "0.00"
+
+
+@pytest.mark.parametrize("width", [3.5, 7.2])
+def test_names_of_layers_leave_room_for_what_is_drawn(width: float) -> None:
+    stem = "encoder.encoder.layer"
+    names = [f"{stem}.{i}.{part}" for i in range(12) for part in ("attention.self.query", "attention.output.dense")]
+    ax = Figure(figsize=(width, 6.0), layout="constrained").subplots()
+    labels = layer_labels(ax, names)
+    ax.set_yticks(range(len(labels)), labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax.figure.draw_without_rendering()
+    assert ax.get_window_extent().width / ax.figure.get_window_extent().width > 0.5
+    assert len(set(labels)) == len(names)
+    assert labels[-1] == ("e.e.l.11.a.o.den…" if width < 5 else "e.e.l.11.a.output.dense")
+    assert layer_labels(ax, ["0.weight", "head"]) == ["0.weight", "head"]
+    alike = ["a" * 40 + ".x", "a" * 41 + ".x"]
+    assert layer_labels(ax, alike) == alike
