@@ -36,5 +36,8 @@ class HighestLoss:
         return math.nan if highest == -math.inf else highest
 
     def _largest(self) -> Tensor:
-        first = self._tensors[0]
-        return torch.stack([loss.reshape(()).to(first) for loss in self._tensors]).max()
+        try:
+            return torch.stack(self._tensors).max()
+        except RuntimeError:  # of different shapes or devices
+            first = self._tensors[0]
+            return torch.stack([loss.reshape(()).to(first) for loss in self._tensors]).max()

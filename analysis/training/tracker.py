@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.training.budget import Budget
 from analysis.training.highest import HighestLoss
 from analysis.training.quantities import NEED_STEP, QUANTITIES, Measurer, StepTaken
 from analysis.training.results import TrainingReading, TrainingRecord
@@ -28,8 +29,6 @@ from curvature.operators.preconditioned import optimizer_divisor, stability_limi
 
 __all__ = ["CurvatureTracker"]
 
-_TICK = 1e-7  # seconds: no step is shorter, whatever a coarse clock says
-
 
 class CurvatureTracker:
     """Takes readings of curvature along a training loop, with any optimizer of torch.
@@ -38,10 +37,11 @@ class CurvatureTracker:
     where they were at the reading before, and come with their residuals. Training is not disturbed: the run ends in the
     same bits as without.
 
-    Readings are taken as often as `every` says, and no more often than `budget` allows: one is put off until all of
-    them together take no more than that share of the time of training. On small models, whose steps take as long as a
-    few calls of Python, that is every 50 to 100 steps, and the hooks take about 10 µs of each step, which count up to
-    half of the budget. `record.notes` and the repr say what became of it.
+    Readings are taken as often as `every` says, and no more often than `budget` allows: one is put off until all that
+    the tracker does, hooks and the slower steps right after readings among it, takes no more than that share of the
+    time of training (on a CPU the process's CPU time). On small models, whose steps take as long as a few calls of
+    Python, that is every 50 to 150 steps, and the hooks take about 5 µs of each step, which count up to half of the
+    budget. `record.notes` and the repr say what became of it.
 
     Args:
         objective: on the model that is trained. Its data are the probe that all readings are taken on, e.g. a fixed
@@ -99,7 +99,7 @@ class CurvatureTracker:
         generator: AnyGenerator,
     ) -> None:
         self.objective, self.optimizer = objective, optimizer
-        self.every, self.budget = every, budget
+        self.every = every
         self.evaluation_mode, self.batch_size = evaluation_mode, batch_size
         self._callback = callback
         self._known = optimizer is not None and _reads(optimizer)
@@ -123,8 +123,7 @@ class CurvatureTracker:
         self._readings: list[TrainingReading] = []
         self._rows = Rows(folder, objective) if folder is not None else None
         self._steps, self._next = 0, 0
-        self._training, self._spent, self._aside = 0.0, 0.0, 0.0  # seconds: of the loop, of readings, of hooks
-        self._left = time.perf_counter()
+        self._budget = Budget(budget, objective.device)
         self._highest = HighestLoss()
         self._open: tuple[Tensor, float, float] | None = None
         self._taken: StepTaken | None = None
@@ -161,15 +160,20 @@ class CurvatureTracker:
         """Steps that were taken since the parameters of the latest reading; None before the first."""
         return self._steps - self._readings[-1].step if self._readings else None
 
+    @property
+    def budget(self) -> float | None:
+        """Largest share of the training's time."""
+        return self._budget.share
+
     def __repr__(self) -> str:
-        spent = self._spent + self._aside
-        share = f", {100 * spent / self._training:.1f} % of its time" if self._training else ""
+        training, readings, hooks = self._budget.times()
+        share = f", {100 * (readings + hooks) / training:.1f} % of its time" if training > 0 else ""
         return f"CurvatureTracker({len(self._readings)} readings of {self._steps} steps{share})"
 
     def _notes(self) -> tuple[str, ...]:
         if len(self._readings) < 2 or self.interval <= self.every or self.budget is None:
             return ()
-        each, step = self._expected(), self._training / max(self._steps, 1)
+        each, step = self._budget.expected, self._budget.times()[0] / max(self._steps, 1)
         return (
             f"Readings are {self.interval} steps apart where every={self.every} was asked for: one takes "
             f"{1000 * each:.3g} ms, a step of training {1000 * step:.3g} ms, the budget is {100 * self.budget:g} %.",
@@ -194,7 +198,7 @@ class CurvatureTracker:
             InputError: for a loss that is no number.
             CurvatureError: whatever stands in the way of a measurement.
         """
-        begun = time.perf_counter()
+        begun = self._budget.begin_round()
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise InputError(f"loss must be a number or a tensor with one entry, got shape {tuple(loss.shape)}.")
         if loss is not None:
@@ -205,18 +209,16 @@ class CurvatureTracker:
         else:
             due = step is not None
         if not due:
-            self._put_aside(begun)
+            self._budget.end_round(begun)
             return None
         synchronize(self.objective.device)
-        begun = time.perf_counter()
-        self._training += begun - self._left
-        reading = self._read(step, None if batch is None else [batch], loss, begun)
+        begun = self._budget.begin()
+        reading = self._read(step, None if batch is None else [batch], loss)
         self._readings.append(reading)
         self._next = reading.step + self.every
         if self._rows is not None:
             self._rows.add(reading, self._readings)
-        self._left = time.perf_counter()
-        self._spent += self._left - begun
+        self._budget.end(begun)
         if self._callback is not None:
             self._callback(reading)
         return reading
@@ -227,54 +229,39 @@ class CurvatureTracker:
             hook.remove()
         self._hooks = []
 
-    def _put_aside(self, begun: float) -> None:
-        """Count what the tracker took outside of readings as its own time, not the training's."""
-        spent = time.perf_counter() - begun
-        self._aside += spent
-        self._left += spent
-
     def _due(self) -> bool:
         """Say whether the next step is to be read, on all ranks alike; put it off if it cannot be paid for yet."""
         if self._steps < self._next:
             return False
-        wait = self._to_wait()
+        wait = self._budget.steps_to_wait(self._steps)
         ranks = self.objective.ranks
         if ranks is not None:
             wait = ranks.mean(wait)[0]
-        self._next = self._steps + math.ceil(wait)
+        self._next = self._steps + math.ceil(min(wait, self._steps))  # looks again: steps may become faster
         return wait <= 0
-
-    def _to_wait(self) -> float:
-        """Return the steps until another reading fits into the budget."""
-        if self.budget is None or not self._readings:
-            return 0.0
-        training = self._training + time.perf_counter() - self._left
-        hooks = min(self._aside, self.budget * training / 2)  # half of the budget is left to readings
-        missing = (self._spent + hooks + self._expected()) / self.budget - training
-        return max(0.0, missing / max(training / max(self._steps, 1), _TICK))
-
-    def _expected(self) -> float:
-        return min(reading.seconds for reading in self._readings[-3:])
 
     # -- hooks of the optimizer ---------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        begun = time.perf_counter()
         self._taken = None
         self._open = None
+        if self._steps < self._next:
+            return
+        begun = self._budget.clock()
         if self._due():
             lr = _rate(optimizer.param_groups[0])
             limit = stability_limit(optimizer) if self._known else math.nan
             threshold = limit / lr if lr > 0 else math.inf
             self._open = (self.objective.space.current(), lr, threshold)
-        self._put_aside(begun)
+        self._budget.hooked(begun)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self._steps += 1
         if self._open is None:
             return
+        begun = self._budget.clock()
         (before, lr, threshold), self._open = self._open, None
         group = optimizer.param_groups[0]
         self._taken = StepTaken(
@@ -286,6 +273,7 @@ class CurvatureTracker:
             momentum=float(group.get("momentum", 0.0)),
             weight_decay=float(group.get("weight_decay", 0.0)),
         )
+        self._budget.hooked(begun)
 
     def _divisor(self, threshold: float) -> Tensor | None:
         """Return P, weighted so that each group of parameters is held against the threshold of the first."""
@@ -308,9 +296,9 @@ class CurvatureTracker:
     # -- readings -----------------------------------------------------------------------------------------------------
 
     def _read(
-        self, step: StepTaken | None, batches: list[Any] | None, loss: Tensor | float | None, begun: float
+        self, step: StepTaken | None, batches: list[Any] | None, loss: Tensor | float | None
     ) -> TrainingReading:
-        number = self._steps - 1
+        number, begun = self._steps - 1, time.perf_counter()
         with untouched(self.objective, evaluation_mode=self.evaluation_mode):
             try:
                 found = self._measurer.take(step, batches)
@@ -335,7 +323,7 @@ class CurvatureTracker:
         return {
             "steps": self._steps,
             "next": self._next,
-            "seconds": (self._training + time.perf_counter() - self._left, self._spent),
+            "budget": self._budget.state(),
             "generator": self._generator.get_state(),
             "followed": {name: vars(found) for name, found in self._measurer.followed.items()},
             "factors": dict(self._measurer.factors),
@@ -350,11 +338,10 @@ class CurvatureTracker:
         """
         self._measurer.load(state["followed"], state["factors"])
         self._steps, self._next = state["steps"], state["next"]
-        self._training, self._spent = state["seconds"]
+        self._budget.load(state["budget"])
         self._generator.set_state(state["generator"])
         self._readings = [TrainingReading.from_row(row) for row in state["rows"]]
-        self._left, self._highest, self._taken = time.perf_counter(), HighestLoss(), None
-        self._aside = 0.0
+        self._highest, self._taken = HighestLoss(), None
         if self._rows is not None:
             self._rows.begin_again(self._readings)
 
