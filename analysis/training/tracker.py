@@ -295,9 +295,7 @@ class CurvatureTracker:
 
     # -- readings -----------------------------------------------------------------------------------------------------
 
-    def _read(
-        self, step: StepTaken | None, batches: list[Any] | None, loss: Tensor | float | None
-    ) -> TrainingReading:
+    def _read(self, step: StepTaken | None, batches: list[Any] | None, loss: Tensor | float | None) -> TrainingReading:
         number, begun = self._steps - 1, time.perf_counter()
         with untouched(self.objective, evaluation_mode=self.evaluation_mode):
             try:
