@@ -170,7 +170,7 @@ RACE: dict[str, tuple[Any, tuple[float, ...]]] = {
     "EKFAC, every 10th": (Closures(EKFAC, update_every=PERIOD), _RATES),
     "AdaHessian, every 10th": (Losses(AdaHessian, 2.0, update_every=PERIOD), (3e-2, 1e-1, 3e-1, 1.0)),
     "Sophia, every 10th": (Closures(Sophia, update_every=PERIOD), _RATES),
-    "NewtonCG": (Closures(NewtonCG, curvature="ggn"), (1.0,)),
+    "NewtonCG, 10 CG steps": (Closures(NewtonCG, curvature="ggn", max_iterations=10), (1.0,)),
     "GaussNewton": (Closures(GaussNewton, damping=0.3), (1.0,)),
     "GaussNewton, 10 iterations, matrix of a quarter": (
         METHODS["GaussNewton, 10 iterations, matrix of a quarter"][0],
