@@ -128,7 +128,7 @@ def _direction(net: Net) -> Any:
 def _path(net: Net) -> Any:
     here = analysis.present_place(net.objective)
     there = replace(here, name="elsewhere", vector=here.vector + 0.01)
-    return analysis.loss_along_path(net.objective, here, there, STEPS.abs())
+    return analysis.loss_along_path(net.objective, here, there, torch.linspace(0, 1, len(STEPS)))
 
 
 def _product(make: Callable[..., LinearOperator], **settings: Any) -> Call:
@@ -239,7 +239,7 @@ CALLS: dict[str, Call] = {
     "noise": Call(lambda n: analysis.gradient_noise(n.objective)),
     # The point
     "critical": Call(lambda n: analysis.critical_points(n.objective, generator=0)),
-    "alignment": Call(lambda n: analysis.gradient_alignment(n.objective, 10, generator=0)),
+    "alignment": Call(lambda n: analysis.gradient_alignment(n.objective, 5, generator=0)),
     "path": Call(_path, per=_points),
     # Fewer weights
     "scores": Call(lambda n: analysis.pruning_scores(n.objective, "kfac")),
