@@ -30,13 +30,13 @@ from curvature.per_example import gradient_moments
 __all__ = ["QUANTITIES", "Measurer", "StepTaken"]
 
 QUANTITIES = {
-    "sharpness": "largest eigenvalue of the Hessian: 2 to 3 products a reading",
-    "preconditioned": "that of the Hessian as the optimizer sees it, against the edge of stability: 2 to 3 products",
+    "sharpness": "largest eigenvalue of the Hessian: 2 to 5 products a reading",
+    "preconditioned": "that of the Hessian as the optimizer sees it, against the edge of stability: 2 to 5 products",
     "alignment": "cosine between gradient and the sharpest direction: a gradient, free after products",
     "oscillation": "how the gradient along the sharpest direction changes over the step: one gradient",
     "update": "curvature along the step, and the change of the loss, predicted and true: a product and a loss",
     "critical": "critical sharpness from at most 6 losses along the step",
-    "layers": "sharpness of each layer: 2 to 3 products with its block",
+    "layers": "sharpness of each layer: 2 to 5 products with its block",
     "depth": "gradient and Jacobian norms of each layer: a forward and 4 backward passes",
     "smoothness": "loss and gradient within a few steps along the gradient: 4 gradients",
     "spectrum": "nodes of the Hessian's spectrum for a waterfall: 24 products",

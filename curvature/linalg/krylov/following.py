@@ -1,8 +1,8 @@
 """The largest eigenvalue of a matrix that moves a little at a time, from the vectors that it had before.
 
 A few Lanczos steps from the last eigenvector, carried on by what it last moved by if that was little, with a little of
-a random vector, in which an eigenvector that overtakes it has a part. It is a recurrence of its own because a step of `KrylovSpace`
-takes longer than the product of a small network.
+a random vector, in which an eigenvector that overtakes it has a part. It is a recurrence of its own because a step of
+`KrylovSpace` takes longer than the product of a small network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Followed", "follow_largest"]
 _NOISE = 0.05  # part of the random vector in a start, beside an eigenvector of norm 1
 _ROWS = 4  # of the basis to begin with
 _COLD = 1e-2  # relative residual at which a run from a random start ends
-_RELATED = 0.9  # cosine from which on an eigenvector is taken to move on the way it did: not one that turns back and forth
+_RELATED = 0.9  # cosine from which on an eigenvector is taken to move on the way it did, and not back and forth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,9 @@ def follow_largest(
 ) -> Followed:
     """Return the largest eigenvalue of A, from where a nearby matrix had it.
 
-    Steps end at a residual of `rtol` of the eigenvalue, whose own error is then about the residual's square over the gap
-    to the next one: 2 products where the matrix moved little, 5 where eigenvalues lie close and vectors turn. Without `before` they begin at a random vector, up to 40 of them, and end at a residual of 1 %.
+    Steps end at a residual of `rtol` of the eigenvalue, whose own error is then about the residual's square over the
+    gap to the next one: 2 products where the matrix moved little, 5 where eigenvalues lie close and vectors turn.
+    Without `before` they begin at a random vector, up to 40 of them, and end at a residual of 1 %.
     Memory: a vector a product, and up to twice as many in a long run.
 
     Raises:

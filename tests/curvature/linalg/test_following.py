@@ -39,6 +39,28 @@ def test_it_is_the_largest_at_nearly_every_step_for_few_products() -> None:
     assert products <= 3.5 * (n - 1)
 
 
+def turning(i: int) -> torch.Tensor:
+    """Four eigenvalues close to each other, whose eigenvectors turn back and forth as at the edge of stability."""
+    n, g = 80, torch.Generator().manual_seed(3)
+    S, R = (torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 for _ in range(2))
+    Q = torch.linalg.matrix_exp(0.1 * i * (S - S.T)) @ torch.linalg.matrix_exp(0.5 * (i % 2) * (R - R.T))
+    values = torch.linspace(-0.2, 6.0, n, dtype=torch.float64)
+    values[-4:] = torch.tensor([8.5, 9.0, 9.5, 10.0])
+    return (Q * values) @ Q.T
+
+
+def test_eigenvectors_that_turn_back_and_forth_are_not_expected_to_go_on() -> None:
+    generator, n = torch.Generator().manual_seed(0), 60
+    before: Followed | None = None
+    products = 0
+    for i in range(n):
+        before = follow_largest(turning(i), before, generator=generator)
+        assert 0.99 * 10 < before.value <= 10 + 1e-9
+        assert before.residual <= 0.03 * before.value
+        products += before.num_matvecs if i else 0
+    assert products <= 4 * (n - 1)  # 5.4 each from where the last two would lead
+
+
 def test_signs_go_on_and_the_first_run_ends_at_its_residual() -> None:
     generator = torch.Generator().manual_seed(0)
     first = follow_largest(moving(0), None, generator=generator)
