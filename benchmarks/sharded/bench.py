@@ -6,18 +6,21 @@
 divide, on ragged data; collectives of a product and of a step of Lanczos. `cost`: peak resident memory of `eigsh` with
 a basis of 20 vectors, 10 million parameters in float64, graph rebuilt, bytes that a product moves and its seconds,
 beside what `plan` says. `peers`: the routes of plain torch and of hessian-eigenthings, with their errors. `speed`:
-quartiles of the seconds of a step of Lanczos, and of those that its processor was at work: a busy machine shares the
-processors, and ranks wait for each other. Processes talk over gloo; one thread each.
+seconds of steps of Lanczos on two ranks and on one, in turn, by the clock and of the processor (of the slower rank),
+and medians of their ratios: a busy machine shares the processors, and ranks wait for each other. Processes talk over
+gloo; one thread each.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,6 +54,7 @@ PEERS = (
     "hessian-eigenthings, DDP, autograd",
 )
 DEPTH, SIDE = 24, 640  # of the network whose cost is measured: 24 x 640^2 is 10 million
+PAIRS = 7  # of steps that are timed
 COSTS = ("FSDP2", "FSDP2, module by module")
 
 
@@ -208,21 +212,33 @@ def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
     }
 
 
-def speed(rank: int, ranks: int, layout: str) -> dict[str, Any]:
-    """Return quartiles of the seconds of a step of Lanczos on 512 examples, one thread a rank: wall and processor."""
-    model, _ = _deep(ranks)
-    x = torch.randn(512, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[rank::ranks]
-    budget = 0 if "module" in layout else None
-    o = Objective(model, nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
+def _lanczos(ranks: int, x: Tensor, budget: int | None) -> Callable[[int], list[float]]:
+    """Return what brings a run of Lanczos to so many products: seconds by the clock and of the processor."""
+    o = Objective(_deep(ranks)[0], nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
     solver = ThickRestartLanczos(o, 1, rtol=1e-12, confidence=None, generator=0)
-    solver.run(max_matvecs=2)
-    taken = []
-    for done in range(3, 8):
+
+    def until(done: int) -> list[float]:
         start = time.perf_counter(), time.process_time()
         solver.run(max_matvecs=done)
-        taken.append([time.perf_counter() - start[0], time.process_time() - start[1]])
-    wall, cpu = torch.tensor(taken).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).T.tolist()
-    return {"step_seconds": wall, "step_cpu_seconds": cpu}
+        return [time.perf_counter() - start[0], time.process_time() - start[1]]
+
+    until(2)
+    return until
+
+
+def speed(rank: int, ranks: int, layout: str) -> dict[str, Any]:
+    """Return the seconds of steps of Lanczos on 512 examples: on all ranks, and on the first alone, in turn."""
+    x = torch.randn(512, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone = _lanczos(1, x, None) if rank == 0 else None
+    together = _lanczos(ranks, x[rank::ranks], 0 if "module" in layout else None)
+    taken = []
+    for done in range(3, 3 + PAIRS):
+        taken.append([*(alone(done) if alone is not None else (0.0, 0.0))])
+        dist.barrier()
+        taken[-1] += together(done)
+        dist.barrier()
+    names = ("alone_seconds", "alone_cpu_seconds", "step_seconds", "step_cpu_seconds")
+    return {**dict(zip(names, zip(*taken, strict=True), strict=True)), "load": os.getloadavg()[0]}
 
 
 def peer(rank: int, ranks: int, layout: str) -> dict[str, Any]:
@@ -308,6 +324,12 @@ def measured(what: str, layout: str, ranks: int) -> dict[str, Any]:
     row = {"what": what, "layout": layout, "ranks": ranks, **found[0]}
     if "errors" in row:
         row["errors"] = {k: max(f["errors"][k] for f in found) for k in row["errors"]}
+    if what == "speed":
+        for name in ("step_seconds", "step_cpu_seconds"):
+            row[name] = [max(steps) for steps in zip(*(f[name] for f in found), strict=True)]
+        for kind in ("", "cpu_"):
+            pairs = zip(row[f"step_{kind}seconds"], row[f"alone_{kind}seconds"], strict=True)
+            row[f"{kind}ratio"] = median(step / one for step, one in pairs)
     return row | {
         k: max(f[k] for f in found) for k in ("peak_mib", "before_mib", "product_seconds", "moved_mib") if k in row
     }
@@ -323,7 +345,7 @@ def main() -> None:
     tasks = [("exact", layout, n) for layout in asked.layouts for n in asked.ranks]
     tasks += [("cost", layout, n) for n in (1, *asked.ranks) for layout in COSTS[: 1 if n == 1 else 2]]
     tasks += [("peers", name, 2) for name in PEERS]
-    tasks += [("speed", layout, n) for layout, n in ((COSTS[0], 1), (COSTS[0], 2), (COSTS[1], 2))]
+    tasks += [("speed", layout, 2) for layout in COSTS]
     tasks = [task for task in tasks if task[0] in asked.what]
     with Rows(asked.out, ("what", "layout", "ranks"), len(tasks)) as rows:
         for task in tasks:
