@@ -316,7 +316,7 @@ def test_error_bars_of_noise_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, H = quadratic()
     here = objective.space.current()
 
-    def by_hand(_: Objective, point: Tensor) -> PointLoss:  # a thousand times as fast
+    def by_hand(_: Objective, point: Tensor, **_settings: object) -> PointLoss:  # a thousand times as fast
         return PointLoss(value=float((point - here) @ H @ (point - here) / 2), stderr=0.0)
 
     monkeypatch.setattr("analysis.sharpness.computations.loss_at", by_hand)
