@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ __all__ = [
 
 PROC = Path("/proc/self")
 _MAPPED = 2**25 - 2**16  # bytes
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _PAGE = 4, mmap.PAGESIZE
 
 
 class HeldMemory(TorchDispatchMode):
@@ -161,15 +162,17 @@ def return_unused() -> None:
 
 
 def drop_pages(t: Tensor) -> None:
-    """Let go of the pages of a tensor that lies in a shared file mapping; they are read again when they are used.
+    """Let go of the whole pages of a contiguous tensor on the CPU.
 
-    The file has what was written to them. Of other memory this would lose the contents.
+    In a shared file mapping they are read again when they are used, with what was written to them; elsewhere the
+    contents are lost.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.nbytes), _MADV_DONTNEED)
+        first, last = -(-t.data_ptr() // _PAGE) * _PAGE, (t.data_ptr() + t.nbytes) // _PAGE * _PAGE
+        if last > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
-@functools.cache
 @functools.cache
 def keep_freed() -> None:
     """Have the C library keep some tens of MiB that are freed, to be used again without page faults; done once.

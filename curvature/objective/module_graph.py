@@ -234,15 +234,15 @@ class _ModuleBackward(torch.autograd.Function):
             )
         vectors, inputs, parts = _separated(ctx.saved_tensors, ctx.num_vectors, count)
         exchange, final = call.exchange, call.exchange.which == "final"
-        asked = any(d is not None for d in directions[count:])
-        along = exchange.directions(call.places) if asked else {}
         u = [None if t is None else _leaf(t, _continuous(t)) for t in vectors]
         x = [_leaf(t, t.requires_grad) for t in inputs]
         W = [_leaf(t, part.requires_grad) for t, part in zip(exchange.parameters(call.places), parts, strict=True)]
-        first = call.pulled_back(x, W, u, again=True)
+        first = ends_of(call.pulled_back(x, W, u, again=True))  # before what is of the size of the module, too
+        asked = any(d is not None for d in directions[count:])
+        along = exchange.directions(call.places) if asked else {}
         cotangents = [*directions[:count], *(along.get(i) for i in call.places)]
         pairs = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
-        ends, vectors_on = differentiable(ends_of([g for g, _ in pairs]), [c for _, c in pairs])
+        ends, vectors_on = differentiable([g for g, _ in pairs], [c for _, c in pairs])
         del first, pairs, along, cotangents
         found = _derivatives(ends, vectors_on, [*u, *x, *W] if final else u)
         if not final:

@@ -25,6 +25,7 @@ from curvature.sharding.layout import Layout
 
 __all__ = ["Walk"]
 
+_PIECE = 1 << 17  # entries summed at a time on CPUs: gloo copies them in threads whose memory the C library keeps
 _BEGIN, _PARAMETERS, _DIRECTIONS, _CONTRIBUTE = range(4)
 
 
@@ -134,7 +135,8 @@ class Walk:
         assert self.total is not None
         self.num_sums += 1
         mine = self.total.new_zeros(1, layout.num_entries) if rows is None else rows
-        found = layout.summed(mine, self.shards.data, self.weight)[0]
+        most = _PIECE if self._on_cpu else None
+        found = layout.summed(mine, self.shards.data, self.weight, most=most)[0]
         first = 0
         for s in slices:
             self.total[row, s] += found[first : first + s.stop - s.start]

@@ -224,10 +224,13 @@ class Layout:
                 place.copy_(received[rank, :, a:b].view(place.shape))
         return found
 
-    def summed(self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0) -> Tensor:
+    def summed(
+        self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0, *, most: int | None = None
+    ) -> Tensor:
         """Return this rank's part (k, num_local) of the sum of factor * rows (k, n) over the ranks that add up.
 
-        One reduce-scatter for each bucket where these are all ranks; else their sums, of which the part is taken.
+        One reduce-scatter for each bucket where these are all ranks, or for each `most` entries of one tensor that the
+        ranks hold in turn; else their sums, of which the part is taken.
         """
         if ranks is None:
             return self.part(rows) * factor
@@ -236,13 +239,15 @@ class Layout:
         k = len(rows)
         found = rows.new_empty(k, self.num_local)
         for first, stop in self._buckets(k):
-            most = max(starts[stop] - starts[first] for starts in self.local_starts)
             if k == 1 and self._in_turn(first, stop):
-                sent = (rows[0, self.starts[first] : self.starts[stop]] * factor).view(self.group.size(), -1)
-                a, b = (self.local_starts[self.rank][j] for j in (first, stop))
-                found[0, a:b] = reduce_scatter(sent, self.group)
+                by_rank = rows[0, self.starts[first] : self.starts[stop]].view(self.group.size(), -1)
+                mine = found[0, slice(*(self.local_starts[self.rank][j] for j in (first, stop)))]
+                width = by_rank.shape[1] if most is None else max(1, most // self.group.size())
+                for part, sent in zip(mine.split(width), by_rank.split(width, dim=1), strict=True):
+                    part.copy_(reduce_scatter(sent * factor, self.group))
                 continue
-            sent = rows.new_zeros(self.group.size(), k, most)
+            largest = max(starts[stop] - starts[first] for starts in self.local_starts)
+            sent = rows.new_zeros(self.group.size(), k, largest)
             for rank, i, place in self._places(first, stop, rows, owners=False):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
                 sent[rank, :, a:b].view(place.shape).copy_(place)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from curvature.environment.device import is_gpu
+from curvature.environment.memory import drop_pages
 from curvature.linalg.base.validate import squares_in_range
 from curvature.linalg.krylov._krylov_space import KrylovSpace
-from curvature.linalg.krylov._rounded_space import COLUMNS, GPU_COLUMNS
+from curvature.linalg.krylov._rounded_space import GPU_COLUMNS
 from curvature.linop import MatrixLike
 from curvature.sharding.tensors import ShardedTensor, all_reduce, held
 
-_FEW = 1 << 13  # coordinates that a restart treats at a time, beside a basis that fills a rank's memory
+_FEW = 1 << 13  # coordinates that are treated at a time, of which libraries make copies; a basis fills a rank's memory
 _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of rounding, is a small rest
 
 
@@ -57,13 +58,15 @@ class ShardedSpace(KrylovSpace):
         self.count = len(weights)
         for i in range(self.num_directions):  # forwards, so that nothing is read after it was written
             rows[self.count + i].copy_(rows[old + i])
+        if rows.device.type == "cpu":
+            drop_pages(rows[self.count + self.num_directions :])  # until the basis has grown there again
 
     def _absorb_one(self, rows: Tensor, w: Tensor, AX: ShardedTensor) -> Tensor | None:
         """Take a step by one reduction; return the product that is left to be taken otherwise, if any."""
         m = self.count
         V, x = rows[:m], rows[m]
         owned = AX.sharding.owned
-        width = GPU_COLUMNS if is_gpu(w.device) else COLUMNS
+        width = GPU_COLUMNS if is_gpu(w.device) else _FEW
         inner = torch.zeros(2 * (m + 1) + 1, dtype=torch.float64, device=w.device)
         for first in range(0, len(w), width):
             part = slice(first, first + width)
