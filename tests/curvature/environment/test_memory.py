@@ -19,7 +19,7 @@ from curvature import GGNOperator, HessianOperator, Objective, SpectrumPlan, eig
 from curvature.engine import kept_graphs, recording
 from curvature.engine.linearize import Linearization
 from curvature.environment.device import GpuMemory
-from curvature.environment.memory import HeldMemory, _group_rooms, available_memory
+from curvature.environment.memory import HeldMemory, _group_rooms, available_memory, drop_pages
 from curvature.errors import InputError
 from curvature.linalg.base import places
 from curvature.linop import as_matrix
@@ -444,3 +444,13 @@ def test_a_basis_may_grow_into_a_quarter_of_a_gpu_where_its_size_was_not_asked_f
     assert places.spare_bytes(gpu, size_given=False) == 1 << 30
     assert {places.spare_bytes(gpu, size_given=True), places.spare_bytes("disk", size_given=False)} == {1 << 28}
     assert places.spare_bytes(torch.device("cpu"), size_given=False) == 1 << 28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are let go of on Linux")
+def test_pages_of_a_part_are_dropped_and_its_neighbours_kept() -> None:
+    x = torch.ones(100_000)
+    drop_pages(x[10:90_000])
+    drop_pages(x[99_000:99_010])  # less than a page
+    assert bool((x[:10] == 1).all())
+    assert bool((x[90_000:] == 1).all())
+    assert 0 < float(x[10:90_000].sum()) / 89_990 < 0.05  # what lies in pages with others
