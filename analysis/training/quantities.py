@@ -49,6 +49,7 @@ QUANTITIES = {
 NEED_STEP = frozenset({"preconditioned", "oscillation", "update", "critical", "smoothness"})
 _TRACE_PRODUCTS, _MOST_LOSSES, _CRITICAL_RTOL, _JACOBIAN_PROBES = 8, 6, 0.02, 4
 _SPECTRUM_STEPS = 24
+_NEXT, _LATER = 3e-2, 1e-2  # relative residuals, one step after the last reading and many, when other vectors lead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class Measurer:
         self.objective, self.wanted, self.generator = objective, wanted, generator
         self.relative_to, self.batch_size = dict(relative_to), batch_size
         self.followed: dict[str, Followed] = {}
+        self.next_step = False  # whether the reading before was one step ago
         self.factors: dict[str, float] = {}  # of the latest critical steps
 
     def load(self, followed: Mapping[str, Mapping[str, Any]], factors: Mapping[str, float]) -> None:
@@ -234,7 +236,8 @@ class Measurer:
         return found
 
     def _follow(self, name: str, A: MatrixLike) -> Followed:
-        self.followed[name] = follow_largest(A, self.followed.get(name), generator=self.generator)
+        rtol = _NEXT if self.next_step else _LATER
+        self.followed[name] = follow_largest(A, self.followed.get(name), rtol=rtol, generator=self.generator)
         return self.followed[name]
 
     def _same(self) -> torch.Generator:

@@ -297,6 +297,7 @@ class CurvatureTracker:
 
     def _read(self, step: StepTaken | None, batches: list[Any] | None, loss: Tensor | float | None) -> TrainingReading:
         number, begun = self._steps - 1, time.perf_counter()
+        self._measurer.next_step = bool(self._readings) and number - self._readings[-1].step == 1
         with untouched(self.objective, evaluation_mode=self.evaluation_mode):
             try:
                 found = self._measurer.take(step, batches)
