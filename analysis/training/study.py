@@ -78,9 +78,8 @@ def _report(record: TrainingRecord) -> Report:
         terms=_TERMS,
         method=(
             "Readings were taken between steps on all data and left no trace in the training. Eigenvalues are followed "
-            "from the eigenvector of the reading before, until the residual is 1 % of them (3 % after a single step) or "
-            "12 products are spent; "
-            "each has its residual. All of a reading belongs to the parameters before its step."
+            "from the eigenvector of the reading before, until the residual is 1 % of them (3 % after a single step) "
+            "or 12 products are spent; each has its residual. All of it belongs to the parameters before its step."
         ),
         notes=record.notes,
     )
