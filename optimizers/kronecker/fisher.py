@@ -60,7 +60,7 @@ def fisher_columns(
         return
     if root.num_columns > MAX_COLUMNS:
         raise InputError(
-            f'fisher="type-2" takes a backward pass for each of {root.num_columns} outputs of an example, more than '
+            f'fisher="type-2" takes {root.num_columns} backward passes for the outputs of an example, more than '
             f'{MAX_COLUMNS}; fisher="monte-carlo" takes one a sample.'
         )
     for start, stop, sign in root.bounds(1):

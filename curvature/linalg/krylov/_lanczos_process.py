@@ -137,10 +137,11 @@ class LanczosProcess:
         unit = unit_of(R, self.num_matvecs, first=not bool(self.scale.any()))
         R = R if unit == 1 else R / unit
         sizes, products = self._dual_norm(R), (V @ R[:, :, None])[..., 0]
+        alpha = (V[:, -1] * R).sum(dim=1, keepdim=True)  # to more digits than by the product of matrices
         R = R - (products[:, None] @ W)[:, 0]
         R = R - ((V @ R[:, :, None]).mT @ W)[:, 0]  # twice is enough
         Y = preconditioned(self.preconditioner, R.T).T
-        return R, Y, unit, sizes, products, (R * Y).sum(dim=1)
+        return R, Y, unit, sizes, torch.cat([products[:, :-1], alpha], dim=1), (R * Y).sum(dim=1)
 
     def _projected_in_parts(self, V: Tensor, R: Tensor) -> Any:
         """Do it by two all-reduces, the norm after the second projection from Pythagoras; None where squares do not."""

@@ -14,6 +14,7 @@ from analysis.generalization.ensemble import Ensemble
 from analysis.registry import STUDIES, study
 from analysis.run.study import Price, Work, _priced
 from curvature import Objective
+from curvature.engine.chain import Chain
 from curvature.engine.evaluation import Evaluator
 from curvature.engine.linearize import Linearization
 from curvature.per_example.batch import Splitter
@@ -66,6 +67,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(Linearization, "_curve", "products")
     count(Linearization, "_push", "products")
+    count(Chain, "hessian", "products")
     count(Linearization, "gradient", "gradients")
     count(Splitter, "split", "backward passes")
     count(Evaluator, "evaluate", "losses")

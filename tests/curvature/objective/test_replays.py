@@ -40,6 +40,7 @@ class StandIn(CapturedCall):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have products run as on a GPU that waits for its host."""
     monkeypatch.setattr(linearize, "is_gpu", lambda _: True)
+    monkeypatch.setattr(linearize, "find_chain", lambda *_: None)  # chains are for CPUs
     monkeypatch.setattr(replays, "CapturedCall", StandIn)
     monkeypatch.setattr(replays, "beside", contextlib.nullcontext)
     monkeypatch.setattr(replays, "seconds_to_start", lambda _, work: (0.9, 1.0, work()))
