@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-__all__ = ["IN_TWO_PROCESSES", "in_two_processes"]
+__all__ = ["IN_TWO_PROCESSES", "in_two_processes", "process_group"]
 
 IN_TWO_PROCESSES = pytest.mark.xdist_group("ranks")
 """Marks tests that share the processes, for one worker of pytest to run them all."""
@@ -39,6 +43,18 @@ def in_two_processes(work: Callable[[int, str], None], folder: str) -> None:
         raise
     if failures := [text for text in said if text]:
         raise RuntimeError("\n".join(failures))
+
+
+@contextlib.contextmanager
+def process_group(rank: int, folder: str) -> Iterator[None]:
+    """Have the two processes be ranks of one group, on one thread each."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import analysis
@@ -45,7 +44,7 @@ from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import ThickRestartLanczos
 from curvature.sharding.tensors import in_parts, whole
 from tests.analysis.test_api import SETTINGS
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
 ROUTES = {"whole parameters": None, "module by module": 0}
@@ -411,20 +410,13 @@ def differences(name: str, mine: dict[str, Any], alone: dict[str, Any]) -> list[
 
 
 def work(rank: int, folder: str) -> None:
-    from datetime import timedelta
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
-    try:
+    with process_group(rank, folder):
         found = {
             route: {name: outcome(call, objective(rank, budget)) for name, call in CALLS.items()}
             for route, budget in ROUTES.items()
         }
         torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

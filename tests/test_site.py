@@ -8,7 +8,6 @@ import importlib.util
 import io
 import re
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -76,16 +75,10 @@ def test_all_code_is_of_a_known_kind() -> None:
 
 
 def on_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         for part, (kind, text) in enumerate(blocks(ON_RANKS)):
             if kind == "python":
                 exec(compile(text, ON_RANKS, "exec"), names_of(rank, part))
-    finally:
-        dist.destroy_process_group()
 
 
 class InBlocks(nn.Module):

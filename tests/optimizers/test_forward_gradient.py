@@ -16,7 +16,7 @@ from curvature.errors import InputError
 from optimizers import ForwardGradient
 from optimizers.shared.probes import random_normals, random_signs
 from tests.optimizers.problems import Problem, convolutional, mlp
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 Made = partial(ForwardGradient, base=torch.optim.SGD, lr=0.0)
 
@@ -317,8 +317,7 @@ def without_forward_mode(p: Tensor) -> Tensor:
 
 
 def _work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         joined, half = mlp(), mlp()
         Made(joined.params).step(joined.closure)
         Made(half.params, process_group=dist.group.WORLD).step(half.part(slice(6 * rank, 6 * rank + 6)))
@@ -328,8 +327,6 @@ def _work(rank: int, folder: str) -> None:
         found = [torch.zeros_like(half.flat()) for _ in range(2)]
         dist.all_gather(found, flat_grad(half.params))
         assert torch.equal(found[0], found[1])
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError, RankError
 from optimizers import EKFAC, KFAC, GaussNewton, Sharded
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -171,9 +171,7 @@ def failing(rank: int, group: Any) -> str:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         group = dist.group.WORLD
         found = {f"{name}, closure": run(name, "closure", rank, group) for name in METHODS}
         found["gauss-newton"] = gauss_newton(rank, group)
@@ -185,8 +183,6 @@ def work(rank: int, folder: str) -> None:
         found["ddp"] = run("KFAC", "ddp", rank, group)
         found["resumed"] = run("EKFAC", "closure", rank, group, f"{folder}/saved")
         torch.save(found, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

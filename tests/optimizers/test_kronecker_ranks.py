@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
 from optimizers import SOAP, Shampoo
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -114,9 +114,7 @@ def state_of_the_other(rank: int, group: Any) -> str:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         group = dist.group.WORLD
         results: dict[str, Any] = {
             f"{name}, {form}": run(name, form, rank, group, torch.float64) for name in METHODS for form in FORMS
@@ -128,8 +126,6 @@ def work(rank: int, folder: str) -> None:
                 results[f"{name}, {form}, resumed"] = run(name, form, rank, group, torch.float64, place)
         results["the other's"] = state_of_the_other(rank, group)
         torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import CheckFailedError, InputError, RankError
 from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sharded, Sophia, TrustRegionNewton
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
 STEPS = 6
@@ -197,9 +197,7 @@ def in_parts(name: str, rank: int | None) -> Tensor:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         group = dist.group.WORLD
         results: dict[str, Any] = {form: run(form, rank, 2, group) for form in FORMS}
         results |= {
@@ -212,8 +210,6 @@ def work(rank: int, folder: str) -> None:
         results["sampled"] = sampled(group)
         results |= {f"{name}, in parts": in_parts(name, rank) for name in IN_PARTS}
         torch.save(results, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from curvature.errors import InputError
 from optimizers import ASAM, SAM, SOAP, Shampoo
 from tests.optimizers.problems import Problem, mlp
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 LR, MOMENTUM = 0.05, 0.9
 
@@ -319,12 +319,8 @@ def run(form: str, rank: int, group: Any) -> Tensor:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         torch.save({form: run(form, rank, dist.group.WORLD) for form in FORMS}, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES

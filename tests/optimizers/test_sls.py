@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from curvature.errors import InputError, NonFiniteError
 from optimizers import SLS
 from tests.optimizers.problems import mlp
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 
 def plain_sls(
@@ -271,11 +271,8 @@ def _steps_on_ranks(rank: int, ranks: int) -> Tensor:
 
 
 def _work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
+    with process_group(rank, folder):
         _compare(rank)
-    finally:
-        dist.destroy_process_group()
 
 
 def _compare(rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from curvature import GGNOperator, HessianOperator, Objective
 from tests.cases import BY_NAME
 from tests.checks import BATCHING_TOLERANCE, assert_close
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 CASES = ("attention by hand", "MLP tanh")  # with padding, so that ranks differ in loss terms too
 SIZES = (5, 2)  # examples of the two ranks
@@ -38,11 +37,7 @@ def results(name: str, part: slice, group: dist.ProcessGroup | None, reduction: 
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         assert dist.group.WORLD is not None
         part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], sum(SIZES))
         mine = {
@@ -51,8 +46,6 @@ def work(rank: int, folder: str) -> None:
             for reduction in ("mean", "sum")
         }
         torch.save(mine, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from curvature.sharding.collectives import COUNTS, RECEIVED
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
 from tests.checks import BATCHING_TOLERANCE, assert_close
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
 
@@ -547,11 +546,7 @@ CASES = {
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         mine: dict[str, Any] = {name: case(rank) for name, case in CASES.items()}
         mine["complex results"], mine["constants"] = complex_results(rank), constants(rank)
         mine["lower precision"] = in_lower_precision(rank)
@@ -567,8 +562,6 @@ def work(rank: int, folder: str) -> None:
             except Exception as error:
                 mine[name] = f"{type(error).__name__}: {error}"
         torch.save(mine, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from curvature.objective.objective import Objective
 from curvature.objective.shift import gradient_at, loss_at, rows_at_once, shifted
 from curvature.operators.hessian import HessianOperator
 from tests.cases import CASES, Case
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 
 def regression(n: int = 30, **settings: object) -> tuple[Objective, Tensor, Tensor]:
@@ -133,10 +132,7 @@ def test_sums_scale_and_ignored_batches_do_not_count() -> None:
 
 
 def work(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         torch.manual_seed(0)
         objective, x, y = regression(28)
         mine = list(zip(x.split(7), y.split(7), strict=True))[rank * 3 : 3 + rank]  # three batches and one
@@ -144,8 +140,6 @@ def work(rank: int, folder: str) -> None:
         found, whole = (loss_at(o, o.space.current()) for o in (part, objective))
         assert found.value == pytest.approx(whole.value, rel=1e-12)
         assert found.stderr == pytest.approx(whole.stderr, rel=1e-12)
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES

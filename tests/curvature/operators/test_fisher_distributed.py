@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from curvature import (
 from curvature.errors import InputError
 from tests.cases import BY_NAME
 from tests.checks import BATCHING_TOLERANCE, assert_close
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 NAME = "attention by hand"  # with padding, so that ranks differ in loss terms too
 SIZES = (5, 2)  # examples of the two ranks
@@ -54,11 +53,7 @@ def drawn(part: slice, group: dist.ProcessGroup | None, num_samples: int) -> Ten
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         group = dist.group.WORLD
         assert group is not None
         part = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], sum(SIZES))
@@ -68,8 +63,6 @@ def work(rank: int, folder: str) -> None:
         with pytest.raises(InputError, match="ranks of a process_group hold different ones"):
             JacobianOperator(objective(part, group, "mean"))
         torch.save(mine, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from curvature.per_example import (
 )
 from tests.cases import BY_NAME, CASES, Case, Pair
 from tests.checks import assert_close, assert_untouched
-from tests.ranks import IN_TWO_PROCESSES, in_two_processes
+from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 from tests.references import flat_gradient, twice_differentiable_attention
 
 EXACT = 1e-10  # float64
@@ -401,11 +400,7 @@ def test_losses_and_models_that_couple_examples() -> None:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, folder):
         case = BY_NAME["attention by hand"]
         x, y = case.data()
         part = slice(0, 5) if rank == 0 else slice(5, 7)
@@ -420,8 +415,6 @@ def work(rank: int, folder: str) -> None:
             with pytest.raises(InputError, match="ranks"):
                 gradient_dots(objective)
         torch.save(found, f"{folder}/rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @IN_TWO_PROCESSES
