@@ -7,7 +7,8 @@
     runs    training runs of equal length, cosine over each, a small grid of learning rates with the first seed, the
             best one with further seeds; loss on training data, seconds of the process, gradients
     race    the same for all kinds of methods on all problems, five seeds, once with as many steps for each and once
-            in the time that AdamW takes for twice as many; four learning rates each time, more where an end is best
+            in the time that AdamW takes for twice as many; four learning rates each time, more where an end is best;
+            K-FAC is left out where its layers are not called as such, under derivatives in a network's inputs
 
 Widths name the tokens of a step: the overhead does not grow with these.
 """
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from benchmarks.common.harness import Conditions, one_line
 from benchmarks.common.problems import make_gpt
 from benchmarks.common.suite import Row, Rows, command, stored
-from benchmarks.matrices.methods import METHODS, OF_PARTS, PERIOD, RACE
+from benchmarks.matrices.methods import METHODS, OF_LAYERS, OF_PARTS, PERIOD, RACE
 from benchmarks.matrices.problems import PINNS, PROBLEMS
 from benchmarks.optimizers.bench import next_rate
 from curvature.errors import CurvatureError
@@ -120,8 +121,8 @@ STEPS = {
     "burgers": 40,
 }
 """Of the race: short runs, which say how methods start."""
-FURTHER_RATES = 3
-"""At most so many beyond either end of the four."""
+FURTHER_RATES = 8
+"""At most so many beyond the ends of the four: each is tuned to the end, wherever its four begin."""
 LONGER = 2
 """The time of the race is that of AdamW's run, so many times as long."""
 
@@ -131,7 +132,7 @@ def race(problem: str, methods: list[str], *, seeds: int) -> Iterator[Row]:
     steps = STEPS[problem]
     budget = math.nan
     for method in dict.fromkeys(("AdamW", *methods)):
-        if problem in PINNS and method in OF_PARTS:  # all points are one example there
+        if problem in PINNS and method in (*OF_PARTS, *OF_LAYERS):  # all points are one example there
             continue
         tuned = yield from _tuned(problem, method, steps, seeds, "steps")
         if not tuned:

@@ -21,7 +21,7 @@ from optimizers import (
     Sophia,
 )
 
-__all__ = ["METHODS", "OF_PARTS", "PERIOD", "RACE", "Step"]
+__all__ = ["METHODS", "OF_LAYERS", "OF_PARTS", "PERIOD", "RACE", "Step"]
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -180,3 +180,5 @@ RACE: dict[str, tuple[Any, tuple[float, ...]]] = {
 """The same for `race`: four rates a factor of three apart, one where a damping takes their place."""
 OF_PARTS = ("GaussNewton, 10 iterations, matrix of a quarter",)
 """Those that take a part of a batch."""
+OF_LAYERS = ("KFAC", "EKFAC, every 10th")
+"""Those that need the calls of layers, which derivatives in a network's inputs go past: AdamW would move everything."""

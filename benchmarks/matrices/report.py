@@ -39,7 +39,7 @@ def matrices_table(rows: Sequence[Row]) -> str:
 
 
 def race_table(rows: Sequence[Row]) -> str:
-    """Return the Markdown tables of the race, one a problem: median loss over seeds, and its range."""
+    """Return the Markdown tables of the race, one a problem: median loss over seeds, its range, who beats AdamW."""
     rows = [row for row in rows if row["kind"] == "race"]
     lines: list[str] = []
     for problem in dict.fromkeys(row["problem"] for row in rows):
@@ -49,6 +49,7 @@ def race_table(rows: Sequence[Row]) -> str:
             f"| `{problem}` | lr | steps | {name}, equal steps | seconds | lr | steps | {name}, equal time |",
             "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
+        reached: dict[str, dict[str, dict[int, float]]] = {"steps": {}, "time": {}}
         for method in dict.fromkeys(row["method"] for row in mine):
             cells = []
             for equal in ("steps", "time"):
@@ -59,16 +60,34 @@ def race_table(rows: Sequence[Row]) -> str:
                     cells += ["", "", "diverges" if failure is None else f"fails: {failure[:60]}"]
                     cells += [""] if equal == "steps" else []
                     continue
-                measured = [row.get("error", row["loss"]) for row in chosen if row["loss"] is not None]
-                losses = [*(float(x or 0.0) for x in measured), *[math.inf] * (len(chosen) - len(measured))]
-                found = sorted(losses)
-                cells += [f"{chosen[0]['lr']:g}", f"{chosen[0]['steps']}"]
+                reached[equal][method] = {row["seed"]: _measured(row) for row in chosen}
+                found = sorted(reached[equal][method].values())
+                rates = {row["lr"] for row in of_method}
+                at_end = len(rates) > 1 and chosen[0]["lr"] in (min(rates), max(rates))
+                cells += [f"{chosen[0]['lr']:g}{' (the last tried)' if at_end else ''}", f"{chosen[0]['steps']}"]
                 cells.append(f"{statistics.median(found):.3g} ({found[0]:.3g} to {found[-1]:.3g})")
                 if equal == "steps":
                     cells.append(f"{statistics.median(row['seconds'] for row in chosen):.2g}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *(f"{_verdict(equal, of)}\n" for equal, of in reached.items() if "AdamW" in of)]
     return "\n".join([*lines, conditions(rows)]) + "\n" if rows else ""
+
+
+def _measured(row: Row) -> float:
+    return math.inf if row["loss"] is None else float(row.get("error", row["loss"]) or 0.0)
+
+
+def _verdict(equal: str, reached: dict[str, dict[int, float]]) -> str:
+    """Say which methods are ahead of AdamW and which behind it on every seed, from the same starts."""
+    base = reached["AdamW"]
+    others = [method for method in reached if method != "AdamW"]
+    ahead = [m for m in others if all(x < base[seed] for seed, x in reached[m].items())]
+    behind = [m for m in others if all(x > base[seed] for seed, x in reached[m].items())]
+    best = min(reached, key=lambda m: statistics.median(reached[m].values()))
+    parts = [f"Least median at equal {equal}: {best}."]
+    for said, found in (("Ahead of AdamW", ahead), ("Behind it", behind)):
+        parts.append(f"{said} on every seed: {'; '.join(found) or 'none'}.")
+    return " ".join(parts)
 
 
 def _tuned(rows: Sequence[Row]) -> list[Row]:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.matrices import bench
 from benchmarks.matrices.bench import METHODS, RACE, race, run_row
 from benchmarks.matrices.report import matrices_table, race_table
+from optimizers import KFAC
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,6 +48,30 @@ def test_the_race_tunes_on_beyond_an_end_and_gives_all_the_time_of_the_first(mon
     assert longer["GaussNewton"] < longer["AdamW"] == bench.LONGER * 10
     table = race_table(rows)
     assert [line.split(" |")[0] for line in table.splitlines()[2:4]] == ["| AdamW", "| GaussNewton"]
+
+
+def test_the_race_says_who_is_ahead_of_adamw_and_who_behind_on_every_seed() -> None:
+    known = {"torch": "2", "device": "cpu", "dtype": "float32", "threads": 1, "clock": "cpu"}
+    run = {"kind": "race", "problem": "gpt", "equal": "time", "steps": 10, "seconds": 2.0, "failure": None, **known}
+    losses = {"AdamW": (2.0, 3.0), "Lion": (1.5, 2.5), "Muon": (1.5, 3.5), "SOAP": (2.5, None), "KFAC": (None, None)}
+    rows = [{**run, "method": m, "lr": 0.1, "seed": s, "loss": x} for m, of in losses.items() for s, x in enumerate(of)]
+    rows.append({**run, "method": "Lion", "lr": 0.3, "seed": 0, "loss": 1.6})
+    table = race_table(rows)
+    assert "Least median at equal time: Lion. Ahead of AdamW on every seed: Lion. Behind it on every seed: SOAP." in table
+    assert "equal steps:" not in table
+    assert "| 0.1 (the last tried) | 10 | 2 (1.5 to 2.5) |" in table
+    assert "| AdamW | " in table and "| 0.1 | 10 | 2.5 (2 to 3) |" in table
+
+
+def test_methods_that_need_the_calls_of_layers_are_left_out_where_these_go_unseen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(bench.STEPS, "poisson", 1)
+    assert {row["method"] for row in race("poisson", ["KFAC", "Lion"], seeds=1)} == {"AdamW", "Lion"}
+    task = bench.PROBLEMS["poisson"](0)
+    optimizer = KFAC(task.model.parameters(), loss=task.loss)
+    optimizer.step(lambda: (task.model(task.fixed[0]), task.fixed[1]))
+    assert all(route.startswith("AdamW") for route in optimizer.routes().values())
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
