@@ -57,10 +57,11 @@ def test_the_race_says_who_is_ahead_of_adamw_and_who_behind_on_every_seed() -> N
     rows = [{**run, "method": m, "lr": 0.1, "seed": s, "loss": x} for m, of in losses.items() for s, x in enumerate(of)]
     rows.append({**run, "method": "Lion", "lr": 0.3, "seed": 0, "loss": 1.6})
     table = race_table(rows)
-    assert "Least median at equal time: Lion. Ahead of AdamW on every seed: Lion. Behind it on every seed: SOAP." in table
+    said = "Least median at equal time: Lion. Ahead of AdamW on every seed: Lion. Behind it on every seed: SOAP."
+    assert said in table
     assert "equal steps:" not in table
     assert "| 0.1 (the last tried) | 10 | 2 (1.5 to 2.5) |" in table
-    assert "| AdamW | " in table and "| 0.1 | 10 | 2.5 (2 to 3) |" in table
+    assert "| 0.1 | 10 | 2.5 (2 to 3) |" in table
 
 
 def test_methods_that_need_the_calls_of_layers_are_left_out_where_these_go_unseen(
