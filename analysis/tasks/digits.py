@@ -43,17 +43,21 @@ def load_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def _table() -> np.ndarray[Any, Any]:
     """Return pixels and class of every image, (1797, 65), without the second that importing scikit-learn takes."""
-    found = find_spec("sklearn")
-    if found is None or found.origin is None:
+    try:
+        found = find_spec("sklearn")
+    except ValueError:  # of a module that says nothing of itself
+        found = None
+    if found is not None and found.origin is not None:
+        file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.exists():
+            return np.loadtxt(file, delimiter=",")
+    try:
+        from sklearn import datasets  # of a version that keeps it elsewhere
+    except ImportError as error:
         raise TaskError(
-            "the digits tasks take their images from scikit-learn, which is not installed; "
+            f"the digits tasks take their images from scikit-learn, which does not import ({error}); "
             "pip install 'torch-curvature[tasks]'."
-        )
-    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    if file.exists():
-        return np.loadtxt(file, delimiter=",")
-    from sklearn import datasets  # of a version that keeps it elsewhere
-
+        ) from error
     return np.column_stack(datasets.load_digits(return_X_y=True))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,9 +105,15 @@ def test_loading_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.tasks.digits.find_spec", lambda _: None)
-    with pytest.raises(TaskError, match=r"which is not installed; pip install 'torch-curvature\[tasks\]'"):
+@pytest.mark.parametrize("there", [None, ModuleType("sklearn")])
+def test_without_scikit_learn_the_error_says_what_to_install(
+    there: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not installed, or something of that name that holds no data and says nothing of itself."""
+    monkeypatch.setitem(sys.modules, "sklearn", there)
+    for name in [name for name in sys.modules if name.startswith("sklearn.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(TaskError, match=r"which does not import .*; pip install 'torch-curvature\[tasks\]'"):
         load_task("digits-cnn")
 
 
