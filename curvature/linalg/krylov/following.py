@@ -71,13 +71,13 @@ def follow_largest(
             basis = torch.cat([basis, torch.empty_like(basis)[: most - len(basis)]])
         basis[len(diagonal)] = q
         w, V = A @ q, basis[: len(diagonal) + 1]
-        image = float(w.norm())
+        image = _norm(w)
         if not math.isfinite(image):
             raise NonFiniteError(non_finite_message(len(diagonal) + 1))
         diagonal.append(float(w @ q))
         w = w - V.T @ (V @ w)
         w = w - V.T @ (V @ w)
-        beta = float(w.norm())
+        beta = _norm(w)
         T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
         if beside:
             off = torch.tensor(beside, dtype=torch.float64)
@@ -95,3 +95,8 @@ def follow_largest(
     if earlier is not None and float(u @ earlier) < 0:
         u = -u
     return Followed(value=value, residual=residual, vector=u, earlier=earlier, num_matvecs=steps)
+
+
+def _norm(w: Tensor) -> float:
+    """Return the norm, whose squares a narrow dtype would lose."""
+    return float(torch.linalg.vector_norm(w, dtype=torch.float64))

@@ -39,6 +39,18 @@ def test_it_is_the_largest_at_nearly_every_step_for_few_products() -> None:
     assert products <= 3.5 * (n - 1)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_scales_whose_squares_a_dtype_does_not_hold(scale: float) -> None:
+    before: Followed | None = None
+    for i in range(3):
+        A = (moving(0.01 * i) * scale).float()
+        before = follow_largest(A, before, generator=torch.Generator().manual_seed(1))
+        exact = float(torch.linalg.eigvalsh(A.double())[-1])
+        assert 0.99 * exact < before.value <= exact * (1 + 1e-5)
+        residual = float((A.double() @ before.vector.double() - before.value * before.vector.double()).norm())
+        assert before.residual == pytest.approx(residual, rel=0.01, abs=1e-5 * exact)
+
+
 def turning(i: int) -> torch.Tensor:
     """Four eigenvalues close to each other, whose eigenvectors turn back and forth as at the edge of stability."""
     n, g = 80, torch.Generator().manual_seed(3)
