@@ -31,6 +31,7 @@ __all__ = ["PointLoss", "gradient_at", "loss_at", "rows_at_once", "shifted"]
 
 _CACHE = 4 * 2**20  # bytes of a layer's output that the next finds in the caches of a core
 _ROUNDING = 1e3  # units of rounding by which the losses of pieces may differ from those of other passes
+_APART = 0.1  # of the parameters' root mean square: how far away they are compared as well
 _EPS = 2.0**-53  # a batch next to which all others weigh nothing has no deviation either
 
 
@@ -114,9 +115,15 @@ def loss_at(
         at_once: how many examples go through the model at a time, as `rows_at_once` says; None for a batch or piece.
 
     Raises:
-        InputError: for a vector of another shape.
+        InputError: for a vector of another shape; with `at_once`, for anything but a positive number, a loss or weights
+            of one's own, a loader's batches, outputs that are no tensor and a model that draws random numbers.
         DataError: if no batch counts.
     """
+    if at_once is not None and (at_once < 1 or not _has_pieces(objective)):
+        raise InputError(
+            f"at_once= must be positive, and takes batches in memory and a loss from outputs and targets, without "
+            f"weight=, got {at_once}: leave it out, or take what rows_at_once(objective) says."
+        )
     with shifted(objective, point, buffers=buffers):
         try:
             losses = _batch_losses(objective, batches, recorded=False, at_once=at_once)
@@ -147,7 +154,8 @@ def rows_at_once(objective: ObjectiveLike) -> int | None:
     layers leave the caches. So on a CPU the largest output is 4 MiB a thread, or as large as the parameters. None,
     which is a pass for each batch or piece, where the loss is the model's own, where the batches are a loader's or one
     of several ranks', where the graphs of all pieces are not kept (a pass without a graph takes their place in memory),
-    and where losses come out as others: batch statistics, dropout. Cost: three losses, once for all calls at a point.
+    and where losses come out as others, at the point or beside it: batch statistics, dropout. Cost: five losses, once
+    for all calls at a point.
     """
     known = objective.freshness.measured()
     if "rows at once" not in known:
@@ -156,30 +164,46 @@ def rows_at_once(objective: ObjectiveLike) -> int | None:
     return found
 
 
+def _has_pieces(objective: ObjectiveLike) -> bool:
+    evaluator = objective.evaluator
+    return evaluator.rule is not None and evaluator.weight is None and objective.source.in_memory
+
+
 def _rows_at_once(objective: ObjectiveLike) -> int | None:
-    evaluator, source = objective.evaluator, objective.source
-    own = evaluator.rule is None or evaluator.weight is not None or objective.ranks is not None
-    if own or not source.in_memory or not (source.whole or objective.keeps_all_graphs):
+    source = objective.source
+    if not _has_pieces(objective) or objective.ranks is not None:
+        return None
+    if not (source.whole or objective.keeps_all_graphs):
         return None
     try:
         count = max(of_batch for _, of_batch, _ in source.uncut(sys.maxsize))
         with _outputs_measured() as sizes:
-            found = _batch_losses(objective, None, recorded=False, at_once=count)
+            _batch_losses(objective, None, recorded=False, at_once=count)
         fitting = max(_CACHE * torch.get_num_threads(), sum(p.nbytes for p in objective.space.tensors.values()))
         passes = math.ceil(max(sizes, default=0) / fitting) if objective.device.type == "cpu" else 1
-        if passes > 1:
-            count = math.ceil(count / passes)
-            found = _batch_losses(objective, None, recorded=False, at_once=count)
-        elif source.whole:
+        if passes <= 1 and source.whole:
             return None
-        apart = _batch_losses(objective, None, recorded=False)
+        count = math.ceil(count / max(passes, 1))
+        here = objective.space.current()
+        away = torch.randn(len(here), generator=torch.Generator().manual_seed(0)).to(here)
+        away = here + _APART * here.square().mean().sqrt() * away  # what vanishes at a point may not beside it
+        same = True
+        for point in (here, away):
+            with shifted(objective, point):
+                same = same and _agree_at_once(objective, count)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, CurvatureError):
         return None
-    eps = max(torch.finfo(p.dtype).eps for p in objective.space.tensors.values())
-    same = len(apart) == len(found) and all(
-        w == v and abs(a - b) <= _ROUNDING * eps * (1 + abs(a)) for (w, a), (v, b) in zip(apart, found, strict=True)
-    )
     return count if same else None
+
+
+def _agree_at_once(objective: ObjectiveLike, at_once: int) -> bool:
+    """Say whether losses of pieces come out alike, up to rounding, from passes of so many examples."""
+    apart = _batch_losses(objective, None, recorded=False)
+    found = _batch_losses(objective, None, recorded=False, at_once=at_once)
+    eps = max(torch.finfo(p.dtype).eps for p in objective.space.tensors.values())
+    return len(apart) == len(found) and all(
+        w == v and abs(a - b) <= eps * (1 + _ROUNDING * abs(a)) for (w, a), (v, b) in zip(apart, found, strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -255,6 +279,10 @@ def _of_pieces(objective: ObjectiveLike, at_once: int) -> Iterator[tuple[float, 
         if len(known) < len(parts):
             yield 1.0, math.nan
             continue
+        if any(part.drew_random_numbers or not isinstance(part.outputs, Tensor) for part in known):
+            raise InputError(
+                "at_once= takes a model that draws no random numbers and whose outputs are a tensor: leave it out."
+            )
         outputs, targets = (torch.cat([getattr(part, what) for part in known]) for what in ("outputs", "targets"))
         for rows in pieces:
             z, y = (take(of, rows, count, flattened=True) for of in (outputs, targets))

@@ -270,3 +270,67 @@ def test_what_couples_examples_or_cannot_be_cut_again_shares_no_pass(monkeypatch
     assert shares(small_net(), (x, y), micro_batch=3, weight=lambda batch: len(batch[0])) is None
     forward = {"loss": None, "forward": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])}
     assert shares(small_net(), (x, y), micro_batch=3, **forward) is None
+
+
+class Dropping(nn.Module):
+    """A model with dropout that fits its targets but for a rounding: masks hardly show in its losses there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 1e-9, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift + nn.functional.dropout(self.scale * x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("hidden", ["small", "zero"])
+def test_dropout_that_hardly_shows_at_the_point_shares_no_pass(hidden: str) -> None:
+    x = torch.randn(22, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = Dropping()
+    if hidden == "zero":
+        nn.init.zeros_(model.scale)
+    objective = Objective(model, nn.MSELoss(), (x, torch.ones_like(x)), micro_batch=4)
+    objective.gradient()
+    assert rows_at_once(objective) is None
+
+
+def test_a_model_that_fits_still_shares_its_passes() -> None:
+    x = torch.randn(22, 3, dtype=torch.float64)
+    model = nn.Linear(3, 2).double()
+    objective = Objective(model, nn.MSELoss(), (x, model(x).detach()), micro_batch=4)
+    objective.gradient()
+    assert rows_at_once(objective) == 22
+
+
+def test_what_takes_no_shared_pass_says_so() -> None:
+    x, y = torch.randn(22, 3).double(), torch.randn(22, 2).double()
+
+    def ask(model: nn.Module, loss: object = None, data: object = (x, y), at_once: int = 22, **settings: object) -> None:
+        objective = Objective(model.double(), loss or nn.MSELoss(), data, micro_batch=4, **settings)  # type: ignore[arg-type]
+        loss_at(objective, objective.space.current(), at_once=at_once)
+
+    def own(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    class InTwo(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    def of_two(z: tuple[Tensor, Tensor], t: Tensor) -> Tensor:
+        return nn.functional.mse_loss(z[0], t)
+
+    for at_once in (0, -3):
+        with pytest.raises(InputError, match="must be positive"):
+            ask(nn.Linear(3, 2), at_once=at_once)
+    with pytest.raises(InputError, match="without weight="):
+        ask(nn.Linear(3, 2), weight=lambda batch: len(batch[0]))
+    with pytest.raises(InputError, match="batches in memory"):
+        ask(nn.Linear(3, 2), data=DataLoader([(x, y)], batch_size=None))
+    with pytest.raises(InputError, match="outputs are a tensor"):
+        ask(InTwo(3, 2), of_two)
+    with pytest.raises(InputError, match="draws no random numbers"):
+        ask(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)))
+    objective = Objective(nn.Linear(3, 2).double(), None, (x, y), forward=own)
+    with pytest.raises(InputError, match="loss from outputs and targets"):
+        loss_at(objective, objective.space.current(), at_once=22)
