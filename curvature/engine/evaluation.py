@@ -201,7 +201,7 @@ class Evaluator:
         if not self._looked_for_checkpoints and loss.requires_grad:
             refuse_reentrant(loss)
             self._looked_for_checkpoints = True
-        with _past_modes(loss, outputs, targets):
+        with _past_modes(loss, outputs, targets) if self.weight is None else contextlib.nullcontext():
             weight = self._weight(batch, outputs, targets)
             if weight != 0 and not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
@@ -372,7 +372,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
 
 def _past_modes(*values: Any) -> AbstractContextManager[Any]:
     """Leave modes that watch a model out of other arithmetic, unless tensors have ways of their own."""
-    plain = all(type(value) is Tensor or not isinstance(value, Tensor) for value in values)
+    plain = all(type(t) is Tensor for value in values for t in tensors_in(value))
     return torch._C.DisableTorchFunction() if plain else contextlib.nullcontext()
 
 

@@ -128,6 +128,35 @@ def test_own_weight() -> None:
     assert_close(HessianOperator(objective).to_dense(), hessian)
 
 
+class Masked(Tensor):
+    """Entries below zero are padding, which sums leave out."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.sum:
+            return args[0].as_subclass(Tensor).clamp_min(0).sum()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_own_weight_of_tensors_with_ways_of_their_own() -> None:
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    lengths = torch.tensor([2.0, -100.0, 3.0, 1.0, 1.0, -100.0]).double()
+    data = [
+        {"x": x[i : i + 3], "y": y[i : i + 3], "more": [lengths[i : i + 3].as_subclass(Masked)]}  # type: ignore[arg-type]
+        for i in (0, 3)
+    ]
+    model = nn.Linear(3, 1).double()
+    objective = Objective(
+        model,
+        nn.MSELoss(),
+        data,
+        forward=lambda model, batch: (model(batch["x"]), batch["y"]),
+        weight=lambda batch: float(batch["more"][0].sum()),
+    )
+    losses = [float((model(x[i : i + 3]) - y[i : i + 3]).detach().square().mean()) for i in (0, 3)]
+    assert float(objective.loss()) == pytest.approx((5 * losses[0] + 2 * losses[1]) / 7, rel=1e-12)
+
+
 def test_weight_overrides_the_sum_of_a_summed_loss() -> None:
     model, y = net(), real(7, 3)
     objective = Objective(model, nn.MSELoss(reduction="sum"), cut(y), weight=lambda _: 1.0)
