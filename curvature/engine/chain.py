@@ -23,6 +23,9 @@ from torch._utils import _unflatten_dense_tensors
 from torch.autograd.graph import GradientEdge
 
 from curvature.autograd.backward import pull_back, walk
+from curvature.autograd.lean_functions import Activation, Relu
+from curvature.data.tensors import tensors_in
+from curvature.engine.beside import leaves_beside
 from curvature.engine.recording import all_finite
 
 __all__ = ["Chain", "find_chain"]
@@ -31,7 +34,7 @@ _FUNCTIONS = (
     *("Tanh", "Sigmoid", "Relu", "Gelu", "Silu", "Mish", "Softplus", "Elu", "LeakyRelu", "Hardtanh", "LogSigmoid"),
     *("Sin", "Cos", "Exp", "Log1P", "Atan", "Erf", "Sqrt"),
 )
-_ELEMENTWISE = frozenset({f"{name}Backward0" for name in _FUNCTIONS} | {"ActivationBackward", "ReluBackward"})  # lean
+_ELEMENTWISE = frozenset(f"{name}Backward0" for name in _FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,14 @@ class Chain:
         return result
 
 
-def find_chain(loss: Tensor, outputs: Any, params: Sequence[Tensor]) -> Chain | None:
+def find_chain(loss: Tensor, outputs: Any, targets: Any, params: Sequence[Tensor]) -> Chain | None:
     """Return the outputs as a chain, if that is what autograd recorded; None for anything else.
 
-    Every parameter must have one place in it, and the loss must depend on parameters through the outputs only.
+    Every parameter must have one place in it, and the loss must depend on parameters through the outputs only, as its
+    first argument: targets that are made of the outputs have a part in its Hessian that its rule does not know.
     """
+    if any(t.requires_grad for t in tensors_in(targets)):
+        return None
     if not isinstance(outputs, Tensor) or outputs.device.type != "cpu" or outputs.ndim != 2 or outputs.grad_fn is None:
         return None
     if outputs.dtype not in (torch.float32, torch.float64) or any(p.dtype != outputs.dtype for p in params):
@@ -198,7 +204,7 @@ def find_chain(loss: Tensor, outputs: Any, params: Sequence[Tensor]) -> Chain | 
     node: Any = outputs.grad_fn
     while node is not None:
         functions = []
-        while node.name() in _ELEMENTWISE:
+        while node is not None and _is_elementwise(node):
             functions.append(node)
             node = node.next_functions[0][0]
         layer = None if node is None else _linear(node, tuple(functions), places)
@@ -210,6 +216,12 @@ def find_chain(loss: Tensor, outputs: Any, params: Sequence[Tensor]) -> Chain | 
     if sorted(used) != list(range(len(params))) or _depends_beside(loss, outputs):
         return None
     return Chain(layers, outputs, params)
+
+
+def _is_elementwise(node: Any) -> bool:
+    """Say whether a node is of an elementwise function of one tensor: torch's own by name, a lean one by its class."""
+    lean = getattr(type(node), "_forward_cls", None) in (Activation, Relu)
+    return (lean or node.name() in _ELEMENTWISE) and not any(before for before, _ in node.next_functions[1:])
 
 
 def _linear(node: Any, functions: tuple[Any, ...], places: dict[int, int]) -> _Layer | None:
@@ -225,28 +237,19 @@ def _linear(node: Any, functions: tuple[Any, ...], places: dict[int, int]) -> _L
     if of_weight is None or of_weight.name() != "TBackward0":
         return None
     weight = getattr(of_weight.next_functions[0][0], "variable", None)
-    if id(weight) not in places:
+    if weight is None or id(weight) not in places:
         return None
     if of_bias is None:
         return _Layer(node, places[id(weight)], None, functions) if node.name() == "MmBackward0" else None
     bias = getattr(of_bias, "variable", None)
-    if bias is None or id(bias) not in places or bias.ndim != 1:
+    if bias is None or id(bias) not in places or bias.shape != weight.shape[:1]:
         return None
     return _Layer(node, places[id(weight)], places[id(bias)], functions)
 
 
 def _depends_beside(loss: Tensor, outputs: Tensor) -> bool:
-    """Say whether the loss depends on leaves that are not behind the outputs."""
-    stack, seen = [loss.grad_fn], {outputs.grad_fn}
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if hasattr(node, "variable"):
-            return True
-        seen.add(node)
-        stack += [before for before, _ in node.next_functions]
-    return outputs.grad_fn not in list(walk([loss.grad_fn]))
+    """Say whether the loss depends on leaves that are not behind the outputs, or not on the outputs."""
+    return any(True for _ in leaves_beside([loss], outputs)) or outputs.grad_fn not in list(walk([loss.grad_fn]))
 
 
 def _factors(layer: _Layer) -> _Factors:
@@ -261,8 +264,8 @@ def _derivatives(layer: _Layer) -> tuple[Tensor | None, Tensor | None]:
     if not layer.functions:
         return None, None
     end, start = GradientEdge(layer.functions[0], 0), GradientEdge(layer.node, 0)
-    shape = layer.functions[0]._input_metadata[0].shape
-    ones = torch.ones(shape, dtype=layer.functions[0]._input_metadata[0].dtype)
+    kind = layer.functions[0]._input_metadata[0]
+    ones = torch.ones(kind.shape, dtype=kind.dtype, device=kind.device)
     (slope,) = pull_back([end], [start], [ones], create_graph=True)
     assert slope is not None
     curved = pull_back([slope], [start], [ones])[0] if slope.requires_grad else None

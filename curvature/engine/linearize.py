@@ -27,6 +27,7 @@ from curvature.autograd.backward import pull_back as _pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lazy_logits import LazyLogits, NotInBlocksError
 from curvature.autograd.lean import LeanLayers
+from curvature.engine.beside import refuse_what_is_beside
 from curvature.engine.chain import find_chain
 from curvature.engine.output_metrics import BatchOutputs, LossHessian, OutputMetric, Per, example_shares
 from curvature.engine.recording import all_finite, invisibly, stacked
@@ -57,7 +58,7 @@ class Linearization(VerifiedRecording):
         lean = self._trust is not None and self._uniform and not self._lean.saw_hooks
         lean = lean and rule is not None and rule.closed_form
         found = self._evaluation
-        self._chain = find_chain(found.loss, found.outputs, self._params) if lean else None
+        self._chain = find_chain(found.loss, found.outputs, found.targets, self._params) if lean else None
 
     def _recorded_again(self, beside: AbstractContextManager[None]) -> bool:
         """Record the batch on another stream, for products that are replayed from now on; False if it cannot be."""
@@ -115,7 +116,11 @@ class Linearization(VerifiedRecording):
         return outputs.detach(), self._evaluation.targets
 
     def batch_outputs(self) -> BatchOutputs:
-        """Return the model's outputs on this batch, detached, beside the loss and the targets it compares them with."""
+        """Return the model's outputs on this batch, detached, beside the loss and the targets it compares them with.
+
+        Raises:
+            InputError: if the loss depends on the parameters by other ways than through the outputs.
+        """
         self._leave_blocks()
         return self._batch_outputs()
 
@@ -126,6 +131,8 @@ class Linearization(VerifiedRecording):
     def _batch_outputs(self) -> BatchOutputs:
         outputs, rule = self._outputs("matrix"), self._evaluator.rule
         assert rule is not None
+        if not self.in_blocks:  # what ends in blocks is a function of the logits
+            refuse_what_is_beside(self._evaluation.loss, outputs, self._evaluation.targets, self._params)
         return BatchOutputs(rule, outputs.detach(), self._evaluation.targets, self.index)
 
     def graph_root(self) -> Any:

@@ -26,7 +26,7 @@ from curvature.environment.one_matrix import one_matrix
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.generators import AnyGenerator
 from curvature.layerwise.bends import Bend, bends
-from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root
+from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root, loss_root_alone
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
 from curvature.operators.ggn import GGNOperator
@@ -232,7 +232,7 @@ class _Work:
         assert rule is not None
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != run.num_examples:
             raise UnsupportedError("outputs and inputs do not share a first dimension that counts examples")
-        root = loss_root(rule, outputs, run.evaluation.targets)
+        root = loss_root_alone(rule, run.evaluation, list(self.objective.space.tensors.values()))
         if run.num_examples > 1:
             refuse_coupling(self.objective, run.batch, run.index)
         if self.kind != "hessian":
@@ -323,10 +323,10 @@ class _Work:
         if self.kind == "hessian":
             self._afford(n, "Hessian products")
             return self._by_products(lin)
-        outputs, targets = lin.outputs_and_targets()
-        assert self.objective.rule is not None
+        batch = lin.batch_outputs()
+        outputs = batch.outputs
         try:
-            root = loss_root(self.objective.rule, outputs, targets)
+            root = loss_root(batch.rule, outputs, batch.targets)
         except UnsupportedError as error:
             if self.draws:
                 raise InputError(
@@ -360,13 +360,12 @@ class _Work:
 
         Each is restricted to the tensor that the entry lies in: what a product with a block costs is less.
         """
-        space, rule = self.objective.space, self.objective.rule
+        space = self.objective.space
         found = torch.zeros(len(entries), dtype=space.dtype, device=space.device)
         curve: Callable[[Tensor], Tensor] | None = None
         if self.kind != "hessian":
-            outputs, targets = lin.outputs_and_targets()
-            assert rule is not None
-            curve = rule.output_hessian(outputs, targets)
+            batch = lin.batch_outputs()
+            outputs, curve = batch.outputs, batch.rule.output_hessian(batch.outputs, batch.targets)
         start = 0
         for name, size in zip(space.names, space.numels, strict=True):
             block = space.block({name: space.tensors[name]})

@@ -81,7 +81,7 @@ class KroneckerWork:
         if lin.weight == 0:
             sizes = [size for use in self.uses for size in use.sizes]
             return torch.zeros(sum(sizes), dtype=self.objective.dtype, device=self.objective.device)
-        if len(lin.outputs_and_targets()[0]) > 1:
+        if len(lin.batch_outputs().outputs) > 1:
             refuse_coupling(self.objective, lin.batch, lin.index)
         return torch.cat([p.reshape(-1).to(self.objective.dtype) for p in self._sums(lin)])
 

@@ -12,17 +12,19 @@ them back need know nothing of losses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from curvature.engine.beside import refuse_what_is_beside
+from curvature.engine.evaluation import Evaluation
 from curvature.errors import InputError
 from curvature.generators import as_generator
 from curvature.losses.rules import BinaryCrossEntropyWithLogits, CrossEntropy, LossRule, SquaredError
 
-__all__ = ["LossRoot", "UnsupportedError", "check_sampling", "loss_root"]
+__all__ = ["LossRoot", "UnsupportedError", "check_sampling", "loss_root", "loss_root_alone"]
 
 Draw = Literal["ggn-mc", "fisher-mc"]
 
@@ -172,6 +174,21 @@ class DenseRoot(LossRoot):
                 z = _signs(part[:, 0], generator)
                 draws.append((torch.einsum("ndk,nk->nd", part, z).reshape(self.shape), sign))
         return draws
+
+
+def loss_root_alone(rule: LossRule, evaluation: Evaluation, params: Sequence[Tensor]) -> LossRoot:
+    """Return the root for a batch whose loss depends on the parameters through the outputs alone.
+
+    Raises:
+        UnsupportedError: if it depends on them by other ways; if the loss couples examples.
+    """
+    outputs = evaluation.outputs
+    assert outputs is not None
+    try:
+        refuse_what_is_beside(evaluation.loss, outputs, evaluation.targets, params)
+    except InputError as error:
+        raise UnsupportedError(str(error)) from error
+    return loss_root(rule, outputs, evaluation.targets)
 
 
 def loss_root(rule: LossRule, outputs: Tensor, targets: Any) -> LossRoot:

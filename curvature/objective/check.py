@@ -226,6 +226,7 @@ def _at(objective: ObjectiveLike, batch: Any, point: Tensor) -> tuple[Tensor, Te
 def _output_hessian(lin: Linearization, objective: ObjectiveLike, tolerance: float) -> str:
     """Compare the closed form of the loss Hessian on the outputs with double backward on the loss alone."""
     outputs, targets = lin.outputs_and_targets()
+    targets = targets.detach()
     rule = objective.rule
     assert rule is not None
     u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)

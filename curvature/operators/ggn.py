@@ -13,7 +13,8 @@ class GGNOperator(ObjectiveOperator):
 
     Symmetric, and positive semi-definite where the loss is convex in the outputs. It is the Hessian without the second
     derivatives of the model: equal to it where the model is linear in the parameters. L_b is applied in closed form for
-    squared error, cross-entropy and binary cross-entropy with logits, and by autograd for any other loss.
+    squared error, cross-entropy and binary cross-entropy with logits, and by autograd for any other loss. It is defined
+    for a loss of the outputs alone: targets are held fixed, and a penalty inside the loss has no place in it.
 
     Cost of one product: 4/3 gradients at best with the graph kept. A block of k columns walks the data once.
 
@@ -22,7 +23,8 @@ class GGNOperator(ObjectiveOperator):
         block: restricts the matrix to some parameters: G_BB, the diagonal block. See `restrict`.
 
     Raises:
-        InputError: if the objective has no split between model and loss.
+        InputError: if the objective has no split between model and loss; at the first product, if the loss depends on
+            the parameters beside the outputs, through targets that are not detached or a penalty.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient descent.
     """

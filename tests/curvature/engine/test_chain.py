@@ -138,7 +138,49 @@ class Beside(nn.Module):
         return torch.addmm(self.shift, x, self.inner.weight.T) + self.inner.bias
 
 
-@pytest.mark.parametrize("kind", [Tied, Residual, Scaled, Beside])
+class OneForAll(nn.Module):
+    """A bias (1,) for all three outputs, which addmm broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(real(3, 4)), nn.Parameter(real(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight.T)
+
+
+class Product(torch.autograd.Function):
+    """h w for a tensor w of the batch's size, under the name of one of the lean functions."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(h, w)
+        return h * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        h, w = ctx.saved_tensors
+        return g * w, g * h
+
+
+LikeLean: Any = type("Activation", (Product,), {})
+assert LikeLean._backward_cls.__name__ == "ActivationBackward"
+
+
+class Gated(nn.Module):
+    """Multiplied by a function of itself, in a function whose node is named as a lean one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        z: Tensor = self.out(LikeLean.apply(h, h.sin()))
+        return z
+
+
+@pytest.mark.parametrize("kind", [Tied, Residual, Scaled, Beside, OneForAll, Gated])
 def test_what_is_no_chain_stays_with_autograd(kind: type[nn.Module]) -> None:
     torch.manual_seed(2)
     check_all(kind().double(), nn.CrossEntropyLoss(), (real(N, 4, seed=5), CLASSES), False)
@@ -154,6 +196,18 @@ def test_weighted_products_are_no_chain() -> None:
             return torch.addmm(self.inner.bias, x, self.inner.weight.T, alpha=0.5, beta=3.0)
 
     check_all(Weighted().double(), nn.CrossEntropyLoss(), (real(N, 4, seed=5), CLASSES), False)
+
+
+def test_targets_that_are_made_of_the_outputs_are_no_chain() -> None:
+    model, x = perceptron(nn.Tanh()), real(N, 4, seed=5)
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        z = model(batch[0])
+        return z, z.softmax(1)
+
+    H = dense_hessian(lambda: F.cross_entropy(*forward(model, (x,))), list(model.parameters()))
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, CLASSES), forward=forward, keep_graphs=True)
+    assert_close(HessianOperator(objective).to_dense(), H, 1e-11)
 
 
 def test_a_loss_with_parameters_is_no_chain() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curvature import GGNOperator, Objective
 from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise import bends as bends_module
-from curvature.layerwise import diagonal as diagonal_module
+from curvature.layerwise import loss_root as roots
 from curvature.layerwise import exact_diagonal, num_columns
 from curvature.layerwise.loss_root import loss_root
 from curvature.losses.rules import loss_rule
@@ -459,12 +459,12 @@ def test_a_wrong_curve_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_root_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, x, y = setting()
-    true_root = diagonal_module.loss_root
+    true_root = roots.loss_root
 
     def wrong_root(rule: Any, outputs: Tensor, y: Any) -> Any:
         return true_root(rule, 1.1 * outputs, y)
 
-    monkeypatch.setattr(diagonal_module, "loss_root", wrong_root)
+    monkeypatch.setattr(roots, "loss_root", wrong_root)
     with pytest.raises(InputError, match="products with unit vectors"):
         exact_diagonal(Objective(model, loss, (x, y)), route="rules")
 
