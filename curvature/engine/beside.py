@@ -20,18 +20,15 @@ __all__ = ["leaves_beside", "refuse_what_is_beside"]
 
 def leaves_beside(ends: Iterable[Tensor], outputs: Tensor | None = None) -> Iterator[Tensor]:
     """Yield the leaves that tensors depend on by ways that do not go through the outputs."""
-    through = get_gradient_edge(outputs) if outputs is not None and outputs.requires_grad else (None, 0)
-    seen, stack = {tuple(through)[:2]}, [tuple(get_gradient_edge(end))[:2] for end in ends if end.requires_grad]
-    walked = set[Any]()
+    through = None if outputs is None or not outputs.requires_grad else tuple(get_gradient_edge(outputs))[:2]
+    stack: list[Any] = [tuple(get_gradient_edge(end))[:2] for end in ends if end.requires_grad]
+    seen = set[Any]()
     while stack:
         edge = stack.pop()
         node = edge[0]
-        if node is None or edge in seen:
+        if node is None or node in seen or edge == through:
             continue
-        seen.add(edge)
-        if node in walked:
-            continue
-        walked.add(node)
+        seen.add(node)
         if hasattr(node, "variable"):
             yield node.variable
         stack += node.next_functions

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from curvature import GGNOperator, Objective
 from curvature.errors import InputError, NonFiniteError
 from curvature.layerwise import bends as bends_module
-from curvature.layerwise import loss_root as roots
 from curvature.layerwise import exact_diagonal, num_columns
+from curvature.layerwise import loss_root as roots
 from curvature.layerwise.loss_root import loss_root
 from curvature.losses.rules import loss_rule
 from curvature.per_example.forms import Factors

@@ -306,8 +306,8 @@ def test_a_model_that_fits_still_shares_its_passes() -> None:
 def test_what_takes_no_shared_pass_says_so() -> None:
     x, y = torch.randn(22, 3).double(), torch.randn(22, 2).double()
 
-    def ask(model: nn.Module, loss: object = None, data: object = (x, y), at_once: int = 22, **settings: object) -> None:
-        objective = Objective(model.double(), loss or nn.MSELoss(), data, micro_batch=4, **settings)  # type: ignore[arg-type]
+    def ask(model: nn.Module, loss: object = None, data: object = (x, y), at_once: int = 22, **more: object) -> None:
+        objective = Objective(model.double(), loss or nn.MSELoss(), data, micro_batch=4, **more)  # type: ignore[arg-type]
         loss_at(objective, objective.space.current(), at_once=at_once)
 
     def own(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
