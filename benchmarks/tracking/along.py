@@ -140,10 +140,10 @@ RUNS: dict[str, tuple[Run, int]] = {
     "mlp, gd": (_tanh(sgd(0.6)), 360),
     "mlp, heavy ball": (_tanh(sgd(0.3, momentum=0.9)), 240),
     "mlp, adam": (_tanh(adam(1e-3)), 240),
-    "cnn, sgd": (_cnn(sgd(0.1)), 45),
-    "cnn, adam": (_cnn(adam(3e-3)), 45),
-    "gpt, sgd": (_gpt(sgd(0.3)), 45),
-    "gpt, adam": (_gpt(adam(3e-3)), 45),
+    "cnn, sgd": (_cnn(sgd(0.1)), 135),
+    "cnn, adam": (_cnn(adam(3e-3)), 135),
+    "gpt, sgd": (_gpt(sgd(0.3)), 135),
+    "gpt, adam": (_gpt(adam(3e-3)), 135),
 }
 """Name -> run and the steps of it that are read."""
 
