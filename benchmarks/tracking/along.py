@@ -207,8 +207,8 @@ def edge(name: str, *, steps: int | None = None, every: int = 50, begin: int | N
     }
 
 
-def accuracy(name: str, *, steps: int | None = None, on_batches: bool = False) -> dict[str, Any]:
-    """Return products of readings after every step, and errors of a third of them against converged solves."""
+def accuracy(name: str, *, steps: int | None = None, on_batches: bool = False, every: int = 1) -> dict[str, Any]:
+    """Return products a step, and errors of a third of the readings against converged solves."""
     run, all_steps = RUNS[name]
     preconditioned = "adam" in name
     errors: list[float] = []
@@ -217,14 +217,13 @@ def accuracy(name: str, *, steps: int | None = None, on_batches: bool = False) -
     def prepare(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Batch], object]:
         objective = Objective(model, run.loss, run.probe)
         quantity = "preconditioned" if preconditioned else "sharpness"
-        tracker = CurvatureTracker(objective, optimizer, quantities=[quantity], budget=None, generator=0)
+        tracker = CurvatureTracker(objective, optimizer, quantities=[quantity], every=every, budget=None, generator=0)
         generator, before = torch.Generator().manual_seed(1), [objective.space.current()]
 
         def after(loss: Tensor, batch: Batch) -> None:
             reading = tracker.step(loss, batch=batch if on_batches else None)
-            assert reading is not None
-            products.append(reading.num_matvecs)
-            if reading.step % _COMPARED == 0:
+            products.append(0 if reading is None else reading.num_matvecs)
+            if reading is not None and reading.step % (_COMPARED * every) == 0:
                 with shifted(objective, before[0]):
                     H: Any = PointHessian(objective, [batch] if on_batches else None)
                     if preconditioned:
@@ -240,10 +239,11 @@ def accuracy(name: str, *, steps: int | None = None, on_batches: bool = False) -
     sizes = torch.tensor(errors).abs()
     return {
         "part": "accuracy",
-        "name": f"{name}, {'batches' if on_batches else 'probe'}",
+        "name": f"{name}, {'batches' if on_batches else 'probe'}" + (f", every {every} steps" if every > 1 else ""),
         "within_1_percent": float((sizes <= 0.01).double().mean()),
         "error_max": float(sizes.max()),
         "products_per_step": sum(products[1:]) / max(1, len(products) - 1),
+        "every": every,
         "products_first": products[0],
         "steps": len(products),
         "compared": len(errors),
@@ -374,6 +374,7 @@ def main() -> None:
     if "accuracy" in a.parts:
         work += [(name, partial(accuracy, name)) for name in RUNS]
         work += [(f"{name}, batches", partial(accuracy, name, on_batches=True)) for name in ("cnn, sgd", "gpt, adam")]
+        work.append(("cnn, sgd", partial(accuracy, "cnn, sgd", every=3)))
     if "critical" in a.parts:
         work += [(name, partial(critical, name)) for name in RUNS]
     if "cost" in a.parts:

@@ -22,3 +22,9 @@ def test_every_band_holds_what_other_code_found() -> None:
     row = edge("gd, 0.6", steps=3, every=1, begin=1)
     assert 0.6 < row["ratio_mean"] < 0.9
     assert not row["within_band"]
+
+
+def test_products_are_those_of_a_step_not_of_a_reading() -> None:
+    found = accuracy("mlp, adam", steps=7, every=3)
+    assert (found["steps"], found["every"], found["name"]) == (7, 3, "mlp, adam, probe, every 3 steps")
+    assert 1 / 3 <= found["products_per_step"] <= 8 / 3
