@@ -27,7 +27,7 @@ from curvature.objective.shift import loss_at, shifted
 from curvature.operators.preconditioned import PreconditionedOperator
 from curvature.per_example import gradient_moments
 
-__all__ = ["QUANTITIES", "Measurer", "StepTaken"]
+__all__ = ["QUANTITIES", "Measurer", "StepTaken", "refuse_penalties"]
 
 QUANTITIES = {
     "sharpness": "largest eigenvalue of the Hessian: 2 to 5 products a reading",
@@ -270,3 +270,24 @@ class Measurer:
             found |= {"full_penalty": added.full_penalty, "batch_penalty": added.batch_penalty}
         objective.release()  # graphs of a point that training leaves at once
         return found
+
+
+def refuse_penalties(optimizer: Any, batch_size: int | None) -> None:
+    """Refuse penalties for a training that is not the one which they belong to.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if batch_size is None:
+        raise InputError("penalties depend on the batch size of the training; pass it as batch_size=.")
+    groups = getattr(optimizer, "param_groups", ())
+    settings = {tuple(float(g.get(name, 0)) for name in ("lr", "momentum", "weight_decay")) for g in groups}
+    if not isinstance(optimizer, torch.optim.SGD):
+        why = f"the optimizer is {type(optimizer).__name__}"
+    elif any(g["nesterov"] or g["dampening"] for g in groups):
+        why = "this one has Nesterov's momentum or dampening"
+    elif len(settings) > 1:
+        why = "its groups of parameters have different settings"
+    else:
+        return
+    raise InputError(f"penalties are those of SGD with one rate and heavy-ball momentum, and {why}; leave them out.")

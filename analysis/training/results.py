@@ -91,9 +91,10 @@ class TrainingReading(Result):
     interval: int = 0
     """Steps since the reading before: how old that was just before this one; 0 at the first."""
     lr: float = NAN
-    """Learning rate of the step, of the first group of parameters."""
+    """Learning rate of the step, of the first group of parameters whose rate is not zero."""
     threshold: float = NAN
-    """Largest curvature at which steps are stable: `stability_limit` / lr; loss / parameter^2 for SGD."""
+    """Largest curvature at which steps are stable: `stability_limit` / lr; loss / parameter^2 for SGD. NaN where the
+    sharpness alone was measured and the optimizer has a preconditioner, or rates by group."""
     train_loss: float = NAN
     """The training loss that the loop passed on."""
     highest_loss: float = NAN
@@ -110,7 +111,7 @@ class TrainingReading(Result):
     """|H v - sharpness v|: an eigenvalue lies within it."""
     preconditioned: float = NAN
     """Largest eigenvalue of P^-1 H, P what the optimizer divides by; where groups of parameters have other thresholds
-    than the first, P holds the ratio."""
+    than the first, P holds the ratio, and parameters that the optimizer does not move are left out."""
     preconditioned_residual: float = NAN
     """Of its eigenvector."""
     sharpest_layer: str = ""

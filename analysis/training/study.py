@@ -144,7 +144,7 @@ def _findings(record: TrainingRecord, edge: EdgeOfStability) -> tuple[Finding, .
 def _stable(record: TrainingRecord, edge: EdgeOfStability) -> str:
     last, phase = record.readings[-1], edge.phases[-1]
     if phase is Phase.UNKNOWN:
-        return "The threshold of this optimizer is not known, or sharpness was not measured."
+        return "The threshold of this optimizer is not known, or the sharpness that it is one of was not measured."
     above = _percent(edge.share_above) if edge.share_above == edge.share_above else "no"
     if phase is Phase.UNSTABLE:
         how = "the loss is not finite" if not math.isfinite(last.loss) else f"{wording.number(last.stability, 3)} times"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.training.budget import Budget
 from analysis.training.highest import HighestLoss
-from analysis.training.quantities import NEED_STEP, QUANTITIES, Measurer, StepTaken
+from analysis.training.quantities import NEED_STEP, QUANTITIES, Measurer, StepTaken, refuse_penalties
 from analysis.training.results import TrainingReading, TrainingRecord
 from analysis.training.rows import Rows
 from analysis.training.untouched import untouched
@@ -250,8 +250,9 @@ class CurvatureTracker:
             return
         begun = self._budget.clock()
         if self._due():
-            lr = _rate(optimizer.param_groups[0])
-            limit = stability_limit(optimizer) if self._known else math.nan
+            first = _first_that_moves(optimizer)
+            lr = _rate(optimizer.param_groups[first])
+            limit = stability_limit(optimizer, first) if self._known else math.nan
             threshold = limit / lr if lr > 0 else math.inf
             self._open = (self.objective.space.current(), lr, threshold)
         self._budget.hooked(begun)
@@ -263,35 +264,43 @@ class CurvatureTracker:
             return
         begun = self._budget.clock()
         (before, lr, threshold), self._open = self._open, None
-        group = optimizer.param_groups[0]
+        group = optimizer.param_groups[_first_that_moves(optimizer)]
+        wanted, plain = "preconditioned" in self._measurer.wanted, isinstance(optimizer, torch.optim.SGD)
+        divisor = self._divisor(threshold) if self._known and (wanted or plain) else None
         self._taken = StepTaken(
             before=before,
             after=self.objective.space.current(),
-            divisor=self._divisor(threshold) if "preconditioned" in self._measurer.wanted else None,
+            divisor=divisor if wanted else None,
             lr=lr,
-            threshold=threshold,
+            threshold=threshold if wanted or (plain and divisor is None) else math.nan,  # of another curvature
             momentum=float(group.get("momentum", 0.0)),
             weight_decay=float(group.get("weight_decay", 0.0)),
         )
         self._budget.hooked(begun)
 
     def _divisor(self, threshold: float) -> Tensor | None:
-        """Return P, weighted so that each group of parameters is held against the threshold of the first."""
+        """Return P, weighted so that each group of parameters is held against the threshold of the first that moves.
+
+        It is infinite where the optimizer moves nothing; None where it is 1 everywhere.
+        """
         optimizer, space = self.optimizer, self.objective.space
-        groups = optimizer.param_groups
-        thresholds = [
-            stability_limit(optimizer, i) / rate if (rate := _rate(group)) > 0 else math.inf
-            for i, group in enumerate(groups)
-        ]
-        alike = len(set(thresholds)) == 1 or not math.isfinite(threshold)
+        ratios = dict[int, float]()
+        for i, group in enumerate(optimizer.param_groups):
+            rate = _rate(group)
+            if math.isinf(threshold):  # no group moves
+                ratio = 1.0
+            else:
+                ratio = stability_limit(optimizer, i) / rate / threshold if rate > 0 else math.inf
+            ratios |= dict.fromkeys(map(id, group["params"]), ratio)
+        weights = [ratios.get(id(p), math.inf) for p in space.tensors.values()]
+        alike = all(weight == 1 for weight in weights)
         if alike and isinstance(optimizer, torch.optim.SGD):
             return None
-        P = optimizer_divisor(optimizer, space, missing="identity", unseen="exclude")
+        P = optimizer_divisor(optimizer, space, missing="exclude", unseen="exclude")
         if alike:
             return P
-        of = {id(p): t for group, t in zip(groups, thresholds, strict=True) for p in group["params"]}
-        weights = [torch.full((p.numel(),), of.get(id(p), threshold) / threshold) for p in space.tensors.values()]
-        return P * torch.cat(weights).to(P)
+        parts = [torch.full((p.numel(),), weight) for p, weight in zip(space.tensors.values(), weights, strict=True)]
+        return P * torch.cat(parts).to(P)
 
     # -- readings -----------------------------------------------------------------------------------------------------
 
@@ -349,9 +358,15 @@ def _rate(group: Mapping[str, Any]) -> float:
     return float(group["lr"])
 
 
+def _first_that_moves(optimizer: Any) -> int:
+    """Return the first group of parameters whose rate is not zero; 0 if all are."""
+    return next((i for i, group in enumerate(optimizer.param_groups) if _rate(group) > 0), 0)
+
+
 def _reads(optimizer: Any) -> bool:
     try:
-        stability_limit(optimizer)
+        for i in range(len(optimizer.param_groups)):
+            stability_limit(optimizer, i)
     except (InputError, AttributeError):
         return False
     return True
@@ -373,9 +388,10 @@ def _wanted(quantities: Sequence[str] | None, optimizer: Any, known: bool, batch
     if optimizer is None and (alone := sorted(wanted & (NEED_STEP | {"penalties"}))):
         raise InputError(f"{', '.join(alone)} belong to a step of the optimizer; pass it as optimizer=.")
     if "preconditioned" in wanted and not known:
-        stability_limit(optimizer)  # says what is known
-    if "penalties" in wanted and batch_size is None:
-        raise InputError("penalties depend on the batch size of the training; pass it as batch_size=.")
+        for i in range(len(optimizer.param_groups)):
+            stability_limit(optimizer, i)  # says what is known
+    if "penalties" in wanted:
+        refuse_penalties(optimizer, batch_size)
     if wanted & {"alignment", "oscillation"}:
         wanted.add("sharpness")  # whose eigenvector they are about
     return frozenset(wanted)

@@ -82,7 +82,7 @@ class PreconditionedOperator(SymmetricOperator):
         optimizer: Any,
         *,
         include_lr: bool = False,
-        missing: Literal["error", "identity"] = "error",
+        missing: Literal["error", "identity", "exclude"] = "error",
     ) -> Self:
         """Return a matrix of an objective as the optimizer that trains its parameters sees it at this moment.
 
@@ -127,7 +127,7 @@ def optimizer_divisor(
     space: ParameterSpace,
     *,
     include_lr: bool = False,
-    missing: Literal["error", "identity"] = "error",
+    missing: Literal["error", "identity", "exclude"] = "error",
     unseen: Literal["keep", "exclude"] = "keep",
 ) -> Tensor:
     """Return the diagonal P, (n,), with which the optimizer's last step was -lr P^-1 m, m its average of gradients.
@@ -146,7 +146,8 @@ def optimizer_divisor(
         include_lr: divide by the learning rate of each parameter's group: the edge of stability is then the same number
             for all groups, e.g. 38 for Adam with beta1 = 0.9.
         missing: what stands for parameters that the optimizer does not hold or has not moved yet: "error", or
-            "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`).
+            "identity" for 1 (1 / lr of their group, where they have one, with `include_lr`), or "exclude" for infinity,
+            which leaves them out of the spectrum as the step leaves them where they are.
         unseen: what stands for entries whose gradient has always been zero, as in rows of an embedding: "keep" for
             their eps, 1e-8 for Adam, which lets them rule the spectrum, or "exclude" for infinity, which leaves them
             out.
@@ -165,8 +166,8 @@ def optimizer_divisor(
         >>> optimizer_divisor(adam, ParameterSpace.from_model(model))  # (1 - 0.5) |g|
         tensor([1.5000, 2.0000])
     """
-    if missing not in ("error", "identity"):
-        raise InputError(f"missing must be 'error' or 'identity', got {missing!r}.")
+    if missing not in ("error", "identity", "exclude"):
+        raise InputError(f"missing must be 'error', 'identity' or 'exclude', got {missing!r}.")
     if unseen not in ("keep", "exclude"):
         raise InputError(f"unseen must be 'keep' or 'exclude', got {unseen!r}.")
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
@@ -182,9 +183,9 @@ def optimizer_divisor(
                 why = "does not hold" if group is None else "has not moved"
                 raise InputError(
                     f"the optimizer {why} {name!r}, so that nothing is known of its preconditioner; select other "
-                    "parameters, take a step that moves it, or pass missing='identity'."
+                    "parameters, take a step that moves it, or pass missing='identity' or 'exclude'."
                 )
-            diagonal = torch.ones_like(p)
+            diagonal = torch.full_like(p, math.inf if missing == "exclude" else 1.0)
         second = next((state[name] for name in _SECOND_MOMENTS if name in state), None)
         if unseen == "exclude" and second is not None:
             diagonal = diagonal.masked_fill(second == 0, math.inf)

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from analysis.implicit.measure import implicit_regularization
 from analysis.noise.measure import gradient_noise
 from analysis.training import quantities as quantities_module
+from analysis.training.edge import edge_of_stability
 from analysis.training.measure import track_training
 from analysis.training.quantities import QUANTITIES
-from analysis.training.results import TrainingReading
+from analysis.training.results import Phase, TrainingReading
 from analysis.training.rows import ROWS, load_training
 from analysis.training.tracker import CurvatureTracker
 from analysis.training.untouched import untouched
@@ -232,6 +233,98 @@ def test_readings_agree_with_dense_matrices() -> None:
             root = 2 / r.critical_sharpness / r.lr
             change = float(loss_of(before + root * step, data) - loss_of(before, data))
             assert abs(change) < 0.05 * abs(slope) * root
+
+
+def head_only(model: nn.Sequential) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model[2].parameters(), lr=0.1)
+
+
+def head_only_adam(model: nn.Sequential) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model[2].parameters(), lr=0.1, eps=10.0)
+
+
+def first_at_rest(model: nn.Sequential) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}], lr=0.1)
+
+
+def second_at_rest(model: nn.Sequential) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 0.0}], lr=0.1)
+
+
+@pytest.mark.parametrize("make", [head_only, head_only_adam, first_at_rest, second_at_rest])
+def test_what_the_optimizer_does_not_move_has_no_part_in_stability(
+    make: Callable[[nn.Sequential], torch.optim.Optimizer],
+) -> None:
+    model, data, objective = small()
+    with torch.no_grad():
+        model[2].weight.mul_(20)  # the first layer is the sharper one
+    optimizer = make(model)
+    tracker = CurvatureTracker(objective, optimizer, budget=None, generator=0)
+    before = flat(model)
+    nn.functional.mse_loss(model(data[0]), data[1]).backward()
+    g = torch.cat([p.grad.flatten() for p in model[2].parameters() if p.grad is not None])
+    optimizer.step()
+    r = tracker.step()
+    assert r is not None
+    adam = isinstance(optimizer, torch.optim.Adam)
+    limit, P = (38.0, 0.1 * (g.abs() + 10.0)) if adam else (2.0, torch.ones(10, dtype=torch.float64))
+    H = dense(before, data)
+    block = H[16:, 16:] / (P.sqrt()[:, None] * P.sqrt())
+    assert r.threshold == pytest.approx(limit / 0.1)
+    assert r.preconditioned == pytest.approx(float(torch.linalg.eigvalsh(block)[-1]), rel=0.02)
+    assert r.stability == pytest.approx(r.preconditioned / r.threshold)
+    assert r.sharpness == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=0.02)
+    assert r.sharpness > 2 * float(torch.linalg.eigvalsh(H[16:, 16:])[-1])
+
+
+@pytest.mark.parametrize("kind", ["adam", "groups", "head"])
+def test_sharpness_alone_has_no_threshold_of_a_preconditioned_one(kind: str) -> None:
+    model, data, objective = small()
+    groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}]
+    optimizer = {
+        "adam": torch.optim.Adam(model.parameters(), lr=0.1),
+        "groups": torch.optim.SGD(groups, lr=0.1),
+        "head": head_only(model),
+    }[kind]
+    tracker = CurvatureTracker(objective, optimizer, quantities=("sharpness",), budget=None, generator=0)
+    nn.functional.mse_loss(model(data[0]), data[1]).backward()
+    optimizer.step()
+    r = tracker.step()
+    assert r is not None
+    assert r.sharpness > 0
+    assert math.isnan(r.threshold)
+    assert math.isnan(r.stability)
+    assert edge_of_stability(tracker.record).phases == (Phase.UNKNOWN,)
+
+
+def test_penalties_of_another_training_than_plain_sgd_are_refused() -> None:
+    model, _, objective = small()
+    first, second = model[0].parameters(), model[2].parameters()
+    for optimizer, why in (
+        (torch.optim.Adam(model.parameters()), "the optimizer is Adam"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True), "Nesterov"),
+        (torch.optim.SGD([{"params": first, "lr": 0.3}, {"params": second}], lr=0.1), "different settings"),
+    ):
+        with pytest.raises(InputError, match=why):
+            CurvatureTracker(objective, optimizer, quantities=["penalties"], batch_size=4, generator=0)
+
+
+def test_a_group_that_maximizes_has_no_edge() -> None:
+    model, _, objective = small()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "maximize": True}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(InputError, match="maximizes"):
+        CurvatureTracker(objective, optimizer, quantities=["preconditioned"], generator=0)
+    assert math.isnan(run_one(CurvatureTracker(objective, optimizer, budget=None, generator=0), model).threshold)
+
+
+def run_one(tracker: CurvatureTracker, model: nn.Module) -> TrainingReading:
+    loss = nn.functional.mse_loss(model(small()[1][0]), small()[1][1])
+    loss.backward()
+    tracker.optimizer.step()
+    r = tracker.step(loss)
+    assert r is not None
+    return r
 
 
 def test_noise_and_penalties_are_what_the_measures_return() -> None:

@@ -188,6 +188,9 @@ def test_parameters_that_were_not_moved() -> None:
     P = objective.space.to_dict(optimizer_divisor(optimizer, objective.space, missing="identity"))
     assert torch.equal(P["unused.weight"], torch.ones(2, 3, dtype=F64))
     assert not torch.equal(P["head.weight"], torch.ones(3, 4, dtype=F64))
+    P = objective.space.to_dict(optimizer_divisor(optimizer, objective.space, missing="exclude"))
+    assert bool(P["unused.weight"].isinf().all())
+    assert bool(P["head.weight"].isfinite().all())
     partly = torch.optim.Adagrad(model.get_submodule("head").parameters(), lr=0.1)
     with pytest.raises(InputError, match=r"does not hold 'unused.weight'"):
         optimizer_divisor(partly, objective.space)
@@ -211,7 +214,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         PreconditionedOperator.from_optimizer(H, other)
     with pytest.raises(InputError, match=r"must be a torch.optim.Optimizer, got str"):
         optimizer_divisor("adam", objective.space)
-    with pytest.raises(InputError, match=r"missing must be 'error' or 'identity', got 'skip'"):
+    with pytest.raises(InputError, match=r"missing must be 'error', 'identity' or 'exclude', got 'skip'"):
         optimizer_divisor(other, objective.space, missing="skip")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"needs a matrix of an objective.*got Scaled"):
         PreconditionedOperator.from_optimizer(2 * H, other)  # type: ignore[arg-type]
