@@ -17,6 +17,9 @@ trusts them (`Objective.notes` says what came of it), and where they fail in any
 Some layers are recorded in elementary operations because torch's own derivatives of them are wrong: weight
 normalisation always, the other normalisations (`curvature.autograd.composed`) where third derivatives are asked for. A
 model that differentiates itself in its forward pass asks for them too: that is seen here, and it is recorded anew.
+
+Hooks that the forward pass registers on tensors may clip, scale or turn gradients; they act where the forward pass
+differentiates itself and nowhere else, as those of parameters and modules: what is differentiated is the loss.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ class LeanLayers(TorchFunctionMode):
         self.saw_hooks = self.must_record_anew = self.forward_differentiates = False
         self._corrections_only = corrections_only
         self._third_order = third_order
-        self._left_normalisations = False
+        self._left_normalisations = self._differentiating = False
         self._rules = {} if corrections_only or third_order else _RULES
         self._replaced: list[Any] = []
         self._convolutions = WeakTensorKeyDictionary()  # output -> its version, and what it is made of
@@ -90,11 +93,16 @@ class LeanLayers(TorchFunctionMode):
         if func in _DIFFERENTIATIONS:
             if kwargs.get("create_graph"):
                 self._prepare_for_differentiation(args[0])
+            outer, self._differentiating = self._differentiating, True
             try:
                 return func(*args, **kwargs)  # parts that checkpointing runs again inside are out of reach
             except RuntimeError as error:
                 refuse_checkpointing(error)
                 raise
+            finally:
+                self._differentiating = outer
+        elif func is Tensor.register_hook and not args[0].is_leaf:
+            return self._hook(*args, **kwargs)
         elif func is torch._weight_norm:
             return weight_norm(*args, **kwargs)
         elif func in NORMALISATIONS and torch.is_grad_enabled():
@@ -117,6 +125,9 @@ class LeanLayers(TorchFunctionMode):
     def calls(self) -> list[Any]:
         """Return the functions whose calls were replaced, in their order."""
         return [func for func, *_ in self._replaced]
+
+    def _hook(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+        return tensor.register_hook(lambda g: hook(g) if self._differentiating else None)
 
     def _prepare_for_differentiation(self, outputs: Any) -> None:
         """The forward pass differentiates with a graph, so that its loss holds derivatives beyond the second."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as torch_modules
 
 from curvature.autograd.guards import refuse_reentrant
 from curvature.autograd.lazy_logits import HeadInBlocks, LazyLogits
@@ -345,7 +346,8 @@ def _requires_grad_only(chosen: Sequence[Tensor], others: Iterable[Tensor]) -> I
 @contextlib.contextmanager
 def _unhooked(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
     """Leave out hooks on gradients, which may clip or scale them: what is differentiated is the loss."""
-    hooks = [p._backward_hooks for p in parameters]
+    hooks: list[Any] = [p._backward_hooks for p in parameters]
+    hooks += [torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks]
     for module in modules:
         hooks += [module._backward_hooks, module._backward_pre_hooks]
     left_out = [(store, dict(store)) for store in hooks if store]

@@ -222,30 +222,6 @@ def test_a_loss_with_parameters_is_no_chain() -> None:
     assert_close(HessianOperator(Objective(model, Penalised(), data)).to_dense(), H, 1e-11)
 
 
-@pytest.mark.parametrize("hook", [lambda g: 3 * g, lambda g: g + g.square()])
-@pytest.mark.parametrize("matrix", [HessianOperator, GGNOperator])
-def test_gradients_that_hooks_change_count(matrix: type[HessianOperator], hook: Callable[[Tensor], Tensor]) -> None:
-    inner = perceptron(nn.Tanh())
-
-    class Hooked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.inner[1](self.inner[0](x))
-            h.register_hook(hook)
-            z: Tensor = self.inner[2](h)
-            return z
-
-    model = Hooked()
-    objective = Objective(model, nn.CrossEntropyLoss(), (real(N, 4, seed=5), CLASSES), keep_graphs=True)
-    found = matrix(objective) @ real(objective.num_params)
-    plain = Objective(model, nn.CrossEntropyLoss(), (real(N, 4, seed=5), CLASSES))
-    plain.trust.revoke("a test")
-    assert_close(found, matrix(plain) @ real(objective.num_params), 1e-12)
-
-
 def test_the_point_moves_and_the_chain_with_it() -> None:
     model, loss, data = perceptron(nn.Tanh()), nn.CrossEntropyLoss(), (real(N, 4, seed=5), CLASSES)
     H = HessianOperator(Objective(model, loss, data, keep_graphs=True))

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import DataError, InputError
+from curvature.layerwise import exact_diagonal
+from curvature.per_example import gradient_norms
 from tests.checks import BATCHING_TOLERANCE, assert_close, assert_untouched
 from tests.references import dense_hessian, flat_gradient
 
@@ -362,6 +364,89 @@ def test_hooks_on_gradients_are_left_out_and_left_in_place(
     assert float(seen[0].abs().max()) <= 1e-3
     clip.remove()
     assert len(weight._backward_hooks or ()) == 1
+
+
+class HooksItself(nn.Module):
+    """Has a hook on what lies between its layers, registered in each forward pass."""
+
+    def __init__(self, inner: nn.Sequential, hook: Any) -> None:
+        super().__init__()
+        self.inner, self.hook = inner, hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.inner):
+            x = layer(x)
+            if i == 0 and x.requires_grad:
+                x.register_hook(self.hook)
+        return x
+
+
+@pytest.mark.parametrize("hook", [lambda g: 3 * g, lambda g: g + g.square(), lambda g: -g])
+@pytest.mark.parametrize("keep_graphs", [True, False])
+def test_hooks_that_forward_passes_register_are_left_out(hook: Any, keep_graphs: bool) -> None:
+    model, clean = (nn.Sequential(nn.Linear(X.shape[1], 4), nn.Tanh(), nn.Linear(4, 3)).to(X.dtype) for _ in range(2))
+    clean.load_state_dict(model.state_dict())
+    called: list[Tensor] = []
+
+    def watched(g: Tensor) -> Any:
+        called.append(g)
+        return hook(g)
+
+    params = list(clean.parameters())
+    H = dense_hessian(lambda: F.cross_entropy(clean(X), Y), params)
+    g = torch.cat([part.reshape(-1) for part in torch.autograd.grad(F.cross_entropy(clean(X), Y), params)])
+    objective = Objective(HooksItself(model, watched), nn.CrossEntropyLoss(), (X, Y), keep_graphs=keep_graphs)
+    plain = Objective(clean, nn.CrossEntropyLoss(), (X, Y))
+    v = real(len(g))
+    assert_close(objective.gradient(), g, 1e-12)
+    assert_close(HessianOperator(objective) @ v, H @ v, 1e-11)
+    assert_close(GGNOperator(objective) @ v, GGNOperator(plain) @ v, 1e-11)
+    assert_close(exact_diagonal(objective, "hessian").value, H.diagonal(), 1e-11)
+    assert_close(gradient_norms(objective).mean, g, 1e-12)
+    assert not called
+    F.cross_entropy(objective.model(X), Y).backward()  # training has its hooks
+    assert len(called) == 1
+
+
+def test_hooks_of_a_forward_pass_that_differentiates_itself_are_part_of_it() -> None:
+    """The loss is the size of a gradient that a hook has scaled: without it the loss would be another."""
+    model = net()
+    first = next(model.parameters())
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z = model(batch[0])
+        z.register_hook(lambda g: 2 * g)
+        (g,) = torch.autograd.grad(
+            F.cross_entropy(z.square(), batch[1]), list(model.parameters())[0], create_graph=True
+        )
+        return g.square().sum() + F.cross_entropy(z, batch[1])
+
+    def by_hand() -> Tensor:
+        z = model(X)
+        (g,) = torch.autograd.grad(2 * F.cross_entropy(z.square(), Y), first, create_graph=True)
+        return g.square().sum() + F.cross_entropy(z, Y)
+
+    objective = Objective(model, None, (X, Y), forward=loss)
+    assert_close(objective.loss(), by_hand().detach(), 1e-12)
+    params = list(model.parameters())
+    g = torch.cat([part.reshape(-1) for part in torch.autograd.grad(by_hand(), params)])
+    assert_close(objective.gradient(), g, 1e-12)
+
+
+def test_hooks_of_all_modules_are_left_out() -> None:
+    model = net()
+    A = HessianOperator(Objective(model, nn.CrossEntropyLoss(), (X, Y)))
+    true = A.to_dense()
+    handles = [
+        torch.nn.modules.module.register_module_full_backward_hook(lambda *sides: (3 * sides[1][0],)),
+        torch.nn.modules.module.register_module_full_backward_pre_hook(lambda *sides: (2 * sides[1][0],)),
+    ]
+    try:
+        A.objective.release()
+        assert_close(A.to_dense(), true, 1e-12)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_batches_that_are_no_pair_or_too_small_are_told() -> None:
