@@ -416,9 +416,7 @@ def test_hooks_of_a_forward_pass_that_differentiates_itself_are_part_of_it() -> 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         z = model(batch[0])
         z.register_hook(lambda g: 2 * g)
-        (g,) = torch.autograd.grad(
-            F.cross_entropy(z.square(), batch[1]), list(model.parameters())[0], create_graph=True
-        )
+        (g,) = torch.autograd.grad(F.cross_entropy(z.square(), batch[1]), first, create_graph=True)
         return g.square().sum() + F.cross_entropy(z, batch[1])
 
     def by_hand() -> Tensor:
