@@ -58,7 +58,10 @@ class ObjectiveOperator(SymmetricOperator):
             if observe is not None or not self._works_by_module:
                 refuse_by_module(self.objective.shards, type(self).__name__)
             return [self._by_module(x, block) for x, block in zip(X, blocks, strict=True)]
+        if self.objective.ranks is not None:
+            self.objective.ranks.agree(self._named(X, blocks))
         rows = [whole(x).T.contiguous() for x in X]
+        compared = [r for r, x in zip(rows, X, strict=True) if not isinstance(x, ShardedTensor)]  # others are gathered
         sharding = X[0].sharding if len(X) == 1 and isinstance(X[0], ShardedTensor) else None
 
         def of_batch(lin: Linearization) -> Tensor:
@@ -78,13 +81,18 @@ class ObjectiveOperator(SymmetricOperator):
 
         told = None if observe is None else pass_on
         found = split(
-            self.objective.reduce(of_batch, observe=told, vectors=rows, sharding=sharding, own=observe is None)
+            self.objective.reduce(of_batch, observe=told, vectors=compared, sharding=sharding, own=observe is None)
         )
         if sharding is not None:
             return found
         return [
             in_parts(y, x.sharding if isinstance(x, ShardedTensor) else None, 0) for x, y in zip(X, found, strict=True)
         ]
+
+    def _named(self, X: Sequence[Tensor], blocks: Sequence[Block | None]) -> str:
+        """Return what ranks must have in common that come to a product."""
+        what = (f"{x.shape[1]} x {'all parameters' if b is None else b.name}" for x, b in zip(X, blocks, strict=True))
+        return f"products of {type(self).__name__} ({', '.join(what)})"
 
     def _by_module(self, X: Tensor, block: Block | None) -> Tensor:
         every = self.objective.sharding

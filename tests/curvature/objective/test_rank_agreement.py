@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from curvature import EmpiricalFisherOperator, HessianOperator, MCFisherOperator, Objective, eigsh
+from curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator, MCFisherOperator, Objective, eigsh
 from curvature.fingerprints.portable import content
 from curvature.linalg import diagonal
 from curvature.objective.shift import loss_at
@@ -113,6 +113,14 @@ REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
     ),
     "k": ("gave to eigsh", lambda r, g: eigsh(objective(r, g), 1 + r, generator=generator())),
     "calls": ("shapes", lambda r, g: objective(r, g).loss() if r else objective(r, g).gradient()),
+    "matrices": (
+        "different calls",
+        lambda r, g: (HessianOperator, GGNOperator)[r](objective(r, g)) @ torch.ones(53, dtype=torch.float64),
+    ),
+    "columns": (
+        "different calls",
+        lambda r, g: HessianOperator(objective(r, g)) @ torch.ones(53, 1 + r, dtype=torch.float64),
+    ),
     "NaN": ("the loss is nan", lambda r, g: objective(r, g, data=[(x / (1 - r), y)]).loss()),
     "no second": ("gave to", lambda r, g: objective(r, g, weight=(None, lambda _: 1.0)[r])),
     "exception": ("by zero", _late),

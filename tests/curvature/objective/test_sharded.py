@@ -440,9 +440,17 @@ def _gradient_beside_loss(rank: int) -> Any:
     return o.gradient() if rank == 0 else o.loss()
 
 
-def _other_products(rank: int) -> Any:
-    o = objective(_fully_sharded(), batches(), memory_budget=0)
+def _other_products(rank: int, budget: int | None = 0) -> Any:
+    o = objective(_fully_sharded(), batches(), memory_budget=budget)
     return (HessianOperator if rank == 0 else GGNOperator)(o) @ o.space.current()
+
+
+def _other_parameters(rank: int) -> Any:
+    """The parts have different sizes, and a gather of both would not come back."""
+    o = objective(_fully_sharded(), batches())
+    A = HessianOperator(o).restrict("up*" if rank == 0 else "norm*")
+    assert A.sharding is not None
+    return A @ ShardedTensor(torch.ones(A.sharding.num_local, dtype=torch.float64), A.sharding)
 
 
 def _elsewhere(function: Callable[..., Any]) -> Callable[[int], Any]:
@@ -473,7 +481,12 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     },
     "a comparison on the other route": (_compared_on_the_other_route, "is not that of the plain one"),
     "a gradient beside a loss": (_gradient_beside_loss, "different calls"),
-    "products with other matrices": (_other_products, "different calls"),
+    "products with other matrices, module by module": (_other_products, "different calls"),
+    "products with other matrices": (
+        lambda rank: _other_products(rank, None),
+        "rank 0 at products of HessianOperator (1 x all parameters), rank 1 at products of GGNOperator",
+    ),
+    "products with other blocks": (_other_parameters, "different calls"),
     "a loss away from the point": (_elsewhere(loss_at), "needs whole parameters"),
     "a gradient away from the point": (_elsewhere(gradient_at), "needs whole parameters"),
     "ranks at different calls": (_out_of_step, "different calls"),
