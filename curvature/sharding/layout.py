@@ -217,7 +217,7 @@ class Layout:
             if k == 1 and self._in_turn(first, stop):
                 found[:, self.starts[first] : self.starts[stop]] = all_gather(mine, self.group).view(1, -1)
                 continue
-            sent = torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
+            sent = mine if mine.shape[1] == most else torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
             received = all_gather(sent, self.group)
             for rank, i, place in self._places(first, stop, found):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
@@ -247,12 +247,12 @@ class Layout:
                     part.copy_(reduce_scatter(sent * factor, self.group))
                 continue
             largest = max(starts[stop] - starts[first] for starts in self.local_starts)
-            sent = rows.new_zeros(self.group.size(), k, largest)
+            sent = rows.new_empty(self.group.size(), k, largest)  # what is left of it after a part nobody reads
             for rank, i, place in self._places(first, stop, rows, owners=False):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
-                sent[rank, :, a:b].view(place.shape).copy_(place)
+                torch.mul(place, factor, out=sent[rank, :, a:b].view(place.shape))
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
-            found[:, a:b] = reduce_scatter(sent.mul_(factor), self.group)[:, : b - a]
+            found[:, a:b] = reduce_scatter(sent, self.group)[:, : b - a]
         return found
 
     def _in_turn(self, first: int, stop: int) -> bool:
