@@ -25,7 +25,7 @@ from curvature.sharding.layout import Layout
 
 __all__ = ["Walk"]
 
-_PIECE = 1 << 17  # entries summed at a time on CPUs: gloo copies them in threads whose memory the C library keeps
+_PIECE = 1 << 17  # entries moved at a time on CPUs: gloo copies them in threads whose memory the C library keeps
 _BEGIN, _PARAMETERS, _DIRECTIONS, _CONTRIBUTE = range(4)
 
 
@@ -57,14 +57,15 @@ class Walk:
         self.total: Tensor | None = None
         named = list(shards.leaves)
         self.parts = [shards.present(name) for name in named]
+        self._is_installed, self._on_cpu = False, self.parts[0].device.type == "cpu"
         if chosen is not None:
             for i in chosen.positions:
                 self.parts[i].requires_grad_()
             dtype = torch.float32 if vectors is None else vectors.dtype
             for i in chosen.positions:
                 dtype = torch.promote_types(dtype, self.parts[i].dtype)
+            self.give_back()  # an earlier total's, say, of which the C library does not make this one
             self.total = self.parts[0].new_zeros(1 if vectors is None else len(vectors), chosen.num_local, dtype=dtype)
-        self._is_installed, self._on_cpu = False, self.parts[0].device.type == "cpu"
         self._held: dict[tuple[int, bool], Tensor] = {}
         self._groups: list[tuple[int, ...]] = [(i,) for i in range(len(named))]
         self._modules: list[tuple[nn.Module, dict[str, int]]] = []
@@ -121,9 +122,10 @@ class Walk:
     def _taken(self, what: int, places: tuple[int, ...], row: int, rows: Tensor | None) -> Any:
         """Take part in a collective; with nothing to contribute, where rows is None."""
         self.give_back()  # what the module before had
+        most = _PIECE if self._on_cpu else None
         if what == _PARAMETERS:
             mine = torch.cat([self.parts[i].detach().reshape(-1) for i in places])
-            return self.shards.layout.of(places).whole(mine[None])
+            return self.shards.layout.of(places).whole(mine[None], most=most)
         assert self.chosen is not None
         chosen = self._chosen(places)
         layout, starts = self.shards.layout.of(chosen), self.chosen.local_starts[self.chosen.rank]
@@ -131,11 +133,10 @@ class Walk:
         if what == _DIRECTIONS:
             assert self.vectors is not None
             mine = torch.cat([self.vectors[row, s] for s in slices]).to(self.parts[places[0]].dtype)
-            return layout.whole(mine[None])
+            return layout.whole(mine[None], most=most)
         assert self.total is not None
         self.num_sums += 1
         mine = self.total.new_zeros(1, layout.num_entries) if rows is None else rows
-        most = _PIECE if self._on_cpu else None
         found = layout.summed(mine, self.shards.data, self.weight, most=most)[0]
         first = 0
         for s in slices:

@@ -205,19 +205,25 @@ class Layout:
             pieces.append(tensor[(..., *_slices(box))].reshape(*rows.shape[:-1], _numel(box)))
         return torch.cat(pieces, dim=-1).movedim(-1, dim)
 
-    def whole(self, rows: Tensor) -> Tensor:
-        """Return whole vectors (k, n), alike on every rank, of parts (k, num_local). A gather for each bucket."""
-        k = len(rows)
-        if k == 1 and len(list(self._buckets(k))) == 1 and self._in_turn(0, len(self.shapes)):
+    def whole(self, rows: Tensor, *, most: int | None = None) -> Tensor:
+        """Return whole vectors (k, n), alike on every rank, of parts (k, num_local).
+
+        One gather for each bucket, or for each `most` entries of one tensor that the ranks hold in turn.
+        """
+        k, limit = len(rows), self.num_entries if most is None else most
+        if k == 1 and self.num_entries <= limit and len(self._buckets(k)) == 1 and self._in_turn(0, len(self.shapes)):
             return all_gather(rows, self.group).view(1, -1)
         found = rows.new_empty(k, self.num_entries)
         for first, stop in self._buckets(k):
-            most = max(starts[stop] - starts[first] for starts in self.local_starts)
+            largest = max(starts[stop] - starts[first] for starts in self.local_starts)
             mine = rows[:, self.local_starts[self.rank][first] : self.local_starts[self.rank][stop]]
             if k == 1 and self._in_turn(first, stop):
-                found[:, self.starts[first] : self.starts[stop]] = all_gather(mine, self.group).view(1, -1)
+                by_rank = found[0, self.starts[first] : self.starts[stop]].view(self.group.size(), -1)
+                width = max(1, limit // self.group.size())
+                for sent, place in zip(mine[0].split(width), by_rank.split(width, dim=1), strict=True):
+                    place.copy_(all_gather(sent, self.group))
                 continue
-            sent = mine if mine.shape[1] == most else torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
+            sent = mine if mine.shape[1] == largest else torch.nn.functional.pad(mine, (0, largest - mine.shape[1]))
             received = all_gather(sent, self.group)
             for rank, i, place in self._places(first, stop, found):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))

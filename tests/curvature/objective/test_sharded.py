@@ -538,9 +538,11 @@ def algebra(group: Any) -> dict[str, tuple[Tensor, Tensor]]:
     torch.randn(3, 3, generator=again, dtype=torch.float64)
     found["draws"] = (ShardedTensor(drawn, layout).whole(), torch.randn(3, n, generator=again))
     even = Layout.agreed([distribute_tensor(torch.zeros(6, 7), mesh, [Shard(0)])], group)
-    rows, before = torch.arange(42.0, dtype=torch.float64)[None], COUNTS["reduce_scatter"]
-    found["sum in pieces"] = (even.whole(even.summed((group.rank() + 1) * rows, group, 0.5, most=10)), 1.5 * rows)
-    found["pieces"] = (torch.tensor(COUNTS["reduce_scatter"] - before), torch.tensor(5))  # of 21 entries a rank, 5 each
+    rows, before = torch.arange(42.0, dtype=torch.float64)[None], dict(COUNTS)
+    part = even.summed((group.rank() + 1) * rows, group, 0.5, most=10)
+    found["sum in pieces"] = (even.whole(part, most=10), 1.5 * rows)
+    pieces = [COUNTS[name] - before[name] for name in ("reduce_scatter", "all_gather")]
+    found["pieces"] = (torch.tensor(pieces), torch.tensor([5, 5]))  # of 21 entries a rank, 5 each
     return found
 
 
