@@ -6,9 +6,10 @@
 divide, on ragged data; collectives of a product and of a step of Lanczos. `cost`: peak resident memory of `eigsh` with
 a basis of 20 vectors, 10 million parameters in float64, graph rebuilt, bytes that a product moves and its seconds,
 beside what `plan` says. `peers`: the routes of plain torch and of hessian-eigenthings, with their errors. `speed`:
-seconds of steps of Lanczos on two ranks and on one, in turn, by the clock and of the processor (of the slower rank),
-and medians of their ratios: a busy machine shares the processors, and ranks wait for each other. Processes talk over
-gloo; one thread each.
+seconds of steps of Lanczos on several ranks and on one, in turn, by the clock and of the processor (of the slowest
+rank), and medians of their ratios: a busy machine shares the processors, and ranks wait for each other; beside what
+`plan` says for ranks as fast as one process, as far as there are processors, and for messages as fast as those that are
+timed in the same run. Processes talk over gloo; one thread each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from statistics import median
@@ -41,7 +43,7 @@ from curvature import (
     solve,
 )
 from curvature.linalg import ThickRestartLanczos, spectral_density, trace
-from curvature.sharding.collectives import COUNTS, RECEIVED
+from curvature.sharding.collectives import COUNTS, RECEIVED, all_gather, all_reduce, reduce_scatter
 from curvature.sharding.tensors import in_parts, whole
 from curvature.spectra.many_devices import rank_cost
 
@@ -174,23 +176,27 @@ def _fisher_error(o: Objective, found: Tensor, v: Tensor, mine: Any, place: int)
     return float((found - product / weight).norm() / found.norm())
 
 
-def _deep(ranks: int) -> tuple[Any, ModelSize]:
-    """Return a network of 10 million parameters, in parts where there are several ranks, and its size."""
+def _size(examples: int) -> ModelSize:
+    layers = (nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64, device="meta") for _ in range(DEPTH))
+    size = ModelSize.of(nn.Sequential(*layers), tokens=examples, batch_tokens=examples)
+    return replace(size, token_bytes=3 * DEPTH * SIDE * 8)
+
+
+def _deep(ranks: int) -> Any:
+    """Return a network of 10 million parameters, in parts where there are several ranks."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    layers = (nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64, device="meta") for _ in range(DEPTH))
-    size = ModelSize.of(nn.Sequential(*layers), tokens=64, batch_tokens=64, token_bytes=3 * DEPTH * SIDE * 8)
     model: Any = nn.Sequential()
     for _ in range(DEPTH):
         layer: Any = nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64)
         model.extend([layer if ranks == 1 else fully_shard(layer), nn.Tanh()])
-    return model if ranks == 1 else fully_shard(model), size
+    return model if ranks == 1 else fully_shard(model)
 
 
 def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
     """Return peak memory of `eigsh` and seconds of a product, of a network of 10 million parameters."""
-    model, size = _deep(ranks)
+    model, size = _deep(ranks), _size(64)
     x = torch.randn(64, SIDE, dtype=torch.float64)[rank::ranks]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     budget = 0 if "module" in layout else None
@@ -214,7 +220,7 @@ def cost(rank: int, ranks: int, layout: str) -> dict[str, Any]:
 
 def _lanczos(ranks: int, x: Tensor, budget: int | None) -> Callable[[int], list[float]]:
     """Return what brings a run of Lanczos to so many products: seconds by the clock and of the processor."""
-    o = Objective(_deep(ranks)[0], nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
+    o = Objective(_deep(ranks), nn.MSELoss(), (x, torch.zeros_like(x)), keep_graphs=False, memory_budget=budget)
     solver = ThickRestartLanczos(o, 1, rtol=1e-12, confidence=None, generator=0)
 
     def until(done: int) -> list[float]:
@@ -224,6 +230,38 @@ def _lanczos(ranks: int, x: Tensor, budget: int | None) -> Callable[[int], list[
 
     until(2)
     return until
+
+
+def _messages(ranks: int) -> tuple[float, float]:
+    """Return bytes a second that a rank receives of 32 MiB that are gathered or summed, and seconds of a message."""
+    group: Any = dist.group.WORLD
+    part = torch.ones(2**22 // ranks, dtype=torch.float64)
+    seconds = []
+    for _ in range(3):
+        before, start = RECEIVED["bytes"], time.perf_counter()
+        reduce_scatter(all_gather(part, group), group)
+        seconds.append((time.perf_counter() - start) / (RECEIVED["bytes"] - before))
+        start = time.perf_counter()
+        for _ in range(20):
+            all_reduce(part[:1], group)
+        seconds.append((time.perf_counter() - start) / 20)
+    return 1 / median(seconds[::2]), median(seconds[1::2])
+
+
+def _planned(ranks: int, layout: str, alone: float, speeds: tuple[float, float]) -> dict[str, float]:
+    """Return what a product should take, from the seconds of one process and of messages."""
+    size = _size(512)
+    asked: Any = {"num_matvecs": 1, "num_basis": 1, "others": 0}
+    flops = rank_cost(size, **asked, world_size=1, cluster=Cluster(flops=1.0, memory=1e15)).compute_seconds / alone
+    share = min(1.0, (os.cpu_count() or 1) / ranks)
+    cluster = Cluster(flops=flops * share, link=speeds[0], latency=speeds[1], memory=1e15)
+    costs = rank_cost(size, **asked, world_size=ranks, cluster=cluster)
+    route = COSTS[1] if "module" in layout else "whole parameters"
+    cost = next(c for c in (costs, costs.other) if c is not None and c.route in route)
+    return {
+        **{"planned_seconds": cost.seconds, "planned_link_seconds": cost.link_seconds},
+        **{"link_bytes_a_second": speeds[0], "message_seconds": speeds[1]},
+    }
 
 
 def speed(rank: int, ranks: int, layout: str) -> dict[str, Any]:
@@ -238,7 +276,10 @@ def speed(rank: int, ranks: int, layout: str) -> dict[str, Any]:
         taken[-1] += together(done)
         dist.barrier()
     names = ("alone_seconds", "alone_cpu_seconds", "step_seconds", "step_cpu_seconds")
-    return {**dict(zip(names, zip(*taken, strict=True), strict=True)), "load": os.getloadavg()[0]}
+    found: dict[str, Any] = dict(zip(names, zip(*taken, strict=True), strict=True))
+    speeds = _messages(ranks)
+    planned = _planned(ranks, layout, median(found["alone_seconds"]), speeds) if rank == 0 else {}
+    return {**found, **planned, "load": os.getloadavg()[0]}
 
 
 def peer(rank: int, ranks: int, layout: str) -> dict[str, Any]:
@@ -345,7 +386,7 @@ def main() -> None:
     tasks = [("exact", layout, n) for layout in asked.layouts for n in asked.ranks]
     tasks += [("cost", layout, n) for n in (1, *asked.ranks) for layout in COSTS[: 1 if n == 1 else 2]]
     tasks += [("peers", name, 2) for name in PEERS]
-    tasks += [("speed", layout, 2) for layout in COSTS]
+    tasks += [("speed", layout, n) for n in asked.ranks for layout in COSTS]
     tasks = [task for task in tasks if task[0] in asked.what]
     with Rows(asked.out, ("what", "layout", "ranks"), len(tasks)) as rows:
         for task in tasks:
