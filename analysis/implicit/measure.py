@@ -247,12 +247,20 @@ def example_trace_gradient(objective: Objective, g: Tensor, *, progress: Progres
     """Return the gradient (n,) of Gamma = (1/N) sum_i (w_i / w)^2 |g_i - g|^2, g the objective's gradient.
 
     (2/N) sum_i (w_i / w)^2 (H_i - H)(g_i - g): a gradient and a Hessian product an example, each on its own graph.
+
+    Raises:
+        InputError: for a model that draws random numbers, which one example alone has others of than in its batch.
     """
     count, total = 0, 0.0
     own, rest = torch.zeros_like(g, dtype=torch.float64), torch.zeros_like(g, dtype=torch.float64)
     pieces = objective.split(1)
     for lin in pieces.linearizations():
         count += 1
+        if lin.drew_random_numbers:
+            raise InputError(
+                "the model draws random numbers (dropout?), and an example alone gets others than in its batch, so "
+                "that its gradients are no parts of the loss's; call model.eval()."
+            )
         if lin.weight != 0:
             total += lin.weight
             apart = lin.gradient() - g

@@ -290,3 +290,10 @@ class _Look:
                 f"Buffers (statistics of batch normalisation) of {', '.join(moved)} differ from the model's: paths go "
                 "from one to the other, lines and the plane keep the model's."
             )
+        for place in places:
+            if place.others:
+                named = ", ".join(place.others[:3]) + (", ..." if len(place.others) > 3 else "")
+                self.notes.append(
+                    f"{place.name} differs from the model in parameters that were not chosen ({named}), which stay the "
+                    "model's: its loss here is not that of the checkpoint."
+                )

@@ -49,6 +49,8 @@ class Place:
     """Floating-point buffers by name."""
     record: Mapping[str, str] = field(default_factory=dict)
     """File name, digest and key of the checkpoint it was read from."""
+    others: tuple[str, ...] = ()
+    """Parameters that were not chosen, and are others there than in the model."""
 
 
 @in_whole_vectors
@@ -74,7 +76,9 @@ def read_place(objective: Objective, path: Path, *, key: str | None = None) -> P
     vector = objective.space.to_flat({name: state[name] for name in objective.space.names}).to(objective.device)
     present: dict[str, Tensor] = dict(objective.model.named_buffers())  # what is not saved, stays as it is
     buffers = _buffers({n: state.get(n, t) for n, t in present.items()})
-    return Place(name=path.stem, vector=vector, buffers=buffers, record=checkpoint.record)
+    held = [(n, p) for n, p in objective.model.named_parameters() if n in state and n not in objective.space.names]
+    others = tuple(n for n, p in held if not torch.equal(state[n].to(p), p))
+    return Place(name=path.stem, vector=vector, buffers=buffers, record=checkpoint.record, others=others)
 
 
 @in_whole_vectors

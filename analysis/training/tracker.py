@@ -185,7 +185,8 @@ class CurvatureTracker:
         """Take a reading if one is due; to be called once in each round of the loop, after the optimizer's step.
 
         Rounds without a step of the optimizer (accumulated gradients, one that a gradient scaler skipped) count as
-        none. A loss that is not finite gives a reading that says so, and training goes on.
+        none; a step that a fused optimizer skips by itself is not read. A loss that is not finite gives a reading that
+        says so, and training goes on.
 
         Args:
             loss: training loss of this round; read only when there is a reading, so that no GPU waits for it.
@@ -260,7 +261,8 @@ class CurvatureTracker:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         del args, kwargs
         self._steps += 1
-        if self._open is None:
+        skipped = getattr(optimizer, "found_inf", None)  # of a gradient scaler that leaves it to a fused optimizer
+        if self._open is None or (skipped is not None and bool(skipped)):
             return
         begun = self._budget.clock()
         (before, lr, threshold), self._open = self._open, None

@@ -311,3 +311,13 @@ def test_one_batch_one_example_and_bad_arguments() -> None:
         implicit_regularization(Objective(model, nn.MSELoss(reduction="sum"), (x, y)), lr=0.1, batch_size=2)
     with pytest.raises(InputError, match="betas"):
         adam_correction(objective, lr=0.1, betas=(1.0, 0.5))
+
+
+def test_examples_alone_have_other_masks_than_in_their_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(8, 4).double(), torch.arange(8) % 3))
+    assert implicit_regularization(objective, lr=0.1, batch_size=4).batch_penalty > 0
+    with pytest.raises(InputError, match=r"dropout.*model.eval\(\)"):
+        implicit_regularization(objective, lr=0.1, batch_size=4, directions=True)
+    model.eval()
+    assert implicit_regularization(objective, lr=0.1, batch_size=4, directions=True).batch is not None

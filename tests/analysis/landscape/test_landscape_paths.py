@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.landscape.look import look_around
 from analysis.landscape.paths import Place, bend_towards, loss_along_path, present_place, read_place
 from curvature.errors import CheckpointError, InputError
 from curvature.objective.objective import Objective
@@ -97,6 +98,22 @@ def test_both_ends_are_the_saved_models_with_their_own_statistics(tmp_path: Path
     ):
         assert [float(path.losses[0]), float(path.losses[-1])] == pytest.approx(losses, rel=1e-13)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("moved", ["0.weight", "3.bias", "none"])
+def test_what_was_not_chosen_and_differs_at_the_other_end_is_told(moved: str, tmp_path: Path) -> None:
+    model = batch_norm().eval()
+    data = (torch.randn(20, 3).double(), torch.randint(2, (20,)))
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["3.bias"] = state["3.bias"] + 1
+    if moved != "none":
+        state[moved] = state[moved] + 1
+    torch.save(state, tmp_path / "end.pt")
+    objective = Objective(model, nn.CrossEntropyLoss(), data, params="3.*")
+    found = look_around(objective, to=tmp_path / "end.pt", points=5, plane=False, scaling="raw", generator=0)
+    told = [note for note in found.notes if "not chosen" in note]
+    assert len(told) == (moved == "0.weight")
+    assert all("(0.weight)" in note for note in told)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

@@ -297,6 +297,27 @@ def test_sharpness_alone_has_no_threshold_of_a_preconditioned_one(kind: str) -> 
     assert edge_of_stability(tracker.record).phases == (Phase.UNKNOWN,)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_is_not_read(fused: bool) -> None:
+    """A fused optimizer is called and skips itself."""
+    model, data, _ = small()
+    x, y = (part.float() for part in data)
+    objective = Objective(model.float(), nn.MSELoss(), (x, y))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    tracker = CurvatureTracker(objective, optimizer, budget=None, generator=0)
+    read = []
+    for step in range(4):
+        loss = nn.functional.mse_loss(model(x), y) * (float("inf") if step == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        read.append(tracker.step(loss))
+    assert [r is None for r in read] == [False, True, False, False]
+    assert all(r.update_norm > 0 for r in read if r is not None)
+
+
 def test_penalties_of_another_training_than_plain_sgd_are_refused() -> None:
     model, _, objective = small()
     first, second = model[0].parameters(), model[2].parameters()
