@@ -21,10 +21,10 @@ def _embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
+    scale_grad_by_freq: bool = False,  # noqa: ARG001 - gradients that are scaled are derivatives of nothing
     sparse: bool = False,  # noqa: ARG001 - gradients that are sparse have no second derivative
 ) -> Tensor:
-    return F.embedding(index, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    return F.embedding(index, weight, padding_idx, max_norm, norm_type)
 
 
 def _embedding_bag(
@@ -33,15 +33,15 @@ def _embedding_bag(
     offsets: Tensor | None = None,
     max_norm: float | None = None,
     norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
+    scale_grad_by_freq: bool = False,  # noqa: ARG001 - as above
     mode: str = "mean",
     sparse: bool = False,
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    if mode == "max" or scale_grad_by_freq or max_norm is not None:
-        kept = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
+    if mode == "max" or max_norm is not None:
+        kept = (max_norm, norm_type, False, mode, sparse, per_sample_weights, include_last_offset)
         return F.embedding_bag(index, weight, offsets, *kept, padding_idx)
     if offsets is None:
         bags = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])

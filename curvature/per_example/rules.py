@@ -155,8 +155,8 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> list[Claim]:
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        return []  # the table is rewritten, examples are coupled, or gradients are no dense tensors
+    if max_norm is not None or sparse:
+        return []  # the table is rewritten, or gradients are no dense tensors
 
     def of_table(d: Tensor, ex: Examples) -> Form | None:
         index, values = ex.arranged(input), ex.arranged(d)

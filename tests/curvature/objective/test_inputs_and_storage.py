@@ -98,6 +98,25 @@ CASES: dict[str, tuple[Model, Any]] = {
 }
 
 
+@pytest.mark.parametrize("settings", [{}, {"mode": "sum"}, {"mode": "mean", "offsets": STARTS}])
+def test_gradients_that_embeddings_scale_by_frequency_are_not_scaled(settings: Any) -> None:
+    """Scaled, they are the derivative of nothing, and their own is not symmetric."""
+    tokens = TOKENS.reshape(-1) if "offsets" in settings else TOKENS
+
+    def model(scaled: bool) -> Model:
+        if settings:
+            return Model(bags(**settings, scale_grad_by_freq=scaled))
+        return Model(lambda m, x: m.a(F.embedding(x, m.table, scale_grad_by_freq=scaled).sum(1)))
+
+    apart, plain = model(True), model(False)
+    plain.load_state_dict(apart.state_dict())
+    found, expected = (Objective(m, nn.CrossEntropyLoss(), (tokens, Y)) for m in (apart, plain))
+    assert_close(found.gradient(), expected.gradient())
+    H = HessianOperator(found).to_dense()
+    assert_close(H, HessianOperator(expected).to_dense())
+    assert_close(H, H.T)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hessian(name: str) -> None:
     model, data = CASES[name]

@@ -126,9 +126,16 @@ def test_embedding() -> None:
     check(nn.Embedding(6, 3, padding_idx=-6), TOKENS, route="rules")
 
 
-def test_embeddings_whose_gradients_depend_on_other_examples() -> None:
-    with pytest.raises(DataError, match="couples the examples of a batch in its derivatives"):
-        check(nn.Embedding(4, 3, scale_grad_by_freq=True), TOKENS, route="rules")
+def test_gradients_that_embeddings_scale_by_frequency_are_not_scaled() -> None:
+    """They would depend on the other examples, and be derivatives of nothing."""
+    scaled, plain = nn.Embedding(4, 3, scale_grad_by_freq=True), nn.Embedding(4, 3)
+    plain.load_state_dict(scaled.state_dict())
+    moments = [gradient_moments(Objective(m, nn.MSELoss(), (TOKENS, real(4, 3).float()))) for m in (scaled, plain)]
+    assert_close(moments[0].mean, moments[1].mean)
+    assert moments[0].squared_norms is not None
+    assert moments[1].squared_norms is not None
+    assert_close(moments[0].squared_norms, moments[1].squared_norms)
+    assert moments[0].routes == {"weight": "indexed"}
 
 
 def test_cheaper_form_is_taken() -> None:
