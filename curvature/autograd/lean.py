@@ -19,7 +19,8 @@ normalisation always, the other normalisations (`curvature.autograd.composed`) w
 model that differentiates itself in its forward pass asks for them too: that is seen here, and it is recorded anew.
 
 Hooks that the forward pass registers on tensors may clip, scale or turn gradients; they act where the forward pass
-differentiates itself and nowhere else, as those of parameters and modules: what is differentiated is the loss.
+differentiates itself and nowhere else, as those of parameters and modules: what is differentiated is the loss. Closures
+of optimizers keep them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from curvature.autograd.backward import refuse_checkpointing
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean_functions import Activation, Convolution, Normalise, Relu
-from curvature.autograd.substitutes import SUBSTITUTES
+from curvature.autograd.substitutes import OF_LOSS, SUBSTITUTES
 from curvature.errors import CheckFailedError
 
 __all__ = ["LeanLayers", "MustRecordAnewError"]
@@ -68,14 +69,16 @@ class LeanLayers(TorchFunctionMode):
     Args:
         corrections_only: leave layers as autograd has them, except for those it gets wrong.
         third_order: record them for derivatives of any order; implies `corrections_only`.
+        as_trained: keep what acts on gradients and not on the loss: hooks on tensors, embeddings that scale.
     """
 
-    def __init__(self, *, corrections_only: bool = False, third_order: bool = False) -> None:
+    def __init__(self, *, corrections_only: bool = False, third_order: bool = False, as_trained: bool = False) -> None:
         super().__init__()
         self.num_replaced = 0
         self.saw_hooks = self.must_record_anew = self.forward_differentiates = False
         self._corrections_only = corrections_only
         self._third_order = third_order
+        self._as_trained, self._substitutes = as_trained, SUBSTITUTES if as_trained else OF_LOSS
         self._left_normalisations = self._differentiating = False
         self._rules = {} if corrections_only or third_order else _RULES
         self._replaced: list[Any] = []
@@ -83,7 +86,8 @@ class LeanLayers(TorchFunctionMode):
 
     def alike(self) -> LeanLayers:
         """Return layers that record as these do, with nothing recorded."""
-        return LeanLayers(corrections_only=self._corrections_only, third_order=self._third_order)
+        settings = {"corrections_only": self._corrections_only, "third_order": self._third_order}
+        return LeanLayers(**settings, as_trained=self._as_trained)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -101,7 +105,7 @@ class LeanLayers(TorchFunctionMode):
                 raise
             finally:
                 self._differentiating = outer
-        elif func is Tensor.register_hook and not args[0].is_leaf:
+        elif func is Tensor.register_hook and not self._as_trained and not args[0].is_leaf:
             return self._hook(*args, **kwargs)
         elif func is torch._weight_norm:
             return weight_norm(*args, **kwargs)
@@ -116,7 +120,7 @@ class LeanLayers(TorchFunctionMode):
                 self.num_replaced += 1
                 self._replaced.append((func, *map(_kind, (*args, *kwargs.items()))))
                 return result
-        return SUBSTITUTES.get(func, func)(*args, **kwargs)
+        return self._substitutes.get(func, func)(*args, **kwargs)
 
     def signature(self) -> int:
         """Return a number that is equal for recordings that replaced the same calls on tensors of the same kind."""

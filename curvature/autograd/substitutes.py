@@ -12,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.environment.device import ATTENTION_KERNELS
 
-__all__ = ["SUBSTITUTES"]
+__all__ = ["OF_LOSS", "SUBSTITUTES"]
+
+_SCALING = 5  # place of scale_grad_by_freq in both embeddings
 
 
 def _embedding(
@@ -21,10 +23,10 @@ def _embedding(
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,  # noqa: ARG001 - gradients that are scaled are derivatives of nothing
+    scale_grad_by_freq: bool = False,
     sparse: bool = False,  # noqa: ARG001 - gradients that are sparse have no second derivative
 ) -> Tensor:
-    return F.embedding(index, weight, padding_idx, max_norm, norm_type)
+    return F.embedding(index, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
 def _embedding_bag(
@@ -33,15 +35,15 @@ def _embedding_bag(
     offsets: Tensor | None = None,
     max_norm: float | None = None,
     norm_type: float = 2,
-    scale_grad_by_freq: bool = False,  # noqa: ARG001 - as above
+    scale_grad_by_freq: bool = False,
     mode: str = "mean",
     sparse: bool = False,
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    if mode == "max" or max_norm is not None:
-        kept = (max_norm, norm_type, False, mode, sparse, per_sample_weights, include_last_offset)
+    if mode == "max" or scale_grad_by_freq or max_norm is not None:
+        kept = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
         return F.embedding_bag(index, weight, offsets, *kept, padding_idx)
     if offsets is None:
         bags = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
@@ -91,3 +93,17 @@ SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
     torch.cdist: _cdist,
     F.scaled_dot_product_attention: _attention,
 }
+
+
+def _unscaled(substitute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Leave out that gradients are scaled by how often a row occurs: scaled, they are derivatives of nothing."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("scale_grad_by_freq", None)
+        return substitute(*(arg if i != _SCALING else False for i, arg in enumerate(args)), **kwargs)
+
+    return call
+
+
+OF_LOSS = SUBSTITUTES | {func: _unscaled(SUBSTITUTES[func]) for func in (F.embedding, F.embedding_bag)}
+"""The same where what is differentiated is the loss, whatever training makes of its gradients."""

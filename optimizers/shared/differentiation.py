@@ -63,7 +63,7 @@ class ClosureRecorder:
 
     def run(self, closure: Callable[[], T]) -> T:
         """Return what the closure does; it runs twice when it first turns out to need derivatives beyond the second."""
-        layers = LeanLayers(corrections_only=True, third_order=self.forward_differentiates)
+        layers = LeanLayers(corrections_only=True, third_order=self.forward_differentiates, as_trained=True)
         try:
             with layers:
                 returned = closure()
@@ -73,7 +73,7 @@ class ClosureRecorder:
         self.forward_differentiates |= layers.forward_differentiates
         if not layers.must_record_anew:
             return returned
-        with LeanLayers(third_order=True):
+        with LeanLayers(third_order=True, as_trained=True):
             return closure()
 
 

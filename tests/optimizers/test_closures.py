@@ -295,3 +295,25 @@ print(*faults)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     faults = [*map(int, done.stdout.split())]
     assert sum(faults[-3:]) < 3000 < faults[0]  # pages of 4 KiB; the graph of one step takes some 8000
+
+
+@pytest.mark.parametrize("what", ["hook", "embedding"])
+def test_what_acts_on_gradients_in_training_acts_in_closures(what: str) -> None:
+    """A hook that turns gradients (domain adversarial training), and rows of a table scaled by frequency."""
+    torch.manual_seed(0)
+    table = nn.Embedding(4, 3, scale_grad_by_freq=what == "embedding").double()
+    head = nn.Linear(3, 2).double()
+    tokens, y = torch.tensor([[0, 1], [1, 1], [2, 1]]), torch.tensor([0, 1, 1])
+
+    def loss() -> Tensor:
+        h = table(tokens).mean(1).tanh()
+        if what == "hook":
+            h.register_hook(lambda g: -g)
+        return F.cross_entropy(head(h), y)
+
+    params = [*table.parameters(), *head.parameters()]
+    expected = torch.autograd.grad(loss(), params)
+    AdaHessian(params, lr=0.0).step(loss)
+    for p, g in zip(params, expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-14)
