@@ -152,7 +152,7 @@ class AdaHessian(CurvatureOptimizer):
         if curvatures is not None:
             if group["absolute"] == "before":
                 curvatures = list(torch._foreach_abs(curvatures))
-            curvatures = [spatial_average(D, group["spatial_average"]) for D in curvatures]
+            curvatures = [D if D.ndim < 2 else spatial_average(D, group["spatial_average"]) for D in curvatures]
         if repeats:
             if curvatures is not None:
                 torch._foreach_copy_(state["hessian_diag"], curvatures)
@@ -174,6 +174,10 @@ class AdaHessian(CurvatureOptimizer):
             torch._foreach_mul_(Vs, beta2)
             torch._foreach_addcmul_(Vs, curvatures, curvatures, 1 - beta2)
         steps = list(torch._foreach_sqrt(Vs))
+        if power == 1 and isinstance(sizes[0], float):  # the fraction extended by the root: one pass less
+            torch._foreach_add_(steps, [eps * root for root in roots])
+            torch._foreach_addcdiv_(params, ms, steps, [-size * root for size, root in zip(sizes, roots, strict=True)])
+            return
         torch._foreach_div_(steps, roots)
         if power != 1:
             torch._foreach_pow_(steps, power)

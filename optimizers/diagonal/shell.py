@@ -137,7 +137,7 @@ class CurvatureOptimizer(BaseOptimizer):
                 raise InputError("a GradScaler cannot step with a closure; use accumulate(closure, scaler=scaler).")
             self.zero_grad()
             part: Part = "both" if curvature_closure is None else "gradient"
-            loss = self.accumulate(closure, part=part, synchronize=False)
+            loss = self.accumulate(closure, part=part, synchronize=None if curvature_closure is None else False)
             if curvature_closure is not None and self.curvature_due:
                 self.accumulate(curvature_closure, part="curvature", synchronize=False)
         elif curvature_closure is not None:
@@ -172,7 +172,7 @@ class CurvatureOptimizer(BaseOptimizer):
         weight: float = 1.0,
         part: Part = "both",
         scaler: GradScaler | None = None,
-        synchronize: bool = True,
+        synchronize: bool | None = True,
     ) -> Tensor:
         """Add a batch's gradient to `.grad`, and its curvature to what the coming step will use.
 
@@ -184,7 +184,7 @@ class CurvatureOptimizer(BaseOptimizer):
             part: "gradient" and "curvature" leave out the other one.
             scaler: scales the gradients in `.grad` as `scaler.scale(loss).backward()` would; curvature is unscaled.
             synchronize: average over `process_group` now. False on all but the last micro-batch saves communication;
-                what was not averaged is averaged by `step()`.
+                what was not averaged is averaged by `step()`. None is False where `step()` comes next.
 
         Returns:
             The loss, detached and without weight.
@@ -229,7 +229,7 @@ class CurvatureOptimizer(BaseOptimizer):
         if synchronize and self.process_group is not None:
             self._join(self.process_group)
         if self._sums is not None or self._counted:
-            self._follow(came=part != "curvature")
+            self._follow(came=part != "curvature", looks=synchronize is not None)
         return loss.detach()
 
     def _evaluated(self, closure: Closure | Tensor, *, moves_buffers: bool) -> tuple[Tensor, Tensor | None, Any]:

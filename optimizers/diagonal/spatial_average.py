@@ -91,6 +91,7 @@ def spatial_average(values: Tensor, rule: str | int | None = "paper") -> Tensor:
         )
     if values.numel() == 0:
         return values
+    if values.ndim > 2:
+        return torch.empty_like(values).copy_(values.mean(dim=tuple(range(2, values.ndim)), keepdim=True))
     blocks = values.reshape(-1, b)
-    mean = blocks.mean(dim=1, keepdim=True).expand_as(blocks).reshape(values.shape)
-    return torch.empty_like(values).copy_(mean)
+    return torch.empty_like(values).copy_(blocks.mean(dim=1, keepdim=True).expand_as(blocks).reshape(values.shape))

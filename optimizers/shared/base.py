@@ -146,11 +146,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Whether all gradients in `.grad` lay there at the end of the last step."""
         return self._seen is not None and self._seen.all_still(self._trained())
 
-    def _follow(self, *, came: bool) -> None:
+    def _follow(self, *, came: bool, looks: bool = True) -> None:
         """Follow the gradients that belong to what was measured: those that came with it, or those to come."""
         self._followed = self._followed or Followed()
         to_come = not came and (self._none_reached() or self._has_old_gradients())
-        self._followed.take(self._trained(), to_come=to_come)
+        self._followed.take(self._trained(), to_come=to_come, looks=looks)
 
     @_disable_dynamo
     def _forget_if_cleared(self) -> None:

@@ -103,7 +103,7 @@ class Followed:
     """The gradients that belong to what was measured beside them, to tell later whether somebody cleared them.
 
     Only None and zeros are a clearing, not a gradient that was scaled or replaced. A backward pass fills what was None,
-    so hooks look at what lies there before each pass.
+    so hooks look at what lies there before each pass; without them, where the step comes at once, any change is one.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class Followed:
         self._handles: list[Any] = []
         self._to_come = False
 
-    def take(self, params: Iterable[Tensor], *, to_come: bool = False) -> None:
+    def take(self, params: Iterable[Tensor], *, to_come: bool = False, looks: bool = True) -> None:
         """Follow the gradients that lie in `.grad`, or those that backward passes bring from here on."""
         params = list(params)
         if to_come:
@@ -122,7 +122,7 @@ class Followed:
             found = {id(p): _Sight(p.grad) for p in params if p.grad is not None}
             self._sights |= found
             self._cleared -= found.keys()
-        if not self._handles:
+        if looks and not self._handles:
             self._handles = [p.register_hook(lambda _, p=p: self._before(p)) for p in params]
             self._handles += [p.register_post_accumulate_grad_hook(self._after) for p in params]
 
@@ -142,7 +142,7 @@ class Followed:
         kept = [p for p in followed if p.grad is not None and id(p) not in self._cleared]
         if not followed or any(self._sights[id(p)].is_now(p.grad) for p in kept if p.grad is not None):
             return False
-        return all_zero(local(p.grad) for p in kept if p.grad is not None)
+        return not self._handles or all_zero(local(p.grad) for p in kept if p.grad is not None)
 
     def end(self) -> None:
         """Follow nothing from here on."""
@@ -169,7 +169,7 @@ def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) ->
     filled = [h for h in curvatures if h.numel() > 0]
     if not filled:
         return
-    norms = list(torch._foreach_norm(filled, math.inf))
+    norms = list(torch._foreach_norm(filled))  # half the time of a largest entry; its squares may overflow
     if any(n.device.type != "cpu" for n in norms):
         if len({(n.device, n.dtype) for n in norms}) > 1:
             norms = [n.to(norms[0].device, torch.float64) for n in norms]
@@ -177,6 +177,8 @@ def refuse_non_finite(params: Sequence[Tensor], curvatures: Sequence[Tensor]) ->
     if all(math.isfinite(n.item()) for n in norms):
         return
     shapes = [tuple(p.shape) for p, h in zip(params, curvatures, strict=True) if not bool(h.isfinite().all())]
+    if not shapes:
+        return
     raise NonFiniteError(
         f"the curvature of {len(shapes)} parameters, the first of shape {shapes[0]}, is not finite: the loss is not "
         "twice differentiable there (sqrt or norm at 0?) or overflows. Shift the argument, use a wider dtype, or pass "

@@ -192,6 +192,36 @@ def test_measurements_outlive_the_clearing_of_the_last_steps_gradients(name: str
     assert torch.equal(*ends)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("cleared", ["before", "by the backward pass"])
+def test_a_step_that_failed_leaves_no_curvature_to_the_next(cleared: str) -> None:
+    """Its closure was measured, then something raised; the next gradients come another way, with their own graph."""
+    ends = []
+    for fails in (True, False):
+        problem = mlp()
+        optimizer = AdaHessian(problem.params, lr=0.02)
+        optimizer.step(problem.closure)
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step(problem.part(OTHER), before_update=lambda: 1 / 0)
+        if cleared == "before":
+            problem.model.zero_grad()
+            optimizer.accumulate(problem.closure)
+        else:
+            problem.model.zero_grad()
+            problem.closure().backward(create_graph=True)
+        optimizer.step()
+        ends.append(problem.flat())
+    assert torch.equal(*ends)
+
+
+def test_curvature_beyond_the_root_of_the_largest_number_is_finite() -> None:
+    w = torch.nn.Parameter(torch.tensor([1e-20, 1.0]))
+    optimizer = AdaHessian([w], lr=1.0, betas=(0.0, 0.0), eps=0.0, hessian_power=0.0)
+    optimizer.step(lambda: (torch.tensor([1e30, 1.0]) * w**2).sum())
+    assert w.isfinite().all()
+
+
 @pytest.mark.parametrize("order", ["both", "measured first", "measured last"])
 @pytest.mark.parametrize("name", MEASURED)
 def test_gradients_that_are_clipped_out_of_place_keep_their_measurements(name: str, order: str) -> None:
