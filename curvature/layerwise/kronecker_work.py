@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature.autograd.backward import no_autocast, pull_back
 from curvature.engine.linearize import Linearization
@@ -18,10 +19,14 @@ from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
 from curvature.parameters import ROOT
+from curvature.per_example.batch import coarsest_eps, tolerance
 
 __all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]
 
 KroneckerKind = Literal["kflr", "kfac", "kfra"]
+_Calls = list[list[tuple[Tensor, GradientEdge | None]]]
+"""By layer and call: its input, and where its output lies in the graph."""
+_Gradients = Sequence[Tensor | None]
 _ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.Sigmoid)
 
 
@@ -35,6 +40,11 @@ class LayerUse:
     bias: str | None
     num_inputs: int
     num_outputs: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its parameters, the weight first."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -106,14 +116,20 @@ class KroneckerWork:
             root = loss_root_of_examples(rule, outputs, evaluation.targets, self.kind)
             dtype = self.objective.dtype  # that of activations may be narrower, by autocast
             S = [torch.zeros(u.num_outputs, u.num_outputs, dtype=dtype, device=outputs.device) for u in self.uses]
-            reached = [k for k, call in enumerate(calls) if call and call[0][1].requires_grad]
+            reached = [k for k, call in enumerate(calls) if call and call[0][1] is not None]
             if self.kind == "kfra":
                 of_layer = self._propagate(lin, root)
                 S, reached = [of_layer[id(use.module)].detach().to(dtype) for use in self.uses], []
-            for column, sign in self._columns(root) if self.kind != "kfra" else ():
-                places = [calls[k][0][1] for k in reached]
-                arrived = pull_back([outputs], places, [column.to(outputs.dtype)]) if places else ()
-                for k, d in zip(reached, arrived, strict=True):
+            for i, (column, sign) in enumerate(self._columns(root) if self.kind != "kfra" else ()):
+                places: Any = [calls[k][0][1] for k in reached]
+                if not outputs.requires_grad:
+                    continue
+                if i == 0:
+                    places += [self.objective.space.tensors[name] for use in self.uses for name in use.names]
+                arrived = pull_back([outputs], places, [column.to(outputs.dtype)])
+                if i == 0:
+                    self._refuse_other_uses(calls, dict(zip(reached, arrived, strict=False)), arrived[len(reached) :])
+                for k, d in zip(reached, arrived, strict=False):
                     if d is not None:
                         D = self.uses[k].outputs(d).to(dtype)
                         S[k].addmm_(D.T, D, alpha=sign)
@@ -124,6 +140,34 @@ class KroneckerWork:
             counts = a.new_tensor([len(a), examples])
             parts += [s, *(p / lin.weight for p in (a.T @ a, a.sum(0), counts))]
         return parts
+
+    def _refuse_other_uses(self, calls: _Calls, arrived: dict[int, Tensor | None], gradients: _Gradients) -> None:
+        """Compare what a column gives the parameters by their layers' calls with what autograd gives them.
+
+        Raises:
+            InputError: with the layer, if it has a part in the outputs by other ways than one call of it.
+        """
+        rest = iter(gradients)
+        for k, use in enumerate(self.uses):
+            own, d = [next(rest) for _ in use.names], arrived.get(k)
+            D = None if d is None else use.outputs(d)
+            size = gap = 0.0
+            for name, g in zip(use.names, own, strict=True):
+                if g is None:
+                    continue
+                by_call = torch.zeros_like(g)
+                if D is not None:
+                    found = D.T @ use.inputs(calls[k][0][0]).to(D.dtype) if name == use.weight else D.sum(0)
+                    by_call = found.view(g.shape)
+                size += float(g.double().square().sum())
+                gap += float((g - by_call).double().square().sum())
+            eps = coarsest_eps(d, *(self.objective.space.tensors[name] for name in use.names))
+            if gap > (tolerance(1e4 * eps) ** 2) * size:
+                raise InputError(
+                    f"layer {use.name!r} has a part in the outputs by other ways than a call of its module (its weight "
+                    "in a function, module.forward, a hook on what it returns), for which factors are not defined; "
+                    "leave it out by params=, or use exact_diagonal or GGNOperator."
+                )
 
     def _columns(self, root: LossRoot) -> Iterator[tuple[Tensor, float]]:
         """Yield columns of all examples, (N, ...), and their weights."""
@@ -213,7 +257,11 @@ def layer_uses(objective: Objective) -> tuple[list[LayerUse], dict[str, str]]:
             why = f"belongs to a convolution in {module.groups} groups"
         if why is not None:
             uncovered |= {names[id(p)]: why for p in own.values()}
-        elif own:
+            continue
+        why = "is no weight or bias of its layer, but what one is made of (pruned?) or beside them"
+        uncovered |= {names[id(p)]: why for key, p in own.items() if key not in ("weight", "bias")}
+        own = {key: p for key, p in own.items() if key in ("weight", "bias")}
+        if own:
             assert isinstance(module, (nn.Linear, nn.Conv2d))
             weight, bias = (names[id(own[key])] if key in own else None for key in ("weight", "bias"))
             shape = module.weight.shape
@@ -234,6 +282,11 @@ def _chain_of(objective: Objective) -> list[nn.Module]:
     chain: list[nn.Module] = []
 
     def collect(name: str, module: nn.Module) -> None:
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise InputError(
+                f"kind='kfra' takes layers without hooks on their forward pass, and {name or ROOT!r} has some; "
+                "take kind='kflr'."
+            )
         if type(module) is nn.Sequential:
             for key, child in module.named_children():
                 collect(f"{name}.{key}" if name else key, child)
@@ -252,14 +305,15 @@ def _chain_of(objective: Objective) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _captured(uses: list[LayerUse]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
-    """Collect (input, output) of every call of the layers; the hooks are gone afterwards."""
-    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in uses]
+def _captured(uses: list[LayerUse]) -> Iterator[_Calls]:
+    """Collect inputs of every call of the layers, and where in the graph its output is before anything changes it."""
+    calls: _Calls = [[] for _ in uses]
     with contextlib.ExitStack() as stack:
         for use, call in zip(uses, calls, strict=True):
 
-            def note(_: Any, arguments: Any, output: Tensor, call: Any = call) -> None:
-                call.append((arguments[0].detach(), output))
+            def note(_: Any, arguments: Any, keywords: Any, output: Tensor, call: Any = call) -> None:
+                x = arguments[0] if arguments else keywords["input"]
+                call.append((x.detach(), get_gradient_edge(output) if output.requires_grad else None))
 
-            stack.callback(use.module.register_forward_hook(note).remove)
+            stack.callback(use.module.register_forward_hook(note, prepend=True, with_kwargs=True).remove)
         yield calls

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from curvature import Objective
 from curvature.errors import DataError, InputError
@@ -250,6 +252,83 @@ def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
     objective = Objective(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
     with pytest.raises(InputError, match=message):
         kronecker_factors(objective, **settings)
+
+
+class Two(nn.Module):
+    """A layer, used as `use` says, and another one."""
+
+    def __init__(self, use: Any, hook: Any = None) -> None:
+        super().__init__()
+        self.first, self.second, self.use = nn.Linear(4, 4), nn.Linear(4, 4), use
+        if hook is not None:
+            self.first.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.use(self, x)
+        return z
+
+
+def twice(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+SAME = {
+    "in place": lambda: Two(lambda m, x: m.second(m.first(x).relu_())),
+    "module in place": lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)),
+    "by name": lambda: Two(lambda m, x: m.second(m.first(input=x).tanh())),
+    "hook": lambda: Two(lambda m, x: m.second(m.first(x).tanh()), twice),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("kind", ["kflr", "kfac"])
+def test_what_follows_a_layer_is_no_part_of_it(name: str, kind: Any) -> None:
+    """One example, for which the blocks of layers are Kronecker products."""
+    model, x, y = built(SAME[name]), real(1, 4, seed=3), torch.tensor([2])
+    samples = {"mc_samples": 2000, "generator": 0} if kind == "kfac" else {}
+    factors = kronecker_factors(Objective(model, nn.CrossEntropyLoss(), (x, y)), kind, **samples)
+    dense = dense_blocks(ggn(model, nn.CrossEntropyLoss(), x, y), factors)
+    assert len(factors.layers) == 2
+    assert_close(blocks(factors), dense, 1e-12 if kind == "kflr" else 0.1)
+
+
+OTHER_USES = {
+    "its weight once more": lambda m, x: F.linear(m.second(m.first(x).tanh()), m.first.weight),
+    "its weight in a function": lambda m, x: m.second(F.linear(x, m.first.weight, m.first.bias).tanh()),
+    "its bias once more": lambda m, x: m.second(m.first(x).tanh()) + m.first.bias,
+    "past the module's call": lambda m, x: m.second(m.first.forward(x).tanh()),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_other_uses_of_a_layer_are_refused(name: str) -> None:
+    model, x, y = built(lambda: Two(OTHER_USES[name])), real(6, 4, seed=3), torch.arange(6) % 4
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    for kind in ("kflr", "kfac"):
+        with pytest.raises(InputError, match="layer 'first' has a part in the outputs by other ways"):
+            kronecker_factors(objective, kind, generator=0)
+    assert set(kronecker_factors(objective.restrict("second.*")).layers) == {"second"}
+
+
+def test_a_batch_may_leave_a_layer_out() -> None:
+    model = built(lambda: Two(lambda m, x: m.second(m.first(x).tanh() if x[0, 0] > 10 else x)))
+    x, y = real(5, 4, seed=3), torch.arange(5) % 4
+    x[:3, 0] += 20
+    both = kronecker_factors(Objective(model, nn.CrossEntropyLoss(), [(x[:3], y[:3]), (x[3:], y[3:])]))
+    alone = kronecker_factors(Objective(model, nn.CrossEntropyLoss(), (x[:3], y[:3])))
+    assert_close(both.layers["first"].B, 0.6 * alone.layers["first"].B)
+
+
+def test_a_pruned_weight_is_told_and_hooks_are_refused_by_kfra() -> None:
+    model = built(lambda: Two(lambda m, x: m.second(m.first(x).tanh())))
+    prune.random_unstructured(model.first, "weight", 0.5)
+    factors = kronecker_factors(Objective(model, nn.CrossEntropyLoss(), (real(6, 4), torch.arange(6) % 4)))
+    assert "pruned" in factors.uncovered["first.weight_orig"]
+    assert factors.layers["first"].weight is None
+    chain = built(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    chain[1].register_forward_hook(twice)  # type: ignore[index]
+    with pytest.raises(InputError, match="takes layers without hooks"):
+        kronecker_factors(Objective(chain, nn.CrossEntropyLoss(), (real(6, 4), torch.arange(6) % 4)), "kfra")
 
 
 def test_hooks_are_gone_after_an_error() -> None:
