@@ -140,6 +140,27 @@ def test_tied_layers_are_counted_as_they_are() -> None:
     torch.testing.assert_close(found[1], K, rtol=0, atol=1e-10 * float(K[-1]))
 
 
+class WeightTwice(nn.Module):
+    """Its first weight is used in a function as well as by its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(F.linear(self.first(x).tanh(), self.first.weight))
+        return z
+
+
+def test_weights_that_functions_use_too_are_counted_as_they_are() -> None:
+    model = WeightTwice().double()
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.arange(4)
+    found = gauss_newton_spectra(model, F.cross_entropy, x, y)
+    assert found is not None
+    K = torch.linalg.eigvalsh(NTKOperator(Objective(model, F.cross_entropy, (x, y))).to_dense())
+    torch.testing.assert_close(found[1], K, rtol=0, atol=1e-10 * float(K[-1]))
+
+
 def test_spread_of_nonzero_leaves_out_rounding() -> None:
     assert spread_of_nonzero(torch.tensor([1e-17, 0.5, 2.0], dtype=torch.float64)) == (4.0, 2)
     assert math.isnan(spread_of_nonzero(torch.zeros(3))[0])
