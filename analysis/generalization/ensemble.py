@@ -157,11 +157,11 @@ class Ensemble:
 
     def losses(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each member, (R,), of outputs (R, N, C) and targets (R, N)."""
-        plain = isinstance(loss, nn.CrossEntropyLoss) and vars(loss) | vars(nn.CrossEntropyLoss()) == vars(loss)
+        plain = type(loss) is nn.CrossEntropyLoss and vars(loss) | vars(nn.CrossEntropyLoss()) == vars(loss)
         if loss is F.cross_entropy or plain:
             R, N, _ = outputs.shape
             each = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-            return each.reshape(R, N).mean(dim=1)
+            return each.reshape(R, N).sum(dim=1) / (targets != -100).sum(dim=1)  # torch's ignore_index
         return vmap(loss)(outputs, targets)
 
     @property
@@ -280,7 +280,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
     leaves = [(name, m) for name, m in model.named_modules() if name not in chains]
     inside = all("".join(name.rpartition(".")[:1]) in chains for name, _ in leaves)
     repeated = sum(len(m) for m in model.modules() if type(m) is nn.Sequential) != len(leaves) + len(chains) - 1
-    if "" not in chains or not inside or repeated:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if "" not in chains or not inside or repeated or hooked:
         return None
     plain = all(
         type(m) in (nn.Linear, *_ENTRYWISE) or (type(m) is nn.Flatten and m.start_dim == 1 and m.end_dim == -1)

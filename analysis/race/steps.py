@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from analysis.race.counting import Work
@@ -17,6 +17,7 @@ from analysis.tasks.digits import half_squared_error
 from analysis.training.accuracy import outputs_of
 from analysis.training.loop import training_loss
 from curvature.errors import InputError
+from curvature.losses.rules import SquaredError
 from curvature.objective.objective import Objective
 
 __all__ = ["Stepper"]
@@ -55,7 +56,8 @@ class Stepper:
         loss, name = objective.settings["loss"], type(optimizer).__name__
         if form in ("outputs", "residuals") and loss is None:
             raise InputError(f"{name} takes outputs and targets, and this objective's forward returns the loss itself.")
-        if form == "residuals" and not (isinstance(loss, nn.MSELoss) or loss is half_squared_error):
+        squares = isinstance(objective.rule, SquaredError) and objective.rule.settings.get("weight") is None
+        if form == "residuals" and not (squares or loss is half_squared_error):
             raise InputError(f"{name} minimises squares of residuals; this loss is none: give one with nn.MSELoss.")
         hooked = "before_update" in inspect.signature(type(optimizer).step).parameters
         if self._clips and form not in ("backward", "closure") and not hooked:

@@ -50,8 +50,17 @@ def test_a_chain_is_taken_as_vmap_takes_it() -> None:
     shared = nn.Linear(4, 4)
     assert Ensemble(nn.Sequential(shared, nn.Tanh(), shared), [1])._layers is None
     assert Ensemble(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)), [1])._layers is None
+    hooked = chain()
+    hooked[1].register_forward_hook(lambda _, __, z: 2 * z)  # type: ignore[index]
+    assert Ensemble(hooked, [1])._layers is None
+
+    class Doubled(nn.CrossEntropyLoss):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            return 2 * super().forward(z, t)
+
     outputs, labels = torch.randn(2, 9, 3), torch.randint(0, 3, (2, 9))
-    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.2)):
+    labels[0, :3] = -100
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.2), Doubled()):
         each = torch.stack([loss(o, t) for o, t in zip(outputs, labels, strict=True)])
         torch.testing.assert_close(straight.losses(loss, outputs, labels), each)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import optimizers
@@ -19,6 +20,7 @@ from analysis.race.ground import Ground, prepare_ground
 from analysis.race.kinds import _kinds
 from analysis.race.plan import RacePlan
 from analysis.race.results import Course
+from analysis.race.steps import Stepper
 from analysis.run.pool import Pool
 from analysis.tasks.landscapes import LANDSCAPES
 from curvature import Objective
@@ -444,3 +446,23 @@ def test_landscapes_are_raced_from_where_they_are_defined(name: str) -> None:
         task, optimizers=("sgd@0.0001",), budget="1 steps", seeds=2, measures=("none",), noise=False, generator=0
     )
     assert {course.points[0].loss for course in race.courses if course.points} == {start}
+
+
+class Cubed(nn.MSELoss):
+    """A subclass that computes something else."""
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return (z - t).abs().pow(3).mean()
+
+
+@pytest.mark.parametrize("loss", [Cubed(), nn.L1Loss()])
+def test_losses_that_are_no_squares_of_residuals_are_refused(loss: nn.Module) -> None:
+    data = (torch.randn(6, 2), torch.randn(6, 1))
+    for criterion in (nn.MSELoss(), F.mse_loss, loss):
+        objective = Objective(nn.Linear(2, 1), criterion, data)
+        optimizer = optimizers.LevenbergMarquardt(objective.model.parameters())
+        if criterion is loss:
+            with pytest.raises(InputError, match="minimises squares of residuals"):
+                Stepper("residuals", optimizer, objective)
+        else:
+            Stepper("residuals", optimizer, objective)
