@@ -14,12 +14,13 @@ def filter_dims(model: nn.Module) -> dict[str, int]:
     """Return the dimension of the output units for weights that do not have it first.
 
     Transposed convolutions have (in, out / groups, ...), the Conv1D of Hugging Face's GPT-2 is a linear layer as
-    (in, out).
+    (in, out); what their weight is made of by a parametrization or pruning is laid out alike.
     """
     dims = {}
     for prefix, module in model.named_modules():
-        if _dim(module):
-            dims[f"{prefix}.weight" if prefix else "weight"] = 1
+        for key, p in module.named_parameters() if _dim(module) else ():
+            if key.removeprefix("parametrizations.").startswith("weight") and p.ndim == module.weight.ndim:
+                dims[f"{prefix}.{key}" if prefix else key] = 1
     return dims
 
 

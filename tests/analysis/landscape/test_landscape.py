@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from analysis.landscape.directions import (
     Scaling,
@@ -94,6 +96,24 @@ def test_each_filter_has_the_norm_of_its_weights() -> None:
     )
     torch.testing.assert_close(layered["head.weight"].norm(), weights["head.weight"].detach().norm())
     assert d.norm == pytest.approx(float(d.vector.norm()))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda layer: prune.random_unstructured(layer, "weight", 0.3), "weight_orig"),
+        (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1"),
+    ],
+)
+def test_filters_of_a_weight_that_is_made_of_another_lie_as_in_it(change: Any, name: str) -> None:
+    layer = change(nn.ConvTranspose2d(4, 2, 3))
+    data = (torch.randn(4, 4, 2, 2), torch.randn(4, 2, 4, 4))
+    objective = Objective(layer.eval(), nn.MSELoss(), data)
+    d = random_direction(objective, generator=torch.Generator().manual_seed(0))
+    part, weight = objective.space.to_dict(d.vector)[name], dict(layer.named_parameters())[name].detach()
+    norms = (torch.linalg.vector_norm(t, dim=(0, 2, 3)) for t in (part, weight))
+    torch.testing.assert_close(*norms)
 
 
 def test_raw_directions_are_normal_and_unit_ones_of_length_1() -> None:
