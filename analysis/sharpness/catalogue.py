@@ -208,6 +208,8 @@ class Measure:
     kind: Kind = "estimate"  # where it is not exact
     needs_split: bool = False
     needs_likelihood: bool = False
+    needs_outputs: bool = False
+    """Is of a loss that depends on the parameters through the outputs alone."""
 
 
 _CURVATURE = "loss / parameter^2"
@@ -359,6 +361,7 @@ MEASURES: dict[str, Measure] = {
         source="Liang, Poggio, Rakhlin and Stokes (2019), arXiv 1711.01530",
         invariant="units",
         needs_likelihood=True,
+        needs_outputs=True,
     ),
     "keskar": Measure(
         compute=_box,
@@ -375,5 +378,6 @@ MEASURES: dict[str, Measure] = {
         invariant=None,
         unit="1",
         needs_split=True,
+        needs_outputs=True,
     ),
 }

@@ -119,6 +119,8 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
             for name, spec in MEASURES.items()
             if (objective.has_split or not spec.needs_split) and (objective.has_likelihood or not spec.needs_likelihood)
         ]
+        if not _of_outputs_alone(objective):
+            names = [name for name in names if not MEASURES[name].needs_outputs]
         if masked_weights(objective) or all(t.ndim < 2 for t in objective.space.tensors.values()):
             names.remove("relative_flatness")
         if objective.process_group is not None:  # which ranks' pieces of data would be, is not defined
@@ -129,3 +131,14 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
         wrong = unknown or ("a repeated name" if measures else "none")
         raise InputError(f"measures must be distinct names out of {', '.join(MEASURES)}; got {wrong}.")
     return tuple(measures)
+
+
+def _of_outputs_alone(objective: Objective) -> bool:
+    """Say whether the loss depends on the parameters through the outputs alone, from the first batch."""
+    try:
+        for lin in objective.linearizations():
+            lin.batch_outputs()
+            break
+    except InputError:
+        return False
+    return True

@@ -20,7 +20,7 @@ from analysis.sharpness.computations import (
     tolerated_noise,
 )
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, measure_sharpness
+from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, measure_sharpness, measures_for
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.objective.shift import PointLoss
@@ -418,6 +418,22 @@ def test_what_cannot_be_measured_is_refused() -> None:
         logit_normalised(scalar)
     rows = measure_sharpness(scalar, QUICK, generator=generator()).rows
     assert "fisher_rao" not in [row.name for row in rows]
+
+
+def test_a_penalty_in_the_loss_leaves_out_what_is_of_outputs_alone() -> None:
+    model = nn.Linear(3, 2).double()
+    data = (torch.randn(9, 3).double(), torch.randn(9, 2).double())
+
+    def penalised(z: Tensor, t: Tensor) -> Tensor:
+        return nn.functional.mse_loss(z, t) + model.weight.square().sum()
+
+    objective = Objective(model, penalised, data)
+    names = measures_for(objective)
+    assert "log_volume" not in names
+    assert "top_eigenvalue" in names
+    assert {"log_volume", "fisher_rao"} <= set(measures_for(Objective(model, nn.MSELoss(), data)))
+    with pytest.raises(InputError, match="beside the outputs"):
+        measure_sharpness(objective, measures=("log_volume",), generator=torch.Generator().manual_seed(0))
 
 
 def test_figures_and_records(tables) -> None:
