@@ -161,7 +161,7 @@ class _Difference:
     """Central differences along one unit direction v, beside what they should be."""
 
     slope_error: float
-    """|difference of the loss - g'v| beyond rounding, over |g|."""
+    """|difference of the loss - g'v| beyond rounding and its own error, over |g|."""
     curve_error: float
     """|difference of the gradient - Hv| over the larger of the two."""
     drowned: bool
@@ -177,7 +177,10 @@ def _difference(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: f
     (loss_up, g_up), (loss_down, g_down) = (_at(objective, batch, theta + sign * half * v) for sign in (1.0, -1.0))
     slope, curve = (loss_up - loss_down) / (2 * half), (g_up - g_down) / (2 * half)
     rounding = eps / (2 * half)  # of a difference, relative to what is subtracted
-    gap = abs(float(slope - g @ v)) - 20 * rounding * abs(float(lin.loss))
+    largest = max(abs(float(loss)) for loss in (lin.loss, loss_up, loss_down))  # not in the middle of a fit
+    third = abs(float((g_up + g_down - 2 * g) @ v)) / 6  # by which differences of the loss err
+    of_gradient = 10 * eps * max(1.0, float(theta.norm())) * float(Hv.norm())  # of parameters that are rounded
+    gap = abs(float(slope - g @ v)) - 20 * rounding * largest - 2 * third - of_gradient
     return _Difference(
         slope_error=0.0 if gap <= 0 else gap / max(float(g.norm()), torch.finfo(g.dtype).tiny),
         curve_error=_relative(curve, Hv),

@@ -45,6 +45,27 @@ def test_passes_in_narrow_dtypes(name: str, dtype: torch.dtype) -> None:
     assert Objective(case.model().to(dtype), case.loss, (x.to(dtype), y)).check().passed
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tanh", [False, True])
+def test_passes_where_the_data_are_fitted(dtype: torch.dtype, tanh: bool) -> None:
+    """Loss and gradient are rounding there, and differences of the loss lie above both."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), *([nn.Tanh()] if tanh else []), nn.Linear(8, 1)).double()
+        x = torch.randn(7, 3, dtype=torch.float64)
+    last = model[-1]
+    inner = nn.Sequential(*model[:-1])(x).detach()
+    with torch.no_grad():
+        y = torch.sin(x.sum(1, keepdim=True)) if tanh else 0.3 * model(x)
+        columns = torch.cat([inner, torch.ones(7, 1, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(columns, y, driver="gelsd").solution
+        last.weight.copy_(solution[:8].T)
+        last.bias.copy_(solution[8])
+    objective = Objective(model.to(dtype), nn.MSELoss(), (x.to(dtype), y.to(dtype)))
+    assert float(objective.loss()) < (1e-25 if dtype == torch.float64 else 1e-8)
+    assert objective.check().passed
+
+
 def test_kinks_are_named_and_not_held_against_the_model() -> None:
     messages = objective(nn.ReLU()).check().messages
     assert any("ReluBackward0 has kinks" in message for message in messages)
