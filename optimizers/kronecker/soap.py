@@ -67,8 +67,8 @@ class SOAP(MatrixOptimizer):
         update_first: bases are refreshed after each of the first so many steps: a stale basis costs most there.
         refresh: "qr", a step of orthogonal iteration from the old basis; "continuous", one whose result is a continuous
             function of the gradients; "eigh", the eigenvectors anew.
-        start: "identity"; or "gradient": the bases are eigenvectors of the first gradient's factors, and no step is
-            taken with that gradient. With `update_first=1` this is the authors' code.
+        start: "identity"; or "gradient": the bases are eigenvectors of the first gradient's factors, and that gradient
+            decays weights and takes no other step. With `update_first=1` this is the authors' code, to that decay.
         eigen_dtype: of decompositions: "float32" or "float64". TF32 is switched off for all products.
         max_dim: longest side that gets a factor.
         large: a longer side has none ("one-sided"), or is cut into parts that have one each ("blocks").

@@ -235,3 +235,29 @@ def test_large_factors_are_what_small_ones_are() -> None:
         optimizer.step()
     factor = optimizer.state[p]["left.0"]
     torch.testing.assert_close(factor, (0.95 * 0.05 + 0.05 * 4) * g @ g.T, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_it_takes_the_steps_of_its_authors_code(decay: float) -> None:
+    """At equal settings, where soap.py of github.com/nikhilvyas/SOAP is on the path, to float32's rounding.
+
+    Square matrices: their first factors are of full rank, so that the bases are unique but for signs. Ours decays weights
+    with the first gradient too, which takes no other step.
+    """
+    theirs = pytest.importorskip("soap")
+    weights, gradients = random_run([(6, 6), (12, 12)], 35)
+    weights = [w.float() for w in weights]
+    ends = []
+    for make, share in (
+        (lambda p: SOAP(p, lr=0.01, weight_decay=decay, start="gradient", update_first=1), 1.0),
+        (lambda p: theirs.SOAP(p, lr=0.01, weight_decay=decay, precondition_frequency=10), 1 - 0.01 * decay),
+    ):
+        params = [nn.Parameter(w * share) for w in weights]
+        optimizer = make(params)
+        for step in range(35):
+            for p, gs in zip(params, gradients, strict=True):
+                p.grad = gs[step].float()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    moved = (ends[1] - torch.cat([w.flatten() for w in weights])).norm()
+    assert float((ends[0] - ends[1]).norm()) < 1e-3 * float(moved)
