@@ -241,8 +241,8 @@ def test_large_factors_are_what_small_ones_are() -> None:
 def test_it_takes_the_steps_of_its_authors_code(decay: float) -> None:
     """At equal settings, where soap.py of github.com/nikhilvyas/SOAP is on the path, to float32's rounding.
 
-    Square matrices: their first factors are of full rank, so that the bases are unique but for signs. Ours decays weights
-    with the first gradient too, which takes no other step.
+    Square matrices: their first factors are of full rank, so that the bases are unique but for signs. Ours decays
+    weights with the first gradient too, which takes no other step.
     """
     theirs = pytest.importorskip("soap")
     weights, gradients = random_run([(6, 6), (12, 12)], 35)
