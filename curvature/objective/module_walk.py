@@ -116,8 +116,9 @@ class Walk:
 
     def _exchanged(self, what: int, places: tuple[int, ...], rows: Tensor | None = None) -> Any:
         code = what + 4 * (self._groups.index(places) + len(self._groups) * self.row)
-        self.ranks.step(code, self._what)
-        return self._taken(what, places, self.row, rows)
+        with torch._C.DisableTorchFunction():  # what watches the model would be asked at each call
+            self.ranks.step(code, self._what)
+            return self._taken(what, places, self.row, rows)
 
     def _taken(self, what: int, places: tuple[int, ...], row: int, rows: Tensor | None) -> Any:
         """Take part in a collective; with nothing to contribute, where rows is None."""
