@@ -25,7 +25,6 @@ from curvature.sharding.layout import Layout
 
 __all__ = ["Walk"]
 
-_PIECE = 1 << 17  # entries moved at a time on CPUs: gloo copies them in threads whose memory the C library keeps
 _BEGIN, _PARAMETERS, _DIRECTIONS, _CONTRIBUTE = range(4)
 
 
@@ -123,10 +122,9 @@ class Walk:
     def _taken(self, what: int, places: tuple[int, ...], row: int, rows: Tensor | None) -> Any:
         """Take part in a collective; with nothing to contribute, where rows is None."""
         self.give_back()  # what the module before had
-        most = _PIECE if self._on_cpu else None
         if what == _PARAMETERS:
             mine = torch.cat([self.parts[i].detach().reshape(-1) for i in places])
-            return self.shards.layout.of(places).whole(mine[None], most=most)
+            return self.shards.layout.of(places).whole(mine[None])
         assert self.chosen is not None
         chosen = self._chosen(places)
         layout, starts = self.shards.layout.of(chosen), self.chosen.local_starts[self.chosen.rank]
@@ -134,11 +132,11 @@ class Walk:
         if what == _DIRECTIONS:
             assert self.vectors is not None
             mine = torch.cat([self.vectors[row, s] for s in slices]).to(self.parts[places[0]].dtype)
-            return layout.whole(mine[None], most=most)
+            return layout.whole(mine[None])
         assert self.total is not None
         self.num_sums += 1
         mine = self.total.new_zeros(1, layout.num_entries) if rows is None else rows
-        found = layout.summed(mine, self.shards.data, self.weight, most=most)[0]
+        found = layout.summed(mine, self.shards.data, self.weight)[0]
         first = 0
         for s in slices:
             self.total[row, s] += found[first : first + s.stop - s.start]

@@ -24,6 +24,10 @@ RECEIVED = {"bytes": 0}
 """How much it received in gathers and reduce-scatters."""
 
 
+_PIECE = 1 << 18  # entries of all ranks that move at a time on CPUs
+"""gloo copies what it gathers in threads whose memory the C library keeps, and sums all of it on every rank: pieces
+stay in the cache, and those of a sum go to where they are added up."""
+
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -81,15 +85,30 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     RECEIVED["bytes"] += x.numel() * x.element_size() * (group.size() - 1)
     found = x.new_empty(group.size(), *x.shape)
     with explained():
-        _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
+        if x.device.type != "cpu" or found.numel() <= _PIECE:
+            _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
+            return found
+        width = max(1, _PIECE // group.size())
+        for part, places in zip(x.reshape(-1).split(width), found.flatten(1).split(width, dim=1), strict=True):
+            received = torch.empty_like(places, memory_format=torch.contiguous_format)
+            _ALL_GATHER(received.view(-1), part, group=group)
+            places.copy_(received)
     return found
 
 
-def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum over ranks of x[rank], for x of shape (ranks, ...)."""
+def reduce_scatter(x: Tensor, group: ProcessGroup, factor: float = 1.0) -> Tensor:
+    """Return the sum over ranks of factor * x[rank], for x of shape (ranks, ...), contiguous."""
     COUNTS["reduce_scatter"] += 1
     RECEIVED["bytes"] += x[0].numel() * x.element_size() * (group.size() - 1)
     found = torch.empty_like(x[0])
     with explained():
-        _REDUCE_SCATTER(found.view(-1), x.contiguous().view(-1), group=group)
+        if x.device.type != "cpu":
+            _REDUCE_SCATTER(found.view(-1), (x if factor == 1 else x * factor).view(-1), group=group)
+            return found
+        width = max(1, _PIECE // group.size())
+        for part, place in zip(x.flatten(1).split(width, dim=1), found.view(-1).split(width), strict=True):
+            sent = part * factor
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received.view(-1), sent.view(-1), group=group)
+            torch.sum(received, dim=0, out=place)
     return found

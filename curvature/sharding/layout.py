@@ -205,38 +205,29 @@ class Layout:
             pieces.append(tensor[(..., *_slices(box))].reshape(*rows.shape[:-1], _numel(box)))
         return torch.cat(pieces, dim=-1).movedim(-1, dim)
 
-    def whole(self, rows: Tensor, *, most: int | None = None) -> Tensor:
-        """Return whole vectors (k, n), alike on every rank, of parts (k, num_local).
-
-        One gather for each bucket, or for each `most` entries of one tensor that the ranks hold in turn.
-        """
-        k, limit = len(rows), self.num_entries if most is None else most
-        if k == 1 and self.num_entries <= limit and len(self._buckets(k)) == 1 and self._in_turn(0, len(self.shapes)):
+    def whole(self, rows: Tensor) -> Tensor:
+        """Return whole vectors (k, n), alike on every rank, of parts (k, num_local). A gather for each bucket."""
+        k = len(rows)
+        if k == 1 and len(list(self._buckets(k))) == 1 and self._in_turn(0, len(self.shapes)):
             return all_gather(rows, self.group).view(1, -1)
         found = rows.new_empty(k, self.num_entries)
         for first, stop in self._buckets(k):
-            largest = max(starts[stop] - starts[first] for starts in self.local_starts)
+            most = max(starts[stop] - starts[first] for starts in self.local_starts)
             mine = rows[:, self.local_starts[self.rank][first] : self.local_starts[self.rank][stop]]
             if k == 1 and self._in_turn(first, stop):
-                by_rank = found[0, self.starts[first] : self.starts[stop]].view(self.group.size(), -1)
-                width = max(1, limit // self.group.size())
-                for sent, place in zip(mine[0].split(width), by_rank.split(width, dim=1), strict=True):
-                    place.copy_(all_gather(sent, self.group))
+                found[:, self.starts[first] : self.starts[stop]] = all_gather(mine, self.group).view(1, -1)
                 continue
-            sent = mine if mine.shape[1] == largest else torch.nn.functional.pad(mine, (0, largest - mine.shape[1]))
+            sent = mine if mine.shape[1] == most else torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
             received = all_gather(sent, self.group)
             for rank, i, place in self._places(first, stop, found):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
                 place.copy_(received[rank, :, a:b].view(place.shape))
         return found
 
-    def summed(
-        self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0, *, most: int | None = None
-    ) -> Tensor:
+    def summed(self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0) -> Tensor:
         """Return this rank's part (k, num_local) of the sum of factor * rows (k, n) over the ranks that add up.
 
-        One reduce-scatter for each bucket where these are all ranks, or for each `most` entries of one tensor that the
-        ranks hold in turn; else their sums, of which the part is taken.
+        One reduce-scatter for each bucket where these are all ranks; else their sums, of which the part is taken.
         """
         if ranks is None:
             return self.part(rows) * factor
@@ -245,20 +236,17 @@ class Layout:
         k = len(rows)
         found = rows.new_empty(k, self.num_local)
         for first, stop in self._buckets(k):
-            if k == 1 and self._in_turn(first, stop):
-                by_rank = rows[0, self.starts[first] : self.starts[stop]].view(self.group.size(), -1)
-                mine = found[0, slice(*(self.local_starts[self.rank][j] for j in (first, stop)))]
-                width = by_rank.shape[1] if most is None else max(1, most // self.group.size())
-                for part, sent in zip(mine.split(width), by_rank.split(width, dim=1), strict=True):
-                    part.copy_(reduce_scatter(sent * factor, self.group))
-                continue
-            largest = max(starts[stop] - starts[first] for starts in self.local_starts)
-            sent = rows.new_empty(self.group.size(), k, largest)  # what is left of it after a part nobody reads
-            for rank, i, place in self._places(first, stop, rows, owners=False):
-                a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
-                torch.mul(place, factor, out=sent[rank, :, a:b].view(place.shape))
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
-            found[:, a:b] = reduce_scatter(sent, self.group)[:, : b - a]
+            if k == 1 and self._in_turn(first, stop):
+                by_rank = rows[0, self.starts[first] : self.starts[stop]].view(self.group.size(), 1, -1)
+                found[:, a:b] = reduce_scatter(by_rank, self.group, factor)
+                continue
+            most = max(starts[stop] - starts[first] for starts in self.local_starts)
+            sent = rows.new_empty(self.group.size(), k, most)  # what is left of it after a part nobody reads
+            for rank, i, place in self._places(first, stop, rows, owners=False):
+                c, d = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
+                sent[rank, :, c:d].view(place.shape).copy_(place)
+            found[:, a:b] = reduce_scatter(sent, self.group, factor)[:, : b - a]
         return found
 
     def _in_turn(self, first: int, stop: int) -> bool:

@@ -38,7 +38,7 @@ from curvature.linalg import (
 from curvature.objective.shards import refuse_settings
 from curvature.objective.shift import gradient_at, loss_at, shifted
 from curvature.objective.standing_in import place
-from curvature.sharding.collectives import COUNTS, RECEIVED
+from curvature.sharding.collectives import COUNTS, RECEIVED, reduce_scatter
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
 from tests.checks import BATCHING_TOLERANCE, assert_close
@@ -538,11 +538,14 @@ def algebra(group: Any) -> dict[str, tuple[Tensor, Tensor]]:
     torch.randn(3, 3, generator=again, dtype=torch.float64)
     found["draws"] = (ShardedTensor(drawn, layout).whole(), torch.randn(3, n, generator=again))
     even = Layout.agreed([distribute_tensor(torch.zeros(6, 7), mesh, [Shard(0)])], group)
-    rows, before = torch.arange(42.0, dtype=torch.float64)[None], dict(COUNTS)
-    part = even.summed((group.rank() + 1) * rows, group, 0.5, most=10)
-    found["sum in pieces"] = (even.whole(part, most=10), 1.5 * rows)
-    pieces = [COUNTS[name] - before[name] for name in ("reduce_scatter", "all_gather")]
-    found["pieces"] = (torch.tensor(pieces), torch.tensor([5, 5]))  # of 21 entries a rank, 5 each
+    sizes = (6, 7), (140000, 3)  # the latter in two pieces a rank
+    layouts = [Layout.agreed([distribute_tensor(torch.zeros(size), mesh, [Shard(0)])], group) for size in sizes]
+    layouts.append(Layout.agreed([distribute_tensor(torch.zeros(140001, 3), mesh, [Shard(0)]), torch.zeros(0)], group))
+    for each in layouts:
+        rows = torch.arange(float(each.num_entries), dtype=torch.float64)[None]
+        part = each.summed((group.rank() + 1) * rows, group, 0.5)
+        found[f"sum of {each.num_entries}"] = (each.whole(part), 1.5 * rows)
+    found["sum of nothing"] = (reduce_scatter(torch.ones(group.size(), 0), group).sum()[None], torch.zeros(1))
     return found
 
 
