@@ -388,7 +388,7 @@ class Objective:
             raise DataError("the weights of all batches are zero: no target counts (all ignored or masked?).")
         self._total_weight = weight
         denominator = 1.0 if self.is_sum else weight
-        scaled = total.mul_ if own and self.ranks is None else total.mul
+        scaled = total.mul_ if own or self.ranks is not None else total.mul  # what ranks have added is new
         return total if unit == denominator else scaled(unit / denominator)
 
     @property

@@ -16,7 +16,17 @@ from curvature.errors import InputError, RankError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["COUNTS", "RECEIVED", "all_gather", "all_reduce", "apart", "explained", "reduce_scatter", "refuse_apart"]
+__all__ = [
+    "COUNTS",
+    "PIECE",
+    "RECEIVED",
+    "all_gather",
+    "all_reduce",
+    "apart",
+    "explained",
+    "reduce_scatter",
+    "refuse_apart",
+]
 
 COUNTS = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
 """How many collectives this process made with tensors that are held in parts."""
@@ -24,7 +34,7 @@ RECEIVED = {"bytes": 0}
 """How much it received in gathers and reduce-scatters."""
 
 
-_PIECE = 1 << 18  # entries of all ranks that move at a time on CPUs
+PIECE = 1 << 18  # entries of all ranks that move at a time on CPUs
 """gloo copies what it gathers in threads whose memory the C library keeps, and sums all of it on every rank: pieces
 stay in the cache, and those of a sum go to where they are added up."""
 
@@ -85,10 +95,10 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     RECEIVED["bytes"] += x.numel() * x.element_size() * (group.size() - 1)
     found = x.new_empty(group.size(), *x.shape)
     with explained():
-        if x.device.type != "cpu" or found.numel() <= _PIECE:
+        if x.device.type != "cpu" or found.numel() <= PIECE:
             _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
             return found
-        width = max(1, _PIECE // group.size())
+        width = max(1, PIECE // group.size())
         for part, places in zip(x.reshape(-1).split(width), found.flatten(1).split(width, dim=1), strict=True):
             received = torch.empty_like(places, memory_format=torch.contiguous_format)
             _ALL_GATHER(received.view(-1), part, group=group)
@@ -105,7 +115,7 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, factor: float = 1.0) -> Tenso
         if x.device.type != "cpu":
             _REDUCE_SCATTER(found.view(-1), (x if factor == 1 else x * factor).view(-1), group=group)
             return found
-        width = max(1, _PIECE // group.size())
+        width = max(1, PIECE // group.size())
         for part, place in zip(x.flatten(1).split(width, dim=1), found.view(-1).split(width), strict=True):
             sent = part * factor
             received = torch.empty_like(sent)

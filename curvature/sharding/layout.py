@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.sharding.collectives import all_gather, all_reduce, explained, reduce_scatter
+from curvature.sharding.collectives import PIECE, all_gather, all_reduce, explained, reduce_scatter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -208,10 +208,10 @@ class Layout:
     def whole(self, rows: Tensor) -> Tensor:
         """Return whole vectors (k, n), alike on every rank, of parts (k, num_local). A gather for each bucket."""
         k = len(rows)
-        if k == 1 and len(list(self._buckets(k))) == 1 and self._in_turn(0, len(self.shapes)):
+        if k == 1 and len(self._buckets(rows)) == 1 and self._in_turn(0, len(self.shapes)):
             return all_gather(rows, self.group).view(1, -1)
         found = rows.new_empty(k, self.num_entries)
-        for first, stop in self._buckets(k):
+        for first, stop in self._buckets(rows):
             most = max(starts[stop] - starts[first] for starts in self.local_starts)
             mine = rows[:, self.local_starts[self.rank][first] : self.local_starts[self.rank][stop]]
             if k == 1 and self._in_turn(first, stop):
@@ -235,7 +235,7 @@ class Layout:
             return self.part(all_reduce(rows * factor, ranks))
         k = len(rows)
         found = rows.new_empty(k, self.num_local)
-        for first, stop in self._buckets(k):
+        for first, stop in self._buckets(rows):
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
             if k == 1 and self._in_turn(first, stop):
                 by_rank = rows[0, self.starts[first] : self.starts[stop]].view(self.group.size(), 1, -1)
@@ -257,11 +257,12 @@ class Layout:
         step, rest = shape[0] // count, tuple((0, n) for n in shape[1:])
         return all(self.boxes[r][first] == ((r * step, (r + 1) * step), *rest) for r in range(count))
 
-    def _buckets(self, k: int) -> list[tuple[int, int]]:
-        """Return runs of tensors that are moved at a time."""
-        buckets, first = [], 0
+    def _buckets(self, rows: Tensor) -> list[tuple[int, int]]:
+        """Return runs of tensors that are moved at a time, of whole or local rows: short ones where pieces are."""
+        buckets, first, k = [], 0, len(rows)
+        most = PIECE if rows.device.type == "cpu" else _BUCKET
         for i in range(1, len(self.shapes) + 1):
-            if i == len(self.shapes) or k * (self.starts[i + 1] - self.starts[first]) > _BUCKET:
+            if i == len(self.shapes) or k * (self.starts[i + 1] - self.starts[first]) > most:
                 buckets.append((first, i))
                 first = i
         return buckets
