@@ -29,6 +29,7 @@ from curvature.objective.product_noise import product_noise
 from curvature.objective.ranks import together
 from curvature.objective.refusals import describe_cuts, refuse_other_batches
 from curvature.objective.shift import shifted
+from curvature.objective.unsaturated import Unsaturated, unsaturated
 
 __all__ = ["CheckReport", "check_objective"]
 
@@ -39,6 +40,9 @@ _KINKS = (  # stems of autograd nodes of functions with jumps in their first der
 )
 _SINGLE_STEPS = (1e-3, 3e-3, 1e-4)  # steps tried in float32, relative to the norm of the parameters
 _HALF_STEPS = (3e-2, 1e-2, 3e-3)
+_SHORTER = 1e-2  # of the step in float64
+_TELLING = 0.1  # of the gradient: noise of a difference that can tell whether it is right
+_ROUNDED = 100  # rounding errors that every tolerance allows for
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ def check_objective(objective: ObjectiveLike, *, rtol: float | None = None) -> C
     tolerance = min(1e-2, 100 * objective.num_params**0.5 * eps) if rtol is None else rtol
     messages = [_repeats(objective, tolerance)]
     with _explained():
-        messages.append(_symmetric(lin, objective, tolerance))
-        messages += _differences(lin, objective, batch, eps)
+        v = _probes(objective)[0]
+        sizes = unsaturated(lin, objective, batch, v / v.norm())
+        messages.append(_symmetric(lin, objective, tolerance, sizes))
+        messages += _differences(lin, objective, batch, eps, sizes)
         if objective.closed_form_loss:
             messages.append(_output_hessian(lin, objective, tolerance))
     messages.append(describe_cuts(objective, batch))
@@ -142,12 +148,12 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _symmetric(lin: Linearization, objective: ObjectiveLike, tolerance: float) -> str:
+def _symmetric(lin: Linearization, objective: ObjectiveLike, tolerance: float, sizes: Unsaturated) -> str:
     u, v = _probes(objective)
     Hu, Hv = lin.hvp(torch.stack([u, v]))
-    gap = float(
-        (u @ Hv - v @ Hu).abs() / (u.norm() * Hv.norm() + v.norm() * Hu.norm()).clamp_min(torch.finfo(u.dtype).tiny)
-    )
+    scale = u.norm() * Hv.norm() + v.norm() * Hu.norm()
+    rounding = u.norm() * v.norm() * sizes.product / _ROUNDED  # tolerances are that many errors, and more
+    gap = float((u @ Hv - v @ Hu).abs() / torch.maximum(scale, rounding).clamp_min(torch.finfo(u.dtype).tiny))
     if not gap <= tolerance:
         raise CheckFailedError(
             f"the Hessian of batch 0 is not symmetric (u'Hv and v'Hu differ by {gap:.1e} relative): some backward "
@@ -162,13 +168,17 @@ class _Difference:
 
     slope_error: float
     """|difference of the loss - g'v| beyond rounding and its own error, over |g|."""
+    tells: bool
+    """Whether the difference of the loss is larger than its rounding by far."""
     curve_error: float
     """|difference of the gradient - Hv| over the larger of the two."""
     drowned: bool
     """Whether the difference of the gradient is no larger than its own rounding."""
 
 
-def _difference(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float, step: float) -> _Difference:
+def _difference(
+    lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float, step: float, sizes: Unsaturated
+) -> _Difference:
     v = _probes(objective)[0]
     v = v / v.norm()
     g, Hv = lin.gradient(), lin.hvp(v[None])[0]
@@ -177,23 +187,28 @@ def _difference(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: f
     (loss_up, g_up), (loss_down, g_down) = (_at(objective, batch, theta + sign * half * v) for sign in (1.0, -1.0))
     slope, curve = (loss_up - loss_down) / (2 * half), (g_up - g_down) / (2 * half)
     rounding = eps / (2 * half)  # of a difference, relative to what is subtracted
-    largest = max(abs(float(loss)) for loss in (lin.loss, loss_up, loss_down))  # not in the middle of a fit
+    largest = max(sizes.loss, *(abs(float(loss)) for loss in (loss_up, loss_down)))
     third = abs(float((g_up + g_down - 2 * g) @ v)) / 6  # by which differences of the loss err
-    of_gradient = 10 * eps * max(1.0, float(theta.norm())) * float(Hv.norm())  # of parameters that are rounded
-    gap = abs(float(slope - g @ v)) - 20 * rounding * largest - 2 * third - of_gradient
+    of_gradient = 10 * eps * (max(1.0, float(theta.norm())) * float(Hv.norm()) + sizes.gradient)
+    noise = 20 * rounding * largest + of_gradient
+    gap, size = abs(float(slope - g @ v)) - noise - 2 * third, max(float(g.norm()), torch.finfo(g.dtype).tiny)
     return _Difference(
-        slope_error=0.0 if gap <= 0 else gap / max(float(g.norm()), torch.finfo(g.dtype).tiny),
+        slope_error=0.0 if gap <= 0 else gap / size,
+        tells=noise <= _TELLING * size,
         curve_error=_relative(curve, Hv),
-        drowned=all(float(part.norm()) <= 30 * rounding * float(g.norm()) for part in (curve, Hv)),
+        drowned=all(float(part.norm()) <= 30 * rounding * sizes.gradient for part in (curve, Hv)),
     )
 
 
-def _differences(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float) -> list[str]:
+def _differences(lin: Linearization, objective: ObjectiveLike, batch: Any, eps: float, sizes: Unsaturated) -> list[str]:
     """Compare g'v with differences of the loss, and Hv with differences of the gradient, along one random direction."""
     double, single = eps < 1e-12, eps < 1e-6
     tolerance = 1e-4 if double else 5e-2 if single else 0.4  # in half precision differences see gross errors only
     steps = (eps ** (1 / 3),) if double else _SINGLE_STEPS if single else _HALF_STEPS
-    found = [_difference(lin, objective, batch, eps, step) for step in steps]
+    found = [_difference(lin, objective, batch, eps, step, sizes) for step in steps]
+    if double and not found[0].slope_error <= tolerance:  # a kink on the way, or a step that is long for this loss
+        shorter = _difference(lin, objective, batch, eps, _SHORTER * steps[0], sizes)
+        found += [shorter] if shorter.tells else []
     slope_error = min((d.slope_error for d in found if not math.isnan(d.slope_error)), default=math.nan)
     curve_errors = [d.curve_error for d in found if not d.drowned]
     curve_error = min((error for error in curve_errors if not math.isnan(error)), default=math.nan)
@@ -235,7 +250,8 @@ def _output_hessian(lin: Linearization, objective: ObjectiveLike, tolerance: flo
     u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
     closed = rule.output_hessian(outputs, targets)(u)
     by_autograd = AnyLoss(rule.loss, rule.reduction).output_hessian(outputs, targets)(u)
-    gap = _relative(closed.to(by_autograd.dtype), by_autograd)
+    plain = rule.output_hessian(torch.zeros_like(outputs), targets)(u)  # what is left of it has the same rounding
+    gap = _relative(closed.to(by_autograd.dtype), by_autograd, float(plain.norm()) / _ROUNDED)
     if not gap <= max(tolerance, 1e3 * torch.finfo(outputs.dtype).eps):
         raise CheckFailedError(
             f"the closed form of the loss Hessian differs from autograd's by {gap:.1e}; please report this loss as a "
@@ -252,8 +268,9 @@ def _probes(objective: ObjectiveLike) -> tuple[Tensor, Tensor]:
     return u, v
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
+def _relative(a: Tensor, b: Tensor, least: float = 0.0) -> float:
+    least = max(least, torch.finfo(a.dtype).tiny)
+    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(least))
 
 
 def _noise(objective: ObjectiveLike) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,42 @@ def test_passes_where_the_data_are_fitted(dtype: torch.dtype, tanh: bool) -> Non
     objective = Objective(model.to(dtype), nn.MSELoss(), (x.to(dtype), y.to(dtype)))
     assert float(objective.loss()) < (1e-25 if dtype == torch.float64 else 1e-8)
     assert objective.check().passed
+
+
+@functools.cache
+def trained(activation: type[nn.Module]) -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, y = torch.randn(30, 5, dtype=torch.float64), torch.randint(3, (30,))
+        layers = [nn.Linear(5, 24), activation(), nn.Linear(24, 24), activation(), nn.Linear(24, 3)]
+    model = nn.Sequential(*layers).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(800):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, (x, y)
+
+
+def certain(activation: type[nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Any]:
+    """Return a classifier whose predictions are right and nearly certain."""
+    model, (x, y) = trained(activation)
+    return copy.deepcopy(model).to(dtype), (x.to(dtype), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("split", [True, False])
+def test_passes_where_predictions_are_nearly_certain(
+    activation: type[nn.Module], dtype: torch.dtype, split: bool
+) -> None:
+    """What is left of 1 - p of p near 1 has few digits."""
+    model, data = certain(activation, dtype)
+    own = {} if split else {"forward": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])}
+    subject = Objective(model, nn.CrossEntropyLoss() if split else None, data, **own)  # type: ignore[arg-type]
+    assert float(subject.loss()) < 1e-4
+    assert subject.check().passed
 
 
 def test_kinks_are_named_and_not_held_against_the_model() -> None:
@@ -196,6 +234,27 @@ def test_wrong_backward_is_found_and_named(function: type[torch.autograd.Functio
     subject = objective(Custom(function))
     with assert_untouched(subject.model), pytest.raises(CheckFailedError, match=message):
         subject.check()
+
+
+@pytest.mark.parametrize("of", ["gradient", "curvature"])
+def test_wrong_backward_is_found_where_predictions_are_nearly_certain(of: str) -> None:
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx: Any, u: Tensor) -> Tensor:  # type: ignore[override]
+            (x,) = ctx.saved_tensors
+            return 1.05 * u * (1 - x.tanh() ** 2) if of == "gradient" else u * (1 - x.tanh().detach() * x.tanh())
+
+    model, data = certain(nn.Tanh)
+    for place in (1, 3):
+        model[place] = Custom(Bad)  # type: ignore[index, operator]
+    message = "not the derivative of the loss" if of == "gradient" else "second derivative is wrong|not symmetric"
+    with pytest.raises(CheckFailedError, match=message):
+        Objective(model, nn.CrossEntropyLoss(), data).check()
 
 
 def test_derivative_that_autograd_leaves_out_is_found() -> None:
