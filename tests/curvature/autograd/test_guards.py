@@ -406,7 +406,7 @@ def test_the_self_check_does_not_pass_on_nan(place: str, monkeypatch: pytest.Mon
     if place == "_relative":
         monkeypatch.setattr(check_module, place, lambda *_: nan)
     elif place == "_difference":
-        wrong = check_module._Difference(slope_error=nan, curve_error=nan, drowned=False)
+        wrong = check_module._Difference(slope_error=nan, tells=True, curve_error=nan, drowned=False)
         monkeypatch.setattr(check_module, place, lambda *_: wrong)
     else:
         monkeypatch.setattr(Linearization, "hvp", lambda _, X: torch.full_like(X, nan))
