@@ -261,3 +261,17 @@ def test_settings_are_read_when_they_are_used() -> None:
 def test_targets_of_unknown_kind_need_a_weight() -> None:
     with pytest.raises(InputError, match="weight="):
         loss_rule(lambda z, _: z.mean()).num_terms(None, {"boxes": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_hessian_of_nearly_certain_predictions_has_all_its_digits(dim: int) -> None:
+    """p (u - p'u) of p near 1 is a difference of numbers alike; against float64, in which it has digits left."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 4, generator=generator)
+    z[:, 2] += 14
+    z, u, targets = (z, torch.randn(6, 4, generator=generator), torch.full((6,), 2))
+    if dim == 0:
+        z, u, targets = z[0], u[0], targets[0]
+    rule = loss_rule(nn.CrossEntropyLoss())
+    found, exact = (rule.output_hessian(z.to(t), targets)(u.to(t)) for t in (torch.float32, torch.float64))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-12)
