@@ -13,6 +13,7 @@ _TICK = 1e-7  # seconds: no step is shorter, whatever a coarse clock says, and n
 _SAMPLED = 17  # one in so many rounds is timed, for a look at the clock takes as long as a round of the tracker
 _SLOW_ROUNDS = 2  # after a reading, whose data are in the caches in place of the training's
 _LATEST = 3  # readings that the next one is judged by
+_SEEN = 0.9  # of the budget: what readings do to caches and free memory slows rounds that are not counted as theirs
 
 
 class Budget:
@@ -27,7 +28,7 @@ class Budget:
     """
 
     def __init__(self, share: float | None, device: torch.device) -> None:
-        self.share = share
+        self.share = None if share is None else _SEEN * share
         self.clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._loop, self._readings, self._hooks = 0.0, 0.0, 0.0  # seconds; hooks are a part of the loop's
         self._rounds, self._slow_rounds, self._slow = 0, 0, 0.0  # and seconds of those right after readings

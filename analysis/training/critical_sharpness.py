@@ -125,7 +125,7 @@ def search_critical_step(
     if not slope < 0:
         return _found(math.nan, 0.0, math.inf, lr, 0, CriticalStatus.ASCENT)
     low, phi_low, high, phi_high = 0.0, slope, math.inf, math.nan
-    a, narrow = first, False
+    a, narrow, before = first, False, (0.0, slope)
     while not narrow:
         if a not in seen:
             if spent == max_losses:
@@ -143,7 +143,9 @@ def search_critical_step(
             a = min(max(root, _NEAR * low), _FAR * low)
             continue
         narrow = high - low <= rtol * low or phi == 0
-        a = _inside(low, phi_low, high, phi_high)
+        here, same_side = (a, phi), (phi < 0) == (before[1] < 0)
+        a = _inside(low, phi_low, high, phi_high, *((before, here) if same_side else ()))
+        before = here
     if high == math.inf or (math.isinf(phi_high) and not narrow):
         return _found(low, low, high, lr, spent, CriticalStatus.NO_BRACKET)
     root = high if phi_high == 0 else _secant(low, phi_low, high, phi_high)
@@ -159,9 +161,16 @@ def _secant(low: float, phi_low: float, high: float, phi_high: float) -> float:
     return low + (high - low) * -phi_low / (phi_high - phi_low)
 
 
-def _inside(low: float, phi_low: float, high: float, phi_high: float) -> float:
-    """Return where to look next: near the secant's root, on the side where the bracket is wide, and not at its ends."""
+def _inside(low: float, phi_low: float, high: float, phi_high: float, *latest: tuple[float, float]) -> float:
+    """Return where to look next: near the root of a secant, on the side where the bracket is wide, and not at its ends.
+
+    The secant is that of the ends, or of the two latest points where they lie on one side of the root: where phi bends,
+    secants with an end that stays come nearer from one side only, and slowly.
+    """
     root, width = _secant(low, phi_low, high, phi_high), high - low
+    if latest and latest[0][1] != latest[1][1] and all(math.isfinite(phi) for _, phi in latest):
+        other = _secant(*latest[0], *latest[1])
+        root = other if low < other < high else root
     return max(root, high / 16) if low == 0 else min(max(root, low + 0.02 * width), high - 0.02 * width)
 
 

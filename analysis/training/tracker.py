@@ -38,10 +38,11 @@ class CurvatureTracker:
     same bits as without.
 
     Readings are taken as often as `every` says, and no more often than `budget` allows: one is put off until all that
-    the tracker does, hooks and the slower steps right after readings among it, takes no more than that share of the
-    time of training (on a CPU the process's CPU time). On small models, whose steps take as long as a few calls of
-    Python, that is every 50 to 150 steps, and the hooks take about 5 µs of each step, which count up to half of the
-    budget. `record.notes` and the repr say what became of it.
+    the tracker does, hooks and the slower steps right after readings among it, takes no more than nine tenths of that
+    share of the time of training (on a CPU the process's CPU time); the tenth is for what cannot be timed. The first is
+    taken at once, so that a run shorter than its seconds over `budget` grows by more. On small models, whose steps take
+    as long as a few calls of Python, that is every 50 to 150 steps, and the hooks take about 5 µs of each step, which
+    count up to half of the budget. `record.notes` and the repr say what became of it.
 
     Args:
         objective: on the model that is trained. Its data are the probe that all readings are taken on, e.g. a fixed

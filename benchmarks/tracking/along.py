@@ -378,7 +378,7 @@ def main() -> None:
     if "critical" in a.parts:
         work += [(name, partial(critical, name)) for name in RUNS]
     if "cost" in a.parts:
-        lengths = {"mlp, gd": 6000, "cnn, sgd": 400, "gpt, adam": 600}
+        lengths = {"mlp, gd": 6000, "cnn, sgd": 4000, "gpt, adam": 4000}
         work += [(name, partial(growth, name, steps=steps)) for name, steps in lengths.items()]
     work = [(name, measured) for name, measured in work if not a.names or name.startswith(tuple(a.names))]
     with Rows(a.out, ("part", "name"), len(work)) as rows:

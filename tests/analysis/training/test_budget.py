@@ -40,7 +40,7 @@ def test_all_that_a_tracker_does_is_charged(monkeypatch: pytest.MonkeyPatch, dev
     assert training == pytest.approx(2000, rel=0.01)
     assert readings == pytest.approx(len(loop.reads) * 5, rel=0.05)  # 4 seconds, and twice a half
     assert hooks == pytest.approx(20, rel=0.1)
-    assert 0.095 < loop.now / loop.work - 1 < 0.1 + 1e-9
+    assert 0.085 < loop.now / loop.work - 1 < 0.09 + 1e-9  # a tenth is left for what no clock here sees
 
 
 def test_a_budget_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch) -> None:

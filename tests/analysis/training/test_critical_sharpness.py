@@ -78,6 +78,24 @@ def test_a_loss_that_only_rounds_or_overflows_is_told() -> None:
     assert wall.lower < 0.01 <= wall.upper
 
 
+def test_a_root_that_secants_of_the_bracket_approach_from_one_side_is_found() -> None:
+    """phi(a) = -0.044 + 0.0106 a^(1/2) rises steeply and flattens; from 28 on, its root is at (0.044 / 0.0106)^2."""
+    root = (0.044 / 0.0106) ** 2
+    found = search_critical_step(
+        lambda a: 1.7 + a * (-0.044 + 0.0106 * math.sqrt(a)),
+        1.7,
+        -0.044,
+        lr=1.0,
+        max_losses=6,
+        rtol=0.02,
+        eps=1e-7,
+        first=28.0,
+    )
+    assert found.status.name == "OK"
+    assert found.step == pytest.approx(root, rel=0.005)
+    assert found.lower < root < found.upper < 1.05 * found.lower
+
+
 def test_the_same_update_on_another_loss() -> None:
     """On a quadratic a w^2 / 2 + b w the critical rate along u is -2 (a w + b) / (a u), times lr."""
     w = nn.Linear(1, 1, bias=False).double()
