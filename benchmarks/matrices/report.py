@@ -35,7 +35,7 @@ def matrices_table(rows: Sequence[Row]) -> str:
         losses = ", ".join(f"{r['loss']:.{digits}f}" for r in chosen)
         name = f"{problem}: {method}, lr {best['lr']:g}"
         lines.append(f"| {name} | {steps} | {gradients:.0f} | {seconds:.0f} | {losses} |")
-    return "\n".join([*lines, "", conditions(rows)]) + "\n"
+    return "\n".join([*lines, "", conditions([*costs, *runs])]) + "\n"
 
 
 def race_table(rows: Sequence[Row]) -> str:
@@ -67,7 +67,7 @@ def race_table(rows: Sequence[Row]) -> str:
                 cells += [f"{chosen[0]['lr']:g}{' (the last tried)' if at_end else ''}", f"{chosen[0]['steps']}"]
                 cells.append(f"{statistics.median(found):.3g} ({found[0]:.3g} to {found[-1]:.3g})")
                 if equal == "steps":
-                    cells.append(f"{statistics.median(row['seconds'] for row in chosen):.2g}")
+                    cells.append(f"{statistics.median(row['seconds'] for row in chosen):.3g}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines += ["", *(f"{_verdict(equal, of)}\n" for equal, of in reached.items() if "AdamW" in of)]
     return "\n".join([*lines, conditions(rows)]) + "\n" if rows else ""
