@@ -28,7 +28,7 @@ class Budget:
     """
 
     def __init__(self, share: float | None, device: torch.device) -> None:
-        self.share = None if share is None else _SEEN * share
+        self.share = share
         self.clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._loop, self._readings, self._hooks = 0.0, 0.0, 0.0  # seconds; hooks are a part of the loop's
         self._rounds, self._slow_rounds, self._slow = 0, 0, 0.0  # and seconds of those right after readings
@@ -96,9 +96,9 @@ class Budget:
         """Return the steps until another reading can be paid for, after so many."""
         if self.share is None or not self._costs:
             return 0.0
-        training, readings, hooks = self.times()
-        hooks = min(hooks, self.share * training / 2)  # half of the budget is left to readings
-        missing = (readings + hooks + self.expected) / self.share - training - _TICK
+        share, (training, readings, hooks) = _SEEN * self.share, self.times()
+        hooks = min(hooks, share * training / 2)  # half of the budget is left to readings
+        missing = (readings + hooks + self.expected) / share - training - _TICK
         return max(0.0, missing / max(training / max(steps, 1), _TICK))
 
     def state(self) -> dict[str, Any]:
