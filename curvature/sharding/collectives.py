@@ -34,7 +34,7 @@ RECEIVED = {"bytes": 0}
 """How much it received in gathers and reduce-scatters."""
 
 
-PIECE = 1 << 18  # entries of all ranks that move at a time on CPUs
+PIECE = 1 << 17  # entries of all ranks that move at a time on CPUs
 """gloo copies what it gathers in threads whose memory the C library keeps, and sums all of it on every rank: pieces
 stay in the cache, and those of a sum go to where they are added up."""
 

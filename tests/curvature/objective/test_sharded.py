@@ -537,7 +537,7 @@ def algebra(group: Any) -> dict[str, tuple[Tensor, Tensor]]:
     torch.randn(2, n, 3, generator=again, dtype=torch.float64)
     torch.randn(3, 3, generator=again, dtype=torch.float64)
     found["draws"] = (ShardedTensor(drawn, layout).whole(), torch.randn(3, n, generator=again))
-    sizes = (6, 7), (140000, 3)  # the latter in two pieces a rank
+    sizes = (6, 7), (140000, 3)  # the latter in four pieces a rank
     layouts = [Layout.agreed([distribute_tensor(torch.zeros(size), mesh, [Shard(0)])], group) for size in sizes]
     layouts.append(Layout.agreed([distribute_tensor(torch.zeros(140001, 3), mesh, [Shard(0)]), torch.zeros(0)], group))
     for each in layouts:
