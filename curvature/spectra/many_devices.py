@@ -10,7 +10,7 @@ With n parameters of p bytes, vectors of v bytes an entry, W ranks and B batches
     module:  (W - 1)/W n (5 p + 2 v) B bytes,   26 n flops a token
 
 (a forward pass takes 2 n, a backward pass 4 n). Nothing is taken to overlap. Memory and bytes were compared
-with two and four ranks (`benchmarks/sharded`), seconds were not.
+with two and four ranks, seconds with two (`benchmarks/sharded`).
 """
 
 from __future__ import annotations
