@@ -431,7 +431,7 @@ def test_readings_keep_to_their_budget_and_say_so(monkeypatch: pytest.MonkeyPatc
     assert tracker.budget == 0.1
     assert tracker.age == 1000 - steps[-1]
     assert "steps apart where every=5" in tracker.record.notes[0]
-    assert repr(tracker) == "CurvatureTracker(6 readings of 1000 steps, 9.0 % of its time)"  # 18 seconds in 200
+    assert repr(tracker) == "CurvatureTracker(5 readings of 1000 steps, 7.5 % of its time)"  # 15 seconds in 200
     cheap = CurvatureTracker(objective, every=5, budget=None, generator=0)
     for _ in range(12):
         cheap.step()
