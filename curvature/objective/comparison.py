@@ -25,7 +25,7 @@ from curvature.fingerprints.portable import content
 from curvature.objective.by_module import gradient_of_batch
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.shards import Shards, is_part
-from curvature.objective.standing_in import fsdp_states, has_torch_hooks
+from curvature.objective.standing_in import fsdp_states, has_torch_hooks, param_groups
 from curvature.sharding.collectives import all_reduce, explained
 
 __all__ = ["follow"]
@@ -196,11 +196,6 @@ def _dtypes(shards: Shards, device: torch.device) -> set[torch.dtype]:
 # -- the model's own backward pass ------------------------------------------------------------------------------------
 
 
-def _groups(shards: Shards) -> list[Any]:
-    """Return FSDP2's groups of parameters."""
-    return [group for state in fsdp_states(shards.model).values() for group in state._fsdp_param_groups]
-
-
 def _refuse_what_has_no_gradient(objective: ObjectiveLike, shards: Shards) -> None:
     """Raise InputError where the model's own backward pass would not leave the gradients of the parameters."""
     named, why = dict(shards.model.named_parameters()), ""
@@ -208,7 +203,7 @@ def _refuse_what_has_no_gradient(objective: ObjectiveLike, shards: Shards) -> No
         why = f"the parameter {frozen[0]!r} does not require a gradient: call requires_grad_() before fully_shard"
     elif not (fsdp_states(shards.model) or has_torch_hooks(shards.model)):
         why = "the model does not run on its own: shard it by fully_shard or parallelize_module"
-    for group in _groups(shards):
+    for group in param_groups(shards.model):
         if not (group.reduce_grads and group.all_reduce_grads):
             why = "its gradients are not summed over ranks: call model.set_requires_gradient_sync(True)"
         if any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params):
@@ -248,7 +243,7 @@ def _own_gradient(own: Evaluator, shards: Shards, names: list[str], batch: Any) 
     own.parameters = [p for p in named.values() if p.requires_grad]
     factors = {
         id(p.sharded_param): group.gradient_divide_factor or group.mesh_info.mesh.size()
-        for group in _groups(shards)
+        for group in param_groups(shards.model)
         for p in group.fsdp_params
     }
     with _own_gradients(shards.model, batch):

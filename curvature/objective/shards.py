@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from curvature.environment.memory import available_memory
 from curvature.errors import CheckFailedError, InputError
 from curvature.fingerprints.digest import version
-from curvature.objective.standing_in import fsdp_states, param_dtypes, place, without_hooks
+from curvature.objective.standing_in import fsdp_states, param_dtypes, param_groups, place, without_hooks
 from curvature.parameters import Block, ParameterSpace, Selection
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, whole
@@ -70,21 +70,16 @@ def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, 
             "FullyShardedDataParallel has no second derivative: shard the model by torch.distributed.fsdp.fully_shard, "
             "which is handed in as it is, or pass one that is not sharded, with process_group=."
         )
-    states = fsdp_states(model)
-    for module in states:
+    for module in fsdp_states(model):
         module.reshard()  # type: ignore[operator] # a method of FSDP's; after a forward pass the root is left whole
     parts = [p for p in model.parameters() if is_part(p)]
     if not parts:
         return model, None, group
     mesh = max((p.device_mesh for p in parts), key=lambda m: m.size())  # type: ignore[attr-defined] # of DTensors
-    meshes = {info.mesh for state in states.values() for info in _mesh_infos(state)}
+    meshes = {of_group.mesh_info.mesh for of_group in param_groups(model)}
     if group is None and meshes:
         group = mesh_group(max(meshes, key=lambda m: m.size()))
     return model, Shards(model, mesh_group(mesh), group), group
-
-
-def _mesh_infos(state: Any) -> list[Any]:
-    return [group.mesh_info for group in state._fsdp_param_groups]
 
 
 def mesh_group(mesh: Any) -> ProcessGroup:

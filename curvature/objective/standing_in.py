@@ -11,12 +11,21 @@ from torch import nn
 
 from curvature.data.tensors import map_tensors
 
-__all__ = ["fsdp_states", "has_torch_hooks", "param_dtypes", "place", "renew_weights", "without_hooks"]
+__all__ = ["fsdp_states", "has_torch_hooks", "param_dtypes", "param_groups", "place", "renew_weights", "without_hooks"]
 
 
 def fsdp_states(model: nn.Module) -> dict[nn.Module, Any]:
     """Return FSDP2's state of every module that it wraps."""
     return {m: m._get_fsdp_state() for m in model.modules() if callable(getattr(m, "_get_fsdp_state", None))}  # type: ignore[operator] # a method of FSDP's
+
+
+def param_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters: a list of every module it wraps, in older torch one or none of each."""
+    groups: list[Any] = []
+    for state in fsdp_states(model).values():
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups += [state._fsdp_param_group] if several is None else several
+    return [group for group in groups if group is not None]
 
 
 def has_torch_hooks(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from curvature.linalg import (
 )
 from curvature.objective.shards import refuse_settings
 from curvature.objective.shift import gradient_at, loss_at, shifted
-from curvature.objective.standing_in import place
+from curvature.objective.standing_in import param_groups, place
 from curvature.sharding.collectives import COUNTS, RECEIVED, reduce_scatter
 from curvature.sharding.layout import Layout
 from curvature.sharding.tensors import ShardedTensor, in_parts, whole
@@ -701,3 +702,18 @@ def test_algebra_of_parts_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> N
 def test_nothing_wrong_is_answered(ranks: list[dict[str, Any]], name: str) -> None:
     for rank in ranks:
         assert REFUSED[name][1] in rank[name], rank[name]
+
+
+def test_groups_of_parameters_are_found_in_the_states_of_older_and_newer_torch() -> None:
+    class Wrapped(nn.Linear):
+        def __init__(self, **state: Any) -> None:
+            super().__init__(1, 1)
+            self.state = SimpleNamespace(**state)
+
+        def _get_fsdp_state(self) -> SimpleNamespace:
+            return self.state
+
+    older = nn.Sequential(Wrapped(_fsdp_param_group="a"), nn.Tanh(), Wrapped(_fsdp_param_group=None))
+    newer = nn.Sequential(Wrapped(_fsdp_param_groups=["a", "b"]), Wrapped(_fsdp_param_groups=[]))
+    assert param_groups(older) == ["a"]
+    assert param_groups(newer) == ["a", "b"]
