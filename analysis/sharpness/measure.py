@@ -103,7 +103,8 @@ def measure_sharpness(
             )
         loss = loss_at(objective, objective.space.current()).value
     rows.sort(key=lambda row: list(measures).index(row.name))
-    return SharpnessTable(rows=tuple(rows), loss=loss, num_params=objective.num_params)
+    left_out = tuple(name for name in MEASURES if plan.measures is None and name not in measures)
+    return SharpnessTable(rows=tuple(rows), loss=loss, num_params=objective.num_params, left_out=left_out)
 
 
 @checked
@@ -119,7 +120,7 @@ def measures_for(objective: Objective, measures: Sequence[str] | None = None) ->
             for name, spec in MEASURES.items()
             if (objective.has_split or not spec.needs_split) and (objective.has_likelihood or not spec.needs_likelihood)
         ]
-        if not _of_outputs_alone(objective):
+        if objective.has_split and not _of_outputs_alone(objective):
             names = [name for name in names if not MEASURES[name].needs_outputs]
         if masked_weights(objective) or all(t.ndim < 2 for t in objective.space.tensors.values()):
             names.remove("relative_flatness")

@@ -101,6 +101,8 @@ class SharpnessTable(Result):
     """L at the point, in units of the loss."""
     num_params: int
     """n."""
+    left_out: tuple[str, ...] = ()
+    """Names of measures that this loss, model or data do not allow, where all were asked for."""
 
     def __getitem__(self, name: str) -> SharpnessRow:
         """Return the row of a measure.

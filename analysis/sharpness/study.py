@@ -118,10 +118,16 @@ def _report(table: SharpnessTable) -> Report:
             "asked for. Products are exact (double backward); no data were left out."
         ),
         notes=(
+            *_left_out(table),
             "No measure ranks models across settings: Andriushchenko et al. (2023) find rank correlations with test "
             "error of either sign, which follow the learning rate. Compare like with like, the invariant ones first.",
         ),
     )
+
+
+def _left_out(table: SharpnessTable) -> tuple[str, ...]:
+    names = ", ".join(name.replace("_", " ") for name in table.left_out)
+    return (f"Not measured, since this loss, model or data do not allow it: {names}.",) if names else ()
 
 
 def _has(table: SharpnessTable, name: str) -> bool:

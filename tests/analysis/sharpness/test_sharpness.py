@@ -21,6 +21,7 @@ from analysis.sharpness.computations import (
 )
 from analysis.sharpness.figures import plot_sharpness
 from analysis.sharpness.measure import SHARPNESS_MEASURES, SharpnessPlan, measure_sharpness, measures_for
+from analysis.sharpness.study import _report
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
 from curvature.objective.shift import PointLoss
@@ -434,6 +435,18 @@ def test_a_penalty_in_the_loss_leaves_out_what_is_of_outputs_alone() -> None:
     assert {"log_volume", "fisher_rao"} <= set(measures_for(Objective(model, nn.MSELoss(), data)))
     with pytest.raises(InputError, match="beside the outputs"):
         measure_sharpness(objective, measures=("log_volume",), generator=torch.Generator().manual_seed(0))
+
+
+def test_what_is_left_out_is_told_in_the_table_and_the_report() -> None:
+    model = nn.Linear(3, 2).double()
+    data = (torch.randn(9, 3).double(), torch.randn(9, 2).double())
+    objective = Objective(model, lambda z, t: nn.functional.mse_loss(z, t) + model.weight.square().sum(), data)
+    found = measure_sharpness(objective, QUICK, generator=torch.Generator().manual_seed(0))
+    assert found.left_out == ("fisher_rao", "log_volume")
+    assert "do not allow it: fisher rao, log volume." in _report(found).notes[0]
+    asked = measure_sharpness(objective, measures=("sam",), generator=torch.Generator().manual_seed(0))
+    assert asked.left_out == ()
+    assert not any("do not allow" in note for note in _report(asked).notes)
 
 
 def test_figures_and_records(tables) -> None:
