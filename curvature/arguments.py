@@ -1,11 +1,13 @@
 """What a caller hands in, compared with annotations: a sentence at the door instead of an error deep inside.
 
 `checked` looks at kinds only (a number, a string, a tensor, an operator, ...); ranges and shapes are the function's.
+Where several ranks make the call together, they compare what they were given.
 """
 
 from __future__ import annotations
 
 import collections.abc as containers
+import contextlib
 import functools
 import inspect
 import math
@@ -40,11 +42,14 @@ class _Kind:
     """Returns the value, converted where that loses nothing, or `_REFUSED`."""
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked(function: Callable[P, R], *, alike: bool = False) -> Callable[P, R]:
     """Return the function with arguments of another kind than annotated refused by an `InputError`.
 
     NumPy's numbers and tensors without dimensions pass as numbers. What an annotation does not tell
     (`Any`, or a name that exists for type checkers alone) is not checked.
+
+    Ranks that share an argument with an attribute `ranks` must give the same to a function that draws random numbers,
+    or to any `alike`; where they do not, or one of them is refused, all of them raise.
     """
     signature: inspect.Signature | None = None
     kinds: dict[str, _Kind] = {}
@@ -58,12 +63,28 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # which says what is missing or unknown
-        for name, value in bound.arguments.items():
-            if name in kinds:
-                bound.arguments[name] = _taken(name, value, kinds[name])
-        return function(*bound.args, **bound.kwargs)
+        with _among_ranks(function, bound, signature, alike=alike):
+            for name, value in bound.arguments.items():
+                if name in kinds:
+                    bound.arguments[name] = _taken(name, value, kinds[name])
+            return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _among_ranks(
+    function: Callable[..., Any], bound: inspect.BoundArguments, signature: inspect.Signature, *, alike: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which ranks that share an argument are given the same, and all fail where one does."""
+    if alike or "generator" in signature.parameters:
+        for value in bound.arguments.values():
+            ranks = getattr(value, "ranks", None)
+            if ranks is not None and hasattr(ranks, "given"):
+                defaults = {p.name: p.default for p in signature.parameters.values()}
+                given = {name: v for name, v in (defaults | bound.arguments).items() if v is not value}
+                comparison: contextlib.AbstractContextManager[None] = ranks.given(function.__qualname__, given)
+                return comparison
+    return contextlib.nullcontext()
 
 
 def checked_fields(cls: C) -> C:

@@ -133,13 +133,10 @@ class LinearOperator(ABC):
         """How vectors lie over ranks, of a square matrix; None where each rank holds all of them."""
         return next(filter(None, (getattr(getattr(self, part, None), "sharding", None) for part in "AB")), None)
 
-    def agree(self, call: str, **settings: Any) -> None:
-        """Compare the settings of a call over the ranks that hold parts of the matrix, where there are any.
-
-        Raises:
-            RankError: on all ranks, if they differ.
-        """
-        del call, settings
+    @property
+    def ranks(self) -> Any:
+        """The ranks that hold parts of the matrix, or of its data, and compare themselves; None where there is one."""
+        return next(filter(None, (getattr(getattr(self, part, None), "ranks", None) for part in "AB")), None)
 
     def _rmatmat(self, X: Tensor) -> Tensor:
         """Return A' @ X, (n, k), for X of shape (m, k)."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["content", "text_digest"]
+__all__ = ["argument", "content", "text_digest"]
 
 _WIDTH = 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # sums of 64 bits would drop high ones
@@ -30,6 +32,34 @@ def content(tensors: Iterable[Tensor]) -> int:
     if not found:
         return 0
     return text_digest(torch.stack([part.to("cpu") for part in found]).tolist())
+
+
+def argument(name: str, value: Any) -> int | None:
+    """Return a digest of what a call is given, alike where the same is given in other processes, or on other devices.
+
+    None for None, and for what is not compared: functions, which one rank alone may give, parts of tensors, collections
+    of tensors, which may be its own data, and all but numbers, texts, tensors, generators, and records and collections
+    of these. A seed is the generator that it stands for.
+    """
+    if name == "generator" and isinstance(value, (int, np.integer)):
+        value = torch.Generator().manual_seed(int(value))
+    if isinstance(value, torch.Generator):
+        return content([value.get_state()])
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return text_digest(tuple(value.shape), content([value]))
+    if isinstance(value, str):
+        return text_digest(value.partition(":")[0])  # "cuda:1" is what "cuda:0" is to another rank
+    if isinstance(value, (bool, int, float, complex, np.generic, torch.dtype)):
+        return text_digest(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if "seconds" not in f.name}
+    if isinstance(value, Mapping):
+        return text_digest(sorted((str(k), argument("", v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return text_digest([None if isinstance(v, Tensor) else argument("", v) for v in value])
+    return None
 
 
 def _sums(t: Tensor) -> list[Tensor]:

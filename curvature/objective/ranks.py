@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from curvature.environment.device import is_gpu
 from curvature.errors import DataError, RankError
-from curvature.fingerprints.portable import content, text_digest
+from curvature.fingerprints.portable import argument, content, text_digest
 from curvature.objective.shards import Shards, is_part, spread
 from curvature.sharding.collectives import apart, explained
 from curvature.sharding.layout import Layout
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Compared",
     "RankAgreement",
-    "agree_on",
     "built_together",
     "failing_together",
     "sum_over_ranks",
@@ -136,7 +135,7 @@ class RankAgreement:
         self,
         call: str,
         *,
-        settings: int | None = None,
+        settings: int | Mapping[str, int] | None = None,
         point: Mapping[str, int] | None = None,
         vectors: int | None = None,
         total: Tensor | None = None,
@@ -148,6 +147,14 @@ class RankAgreement:
             return None
         return tuple(high[8 : 8 + high[7]]), _DTYPES[high[6]]
 
+    @contextlib.contextmanager
+    def given(self, call: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Compare what the ranks give to a call, and make it on all ranks, or fail on all."""
+        with failing_together(self):
+            digests = {name: digest for name, v in arguments.items() if (digest := argument(name, v)) is not None}
+            self.agree(call.removesuffix(".__init__"), settings=digests)
+            yield
+
     def step(self, code: int | None, call: str) -> int | None:
         """Return the code of the ranks that have one, the same for all of them; None where none has."""
         high = self._compared(call, None, None, None, code, None, None)
@@ -156,7 +163,7 @@ class RankAgreement:
     def _compared(
         self,
         call: str,
-        settings: int | None,
+        settings: int | Mapping[str, int] | None,
         point: Mapping[str, int] | None,
         vectors: int | None,
         step: int | None,
@@ -169,7 +176,8 @@ class RankAgreement:
         if total is not None:
             sizes = [total.ndim, *total.shape, *(0 for _ in range(4 - total.ndim))]
         dtype = None if total is None else _DTYPES.index(total.dtype)
-        values = [int(error is not None), text_digest(call), settings, digest, vectors, step, dtype, *sizes]
+        told = text_digest(sorted(settings.items())) if isinstance(settings, Mapping) else settings
+        values = [int(error is not None), text_digest(call), told, digest, vectors, step, dtype, *sizes]
         if error is not None:
             values[1:] = [None] * (len(_FIELDS) - 1)
         low_high = [_NONE if v is None else v for v in values] + [_NONE if v is None else -v for v in values]
@@ -179,7 +187,8 @@ class RankAgreement:
         high, low = packed[: len(_FIELDS)].tolist(), [-v for v in packed[len(_FIELDS) :].tolist()]
         if high[0] or any(a != b for a, b in zip(high, low, strict=True) if a != _NONE):
             mine = {"error": None if error is None else f"{type(error).__name__}: {error}", "call": call}
-            self._refuse(error, {**mine, "values": values, "point": dict(point or {})})
+            named = settings if isinstance(settings, Mapping) else {}
+            self._refuse(error, {**mine, "values": values, "point": dict(point or {}), "settings": dict(named)})
         return high
 
     def _refuse(self, error: Exception | None, mine: dict[str, Any]) -> None:
@@ -295,7 +304,7 @@ class RankAgreement:
 
 _ADVICE = {
     "step": "Where modules depend on the data, give a memory_budget that whole parameters fit in.",
-    "settings": "Give all ranks the same architecture, params=, loss and settings.",
+    "settings": "Give all ranks the same architecture, params=, loss and settings, and generators in the same state.",
     "point": "Load or broadcast the same state on all ranks, and the same modes.",
     "vectors": "Give all ranks generators in the same state (the same seed), and the same start vectors.",
     "shape": "All ranks must make the same calls with the same settings.",
@@ -303,13 +312,13 @@ _ADVICE = {
 
 
 def _different(name: str, every: list[Any]) -> str:
-    if name == "point":
-        names = list(dict.fromkeys(n for told in every for n in told["point"]))
-        which = [n for n in names if len({told["point"].get(n) for told in every}) > 1]
-        more = f" and {len(which) - 3} more" if len(which) > 3 else ""
-        return f"the ranks differ in {', '.join(which[:3])}{more}"
-    if name == "settings":
-        return f"the ranks differ in what they gave to {every[0]['call']}"
+    if name in ("point", "settings"):
+        names = list(dict.fromkeys(n for told in every for n in told[name]))
+        which = [n for n in names if len({told[name].get(n) for told in every}) > 1]
+        listed = ", ".join(which[:3]) + (f" and {len(which) - 3} more" if len(which) > 3 else "")
+        if name == "point":
+            return f"the ranks differ in {listed}"
+        return f"the ranks differ in what they gave to {every[0]['call']}{f', {listed}' if listed else ''}"
     if name == "step":
         return "the ranks are at different modules"
     if name == "vectors":
@@ -386,15 +395,3 @@ def _settings_digest(objective: Compared) -> int:
         given["weight"] is None,
         given["seed"],
     )
-
-
-def agree_on(A: Any, call: str, **settings: Any) -> None:
-    """Compare the settings of a call about an operator, or an objective, over its ranks, if it has any.
-
-    Raises:
-        RankError: on all ranks, if they differ.
-    """
-    ranks = getattr(getattr(A, "objective", A), "ranks", None)
-    if ranks is not None:
-        tensors = {k: content([v]) for k, v in settings.items() if isinstance(v, Tensor)}
-        ranks.agree(call, settings=text_digest(sorted({**settings, **tensors}.items(), key=lambda item: item[0])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from curvature.arguments import checked
 from curvature.engine.linearize import Linearization
 from curvature.engine.output_metrics import OutputMetric
 from curvature.errors import DataError, InputError, ParameterSelectionError
+from curvature.fingerprints.portable import content
 from curvature.linop import SymmetricOperator
 from curvature.objective.by_module import goes_by_module, product_by_module
 from curvature.objective.objective import Objective
 from curvature.objective.product_noise import product_noise
-from curvature.objective.ranks import agree_on
+from curvature.objective.ranks import RankAgreement
 from curvature.objective.shards import refuse_by_module
 from curvature.parameters import Block, Selection
 from curvature.sharding.layout import Layout
@@ -100,6 +101,8 @@ class ObjectiveOperator(SymmetricOperator):
         chosen = every if block is None else every.of(block.positions)
         mine = X if isinstance(X, ShardedTensor) else ShardedTensor(chosen.part(X, 0), chosen, 0)
         what = f"products of {type(self).__name__}"
+        if self.objective.ranks is not None and not isinstance(X, ShardedTensor):
+            self.objective.ranks.agree(what, vectors=content([X]))
         found = product_by_module(self.objective, what, lambda lin, rows: self._of_batch(lin, rows, None), mine.T).T
         return found if isinstance(X, ShardedTensor) else whole(found)
 
@@ -107,6 +110,10 @@ class ObjectiveOperator(SymmetricOperator):
     def sharding(self) -> Layout | None:
         every = self.objective.sharding
         return every if every is None or self.block is None else every.of(self.block.positions)
+
+    @property
+    def ranks(self) -> RankAgreement | None:
+        return self.objective.ranks
 
     @property
     def overhead(self) -> float:
@@ -129,9 +136,6 @@ class ObjectiveOperator(SymmetricOperator):
         what = type(self).__name__ if self.block is None else f"{type(self).__name__} of {self.block.name}"
         key = (type(self), self.block and self.block.parameters)
         return product_noise(self.objective, what, key, self.shape[0], product)
-
-    def agree(self, call: str, **settings: Any) -> None:
-        agree_on(self, call, **settings)
 
     def restrict(self, selection: Selection) -> Self:
         """Return the diagonal block of the matrix for some of its parameters, on the same graphs.

@@ -11,7 +11,6 @@ from curvature.engine.output_metrics import SampledFisher
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, spawn
 from curvature.objective.objective import Objective
-from curvature.objective.ranks import agree_on
 from curvature.operators._objective_operator import (
     MetricOperator,
     check_fixed_order,
@@ -70,7 +69,6 @@ class MCFisherOperator(MetricOperator):
             raise InputError(f"num_samples must be at least 1, got {num_samples}.")
         check_fixed_order(objective, _WHY)
         seed = spawn(generator, 1)[0].initial_seed()
-        agree_on(objective, "MCFisherOperator", generator=seed, num_samples=num_samples)
         rank = 0 if objective.process_group is None else dist.get_rank(objective.process_group)
         super().__init__(objective, SampledFisher(num_samples, seed, rank), block)
         self.num_samples = num_samples

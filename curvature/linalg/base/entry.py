@@ -24,10 +24,11 @@ _ERRORS = "Besides, `InputError` is raised for arguments out of range, `NonFinit
 def numerics(function: Callable[P, R]) -> Callable[P, R]:
     """Check the kinds of arguments, compute without autocast, and confirm that all products were with one matrix.
 
-    What most functions take and raise is added to their docstrings here.
+    Ranks that hold parts of the matrix, or of its data, compare what they were given. What most functions take and
+    raise is added to their docstrings here.
     """
     doc = inspect.cleandoc(function.__doc__ or "")
     names = [name for name in inspect.signature(function).parameters if name in _COMMON and f"\n    {name}:" not in doc]
     common = "".join(f"    {name}: {_COMMON[name]}\n" for name in names)
     function.__doc__ = f"{doc}\n\nCommon arguments:\n{common}\n{_ERRORS}" if names else doc
-    return full_precision(one_matrix(checked(function)))
+    return full_precision(one_matrix(checked(function, alike=True)))

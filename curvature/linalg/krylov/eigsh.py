@@ -21,7 +21,7 @@ from curvature.linalg.base.validate import check_count, check_square, product_no
 from curvature.linalg.krylov._ritz_selection import Which, expected_matvecs, wanted
 from curvature.linalg.krylov.lobpcg import lobpcg
 from curvature.linalg.krylov.thick_restart import ThickRestartLanczos
-from curvature.linop import AnyMatrix, LinearOperator, MatrixLike, MatrixName, as_matrix, to_dense
+from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix, to_dense
 from curvature.results.estimates import EigenPairs, Status
 
 EigenMethod: TypeAlias = Literal["auto", "dense", "lanczos", "lobpcg"]
@@ -120,9 +120,6 @@ def eigsh(
     """
     A = as_matrix(A, matrix)
     n = check_square(A)
-    if isinstance(A, LinearOperator):
-        A.agree("eigsh", k=k, which=which, tolerances=(rtol, atol), method=method, block_size=block_size)
-        A.agree("eigsh", num_basis=num_basis, max_matvecs=max_matvecs, certify=certify)
     generator = as_generator(generator, A.device)
     check_count("k", k, 1, n)
     place_of(basis_device, A.device)

@@ -10,15 +10,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator, MCFisherOperator, Objective, eigsh
-from curvature.fingerprints.portable import content
-from curvature.linalg import diagonal
+from analysis import random_direction
+from curvature import (
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    MCFisherOperator,
+    Objective,
+    SpectrumPlan,
+    eigsh,
+    solve,
+    spectrum,
+)
+from curvature.fingerprints.portable import argument, content
+from curvature.linalg import ThickRestartLanczos, diagonal, lanczos, trace
 from curvature.objective.shift import loss_at
 from curvature.per_example import gradient_moments
 
@@ -79,6 +91,20 @@ def _class_weights(rank: int, group: Any) -> Tensor:
     return o.loss()
 
 
+def sharded(rank: int, memory_budget: int | None) -> Objective:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = fully_shard(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double())
+    batch = (data()[0][rank::2], data()[1][rank::2] % 2)
+    return Objective(model, nn.CrossEntropyLoss(), batch, memory_budget=memory_budget)
+
+
+def _used(generator: torch.Generator, count: int) -> torch.Generator:
+    torch.randn(count, generator=generator)
+    return generator
+
+
 x, y = data()
 REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
     "weights": ("'0.weight'", lambda r, g: _changed(r, g, lambda m: m[0].weight.data.mul_(3))),
@@ -103,15 +129,66 @@ REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
     "seed": ("gave to Objective", lambda r, g: objective(r, g, seed=r)),
     "selects nothing": ("no parameter", lambda r, g: objective(r, g, params=("*", "nothing")[r])),
     "generators": (
-        "different vectors",
+        "gave to diagonal, generator: rank 0 against rank 1",
         lambda r, g: diagonal(HessianOperator(objective(r, g)), num_matvecs=4, generator=generator(r)),
     ),
-    "start": ("different vectors", lambda r, g: eigsh(objective(r, g), 1, generator=generator(r))),
+    "start": (
+        "gave to eigsh, v0: rank 0",
+        lambda r, g: eigsh(objective(r, g), 1, v0=torch.ones(53, dtype=torch.float64) + r, generator=0),
+    ),
+    "vectors": (
+        "different vectors",
+        lambda r, g: HessianOperator(objective(r, g)) @ torch.full((53,), 1.0 + r, dtype=torch.float64),
+    ),
     "drawn targets": (
-        "gave to MCFisherOperator",
+        "gave to MCFisherOperator, generator",
         lambda r, g: MCFisherOperator(objective(r, g), generator=generator(r)),
     ),
-    "k": ("gave to eigsh", lambda r, g: eigsh(objective(r, g), 1 + r, generator=generator())),
+    "k": ("gave to eigsh, k", lambda r, g: eigsh(objective(r, g), 1 + r, generator=generator())),
+    "several": (
+        "gave to ThickRestartLanczos, k, rtol, generator",
+        lambda r, g: ThickRestartLanczos(objective(r, g), 1 + r, rtol=(0.1, 0.2)[r], generator=r),
+    ),
+    "a sum of matrices": (
+        "gave to trace, generator",
+        lambda r, g: trace(HessianOperator(objective(r, g)) + GGNOperator(objective(r, g)), generator=r),
+    ),
+    "plans": (
+        "gave to spectrum, plan",
+        lambda r, g: spectrum(objective(r, g), SpectrumPlan(k=1, num_probes=2 + r), generator=0),
+    ),
+    "tolerances": (
+        "gave to solve, rtol",
+        lambda r, g: solve(objective(r, g), torch.ones(53).double(), matrix="ggn", damping=1, rtol=(0.1, 0.2)[r]),
+    ),
+    "a callback": (
+        "by zero",
+        lambda r, g: trace(objective(r, g), num_matvecs=4, generator=0, callback=lambda *_: 1 // (1 - r)),
+    ),
+    "refused on one": (
+        "callback must be callable",
+        lambda r, g: trace(objective(r, g), num_matvecs=4, generator=0, callback=(print, object())[r]),
+    ),
+    "directions": ("gave to random_direction", lambda r, g: random_direction(objective(r, g), generator=r)),
+    **{
+        f"{what}, {route}": (words, functools.partial(call, budget))
+        for route, budget in {"whole parameters": None, "module by module": 0}.items()
+        for what, (words, call) in {
+            "seeds": ("gave to trace, generator", lambda b, r, _: trace(sharded(r, b), num_matvecs=4, generator=r)),
+            "kept generators": (
+                "gave to eigsh, generator",
+                lambda b, r, _: eigsh(sharded(r, b), 1, generator=_used(generator(), r)),
+            ),
+            "starts": (
+                "gave to lanczos, v0",
+                lambda b, r, _: lanczos(sharded(r, b), torch.full((23,), 1.0 + r).double(), num_steps=2),
+            ),
+            "multiplied": (
+                "different vectors",
+                lambda b, r, _: HessianOperator(sharded(r, b)) @ torch.full((23,), 1.0 + r).double(),
+            ),
+        }.items()
+    },
     "calls": ("shapes", lambda r, g: objective(r, g).loss() if r else objective(r, g).gradient()),
     "matrices": (
         "different calls",
@@ -175,7 +252,11 @@ def work(rank: int, folder: str) -> None:
             errors[name] = ("none", "", 0.0)
         except Exception as error:
             errors[name] = (type(error).__name__, str(error), time.monotonic() - start)
-    results: dict[str, Any] = {"errors": errors, "alike": objective(rank, group).loss()}
+    o = objective(rank, group)
+    told: list[int] = []
+    one = None if rank else lambda done, _: told.append(done)  # prints on one
+    results: dict[str, Any] = {"errors": errors, "alike": o.loss(), "told": told}
+    trace(o, num_matvecs=4, generator=0 if rank else generator(), callback=one)
     results |= {name: no_data(rank, group, empty) for name, empty in empties().items()}
     torch.save(results, f"{folder}/rank{rank}.pt")
     if rank == 1:
@@ -220,6 +301,7 @@ def test_ranks_that_agree_work_after_all_that_and_a_dead_one_is_named(ranks: lis
     expected = Objective(net(), nn.CrossEntropyLoss(), data()).loss()
     for results in ranks:
         torch.testing.assert_close(results["alike"], expected)
+    assert ranks[0]["told"]
     kind, text = ranks[0]["left alone"]
     assert kind == "RankError"
     assert "another rank of the process group ended" in text
@@ -238,3 +320,20 @@ def test_content_sees_what_sums_miss() -> None:
     assert content([t]) == content([t.clone()])
     assert content([torch.tensor(1.0), torch.empty(0, 3), torch.tensor([True])]) > 0
     assert content([torch.eye(3).to_sparse()]) == content([torch.eye(3)])
+
+
+def test_the_same_argument_has_the_same_digest_in_every_process() -> None:
+    alike = [
+        ("generator", 3, generator(3)),
+        ("v0", torch.ones(3), torch.ones(3)),
+        ("basis_device", "cuda:0", "cuda:1"),
+        ("plan", SpectrumPlan(k=2), SpectrumPlan(k=2)),
+        ("times", np.arange(3), [0, 1, 2]),
+        ("held_out", [(torch.ones(2), torch.ones(2))], [(torch.zeros(2), torch.ones(2))]),
+    ]
+    for name, a, b in alike:
+        assert argument(name, a) == argument(name, b) is not None, name
+    values = (True, 1.5, "LA", [1, None], {"a": 1}, {"a": 2}, SpectrumPlan(k=2), SpectrumPlan(k=3))
+    kinds = (torch.float64, torch.ones(2), torch.ones(1, 2), generator(1), _used(generator(1), 1))
+    assert len({argument("", v) for v in (*values, *kinds)}) == len(values) + len(kinds)
+    assert argument("callback", print) is argument("callback", None) is argument("model", nn.Linear(1, 1)) is None
