@@ -1,22 +1,24 @@
 """The loss away from a point: along a direction, on a plane, each beside the quadratic model that curvature gives.
 
 Every point is one forward pass over the data with the parameters set for as long as it takes
-(`curvature.objective.shift`), as many examples at a time as is fastest. Points are looked at one by one: to map a model
-over stacked parameters costs about as much per point for small networks on a CPU, twice as much for convolutions, and
-is another function for batch statistics, masks and hooks.
+(`curvature.objective.shift`), as many examples at a time as is fastest. Points of a small model are looked at by a
+process on each core (`analysis.run.cores`), one by one: to map a model over stacked parameters costs about as much per
+point for small networks on a CPU, twice as much for convolutions, and is another function for batch statistics, masks
+and hooks.
 
 Reference: Li, Xu, Taylor, Studer and Goldstein (2018), Visualizing the loss landscape of neural nets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import Direction, LossPlane, LossSlice, Trajectory
+from analysis.run.cores import answers, one_core_each
 from analysis.run.preparation import fingerprint
 from analysis.show.listener import Progress
 from curvature.arguments import checked
@@ -29,6 +31,8 @@ from curvature.objective.shift import loss_at, rows_at_once
 from curvature.operators.hessian import HessianOperator
 
 __all__ = ["evaluate_points", "loss_along", "loss_on_plane"]
+
+_PATIENCE = 0.3  # seconds after which points go to other processes, which take a few hundredths to start
 
 
 @in_whole_vectors
@@ -63,12 +67,13 @@ def loss_along(
     gradient = objective.gradient()
     slope, curvature = float(gradient @ d), float(d @ (HessianOperator(objective) @ d))
     here = objective.space.current()
-    with fast_layout(objective):
+    with one_core_each(objective) as workers, fast_layout(objective):
         centre = loss_at(objective, here).value
         losses, stderr = evaluate_points(
             objective,
-            ((here + s * d, None) for s in t.tolist()),
-            total=len(t),
+            [(s,) for s in t.tolist()],
+            lambda s: (here + s * d, None),
+            workers=workers,
             section=f"along {direction.name}",
             key=fingerprint(here, d, t, torch.tensor([centre])),
             log=log,
@@ -127,13 +132,13 @@ def loss_on_plane(
     gradient, HD = D.T @ objective.gradient(), HessianOperator(objective) @ D
     hessian = D.T @ HD
     here = objective.space.current()
-    points = ((here + s * D[:, 0] + t * D[:, 1], None) for t in y.tolist() for s in x.tolist())
-    with fast_layout(objective):
+    with one_core_each(objective) as workers, fast_layout(objective):
         centre = loss_at(objective, here).value
         losses, stderr = evaluate_points(
             objective,
-            points,
-            total=len(x) * len(y),
+            [(s, t) for t in y.tolist() for s in x.tolist()],
+            lambda s, t: (here + s * D[:, 0] + t * D[:, 1], None),
+            workers=workers,
             section=f"plane of {first.name} and {second.name}",
             key=fingerprint(here, D, x, y, torch.tensor([centre])),
             log=log,
@@ -158,40 +163,47 @@ def loss_on_plane(
 @checked
 def evaluate_points(
     objective: Objective,
-    points: Iterable[tuple[Tensor, Mapping[str, Tensor] | None]],
+    steps: Sequence[tuple[float, ...]],
+    point: Callable[..., tuple[Tensor, Mapping[str, Tensor] | None]],
     *,
-    total: int,
+    workers: int,
     section: str,
     key: str,
     log: PointLog | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return losses and standard errors over the data, (P,) each in float64, at points (n,) with their buffers.
+    """Return losses and standard errors over the data, (P,) each in float64, at `point(*step)` for every step.
 
     Args:
         objective: the function.
-        points: parameters and, if other than the model's own, buffers.
-        total: their number.
+        steps: the coordinates of each point.
+        point: returns parameters, (n,), and, if other than the model's own, buffers.
+        workers: processes that share the points, from `one_core_each`.
         section: what the points are called in the log and in the news.
         key: fingerprint of all that determines them.
         log: where they are noted as they are found, and known ones are taken from.
         progress: told after each point.
     """
-    known = {} if log is None else log.known(section, key)
-    losses, stderr, at_once = [], [], rows_at_once(objective)
-    for i, (point, buffers) in enumerate(points):
-        if i in known:
-            value, error = known[i]
-        else:
-            found = loss_at(objective, point, buffers=buffers, at_once=at_once)
-            value, error = found.value, found.stderr
-            if log is not None:
-                log.note(section, key, i, value, error)
-        losses.append(value)
-        stderr.append(error)
+    found = {} if log is None else log.known(section, key)
+    at_once = rows_at_once(objective)
+
+    def look(i: int) -> tuple[float, float]:
+        vector, buffers = point(*steps[i])
+        there = loss_at(objective, vector, buffers=buffers, at_once=at_once)
+        return there.value, there.stderr
+
+    due = [i for i in range(len(steps)) if i not in found]
+    if progress is not None:
+        for done in range(len(found)):
+            progress(section, done + 1, len(steps))
+    for place, (value, error) in answers(look, due, workers, patience=_PATIENCE):
+        found[due[place]] = value, error
+        if log is not None:
+            log.note(section, key, due[place], value, error)
         if progress is not None:
-            progress(section, i + 1, total)
-    return torch.tensor(losses, dtype=torch.float64), torch.tensor(stderr, dtype=torch.float64)
+            progress(section, len(found), len(steps))
+    pairs = torch.tensor([found[i] for i in range(len(steps))], dtype=torch.float64)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def _grid(name: str, values: Tensor) -> Tensor:

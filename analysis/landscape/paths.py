@@ -20,6 +20,7 @@ from torch import Tensor
 from analysis.landscape.measure import evaluate_points
 from analysis.landscape.point_log import PointLog
 from analysis.landscape.results import LossPath
+from analysis.run.cores import one_core_each
 from analysis.run.preparation import fingerprint
 from analysis.show.listener import Progress
 from analysis.tasks.checkpoint import read_checkpoint
@@ -121,10 +122,17 @@ def loss_along_path(
     middle = (a + b) / 2 if bend is None else bend.to(a)
     kind = "straight" if bend is None else "curved"
     key = fingerprint(a, middle, b, t, *start.buffers.values(), *end.buffers.values())
-    points = ((_curve(a, middle, b, s, bend is not None), _mixed(start, end, s)) for s in t.tolist())
-    losses, stderr = evaluate_points(
-        objective, points, total=len(t), section=f"{kind} path", key=key, log=log, progress=progress
-    )
+    with one_core_each(objective) as workers:
+        losses, stderr = evaluate_points(
+            objective,
+            [(s,) for s in t.tolist()],
+            lambda s: (_curve(a, middle, b, s, bend is not None), _mixed(start, end, s)),
+            workers=workers,
+            section=f"{kind} path",
+            key=key,
+            log=log,
+            progress=progress,
+        )
     return LossPath(
         kind=kind,
         start=start.name,

@@ -10,6 +10,7 @@ import torch
 
 from analysis.landscape.directions import Scaling
 from analysis.records.plan import Plan, setting
+from analysis.run.cores import one_core_each
 from analysis.run.study import Price
 from analysis.show.wording import count, duration
 from curvature.arguments import checked_fields
@@ -88,17 +89,19 @@ class LandscapePlan(Plan):
             NonFiniteError: if the gradient is not finite, so that there is nothing to plan.
         """
         here, device = objective.space.current(), objective.device
-        loss_at(objective, here)
-        of_loss = median_seconds(lambda: loss_at(objective, here), device, objective.ranks)
+        with one_core_each(objective) as workers:
+            loss_at(objective, here)
+            of_loss = median_seconds(lambda: loss_at(objective, here), device, objective.ranks)
         H, v = HessianOperator(objective), torch.ones_like(here)
         _ = H @ v
         of_product = median_seconds(lambda: H @ v, device, objective.ranks)
         products = 6 + _EIGEN_MATVECS * (self.directions in ("eigenvectors", "gradient"))
         gradients = 3 + self.curve
-        text = f"{count(self.num_losses)} losses, {duration(of_loss)} each, about {count(products)} Hessian "
+        shared = f" in {workers} processes" if workers > 1 else ""
+        text = f"{count(self.num_losses)} losses{shared}, {duration(of_loss)} each, about {count(products)} Hessian "
         return Price(
             f"{text}products and {count(gradients)} gradients",
-            self.num_losses * of_loss + (products + gradients) * of_product,
+            self.num_losses * of_loss / workers + (products + gradients) * of_product,
             self.num_losses + self.curve,
             "points",
         )

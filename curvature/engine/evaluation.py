@@ -122,7 +122,7 @@ class Evaluator:
 
     def copy_buffers(self) -> StandIns:
         with one_at_a_time:  # in another thread, copies may be installed
-            return StandIns((m._buffers for m in self.model.modules()), lambda buffer: ordinary(_here(buffer)))
+            return StandIns((m._buffers for m in self._modules), lambda buffer: ordinary(_here(buffer)))
 
     @contextlib.contextmanager
     def with_new_leaves(self) -> Iterator[Evaluator]:

@@ -1,0 +1,90 @@
+"""Many looks at a small model on all cores: a process on each, where an operation is too small to share among threads.
+
+An operation of a small model takes a fraction of a millisecond, of which two threads save little and, where another
+program has one of the cores, lose a great deal by waiting for each other. Jobs that do not depend on one another lose
+nothing: each process does one at a time with one thread. So numbers are those of one thread, however many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from analysis.run.pool import Pool, can_fork, usable_cores
+from curvature.environment.memory import available_memory
+from curvature.objective.objective import Objective
+
+__all__ = ["answers", "one_core_each"]
+
+J = TypeVar("J")
+A = TypeVar("A")
+_SMALL = 2**28  # bytes of graphs and parameters: a process holds as many again
+
+
+@contextlib.contextmanager
+def one_core_each(objective: Objective) -> Iterator[int]:
+    """Yield how many processes jobs on an objective are for, with torch at one thread inside if these are several.
+
+    They are as many as torch has threads and memory allows: `torch.set_num_threads(1)`, or `OMP_NUM_THREADS=1`, stands
+    for one core. One does the work, with its threads, for a model on a GPU or on several ranks, where processes cannot
+    be forked, for batches from a loader and for what is not small.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, usable_cores(), _most(objective)) if threads > 1 else 1
+    if workers <= 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _most(objective: Objective) -> int:
+    """Return how many processes can hold an objective."""
+    apart = can_fork() and not multiprocessing.current_process().daemon  # which may have no children
+    on_a_cpu = objective.device.type == "cpu" and objective.ranks is None and objective.shards is None
+    if not (apart and on_a_cpu and objective.source.in_memory and objective.may_keep_graphs):
+        return 1
+    if not objective.keeps_all_graphs:
+        objective.loss()  # builds what can be kept
+    held = objective.held_bytes + 2 * sum(p.nbytes for p in objective.model.parameters())
+    if not objective.keeps_all_graphs or held > _SMALL:
+        return 1
+    return int(available_memory(objective.device) // (2 * max(held, 1)))
+
+
+def answers(work: Callable[[J], A], jobs: Sequence[J], workers: int, *, patience: float) -> Iterator[tuple[int, A]]:
+    """Yield the place of each job and its answer, as they come: from here for `patience` seconds, then from processes.
+
+    A job whose process ended, or in which it raised an error, is done again here. `work` must not depend on the order
+    of jobs, nor change anything that later ones read.
+    """
+    due, start = deque(range(len(jobs))), time.perf_counter()
+    while due and (workers == 1 or time.perf_counter() - start < patience):
+        i = due.popleft()
+        yield i, work(jobs[i])
+
+    def attempt(job: J) -> tuple[A] | None:
+        try:
+            return (work(job),)
+        except Exception:  # raised where the job is done again
+            return None
+
+    with Pool(attempt, min(workers, max(1, len(due))), lost=lambda job, why: None) as pool:  # noqa: ARG005
+        running = 0
+        while due or running:
+            while due and pool.has_room:
+                i = due.popleft()
+                pool.start(i, jobs[i])
+                running += 1
+            i, answer = pool.answer()
+            running -= 1
+            yield i, work(jobs[i]) if answer is None else answer[0]
