@@ -214,7 +214,7 @@ class ParameterSpace:
     def numels(self) -> tuple[int, ...]:
         return tuple(t.numel() for t in self.tensors.values())
 
-    @property
+    @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
         """One block for each module that owns some of the parameters, named by the module, in flat order."""
         owners: dict[str, list[str]] = {}
@@ -247,14 +247,14 @@ class ParameterSpace:
         if missing := wanted - set(self.tensors):
             raise ParameterSelectionError(f"{_near(min(missing), self.tensors)} is not among the chosen parameters.")
         positions = tuple(i for i, n in enumerate(self.tensors) if n in wanted)
-        slices: list[slice] = []
+        numels, names, slices = self.numels, self.names, list[slice]()
         for i in positions:
-            start, stop = self._starts[i], self._starts[i] + self.numels[i]
+            start, stop = self._starts[i], self._starts[i] + numels[i]
             if slices and slices[-1].stop == start:
                 slices[-1] = slice(slices[-1].start, stop)
             else:
                 slices.append(slice(start, stop))
-        return Block(name, tuple(self.names[i] for i in positions), positions, tuple(slices))
+        return Block(name, tuple(names[i] for i in positions), positions, tuple(slices))
 
     # -- flat <-> named -----------------------------------------------------------------------------------------------
 

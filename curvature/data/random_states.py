@@ -7,12 +7,13 @@ samplers, its data set or its transforms hold.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import random
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,12 +53,16 @@ class RandomStates:
         for generator, state in self._held:
             _set_state(generator, state)
 
-    def seed(self, seed: int) -> None:
-        """Set the states that were kept, but those of held generators, by a seed."""
+    def seed(self, seed: int) -> RandomStates:
+        """Set the states that were kept, but those of held generators, by a seed; return what they are then."""
         for generator, _ in self._torch:
             generator.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
+        seeded = copy.copy(self)
+        seeded._torch = [(g, g.get_state()) for g, _ in self._torch]
+        seeded._numpy, seeded._python = _just_seeded(seed, type(mtrand.get_bit_generator()))
+        return seeded
 
     def same_as(self, other: RandomStates) -> bool:
         """Whether no number was drawn between the two."""
@@ -109,7 +114,14 @@ class _NumPyState:
             ctypes.memmove(generator.ctypes.state_address, self._words, _WORDS)
 
     def same_as(self, other: _NumPyState) -> bool:
-        return self._words == other._words and _alike(self._full, other._full)
+        return self._words == other._words and (self._full is other._full or _alike(self._full, other._full))
+
+
+@lru_cache(8)
+def _just_seeded(seed: int, kind: type) -> tuple[_NumPyState, Any]:
+    """Return NumPy's and Python's states, which were seeded just now: reading them takes longer than seeding."""
+    del seed, kind
+    return _NumPyState(), random.getstate()
 
 
 def unnoticed(data: Iterable[Any], stream: list[RandomStates]) -> Iterator[Any]:

@@ -11,6 +11,7 @@ autocast is as around the product but keeps no cast weights. One thread at a tim
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -138,16 +139,16 @@ class Evaluator:
                 yield replace(self, parameters=leaves)
 
     @contextlib.contextmanager
-    def session(self, buffers: StandIns, lean: LeanLayers) -> Iterator[None]:
+    def session(self, buffers: StandIns, lean: LeanLayers, *, fused_attention: bool = False) -> Iterator[None]:
         """Make the model safe to evaluate and differentiate twice, with its layers as `lean` has them; restore it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(one_at_a_time)
             stack.enter_context(as_around())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.inference_mode(False))  # records gradients, too
             if self.stand_ins is not None:
                 stack.enter_context(self.stand_ins())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if not fused_attention:  # which has first derivatives only
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_attention_fastpath_off())
             stack.enter_context(_requires_grad_only(self.parameters, self.model.parameters()))
             stack.enter_context(buffers.installed())
@@ -197,19 +198,21 @@ class Evaluator:
         with _seeded(self.seed + index, device) as drew, blocks or contextlib.nullcontext():
             outputs, targets, loss = self._loss(batch)
             drew_random_numbers = drew()
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
-            raise InputError(f"the loss of a batch must be a real tensor with one entry, got {advice_on_loss(loss)}")
-        if not self._looked_for_checkpoints and loss.requires_grad:
-            refuse_reentrant(loss)
-            self._looked_for_checkpoints = True
         with _past_modes(loss, outputs, targets) if self.weight is None else contextlib.nullcontext():
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+                raise InputError(
+                    f"the loss of a batch must be a real tensor with one entry, got {advice_on_loss(loss)}"
+                )
+            if not self._looked_for_checkpoints and loss.requires_grad:
+                refuse_reentrant(loss)
+                self._looked_for_checkpoints = True
             weight = self._weight(batch, outputs, targets)
-            if weight != 0 and not bool(torch.isfinite(loss)):
+            if weight != 0 and not math.isfinite(loss.item()):
                 raise NonFiniteError(f"the loss is {loss.item()} on batch {index}: {self._culprit(batch, outputs)}")
             if self.rule is not None and self.weight is None and self.batch_weights is not None:
                 self.batch_weights.see(self.rule, outputs, targets, index)
-        in_blocks = blocks is not None and blocks.in_use
-        return Evaluation(loss.reshape(()), weight, outputs, targets, drew_random_numbers, in_blocks)
+            scalar = loss.reshape(()) if loss.ndim else loss
+        return Evaluation(scalar, weight, outputs, targets, drew_random_numbers, blocks is not None and blocks.in_use)
 
     def _loss(self, batch: Any) -> tuple[Any, Any, Any]:
         if self.rule is None:
@@ -365,8 +368,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Seed all generators and restore them; yields a function that says whether random numbers were drawn since."""
     before = RandomStates([device])
     try:
-        before.seed(seed)
-        seeded = RandomStates([device])
+        seeded = before.seed(seed)
         yield lambda: not seeded.same_as(RandomStates([device]))
     finally:
         before.restore()

@@ -9,6 +9,8 @@ scaling every example's part of the vector by a number of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,9 +30,10 @@ from curvature.per_example.capture import Capture
 from curvature.per_example.columns import ColumnSquares
 from curvature.per_example.cutting import layouts_of_uses, leading_size, session
 from curvature.per_example.fallback import OneByOne
-from curvature.per_example.forms import Direct, Form, Probe, merge
+from curvature.per_example.forms import Direct, Form, merge
 from curvature.per_example.head_rows import head_forms, serves
 from curvature.per_example.layout import Layout
+from curvature.per_example.probe import Probe
 from curvature.per_example.row_order import follows
 from curvature.per_example.run import Part, Run
 
@@ -66,7 +69,8 @@ class Splitter:
             )
         keep_freed()  # gradients in all outputs of layers come and go at once
         self._objective, self._evaluator = objective, objective.evaluator
-        self._params = list(objective.space.tensors.values())
+        space = objective.space
+        self._params, self._numels = list(space.tensors.values()), space.numels
         self._route = route
         self._serves = route in ("auto", "rules")
         if memory_budget is not None and memory_budget < 1:
@@ -74,8 +78,11 @@ class Splitter:
         free = BUDGET_SHARE * lately_available(objective.device) if memory_budget is None else memory_budget
         self.budget = int(free)
         self.chunk_bytes = min(CHUNK_BYTES, max(1, self.budget // 4))
-        self._generator = torch.Generator().manual_seed(0)
         self._probes = _PROBES.setdefault(objective, {})
+
+    @functools.cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(0)
 
     def open(self, batch: Any, index: int, *, in_blocks: bool = False) -> Run:
         """Evaluate a batch and record the uses of the parameters; with its logits in blocks, where that is told to."""
@@ -169,7 +176,7 @@ class Splitter:
         self, run: Run, column: Tensor, found: Sequence[Tensor | None]
     ) -> Iterator[tuple[tuple[int, ...], Form]]:
         if run.num_examples == 1:
-            pieces = self._flat(found, run).split(self._objective.space.numels)
+            pieces = self._flat(found, run).split(self._numels)
             yield from (((i,), Direct(piece[None])) for i, piece in enumerate(pieces) if found[i] is not None)
             return
         reached = {use.parameter for use, delta in zip(run.capture.uses, found, strict=True) if delta is not None}
@@ -187,11 +194,11 @@ class Splitter:
         self, run: Run, vectors: Tensor, deltas: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
     ) -> tuple[tuple[Part, ...], Tensor]:
         flat = self._flat(gradients, run)
-        pieces = flat.split(self._objective.space.numels)
+        pieces = flat.split(self._numels)
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if run.num_examples == 1:
             return tuple(Part((i,), Direct(pieces[i][None]), "single") for i in reached), flat
-        known: list[tuple[int, Form, Tensor]] = []
+        known: list[tuple[int, Form, float]] = []
         run.left = {}
         outputs, of_head = run.evaluation.outputs, dict[int, Form]()
         if isinstance(outputs, LazyLogits):
@@ -204,8 +211,8 @@ class Splitter:
                 run.left[i] = reason
                 continue
             own = (d for u, d in zip(run.capture.uses, deltas, strict=True) if u.parameter == i)
-            known.append((i, form, self._agreement(i, form, pieces[i], coarsest_eps(self._params[i], *own))))
-        agree = torch.stack([verdict for *_, verdict in known]).tolist() if known else []  # one wait for the device
+            known.append((i, form, tolerance(1e3 * coarsest_eps(self._params[i], *own))))
+        agree = self._agreements(known, pieces) if known else []
         parts: list[Part] = []
         for (i, form, _), agrees in zip(known, agree, strict=True):
             if agrees:
@@ -290,12 +297,16 @@ class Splitter:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def _agreement(self, i: int, form: Form, gradient: Tensor, eps: float) -> Tensor:
-        """Return whether the sum of the examples' parts is the gradient of parameter i, as a projection shows; ()."""
-        if i not in self._probes:
-            self._probes[i] = Probe.draw(self._params[i].shape, self._generator, gradient)
-        value, size = form.project(self._probes[i])
-        return (value - self._probes[i].of(gradient)).abs() <= tolerance(1e3 * eps) * size
+    def _agreements(self, known: Sequence[tuple[int, Form, float]], pieces: Sequence[Tensor]) -> list[bool]:
+        """Return whether the sums of the examples' parts are the gradients of the parameters, as projections show."""
+        found = []
+        for i, form, _ in known:
+            if i not in self._probes:
+                self._probes[i] = Probe.draw(self._params[i].shape, self._generator, pieces[i])
+            found.append((*form.project(self._probes[i]), self._probes[i].of(pieces[i])))
+        values, sizes, expected = (torch.stack(of_all) for of_all in zip(*found, strict=True))
+        agree: list[bool] = ((values - expected).abs() <= sizes * sizes.new_tensor([t for *_, t in known])).tolist()
+        return agree  # after one wait for the device
 
     def _layouts_in(self, run: Run) -> tuple[Layout | None, ...]:
         """Return where examples lie in the output of each use, found once for an objective in this mode."""
@@ -373,7 +384,7 @@ def flat_gradient(
         NonFiniteError: if an entry is not finite.
     """
     flat = joined(gradients, params, dtype)
-    if not bool(flat.sum().isfinite()) and not bool(flat.isfinite().all()):  # the sum is cheap and may overflow
+    if not math.isfinite(float(flat.sum())) and not bool(flat.isfinite().all()):  # the sum is cheap and may overflow
         raise NonFiniteError(f"the gradient is not finite on batch {index}; see objective.check().")
     return flat
 

@@ -139,10 +139,9 @@ class Capture(TorchFunctionMode):
         if rule is not None:
             claims = _claims(rule, args, kwargs)
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and out.grad_fn is not None:
-                for claim in claims:
-                    self._record(func, out, self._places.get(id(claim.tensor)), claim.build)
-                if func is F.embedding and len(claims) == 1:
+            if isinstance(out, Tensor):
+                self._record(func, out, claims)
+                if func is F.embedding and len(claims) == 1 and out.grad_fn is not None:
                     self._follow_embedding(out, *args[:2])
             return out
         if func in _VIEWS and placed[0] is not None:
@@ -157,11 +156,15 @@ class Capture(TorchFunctionMode):
                 return inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _record(self, func: Any, out: Tensor, place: _Place | None, build: Build) -> None:
+    def _record(self, func: Any, out: Tensor, claims: Sequence[Claim]) -> None:
         with torch._C.DisableTorchFunction():  # a mode below would be asked at each attribute
-            if place is not None and place.tensor.requires_grad:
-                edge = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out)
-                self.uses.append(Use(func.__name__, place.parameter, edge, tuple(out.shape), place, build))
+            if out.grad_fn is None:
+                return
+            edge, shape = get_gradient_edge(_computed(out) if func in _MATRIX_PRODUCTS else out), tuple(out.shape)
+            for claim in claims:
+                place = self._places.get(id(claim.tensor))
+                if place is not None and place.tensor.requires_grad:
+                    self.uses.append(Use(func.__name__, place.parameter, edge, shape, place, claim.build))
 
     def _follow_embedding(self, out: Tensor, index: Tensor, table: Tensor) -> None:
         """Positions are often looked up once for all examples: then what is looked up is a part of the table."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from curvature.autograd.backward import pull_back
 from curvature.autograd.lazy_logits import LazyLogits
@@ -60,11 +59,10 @@ def session(evaluator: Evaluator, buffers: StandIns) -> Iterator[LeanLayers]:
     First derivatives need no detour around fused attention; in train mode it stays, since kernels draw other masks.
     """
     with one_at_a_time:
-        allowed = [kernel for kernel, (is_on, _) in ATTENTION_KERNELS.items() if is_on()]
         trains = any(module.training for module in evaluator.model.modules())
-        attention = contextlib.nullcontext() if trains or not allowed else sdpa_kernel(allowed)
+        fused = not trains and any(is_on() for is_on, _ in ATTENTION_KERNELS.values())
         lean = evaluator.corrected_layers()
-        with evaluator.session(buffers, lean), attention:
+        with evaluator.session(buffers, lean, fused_attention=fused):
             yield lean
 
 

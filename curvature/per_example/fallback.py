@@ -20,7 +20,8 @@ from curvature.data.tensors import map_tensors, tensors_in
 from curvature.engine.evaluation import Evaluator
 from curvature.errors import DataError
 from curvature.per_example.cutting import cut, inputs_of, outputs_of, seeded, session
-from curvature.per_example.forms import Direct, Form, Probe
+from curvature.per_example.forms import Direct, Form
+from curvature.per_example.probe import Probe
 
 __all__ = ["OneByOne"]
 

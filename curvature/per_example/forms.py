@@ -12,41 +12,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Direct", "Factors", "Form", "Indexed", "Probe", "Rows", "Scattered", "Squares", "Sum", "Windows", "merge"]
+from curvature.per_example.probe import Probe
+
+__all__ = ["Direct", "Factors", "Form", "Indexed", "Rows", "Scattered", "Squares", "Sum", "Windows", "merge"]
 
 CACHE_BYTES = 2**22  # of temporaries on a CPU that are filled again and again: more leaves the caches
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A rank-one array `left right'` in a parameter's shape, seen as a matrix of its first dimension by the others."""
-
-    left: Tensor
-    right: Tensor  # itself an outer product, of
-    inner: Tensor  # over the second dimension, and
-    outer: Tensor  # over all further ones
-
-    @classmethod
-    def draw(cls, shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Probe:
-        rows, columns = (*shape[:2], 1, 1)[:2]
-        further = torch.Size(shape[2:]).numel()
-        left, inner, outer = (torch.randn(size, generator=generator).to(like) for size in (rows, columns, further))
-        return cls(left, torch.outer(inner, outer).reshape(-1), inner, outer)
-
-    @property
-    def flat(self) -> Tensor:
-        return torch.outer(self.left, self.right).reshape(-1)
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return its inner product with an array of the same shape, given as a vector; ()."""
-        return self.left @ (flat.view(len(self.left), -1) @ self.right)
 
 
 class Squares(NamedTuple):
@@ -113,8 +89,12 @@ class Direct(Form):
         return self.values[start:stop]
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        flat = probe.flat
-        return (self.values @ flat).sum(), (self.values.abs() @ flat.abs()).sum()
+        return _sums(self.values * probe.flat)
+
+    def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
+        if factors is None and along is None and len(self.numels) == 1:
+            return Squares(None, _squared_norms(self.values)[None], None)
+        return super().squares(factors, chunk_bytes, along)
 
 
 class Rows:
@@ -128,8 +108,8 @@ class Rows:
         return self.values[start:stop]
 
     def times(self, probe: Probe) -> Tensor:
-        """Return a u for u the probe's right factor (p,), (N, G, T)."""
-        return self.values @ probe.right
+        """Return a u for u the probe's right factor (p,), (N G T,)."""
+        return self.values.reshape(-1, self.shape[3]).mv(probe.right)
 
     def map(self, matrices: Tensor) -> Tensor:
         """Return M a for matrices M (G, q, p), (N, G, T, q)."""
@@ -174,10 +154,11 @@ class Windows:
         return windows.reshape(N, groups, self.shape[3], self.shape[2]).mT
 
     def times(self, probe: Probe) -> Tensor:
-        """Return a u for u the probe's right factor: channels are summed first, at a pass over x."""
+        """Return a u for u the probe's right factor (p,), (N G T,): channels are summed first, at a pass over x."""
         groups, (N, C) = self.geometry[2], self.x.shape[:2]
         plain = torch.matmul(probe.inner, self.x.view(N * groups, C // groups, -1))
-        return self._convolved(plain.view(N * groups, 1, *self.x.shape[2:]), probe.outer.view(1, 1, *self.kernel), 1)
+        plain = plain.view(N * groups, 1, *self.x.shape[2:])
+        return self._convolved(plain, probe.outer.view(1, 1, *self.kernel), 1).reshape(-1)
 
     def map(self, matrices: Tensor) -> Tensor:
         """Return M a for matrices M (G, q, p), (N, G, T, q): the convolution that these windows are of."""
@@ -211,9 +192,9 @@ class Factors(Form):
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
         if self.groups == 1 and self.left.is_contiguous():
-            on_left = self.left @ probe.left
+            on_left = self.left.view(-1, self.q).mv(probe.left)
         else:
-            on_left = (probe.left.view(self.groups, 1, self.q) @ self.left.mT)[:, :, 0]
+            on_left = (probe.left.view(self.groups, 1, self.q) @ self.left.mT).flatten()
         return _sums(on_left.mul_(self.right.times(probe)))
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
@@ -392,7 +373,7 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 
 def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:
-    return terms.sum(), terms.abs().sum()
+    return terms.sum(), torch.linalg.vector_norm(terms, 1)
 
 
 def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from curvature.autograd.lazy_logits import LazyLogits
 from curvature.autograd.softmax_head import SoftmaxHead
 from curvature.losses.rules import CrossEntropy, LossRule
-from curvature.per_example.forms import Form, Probe, Squares
+from curvature.per_example.forms import Form, Squares
+from curvature.per_example.probe import Probe
 
 __all__ = ["HeadRows", "head_forms", "serves"]
 

@@ -6,6 +6,8 @@ Jiang, Bai, Chen and Wang (2020), Understanding why neural networks generalize w
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,8 +194,10 @@ def _rows(objective: Objective, walk: Walk, chunk_size: int) -> Iterator[tuple[T
 class _Sums:
     """What is added up over groups; of squares the parts h_i, times what makes them w_i g_i^2."""
 
-    gradient: Tensor | None
     squares: Tensor | None
+    gradient: Tensor | None = None
+    share: float | None = None
+    """What `gradient`, the first group's, counts; None once it is a sum."""
     places: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -202,18 +206,26 @@ class _Sums:
     along: list[Tensor] = field(default_factory=list)
     """(E,) a group, of its own gradient sum_i h_i with all its g_i; only where asked for."""
 
+    def settle(self) -> Tensor:
+        """Return the sum of the gradients so far, to be added to."""
+        assert self.gradient is not None
+        if self.share is not None:
+            self.gradient, self.share = self.gradient * self.share, None
+        return self.gradient
+
     def add(self, group: Group, starts: list[int], chunk_bytes: int, *, norms: bool, along: bool) -> None:
         if self.gradient is None:
-            self.gradient = group.gradient * group.share
+            self.gradient, self.share = group.gradient, group.share  # one group alone needs no pass over it
         else:
-            self.gradient.add_(group.gradient, alpha=group.share)
+            self.settle().add_(group.gradient, alpha=group.share)
         self.places.append(group.places)
         self.weights.append(group.weights)
-        found = [torch.zeros_like(group.scale)] * (len(starts) - 1) if norms else []
+        found: list[Tensor | None] = [None] * (len(starts) - 1 if norms else 0)
         factors = None
         if self.squares is not None:
-            factors = (group.weights * group.scale.double().square()).to(self.gradient.dtype)
-        inner = torch.zeros(len(group.places), dtype=torch.float64, device=group.scale.device)
+            factors = (group.weights * group.scale.double().square()).to(group.gradient.dtype)
+        if along:
+            inner = torch.zeros(len(group.places), dtype=torch.float64, device=group.scale.device)
         for part in group.parts:
             for i in part.positions:
                 if i not in self.routes or self.routes[i] == "single" or ":" in part.route:  # the one that tells most
@@ -224,14 +236,18 @@ class _Sums:
             total, squared, dots = part.form.squares(factors, chunk_bytes, own)
             if dots is not None:
                 inner += dots.double()
-            for i, row in zip(part.positions, squared if norms else (), strict=norms):
-                found[i] = row
+            if norms:
+                rows = [squared] if len(squared) == 1 else squared.split(1)
+                for i, row in zip(part.positions, rows, strict=True):
+                    found[i] = row
             if self.squares is not None:
                 assert total is not None
                 for i, piece in zip(part.positions, total.split(part.form.numels), strict=True):
                     self.squares[starts[i] : starts[i + 1]] += piece
         if norms:
-            self.norms.append(torch.stack(found) * group.scale.square())
+            nothing = group.scale.new_zeros(1, len(group.scale))
+            rows = [nothing if row is None else row for row in found]
+            self.norms.append(torch.cat(rows) * group.scale.square())
         if along:
             self.along.append(inner * group.scale.double())
 
@@ -254,9 +270,9 @@ def _collect(
     blocks = not dots  # factors of gradients, which pairs need, hold what logits would
     walk = Walk(objective, per=per, route=route, memory_budget=memory_budget, in_blocks=blocks)
     space = objective.space
-    starts = torch.tensor([0, *space.numels]).cumsum(0).tolist()
+    starts = list(itertools.accumulate(space.numels, initial=0))
     squares = torch.zeros(objective.num_params, dtype=objective.dtype, device=objective.device) if moments else None
-    sums = _Sums(None, squares)
+    sums = _Sums(squares)
     gram = Gram(walk.budget) if dots else None
     alone = along_mean and objective.process_group is None and objective.num_batches in (1, None)
     may_hold = along_mean and objective.process_group is None and objective.num_batches != 1
@@ -269,7 +285,7 @@ def _collect(
         if gram is not None:
             for part in group.parts:
                 gram.add(part.positions, part.form, group.scale, group.places)
-    order = torch.cat(sums.places).argsort()
+    order = torch.cat(sums.places).argsort() if walk.num_groups > 1 else slice(None)
     weights = torch.cat(sums.weights)[order]
     squared_norms = torch.cat(sums.norms, dim=1)[:, order] if norms else None
     gradient, squares, total, sum_squares, weighted_norms, loss = _over_ranks(
@@ -278,7 +294,8 @@ def _collect(
     if total == 0:
         raise DataError("the weights of all examples are zero: no target counts (all ignored or masked?).")
     unit = total if objective.is_sum else 1.0  # of gradients: a summed loss is that many times the mean
-    mean = gradient if objective.is_sum else gradient.div_(total)
+    factor = (1.0 if sums.share is None else sums.share) / (1.0 if objective.is_sum else total)
+    mean = gradient if factor == 1 else gradient * factor
     second = None if squares is None else squares.mul_(unit**2 / total)
     inner = None
     if along_mean and len(sums.along) == walk.num_groups == 1:  # the mean is this group's gradient, but for a factor
@@ -290,10 +307,10 @@ def _collect(
         inner = _along(groups, mean, starts, walk.chunk_bytes)[order] * unit
         if held.groups is None:
             refuse_shuffling(objective)
+    if squared_norms is not None and unit != 1:
+        squared_norms *= unit**2
     layers, pieces = space.blocks, mean.split(space.numels)
-    within = mean.new_zeros(len(layers), len(pieces))  # which parameters a layer has
-    for row, block in zip(within, layers, strict=True):
-        row[list(block.positions)] = 1
+    within = _within(tuple(block.positions for block in layers), len(pieces), mean.dtype, mean.device)
     of_mean = within @ torch.stack(torch._foreach_norm(pieces)).square()
     if second is None:
         assert weighted_norms is not None
@@ -304,9 +321,9 @@ def _collect(
         "mean": mean,
         "loss": loss if objective.is_sum else loss / total,
         "weights": weights,
-        "squared_norms": None if squared_norms is None else squared_norms.sum(0) * unit**2,
+        "squared_norms": None if squared_norms is None else squared_norms.sum(0),
         "layers": tuple(block.name for block in layers),
-        "layer_squared_norms": None if squared_norms is None else within @ squared_norms * unit**2,
+        "layer_squared_norms": None if squared_norms is None else within @ squared_norms,
         "layer_mean_squared_norms": of_mean,
         "layer_traces": (of_second - of_mean).clamp_min(0),
         "sum_squared_shares": sum_squares / total**2,
@@ -333,12 +350,12 @@ def refuse_shuffling(objective: Objective) -> None:
 
 
 def _over_ranks(
-    objective: Objective, sums: _Sums, weights: Tensor, squared_norms: Tensor | None, loss: Tensor
+    objective: Objective, sums: _Sums, weights: Tensor, squared_norms: Tensor | None, loss: float
 ) -> tuple[Tensor, Tensor | None, float, float, Tensor | None, float]:
     """Return sums over all data: of gradients, of w g^2, of w, of w^2, by parameter of w |g|^2, and of losses."""
     weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
-    totals = [sums.gradient, sums.squares, weighted_norms]
-    weight, squared, losses = float(weights.sum()), float(weights.square().sum()), float(loss)
+    totals = [sums.gradient if objective.ranks is None else sums.settle(), sums.squares, weighted_norms]
+    weight, squared, losses = float(weights.sum()), float(weights @ weights), loss
     if objective.ranks is not None:
         packed = torch.cat([weights.new_tensor([squared, losses]), *(t.double() for t in totals if t is not None)])
         packed, weight = objective.ranks.sum(packed, weight)
@@ -359,6 +376,15 @@ def _along(groups: Iterable[Group], vector: Tensor, starts: list[int], chunk_byt
             inner += part.form.along(_at(vector, part.positions, starts), chunk_bytes).double()
         found.append(inner * group.scale.double())
     return torch.cat(found)
+
+
+@functools.lru_cache(16)
+def _within(
+    positions: tuple[tuple[int, ...], ...], num_parameters: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return 1 where a parameter is one of a layer's, else 0, (L, parameters)."""
+    rows = [[float(i in set(own)) for i in range(num_parameters)] for own in positions]
+    return torch.tensor(rows, dtype=dtype, device=device).reshape(len(positions), num_parameters)
 
 
 def _at(vector: Tensor, positions: Sequence[int], starts: list[int]) -> Tensor:

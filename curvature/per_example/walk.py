@@ -58,7 +58,7 @@ class Walk:
         num_batches: batches seen so far.
         num_groups: groups yielded so far.
         batch: the latest.
-        loss: sum of the batches' losses times what they count, so far; (), float64.
+        loss: sum of the batches' losses times what they count, so far.
 
     Args:
         objective: whose model and loss are known apart.
@@ -83,7 +83,7 @@ class Walk:
         self._dependence = Dependence(objective.dependence.whole)
         self.num_examples = self.num_backwards = self.num_batches = self.num_groups = 0
         self.batch: Any = None
-        self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
+        self.loss = 0.0
 
     def __iter__(self) -> Iterator[Group]:
         """Yield the groups in the order of the data."""
@@ -121,10 +121,10 @@ class Walk:
         start = self.num_examples
         width = 1 if per_example else terms.shape[1]
         self.num_examples += N * width
-        counts = terms.sum(1, keepdim=True) if per_example else terms
+        counts = terms.sum(1, keepdim=True) if per_example and terms.shape[1] != 1 else terms
         share = 1.0 if self._objective.is_sum else evaluation.weight
         if evaluation.weight != 0:
-            self.loss += share * evaluation.loss.detach().double()
+            self.loss += share * float(evaluation.loss.detach())
         total = float(terms.sum())
         if evaluation.weight == 0 or total == 0 or not evaluation.loss.requires_grad:
             weights = counts * (evaluation.weight / total if total > 0 and not self._objective.is_sum else 1.0)
@@ -132,7 +132,7 @@ class Walk:
             return
         weights = counts if self._objective.is_sum else counts * (evaluation.weight / total)
         sums = []
-        columns = [c for c in range(width) if bool(counts[:, c].any())]
+        columns = [0] if per_example else [c for c in range(width) if bool(counts[:, c].any())]
         for c in columns:
             try:
                 parts, flat, vectors = self._splitter.split(
@@ -145,7 +145,7 @@ class Walk:
             self.num_backwards += 1
             self._check_weightless(vectors, counts[:, c], index)
             sums.append(flat)
-            places = start + c + width * torch.arange(N, device=flat.device)
+            places = torch.arange(start + c, start + N * width, width, device=flat.device)
             scale = torch.where(weights[:, c] > 0, share / weights[:, c], 0.0).to(flat.dtype)
             yield Group(places, weights[:, c], scale, share, flat, parts)
         for c in set(range(width)) - set(columns):
