@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvature.per_example.capture import Capture, Use
-from curvature.per_example.forms import Direct, Factors, Form, Indexed, Probe
+from curvature.per_example.forms import Direct, Factors, Form, Indexed
 from curvature.per_example.layout import Examples
+from curvature.per_example.probe import Probe
 from curvature.per_example.rules import RULES, Claim
 
 __all__ = ["KFAC_RULES", "Layer", "LayerCall", "Rows", "layer_calls", "remembered_layers", "seen_calls"]
