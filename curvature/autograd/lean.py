@@ -8,6 +8,7 @@ layers are recorded as functions whose second derivative is written out, with al
 - batch normalisation in eval mode: folded into the weights of the convolution that it follows, so that it costs nothing
   per entry; elsewhere, an affine map;
 - layer normalisation: the closed form of its second derivative;
+- attention: the closed form of its second derivative, the products of matrices that it takes summed where they are;
 - smooth activations: f' and u f'' stored, where u is the gradient that arrives;
 - rectified linear units beside such layers: no second derivative, in place of zeros.
 
@@ -25,6 +26,7 @@ of optimizers keep them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +39,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from curvature.autograd.backward import refuse_checkpointing
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
-from curvature.autograd.lean_functions import Activation, Convolution, Normalise, Relu
+from curvature.autograd.lean_functions import Activation, Attention, Convolution, Normalise, Relu
 from curvature.autograd.substitutes import OF_LOSS, SUBSTITUTES
 from curvature.errors import CheckFailedError
 
@@ -203,11 +205,40 @@ class LeanLayers(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        if not _is_plain(input):
+        affine = [part for part in (weight, bias) if part is not None]
+        if not _is_plain(input) or any(part.dtype != input.dtype for part in affine) or (weight is None and affine):
             return None
-        output = Normalise.apply(input, len(_tuple(normalized_shape, 1)), eps)
-        output = output if weight is None else output * weight
-        return output if bias is None else output + bias
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        return Normalise.apply(input, weight, bias, shape, eps)
+
+    def _attention(
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        inputs = (query, key, value)
+        alike = len({(x.dtype, x.shape[:-2]) for x in inputs}) == 1 and query.shape[-1] == key.shape[-1]
+        if not alike or not all(map(_is_plain, inputs)) or not any(x.requires_grad for x in inputs):
+            return None
+        if dropout_p or (is_causal and attn_mask is not None):
+            return None
+        mask = attn_mask
+        if is_causal:
+            mask = query.new_full((query.shape[-2], key.shape[-2]), -math.inf).triu(1)
+        elif mask is not None and mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill(mask.logical_not(), -math.inf)
+        if mask is not None and (mask.requires_grad or mask.dtype != query.dtype):
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        output: Tensor = Attention.apply(*inputs, scale, mask)[0]
+        return output
 
     def _relu(self, func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
         if inplace or not input.requires_grad or not self.num_replaced:  # alone not worth a comparison with autograd
@@ -218,7 +249,8 @@ class LeanLayers(TorchFunctionMode):
         if kwargs.get("inplace") or args[1:2] == (True,) or not input.requires_grad:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
-        return Activation.apply(input, lambda x: func(x, *args, **kwargs))
+        output: Tensor = Activation.apply(input, lambda x: func(x, *args, **kwargs))[0]
+        return output
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
@@ -227,6 +259,7 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), LeanLayers._relu),
     F.batch_norm: LeanLayers._batch_norm,
     F.layer_norm: LeanLayers._layer_norm,
+    F.scaled_dot_product_attention: LeanLayers._attention,
 }
 
 

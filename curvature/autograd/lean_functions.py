@@ -5,6 +5,7 @@ Each is differentiated twice, with the intermediate results that both passes sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 __all__ = [
     "Activation",
     "ActivationBackward",
+    "Attention",
+    "AttentionBackward",
     "Convolution",
     "ConvolutionBackward",
     "Normalise",
@@ -93,39 +96,43 @@ def _transposed(u: Tensor, x: Tensor, w: Tensor, geometry: tuple[Any, ...], mask
 
 
 class Activation(Function):
-    """y_i = f(x_i)."""
+    """y_i = f(x_i). Returns y and f'(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad(), torch._C.DisableTorchFunction(), _no_saved_tensor_hooks():
             z = x.detach().requires_grad_()
             y = f(z)
             (d1,) = torch.autograd.grad(y, z, torch.ones_like(y), create_graph=True)
             (d2,) = torch.autograd.grad(d1, z, torch.ones_like(d1), allow_unused=True) if d1.requires_grad else (None,)
-        ctx.save_for_backward(x, d1.detach(), torch.zeros_like(x) if d2 is None else d2)
-        return y.detach()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slope := d1.detach(), torch.zeros_like(x) if d2 is None else d2)
+        return y.detach(), slope
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:
-        x, d1, d2 = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return u * d1, None
-        return ActivationBackward.apply(u, x, d1, d2), None
+    def backward(ctx: Any, u: Tensor | None, slope_bar: Tensor | None) -> tuple[Tensor | None, None]:
+        slope, d2 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return ActivationBackward.apply(u, slope), None
+        x_bar = None if u is None else u * slope
+        if slope_bar is not None:
+            x_bar = slope_bar * d2 if x_bar is None else x_bar.addcmul_(slope_bar, d2)
+        return x_bar, None
 
 
 class ActivationBackward(Function):
-    """(u, x) -> u f'(x)."""
+    """(u, f'(x)) -> u f'(x)."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, x: Tensor, d1: Tensor, d2: Tensor) -> Tensor:
-        ctx.save_for_backward(d1, u * d2)
-        return u * d1
+    def forward(ctx: Any, u: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(u, slope)
+        return u * slope
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, x_dot: Tensor) -> tuple[Tensor | None, ...]:
-        d1, ud2 = ctx.saved_tensors
-        return x_dot * d1 if _wanted(ctx, 0) else None, x_dot * ud2 if _wanted(ctx, 1) else None, None, None
+        u, slope = ctx.saved_tensors
+        return x_dot * slope if _wanted(ctx, 0) else None, x_dot * u if _wanted(ctx, 1) else None
 
 
 class Relu(Function):
@@ -144,54 +151,165 @@ class Relu(Function):
 
 
 class Normalise(Function):
-    """z = r (x - mean x), r = (var x + eps)^(-1/2), over the last `ndim` dimensions."""
+    """y = w z + b, z = r (x - mean x), r = (var x + eps)^(-1/2), over the last dimensions; w, or b, may be None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ndim: int, eps: float) -> Tensor:
-        z, _, r = torch.native_layer_norm(x, x.shape[-ndim:], None, None, eps)
-        ctx.save_for_backward(x, z, r)
-        ctx.ndim = ndim
-        return z
+    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, shape: tuple[int, ...], eps: float) -> Tensor:
+        z, mean, r = torch.native_layer_norm(x, shape, None, None, eps)
+        ctx.save_for_backward(x, w, b, z, mean, r)
+        ctx.shape = shape
+        if w is None:
+            return z.clone()  # what is returned may be changed in place
+        return z * w if b is None else torch.addcmul(b, z, w)
 
     @staticmethod
-    def backward(ctx: Any, h: Tensor) -> tuple[Tensor, None, None]:
-        x, z, r = ctx.saved_tensors
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, z, mean, r = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[place] and _wanted(ctx, place) for place in range(3)]
         if not torch.is_grad_enabled():
-            return _normalise_backward(h, z, r, tuple(range(-ctx.ndim, 0)))[0], None, None
-        return NormaliseBackward.apply(h, x, z.detach(), r, ctx.ndim), None, None
-
-
-def _normalise_backward(h: Tensor, z: Tensor, r: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return r P h, P h and the mean of h z."""
-    hz = (h * z).mean(dims, keepdim=True)
-    Ph = (h - h.mean(dims, keepdim=True)).addcmul_(z, hz, value=-1)
-    return r * Ph, Ph, hz
+            return *torch.ops.aten.native_layer_norm_backward(u, x, ctx.shape, mean, r, w, b, mask), None, None
+        return *NormaliseBackward.apply(u, x, w, b, z, mean, r, ctx.shape, mask), None, None
 
 
 class NormaliseBackward(Function):
-    """(h, x) -> r P h, with P = I - 11'/D - zz'/D.
+    """(u, x, w) -> (r P h, sum u z, sum u), h = w u, P = I - 11'/D - zz'/D; sums are over all but the last dimensions.
 
     The derivative of z along v is r P v, and that of the inner product <v, r P h> in x, at fixed v and h, is
     -(r^2 / D) (z (h' P v) + (v' z) P h + (h' z) P v).
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, x: Tensor, z: Tensor, r: Tensor, ndim: int) -> Tensor:
-        dims = tuple(range(-ndim, 0))
-        rPh, Ph, hz = _normalise_backward(h, z, r, dims)
-        ctx.save_for_backward(z, r, Ph, hz)
-        ctx.dims = dims
-        return rPh
+    def forward(ctx: Any, u: Tensor, x: Tensor, w: Tensor | None, b: Tensor | None, *point: Any) -> Any:
+        z, mean, r, shape, mask = point
+        found = torch.ops.aten.native_layer_norm_backward(u, x, shape, mean, r, w, b, mask)
+        h, dims = u if w is None else u * w, tuple(range(-len(shape), 0))
+        rrPh = None if found[0] is None else r * found[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, x, w, z, mean, r, rrPh, r * (h * z).mean(dims, keepdim=True))
+        ctx.shape = shape
+        return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        z, r, Ph, hz = ctx.saved_tensors
-        vz = (v * z).mean(ctx.dims, keepdim=True)
-        Pv = (v - v.mean(ctx.dims, keepdim=True)).addcmul_(z, vz, value=-1)
-        h_bar = r * Pv if _wanted(ctx, 0) else None
-        x_bar = None
+    def backward(ctx: Any, v: Tensor | None, w_dot: Tensor | None, b_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, x, w, z, mean, r, rrPh, rhz = ctx.saved_tensors
+
+        def rP(h: Tensor, scale: Tensor | None = None) -> Tensor:
+            only_x = (True, False, False)
+            return torch.ops.aten.native_layer_norm_backward(h, x, ctx.shape, mean, r, scale, None, only_x)[0]
+
+        z_dot = None if v is None else rP(v)
+        u_bar = x_bar = w_bar = None
+        if _wanted(ctx, 0):
+            u_bar = z_dot if z_dot is None or w is None else z_dot * w
+            if w_dot is not None:
+                u_bar = z * w_dot if u_bar is None else u_bar.addcmul_(z, w_dot)
+            if b_dot is not None:
+                u_bar = b_dot.expand_as(u) if u_bar is None else u_bar + b_dot
+        if w_dot is not None and _wanted(ctx, 1):
+            x_bar = rP(u, w_dot)
+        if v is None or z_dot is None or not (_wanted(ctx, 1) or _wanted(ctx, 2)):
+            return u_bar, x_bar, w_bar, *(None,) * 6
+        uz_dot = (u * z_dot).flatten(-len(ctx.shape)).flatten(0, -2)
+        if w is not None and _wanted(ctx, 2):
+            w_bar = uz_dot.sum(0).view_as(w)
         if _wanted(ctx, 1):
-            hPv = (Ph * v).mean(ctx.dims, keepdim=True)
-            x_bar = (z * hPv).addcmul_(Ph, vz).addcmul_(Pv, hz).mul_(-r * r)
-        return h_bar, x_bar, None, None, None
+            along_h = uz_dot.mean(-1) if w is None else uz_dot @ w.flatten() / w.numel()
+            along_z = (v * z).flatten(-len(ctx.shape)).mean(-1).view_as(r)
+            parts = z * (r * along_h.view_as(r)).neg_()
+            parts = parts.addcmul_(rrPh, along_z, value=-1).addcmul_(z_dot, rhz, value=-1)
+            x_bar = parts if x_bar is None else x_bar.add_(parts)
+        return u_bar, x_bar, w_bar, *(None,) * 6
+
+
+class Attention(Function):
+    """O = P V, P = softmax(s Q K' + mask) by rows; q, k, v are (..., rows, columns). Returns O and P."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, s: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        sQ, K, V = _matrices(q * s), _matrices(k), _matrices(v)
+        scores = torch.bmm(sQ, K.mT)
+        if mask is not None:
+            scores.view(*q.shape[:-1], -1).add_(mask)
+        P = torch.softmax(scores, -1)
+        if mask is not None:  # torch's attention is zero where nothing is to be attended to
+            P = P.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sQ, K, V, P)
+        ctx.s = s
+        return torch.bmm(P, V).view(*q.shape[:-1], -1), P
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, R: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sQ, K, V, P = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *AttentionBackward.apply(u, P, q, k, v, sQ, K, V, ctx.s), None, None
+        q_bar = k_bar = v_bar = None
+        if u is not None:
+            U = _matrices(u)
+            if _wanted(ctx, 2):
+                v_bar = torch.bmm(P.mT, U).view(v.shape)
+            R = torch.bmm(U, V.mT) if R is None else torch.baddbmm(R, U, V.mT)
+        if R is not None and (_wanted(ctx, 0) or _wanted(ctx, 1)):
+            S_bar = torch._softmax_backward_data(R, P, -1, P.dtype)
+            q_bar = torch.bmm(S_bar, K).mul_(ctx.s).view(q.shape) if _wanted(ctx, 0) else None
+            k_bar = torch.bmm(S_bar.mT, sQ).view(k.shape) if _wanted(ctx, 1) else None
+        return q_bar, k_bar, v_bar, None, None
+
+
+class AttentionBackward(Function):
+    """(u, P, q, k, v) -> (s S K, s S' Q, P' u), with S = P (D - its mean under P), by entries, and D = u V'.
+
+    Along (a, b, c) the scores move by E = s (a K' + Q b') and P by P_dot = P (E - its mean under P). The inner product
+    of (a, b, c) with the result is <u, P_dot V + P c>; its derivative in P, with E held, is E D + u c', E and D less
+    their means, up to what is constant in a row: the softmax that P comes from does not pass that on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, P: Tensor, q: Tensor, k: Tensor, v: Tensor, *point: Any) -> Any:
+        sQ, K, V, s = point
+        U = _matrices(u)
+        D = torch.bmm(U, V.mT)
+        S_bar = torch._softmax_backward_data(D, P, -1, P.dtype)
+        D -= (P * D).sum(-1, keepdim=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(U, P, sQ, s * K, V, D)
+        ctx.s, ctx.shapes = s, (u.shape, q.shape, k.shape, v.shape)
+        q_bar, k_bar = torch.bmm(S_bar, K).mul_(s), torch.bmm(S_bar.mT, sQ)
+        return q_bar.view(q.shape), k_bar.view(k.shape), torch.bmm(P.mT, U).view(v.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:
+        U, P, sQ, sK, V, D = ctx.saved_tensors
+        A, B, C = (None if x is None else _matrices(x) for x in (a, b, c))
+        E = None if A is None else torch.bmm(A, sK.mT)
+        if B is not None:
+            E = torch.bmm(sQ, B.mT) if E is None else E.baddbmm_(sQ, B.mT)
+        u_bar = R = q_bar = k_bar = v_bar = None
+        if C is not None:
+            u_bar = torch.bmm(P, C) if _wanted(ctx, 0) else None
+            R = torch.bmm(U, C.mT) if _wanted(ctx, 1) else None
+        if E is not None:
+            P_dot = P * E
+            E -= P_dot.sum(-1, keepdim=True)
+            torch.mul(P, E, out=P_dot)
+            if _wanted(ctx, 0):
+                u_bar = torch.bmm(P_dot, V) if u_bar is None else u_bar.baddbmm_(P_dot, V)
+            if _wanted(ctx, 4):
+                v_bar = torch.bmm(P_dot.mT, U)
+            if _wanted(ctx, 1):
+                R = E.mul_(D) if R is None else R.addcmul_(E, D)
+        S_bar = None
+        if B is not None and _wanted(ctx, 2):
+            q_bar = torch.bmm(S_bar := P * D, B).mul_(ctx.s)
+        if A is not None and _wanted(ctx, 3):
+            k_bar = torch.bmm((P * D if S_bar is None else S_bar).mT, A).mul_(ctx.s)
+        found = zip((u_bar, q_bar, k_bar, v_bar), ctx.shapes, strict=True)
+        u_bar, q_bar, k_bar, v_bar = (x if x is None else x.view(shape) for x, shape in found)
+        return u_bar, R, q_bar, k_bar, v_bar, None, None, None, None
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """Return (..., rows, columns) as (batch, rows, columns)."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])

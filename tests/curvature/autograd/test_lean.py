@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature import GGNOperator, HessianOperator, Objective
 from curvature.autograd import lean_functions
@@ -33,6 +34,11 @@ def norm_buffers() -> tuple[Tensor, Tensor]:
     return real(4, seed=8), positive(4)
 
 
+def attention(*args: Tensor, **kwargs: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):  # of which torch has a second derivative
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
 Layer = tuple[Callable[..., Tensor], list[Tensor]]
 CONVOLUTIONS: dict[str, Layer] = {
     "conv1d": (lambda x, w, b: F.conv1d(x, w, b), [real(2, 3, 6), real(4, 3, 3), real(4)]),
@@ -52,6 +58,7 @@ CONVOLUTIONS |= {
 NORMS: dict[str, Layer] = {
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [real(3, 5), real(5), real(5)]),
     "layer norm plain": (lambda x: F.layer_norm(x, (5,), eps=0.1), [real(3, 5)]),
+    "layer norm without bias": (lambda x, w: F.layer_norm(x, (5,), w), [real(2, 3, 5), real(5)]),
     "layer norm 2d": (lambda x, w: F.layer_norm(x, (3, 4), w), [real(2, 3, 4), real(3, 4)]),
     "batch norm": (lambda x, w, b: F.batch_norm(x, *norm_buffers(), w, b), [real(3, 4, 2), real(4), real(4)]),
     "conv, batch norm": (
@@ -75,7 +82,23 @@ ACTIVATIONS: dict[str, Layer] = {
         (F.logsigmoid, {}, ""),
     ]
 }
-LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS
+SEEN = torch.arange(12).view(3, 4) % 3 > 0
+ATTENTIONS: dict[str, Layer] = {
+    name: (lambda q, k, v, kw=kw: attention(q, k, v, **kw), [real(*shape, seed=i) for i, shape in enumerate(shapes)])
+    for name, kw, shapes in [
+        ("attention", {}, [(2, 2, 3, 5)] * 3),
+        ("attention, causal", {"is_causal": True}, [(2, 3, 5)] * 3),
+        ("attention, causal, other lengths", {"is_causal": True, "scale": 0.3}, [(2, 3, 5), (2, 4, 5), (2, 4, 2)]),
+        ("attention, some seen", {"attn_mask": SEEN}, [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 2)]),
+        (
+            "attention, a row sees nothing",
+            {"attn_mask": SEEN & (torch.arange(3) > 0)[:, None]},
+            [(3, 5), (4, 5), (4, 5)],
+        ),
+        ("attention, added", {"attn_mask": real(2, 1, 3, 4, seed=7)}, [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)]),
+    ]
+}
+LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS | ATTENTIONS
 
 
 def second_derivative(
@@ -145,6 +168,12 @@ def test_layers_with_nothing_lean_are_left_alone() -> None:
         F.silu(x.clone(), inplace=True)
         F.gelu(x.detach())
         F.relu(x)  # beside others only
+        F.scaled_dot_product_attention(x.mT, x.mT, x.mT, dropout_p=0.5)
+        F.scaled_dot_product_attention(x, x[:1], x[:1])
+        F.scaled_dot_product_attention(x[None].mT, x[None, :1].mT, x[None, :1].mT, enable_gqa=True)
+        F.scaled_dot_product_attention(x, x, x, attn_mask=real(4, 4).requires_grad_())
+        F.scaled_dot_product_attention(x.detach(), x.detach(), x.detach())
+        F.layer_norm(x, (2,), None, real(2))
         F.conv1d(x, real(2, 4, 1), padding="same")
         with torch.no_grad():
             F.gelu(x)
@@ -185,6 +214,7 @@ SABOTAGE = [
     ("NormaliseBackward", "LayerNorm"),
     ("ConvolutionBackward", "GroupNorm"),
     ("Activation", "MLP SiLU"),
+    ("AttentionBackward", "attention fused"),
 ]
 
 
