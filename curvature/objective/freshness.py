@@ -31,6 +31,7 @@ from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.python_state import Key, PythonState
 from curvature.losses.rules import loss_rule
+from curvature.objective.cancellation import see_cancellation
 from curvature.objective.comparison import follow
 from curvature.objective.dependence import Dependence
 from curvature.objective.interface import ObjectiveLike
@@ -161,6 +162,8 @@ class Freshness:
             self._witness = _witness_of(lin, keep_outputs=False)
             self.measured()["recorded"] = dtypes_of_graph([lin.graph_root()])
         known = self._losses.get(lin.index)
+        if known is None:
+            see_cancellation(self.measured(), lin)
         if known is None or known[0] != mark:
             self._losses[lin.index] = (mark, lin.loss)
         elif lin.weight != 0 and not _agree(known[1], lin.loss, _scale_of(lin)):
