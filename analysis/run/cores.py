@@ -20,7 +20,7 @@ from analysis.run.pool import Pool, can_fork, usable_cores
 from curvature.environment.memory import available_memory
 from curvature.objective.objective import Objective
 
-__all__ = ["answers", "one_core_each"]
+__all__ = ["answers", "one_core_each", "one_thread"]
 
 J = TypeVar("J")
 A = TypeVar("A")
@@ -37,12 +37,17 @@ def one_core_each(objective: Objective) -> Iterator[int]:
     """
     threads = torch.get_num_threads()
     workers = min(threads, usable_cores(), _most(objective)) if threads > 1 else 1
-    if workers <= 1:
-        yield 1
-        return
+    with one_thread() if workers > 1 else contextlib.nullcontext():
+        yield max(workers, 1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread inside."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield workers
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -61,15 +66,23 @@ def _most(objective: Objective) -> int:
     return int(available_memory(objective.device) // (2 * max(held, 1)))
 
 
-def answers(work: Callable[[J], A], jobs: Sequence[J], workers: int, *, patience: float) -> Iterator[tuple[int, A]]:
+def answers(
+    work: Callable[[J], A],
+    jobs: Sequence[J],
+    workers: int,
+    *,
+    patience: float,
+    begun: Callable[[J], object] = lambda _: None,
+) -> Iterator[tuple[int, A]]:
     """Yield the place of each job and its answer, as they come: from here for `patience` seconds, then from processes.
 
     A job whose process ended, or in which it raised an error, is done again here. `work` must not depend on the order
-    of jobs, nor change anything that later ones read.
+    of jobs, nor change anything that later ones read. `begun` is told each job as it is handed out.
     """
     due, start = deque(range(len(jobs))), time.perf_counter()
     while due and (workers == 1 or time.perf_counter() - start < patience):
         i = due.popleft()
+        begun(jobs[i])
         yield i, work(jobs[i])
 
     def attempt(job: J) -> tuple[A] | None:
@@ -83,6 +96,7 @@ def answers(work: Callable[[J], A], jobs: Sequence[J], workers: int, *, patience
         while due or running:
             while due and pool.has_room:
                 i = due.popleft()
+                begun(jobs[i])
                 pool.start(i, jobs[i])
                 running += 1
             i, answer = pool.answer()

@@ -19,8 +19,9 @@ from analysis.show.wording import count
 from analysis.tasks import Task, load_task
 from analysis.tasks.checkpoint_files import files_of, sha256_of
 from curvature.data.tensors import tensors_in
-from curvature.errors import CurvatureError, InputError, TaskError
+from curvature.errors import InputError, TaskError
 from curvature.objective.objective import Objective
+from curvature.objective.pieces import in_pieces
 from curvature.spectra.spectrum_plan import SpectrumPlan
 
 __all__ = ["Prepared", "Request", "data_sha256", "fingerprint", "in_groups", "load", "prepare"]
@@ -142,7 +143,7 @@ def in_groups(objective: Objective) -> Objective:
     for every piece.
     A batch whose examples are coupled, by normalisation, by masks or by its loss, is left whole.
     """
-    _, gradient = objective.loss_and_gradient()
+    objective.loss()  # which counts the batches
     num_batches, least = objective.num_batches, SpectrumPlan().least_groups
     most = min(SpectrumPlan().num_groups, max(least, _GROUPED // objective.num_params))
     if num_batches is None or num_batches >= least or objective.process_group is not None:
@@ -150,13 +151,7 @@ def in_groups(objective: Objective) -> Objective:
     largest = max((t.shape[0] for b in objective.batches() for t in tensors_in(b)[:1] if t.ndim > 0), default=0)
     if largest < most:
         return objective
-    pieces = objective.split(-(-largest // max(most // num_batches, -(-least // num_batches))))
-    try:
-        _, of_pieces = pieces.loss_and_gradient()
-    except CurvatureError:
-        return objective
-    same = (of_pieces - gradient).norm() <= 1e-4 * gradient.norm() + torch.finfo(gradient.dtype).eps ** 0.5
-    return pieces if bool(same) else objective
+    return in_pieces(objective, -(-largest // max(most // num_batches, -(-least // num_batches))))
 
 
 def _task(request: Request) -> Task:

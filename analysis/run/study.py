@@ -7,6 +7,7 @@ measurement; options, loading, checking, timing, storing, the terminal's tables 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from analysis.records.plan import Plan
+from analysis.run.cores import one_thread
 from analysis.run.draft import Draft
 from analysis.run.preparation import Request, load, prepare
 from analysis.run.record import Record
@@ -236,10 +238,11 @@ def _priced(objective: Objective, work: Work, unit: str) -> Price:
         (work.products, "curvature products", lambda: H @ v),
     ]
     parts = [(part.count, part.what, part.seconds) for part in work.parts if part.count]
-    for count, of, run in units:
-        if count:
-            run()
-            parts.append((count, of, median_seconds(run, device, objective.ranks)))
+    with one_thread() if work.workers > 1 else nullcontext():
+        for count, of, run in units:
+            if count:
+                run()
+                parts.append((count, of, median_seconds(run, device, objective.ranks)))
     text = ", ".join(f"{number(count, 2)} {of} of {duration(each)}" for count, of, each in parts)
     seconds = sum(count * each for count, _, each in parts) / work.workers
     if work.workers > 1:

@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 
 from analysis.records.measured import Measured
+from analysis.run.cores import one_core_each
 from analysis.run.study import Part, Study, StudyRun, Work
 from analysis.sharpness.catalogue import MEASURES
 from analysis.sharpness.figures import plot_sharpness
-from analysis.sharpness.measure import SharpnessPlan, measure_sharpness, measures_for
+from analysis.sharpness.measure import SharpnessPlan, measure_sharpness, measures_for, work_of
 from analysis.sharpness.results import SharpnessRow, SharpnessTable
 from analysis.show import wording
 from analysis.show.report import Card, Figure, Finding, Report, Section, Table
@@ -57,34 +58,13 @@ def _price(objective: Objective, plan: SharpnessPlan) -> Work:
     names = measures_for(objective, plan.measures)
     total: Counter[str] = Counter()
     for name in names:
-        total.update(_spent(name, objective, plan))
+        total.update(work_of(name, objective, plan))
     parts = list[Part]()
     if by_pieces := sum("m_sharpness" in name for name in names):
         pieces, seconds = _timed_pieces(objective, plan)
         parts.append(Part(by_pieces * pieces, "pieces of the data", seconds, gradients=3))
-    return Work(**total, parts=tuple(parts))
-
-
-def _spent(name: str, objective: Objective, s: SharpnessPlan) -> dict[str, float]:
-    """Return about how many products, gradients and losses away from the point a measure takes."""
-    if "top_eigenvalue" in name:
-        return {"products": 16.0}
-    if "trace" in name or "frobenius" in name:
-        return {"products": s.num_matvecs}
-    if "worst" in name:
-        return {"gradients": 0.8 * s.num_steps * s.num_restarts}
-    if "average" in name:
-        return {"losses": 2 * s.num_probes + 1}
-    if "pac_bayes" in name:
-        return {"losses": 8 * s.num_probes + 1}
-    layers = sum(t.ndim >= 2 for t in objective.space.tensors.values())
-    other: dict[str, dict[str, float]] = {
-        "relative_flatness": {"products": layers * s.num_matvecs},
-        "log_volume": {"products": 72.0},
-        "keskar": {"gradients": 2.4 * s.box_iterations},
-        "fisher_rao": {"products": 1.0},
-    }
-    return other.get(name, {} if "m_sharpness" in name else {"gradients": 1.0, "losses": 1.0})
+    with one_core_each(objective) as workers:
+        return Work(**total, parts=tuple(parts), workers=min(workers, len(names)))
 
 
 def _timed_pieces(objective: Objective, s: SharpnessPlan) -> tuple[int, float]:

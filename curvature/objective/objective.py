@@ -248,7 +248,8 @@ class Objective:
         """Return L and its gradient (n,). Cost: one gradient."""
         if goes_by_module(self):
             return loss_and_gradient_by_module(self, self.sharding)
-        mean = self.reduce(lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()]))
+        walk = self._linearised(plainly=not self.may_keep_graphs)  # lean graphs cost more, and pay with products
+        mean = self.mean(parts_of(walk, lambda lin: torch.cat([lin.loss.to(self.dtype)[None], lin.gradient()])))
         return mean[0], in_parts(mean[1:], self.sharding)
 
     def restrict(self, selection: Selection) -> Objective:
@@ -306,16 +307,15 @@ class Objective:
         Raises:
             CheckFailedError: if no batch depends on the parameters, or forward is found not to repeat.
         """
-        return self._linearised(to_differentiate=True)
+        return self._linearised()
 
-    def _linearised(self, *, to_differentiate: bool) -> Iterator[Linearization]:
+    def _linearised(self, *, to_differentiate: bool = True, plainly: bool = False) -> Iterator[Linearization]:
         self.freshness.enter()
         self.kept.begin_walk(self.num_params * self.dtype.itemsize)
         built = False
         for index, mark, batch in self._walk():
-            lin = self.kept.find(index, mark)
-            if lin is None:
-                lin, built = self._linearization(index, mark, batch), True
+            if (lin := self.kept.find(index, mark)) is None:
+                lin, built = self._linearization(index, mark, batch, plainly), True
             elif self.source.shuffles:  # as a later pass has shown
                 refuse_other_batches(self, lin)
             yield lin
@@ -334,10 +334,10 @@ class Objective:
         self.source.confirm()
         yield from self.kept.batches()
 
-    def _linearization(self, index: int, mark: int, batch: Any) -> Linearization:
+    def _linearization(self, index: int, mark: int, batch: Any, plainly: bool) -> Linearization:
         self.kept.tidy()
         meter, own = self.kept.meter(index), move_batch(batch, self.device)
-        lin = self.linearise(own, index, trust=self.trust, meter=meter)
+        lin = self.linearise(own, index, trust=None if plainly else self.trust, meter=meter)
         refuse_other_batches(self, lin)
         self.freshness.built(lin, mark)
         if meter is not None:

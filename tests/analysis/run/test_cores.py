@@ -17,6 +17,8 @@ from analysis.landscape.point_log import PointLog
 from analysis.run import cores
 from analysis.run.cores import answers, one_core_each
 from analysis.run.pool import can_fork
+from analysis.sharpness.measure import measure_sharpness
+from analysis.sharpness.results import SharpnessTable
 from curvature.objective.objective import Objective
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked")
@@ -106,3 +108,18 @@ def test_a_plane_from_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
     torch.set_num_threads(1)
     again = loss_on_plane(o, a, b, steps, steps)
     torch.testing.assert_close(found.losses, again.losses, rtol=0, atol=0)
+
+
+def test_a_table_of_sharpness_from_processes_is_that_of_one() -> None:
+    o, names, told = objective(), ["trace", "average", "worst_l2", "m_sharpness"], list[str]()
+
+    def measure() -> SharpnessTable:
+        generator = torch.Generator().manual_seed(0)
+        return measure_sharpness(o, measures=names, generator=generator, progress=lambda what, *_: told.append(what))
+
+    found = measure()
+    assert [row.name for row in found.rows] == names
+    assert sorted(told) == sorted(name.replace("_", " ") for name in names)
+    torch.set_num_threads(1)
+    for row, other in zip(found.rows, measure().rows, strict=True):
+        assert (row.value, row.num_matvecs, row.num_losses) == (other.value, other.num_matvecs, other.num_losses)
