@@ -25,11 +25,11 @@ from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.records.measured import Measured
 from analysis.records.plan import from_plan
 from analysis.run.meter import Meter
+from analysis.run.shared_products import SharedHessian, shared_hessian
 from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
 from curvature.objective.objective import Objective
-from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
 from curvature.results.intervals import combined_error
 from curvature.spectra.results import Samples, Spectrum
@@ -68,17 +68,18 @@ def inspect_model(
     planned_coupling, planned_diagonal = plan.coupling_matvecs(objective), plan.diagonal_matvecs(objective)
     meter = Meter(objective.device, planned_whole + planned_layers, progress)
     loss, gradient = objective.loss_and_gradient()
-    H = HessianOperator(objective)
-    with meter.stage(WHOLE, planned_whole - planned_coupling - planned_diagonal, whole=True):
-        place = plan.whole.place(H, [objective.num_params])
-        whole = spectrum(H, plan.whole, generator=generator, basis_device=place, progress=meter.tick)
     found: dict[str, Spectrum] = {}
-    if blocks:
-        with meter.stage(LAYERS, planned_layers, whole=False):
-            layer = plan.layer(objective)
-            place = layer.place(H, [block.num_params for block in blocks])
-            own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
-            found = layer_spectra(H, layer, blocks=blocks, **own)
+    with shared_hessian(objective) as H:
+        with meter.stage(WHOLE, planned_whole - planned_coupling - planned_diagonal, whole=True):
+            place = plan.whole.place(H, [objective.num_params])
+            whole = spectrum(H, plan.whole, generator=generator, basis_device=place, progress=meter.tick)
+        if blocks:
+            with meter.stage(LAYERS, planned_layers, whole=False):
+                layer = plan.layer(objective)
+                place = layer.place(H, [block.num_params for block in blocks])
+                own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
+                found = layer_spectra(H, layer, blocks=blocks, **own)
+        processes = len(H.workers) if isinstance(H, SharedHessian) else 0
     layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
     left_out: tuple[str, ...] = ()
     if (of_many := len(objective.space.blocks)) > plan.most_layers and layers:
@@ -89,6 +90,7 @@ def inspect_model(
             f"the planned products, neither continued nor searched for: {left} of {len(layers)} hold one that has not "
             "converged (--most-layers).",
         )
+    shared = (f"Products were shared out among {processes} processes, each with some of the graphs.",)[:processes]
     diagonal = None
     if plan.layers:
         with meter.stage(DIAGONAL, planned_diagonal, whole=True):
@@ -118,7 +120,7 @@ def inspect_model(
         exact=whole.exact,
         data=_data_errors(whole),
         cost=meter.cost(),
-        notes=(*objective.notes, *whole.notes, *left_out),
+        notes=(*objective.notes, *whole.notes, *left_out, *shared),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from analysis.inspection.parts import parts_of
 from analysis.records.plan import Plan, setting
+from analysis.run.cores import one_core_each
 from analysis.run.study import Price
 from analysis.show.wording import count, duration, memory
 from curvature.arguments import checked_fields
@@ -160,9 +161,13 @@ class InspectionPlan(Plan):
                 on_bases += plan.seconds_of_bases(H, sizes, place, objective.num_batches or 0)
         v = torch.full((n, min(self.num_probes, n)), n**-0.5, dtype=objective.dtype, device=device)
         _ = H @ v[:, :1]
-        each = median_seconds(lambda: H @ v, device, objective.ranks) / v.shape[1]
+        with one_core_each(objective) as cores:
+            cores = min(cores, objective.num_batches or 1)
+            each = median_seconds(lambda: H @ v, device, objective.ranks) / v.shape[1] / cores
+            layers = _layer_seconds(H, blocks, self) / cores if blocks else 0.0
+        held += objective.held_bytes if cores > 1 else 0
         whole, of_layers = self.total_matvecs(objective)
-        total = whole * each + on_bases + (_layer_seconds(H, blocks, self) if blocks else 0.0)
+        total = whole * each + on_bases + layers
         if self.layers:
             total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
         most = memory(max(peak_memory(device), current_memory(device) + held))

@@ -19,7 +19,7 @@ import torch
 
 from curvature.environment.device import any_gpu
 
-__all__ = ["Pool", "can_fork", "run_all", "usable_cores", "workers_of"]
+__all__ = ["Pool", "Worker", "can_fork", "run_all", "usable_cores", "workers_of"]
 
 J = TypeVar("J")
 A = TypeVar("A")
@@ -59,8 +59,8 @@ class Pool(Generic[J, A]):
     def __init__(self, work: Callable[[J], A], workers: int, *, lost: Callable[[J, str], A]) -> None:
         self._work, self._lost = work, lost
         self.workers = workers if workers == 1 or can_fork() else 1
-        self._free: list[_Worker] = []
-        self._busy: dict[Connection, tuple[_Worker, Any, J]] = {}
+        self._free: list[Worker] = []
+        self._busy: dict[Connection, tuple[Worker, Any, J]] = {}
         self._done: deque[tuple[Any, A]] = deque()
 
     def __enter__(self) -> Pool[J, A]:
@@ -79,7 +79,7 @@ class Pool(Generic[J, A]):
         if self.workers == 1:
             self._done.append((key, self._work(job)))
             return
-        worker = self._free.pop() if self._free else _Worker(self._work)
+        worker = self._free.pop() if self._free else Worker(self._work)
         worker.ours.send(job)
         self._busy[worker.ours] = worker, key, job
 
@@ -99,7 +99,7 @@ class Pool(Generic[J, A]):
         return key, found
 
 
-class _Worker:
+class Worker:
     """A process and this end of the connection to it."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
