@@ -10,7 +10,9 @@ layers are recorded as functions whose second derivative is written out, with al
 - layer normalisation: the closed form of its second derivative;
 - attention: the closed form of its second derivative, the products of matrices that it takes summed where they are;
 - smooth activations: f' and u f'' stored, where u is the gradient that arrives;
-- rectified linear units beside such layers: no second derivative, in place of zeros.
+- rectified linear units beside such layers: no second derivative, in place of zeros;
+- batch normalisation by statistics of the batch, in closures of optimizers on the CPU: its closed form. It is compared
+  with autograd where it is called first, and again for other shapes, since nobody compares whole products there.
 
 They hold second derivatives and no third. The objective compares them with autograd on the model at hand before it
 trusts them (`Objective.notes` says what came of it), and where they fail in any way the model is recorded without.
@@ -37,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvature.autograd.backward import refuse_checkpointing
+from curvature.autograd.batch_statistics import BatchNorm, agrees_with_autograd
 from curvature.autograd.composed import NORMALISATIONS, differentiated_by_transform, weight_norm
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean_functions import Activation, Attention, Convolution, Normalise, Relu
@@ -71,7 +74,8 @@ class LeanLayers(TorchFunctionMode):
     Args:
         corrections_only: leave layers as autograd has them, except for those it gets wrong.
         third_order: record them for derivatives of any order; implies `corrections_only`.
-        as_trained: keep what acts on gradients and not on the loss: hooks on tensors, embeddings that scale.
+        as_trained: keep what acts on gradients and not on the loss: hooks on tensors, embeddings that scale. With
+            `corrections_only`, batch normalisation by statistics of the batch is lean all the same.
     """
 
     def __init__(self, *, corrections_only: bool = False, third_order: bool = False, as_trained: bool = False) -> None:
@@ -82,7 +86,9 @@ class LeanLayers(TorchFunctionMode):
         self._third_order = third_order
         self._as_trained, self._substitutes = as_trained, SUBSTITUTES if as_trained else OF_LOSS
         self._left_normalisations = self._differentiating = False
-        self._rules = {} if corrections_only or third_order else _RULES
+        self._rules = _RULES
+        if corrections_only or third_order:
+            self._rules = _OF_STATISTICS if as_trained and not third_order else {}
         self._replaced: list[Any] = []
         self._convolutions = WeakTensorKeyDictionary()  # output -> its version, and what it is made of
 
@@ -196,6 +202,30 @@ class LeanLayers(TorchFunctionMode):
         shape = (1, -1, *(1,) * (input.ndim - 2))
         return input * scale.view(shape) + shift.view(shape)
 
+    def _batch_statistics(
+        self,
+        func: Any,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if not training or weight is None or bias is None or not _is_plain(input) or not input.is_cpu:
+            return None
+        alike = input.dtype == weight.dtype == bias.dtype and input.ndim > 1 and input.requires_grad
+        if not alike or input.numel() <= input.shape[1] or self.saw_hooks:  # checkpoints run it again, without us
+            return None
+        kind = (_kind(input), eps)
+        if kind not in _AGREES:
+            _AGREES[kind] = agrees_with_autograd(input, weight, bias, eps)
+        if not _AGREES[kind]:
+            return None
+        return BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps)
+
     def _layer_norm(
         self,
         func: Any,
@@ -261,6 +291,11 @@ _RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.layer_norm: LeanLayers._layer_norm,
     F.scaled_dot_product_attention: LeanLayers._attention,
 }
+
+
+_OF_STATISTICS: dict[Any, Callable[..., Tensor | None]] = {F.batch_norm: LeanLayers._batch_statistics}
+_AGREES: dict[Any, bool] = {}
+"""Kind of input -> whether the closed form of batch normalisation agreed with autograd on the first of them."""
 
 
 def _eligible(args: Sequence[Any]) -> bool:
