@@ -199,7 +199,7 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
         tangent = lin.jvp(v[None]).reshape(batch.outputs.shape)
         with torch.enable_grad():
             leaf = batch.outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(batch.rule.loss(leaf, batch.targets), leaf)
+            (slope,) = torch.autograd.grad(batch.rule.value(leaf, batch.targets), leaf)
         rates = (slope.double() * tangent.double()).flatten(1).sum(1)
         if len(rates) != len(shares):
             raise CheckFailedError(

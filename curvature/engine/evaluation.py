@@ -241,7 +241,7 @@ class Evaluator:
                 )
             outputs, targets = returned
         try:
-            return outputs, targets, self.rule.loss(outputs, targets)
+            return outputs, targets, self.rule.value(outputs, targets)
         except (TypeError, AttributeError) as error:
             if (advice := advice_on_outputs(outputs, targets, self.forward is None)) is None:
                 raise

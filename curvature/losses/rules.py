@@ -1,8 +1,6 @@
 """What the toolkit knows about loss functions: how they normalise, and the matrices they define on the model's outputs.
 
-`loss_rule(loss)` recognises torch's cross-entropy, mean squared error and binary cross-entropy with logits, as
-modules, as functions and as `functools.partial` of those; every other loss is handled by autograd. A rule answers these
-questions:
+A rule (`curvature.losses.recognised` finds that of a loss) answers these questions:
 
 - `num_terms(outputs, targets)`: the denominator of a mean-reduced loss, i.e. by how much a batch counts in the whole;
 - `term_weights(outputs, targets)`: the share of each loss term in that denominator;
@@ -15,21 +13,18 @@ questions:
 
 from __future__ import annotations
 
-import functools
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature.autograd.backward import pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.errors import InputError
 
-__all__ = ["LossRule", "OutputMap", "loss_rule"]
+__all__ = ["AnyLoss", "BinaryCrossEntropyWithLogits", "CrossEntropy", "LossRule", "OutputMap", "SquaredError"]
 
 OutputMap = Callable[[Tensor], Tensor]
 """u -> M u, with M a symmetric matrix on the outputs of a batch; u and M u have their shape."""
@@ -41,6 +36,8 @@ class LossRule(ABC):
     closed_form = True
     is_likelihood = True
     """Whether each target adds a weighted sum of negative log-likelihoods, known in closed form."""
+    _writes: bool | None = False
+    """Whether the loss writes into the outputs; None as long as that is not known."""
 
     def __init__(self, loss: Callable[..., Tensor], reduction: str = "mean", **settings: Any) -> None:
         if reduction not in ("mean", "sum", "batchmean"):
@@ -53,6 +50,26 @@ class LossRule(ABC):
     def settings(self) -> dict[str, Any]:
         """Class weights, ignored index and so on; a module's are read when they are used, since they may be changed."""
         return self._settings | {name: value for name, value in _attributes(self.loss).items() if name != "reduction"}
+
+    def value(self, outputs: Any, targets: Any) -> Any:
+        """Return what the loss function returns; one that writes into the outputs writes into a copy.
+
+        Raises:
+            InputError: if it writes into them now and did not before.
+        """
+        if type(outputs) is not Tensor or outputs.is_inference():  # logits in blocks take no writes
+            return self.loss(outputs, targets)
+        given = outputs if self._writes is False else outputs.clone()
+        before = given._version
+        value = self.loss(given, targets)
+        wrote, known = given._version != before, self._writes
+        self._writes = wrote or bool(known)
+        if wrote and known is False:
+            raise InputError(
+                "the loss writes into the model's outputs (sub_, clamp_, /=), which it did not do before. Call again: "
+                "it is given copies from now on."
+            )
+        return value
 
     @abstractmethod
     def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
@@ -70,7 +87,7 @@ class LossRule(ABC):
         """Return the gradient of the loss in the outputs, as reduced over this batch, in their shape and dtype."""
         z = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(self.loss(z, targets), z)
+            (gradient,) = torch.autograd.grad(self.value(z, targets), z)
         return gradient
 
     @abstractmethod
@@ -267,6 +284,7 @@ class AnyLoss(LossRule):
 
     closed_form = False
     is_likelihood = False
+    _writes = None
 
     def term_weights(self, outputs: Tensor | None, targets: Any) -> Tensor:
         if not isinstance(targets, Tensor):
@@ -287,7 +305,7 @@ class AnyLoss(LossRule):
     def output_hessian(self, outputs: Tensor, targets: Any) -> OutputMap:
         z = outputs.detach().requires_grad_()
         with torch.enable_grad():
-            value = self.loss(z, targets)
+            value = self.value(z, targets)
             refuse_undifferentiable([value])
             (g,) = pull_back([value], [z], create_graph=True) if value.requires_grad else (None,)
         if g is None or not g.requires_grad:  # piecewise linear in the outputs
@@ -306,54 +324,7 @@ class AnyLoss(LossRule):
         )
 
 
-_MODULES: dict[type[nn.Module], type[LossRule]] = {
-    nn.CrossEntropyLoss: CrossEntropy,
-    nn.MSELoss: SquaredError,
-    nn.BCEWithLogitsLoss: BinaryCrossEntropyWithLogits,
-}
-_FUNCTIONS: dict[Any, tuple[type[LossRule], frozenset[str]]] = {
-    F.cross_entropy: (CrossEntropy, frozenset({"weight", "ignore_index", "label_smoothing", "reduction"})),
-    F.mse_loss: (SquaredError, frozenset({"weight", "reduction"})),
-    F.binary_cross_entropy_with_logits: (
-        BinaryCrossEntropyWithLogits,
-        frozenset({"weight", "pos_weight", "reduction"}),
-    ),
-}
-"""Functions, their rules, and the settings that the rules honour."""
 _SETTINGS = ("weight", "pos_weight", "ignore_index", "label_smoothing", "reduction")
-
-
-def loss_rule(loss: Callable[..., Tensor]) -> LossRule:
-    """Return the rule for a loss function (outputs, targets) -> scalar.
-
-    Raises:
-        InputError: if the loss is not callable or reduces to more than one number (`reduction="none"`).
-    """
-    if not callable(loss):
-        raise InputError(f"loss must be a function (outputs, targets) -> scalar, got {type(loss).__name__}.")
-    function, keywords = loss, {}
-    if isinstance(loss, functools.partial) and not loss.args:
-        function, keywords = loss.func, loss.keywords
-    known = _FUNCTIONS.get(function) if isinstance(function, Hashable) else None
-    if known is not None and set(keywords) <= known[1]:
-        return known[0](loss, **keywords)
-    for module, rule in _MODULES.items():
-        if isinstance(loss, module) and _computes_as(loss, module):
-            return rule(loss, str(loss.reduction))
-    return AnyLoss(loss, keywords.get("reduction") or _stated_reduction(loss, function))
-
-
-def _computes_as(loss: nn.Module, known: type[nn.Module]) -> bool:
-    """Return whether a loss computes what torch's class does: a subclass, an instance or a hook may change it."""
-    own = vars(loss)
-    hooks = (loss._forward_hooks, loss._forward_pre_hooks, loss._backward_hooks, loss._backward_pre_hooks)
-    return (
-        type(loss).forward is known.forward
-        and type(loss).__call__ is nn.Module.__call__
-        and "forward" not in own
-        and own.get("_compiled_call_impl") is None
-        and not any(hooks)
-    )
 
 
 def _attributes(loss: Any) -> dict[str, Any]:
@@ -361,17 +332,6 @@ def _attributes(loss: Any) -> dict[str, Any]:
     if not isinstance(loss, nn.modules.loss._Loss):
         return {}
     return {name: getattr(loss, name) for name in _SETTINGS if hasattr(loss, name)}
-
-
-def _stated_reduction(loss: Callable[..., Tensor], function: Callable[..., Tensor]) -> str:
-    stated = getattr(loss, "reduction", None)
-    if isinstance(stated, str):
-        return stated
-    try:
-        default = inspect.signature(function).parameters["reduction"].default
-    except (KeyError, TypeError, ValueError):
-        return "mean"
-    return default if isinstance(default, str) else "mean"
 
 
 def _class_index_weights(targets: Tensor, settings: dict[str, Any]) -> Tensor:

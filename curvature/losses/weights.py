@@ -36,7 +36,7 @@ def fit_of_loss(rule: LossRule, outputs: Sequence[Tensor], targets: Sequence[Any
     """
     leaves = [z.detach().requires_grad_() for z in outputs]
     with torch.inference_mode(False), torch.enable_grad():
-        losses = [rule.loss(z, t).reshape(()) for z, t in zip(leaves, targets, strict=True)]
+        losses = [rule.value(z, t).reshape(()) for z, t in zip(leaves, targets, strict=True)]
     counts = (
         [1.0] * 3 if rule.reduction == "sum" else [rule.num_terms(z, t) for z, t in zip(leaves, targets, strict=True)]
     )

@@ -30,7 +30,7 @@ from curvature.errors import CheckFailedError
 from curvature.fingerprints.contents import Contents
 from curvature.fingerprints.digest import version
 from curvature.fingerprints.python_state import Key, PythonState
-from curvature.losses.rules import loss_rule
+from curvature.losses.recognised import loss_rule
 from curvature.objective.cancellation import see_cancellation
 from curvature.objective.comparison import follow
 from curvature.objective.dependence import Dependence

@@ -25,7 +25,7 @@ from curvature.engine.linearize import Linearization
 from curvature.environment.device import check_served
 from curvature.environment.memory import tensor_bytes
 from curvature.errors import DataError, InputError
-from curvature.losses.rules import loss_rule
+from curvature.losses.recognised import loss_rule
 from curvature.objective.arguments import check_arguments, head_of
 from curvature.objective.by_module import goes_by_module, loss_and_gradient_by_module, loss_by_module, stand_ins
 from curvature.objective.check import CheckReport, check_objective

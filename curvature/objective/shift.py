@@ -286,4 +286,4 @@ def _of_pieces(objective: ObjectiveLike, at_once: int) -> Iterator[tuple[float, 
         outputs, targets = (torch.cat([getattr(part, what) for part in known]) for what in ("outputs", "targets"))
         for rows in pieces:
             z, y = (take(of, rows, count, flattened=True) for of in (outputs, targets))
-            yield 1.0 if rule.reduction == "sum" else rule.num_terms(z, y), float(rule.loss(z, y))
+            yield 1.0 if rule.reduction == "sum" else rule.num_terms(z, y), float(rule.value(z, y))

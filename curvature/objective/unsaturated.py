@@ -69,7 +69,7 @@ def _at_zero_outputs(lin: Linearization, v: Tensor) -> Unsaturated:
     batch = lin.batch_outputs()
     zero = torch.zeros_like(batch.outputs)
     with torch.no_grad():
-        loss = batch.rule.loss(zero, batch.targets)
+        loss = batch.rule.value(zero, batch.targets)
     g, M = batch.rule.output_gradient(zero, batch.targets), batch.rule.output_hessian(zero, batch.targets)
     rows = [part.reshape(1, -1).to(v.dtype) for part in (g, M(lin.jvp(v[None]).view(zero.shape).to(zero.dtype)))]
     return _sizes(loss, *(lin.vjp(row)[0] for row in rows))

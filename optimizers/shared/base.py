@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from curvature.errors import InputError
-from curvature.losses.rules import LossRule, loss_rule
+from curvature.losses.recognised import loss_rule
+from curvature.losses.rules import LossRule
 from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import ClosureRecorder
 from optimizers.shared.gradients import UNREACHED, Followed, Seen

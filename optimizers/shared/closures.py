@@ -22,7 +22,7 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
     """Return (loss, outputs, targets) of what a closure returned; the latter two are None where it was the loss.
 
     Raises:
-        InputError: if it is neither the loss nor (outputs, targets).
+        InputError: if it is neither the loss nor (outputs, targets), or the loss writes into the outputs.
     """
     if loss is not None and isinstance(returned, (tuple, list)) and len(returned) == 2:
         outputs, targets = returned
@@ -31,7 +31,13 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
                 f"the outputs of (outputs, targets) must be one tensor, got {_kind(outputs)}; return the tensor "
                 "that the loss compares with the targets, e.g. (outputs.logits, targets)."
             )
+        before = outputs._version
         returned = loss(outputs, targets)
+        if outputs._version != before:
+            raise InputError(
+                "loss= writes into the outputs (sub_, clamp_, /=), which curvature is taken at: write it in operations "
+                "that return new tensors (-, clamp, /), or begin it with outputs = outputs.clone()."
+            )
         where = "loss(outputs, targets)"
     else:
         outputs = targets = None

@@ -233,6 +233,18 @@ def test_a_loss_and_outputs_with_targets_are_no_residuals(name: str) -> None:
     assert not torch.equal(flat(net), before)
 
 
+def test_a_loss_that_writes_into_the_outputs_is_refused() -> None:
+    net, x, y = problem()
+    before = flat(net)
+    halved = Sophia(net.parameters(), curvature="hessian-diagonal", loss=lambda z, y: F.cross_entropy(z.mul_(0.5), y))
+    with pytest.raises(InputError, match="writes into the outputs"):
+        halved.step(lambda: (net(x), y))
+    assert torch.equal(flat(net), before)
+    remedy = Sophia(net.parameters(), curvature="hessian-diagonal", loss=lambda z, y: F.cross_entropy(0.5 * z, y))
+    remedy.step(lambda: (net(x), y))
+    assert not torch.equal(flat(net), before)
+
+
 def test_remedies_of_sampled_curvature_work() -> None:
     net, x, y = problem()
     with pytest.raises(InputError, match=r'give loss= .* pass curvature="hessian-diagonal"'):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from curvature.errors import InputError, NonFiniteError
-from curvature.losses.rules import loss_rule
+from curvature.losses.recognised import loss_rule
 from optimizers import AdaHessian
 from optimizers.diagonal.curvature_source import EmpiricalFisher, GaussNewtonBartlett, HessianDiagonal, RowNorm
 from optimizers.shared.probes import mixed_seed, random_signs

@@ -16,7 +16,7 @@ from curvature.layerwise import bends as bends_module
 from curvature.layerwise import exact_diagonal, num_columns
 from curvature.layerwise import loss_root as roots
 from curvature.layerwise.loss_root import loss_root
-from curvature.losses.rules import loss_rule
+from curvature.losses.recognised import loss_rule
 from curvature.per_example.forms import Factors
 from tests.cases import CASES, Case
 from tests.checks import assert_close, assert_untouched, relative_error

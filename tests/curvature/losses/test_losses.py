@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from curvature import EmpiricalFisherOperator, GGNOperator, HessianOperator, Objective
 from curvature.errors import InputError
-from curvature.losses.rules import loss_rule
+from curvature.losses.recognised import loss_rule
 from tests.checks import assert_close
 
 G = torch.Generator().manual_seed(0)
@@ -275,3 +276,47 @@ def test_the_hessian_of_nearly_certain_predictions_has_all_its_digits(dim: int) 
     rule = loss_rule(nn.CrossEntropyLoss())
     found, exact = (rule.output_hessian(z.to(t), targets)(u.to(t)) for t in (torch.float32, torch.float64))
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-12)
+
+
+WRITING: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]] = {
+    "sub_": (lambda z, y: z.sub_(y).square().mean(), lambda z, y: (z - y).square().mean(), real(6, 4)),
+    "clamp_": (
+        lambda z, y: F.cross_entropy(z.clamp_(-1, 1), y),
+        lambda z, y: F.cross_entropy(z.clamp(-1, 1), y),
+        CLASSES,
+    ),
+    "through a view": (
+        lambda z, y: F.cross_entropy(z[:, :2].mul_(3.0)._base, y),
+        lambda z, y: F.cross_entropy(torch.cat([3.0 * z[:, :2], z[:, 2:]], 1), y),
+        CLASSES,
+    ),
+}
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
+@pytest.mark.parametrize("name", WRITING)
+def test_a_loss_that_writes_into_the_outputs_writes_into_copies(name: str, operator: Any) -> None:
+    writing, plain, y = WRITING[name]
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double(), real(6, 3)
+    objectives = [Objective(model, loss, (x, y)) for loss in (writing, plain)]
+    found, expected = (operator(objective).to_dense() for objective in objectives)
+    assert_close(found, expected, 1e-12)
+    found, expected = (objective.gradient() for objective in objectives)
+    assert_close(found, expected, 1e-12)
+
+
+def test_a_loss_that_begins_to_write_into_the_outputs_is_refused_once() -> None:
+    writes: list[bool] = []
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.mul_(2.0) if writes else 2.0 * z, y)
+
+    rule, z = loss_rule(loss), real(6, 4)
+    before = rule.value(z, CLASSES)
+    writes.append(True)
+    kept = z.clone()
+    with pytest.raises(InputError, match="which it did not do before"):
+        rule.value(z, CLASSES)
+    z = kept.clone()
+    assert torch.equal(rule.value(z, CLASSES), before)
+    assert torch.equal(z, kept)
