@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import scipy  # whose parts are imported when used
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from curvature.errors import InputError
@@ -194,4 +194,4 @@ def student_quantile(degrees_of_freedom: float, confidence: float) -> float:
     """Return the t with P(|T| <= t) = confidence; infinite without a degree of freedom, normal for infinitely many."""
     if not degrees_of_freedom > 0:
         return torch.inf
-    return float(stdtrit(min(degrees_of_freedom, 1e15), (1 + confidence) / 2))
+    return float(scipy.special.stdtrit(min(degrees_of_freedom, 1e15), (1 + confidence) / 2))

@@ -35,9 +35,10 @@ RECEIVED = {"bytes": 0}
 
 
 PIECE = 1 << 17  # entries of all ranks that move at a time on CPUs
-"""gloo copies what it gathers in threads whose memory the C library keeps, and sums all of it on every rank: pieces
-stay in the cache, and those of a sum go to where they are added up."""
+"""gloo sums all of a tensor on every rank: so pieces go to where they are added up, and stay in the cache. What it
+gathers it copies twice, in threads whose memory the C library keeps: so ranks send each other their parts."""
 
+_TAG = 0x6375  # of these messages
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -95,14 +96,16 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     RECEIVED["bytes"] += x.numel() * x.element_size() * (group.size() - 1)
     found = x.new_empty(group.size(), *x.shape)
     with explained():
-        if x.device.type != "cpu" or found.numel() <= PIECE:
-            _ALL_GATHER(found.view(-1), x.contiguous().view(-1), group=group)
+        mine, me = x.contiguous(), group.rank()
+        if x.device.type != "cpu" or x.numel() == 0:
+            _ALL_GATHER(found.view(-1), mine.view(-1), group=group)
             return found
-        width = max(1, PIECE // group.size())
-        for part, places in zip(x.reshape(-1).split(width), found.flatten(1).split(width, dim=1), strict=True):
-            received = torch.empty_like(places, memory_format=torch.contiguous_format)
-            _ALL_GATHER(received.view(-1), part, group=group)
-            places.copy_(received)
+        others = [(me + i) % group.size() for i in range(1, group.size())]
+        messages = [group.recv([found[rank]], rank, _TAG) for rank in others]
+        messages += [group.send([mine], rank, _TAG) for rank in others]
+        found[me] = mine
+        for message in messages:
+            message.wait()
     return found
 
 
@@ -116,9 +119,21 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, factor: float = 1.0) -> Tenso
             _REDUCE_SCATTER(found.view(-1), (x if factor == 1 else x * factor).view(-1), group=group)
             return found
         width = max(1, PIECE // group.size())
+        on_their_way: list[tuple[Any, Tensor, Tensor, Tensor]] = []
         for part, place in zip(x.flatten(1).split(width, dim=1), found.view(-1).split(width), strict=True):
             sent = part * factor
             received = torch.empty_like(sent)
-            dist.all_to_all_single(received.view(-1), sent.view(-1), group=group)
-            torch.sum(received, dim=0, out=place)
+            message = dist.all_to_all_single(received.view(-1), sent.view(-1), group=group, async_op=True)
+            on_their_way.append((message, sent, received, place))
+            if len(on_their_way) > 1:  # a piece is added up while the next one moves
+                _add_up(*on_their_way.pop(0))
+        for piece in on_their_way:
+            _add_up(*piece)
     return found
+
+
+def _add_up(message: Any, sent: Tensor, received: Tensor, place: Tensor) -> None:
+    """Write the sum over ranks of a piece to its place; `sent` is held until it has arrived."""
+    message.wait()
+    del sent
+    torch.sum(received, dim=0, out=place)
