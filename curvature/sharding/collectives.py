@@ -23,6 +23,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "apart",
+    "arrive",
     "explained",
     "reduce_scatter",
     "refuse_apart",
@@ -90,30 +91,48 @@ def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dis
     return x
 
 
-def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the x of all ranks, of one shape, (ranks, ...)."""
+def all_gather(
+    x: Tensor, group: ProcessGroup, *, out: Tensor | None = None, later: list[tuple[Any, Tensor]] | None = None
+) -> Tensor:
+    """Return the x of all ranks, of one shape, (ranks, ...).
+
+    Args:
+        x: this rank's.
+        group: the ranks.
+        out: where they go, contiguous.
+        later: takes messages that are still on their way, for `arrive`.
+    """
     COUNTS["all_gather"] += 1
     RECEIVED["bytes"] += x.numel() * x.element_size() * (group.size() - 1)
-    found = x.new_empty(group.size(), *x.shape)
+    found = x.new_empty(group.size(), *x.shape) if out is None else out
+    mine, me = x.contiguous(), group.rank()
     with explained():
-        mine, me = x.contiguous(), group.rank()
         if x.device.type != "cpu" or x.numel() == 0:
             _ALL_GATHER(found.view(-1), mine.view(-1), group=group)
             return found
         others = [(me + i) % group.size() for i in range(1, group.size())]
-        messages = [group.recv([found[rank]], rank, _TAG) for rank in others]
-        messages += [group.send([mine], rank, _TAG) for rank in others]
-        found[me] = mine
-        for message in messages:
-            message.wait()
+        messages = [(group.recv([found[rank]], rank, _TAG), found) for rank in others]
+        messages += [(group.send([mine], rank, _TAG), mine) for rank in others]
+    found[me] = mine
+    if later is None:
+        arrive(messages)
+    else:
+        later += messages
     return found
 
 
-def reduce_scatter(x: Tensor, group: ProcessGroup, factor: float = 1.0) -> Tensor:
-    """Return the sum over ranks of factor * x[rank], for x of shape (ranks, ...), contiguous."""
+def arrive(messages: list[tuple[Any, Tensor]]) -> None:
+    """Wait until messages have arrived; beside each stands the tensor that it reads or writes."""
+    with explained():
+        for message, _ in messages:
+            message.wait()
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup, factor: float = 1.0, *, out: Tensor | None = None) -> Tensor:
+    """Return the sum over ranks of factor * x[rank], for x of shape (ranks, ...), contiguous; so is `out`, if given."""
     COUNTS["reduce_scatter"] += 1
     RECEIVED["bytes"] += x[0].numel() * x.element_size() * (group.size() - 1)
-    found = torch.empty_like(x[0])
+    found = torch.empty_like(x[0]) if out is None else out
     with explained():
         if x.device.type != "cpu":
             _REDUCE_SCATTER(found.view(-1), (x if factor == 1 else x * factor).view(-1), group=group)

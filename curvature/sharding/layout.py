@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvature.errors import InputError
-from curvature.sharding.collectives import PIECE, all_gather, all_reduce, explained, reduce_scatter
+from curvature.sharding.collectives import PIECE, all_gather, all_reduce, arrive, explained, reduce_scatter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -208,20 +208,21 @@ class Layout:
     def whole(self, rows: Tensor) -> Tensor:
         """Return whole vectors (k, n), alike on every rank, of parts (k, num_local). A gather for each bucket."""
         k = len(rows)
-        if k == 1 and len(self._buckets(rows)) == 1 and self._in_turn(0, len(self.shapes)):
-            return all_gather(rows, self.group).view(1, -1)
         found = rows.new_empty(k, self.num_entries)
+        on_their_way: list[tuple[Any, Tensor]] = []
         for first, stop in self._buckets(rows):
             most = max(starts[stop] - starts[first] for starts in self.local_starts)
             mine = rows[:, self.local_starts[self.rank][first] : self.local_starts[self.rank][stop]]
             if k == 1 and self._in_turn(first, stop):
-                found[:, self.starts[first] : self.starts[stop]] = all_gather(mine, self.group).view(1, -1)
+                place = found[0, self.starts[first] : self.starts[stop]].view(self.group.size(), -1)
+                all_gather(mine[0], self.group, out=place, later=on_their_way)
                 continue
             sent = mine if mine.shape[1] == most else torch.nn.functional.pad(mine, (0, most - mine.shape[1]))
             received = all_gather(sent, self.group)
             for rank, i, place in self._places(first, stop, found):
                 a, b = (self.local_starts[rank][j] - self.local_starts[rank][first] for j in (i, i + 1))
                 place.copy_(received[rank, :, a:b].view(place.shape))
+        arrive(on_their_way)
         return found
 
     def summed(self, rows: Tensor, ranks: ProcessGroup | None, factor: float = 1.0) -> Tensor:
@@ -239,7 +240,7 @@ class Layout:
             a, b = (self.local_starts[self.rank][j] for j in (first, stop))
             if k == 1 and self._in_turn(first, stop):
                 by_rank = rows[0, self.starts[first] : self.starts[stop]].view(self.group.size(), 1, -1)
-                found[:, a:b] = reduce_scatter(by_rank, self.group, factor)
+                reduce_scatter(by_rank, self.group, factor, out=found[:, a:b])
                 continue
             most = max(starts[stop] - starts[first] for starts in self.local_starts)
             sent = rows.new_empty(self.group.size(), k, most)  # what is left of it after a part nobody reads

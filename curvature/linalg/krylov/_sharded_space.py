@@ -25,7 +25,8 @@ from curvature.linalg.krylov._rounded_space import GPU_COLUMNS
 from curvature.linop import MatrixLike
 from curvature.sharding.tensors import ShardedTensor, all_reduce, held
 
-_FEW = 1 << 13  # coordinates that are treated at a time, of which libraries make copies; a basis fills a rank's memory
+_FEW = 1 << 13  # coordinates that a restart treats at a time, and libraries copy; a basis fills a rank's memory
+_CACHED = 1 << 14  # coordinates whose inner products with a basis are taken at a time
 _LEFT, _DIGITS = 1e-6, 1e5  # of |A x|^2: less than that, or so many units of rounding, is a small rest
 
 
@@ -66,13 +67,15 @@ class ShardedSpace(KrylovSpace):
         m = self.count
         V, x = rows[:m], rows[m]
         owned = AX.sharding.owned
-        width = GPU_COLUMNS if is_gpu(w.device) else _FEW
+        width = GPU_COLUMNS if is_gpu(w.device) else _CACHED
         inner = torch.zeros(2 * (m + 1) + 1, dtype=torch.float64, device=w.device)
         for first in range(0, len(w), width):
             part = slice(first, first + width)
-            two = torch.stack([x[part], w[part]])
-            two = two if owned is None else two * owned[part].to(w.device)  # what sums over all ranks count
-            inner[:-1] += (rows[: m + 1, part] @ two.T).reshape(-1)
+            two = [x[part], w[part]]
+            if owned is not None:  # what sums over all ranks count
+                two = [t * owned[part].to(t.device) for t in two]
+            for i, t in enumerate(two):  # one by one, as matrix products copy what they multiply
+                inner[i:-1:2] += rows[: m + 1, part] @ t
             inner[-1] += w[part] @ two[1]
         inner = all_reduce(inner, AX.sharding.group).cpu()
         ww = float(inner[-1])
