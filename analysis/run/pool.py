@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from curvature.environment.device import any_gpu
+from curvature.environment.lock import one_at_a_time
 
 __all__ = ["Pool", "Worker", "can_fork", "run_all", "usable_cores", "workers_of"]
 
@@ -79,9 +80,27 @@ class Pool(Generic[J, A]):
         if self.workers == 1:
             self._done.append((key, self._work(job)))
             return
-        worker = self._free.pop() if self._free else Worker(self._work)
-        worker.ours.send(job)
+        while self._free:
+            if self._given(worker := self._free.pop(), key, job):
+                return
+            worker.end()  # it was killed while it had nothing to do
+        try:
+            worker = Worker(self._work)
+        except OSError:  # no more processes may be made, or there is no memory for one
+            self._done.append((key, self._work(job)))
+            return
+        if not self._given(worker, key, job):
+            self._done.append((key, self._lost(job, worker.why_lost())))
+            worker.end()
+
+    def _given(self, worker: Worker, key: Any, job: J) -> bool:
+        """Send a job to a process, and say whether it took it."""
+        try:
+            worker.ours.send(job)
+        except OSError:
+            return False
         self._busy[worker.ours] = worker, key, job
+        return True
 
     def answer(self) -> tuple[Any, A]:
         """Wait for a job to be done and return its key and its answer."""
@@ -92,9 +111,13 @@ class Pool(Generic[J, A]):
         worker, key, job = self._busy.pop(connection)
         try:
             found: A = connection.recv()
-        except EOFError:
-            worker.process.join()
-            return key, self._lost(job, f"its process ended (exit code {worker.process.exitcode}); out of memory?")
+        except (
+            EOFError,
+            OSError,
+        ):  # killed before it had read the job, while it worked, or half way through its answer
+            why = worker.why_lost()
+            worker.end()
+            return key, self._lost(job, why)
         self._free.append(worker)
         return key, found
 
@@ -106,10 +129,22 @@ class Worker:
         self.ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")  # models and losses need not be pickled
         self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
-        with warnings.catch_warnings():  # Python warns of threads, here of a progress bar, that a child does not have
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.process.start()
-        theirs.close()
+        try:
+            # the lock, so that another thread's analysis has not moved parameters for a look elsewhere;
+            # Python warns of threads, here of a progress bar, that a child does not have
+            with one_at_a_time, warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.process.start()
+        except OSError:
+            self.ours.close()
+            raise
+        finally:
+            theirs.close()
+
+    def why_lost(self) -> str:
+        """Say how the process ended, once it has."""
+        self.process.join()
+        return f"its process ended (exit code {self.process.exitcode}); out of memory?"
 
     def end(self) -> None:
         self.process.kill()

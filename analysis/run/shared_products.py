@@ -31,10 +31,10 @@ _Observed = list[tuple[int, float, _Arrays]]
 
 
 class SharedHessian(HessianOperator):
-    """The Hessian of an objective as it stands now; a product that processes do not answer is made here.
+    """The Hessian of an objective; a product that processes do not answer, or of another point, is made here.
 
     Args:
-        objective: of several batches, all with kept graphs; it must not change while this is used.
+        objective: of several batches, all with kept graphs.
         num_processes: how many share the batches, at most one for each.
     """
 
@@ -43,11 +43,19 @@ class SharedHessian(HessianOperator):
         batches = list(objective.batches())
         ends = [len(batches) * i // num_processes for i in range(num_processes + 1)]
         self._of, self._firsts = objective, ends[:-1]
-        self.workers = [
-            Worker(_Share(objective, batches[start:stop], start)) for start, stop in itertools.pairwise(ends)
-        ]
-        if not self._agrees():
+        self.workers: list[Worker] = []
+        try:
+            for start, stop in itertools.pairwise(ends):
+                self.workers.append(Worker(_Share(objective, batches[start:stop], start)))
+            agrees = self._agrees()
+        except OSError:  # no more processes may be made, or there is no memory for one
+            agrees = False
+        except BaseException:
             self.end()
+            raise
+        if not agrees:
+            self.end()
+        self._point = objective.freshness.current()
 
     def products(
         self,
@@ -56,7 +64,12 @@ class SharedHessian(HessianOperator):
         *,
         observe: Callable[[int, float, list[Tensor]], None] | None = None,
     ) -> list[Tensor]:
-        found = self._shared(X, blocks, observe) if self.objective is self._of and self.workers else None
+        found = None
+        if self.objective is self._of and self.workers:
+            if self._of.freshness.point() is self._point:  # which raises where it moved within a run
+                found = self._shared(X, blocks, observe)
+            else:
+                self.end()
         return super().products(X, blocks, observe=observe) if found is None else found
 
     def end(self) -> None:
@@ -82,7 +95,7 @@ class SharedHessian(HessianOperator):
         answers = []
         try:
             for worker in self.workers:
-                worker.ours.send(([x.numpy() for x in X], list(blocks), observe is not None))
+                worker.ours.send(([x.detach().numpy() for x in X], list(blocks), observe is not None))
             for worker in self.workers:
                 answers.append(worker.ours.recv())
         except (EOFError, OSError):

@@ -14,6 +14,7 @@ from analysis.inspection.measure import inspect_model
 from analysis.run import cores
 from analysis.run.pool import can_fork
 from analysis.run.shared_products import SharedHessian, shared_hessian
+from curvature.errors import CheckFailedError
 from curvature.objective.objective import Objective
 from curvature.operators.hessian import HessianOperator
 
@@ -73,6 +74,38 @@ def test_products_are_made_here_after_a_process_was_killed() -> None:
         H.workers[1].process.join()
         assert_same(H @ v, HessianOperator(o) @ v)
         assert not H.workers
+
+
+def test_products_after_a_change_are_made_here_and_none_is_mixed() -> None:
+    o, settings = objective(), {"k": 2, "num_bottom": 1, "num_steps": 4, "layers": False}
+    weight, v, told = next(o.model.parameters()), torch.randn(o.num_params, 1).double(), list[object]()
+    with shared_hessian(o) as H:
+        weight.data.add_(0.3)
+        assert_same(H @ v, HessianOperator(o) @ v)
+        assert isinstance(H, SharedHessian)
+        assert not H.workers
+
+    def progress(*news: object) -> None:
+        told.append(news)
+        if len(told) == 2:
+            weight.data.add_(0.3)
+
+    with pytest.raises(CheckFailedError, match="parameters"):
+        inspect_model(o, generator=torch.Generator().manual_seed(0), progress=progress, **settings)
+
+
+def test_products_are_made_here_where_no_process_can_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective()
+    v = torch.randn(o.num_params, 1).double()
+    monkeypatch.setattr(os, "fork", no_fork)
+    with shared_hessian(o) as H:
+        assert isinstance(H, SharedHessian)
+        assert not H.workers
+        assert_same(H @ v, HessianOperator(o) @ v)
+
+
+def no_fork() -> int:
+    raise BlockingIOError(11, "Resource temporarily unavailable")
 
 
 def test_batches_that_are_another_function_apart_are_not_shared() -> None:
