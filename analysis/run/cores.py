@@ -20,7 +20,7 @@ from analysis.run.pool import Pool, can_fork, usable_cores
 from curvature.environment.memory import available_memory
 from curvature.objective.objective import Objective
 
-__all__ = ["answers", "one_core_each", "one_thread"]
+__all__ = ["answers", "one_core_each", "one_thread", "spare_cores"]
 
 J = TypeVar("J")
 A = TypeVar("A")
@@ -35,10 +35,16 @@ def one_core_each(objective: Objective) -> Iterator[int]:
     for one core. One does the work, with its threads, for a model on a GPU or on several ranks, where processes cannot
     be forked, for batches from a loader and for what is not small.
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, usable_cores(), _most(objective)) if threads > 1 else 1
+    workers = spare_cores()
+    workers = min(workers, _most(objective)) if workers > 1 else 1
     with one_thread() if workers > 1 else contextlib.nullcontext():
         yield max(workers, 1)
+
+
+def spare_cores() -> int:
+    """Return how many processes may share work that is not torch's: one for each thread that torch has, if they can."""
+    apart = can_fork() and not multiprocessing.current_process().daemon  # which may have no children
+    return min(torch.get_num_threads(), usable_cores()) if apart else 1
 
 
 @contextlib.contextmanager
@@ -54,9 +60,8 @@ def one_thread() -> Iterator[None]:
 
 def _most(objective: Objective) -> int:
     """Return how many processes can hold an objective."""
-    apart = can_fork() and not multiprocessing.current_process().daemon  # which may have no children
     on_a_cpu = objective.device.type == "cpu" and objective.ranks is None and objective.shards is None
-    if not (apart and on_a_cpu and objective.source.in_memory and objective.may_keep_graphs):
+    if not (on_a_cpu and objective.source.in_memory and objective.may_keep_graphs):
         return 1
     if not objective.keeps_all_graphs:
         objective.loss()  # builds what can be kept
@@ -85,19 +90,19 @@ def answers(
         begun(jobs[i])
         yield i, work(jobs[i])
 
-    def attempt(job: J) -> tuple[A] | None:
+    def attempt(i: int) -> tuple[A] | None:  # places are sent: jobs are there, as the process is a copy of this one
         try:
-            return (work(job),)
+            return (work(jobs[i]),)
         except Exception:  # raised where the job is done again
             return None
 
-    with Pool(attempt, min(workers, max(1, len(due))), lost=lambda job, why: None) as pool:  # noqa: ARG005
+    with Pool(attempt, min(workers, max(1, len(due))), lost=lambda i, why: None) as pool:  # noqa: ARG005
         running = 0
         while due or running:
             while due and pool.has_room:
                 i = due.popleft()
                 begun(jobs[i])
-                pool.start(i, jobs[i])
+                pool.start(i, i)
                 running += 1
             i, answer = pool.answer()
             running -= 1

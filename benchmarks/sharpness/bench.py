@@ -1,15 +1,16 @@
-"""What commands cost on digits-cnn: the sharpness table, a landscape of 51 x 51 points, an inspection, on one thread.
+"""What commands cost on digits-cnn, on 1 and 2 cores: the table of sharpness, a plane of 51 x 51 points, an inspection.
 
-    python -m benchmarks.sharpness.bench [--points P] [--what table landscape inspect] [--out FILE]
+    python -m benchmarks.sharpness.bench [--points P] [--what table landscape inspect] [--threads T ...] [--out FILE]
 
-Seconds are those of the process's CPU time and of the wall clock, with the load of the machine beside them, and the
-time of one plain forward pass taken before and after: what slows the machine down slows both. The landscape is also
-measured in the 16 groups that the command cuts the data into, for errors over the data. Of the inspection the process
-is measured from its start to its end, beside one that imports torch and does nothing.
+Seconds are those of CPU time, of processes that share the work too, and of the wall clock, with the load of the machine
+beside them, and the time of one plain forward pass on one thread before and after: what slows the machine down slows
+both. The landscape is also measured in the 16 groups that the command cuts the data into, for errors over the data. Of
+the inspection the process is measured from its start to its end, beside one that imports torch and does nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from analysis.landscape.directions import random_direction
 from analysis.landscape.measure import loss_on_plane
 from analysis.registry import load_run
+from analysis.run.cores import one_thread
 from analysis.run.preparation import in_groups
 from analysis.sharpness.measure import measure_sharpness
 from analysis.tasks import load_task
@@ -43,10 +46,10 @@ class _Clock:
 
     def __init__(self, objective: Objective) -> None:
         self.objective, self.forwards = objective, _forward(objective)
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
+        self.cpu, self.wall = _cpu_time(), time.perf_counter()
 
     def read(self) -> Row:
-        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        cpu, wall = _cpu_time() - self.cpu, time.perf_counter() - self.wall
         forward = statistics.median(self.forwards + _forward(self.objective))
         return {
             "cpu_seconds": cpu,
@@ -57,14 +60,21 @@ class _Clock:
         }
 
 
+def _cpu_time() -> float:
+    """Return the seconds of this process and of those that it has ended."""
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 @torch.no_grad()
 def _forward(objective: Objective, rounds: int = 7) -> list[float]:
     (batch,) = objective.batches()
     times = []
-    for _ in range(rounds):
-        start = time.process_time()
-        objective.model(batch[0])
-        times.append(time.process_time() - start)
+    with one_thread():
+        for _ in range(rounds):
+            start = time.process_time()
+            objective.model(batch[0])
+            times.append(time.process_time() - start)
     return times
 
 
@@ -95,13 +105,13 @@ def _landscape(task: Any, points: int) -> list[Row]:
     return rows
 
 
-def _inspection() -> list[Row]:
+def _inspection(threads: int) -> list[Row]:
     """Return the row of the command, from the start of its process to its end."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        of_torch = statistics.median(_cpu_seconds(["-c", "import torch"]) for _ in range(3))
+        of_torch = statistics.median(_cpu_seconds(["-c", "import torch"], 1) for _ in range(3))
         start = time.perf_counter()
-        spent = _cpu_seconds(["-m", "analysis.cli", "inspect", "digits-cnn", "--out", str(out)])
+        spent = _cpu_seconds(["-m", "analysis.cli", "inspect", "digits-cnn", "--out", str(out)], threads)
         wall = time.perf_counter() - start
         run = load_run(out)
         assert run.cost is not None
@@ -110,12 +120,11 @@ def _inspection() -> list[Row]:
         return [row]
 
 
-def _cpu_seconds(arguments: list[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def _cpu_seconds(arguments: list[str], threads: int) -> float:
+    before = _cpu_time()
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return _cpu_time() - before
 
 
 def main() -> None:
@@ -123,16 +132,23 @@ def main() -> None:
     parser = command("sharpness", __doc__)
     parser.add_argument("--points", type=int, default=51, help="along each side of the landscape")
     parser.add_argument("--what", nargs="+", choices=COMMANDS, default=COMMANDS)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     a = parser.parse_args()
     task = load_task("digits-cnn")
-    work = {"table": lambda: _table(task), "landscape": lambda: _landscape(task, a.points), "inspect": _inspection}
-    with Rows(a.out, ("what",), len(a.what)) as rows:
-        for found in (work[what]() for what in a.what):
+    work: dict[str, Callable[[int], list[Row]]] = {
+        "table": lambda _: _table(task),
+        "landscape": lambda _: _landscape(task, a.points),
+        "inspect": _inspection,
+    }
+    with Rows(a.out, ("what", "threads"), len(a.what) * len(a.threads)) as rows:
+        for what, threads in itertools.product(a.what, a.threads):
+            torch.set_num_threads(threads)
+            found = work[what](threads)
             rows.add(
-                *({"task": "digits-cnn", "threads": 1, **row} for row in found),
+                *({"task": "digits-cnn", "threads": threads, **row} for row in found),
                 said="; ".join(
-                    f"{row['what']}: {row['cpu_seconds']:.1f} s of CPU time, {row['wall_seconds']:.1f} s by the clock, "
-                    f"load {row['load']:.1f}"
+                    f"{row['what']}, {threads} threads: {row['cpu_seconds']:.1f} s of CPU time, "
+                    f"{row['wall_seconds']:.1f} s by the clock, load {row['load']:.1f}"
                     for row in found
                     if "load" in row
                 ),
