@@ -79,6 +79,10 @@ def inspect_model(
                 place = layer.place(H, [block.num_params for block in blocks])
                 own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
                 found = layer_spectra(H, layer, blocks=blocks, **own)
+        diagonal = None
+        if plan.layers:
+            with meter.stage(DIAGONAL, planned_diagonal, whole=True):
+                diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.told)
         processes = len(H.workers) if isinstance(H, SharedHessian) else 0
     layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
     left_out: tuple[str, ...] = ()
@@ -91,10 +95,6 @@ def inspect_model(
             "converged (--most-layers).",
         )
     shared = (f"Products were shared out among {processes} processes, each with some of the graphs.",)[:processes]
-    diagonal = None
-    if plan.layers:
-        with meter.stage(DIAGONAL, planned_diagonal, whole=True):
-            diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.told)
     coupled = None
     if planned_coupling:
         with meter.stage(COUPLING, planned_coupling, whole=True):
