@@ -89,7 +89,8 @@ class Direct(Form):
         return self.values[start:stop]
 
     def project(self, probe: Probe) -> tuple[Tensor, Tensor]:
-        return _sums(self.values * probe.flat)
+        flat = probe.flat
+        return self.values.mv(flat).sum(), self.values.abs().mv(flat.abs()).sum()
 
     def squares(self, factors: Tensor | None, chunk_bytes: int, along: Tensor | None = None) -> Squares:
         if factors is None and along is None and len(self.numels) == 1:
@@ -373,7 +374,7 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 
 def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:
-    return terms.sum(), torch.linalg.vector_norm(terms, 1)
+    return terms.sum(), terms.abs().sum()  # a 1-norm takes five times as long
 
 
 def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
