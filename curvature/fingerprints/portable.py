@@ -39,25 +39,31 @@ def argument(name: str, value: Any) -> int | None:
 
     None for None, and for what is not compared: functions, which one rank alone may give, parts of tensors, collections
     of tensors, which may be its own data, and all but numbers, texts, tensors, generators, and records and collections
-    of these. A seed is the generator that it stands for.
+    of these. A seed is the generator that it stands for; 3, np.int64(3), 3.0 and torch.tensor(3) are one number.
     """
     if name == "generator" and isinstance(value, (int, np.integer)):
         value = torch.Generator().manual_seed(int(value))
     if isinstance(value, torch.Generator):
         return content([value.get_state()])
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
+    if type(value) is Tensor and value.ndim == 0 and not value.is_complex():
+        value = value.item()  # passes as a number, as NumPy's do
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if type(value) in (Tensor, torch.nn.Parameter):
         return text_digest(tuple(value.shape), content([value]))
-    if isinstance(value, str):
-        return text_digest(value.partition(":")[0])  # "cuda:1" is what "cuda:0" is to another rank
-    if isinstance(value, (bool, int, float, complex, np.generic, torch.dtype)):
+    if isinstance(value, (str, torch.device)):
+        return text_digest(str(value).partition(":")[0])  # "cuda:1" is what "cuda:0" is to another rank
+    if isinstance(value, (bool, int, float, complex, torch.dtype)):
         return text_digest(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if "seconds" not in f.name}
     if isinstance(value, Mapping):
         return text_digest(sorted((str(k), argument("", v)) for k, v in value.items()))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (set, frozenset)):
+        return text_digest(sorted(str(argument("", v)) for v in value))
+    if isinstance(value, (list, tuple, range)):
         return text_digest([None if isinstance(v, Tensor) else argument("", v) for v in value])
     return None
 

@@ -104,3 +104,54 @@ def test_for_a_function_with_settings_in_float32_it_is_estimated() -> None:
     objective = Objective(model, loss, data)
     objective.gradient()
     assert said(objective)
+
+
+def bias(outputs: Tensor) -> nn.Module:
+    """Return a model whose outputs are its parameters."""
+
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z = nn.Parameter(outputs.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.z * x
+
+    return Outputs()
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "smoothing", "binary"])
+def test_targets_that_are_no_classes_are_fitted_where_the_loss_is_large(kind: str) -> None:
+    torch.manual_seed(0)
+    soft = torch.softmax(torch.randn(6, 3), 1)
+    y, z, loss = soft, soft.log(), nn.CrossEntropyLoss()
+    if kind == "smoothing":
+        y, loss = torch.arange(6) % 3, nn.CrossEntropyLoss(label_smoothing=0.15)
+        z = (0.05 + 0.85 * nn.functional.one_hot(y, 3)).log()
+    elif kind == "binary":
+        z, loss = soft.logit(), nn.BCEWithLogitsLoss()
+    for apart, expected in ((0.0, 1), (0.1, 0)):
+        objective = Objective(bias(z + apart * torch.randn(6, 3)), loss, (torch.ones(6, 1), y))
+        assert float(objective.loss()) > 0.3
+        assert len(said(objective)) == expected
+
+
+@pytest.mark.parametrize("margin", [20.0, 40.0, 120.0])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()], ids=["classes", "binary"])
+def test_a_gradient_of_which_no_digit_is_left_is_said_to_be_rounding(loss: nn.Module, margin: float) -> None:
+    y = torch.ones(4, 2) if isinstance(loss, nn.BCEWithLogitsLoss) else torch.zeros(4, dtype=torch.long)
+    z = torch.full((4, 2), margin)
+    if isinstance(loss, nn.CrossEntropyLoss):
+        z[:, 1] = 0.0
+    objective = Objective(bias(z), loss, (torch.ones(4, 1), y))
+    objective.gradient()
+    (share,) = said(objective)
+    assert 0.3 < share <= 1.0
+    assert ("float64 holds no more" in str(objective.notes)) == (margin > 20)
+
+
+def test_residuals_that_are_zero_are_no_rounding() -> None:
+    z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    objective = Objective(bias(z), nn.MSELoss(), (torch.ones(6, 1), z))
+    assert float(objective.gradient().norm()) == 0
+    assert said(objective) == []
