@@ -24,7 +24,15 @@ from curvature.autograd.backward import pull_back
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.errors import InputError
 
-__all__ = ["AnyLoss", "BinaryCrossEntropyWithLogits", "CrossEntropy", "LossRule", "OutputMap", "SquaredError"]
+__all__ = [
+    "AnyLoss",
+    "BinaryCrossEntropyWithLogits",
+    "CrossEntropy",
+    "LossRule",
+    "OutputMap",
+    "SquaredError",
+    "same_values",
+]
 
 OutputMap = Callable[[Tensor], Tensor]
 """u -> M u, with M a symmetric matrix on the outputs of a batch; u and M u have their shape."""
@@ -60,9 +68,9 @@ class LossRule(ABC):
         if self.closed_form or type(outputs) is not Tensor:
             return self.loss(outputs, targets)
         given = outputs if self._writes is False else outputs.clone()
-        before = _version(given)
+        before, known = _version(given), self._writes
         value = self.loss(given, targets)
-        wrote, known = _version(given) != before, self._writes
+        wrote = _version(given) != before or (known is None and not same_values(given, outputs))
         self._writes = wrote or bool(known)
         if wrote and known is False:
             raise InputError(
@@ -344,6 +352,18 @@ def _class_index_weights(targets: Tensor, settings: dict[str, Any]) -> Tensor:
 
 def _class_dim(logits: Tensor) -> int:
     return 1 if logits.ndim > 1 else 0
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors hold the same: writes to `.data`, or by NumPy, are not counted; True where none can be.
+
+    That is within a transform of `torch.func`, or on the meta device.
+    """
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (a, b))
+        if wrapped or a.is_meta:
+            return True
+        return a.shape == b.shape and (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def _version(t: Tensor) -> int:

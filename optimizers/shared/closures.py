@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature.engine.advice import advice_on_loss
 from curvature.errors import InputError
+from curvature.losses.rules import same_values
 from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import leaves
 from optimizers.shared.gradients import UNREACHED, all_zero
@@ -31,9 +32,9 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
                 f"the outputs of (outputs, targets) must be one tensor, got {_kind(outputs)}; return the tensor "
                 "that the loss compares with the targets, e.g. (outputs.logits, targets)."
             )
-        before = outputs._version
+        before, seen = outputs._version, outputs.detach().clone() if _may_write(loss, outputs) else None
         returned = loss(outputs, targets)
-        if outputs._version != before:
+        if outputs._version != before or (seen is not None and not same_values(outputs, seen)):
             raise InputError(
                 "loss= writes into the outputs (sub_, clamp_, /=), which curvature is taken at: write it in operations "
                 "that return new tensors (-, clamp, /), or begin it with outputs = outputs.clone()."
@@ -48,6 +49,11 @@ def loss_of(returned: Any, loss: Callable[..., Tensor] | None) -> tuple[Tensor, 
             advice += " If these are (outputs, targets), loss= must be given to the optimizer."
         raise InputError(f"{where} must return the loss, a tensor with one entry, got {advice}")
     return returned.reshape(()), outputs, targets
+
+
+def _may_write(loss: Callable[..., Tensor], outputs: Tensor) -> bool:
+    """Say whether a loss may write past autograd's count into an ordinary tensor; torch's own write nowhere."""
+    return type(outputs) is Tensor and not str(getattr(loss, "__module__", "")).startswith("torch.nn.")
 
 
 def backward_of(
