@@ -183,16 +183,17 @@ class NormaliseBackward(Function):
         z, mean, r, shape, mask = point
         found = torch.ops.aten.native_layer_norm_backward(u, x, shape, mean, r, w, b, mask)
         h, dims = u if w is None else u * w, tuple(range(-len(shape), 0))
-        rrPh = None if found[0] is None else r * found[0]
+        D = math.prod(shape)
+        bent = None if found[0] is None else found[0] * (-r / D)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, x, w, z, mean, r, rrPh, r * (h * z).mean(dims, keepdim=True))
+        ctx.save_for_backward(u, x, w, z, mean, r, bent, -r / D, -r * (h * z).mean(dims, keepdim=True))
         ctx.shape = shape
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, w_dot: Tensor | None, b_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, x, w, z, mean, r, rrPh, rhz = ctx.saved_tensors
+        u, x, w, z, mean, r, bent, of_z, of_z_dot = ctx.saved_tensors
 
         def rP(h: Tensor, scale: Tensor | None = None) -> Tensor:
             only_x = (True, False, False)
@@ -214,10 +215,9 @@ class NormaliseBackward(Function):
         if w is not None and _wanted(ctx, 2):
             w_bar = uz_dot.sum(0).view_as(w)
         if _wanted(ctx, 1):
-            along_h = uz_dot.mean(-1) if w is None else uz_dot @ w.flatten() / w.numel()
-            along_z = (v * z).flatten(-len(ctx.shape)).mean(-1).view_as(r)
-            parts = z * (r * along_h.view_as(r)).neg_()
-            parts = parts.addcmul_(rrPh, along_z, value=-1).addcmul_(z_dot, rhz, value=-1)
+            along_h = (uz_dot.sum(-1) if w is None else uz_dot @ w.flatten()).view_as(r)
+            along_z = (v * z).flatten(-len(ctx.shape)).sum(-1).view_as(r)
+            parts = (z * (along_h * of_z)).addcmul_(bent, along_z).addcmul_(z_dot, of_z_dot)
             x_bar = parts if x_bar is None else x_bar.add_(parts)
         return u_bar, x_bar, w_bar, *(None,) * 6
 
@@ -235,15 +235,15 @@ class Attention(Function):
         if mask is not None:  # torch's attention is zero where nothing is to be attended to
             P = P.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sQ, K, V, P)
+        ctx.save_for_backward(q, k, v, sQ, s * K, V, P)
         ctx.s = s
         return torch.bmm(P, V).view(*q.shape[:-1], -1), P
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, R: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, sQ, K, V, P = ctx.saved_tensors
+        q, k, v, sQ, sK, V, P = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *AttentionBackward.apply(u, P, q, k, v, sQ, K, V, ctx.s), None, None
+            return *AttentionBackward.apply(u, P, q, k, v, sQ, sK, V, ctx.s), None, None
         q_bar = k_bar = v_bar = None
         if u is not None:
             U = _matrices(u)
@@ -252,7 +252,7 @@ class Attention(Function):
             R = torch.bmm(U, V.mT) if R is None else torch.baddbmm(R, U, V.mT)
         if R is not None and (_wanted(ctx, 0) or _wanted(ctx, 1)):
             S_bar = torch._softmax_backward_data(R, P, -1, P.dtype)
-            q_bar = torch.bmm(S_bar, K).mul_(ctx.s).view(q.shape) if _wanted(ctx, 0) else None
+            q_bar = torch.bmm(S_bar, sK).view(q.shape) if _wanted(ctx, 0) else None
             k_bar = torch.bmm(S_bar.mT, sQ).view(k.shape) if _wanted(ctx, 1) else None
         return q_bar, k_bar, v_bar, None, None
 
@@ -267,15 +267,15 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, P: Tensor, q: Tensor, k: Tensor, v: Tensor, *point: Any) -> Any:
-        sQ, K, V, s = point
+        sQ, sK, V, s = point
         U = _matrices(u)
         D = torch.bmm(U, V.mT)
         S_bar = torch._softmax_backward_data(D, P, -1, P.dtype)
         D -= (P * D).sum(-1, keepdim=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(U, P, sQ, s * K, V, D)
+        ctx.save_for_backward(U, P, sQ, sK, V, D)
         ctx.s, ctx.shapes = s, (u.shape, q.shape, k.shape, v.shape)
-        q_bar, k_bar = torch.bmm(S_bar, K).mul_(s), torch.bmm(S_bar.mT, sQ)
+        q_bar, k_bar = torch.bmm(S_bar, sK), torch.bmm(S_bar.mT, sQ)
         return q_bar.view(q.shape), k_bar.view(k.shape), torch.bmm(P.mT, U).view(v.shape)
 
     @staticmethod
@@ -300,11 +300,13 @@ class AttentionBackward(Function):
                 v_bar = torch.bmm(P_dot.mT, U)
             if _wanted(ctx, 1):
                 R = E.mul_(D) if R is None else R.addcmul_(E, D)
-        S_bar = None
+        sS_bar = None
         if B is not None and _wanted(ctx, 2):
-            q_bar = torch.bmm(S_bar := P * D, B).mul_(ctx.s)
+            sS_bar = torch.addcmul(P.new_zeros(()), P, D, value=ctx.s)
+            q_bar = torch.bmm(sS_bar, B)
         if A is not None and _wanted(ctx, 3):
-            k_bar = torch.bmm((P * D if S_bar is None else S_bar).mT, A).mul_(ctx.s)
+            sS_bar = torch.addcmul(P.new_zeros(()), P, D, value=ctx.s) if sS_bar is None else sS_bar
+            k_bar = torch.bmm(sS_bar.mT, A)
         found = zip((u_bar, q_bar, k_bar, v_bar), ctx.shapes, strict=True)
         u_bar, q_bar, k_bar, v_bar = (x if x is None else x.view(shape) for x, shape in found)
         return u_bar, R, q_bar, k_bar, v_bar, None, None, None, None
