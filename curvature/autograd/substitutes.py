@@ -14,6 +14,7 @@ from curvature.environment.device import ATTENTION_KERNELS
 
 __all__ = ["OF_LOSS", "SUBSTITUTES"]
 
+_MATH = SDPBackend.MATH
 _SCALING = 5  # place of scale_grad_by_freq in both embeddings
 
 
@@ -71,11 +72,28 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), ord=p, dim=-1)
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    if ATTENTION_KERNELS[SDPBackend.MATH][0]():
-        return F.scaled_dot_product_attention(*args, **kwargs)
-    with sdpa_kernel(SDPBackend.MATH):  # the model asks for fused kernels, which have no second derivative
-        return F.scaled_dot_product_attention(*args, **kwargs)
+def _by_math(function: Callable[..., Any], masks: tuple[str, ...], place: int) -> Callable[..., Any]:
+    """Take the math kernel where the model asks for fused ones alone, which have no second derivative.
+
+    Nor is their first right with a mask of numbers, where a row sees nothing but huge negative ones (`finfo.min`): they
+    keep the logarithm of a sum, in which log(n) is rounded away, and go backward with weights n times too large.
+
+    Args:
+        function: attention.
+        masks: its arguments that may be masks.
+        place: of the first of them.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = (*args[place : place + 1], *map(kwargs.get, masks))
+        of_numbers = any(isinstance(mask, Tensor) and mask.is_floating_point() for mask in given)
+        others = of_numbers and any(is_on() for kernel, (is_on, _) in ATTENTION_KERNELS.items() if kernel is not _MATH)
+        if ATTENTION_KERNELS[_MATH][0]() and not others:
+            return function(*args, **kwargs)
+        with sdpa_kernel(_MATH):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _named(substitute: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -91,7 +109,8 @@ SUBSTITUTES: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _named(_embedding),
     F.embedding_bag: _named(_embedding_bag),
     torch.cdist: _cdist,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: _by_math(F.scaled_dot_product_attention, ("attn_mask",), 3),
+    F.multi_head_attention_forward: _by_math(F.multi_head_attention_forward, ("attn_mask", "key_padding_mask"), 16),
 }
 
 

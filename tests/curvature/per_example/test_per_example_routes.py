@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -452,3 +453,28 @@ def test_model_is_left_alone_after_an_error() -> None:
     model.weight.grad = torch.ones_like(model.weight)
     with assert_untouched(model), pytest.raises(DataError, match="does not run on a part of a batch"):
         gradient_norms(Objective(model, nn.MSELoss(), (real(4), real(3))))
+
+
+class Masked(nn.Module):
+    """Attention of which a row sees nothing."""
+
+    def __init__(self, mask: Tensor, heads: bool) -> None:
+        super().__init__()
+        self.in_, self.out, self.mask = nn.Linear(4, 12), nn.Linear(4, 2), mask
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if heads else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.in_(x).chunk(3, -1)
+        if self.attention is None:
+            return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], self.mask)).mean((1, 2))
+        return self.out(self.attention(q, k, v, attn_mask=self.mask, need_weights=False)[0]).mean(1)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("hidden", [-1e4, -1e30, torch.finfo(torch.float64).min, -math.inf])
+def test_rows_of_attention_that_see_nothing(hidden: float, heads: bool) -> None:
+    """Fused kernels of torch are wrong by half of the gradient where a mask is finite, and served in eval mode."""
+    mask = torch.zeros(6, 6, dtype=torch.float64).masked_fill(torch.ones(6, 6).triu(1).bool(), hidden)
+    mask[2] = hidden
+    torch.manual_seed(0)
+    check(Masked(mask, heads).eval(), real(6, 4))
