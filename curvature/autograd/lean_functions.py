@@ -37,6 +37,12 @@ def _wanted(ctx: FunctionCtx, place: int) -> bool:
         return True
 
 
+def _refuse_third(of_factor: Tensor | None) -> None:
+    """Refuse to record a second derivative, as a graph of it would be: it comes through a factor that was handed on."""
+    if of_factor is not None:
+        raise RuntimeError("lean layers hold two derivatives: no graph of the second can be made.")
+
+
 def _no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:
     """Keep activation checkpointing, which works by such hooks, out of a computation within one function."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
@@ -113,6 +119,7 @@ class Activation(Function):
     def backward(ctx: Any, u: Tensor | None, slope_bar: Tensor | None) -> tuple[Tensor | None, None]:
         slope, d2 = ctx.saved_tensors
         if torch.is_grad_enabled():
+            _refuse_third(slope_bar)
             return ActivationBackward.apply(u, slope), None
         x_bar = None if u is None else u * slope
         if slope_bar is not None:
@@ -243,6 +250,7 @@ class Attention(Function):
     def backward(ctx: Any, u: Tensor | None, R: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sQ, sK, V, P = ctx.saved_tensors
         if torch.is_grad_enabled():
+            _refuse_third(R)
             return *AttentionBackward.apply(u, P, q, k, v, sQ, sK, V, ctx.s), None, None
         q_bar = k_bar = v_bar = None
         if u is not None:

@@ -291,3 +291,19 @@ def test_a_comparison_that_is_not_a_number_is_none_passed(place: int, of_lean: b
     trust.compare("hvp", 1, *((bad, good) if of_lean else (good, bad)), [2, 4], 1e-7)
     assert trust.revoked
     assert not trust.covers("hvp", 1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda x: F.gelu(x), lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos())],
+    ids=["activation", "attention"],
+)
+def test_a_graph_of_the_second_derivative_is_refused(layer: Callable[[Tensor], Tensor]) -> None:
+    x = real(2, 3, 4).requires_grad_()
+    with LeanLayers() as layers:
+        y = layer(x)
+    assert layers.num_replaced == 1
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    torch.autograd.grad(g.sin().sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="hold two derivatives"):
+        torch.autograd.grad(g.sin().sum(), x, create_graph=True)
