@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ __all__ = ["Pool", "Worker", "can_fork", "run_all", "usable_cores", "workers_of"
 J = TypeVar("J")
 A = TypeVar("A")
 T = TypeVar("T")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _WATCH = 0.5  # seconds between looks whether the parent is alive
 
 
@@ -42,10 +45,14 @@ def workers_of(asked: int | None, most: int) -> int:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use, by its affinity and by the share of a container."""
+    cores = os.cpu_count() or 1
     with contextlib.suppress(AttributeError):  # where there is no affinity
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, _QUOTA.read_text().split())
+        cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
 
 
 class Pool(Generic[J, A]):

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.run import pool as pool_module
 from analysis.run.cores import answers
 from analysis.run.pool import Pool, Worker, can_fork
 from curvature.environment.lock import one_at_a_time
@@ -91,3 +93,15 @@ def test_a_process_is_not_forked_while_another_thread_has_moved_parameters() -> 
         assert p.answer() == ("look", 0.0)
     go_on.set()
     thread.join()
+
+
+@pytest.mark.parametrize(("text", "most"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 64)])
+def test_cores_are_those_of_the_container(
+    text: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (quota := tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(pool_module, "_QUOTA", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert pool_module.usable_cores() == most
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert pool_module.usable_cores() == 1
