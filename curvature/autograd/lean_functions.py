@@ -213,7 +213,7 @@ class NormaliseBackward(Function):
             if w_dot is not None:
                 u_bar = z * w_dot if u_bar is None else u_bar.addcmul_(z, w_dot)
             if b_dot is not None:
-                u_bar = b_dot.expand_as(u) if u_bar is None else u_bar + b_dot
+                u_bar = b_dot.expand_as(u) if u_bar is None else u_bar.add_(b_dot)
         if w_dot is not None and _wanted(ctx, 1):
             x_bar = rP(u, w_dot)
         if v is None or z_dot is None or not (_wanted(ctx, 1) or _wanted(ctx, 2)):
@@ -257,7 +257,7 @@ class Attention(Function):
             U = _matrices(u)
             if _wanted(ctx, 2):
                 v_bar = torch.bmm(P.mT, U).view(v.shape)
-            R = torch.bmm(U, V.mT) if R is None else torch.baddbmm(R, U, V.mT)
+            R = torch.bmm(U, V.mT) if R is None else R.baddbmm_(U, V.mT)  # which nothing else holds
         if R is not None and (_wanted(ctx, 0) or _wanted(ctx, 1)):
             S_bar = torch._softmax_backward_data(R, P, -1, P.dtype)
             q_bar = torch.bmm(S_bar, sK).view(q.shape) if _wanted(ctx, 0) else None
@@ -299,14 +299,18 @@ class AttentionBackward(Function):
             u_bar = torch.bmm(P, C) if _wanted(ctx, 0) else None
             R = torch.bmm(U, C.mT) if _wanted(ctx, 1) else None
         if E is not None:
-            P_dot = P * E
-            E -= P_dot.sum(-1, keepdim=True)
-            torch.mul(P, E, out=P_dot)
+            bent = _wanted(ctx, 1)
+            if bent:
+                P_dot = P * E
+                E -= P_dot.sum(-1, keepdim=True)
+                torch.mul(P, E, out=P_dot)
+            else:
+                P_dot = torch._softmax_backward_data(E, P, -1, P.dtype)
             if _wanted(ctx, 0):
                 u_bar = torch.bmm(P_dot, V) if u_bar is None else u_bar.baddbmm_(P_dot, V)
             if _wanted(ctx, 4):
                 v_bar = torch.bmm(P_dot.mT, U)
-            if _wanted(ctx, 1):
+            if bent:
                 R = E.mul_(D) if R is None else R.addcmul_(E, D)
         sS_bar = None
         if B is not None and _wanted(ctx, 2):
