@@ -209,11 +209,8 @@ class NormaliseBackward(Function):
         z_dot = None if v is None else rP(v)
         u_bar = x_bar = w_bar = None
         if _wanted(ctx, 0):
-            u_bar = z_dot if z_dot is None or w is None else z_dot * w
-            if w_dot is not None:
-                u_bar = z * w_dot if u_bar is None else u_bar.addcmul_(z, w_dot)
-            if b_dot is not None:
-                u_bar = b_dot.expand_as(u) if u_bar is None else u_bar.add_(b_dot)
+            u_bar = z_dot if w is None else _plus_products(b_dot, (z, w_dot), (z_dot, w))
+            u_bar = u_bar if u_bar is None else u_bar.expand_as(u)
         if w_dot is not None and _wanted(ctx, 1):
             x_bar = rP(u, w_dot)
         if v is None or z_dot is None or not (_wanted(ctx, 1) or _wanted(ctx, 2)):
@@ -322,6 +319,15 @@ class AttentionBackward(Function):
         found = zip((u_bar, q_bar, k_bar, v_bar), ctx.shapes, strict=True)
         u_bar, q_bar, k_bar, v_bar = (x if x is None else x.view(shape) for x, shape in found)
         return u_bar, R, q_bar, k_bar, v_bar, None, None, None, None
+
+
+def _plus_products(b: Tensor | None, *factors: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """Return b + sum x y by entries, in one pass a product; what is None counts as zero."""
+    total = b
+    for x, y in factors:
+        if x is not None and y is not None:
+            total = x * y if total is None else torch.addcmul(total, x, y) if total is b else total.addcmul_(x, y)
+    return total
 
 
 def _matrices(x: Tensor) -> Tensor:
