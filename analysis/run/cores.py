@@ -96,7 +96,7 @@ def answers(
         except Exception:  # raised where the job is done again
             return None
 
-    with Pool(attempt, min(workers, max(1, len(due))), lost=lambda i, why: None) as pool:  # noqa: ARG005
+    with Pool(attempt, min(workers, max(1, len(due))), lost=lambda i, why: None) as pool:  # noqa: ARG005 - done again
         running = 0
         while due or running:
             while due and pool.has_room:

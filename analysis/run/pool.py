@@ -118,10 +118,7 @@ class Pool(Generic[J, A]):
         worker, key, job = self._busy.pop(connection)
         try:
             found: A = connection.recv()
-        except (
-            EOFError,
-            OSError,
-        ):  # killed before it had read the job, while it worked, or half way through its answer
+        except (EOFError, OSError):  # killed before it read the job, at work, or half way through its answer
             why = worker.why_lost()
             worker.end()
             return key, self._lost(job, why)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from curvature.autograd.lean_functions import _no_saved_tensor_hooks, _wanted
+from curvature.autograd.lean_functions import no_saved_tensor_hooks, wanted
 
 __all__ = ["BatchNorm", "BatchNormBackward", "agrees_with_autograd"]
 
@@ -67,11 +67,11 @@ class BatchNormBackward(Function):
         u, x, w, m, r, rPu, uz = ctx.saved_tensors
         rPv, vz, _ = _pulled_back(v, x, None, m, r, ctx.eps)
         u_bar = x_bar = w_bar = None
-        if _wanted(ctx, 0):
+        if wanted(ctx, 0):
             u_bar = _affine(x, p * r, q - p * r * m).addcmul_(rPv, _by_channel(w, x))
-        if _wanted(ctx, 1) or _wanted(ctx, 2):
+        if wanted(ctx, 1) or wanted(ctx, 2):
             w_bar = (u * rPv).sum((0, *range(2, x.ndim)))
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             share = r * w * (x.shape[1] / x.numel())
             slope = -share * r * w_bar
             x_bar = _affine(x, slope, -slope * m)
@@ -99,7 +99,7 @@ def agrees_with_autograd(x: Tensor, w: Tensor, b: Tensor, eps: float) -> bool:
     generator = torch.Generator(x.device).manual_seed(0)
     u, *cotangents = (torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in (x, x, w, b))
     found = []
-    with torch.enable_grad(), torch._C.DisableTorchFunction(), _no_saved_tensor_hooks():
+    with torch.enable_grad(), torch._C.DisableTorchFunction(), no_saved_tensor_hooks():
         for closed in (True, False):
             x_, w_, b_, u_ = (t.detach().requires_grad_() for t in (x, w, b, u))
             if closed:

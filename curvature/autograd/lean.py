@@ -9,7 +9,7 @@ layers are recorded as functions whose second derivative is written out, with al
   per entry; elsewhere, an affine map;
 - layer normalisation: the closed form of its second derivative;
 - attention: the closed form of its second derivative, the products of matrices that it takes summed where they are;
-- smooth activations: f' and u f'' stored, where u is the gradient that arrives;
+- smooth activations: f' and f'' stored;
 - rectified linear units beside such layers: no second derivative, in place of zeros;
 - batch normalisation by statistics of the batch, in closures of optimizers on the CPU: its closed form. It is compared
   with autograd where it is called first, and again for other shapes, since nobody compares whole products there.

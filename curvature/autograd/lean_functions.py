@@ -23,10 +23,12 @@ __all__ = [
     "Normalise",
     "NormaliseBackward",
     "Relu",
+    "no_saved_tensor_hooks",
+    "wanted",
 ]
 
 
-def _wanted(ctx: FunctionCtx, place: int) -> bool:
+def wanted(ctx: FunctionCtx, place: int) -> bool:
     """Whether the running backward pass needs the derivative in input `place` (and not merely could have it)."""
     node = ctx.next_functions[place][0]  # type: ignore[attr-defined]
     if node is None:
@@ -43,7 +45,7 @@ def _refuse_third(of_factor: Tensor | None) -> None:
         raise RuntimeError("lean layers hold two derivatives: no graph of the second can be made.")
 
 
-def _no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:
+def no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:
     """Keep activation checkpointing, which works by such hooks, out of a computation within one function."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
@@ -60,8 +62,8 @@ class Convolution(Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        b_bar = u.sum((0, *range(2, u.ndim))) if ctx.needs_input_grad[2] and _wanted(ctx, 2) else None
-        mask = (ctx.needs_input_grad[0] and _wanted(ctx, 0), ctx.needs_input_grad[1] and _wanted(ctx, 1))
+        b_bar = u.sum((0, *range(2, u.ndim))) if ctx.needs_input_grad[2] and wanted(ctx, 2) else None
+        mask = (ctx.needs_input_grad[0] and wanted(ctx, 0), ctx.needs_input_grad[1] and wanted(ctx, 1))
         if not any(mask):
             return None, None, b_bar, None
         if not torch.is_grad_enabled():
@@ -84,14 +86,14 @@ class ConvolutionBackward(Function):
     def backward(ctx: Any, x_dot: Tensor | None, w_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, w = ctx.saved_tensors
         u_bar = x_bar = w_bar = None
-        if _wanted(ctx, 0):  # the derivative of the convolution along (x_dot, w_dot)
+        if wanted(ctx, 0):  # the derivative of the convolution along (x_dot, w_dot)
             for a, b in ((x_dot, w), (x, w_dot)):
                 if a is not None and b is not None:
                     term = torch.ops.aten.convolution(a, b, None, *ctx.geometry)
                     u_bar = term if u_bar is None else u_bar.add_(term)
-        if w_dot is not None and _wanted(ctx, 1):
+        if w_dot is not None and wanted(ctx, 1):
             x_bar = _transposed(u, x, w_dot, ctx.geometry, (True, False))[0]
-        if x_dot is not None and _wanted(ctx, 2):
+        if x_dot is not None and wanted(ctx, 2):
             w_bar = _transposed(u, x_dot, w, ctx.geometry, (False, True))[1]
         return u_bar, x_bar, w_bar, None, None
 
@@ -106,7 +108,7 @@ class Activation(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), torch._C.DisableTorchFunction(), _no_saved_tensor_hooks():
+        with torch.enable_grad(), torch._C.DisableTorchFunction(), no_saved_tensor_hooks():
             z = x.detach().requires_grad_()
             y = f(z)
             (d1,) = torch.autograd.grad(y, z, torch.ones_like(y), create_graph=True)
@@ -139,7 +141,7 @@ class ActivationBackward(Function):
     @once_differentiable
     def backward(ctx: Any, x_dot: Tensor) -> tuple[Tensor | None, ...]:
         u, slope = ctx.saved_tensors
-        return x_dot * slope if _wanted(ctx, 0) else None, x_dot * u if _wanted(ctx, 1) else None
+        return x_dot * slope if wanted(ctx, 0) else None, x_dot * u if wanted(ctx, 1) else None
 
 
 class Relu(Function):
@@ -172,7 +174,7 @@ class Normalise(Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, z, mean, r = ctx.saved_tensors
-        mask = [ctx.needs_input_grad[place] and _wanted(ctx, place) for place in range(3)]
+        mask = [ctx.needs_input_grad[place] and wanted(ctx, place) for place in range(3)]
         if not torch.is_grad_enabled():
             return *torch.ops.aten.native_layer_norm_backward(u, x, ctx.shape, mean, r, w, b, mask), None, None
         return *NormaliseBackward.apply(u, x, w, b, z, mean, r, ctx.shape, mask), None, None
@@ -208,17 +210,17 @@ class NormaliseBackward(Function):
 
         z_dot = None if v is None else rP(v)
         u_bar = x_bar = w_bar = None
-        if _wanted(ctx, 0):
+        if wanted(ctx, 0):
             u_bar = z_dot if w is None else _plus_products(b_dot, (z, w_dot), (z_dot, w))
             u_bar = u_bar if u_bar is None else u_bar.expand_as(u)
-        if w_dot is not None and _wanted(ctx, 1):
+        if w_dot is not None and wanted(ctx, 1):
             x_bar = rP(u, w_dot)
-        if v is None or z_dot is None or not (_wanted(ctx, 1) or _wanted(ctx, 2)):
+        if v is None or z_dot is None or not (wanted(ctx, 1) or wanted(ctx, 2)):
             return u_bar, x_bar, w_bar, *(None,) * 6
         uz_dot = (u * z_dot).flatten(-len(ctx.shape)).flatten(0, -2)
-        if w is not None and _wanted(ctx, 2):
+        if w is not None and wanted(ctx, 2):
             w_bar = uz_dot.sum(0).view_as(w)
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             along_h = (uz_dot.sum(-1) if w is None else uz_dot @ w.flatten()).view_as(r)
             along_z = (v * z).flatten(-len(ctx.shape)).sum(-1).view_as(r)
             parts = (z * (along_h * of_z)).addcmul_(bent, along_z).addcmul_(z_dot, of_z_dot)
@@ -252,13 +254,13 @@ class Attention(Function):
         q_bar = k_bar = v_bar = None
         if u is not None:
             U = _matrices(u)
-            if _wanted(ctx, 2):
+            if wanted(ctx, 2):
                 v_bar = torch.bmm(P.mT, U).view(v.shape)
             R = torch.bmm(U, V.mT) if R is None else R.baddbmm_(U, V.mT)  # which nothing else holds
-        if R is not None and (_wanted(ctx, 0) or _wanted(ctx, 1)):
+        if R is not None and (wanted(ctx, 0) or wanted(ctx, 1)):
             S_bar = torch._softmax_backward_data(R, P, -1, P.dtype)
-            q_bar = torch.bmm(S_bar, sK).view(q.shape) if _wanted(ctx, 0) else None
-            k_bar = torch.bmm(S_bar.mT, sQ).view(k.shape) if _wanted(ctx, 1) else None
+            q_bar = torch.bmm(S_bar, sK).view(q.shape) if wanted(ctx, 0) else None
+            k_bar = torch.bmm(S_bar.mT, sQ).view(k.shape) if wanted(ctx, 1) else None
         return q_bar, k_bar, v_bar, None, None
 
 
@@ -293,29 +295,27 @@ class AttentionBackward(Function):
             E = torch.bmm(sQ, B.mT) if E is None else E.baddbmm_(sQ, B.mT)
         u_bar = R = q_bar = k_bar = v_bar = None
         if C is not None:
-            u_bar = torch.bmm(P, C) if _wanted(ctx, 0) else None
-            R = torch.bmm(U, C.mT) if _wanted(ctx, 1) else None
+            u_bar = torch.bmm(P, C) if wanted(ctx, 0) else None
+            R = torch.bmm(U, C.mT) if wanted(ctx, 1) else None
         if E is not None:
-            bent = _wanted(ctx, 1)
+            bent = wanted(ctx, 1)
             if bent:
                 P_dot = P * E
                 E -= P_dot.sum(-1, keepdim=True)
                 torch.mul(P, E, out=P_dot)
             else:
                 P_dot = torch._softmax_backward_data(E, P, -1, P.dtype)
-            if _wanted(ctx, 0):
+            if wanted(ctx, 0):
                 u_bar = torch.bmm(P_dot, V) if u_bar is None else u_bar.baddbmm_(P_dot, V)
-            if _wanted(ctx, 4):
+            if wanted(ctx, 4):
                 v_bar = torch.bmm(P_dot.mT, U)
             if bent:
                 R = E.mul_(D) if R is None else R.addcmul_(E, D)
-        sS_bar = None
-        if B is not None and _wanted(ctx, 2):
+        of_q, of_k = wanted(ctx, 2), wanted(ctx, 3)
+        if of_q or of_k:
             sS_bar = torch.addcmul(P.new_zeros(()), P, D, value=ctx.s)
-            q_bar = torch.bmm(sS_bar, B)
-        if A is not None and _wanted(ctx, 3):
-            sS_bar = torch.addcmul(P.new_zeros(()), P, D, value=ctx.s) if sS_bar is None else sS_bar
-            k_bar = torch.bmm(sS_bar.mT, A)
+            q_bar = torch.bmm(sS_bar, B) if B is not None and of_q else None
+            k_bar = torch.bmm(sS_bar.mT, A) if A is not None and of_k else None
         found = zip((u_bar, q_bar, k_bar, v_bar), ctx.shapes, strict=True)
         u_bar, q_bar, k_bar, v_bar = (x if x is None else x.view(shape) for x, shape in found)
         return u_bar, R, q_bar, k_bar, v_bar, None, None, None, None
