@@ -18,6 +18,7 @@ __all__ = [
     "ActivationBackward",
     "Attention",
     "AttentionBackward",
+    "AveragePool",
     "Convolution",
     "ConvolutionBackward",
     "Normalise",
@@ -157,6 +158,32 @@ class Relu(Function):
     def backward(ctx: Any, u: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(u, y.detach(), 0)
+
+
+class AveragePool(Function):
+    """y = M'x for every row of windows, x the `rows` rows of an image that it covers, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, M: Tensor, rows: int) -> Tensor:
+        ctx.M, ctx.rows = M, rows
+        return torch.matmul(x.reshape(*x.shape[:-2], x.shape[-2] // rows, len(M)), M)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None, None]:
+        return AveragePoolBackward.apply(u, ctx.M, ctx.rows), None, None
+
+
+class AveragePoolBackward(Function):
+    """u -> M u, as an image. Either is the other's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, M: Tensor, rows: int) -> Tensor:
+        ctx.M, ctx.rows = M, rows
+        return torch.matmul(u, M.T).reshape(*u.shape[:-2], u.shape[-2] * rows, len(M) // rows)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        return AveragePool.apply(v, ctx.M, ctx.rows), None, None
 
 
 class Normalise(Function):

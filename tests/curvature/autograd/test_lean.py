@@ -55,6 +55,13 @@ CONVOLUTIONS |= {
     f"conv1d, relu {i}": (lambda x, w, f=f: f(F.conv1d(x, w)), [real(2, 3, 6), real(4, 3, 3)])
     for i, f in enumerate((F.relu, torch.relu, Tensor.relu))
 }
+POOLS: dict[str, Layer] = {
+    f"conv2d, means over {kernel}": (
+        lambda x, w, kernel=kernel, kw=kw: F.avg_pool2d(F.conv2d(x, w), kernel, **kw),
+        [real(2, 2, 5, 7), real(3, 2, 2, 2)],
+    )
+    for kernel, kw in [(2, {}), ((4, 3), {"stride": [4, 3]}), ((1, 2), {"stride": (1, 2), "ceil_mode": True})]
+}
 NORMS: dict[str, Layer] = {
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b), [real(3, 5), real(5), real(5)]),
     "layer norm plain": (lambda x: F.layer_norm(x, (5,), eps=0.1), [real(3, 5)]),
@@ -98,7 +105,7 @@ ATTENTIONS: dict[str, Layer] = {
         ("attention, added", {"attn_mask": real(2, 1, 3, 4, seed=7)}, [(2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5)]),
     ]
 }
-LAYERS = CONVOLUTIONS | NORMS | ACTIVATIONS | ATTENTIONS
+LAYERS = CONVOLUTIONS | POOLS | NORMS | ACTIVATIONS | ATTENTIONS
 
 
 def second_derivative(
@@ -158,6 +165,28 @@ def test_no_zeros_stand_for_the_second_derivative_of_a_rectified_linear_unit(rel
     assert torch.autograd.grad(slope.sum(), z, allow_unused=True, retain_graph=True) == (None,)
     (in_u,) = torch.autograd.grad(slope.sum(), u)
     assert torch.equal(in_u, (x > 0).to(x))
+
+
+def test_means_over_small_windows_side_by_side_are_matrix_products_beside_other_lean_layers() -> None:
+    x, w = real(2, 4, 5, 5).requires_grad_(), real(4, 4, 2, 2)
+    for settings in [
+        *({"stride": 1}, {"padding": 1}, {"divisor_override": 3}, {"kernel_size": 3}),
+        {"kernel_size": 1, "stride": 2},
+    ]:
+        expected = F.avg_pool2d(y := F.conv2d(x, w), **(settings := {"kernel_size": 2, **settings}))
+        with LeanLayers() as lean:
+            found = F.avg_pool2d(F.conv2d(x, w), **settings)
+        assert lean.num_replaced == 1
+        assert_close(found.detach(), expected.detach(), 1e-12)
+    for image in (y, y.to(memory_format=torch.channels_last), y.repeat(1, 1, 1, 9), y[0], y[..., :-1]):
+        with LeanLayers() as lean:
+            F.conv2d(x, w)
+            found = F.avg_pool2d(image, 2)
+        assert lean.num_replaced == 1 + (image is y or image.ndim == 3)
+        assert_close(found.detach(), F.avg_pool2d(image, 2).detach(), 1e-12)
+    with LeanLayers() as lean:
+        F.avg_pool2d(y, 2)
+    assert lean.num_replaced == 0
 
 
 def test_layers_with_nothing_lean_are_left_alone() -> None:
