@@ -17,7 +17,7 @@ from curvature.errors import CurvatureError
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.shift import shifted
 
-__all__ = ["Unsaturated", "unsaturated"]
+__all__ = ["Unsaturated", "sizes", "unsaturated"]
 
 _SMALLER = 0.5  # parameters for which predictions are far from certain, where outputs are not known
 
@@ -33,7 +33,12 @@ class Unsaturated:
     """Norm of H v."""
 
 
-def unsaturated(lin: Linearization, objective: ObjectiveLike, batch: Any, v: Tensor) -> Unsaturated:
+def sizes(loss: Tensor, gradient: Tensor, product: Tensor) -> Unsaturated:
+    """Return the sizes of what is there."""
+    return Unsaturated(abs(float(loss)), float(gradient.norm()), float(product.norm()))
+
+
+def unsaturated(lin: Linearization, objective: ObjectiveLike, batch: Any, v: Tensor, own: Unsaturated) -> Unsaturated:
     """Return the sizes at outputs of zero, or at smaller parameters where outputs are not known. Cost: two gradients.
 
     Args:
@@ -41,6 +46,7 @@ def unsaturated(lin: Linearization, objective: ObjectiveLike, batch: Any, v: Ten
         objective: whose batch it is.
         batch: the batch itself.
         v: (n,), what H is multiplied by.
+        own: the sizes of what is there.
     """
     found = None
     try:
@@ -50,19 +56,14 @@ def unsaturated(lin: Linearization, objective: ObjectiveLike, batch: Any, v: Ten
             with shifted(objective, _SMALLER * objective.space.current()):
                 there = objective.linearise(batch)
                 grown = _SMALLER**-2  # of gradients, which shrink with the weights of other layers
-                found = _sizes(there.loss, grown * there.gradient(), grown * there.hvp(v[None])[0])
+                found = sizes(there.loss, grown * there.gradient(), grown * there.hvp(v[None])[0])
                 del there  # one graph at a time
     except (RuntimeError, ValueError, TypeError, CurvatureError):
         pass  # what is there has to do
-    own = _sizes(lin.loss, lin.gradient(), lin.hvp(v[None])[0])
     if found is None:
         return own
     pairs = zip(vars(own).values(), vars(found).values(), strict=True)
     return Unsaturated(*(max(a, b) if b < float("inf") else a for a, b in pairs))
-
-
-def _sizes(loss: Tensor, gradient: Tensor, product: Tensor) -> Unsaturated:
-    return Unsaturated(abs(float(loss)), float(gradient.norm()), float(product.norm()))
 
 
 def _at_zero_outputs(lin: Linearization, v: Tensor) -> Unsaturated:
@@ -72,4 +73,4 @@ def _at_zero_outputs(lin: Linearization, v: Tensor) -> Unsaturated:
         loss = batch.rule.value(zero, batch.targets)
     g, M = batch.rule.output_gradient(zero, batch.targets), batch.rule.output_hessian(zero, batch.targets)
     rows = [part.reshape(1, -1).to(v.dtype) for part in (g, M(lin.jvp(v[None]).view(zero.shape).to(zero.dtype)))]
-    return _sizes(loss, *(lin.vjp(row)[0] for row in rows))
+    return sizes(loss, *(lin.vjp(row)[0] for row in rows))

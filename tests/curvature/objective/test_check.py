@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvature.losses.rules
 from curvature import Objective
+from curvature.engine.linearize import Linearization
 from curvature.errors import CheckFailedError, DataError
+from curvature.objective import check
 from tests.cases import BY_NAME, CASES, Case
 from tests.checks import assert_untouched
 
@@ -304,6 +306,46 @@ def test_wrong_closed_form_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_scale", lambda *_: 0.3)
     with pytest.raises(CheckFailedError, match="closed form of the loss Hessian differs"):
         objective(nn.Tanh()).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_what_agrees_at_once_takes_two_products_and_two_gradients_elsewhere(
+    dtype: torch.dtype, activation: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[Tensor] = []
+    products: list[int] = []
+    shifted, hvp = check.shifted, Linearization.hvp
+    monkeypatch.setattr(check, "shifted", lambda o, point: points.append(point) or shifted(o, point))
+    monkeypatch.setattr(Linearization, "hvp", lambda lin, X, *block: products.append(len(X)) or hvp(lin, X, *block))
+    subject = objective(activation())
+    subject = Objective(subject.model.to(dtype), nn.CrossEntropyLoss(), (X.to(dtype), Y))
+    theta = subject.space.current()
+    assert subject.check().passed
+    assert products == [2]
+    first = 1e-3 if dtype == torch.float32 else torch.finfo(dtype).eps ** (1 / 3)
+    assert [float((point - theta).norm()) for point in points] == pytest.approx(2 * [first * float(theta.norm())], 1e-3)
+
+
+def test_a_step_that_does_not_agree_is_followed_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+
+    def difference(*given: Any) -> Any:
+        steps.append(given[4])
+        return check._Difference(slope_error=0.01, tells=True, curve_error=errors[len(steps) - 1], drowned=False)
+
+    monkeypatch.setattr(check, "_difference", difference)
+    subject = objective(nn.Tanh())
+    subject = Objective(subject.model.float(), nn.CrossEntropyLoss(), (X.float(), Y))
+    errors = [0.06, 0.07, 0.04]
+    assert subject.check().passed
+    assert steps == list(check._SINGLE_STEPS)
+    errors += [0.06] * 6
+    steps.clear()
+    errors[:3] = [0.06] * 3
+    with pytest.raises(CheckFailedError, match="second derivative is wrong"):
+        subject.check()
+    assert steps == 2 * list(check._SINGLE_STEPS)  # once more with the allowance of what cancelled
 
 
 def test_tolerance_can_be_set() -> None:
