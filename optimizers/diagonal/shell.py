@@ -242,9 +242,10 @@ class CurvatureOptimizer(BaseOptimizer):
                 buffers = RunningBuffers()
                 stack.enter_context(buffers.watched())
                 stack.enter_context(buffers.evaluation(moves=False))
-            stack.enter_context(own_gradients(self._trained()))
+            params = self._trained()
+            stack.enter_context(own_gradients(params))
             corrected = self.curvature_due or self._recorder.forward_differentiates
-            returned = self._recorder.run(closure) if corrected else closure()
+            returned = self._recorder.run(closure, params) if corrected else closure()
         if self._num_measured != measured:
             raise InputError("the closure must not call zero_grad(): the curvature of earlier micro-batches is lost.")
         return loss_of(returned, self.loss)

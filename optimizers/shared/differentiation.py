@@ -7,8 +7,9 @@ happens to derivatives that are asked for by name.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend
 from curvature.autograd.backward import differentiable, no_autocast, pull_back, walk
 from curvature.autograd.guards import refuse_undifferentiable
 from curvature.autograd.lean import LeanLayers, MustRecordAnewError
+from curvature.engine.repeated_evaluation import Attempts
 from curvature.environment.device import ATTENTION_KERNELS, is_gpu
 from curvature.environment.lock import one_at_a_time
 from curvature.environment.memory import keep_freed
@@ -60,12 +62,18 @@ class ClosureRecorder:
     """
 
     forward_differentiates: bool = False
+    _attempts: Attempts = field(default_factory=Attempts)
 
-    def run(self, closure: Callable[[], T]) -> T:
-        """Return what the closure does; it runs twice when it first turns out to need derivatives beyond the second."""
+    def run(self, closure: Callable[[], T], params: Sequence[Tensor] | None = None) -> T:
+        """Return what the closure does; it runs twice when it first turns out to need derivatives beyond the second.
+
+        The run that is broken off leaves no trace in buffers and random streams if parameters are given, whose devices
+        have such streams; otherwise the closure sees to that.
+        """
         layers = LeanLayers(corrections_only=True, third_order=self.forward_differentiates, as_trained=True)
+        undone = params is not None and not self.forward_differentiates
         try:
-            with layers:
+            with self._attempts.attempt(params or ()) if undone else contextlib.nullcontext(), layers:
                 returned = closure()
         except MustRecordAnewError:
             if not layers.must_record_anew:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from curvature.errors import CheckFailedError
-from optimizers import AdaHessian, NewtonCG
+from optimizers import ESGD, SASSHA, AdaHessian, NewtonCG
 from optimizers.newton.evaluations import Evaluations
 from optimizers.newton.flat import FlatParams
 from optimizers.shared.differentiation import ClosureRecorder
@@ -104,3 +106,52 @@ def test_marked_functions_are_refused(step: Callable[[nn.Module, Callable[[], Te
         model.zero_grad()
         with pytest.raises(CheckFailedError, match="once_differentiable"):
             step(model, lambda: Square.apply(model(torch.ones(2, 2))).square().sum())
+
+
+class Followed(nn.Module):
+    """Follows its inputs by a buffer that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x
+
+
+def moving() -> nn.Module:
+    torch.manual_seed(0)
+    power = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), power, Followed(), nn.Dropout(0.3), nn.BatchNorm1d(4)]
+    return nn.Sequential(*layers, nn.Sigmoid(), nn.Linear(4, 3)).double()
+
+
+def penalised(model: nn.Module, penalty: str) -> Tensor:
+    """Return the loss, with a penalty on the gradient in the inputs before it, after it, or none."""
+    torch.manual_seed(5)
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+
+    def slope() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        return torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)[0].square().sum()
+
+    before = slope() if penalty == "before" else 0.0
+    loss = F.cross_entropy(model(x), y) + before
+    return loss + slope() if penalty == "after" else loss
+
+
+@pytest.mark.parametrize("optimizer", [AdaHessian, ESGD, SASSHA, NewtonCG])
+@pytest.mark.parametrize("penalties", [("before", "before"), ("after", "none"), ("none", "before"), ("none", "after")])
+def test_closures_that_begin_to_differentiate_move_buffers_and_random_numbers_once(
+    optimizer: Callable[..., torch.optim.Optimizer], penalties: tuple[str, ...]
+) -> None:
+    model = moving()
+    own = optimizer(model.parameters())
+    for penalty in penalties:
+        once = copy.deepcopy(model)
+        penalised(once, penalty)
+        drawn = torch.rand(3)
+        own.step(lambda p=penalty: penalised(model, p))
+        torch.testing.assert_close(dict(model.named_buffers()), dict(once.named_buffers()), rtol=1e-12, atol=1e-12)
+        assert torch.equal(torch.rand(3), drawn)
