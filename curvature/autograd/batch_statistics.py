@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
-from curvature.autograd.lean_functions import no_saved_tensor_hooks, wanted
+from curvature.autograd.lean_functions import last_derivative, no_saved_tensor_hooks, wanted
 
 __all__ = ["BatchNorm", "BatchNormBackward", "agrees_with_autograd"]
 
@@ -62,7 +62,7 @@ class BatchNormBackward(Function):
         return rPu * _by_channel(w, x), uz, total
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, v: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor | None, ...]:
         u, x, w, m, r, rPu, uz = ctx.saved_tensors
         rPv, vz, _ = _pulled_back(v, x, None, m, r, ctx.eps)

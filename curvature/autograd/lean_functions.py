@@ -5,6 +5,7 @@ Each is differentiated twice, with the intermediate results that both passes sha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "Normalise",
     "NormaliseBackward",
     "Relu",
+    "last_derivative",
     "no_saved_tensor_hooks",
     "wanted",
 ]
@@ -40,10 +42,21 @@ def wanted(ctx: FunctionCtx, place: int) -> bool:
         return True
 
 
-def _refuse_third(of_factor: Tensor | None) -> None:
-    """Refuse to record a second derivative, as a graph of it would be: it comes through a factor that was handed on."""
-    if of_factor is not None:
-        raise RuntimeError("lean layers hold two derivatives: no graph of the second can be made.")
+def last_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark the backward pass of a first derivative: a graph of it is refused.
+
+    `once_differentiable` alone puts an error into such a graph that the engine does not reach where it looks for
+    parameters, so that a third derivative goes without this part of it.
+    """
+    marked = once_differentiable(backward)
+
+    @functools.wraps(marked)
+    def refusing(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("what is recorded here holds two derivatives: no graph of the second can be made.")
+        return marked(ctx, *cotangents)
+
+    return refusing
 
 
 def no_saved_tensor_hooks() -> torch.autograd.graph.saved_tensors_hooks:
@@ -83,7 +96,7 @@ class ConvolutionBackward(Function):
         return _transposed(u, x, w, geometry, mask)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, x_dot: Tensor | None, w_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, w = ctx.saved_tensors
         u_bar = x_bar = w_bar = None
@@ -122,7 +135,6 @@ class Activation(Function):
     def backward(ctx: Any, u: Tensor | None, slope_bar: Tensor | None) -> tuple[Tensor | None, None]:
         slope, d2 = ctx.saved_tensors
         if torch.is_grad_enabled():
-            _refuse_third(slope_bar)
             return ActivationBackward.apply(u, slope), None
         x_bar = None if u is None else u * slope
         if slope_bar is not None:
@@ -139,7 +151,7 @@ class ActivationBackward(Function):
         return u * slope
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, x_dot: Tensor) -> tuple[Tensor | None, ...]:
         u, slope = ctx.saved_tensors
         return x_dot * slope if wanted(ctx, 0) else None, x_dot * u if wanted(ctx, 1) else None
@@ -227,7 +239,7 @@ class NormaliseBackward(Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, v: Tensor | None, w_dot: Tensor | None, b_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         u, x, w, z, mean, r, bent, of_z, of_z_dot = ctx.saved_tensors
 
@@ -276,7 +288,6 @@ class Attention(Function):
     def backward(ctx: Any, u: Tensor | None, R: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sQ, sK, V, P = ctx.saved_tensors
         if torch.is_grad_enabled():
-            _refuse_third(R)
             return *AttentionBackward.apply(u, P, q, k, v, sQ, sK, V, ctx.s), None, None
         q_bar = k_bar = v_bar = None
         if u is not None:
@@ -313,7 +324,7 @@ class AttentionBackward(Function):
         return q_bar.view(q.shape), k_bar.view(k.shape), torch.bmm(P.mT, U).view(v.shape)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:
         U, P, sQ, sK, V, D = ctx.saved_tensors
         A, B, C = (None if x is None else _matrices(x) for x in (a, b, c))

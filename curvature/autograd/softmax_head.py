@@ -19,7 +19,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
+
+from curvature.autograd.lean_functions import last_derivative
 
 __all__ = ["BLOCK_BYTES", "Core", "Parts", "SoftmaxHead"]
 
@@ -360,7 +362,7 @@ class RowGradients(Function):
         return SoftmaxHead(h, W, b, y, **settings).gradient(u, log_sums, needed)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, *along: Any) -> tuple[Any, ...]:
         u, h, W, b, y, log_sums = ctx.saved_tensors
         head = SoftmaxHead(h, W, b, y, **ctx.settings)

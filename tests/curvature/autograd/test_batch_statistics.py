@@ -58,6 +58,14 @@ def test_derivatives_agree_with_differences() -> None:
     assert torch.autograd.gradgradcheck(lambda *t: BatchNorm.apply(*t, None, None, 0.0, 0.01), inputs)
 
 
+def test_a_graph_of_the_second_derivative_is_refused() -> None:
+    x, w, b = real(5, 4).requires_grad_(), real(4, seed=1).requires_grad_(), real(4, seed=2)
+    (g,) = torch.autograd.grad(BatchNorm.apply(x, w, b, None, None, 0.0, 0.01).sin().sum(), w, create_graph=True)
+    torch.autograd.grad(g.sin().sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="holds two derivatives"):
+        torch.autograd.grad(g.sin().sum(), x, create_graph=True)
+
+
 def test_gradient_without_a_graph_is_autograds() -> None:
     inputs = [real(3, 4, 5), real(4, seed=1), real(4, seed=2)]
 

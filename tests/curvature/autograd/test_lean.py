@@ -324,8 +324,14 @@ def test_a_comparison_that_is_not_a_number_is_none_passed(place: int, of_lean: b
 
 @pytest.mark.parametrize(
     "layer",
-    [lambda x: F.gelu(x), lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos())],
-    ids=["activation", "attention"],
+    [
+        lambda x: F.gelu(x),
+        lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos()),
+        lambda x: F.layer_norm(x.sin(), (4,), x[0, 0], x[1, 1]),
+        lambda x: F.layer_norm(x, (3, 4)),
+        lambda x: F.conv1d(x, x[:, :, :2].sin()),
+    ],
+    ids=["activation", "attention", "normalisation", "without weights", "convolution"],
 )
 def test_a_graph_of_the_second_derivative_is_refused(layer: Callable[[Tensor], Tensor]) -> None:
     x = real(2, 3, 4).requires_grad_()
@@ -334,5 +340,5 @@ def test_a_graph_of_the_second_derivative_is_refused(layer: Callable[[Tensor], T
     assert layers.num_replaced == 1
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     torch.autograd.grad(g.sin().sum(), x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="hold two derivatives"):
+    with pytest.raises(RuntimeError, match="holds two derivatives"):
         torch.autograd.grad(g.sin().sum(), x, create_graph=True)

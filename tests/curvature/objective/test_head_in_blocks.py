@@ -291,3 +291,12 @@ def test_low_precision_loses_no_more_than_whole_logits(dtype: torch.dtype, gener
         errors = [float(((operator(o) @ v).double() - truth).norm() / truth.norm()) for o in (blocked, whole)]
         assert errors[0] <= 1.5 * errors[1] + 1e-6
         assert in_blocks(blocked)
+
+
+def test_a_graph_of_the_second_derivative_is_refused() -> None:
+    h, W = torch.randn(5, 3, dtype=torch.float64).requires_grad_(), torch.randn(4, 3, dtype=torch.float64)
+    head = softmax_head.SoftmaxHead(h, W, None, torch.arange(5) % 4)
+    (g,) = torch.autograd.grad(head.losses().sin().sum(), h, create_graph=True)
+    torch.autograd.grad(g.sin().sum(), h, retain_graph=True)
+    with pytest.raises(RuntimeError, match="holds two derivatives"):
+        torch.autograd.grad(g.sin().sum(), h, create_graph=True)
