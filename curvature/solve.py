@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from curvature.errors import InputError
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.systems.cg import cg
 from curvature.linalg.systems.minres import minres
@@ -54,6 +55,7 @@ def solve(
     atol: float = 0.0,
     max_iterations: int | None = None,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> SolveResult:
     """Solve (A + damping I) x = b to residuals of max(rtol |b|, atol), by the method that suits A.
 
@@ -80,6 +82,8 @@ def solve(
         atol: tolerance of the residuals in units of b, where that is larger.
         max_iterations: most steps a column. Default: 10 n, at least 1000.
         callback: called after each step with the products so far and a word on progress.
+        checkpoint: a folder for what has come out; after an interruption the same call goes on from there, to the same
+            numbers. On ranks all of them reach it.
 
     Returns:
         Solutions with recomputed residuals; `method` says what was chosen, and why, and `named` holds the solution by
@@ -95,10 +99,11 @@ def solve(
         >>> result.x.round(decimals=3), result.method
         (tensor([ 1.0000, -0.5000]), 'MINRES: conjugate gradients met a direction of negative curvature')
     """
-    if method not in get_args(SolveMethod):
-        raise InputError(f"method must be one of {', '.join(get_args(SolveMethod))}, got {method!r}.")
     if isinstance(A, Objective) and matrix is None:
         raise InputError('say which matrix of the objective to solve with, such as matrix="ggn" or matrix="hessian".')
+    saved = open_run("solve", locals())
+    if method not in get_args(SolveMethod):
+        raise InputError(f"method must be one of {', '.join(get_args(SolveMethod))}, got {method!r}.")
     A = as_matrix(A, matrix or "hessian")
     space = None
     if isinstance(rhs, Mapping):
@@ -114,12 +119,13 @@ def solve(
         "callback": callback,
     }
     chosen, why = _choose(A, damping, method)
-    result = cg(A, rhs, **settings) if chosen == "cg" else minres(A, rhs, **settings)
+    solver = cg if chosen == "cg" else minres
+    result = solver(A, rhs, **settings, checkpoint=saved.part(chosen))
     name = "conjugate gradients" if chosen == "cg" else "MINRES"
     failure = _failure(result) if chosen == "cg" and method == "auto" else None
     if failure is not None:
         spent = result.num_matvecs
-        result = minres(A, rhs, **settings)
+        result = minres(A, rhs, **settings, checkpoint=saved.part("minres"))
         result = replace(result, num_matvecs=result.num_matvecs + spent)
         name, why = "MINRES", f"conjugate gradients {failure}"
     return replace(result, method=f"{name}: {why}", named=None if space is None else space.to_dict(result.x))

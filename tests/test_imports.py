@@ -32,7 +32,7 @@ RULES = {  # places, as globs -> what nothing there may import; a new file canno
 # Rooms from the top down: a room imports from those below it only.
 ROOMS = {
     "curvature": (
-        "adapters solve spectra layerwise per_example operators objective engine losses data fingerprints linalg linop "
+        "adapters solve spectra layerwise per_example operators objective engine losses data linalg fingerprints linop "
         "sharding autograd parameters results environment arguments generators errors"
     ),
     "curvature.linalg": "systems low_rank stochastic krylov base",

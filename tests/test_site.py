@@ -78,7 +78,7 @@ def on_ranks(rank: int, folder: str) -> None:
     with process_group(rank, folder):
         for part, (kind, text) in enumerate(blocks(ON_RANKS)):
             if kind == "python":
-                exec(compile(text, ON_RANKS, "exec"), names_of(rank, part))
+                exec(compile(text, ON_RANKS, "exec"), names_of(rank, part, folder))
 
 
 class InBlocks(nn.Module):
@@ -90,13 +90,13 @@ class InBlocks(nn.Module):
         return self.blocks[1](self.blocks[0](x).tanh())
 
 
-def names_of(rank: int, part: int) -> dict[str, Any]:
+def names_of(rank: int, part: int, folder: str) -> dict[str, Any]:
     """What the page takes to be there."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     import optimizers
-    from curvature import Cluster, HessianOperator, ModelSize, Objective, eigsh, plan
+    from curvature import Cluster, HessianOperator, ModelSize, Objective, eigsh, plan, solve
     from curvature.linalg import trace
     from optimizers import AdaHessian
 
@@ -116,12 +116,14 @@ def names_of(rank: int, part: int) -> dict[str, Any]:
                 plan,
                 eigsh,
                 trace,
+                solve,
                 AdaHessian,
                 fully_shard,
                 DistributedDataParallel,
             )
         },
         "dist": dist,
+        "folder": Path(folder),
         "torch": torch,
         "optimizers": optimizers,
         "model": model,

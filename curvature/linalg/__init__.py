@@ -1,7 +1,5 @@
 """Numerics on symmetric matrices known through their products: tensors and linear operators alike."""
 
-from curvature.linalg.krylov.checkpoints import load_run as load_run
-from curvature.linalg.krylov.checkpoints import save_run as save_run
 from curvature.linalg.krylov.eigsh import eigsh as eigsh
 from curvature.linalg.krylov.lanczos import Krylov as Krylov
 from curvature.linalg.krylov.lanczos import KrylovRuns as KrylovRuns
@@ -61,7 +59,6 @@ __all__ = [
     "gltr",
     "lanczos",
     "lanczos_runs",
-    "load_run",
     "lobpcg",
     "logdet",
     "lsmr",
@@ -74,7 +71,6 @@ __all__ = [
     "rademacher",
     "randomized_eigh",
     "ritz",
-    "save_run",
     "spectral_density",
     "spectral_norm",
     "spectral_sum",

@@ -116,6 +116,11 @@ class ObjectiveOperator(SymmetricOperator):
         return self.objective.ranks
 
     @property
+    def made_of(self) -> Tensor:
+        """The present values of the parameters, (n,)."""
+        return self.objective.space.current()
+
+    @property
     def overhead(self) -> float:
         """What a product costs whatever its columns, in columns: graphs that are not kept, built once for all."""
         objective = self.objective

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature.linalg import eigsh
+from curvature.linalg.base.checkpoint import NOT_KEPT, Checkpoint
 from curvature.linalg.base.validate import noise_level, product_noise, with_noise
 from curvature.linalg.krylov._completeness import Bound, grow_chain, judge
 from curvature.linalg.stochastic.quadrature import Quadrature, quadrature
@@ -28,9 +29,15 @@ class SpectrumAnalysis:
     """From the projections of one run to its spectrum."""
 
     def __init__(
-        self, A: MatrixLike, run: Run, block: Block | None, plan: SpectrumPlan, groups: GroupSums | None
+        self,
+        A: MatrixLike,
+        run: Run,
+        block: Block | None,
+        plan: SpectrumPlan,
+        groups: GroupSums | None,
+        saved: Checkpoint = NOT_KEPT,
     ) -> None:
-        self.run, self.plan, self.groups = run, plan, groups
+        self.run, self.plan, self.groups, self.saved = run, plan, groups, saved
         if block is not None:
             assert isinstance(A, ObjectiveOperator)
             A = A.restrict(block)
@@ -219,6 +226,7 @@ class SpectrumAnalysis:
             basis_device=place,
             confidence=self.plan.confidence if lost else None,
             callback=callback,
+            checkpoint=self.saved.part(which),
         )
         self.extra_matvecs += found.num_matvecs
         if lost or self.plan.confidence is None:

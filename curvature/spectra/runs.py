@@ -8,12 +8,15 @@ ends with T = V A V' and with T_g = V A_g V' for every group g: all that a jackk
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvature.environment.one_matrix import one_matrix
+from curvature.errors import InputError
+from curvature.linalg.base.checkpoint import NOT_KEPT, Checkpoint
 from curvature.linalg.base.places import Place, normal_rows
 from curvature.linalg.base.validate import check_finite
 from curvature.linalg.krylov._krylov_space import KrylovSpace
@@ -191,15 +194,19 @@ class GroupSums:
         self._sums[first : first + width].add_(AX.T, alpha=weight)
         self.weights[group] += weight
 
-    def end(self) -> None:
-        """Append the step's columns, and by symmetry its rows."""
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Return the step's columns, and the weights of the groups."""
         self._close()
-        m, width = self.T.shape[1], self._parts.shape[2]
+        return self._parts, self.weights
+
+    def end(self, parts: Tensor, weights: Tensor) -> None:
+        """Append the step's columns, and by symmetry its rows."""
+        m, width = self.T.shape[1], parts.shape[2]
         grown = torch.zeros(len(self.T), m + width, m + width, dtype=torch.float64)
-        grown[:, :m, :m], grown[:, :, m:] = self.T, self._parts
-        grown[:, m:, :m] = self._parts[:, :m].mT
-        grown[:, m:, m:] = (self._parts[:, m:] + self._parts[:, m:].mT) / 2
-        self.T = grown
+        grown[:, :m, :m], grown[:, :, m:] = self.T, parts
+        grown[:, m:, :m] = parts[:, :m].mT
+        grown[:, m:, m:] = (parts[:, m:] + parts[:, m:].mT) / 2
+        self.T, self.weights = grown, weights
 
     def _close(self) -> None:
         width = self._parts.shape[2]
@@ -216,6 +223,7 @@ def advance(
     blocks: Sequence[Block | None],
     groups: Sequence[GroupSums],
     report: Callable[[int], None],
+    saved: Checkpoint = NOT_KEPT,
 ) -> None:
     """Run all to their end.
 
@@ -225,15 +233,22 @@ def advance(
         blocks: diagonal blocks of A; None stands for A.
         groups: of the runs; none if the data's own spread is not asked for.
         report: told the number of columns multiplied in each step.
+        saved: keeps the products of each step.
     """
     while True:
         wanted = [run.propose() for run in runs]
         going = [i for i, X in enumerate(wanted) if X.shape[1] > 0]
         if not going:
             return
-        products = _multiply(
-            A, [wanted[i] for i in going], [blocks[i] for i in going], [groups[i] for i in going if groups]
-        )
+        chosen = [wanted[i] for i in going], [blocks[i] for i in going], [groups[i] for i in going if groups]
+        products, seen = saved.piece(partial(_multiply, A, *chosen))
+        if len(seen) != len(chosen[2]):
+            raise InputError(
+                "the run in the folder of checkpoint was made on another number of ranks, with other errors over the "
+                "data: go on with as many, or give a new folder."
+            )
+        for group, of_step in zip(chosen[2], seen, strict=True):
+            group.end(*of_step)
         for i, AX in zip(going, products, strict=True):
             runs[i].absorb(AX)
         report(sum(wanted[i].shape[1] for i in going))
@@ -241,12 +256,13 @@ def advance(
 
 def _multiply(
     A: MatrixLike, X: Sequence[Tensor], blocks: Sequence[Block | None], groups: Sequence[GroupSums]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return the products of X, and what the groups have seen of them."""
     if not isinstance(A, ObjectiveOperator):
-        return [A @ x for x in X]
+        return [A @ x for x in X], []
     blocks = [A.block if block is None else block for block in blocks]
     if not groups:
-        return A.products(X, blocks)
+        return A.products(X, blocks), []
 
     def observe(index: int, weight: float, parts: list[Tensor]) -> None:
         for group, part in zip(groups, parts, strict=True):
@@ -255,9 +271,7 @@ def _multiply(
     for group, x in zip(groups, X, strict=True):
         group.begin(x.shape[1])
     products = A.products(X, blocks, observe=observe)
-    for group in groups:
-        group.end()
-    return products
+    return products, [group.seen() for group in groups]
 
 
 class _Shape:

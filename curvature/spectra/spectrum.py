@@ -20,6 +20,7 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.device import synchronize
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator, spawn
+from curvature.linalg.base.checkpoint import AnyCheckpoint, Checkpoint, open_run
 from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import check_square
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, as_matrix
@@ -44,6 +45,7 @@ def spectrum(
     generator: AnyGenerator,
     basis_device: BasisDevice = None,
     progress: Callable[[int], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> Spectrum:
     """Return eigenpairs at both ends, density, trace and what follows, from one block Krylov space.
 
@@ -59,6 +61,8 @@ def spectrum(
         basis_device: where the Krylov space is held: "cpu" for one that does not fit beside the model on a device,
             "disk" for one that does not fit into memory, in a temporary file. Default: A's device.
         progress: told the number of columns after each product.
+        checkpoint: a folder for what has come out; after an interruption the same call goes on from there, to the same
+            numbers. On ranks all of them reach it.
 
     Raises:
         InputError: for settings out of range, or a space that does not fit into memory.
@@ -72,9 +76,10 @@ def spectrum(
         >>> 120 < found.num_matvecs <= 150
         True
     """
+    saved = open_run("spectrum", locals())
     A = as_matrix(A, matrix)
     generators = [as_generator(generator, A.device)]
-    (found,) = _spectra(A, [None], plan or SpectrumPlan(), generators, basis_device, progress)
+    (found,) = _spectra(A, [None], plan or SpectrumPlan(), generators, basis_device, progress, saved)
     return found
 
 
@@ -89,6 +94,7 @@ def layer_spectra(
     generator: AnyGenerator,
     basis_device: BasisDevice = None,
     progress: Callable[[int], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> dict[str, Spectrum]:
     """Return the spectrum of each layer's diagonal block, by name, all from the same walks over the data.
 
@@ -104,17 +110,19 @@ def layer_spectra(
         generator: seeds one generator a layer; on A's device, or a seed.
         basis_device: where the Krylov spaces are held, as for `spectrum`.
         progress: told the number of columns after each step.
+        checkpoint: as for `spectrum`.
 
     Raises:
         InputError: as for `spectrum`.
         NonFiniteError: if a product is not finite.
     """
+    saved = open_run("layer_spectra", locals())
     A = as_matrix(A, matrix)
     if not isinstance(A, ObjectiveOperator):
         raise InputError(f"layers are those of an objective; A must be one, or an operator of it, got {A!r:.80}.")
     chosen = A.objective.space.blocks if blocks is None else tuple(blocks)
     generators = spawn(as_generator(generator, A.device), len(chosen))
-    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, basis_device, progress)
+    found = _spectra(A, list(chosen), plan or SpectrumPlan(), generators, basis_device, progress, saved)
     return {block.name: each for block, each in zip(chosen, found, strict=True)}
 
 
@@ -125,6 +133,7 @@ def _spectra(
     generators: Sequence[torch.Generator],
     basis_device: BasisDevice,
     progress: Callable[[int], None] | None,
+    saved: Checkpoint,
 ) -> list[Spectrum]:
     n = check_square(A)
     sizes = [n if block is None else block.num_params for block in blocks]
@@ -151,14 +160,14 @@ def _spectra(
     num_groups, reason = _num_groups(A, plan)
     start = time.perf_counter()
     groups = [GroupSums(run, _num_batches(A), num_groups) for run in runs] if num_groups else []
-    advance(A, runs, blocks, groups, progress or (lambda _: None))
+    advance(A, runs, blocks, groups, progress or (lambda _: None), saved)
     if groups and isinstance(A, ObjectiveOperator) and A.objective.shuffles and not A.objective.keeps_all_graphs:
         groups, reason = [], "the loader shuffles, so that its batches cannot be followed (shuffle=False)"
     synchronize(A.device)
     found = []
     for i, (run, block, generator) in enumerate(zip(runs, blocks, generators, strict=True)):
         of_run = groups[i] if groups else None
-        analysis = SpectrumAnalysis(A, run, block, plan, of_run)
+        analysis = SpectrumAnalysis(A, run, block, plan, of_run, saved.part(f"pairs-{i}"))
         found.append(analysis.result(generator, time.perf_counter() - start, reason, progress))
     return found
 

@@ -16,6 +16,8 @@ _COMMON = {
     "A": "symmetric, (n, n): a tensor, an operator or an objective. Its symmetry is not checked.",
     "matrix": "which one of an objective; see `as_matrix`.",
     "generator": "source of all random numbers, on A's device, or a seed.",
+    "checkpoint": "a folder for what has come out: after an interruption the same call with the same folder goes on "
+    "from there, to the same numbers. It costs one product more a call, and memory on disk.",
     "callback": "called as the run goes on with the products so far and a word on progress.",
 }
 _ERRORS = "Besides, `InputError` is raised for arguments out of range, `NonFiniteError` if a product is not finite."

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.checkpoint import NOT_KEPT, Checkpoint
 from curvature.linalg.base.validate import (
     check_square,
     check_tolerances,
@@ -27,6 +29,8 @@ from curvature.linalg.base.validate import (
 from curvature.linop import MatrixLike
 from curvature.results.estimates import Status
 from curvature.results.solves import SolveResult
+
+_STATE = ("X", "R", "norms", "history", "steps", "num_matvecs")
 
 
 class Columns:
@@ -106,8 +110,17 @@ class Columns:
 class Systems(Columns):
     """(A + damping I) X = B, B scaled to columns of size about 1; arguments and errors are those of `cg`."""
 
-    def __init__(self, A: MatrixLike, B: Tensor, *, preconditioner: Any, x0: Tensor | None, **settings: Any) -> None:
-        n = check_square(A)
+    def __init__(
+        self,
+        A: MatrixLike,
+        B: Tensor,
+        *,
+        preconditioner: Any,
+        x0: Tensor | None,
+        saved: Checkpoint = NOT_KEPT,
+        **settings: Any,
+    ) -> None:
+        n, self.saved = check_square(A), saved
         super().__init__(A, B, **settings)
         check_preconditioner(preconditioner, n)
         self.preconditioner, B = preconditioner, self.B
@@ -139,18 +152,35 @@ class Systems(Columns):
     def precondition(self, R: Tensor) -> Tensor:
         return preconditioned(self.preconditioner, R)
 
-    def solve(self, iterate: Callable[[Systems, list[int]], None], columns: Sequence[int] | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what steps change."""
+        named = {name: getattr(self, name) for name in _STATE}
+        return {**named, "statuses": [status.name for status in self.statuses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.statuses = [Status[name] for name in state["statuses"]]
+
+    def solve(
+        self,
+        iterate: Callable[[Systems, list[int]], Any],
+        take: Callable[[Any], None],
+        columns: Sequence[int] | None = None,
+    ) -> None:
         """Iterate and recompute residuals until all columns, or those named, are solved or cannot be.
 
-        `iterate` updates X, history, steps and statuses of the open columns; CONVERGED is what it claims.
+        `iterate` updates X, history, steps and statuses of the open columns; CONVERGED is what it claims. What it
+        returns is given to `take`, as it is where a round was read that had been made before.
         """
         chosen = range(len(self.norms)) if columns is None else columns
         active = [i for i in chosen if not self.norms[i] <= self.tolerance[i]]
         while active:
             before, X_before, R_before = list(self.norms), self.X.clone(), self.R.clone()
-            iterate(self, active)
-            self.R[:, active] = self.B[:, active] - self.multiply(self.X[:, active])
-            self.norms = _norms(self.R)
+            state, found = self.saved.piece(partial(self._round, iterate, active))
+            self.load_state_dict(state)
+            take(found)
             again = []
             for i in active:
                 if not math.isfinite(self.norms[i]):
@@ -165,6 +195,12 @@ class Systems(Columns):
                     if helped and self.steps[i] < self.limit:
                         again.append(i)
             active = again
+
+    def _round(self, iterate: Callable[[Systems, list[int]], Any], active: list[int]) -> tuple[dict[str, Any], Any]:
+        found = iterate(self, active)
+        self.R[:, active] = self.B[:, active] - self.multiply(self.X[:, active])
+        self.norms = _norms(self.R)
+        return self.state_dict(), found
 
     def solution(self, **more: Any) -> SolveResult:
         """Return what was reached; products below float32 add their noise, in units of |A x|, to the residuals."""

@@ -251,12 +251,13 @@ class KrylovSpace:
         """Let go of the rows; what T, C and D say remains."""
         self.rows = self.rows.new_empty(0, self.n)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return all that a later run needs to go on, tensors and numbers only."""
         last = self.first + self.count + self.num_directions
         own = {name: getattr(self, name) for name in _STATE}
         frame = (self._frame, self._chained, self._correction)
-        return {"rows": self.rows[:last].clone(), **own, "generator": self.generator.get_state(), "frame": frame}
+        rows = self.rows[:last].clone() if copy else self.rows[:last]
+        return {"rows": rows, **own, "generator": self.generator.get_state(), "frame": frame}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned for a space of these measures."""

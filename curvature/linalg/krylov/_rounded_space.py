@@ -160,8 +160,8 @@ class RoundedSpace(KrylovSpace):
             part.copy_(part @ Y)
         return values, U, AU.addcmul_(U, values.to(U), value=-1)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "G": self.G, "action": self.action, "dropped": self.dropped}
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        return {**super().state_dict(copy=copy), "G": self.G, "action": self.action, "dropped": self.dropped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

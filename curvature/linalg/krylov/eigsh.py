@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.checkpoint import AnyCheckpoint, Checkpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.places import BasisDevice, place_of
 from curvature.linalg.base.validate import check_count, check_square, product_noise, with_noise, working_dtype
@@ -52,6 +54,7 @@ def eigsh(
     confidence: float | None = 0.99,
     generator: AnyGenerator,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> EigenPairs:
     """Return k eigenpairs of a symmetric matrix, with residuals |A u - lambda u| <= max(rtol |lambda|, atol).
 
@@ -79,7 +82,7 @@ def eigsh(
     Cost: one product a step, 20 to 80 for the top of a typical Hessian; 8 n m operations a step for the basis. Memory:
     num_basis + block_size + 4 vectors, or up to 256 MiB if the chain needs more, and those of `deflate`, that no
     `basis_dtype` narrows; 4 k more at the end with a narrower basis, of which the k of the result stay. A run that is
-    to be saved and taken up again is a `ThickRestartLanczos`.
+    to be looked at and continued is a `ThickRestartLanczos`.
 
     Args:
         k: number of pairs, in [1, n].
@@ -118,6 +121,7 @@ def eigsh(
         >>> pairs.eigenvalues, pairs.method
         (tensor([99., 98.]), 'all entries: the matrix is given by them')
     """
+    saved = open_run("eigsh", locals())
     A = as_matrix(A, matrix)
     n = check_square(A)
     generator = as_generator(generator, A.device)
@@ -133,7 +137,7 @@ def eigsh(
             'deflate serves method="lanczos" only; leave the preconditioner out, or pass the vectors in v0.'
         )
     common: dict[str, Any] = {"which": which, "rtol": rtol, "atol": atol, "v0": v0, "generator": generator}
-    common |= {"certify": certify, "confidence": confidence, "callback": callback}
+    common |= {"certify": certify, "confidence": confidence}
     chosen, why = method, "as asked for"
     iterated = expected_matvecs(k)
     if method == "auto":
@@ -147,15 +151,26 @@ def eigsh(
         else:
             chosen, why = "lanczos", f"about {iterated} products of {n}"
     if chosen == "dense":
-        return _dense(A, k, which, rtol, atol, f"all entries: {why}")
+        return _dense(A, k, which, rtol, atol, f"all entries: {why}", saved)
     if chosen == "lobpcg":
-        pairs = lobpcg(A, k, preconditioner=preconditioner, max_matvecs=max_matvecs, **common)
+        if checkpoint is not None:
+            raise InputError(
+                'checkpoint serves method="lanczos" and "dense", and this run is one of LOBPCG; leave it out.'
+            )
+        pairs = lobpcg(A, k, preconditioner=preconditioner, max_matvecs=max_matvecs, callback=callback, **common)
         return replace(pairs, method=f"LOBPCG: {why}")
     overhead = getattr(A, "overhead", 0.0)
     width = min(_width(overhead, k), n) if block_size is None else block_size
+
+    def after_step(spent: int, what: str) -> None:
+        saved.keep(partial(lanczos.state_dict, copy=False))
+        if callback is not None:
+            callback(spent, what)
+
     lanczos = ThickRestartLanczos(
         A,
         k,
+        callback=after_step,
         block_size=width,
         num_basis=num_basis,
         deflate=deflate,
@@ -163,6 +178,8 @@ def eigsh(
         basis_dtype=basis_dtype,
         **common,
     )
+    if (state := saved.kept()) is not None:
+        lanczos.load_state_dict(state)
     columns = "single products" if width == 1 else f"blocks of {width}"
     shares = "as asked for" if block_size else f"as columns of a block share {'work' if overhead else 'nothing'}"
     pairs = lanczos.run(max_matvecs=max_matvecs, keep_basis=False)
@@ -185,8 +202,10 @@ def block_penalty(k: int, width: int) -> float:
     return 1 + 0.55 * (width - 1) / k**0.55
 
 
-def _dense(A: MatrixLike, k: int, which: Which, rtol: float, atol: float, method: str) -> EigenPairs:
-    matrix = to_dense(A, columns_at_a_time=8).to(torch.promote_types(working_dtype(A), torch.float64))
+def _dense(A: MatrixLike, k: int, which: Which, rtol: float, atol: float, method: str, saved: Checkpoint) -> EigenPairs:
+    matrix = saved.piece(lambda: to_dense(A, columns_at_a_time=8)).to(
+        torch.promote_types(working_dtype(A), torch.float64)
+    )
     values, U = torch.linalg.eigh((matrix + matrix.T) / 2)
     norm, places = values.abs().max(), wanted(values, k, which).flip(0)
     values, U = values[places], U[:, places]

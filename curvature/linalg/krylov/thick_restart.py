@@ -164,10 +164,10 @@ class ThickRestartLanczos:
                 self.callback(self.space.num_matvecs, f"{int(look.done.sum())} of {self.k} eigenpairs")
         return self._result(look, limit, keep_basis)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run: tensors and numbers, as long as the basis is full."""
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """Return the state of the run: tensors and numbers, as long as the basis is full; without `copy`, its own."""
         own = {name: getattr(self, f"_{name}") for name in _STATE}
-        return {**self.space.state_dict(), **own, "chain": None if self._chain is None else self._chain.state_dict()}
+        return {**self.space.state_dict(copy=copy), **own, "chain": self._chain and self._chain.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of a solver that was made with the same arguments.

@@ -27,12 +27,14 @@ Reference: Epperly, Tropp and Webber (2024), XTrace: making the most of every sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.checkpoint import NOT_KEPT, Checkpoint
 from curvature.linalg.base.deflation import deflated
 from curvature.linalg.base.orthonormal import orthonormalise
 from curvature.linalg.base.validate import (
@@ -66,6 +68,7 @@ class ProbePool:
         block_size: int = 1,
         keep: bool = True,
         callback: Callable[[int, str], None] | None = None,
+        saved: Checkpoint = NOT_KEPT,
     ) -> None:
         self.n = check_square(A)
         check_count("block_size", block_size, 1)
@@ -73,7 +76,7 @@ class ProbePool:
             raise InputError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}.")
         self.distribution, self.generator = distribution, as_generator(generator, A.device)
         self.A, self.known = deflated(A, deflate, definite=definite)
-        self.block_size, self.callback, self.keep = block_size, callback, keep
+        self.block_size, self.callback, self.keep, self.saved = block_size, callback, keep, saved
         empty = torch.empty(self.n, 0, dtype=working_dtype(A), device=A.device)
         self.probes, self.products = empty, empty
         """Omega and Y, (n, k)."""
@@ -98,16 +101,16 @@ class ProbePool:
 
     def add_probes(self, count: int) -> None:
         """Draw and multiply `count` more probes."""
-        for width in [] if self.keep else [self.block_size] * (count // self.block_size) + [count % self.block_size]:
+        rest = count % self.block_size
+        for width in [] if self.keep else [self.block_size] * (count // self.block_size) + [rest] * (rest > 0):
             X = self.draw(width)
-            energies = (X.to(self.basis) * self._multiply(X, "probes")).sum(dim=0)
-            self._energies = torch.cat([self._energies, energies.double()])
+            self._energies = torch.cat([self._energies, self._multiply(X, "probes", self._energies_of).double()])
             self._first = X[:, :1] if not self._first.numel() else self._first
-            self._alike = self._alike and (not width or one_direction(torch.cat([self._first, X], dim=1)))
+            self._alike = self._alike and one_direction(torch.cat([self._first, X], dim=1))
         if count <= 0 or not self.keep:
             return
         X = self.draw(count)
-        Y = self._multiply(X, "probes")
+        Y = self._multiply(X, "probes", self._products_of)
         self.probes = torch.cat([self.probes, X.to(Y)], dim=1)
         self.products = torch.cat([self.products, Y], dim=1)
 
@@ -140,18 +143,23 @@ class ProbePool:
             self._extend(torch.linalg.qr(whole(self.basis), mode="complete")[0][:, self.rank :])
 
     def _extend(self, Q: Tensor) -> None:
-        images = self._multiply(Q, "directions of the sketch")
+        images = self._multiply(Q, "directions of the sketch", self._products_of)
         self.basis, self.images = torch.cat([self.basis, Q], dim=1), torch.cat([self.images, images], dim=1)
 
-    def _multiply(self, X: Tensor, what: str) -> Tensor:
+    def _products_of(self, X: Tensor) -> Tensor:
+        return check_finite(self.A @ X.to(self.A.dtype), self.num_matvecs).to(self.basis.dtype)
+
+    def _energies_of(self, X: Tensor) -> Tensor:
+        return (X.to(self.basis) * self._products_of(X)).sum(dim=0)
+
+    def _multiply(self, X: Tensor, what: str, of_block: Callable[[Tensor], Tensor]) -> Tensor:
         blocks = []
         for block in X.split(self.block_size, dim=1):
             self.num_matvecs += block.shape[1]
-            product = check_finite(self.A @ block.to(self.A.dtype), self.num_matvecs)
-            blocks.append(product.to(self.basis.dtype))
+            blocks.append(self.saved.piece(partial(of_block, block)))
             if self.callback is not None:
                 self.callback(self.num_matvecs, what)
-        products = torch.cat(blocks, dim=1) if blocks else X
+        products = torch.cat(blocks, dim=-1) if blocks else X
         first = self.num_probes + self.rank == 0
         return check_range(products, self.num_matvecs, first=first) if blocks and self.keep else products
 

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias, get_args
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.validate import check_finite, product_noise, working_dtype
 from curvature.linalg.stochastic._probe_pool import ProbePool
@@ -52,6 +54,7 @@ def diagonal(
     block_size: int = 1,
     keep_samples: bool = False,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> DiagonalEstimate:
     """Estimate diag A with a standard error for every entry, to an accuracy or as well as a budget allows.
 
@@ -88,6 +91,7 @@ def diagonal(
         >>> diagonal(A, num_matvecs=8, generator=0).value.round()
         tensor([ 0.,  1.,  4.,  9., 16., 25., 36., 49., 64.])
     """
+    saved = open_run("diagonal", locals())
     if method not in get_args(DiagonalMethod):
         raise InputError(f"method must be one of {', '.join(get_args(DiagonalMethod))}, got {method!r}.")
     least = 2 if method == "hutchinson" else 4
@@ -99,6 +103,7 @@ def diagonal(
         deflate=deflate,
         block_size=block_size,
         callback=callback,
+        saved=saved,
     )
     if pool.n <= goal.budget and (goal.rtol is None or pool.n <= FEWEST):
         pool.complete()
@@ -181,6 +186,9 @@ def _streamed(pool: ProbePool, goal: Goal) -> DiagonalEstimate:
     A, dtype, budget = pool.A, working_dtype(pool.A), goal.budget
     mean = squares = torch.zeros(0)
     spent, first, alike = 0, None, True
+    if (state := pool.saved.kept()) is not None:
+        mean, squares, spent, first, alike, drawn = state
+        pool.generator.set_state(drawn)
     while spent < budget:
         width = min(pool.block_size, budget - spent)
         Z = pool.draw(width)
@@ -193,6 +201,7 @@ def _streamed(pool: ProbePool, goal: Goal) -> DiagonalEstimate:
             step = sample - mean
             mean += step / spent
             squares += step * (sample - mean)
+        pool.saved.keep(partial(_state, mean, squares, spent, first, alike, pool.generator))
         if pool.callback is not None:
             pool.callback(spent, f"{spent} of {budget} probes")
     stderr = (squares / (budget - 1) / budget).sqrt().to(dtype)
@@ -207,6 +216,11 @@ def _streamed(pool: ProbePool, goal: Goal) -> DiagonalEstimate:
         dof=budget - 1.0,
         product_noise=noise,
     )
+
+
+def _state(*running: Any) -> tuple[Any, ...]:
+    """Return what a streamed estimate needs to go on: what it holds, and the state of its generator, given last."""
+    return *running[:-1], running[-1].get_state()
 
 
 def _samples(pool: ProbePool) -> tuple[Tensor, Tensor]:

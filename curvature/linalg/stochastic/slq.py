@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from curvature.environment.cost import check_fits
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator, as_generator
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import check_count, check_square, product_noise, working_dtype
@@ -49,6 +51,7 @@ def spectral_density(
     probes: Tensor | None = None,
     block_size: int = 1,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> SpectralDensity:
     """Estimate the eigenvalue density of A, smoothed by a Gaussian, with its standard error over the probes.
 
@@ -65,6 +68,7 @@ def spectral_density(
         probes: (n, num_probes) start vectors to use instead of drawing them.
         block_size: probes run side by side, which is faster wherever a product with a block is.
     """
+    saved = open_run("spectral_density", locals())
     A = as_matrix(A, matrix)
     n = check_square(A)
     generator = as_generator(generator, A.device)
@@ -89,10 +93,9 @@ def spectral_density(
     for first in range(0, num_probes if bulk else 0, block_size):
         here = slice(first, min(first + block_size, num_probes))
         X = probes[:, here].to(A.device, working_dtype(A))
-        runs = lanczos_runs(operator, X - U.to(X) @ (U.to(X).T @ X), num_steps=steps)
-        theta, S = ritz(runs)
-        nodes[here, :steps], weights[here, :steps] = theta, (bulk / n) * S[:, 0].square()
-        spent += runs.num_matvecs
+        theta, shares, more = saved.piece(partial(_rule, operator, X - U.to(X) @ (U.to(X).T @ X), steps))
+        nodes[here, :steps], weights[here, :steps] = theta, (bulk / n) * shares
+        spent += more
         if callback is not None:
             callback(spent, f"probe {here.stop} of {num_probes}")
     nodes = nodes.where(weights > 0, 0)
@@ -113,6 +116,13 @@ def spectral_density(
         rule = envelope(rule, found.grid, nodes[(weights > 0) & ~found.is_known], steps)
     noise = product_noise(A)
     return replace(found, rule=rule + blur(found, noise) if noise else rule, product_noise=noise or None)
+
+
+def _rule(A: MatrixLike, X: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
+    """Return nodes and weights (p, m) of the columns of X (n, p), and the products that they took."""
+    runs = lanczos_runs(A, X, num_steps=steps)
+    theta, S = ritz(runs)
+    return theta, S[:, 0].square(), runs.num_matvecs
 
 
 def smoothed(

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.stochastic._hutchpp import hutchpp
 from curvature.linalg.stochastic._probe_pool import ProbePool
@@ -39,6 +40,7 @@ def trace(
     generator: AnyGenerator,
     block_size: int = 1,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> TraceEstimate:
     """Estimate tr A to an accuracy, or as well as a budget allows, with a confidence interval.
 
@@ -97,6 +99,7 @@ def trace(
         >>> estimate.value.round(), estimate.status.ok
         (tensor(199.), True)
     """
+    saved = open_run("trace", locals())
     if method not in get_args(TraceMethod):
         raise InputError(f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}.")
     if method == "xnystrace" and psd is False:
@@ -116,6 +119,7 @@ def trace(
         block_size=block_size,
         keep=method != "hutchinson",
         callback=callback,
+        saved=saved,
     )
     if method == "hutch++":
         estimate = hutchpp(pool, goal, sketch_size)

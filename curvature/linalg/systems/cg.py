@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import Systems, indefinite
 from curvature.linalg.base.validate import non_finite_message
 from curvature.linop import AnyMatrix, MatrixName, as_matrix
 from curvature.results.estimates import Status
 from curvature.results.solves import KeptIterate, SolveResult
+
+_STATE = ("models", "next_kept", "met", "direction", "curvature")
 
 
 @numerics
@@ -43,6 +47,7 @@ def cg(
     keep: float | None = None,
     reorthogonalise: bool = False,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> SolveResult:
     """Solve (A + damping I) x = b for every column b of B, to residuals |b - (A + damping I) x| <= max(rtol |b|, atol).
 
@@ -83,6 +88,7 @@ def cg(
         >>> result.x.round(decimals=2), result.num_iterations, result.num_matvecs
         (tensor([1.0000, 0.5000, 0.2500]), (3,), 4)
     """
+    saved = open_run("cg", locals())
     if keep is not None and not (keep > 1 and math.isfinite(keep)):
         raise InputError(f"keep must be a finite growth factor above 1, got {keep}.")
     systems = Systems(
@@ -95,9 +101,10 @@ def cg(
         atol=atol,
         max_iterations=max_iterations,
         callback=callback,
+        saved=saved,
     )
     run = _Run(systems, stop, keep, reorthogonalise)
-    systems.solve(run.iterate)
+    systems.solve(run.iterate, run.load_state_dict)
     return systems.solution(
         model_history=systems.ragged(run.models, 2),
         kept=tuple(run.kept),
@@ -118,14 +125,33 @@ class _Run:
         self.direction = torch.zeros_like(s.B)
         self.curvature = torch.full_like(s.scale, torch.nan)
 
-    def iterate(self, s: Systems, columns: list[int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what steps change."""
+        kept = [(each.step, each.x) for each in self.kept]
+        return {**{name: getattr(self, name) for name in _STATE}, "kept": kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.kept = [KeptIterate(step=step, x=x) for step, x in state["kept"]]
+
+    def iterate(self, s: Systems, columns: list[int]) -> dict[str, Any]:
         active = list(columns)
         past: list[tuple[Tensor, Tensor, Tensor]] = []
         X, R, B = s.X[:, active], s.R[:, active], s.B[:, active]
         P, rho_old = torch.zeros_like(R), R.new_ones(R.shape[1])
         eps, size = torch.finfo(R.dtype).eps, R.new_zeros((), dtype=torch.float64)
         limit = s.limit - max(s.steps[i] for i in active)
-        for step in range(1, limit + 1):
+        first = 1
+        if (kept := s.saved.kept()) is not None:
+            systems, own, (first, active, X, R, P, rho_old, size, past) = kept
+            s.load_state_dict(systems)
+            self.load_state_dict(own)
+            B = s.B[:, active]
+        for step in range(first, limit + 1):
+            if step > first:
+                s.saved.keep(partial(self._state, s, step, active, X, R, P, rho_old, size, past))
             Z = s.precondition(R)
             rho = (R * Z).sum(dim=0)
             if self.reorthogonalise:
@@ -161,6 +187,10 @@ class _Run:
             for i in columns if limit <= 0 else []:
                 s.statuses[i] = Status.MAX_ITERATIONS
         self.next_kept = 0  # iterates of a second round have no common step
+        return self.state_dict()
+
+    def _state(self, s: Systems, *step: Any) -> tuple[Any, ...]:
+        return s.state_dict(), self.state_dict(), step
 
     def _ended(self, s: Systems, active: list[int], facts: list[list[float]], *, last: bool) -> list[bool]:
         """Write down the step and say which columns are over."""

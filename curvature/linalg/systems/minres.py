@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from curvature.errors import InputError, NonFiniteError
+from curvature.linalg.base.checkpoint import AnyCheckpoint, open_run
 from curvature.linalg.base.entry import numerics
 from curvature.linalg.base.systems import Systems, indefinite
 from curvature.linalg.base.validate import check_range, check_square, non_finite_message, rounding_level
@@ -42,6 +44,7 @@ def minres(
     null_rtol: float | None = None,
     max_iterations: int | None = None,
     callback: Callable[[int, str], None] | None = None,
+    checkpoint: AnyCheckpoint = None,
 ) -> SolveResult:
     """Solve (A + damping I) x = b for every column b of B, or minimise |b - (A + damping I) x| where there is none.
 
@@ -64,6 +67,7 @@ def minres(
         >>> result.x.round(decimals=3).abs(), result.status.name
         (tensor([1.0000, 0.5000, 0.0000]), 'LEAST_SQUARES')
     """
+    saved = open_run("minres", locals())
     A = as_matrix(A, matrix)
     check_square(A)
     if null_rtol is None:
@@ -81,6 +85,7 @@ def minres(
         atol=atol,
         max_iterations=max_iterations,
         callback=callback,
+        saved=saved,
     )
     start = systems.X.clone()
     best, least = systems.X.clone(), list(systems.norms)
@@ -100,7 +105,7 @@ def minres(
 def _run(s: Systems, columns: list[int] | None, size: Tensor, null_rtol: float) -> Tensor:
     """Iterate; return the size of A as far as the columns of T have shown."""
     found = [size]
-    s.solve(lambda s, active: found.append(_iterate(s, active, null_rtol)), columns)
+    s.solve(lambda s, active: _iterate(s, active, null_rtol), found.append, columns)
     return torch.stack(found).max()
 
 
@@ -181,7 +186,14 @@ def _iterate(s: Systems, columns: list[int], null_rtol: float) -> Tensor:
     size = state.beta.new_zeros(())  # of columns of T: approaches |A|
     for i in columns:
         s.statuses[i] = Status.MAX_ITERATIONS
-    for _ in range(limit):
+    first = 0
+    if (kept := s.saved.kept()) is not None:
+        systems, (first, active, parts, size) = kept
+        s.load_state_dict(systems)
+        state = _State(*parts)
+    for i in range(first, limit):
+        if i > first:
+            s.saved.keep(partial(_kept, s, i, active, tuple(state), size))
         state, size, null, squared = _step(s, state, size, null_rtol)
         norms = torch.linalg.vector_norm(state.R, dim=0)
         facts = torch.stack([norms, null.to(norms), state.beta, squared, size.expand_as(norms)]).double().tolist()
@@ -208,6 +220,10 @@ def _iterate(s: Systems, columns: list[int], null_rtol: float) -> Tensor:
             return size
     s.X[:, active] = state.X
     return size
+
+
+def _kept(s: Systems, *step: Any) -> tuple[Any, ...]:
+    return s.state_dict(), step
 
 
 def _start(s: Systems, active: list[int]) -> _State:

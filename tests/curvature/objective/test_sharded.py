@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +29,7 @@ from curvature.linalg import (
     diagonal,
     lanczos,
     lanczos_runs,
-    load_run,
     matrix_function,
-    save_run,
     spectral_density,
     trace,
 )
@@ -156,24 +153,6 @@ def bytes_a_product(rank: int) -> dict[str, tuple[int, int]]:
         route = "whole parameters" if budget is None else "module by module"
         found[route] = (RECEIVED["bytes"] - before, planned[route])
     return found
-
-
-SOLVER: dict[str, Any] = {"rtol": 1e-8, "confidence": None, "num_basis": 8}
-
-
-def saved_run(folder: str) -> dict[str, Tensor]:
-    """Save a run after a restart, go on with it, and go on from what was saved."""
-    found = {}
-    o = objective(_fully_sharded(), batches())
-    solver = ThickRestartLanczos(o, 2, generator=0, **SOLVER)
-    solver.run(max_matvecs=11)
-    save_run(solver, f"{folder}/run")
-    found["on"] = solver.run(max_matvecs=17)
-    later = ThickRestartLanczos(o, 2, generator=5, **SOLVER)
-    load_run(later, f"{folder}/run")
-    found["from the file"] = later.run(max_matvecs=17)
-    kept = {f"values, {name}": pairs.eigenvalues for name, pairs in found.items()}
-    return kept | {f"vectors, {name}": whole(pairs.eigenvectors) for name, pairs in found.items()}
 
 
 def one_all_reduce_a_step(_: int) -> int:
@@ -572,7 +551,6 @@ def work(rank: int, folder: str) -> None:
         mine["all-reduces of five steps"] = one_all_reduce_a_step(rank)
         mine["all-reduces of runs"] = all_reduces_of_runs(rank)
         mine["bytes"] = bytes_a_product(rank)
-        mine["saved run"] = saved_run(folder)
         for name, (call, _) in REFUSED.items():
             try:
                 call(rank)
@@ -643,34 +621,6 @@ def test_a_product_moves_the_bytes_that_are_planned(ranks: list[dict[str, Any]])
         assert moved == planned
         moved, planned = rank["bytes"]["module by module"]  # the first module contributes once, not twice
         assert moved <= planned <= 1.1 * moved
-
-
-def test_a_saved_run_goes_on_as_it_would_have_on_any_number_of_ranks(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        run = rank["saved run"]
-        assert torch.equal(run["values, on"], run["values, from the file"])
-        assert torch.equal(run["vectors, on"], run["vectors, from the file"])
-    alone = ThickRestartLanczos(objective(net(), batches()), 2, generator=3, **SOLVER)
-    load_run(alone, ranks[0]["folder"] / "run")
-    pairs = alone.run(max_matvecs=17)
-    assert pairs.num_matvecs == 17
-    assert_close(pairs.eigenvalues, run["values, on"], 1e-10)
-    assert_close(pairs.eigenvectors.square(), run["vectors, on"].square(), 1e-8)
-
-
-def test_a_run_of_one_process_is_read_and_others_are_refused(tmp_path: Path) -> None:
-    A = torch.diag(torch.linspace(0, 1, 60, dtype=torch.float64))
-    solver, later = (ThickRestartLanczos(A, 2, generator=seed, **SOLVER) for seed in (0, 1))
-    solver.run(max_matvecs=12)
-    save_run(solver, tmp_path / "run")
-    load_run(later, tmp_path / "run")
-    assert torch.equal(solver.run(max_matvecs=20).eigenvectors, later.run(max_matvecs=20).eigenvectors)
-    with pytest.raises(InputError, match="make the solver with the arguments"):
-        load_run(ThickRestartLanczos(A[:50, :50], 2, generator=0, **SOLVER), tmp_path / "run")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_run(later, tmp_path / "nothing")
-    with pytest.raises(InputError, match="holds a run: save each time to a folder of its own"):
-        save_run(later, tmp_path / "run")
 
 
 def test_recurrent_networks_run_with_what_stands_in() -> None:
