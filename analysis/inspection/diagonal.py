@@ -10,7 +10,9 @@ from curvature.environment.autocast import full_precision
 from curvature.environment.memory import available_memory
 from curvature.errors import InputError
 from curvature.generators import AnyGenerator
-from curvature.layerwise import exact_diagonal
+from curvature.layerwise import ExactDiagonal, exact_diagonal
+from curvature.layerwise.blocks import DiagonalBlocks
+from curvature.layerwise.diagonal import diagonal_with_blocks
 from curvature.layerwise.diagonal_summary import summarise_diagonal
 from curvature.linalg import diagonal
 from curvature.objective.by_module import goes_by_module
@@ -19,9 +21,24 @@ from curvature.objective.shards import gathered
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
-__all__ = ["layer_diagonals"]
+__all__ = ["exactly", "layer_diagonals"]
 
 _KEPT = 6  # vectors for each product, where samples are kept
+
+
+def exactly(objective: Objective, beside: DiagonalBlocks | None = None) -> ExactDiagonal | str:
+    """Return the Hessian's diagonal from at most `MOST_COLUMNS` columns, or why it cannot be had so.
+
+    Args:
+        objective: what the Hessian is of.
+        beside: blocks of it that are filled from the same columns.
+    """
+    try:
+        if beside is not None:
+            return diagonal_with_blocks(beside, "hessian", max_columns=MOST_COLUMNS)
+        return exact_diagonal(objective, "hessian", route="rules", max_columns=MOST_COLUMNS)
+    except InputError as error:
+        return str(error).rstrip(".")
 
 
 @full_precision
@@ -33,6 +50,7 @@ def layer_diagonals(
     num_matvecs: int = DIAGONAL_MATVECS,
     generator: AnyGenerator,
     progress: Progress | None = None,
+    exact: ExactDiagonal | str | None = None,
 ) -> LayerDiagonals:
     """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
 
@@ -47,14 +65,14 @@ def layer_diagonals(
         num_matvecs: products to spend where the diagonal has to be estimated.
         generator: source of the sign vectors, on the objective's device, or a seed.
         progress: told after each product how many are done.
+        exact: what `exactly` returned, if it was asked.
 
     Raises:
         NonFiniteError: if an entry or a product is not finite.
     """
-    try:
-        exact = exact_diagonal(objective, "hessian", route="rules", max_columns=MOST_COLUMNS)
-    except InputError as error:
-        return _estimated(objective, str(error).rstrip("."), top, num_matvecs, generator, progress)
+    exact = exactly(objective) if exact is None else exact
+    if isinstance(exact, str):
+        return _estimated(objective, exact, top, num_matvecs, generator, progress)
     known = DiagonalEstimate(value=exact.value, stderr=exact.stderr, num_matvecs=0)
     rows = summarise_diagonal(known, objective.space).rows
     how = f"Exactly, from {exact.num_columns} columns propagated ({exact.reason.rstrip('.')})."

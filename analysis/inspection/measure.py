@@ -19,6 +19,7 @@ from torch import Tensor
 
 from analysis.inspection.coupling import layer_coupling
 from analysis.inspection.diagonal import layer_diagonals
+from analysis.inspection.known_blocks import with_known_blocks
 from analysis.inspection.low_rank import low_rank_error
 from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
 from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
@@ -29,7 +30,9 @@ from analysis.run.shared_products import SharedHessian, shared_hessian
 from analysis.show.listener import Progress
 from curvature.arguments import checked
 from curvature.environment.autocast import full_precision
+from curvature.layerwise import ExactDiagonal
 from curvature.objective.objective import Objective
+from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
 from curvature.results.intervals import combined_error
 from curvature.spectra.results import Samples, Spectrum
@@ -49,8 +52,8 @@ def inspect_model(
     Cost: one gradient; about num_probes x num_steps Hessian products; with `layers` two thirds as many products with
     each layer's block, which cost less, and for the diagonal a gradient for each output of an example and each unit
     of a curved activation, else `DIAGONAL_MATVECS` products. A matrix with fewer columns than that is built entry by
-    entry. Memory: the kept graphs and as many vectors. `InspectionPlan.price` says what it comes to
-    in seconds and bytes.
+    entry. Small blocks of layers come with the diagonal, and products with them cost next to nothing. Memory: the kept
+    graphs and as many vectors. `InspectionPlan.price` says what it comes to in seconds and bytes.
 
     Args:
         objective: what to inspect; its `check()` is the caller's choice. Data in four batches or more (`micro_batch=`
@@ -69,21 +72,27 @@ def inspect_model(
     meter = Meter(objective.device, planned_whole + planned_layers, progress)
     loss, gradient = objective.loss_and_gradient()
     found: dict[str, Spectrum] = {}
-    with shared_hessian(objective) as H:
+    exact: ExactDiagonal | str | None = None
+    known: tuple[str, ...] = ()
+    with shared_hessian(objective) as shared:
+        H: HessianOperator = shared
         with meter.stage(WHOLE, planned_whole - planned_coupling - planned_diagonal, whole=True):
             place = plan.whole.place(H, [objective.num_params])
             whole = spectrum(H, plan.whole, generator=generator, basis_device=place, progress=meter.tick)
         if blocks:
             with meter.stage(LAYERS, planned_layers, whole=False):
+                H, exact, known = with_known_blocks(H, blocks)
                 layer = plan.layer(objective)
                 place = layer.place(H, [block.num_params for block in blocks])
                 own: dict[str, Any] = {"generator": generator, "basis_device": place, "progress": meter.tick}
                 found = layer_spectra(H, layer, blocks=blocks, **own)
+        processes = len(shared.workers) if isinstance(shared, SharedHessian) else 0
         diagonal = None
         if plan.layers:
             with meter.stage(DIAGONAL, planned_diagonal, whole=True):
-                diagonal = layer_diagonals(objective, top=whole.top, generator=generator, progress=meter.told)
-        processes = len(H.workers) if isinstance(H, SharedHessian) else 0
+                diagonal = layer_diagonals(
+                    objective, top=whole.top, generator=generator, progress=meter.told, exact=exact
+                )
     layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
     left_out: tuple[str, ...] = ()
     if (of_many := len(objective.space.blocks)) > plan.most_layers and layers:
@@ -94,7 +103,7 @@ def inspect_model(
             f"the planned products, neither continued nor searched for: {left} of {len(layers)} hold one that has not "
             "converged (--most-layers).",
         )
-    shared = (f"Products were shared out among {processes} processes, each with some of the graphs.",)[:processes]
+    shared_out = (f"Products were shared out among {processes} processes, each with some of the graphs.",)[:processes]
     coupled = None
     if planned_coupling:
         with meter.stage(COUPLING, planned_coupling, whole=True):
@@ -120,7 +129,7 @@ def inspect_model(
         exact=whole.exact,
         data=_data_errors(whole),
         cost=meter.cost(),
-        notes=(*objective.notes, *whole.notes, *left_out, *shared),
+        notes=(*objective.notes, *whole.notes, *left_out, *known, *shared_out),
     )
 
 

@@ -15,6 +15,7 @@ from curvature.arguments import checked_fields
 from curvature.environment.cost import current_memory, median_seconds, peak_memory, timed
 from curvature.errors import InputError
 from curvature.layerwise import num_columns
+from curvature.layerwise.blocks import pays
 from curvature.objective.objective import Objective
 from curvature.operators.hessian import HessianOperator
 from curvature.parameters import Block
@@ -121,12 +122,14 @@ class InspectionPlan(Plan):
 
     def total_matvecs(self, objective: Objective) -> tuple[int, int]:
         """Return the products with the whole Hessian and with all layers."""
-        sizes = [block.num_params for block in self.layer_blocks(objective)]
-        layer = self.layer(objective)
-        of_layers = sum(layer.num_matvecs(n) + layer.num_search(n) for n in sizes)
+        of_layers = self._layer_matvecs(objective, self.layer_blocks(objective))
         n = objective.num_params
         whole = self.whole.num_matvecs(n) + self.whole.num_search(n)
         return whole + self.coupling_matvecs(objective) + self.diagonal_matvecs(objective), of_layers
+
+    def _layer_matvecs(self, objective: Objective, blocks: tuple[Block, ...]) -> int:
+        layer = self.layer(objective)
+        return sum(layer.num_matvecs(block.num_params) + layer.num_search(block.num_params) for block in blocks)
 
     def coupling_matvecs(self, objective: Objective) -> int:
         """Return the products with the whole Hessian that the coupling of layers takes."""
@@ -151,6 +154,8 @@ class InspectionPlan(Plan):
         H = HessianOperator(objective)
         n, device = objective.num_params, objective.device
         blocks = self.layer_blocks(objective)
+        columns = _columns(objective) if self.layers else None
+        multiplied = tuple(block for block in blocks if columns is None or not pays(block, columns))
         held, where, on_bases = 0, "", 0.0
         for plan, sizes in ((self.whole, [n]), (self.layer(objective), [block.num_params for block in blocks])):
             if sizes:  # refused before anything takes long
@@ -160,20 +165,20 @@ class InspectionPlan(Plan):
                 where = f" and {memory(bases)} on disk" if place == "disk" else where
                 on_bases += plan.seconds_of_bases(H, sizes, place, objective.num_batches or 0)
         v = torch.full((n, min(self.num_probes, n)), n**-0.5, dtype=objective.dtype, device=device)
-        _ = H @ v[:, :1]
         with one_core_each(objective) as cores:
+            _ = H @ v[:, :1]
             cores = min(cores, objective.num_batches or 1)
             each = median_seconds(lambda: H @ v, device, objective.ranks) / v.shape[1] / cores
-            layers = _layer_seconds(H, blocks, self) / cores if blocks else 0.0
+            layers = _layer_seconds(H, multiplied, self) / cores if multiplied else 0.0
         held += objective.held_bytes if cores > 1 else 0
         whole, of_layers = self.total_matvecs(objective)
         total = whole * each + on_bases + layers
         if self.layers:
-            total += (_columns(objective) or 0) * each / 2  # one a gradient, and a product is about two
+            total += (columns or 0) * each / 2  # one a gradient, and a product is about two
         most = memory(max(peak_memory(device), current_memory(device) + held))
         products = f"{count(whole)} Hessian products"
-        if of_layers:
-            products += f" and {count(of_layers)} with single layers"
+        if multiplied:
+            products += f" and {count(self._layer_matvecs(objective, multiplied))} with single layers"
         text = f"about {products} at {duration(each)} a product, up to {most}{where}{self.left_out(objective)}"
         return Price(text, total, whole + of_layers, "products")
 

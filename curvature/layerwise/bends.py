@@ -11,8 +11,10 @@ depend on different parameters add nothing to its diagonal. A model made of thes
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 from curvature.autograd.backward import pull_back
 from curvature.layerwise.loss_root import UnsupportedError
 
-__all__ = ["Bend", "bends"]
+__all__ = ["Bend", "bends", "meeting_in_products"]
 
 _LINEAR = """
 Add Sub Neg Sum Mean Cat Stack Expand Repeat View UnsafeView ReshapeAlias Transpose Permute T Squeeze Unsqueeze Select
@@ -41,6 +43,12 @@ _ENTRYWISE = """
 Tanh Sigmoid LogSigmoid Elu Selu Celu Gelu Silu Mish Softplus Hardswish Exp Expm1 Log Log1P Sqrt Rsqrt Reciprocal Sin
 Cos Atan Asinh Erf Sinh Cosh Pow
 """
+_ADDED = {
+    **dict.fromkeys(["Addmm", "Addmv", "Addbmm", "Addcmul", "Baddbmm"], 0),
+    **dict.fromkeys(["Linear", "Convolution", "MkldnnConvolution", "SlowConvTranspose2D"], 2),
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm"], 2),
+}
+"""Place of the operand that is added to a product of the others."""
 _KINDS = {name: kind for kind, names in enumerate((_LINEAR, _PRODUCTS, _ENTRYWISE)) for name in names.split()}
 
 
@@ -68,36 +76,14 @@ def bends(outputs: Tensor, loss: Tensor) -> list[Bend]:
     Raises:
         UnsupportedError: at functions that are none of the three kinds, with the name of the first.
     """
-    if outputs.grad_fn is None:
-        return []
-    below: dict[Any, int] = {}  # the leaves that a node depends on, a bit each
-    leaves: dict[Any, int] = {}
     curved: list[Any] = []
-    stack: list[Any] = [outputs.grad_fn]
-    while stack:
-        node = stack[-1]
-        operands = [parent for parent, _ in node.next_functions if parent is not None]
-        missing = [parent for parent in operands if parent not in below]
-        if missing:
-            stack += missing
-            continue
-        stack.pop()
-        if node in below:
-            continue
-        sets = [below[parent] for parent in operands]
-        below[node] = 0
-        for leafs in sets:
-            below[node] |= leafs
-        if hasattr(node, "variable"):
-            below[node] = 1 << leaves.setdefault(node, len(leaves))
-            continue
-        found = re.fullmatch(r"(\w+)Backward\d+", type(node).__name__)  # those of user functions have no number
-        name = found[1] if found else type(node).__name__
+    for node, name, sets in _functions(outputs, lambda variable: id(variable)):
+        operands = [leafs for (parent, _), leafs in zip(node.next_functions, sets, strict=True) if parent is not None]
         kind = _KINDS.get(name)
         if kind == 2 and len(operands) == 1:
             curved.append(node)
         elif kind == 1 and not getattr(node, "_saved_training", False):  # as in statistics of a batch
-            if sum(leafs.bit_count() for leafs in sets) > below[node].bit_count():
+            if _meeting(operands):
                 raise UnsupportedError(f"factors of a product ({name}) depend on the same parameters")
         elif kind != 0 and not (name == "Div" and node.next_functions[1][0] is None):
             raise UnsupportedError(f"{name} is neither linear, a product, nor a function of single entries")
@@ -118,3 +104,56 @@ def bends(outputs: Tensor, loss: Tensor) -> list[Bend]:
         if second is not None:
             places.append(Bend(edge, second.detach()))
     return places
+
+
+def meeting_in_products(outputs: Tensor, groups: Sequence[Collection[Tensor]]) -> set[int]:
+    """Return which groups of parameters two factors of one product depend on, in a graph of which `bends` is known.
+
+    Where none of its parameters meet, the diagonal block of a group is made of columns as the diagonal is.
+    """
+    group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group}
+    places: dict[Any, int] = {}
+    met = 0
+    for _, name, sets in _functions(outputs, lambda variable: group_of.get(id(variable)), places):
+        if _KINDS.get(name) == 1:
+            added = _ADDED.get(name)
+            met |= _meeting([leafs for i, leafs in enumerate(sets) if i != added])
+    return {group for group, place in places.items() if group is not None and met >> place & 1}
+
+
+def _functions(
+    outputs: Tensor, key: Callable[[Tensor], Any], places: dict[Any, int] | None = None
+) -> Iterator[tuple[Any, str, list[int]]]:
+    """Yield every function behind a tensor, those that it is a function of first, with its name.
+
+    With it come the parameters that each operand depends on, as bits; those of one key share one, which `places` says.
+    """
+    places = {} if places is None else places
+    below: dict[Any, int] = {None: 0}
+    stack: list[Any] = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    while stack:
+        node = stack[-1]
+        operands = [parent for parent, _ in node.next_functions]
+        missing = [parent for parent in operands if parent not in below]
+        if missing:
+            stack += missing
+            continue
+        stack.pop()
+        if node in below:
+            continue
+        if hasattr(node, "variable"):
+            below[node] = 1 << places.setdefault(key(node.variable), len(places))
+            continue
+        sets = [below[parent] for parent in operands]
+        below[node] = functools.reduce(operator.or_, sets, 0)
+        found = re.fullmatch(r"(\w+)Backward\d+", type(node).__name__)  # those of user functions have no number
+        yield node, found[1] if found else type(node).__name__, sets
+
+
+def _meeting(sets: Sequence[int]) -> int:
+    """Return the bits that two of the sets have in common."""
+    met = seen = 0
+    for leafs in sets:
+        met |= seen & leafs
+        seen |= leafs
+    return met

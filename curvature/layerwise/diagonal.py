@@ -11,7 +11,6 @@ one, or products with unit vectors do the work. Before trust, a few entries are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,9 @@ from curvature.environment.one_matrix import one_matrix
 from curvature.errors import CheckFailedError, DataError, InputError, NonFiniteError
 from curvature.generators import AnyGenerator
 from curvature.layerwise.bends import Bend, bends
+from curvature.layerwise.blocks import DiagonalBlocks
 from curvature.layerwise.loss_root import LossRoot, UnsupportedError, check_sampling, loss_root, loss_root_alone
+from curvature.layerwise.results import ExactDiagonal
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
 from curvature.operators.ggn import GGNOperator
@@ -34,9 +35,8 @@ from curvature.operators.hessian import HessianOperator
 from curvature.per_example.batch import Splitter
 from curvature.per_example.cutting import session
 from curvature.per_example.run import Run
-from curvature.results.record import Result
 
-__all__ = ["ExactDiagonal", "exact_diagonal", "num_columns"]
+__all__ = ["ExactDiagonal", "diagonal_with_blocks", "exact_diagonal", "num_columns"]
 
 DiagonalKind = Literal["ggn", "hessian", "ggn-mc", "fisher-mc"]
 Route = Literal["auto", "rules", "vmap", "loop"]
@@ -45,40 +45,6 @@ _COLUMN_ENTRIES = 2**18  # of columns that are written out at a time
 NUM_CHECKED = 3  # entries compared with products
 _FAILURES = (UnsupportedError, DataError, CheckFailedError)
 """Why examples cannot be taken one by one."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class ExactDiagonal(Result):
-    """The diagonal of a curvature matrix of an objective."""
-
-    _large = ("value", "stderr")
-
-    value: Tensor
-    """(n,), units of the loss per squared unit of the parameter."""
-    stderr: Tensor
-    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact, infinite for one sample. Of
-    models below float32 it holds half of `product_noise`, of each entry or of the root of their mean square."""
-    kind: str
-    """Which matrix: "ggn", "hessian", or a Monte Carlo estimate of the Gauss-Newton diagonal."""
-    route: str
-    """What did the work: "rules" of layers, "vmap" or "loop" over examples, "columns", "products", or several."""
-    reason: str
-    """Why not rules for all parameters, and what was checked."""
-    num_columns: int
-    """Columns pulled back, or products, summed over batches: about a gradient of a batch each."""
-    num_samples: int
-    """Monte Carlo samples; 0 where the diagonal is exact."""
-    seconds: float
-    """Wall-clock time, with checks."""
-    layout: tuple[tuple[str, tuple[int, ...]], ...]
-    """Names and shapes of the parameters, in the order of `value`."""
-    product_noise: float | None = None
-    """Relative error of products where the model computes below float32; None for float32 and wider."""
-
-    def by_parameter(self) -> dict[str, Tensor]:
-        """Return views of `value` in the parameters' shapes, by name."""
-        sizes = [torch.Size(shape).numel() for _, shape in self.layout]
-        return {name: part.view(s) for (name, s), part in zip(self.layout, self.value.split(sizes), strict=True)}
 
 
 @full_precision
@@ -132,7 +98,20 @@ def exact_diagonal(
         raise InputError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
     source = check_sampling(objective, kind, mc_samples, generator, max_columns, draws=kind.endswith("-mc"))
     work = _Work(objective, kind, route, source, memory_budget, max_columns)
-    samples = mc_samples if kind.endswith("-mc") else 1
+    return _found(work, mc_samples if work.draws else 1)
+
+
+@full_precision
+@one_matrix
+def diagonal_with_blocks(
+    beside: DiagonalBlocks, kind: Literal["ggn", "hessian"], *, max_columns: int | None
+) -> ExactDiagonal:
+    """Return `exact_diagonal` by rules, and fill blocks of the same matrix from the same columns."""
+    return _found(_Work(beside.objective, kind, "rules", None, None, max_columns, beside), 1)
+
+
+def _found(work: _Work, samples: int) -> ExactDiagonal:
+    objective, kind = work.objective, work.kind
     n, dtype = objective.num_params, objective.dtype
     mean, squares = (torch.zeros(n, dtype=dtype, device=objective.device) for _ in range(2))
 
@@ -145,7 +124,7 @@ def exact_diagonal(
     _, seconds = timed(run, objective.device)
     if not bool(torch.isfinite(mean).all()):
         raise NonFiniteError("entries of the diagonal are not finite: outputs or columns overflow; use a wider dtype.")
-    if not kind.endswith("-mc"):
+    if not work.draws:
         stderr = torch.zeros_like(mean)
     elif samples == 1:
         stderr = torch.full_like(mean, torch.inf)
@@ -162,7 +141,7 @@ def exact_diagonal(
         route="+".join(dict.fromkeys(work.routes)),
         reason="; ".join([*work.reasons, work.checked]) + ".",
         num_columns=work.num_columns,
-        num_samples=samples if kind.endswith("-mc") else 0,
+        num_samples=samples if work.draws else 0,
         seconds=seconds,
         layout=tuple(zip(objective.space.names, shapes, strict=True)),
         product_noise=noise or None,
@@ -197,7 +176,9 @@ class _Work:
         generator: torch.Generator | None,
         memory_budget: int | None,
         max_columns: int | None,
+        beside: DiagonalBlocks | None = None,
     ) -> None:
+        self.beside = beside
         self.objective, self.kind, self.route, self.generator = objective, kind, route, generator
         self.max_columns, self.num_columns, self.checked = max_columns, 0, "nothing was left to check"
         self._known: dict[Any, tuple[Any, dict[int, str]]] = {}
@@ -258,6 +239,10 @@ class _Work:
         self._afford(columns, "columns of every example")
         outputs = run.evaluation.outputs
         assert isinstance(outputs, Tensor)
+        also = None
+        if self.beside is not None:
+            self.beside.begin(run, lin.weight, columns, curved=self.kind == "hessian")
+            also = self.beside.add
         if not outputs.requires_grad:
             return self._zero()
         key = (lin.index, run.num_examples, run.capture.structure)
@@ -269,9 +254,9 @@ class _Work:
             self._known[key] = run.layouts, run.left
         if places and run.left:
             raise UnsupportedError(f"{', '.join(self._names(run))}: {'; '.join({*run.left.values()})}")
-        total = self.splitter.sum_of_squares(run, self._columns(root, outputs.dtype))
+        total = self.splitter.sum_of_squares(run, self._columns(root, outputs.dtype), also=also)
         for bend in places:
-            total += self.splitter.sum_of_squares(run, bend.columns(), bend.edge)
+            total += self.splitter.sum_of_squares(run, bend.columns(), bend.edge, also)
         if not self.draws:
             self._check_entries(total, lin)
         self.checked = "checked against autograd on a random vector" + ("" if self.draws else " and unit vectors")

@@ -19,7 +19,7 @@ from curvature.layerwise.loss_root import LossRoot, UnsupportedError, loss_root
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
 from curvature.parameters import ROOT
-from curvature.per_example.batch import coarsest_eps, tolerance
+from curvature.per_example.tolerances import coarsest_eps, tolerance
 
 __all__ = ["KroneckerKind", "KroneckerWork", "LayerUse"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,12 +36,14 @@ from curvature.per_example.layout import Layout
 from curvature.per_example.probe import Probe
 from curvature.per_example.row_order import follows
 from curvature.per_example.run import Part, Run
+from curvature.per_example.tolerances import coarsest_eps, tolerance
 
-__all__ = ["Splitter", "coarsest_eps", "flat_gradient", "tolerance"]
+__all__ = ["CHUNK_BYTES", "PartOfParameters", "Splitter", "flat_gradient"]
 
 CHUNK_BYTES = 2**25  # temporary tensors: larger ones leave the caches and are slower, too
+PartOfParameters = tuple[tuple[int, ...], Form]
+"""Places of parameters, and their gradients."""
 _NONE: Mapping[int, Form] = {}
-_COARSEST = 0.05  # relative difference that a check lets pass in the narrowest dtypes
 _PROVED: WeakKeyDictionary[Objective, set[Any]] = WeakKeyDictionary()
 _PROBES: WeakKeyDictionary[Objective, dict[int, Probe]] = WeakKeyDictionary()
 _LAYOUTS: WeakKeyDictionary[Objective, dict[Any, tuple[Any, tuple[Layout | None, ...]]]] = WeakKeyDictionary()
@@ -141,13 +143,20 @@ class Splitter:
         return parts, flat, vectors
 
     @torch.no_grad()
-    def sum_of_squares(self, run: Run, columns: Iterable[tuple[Tensor, float | Tensor]], source: Any = None) -> Tensor:
+    def sum_of_squares(
+        self,
+        run: Run,
+        columns: Iterable[tuple[Tensor, float | Tensor]],
+        source: Any = None,
+        also: Callable[[list[PartOfParameters], float | Tensor], object] | None = None,
+    ) -> Tensor:
         """Return sum_v sum_i s_vi (h_i of column v)^2 over columns and their signs, (n,).
 
         Args:
             run: that was split once, so that all checks are made.
             columns: vectors in the outputs, and a sign for all examples or for each (N,).
             source: a place of the graph, if they are vectors there and not in the outputs; rules alone serve then.
+            also: takes the gradients of each column and its sign, too.
         """
         assert run.checked
         assert source is None or not run.left
@@ -159,7 +168,10 @@ class Splitter:
         for column, sign in columns:
             with self._backward_session(run), no_autocast(space.device):
                 found = pull_back([place], inputs, [column]) if inputs else ()
-            for positions, form in self._forms(run, column, found):
+            forms = list(self._forms(run, column, found))
+            if also is not None:
+                also(forms, sign)
+            for positions, form in forms:
                 if len(positions) == 1:
                     i = positions[0]
                     sums.setdefault(i, ColumnSquares(pieces[i], self.chunk_bytes)).add(form, sign)
@@ -172,9 +184,7 @@ class Splitter:
             of_parameter.flush()
         return total
 
-    def _forms(
-        self, run: Run, column: Tensor, found: Sequence[Tensor | None]
-    ) -> Iterator[tuple[tuple[int, ...], Form]]:
+    def _forms(self, run: Run, column: Tensor, found: Sequence[Tensor | None]) -> Iterator[PartOfParameters]:
         if run.num_examples == 1:
             pieces = self._flat(found, run).split(self._numels)
             yield from (((i,), Direct(piece[None])) for i, piece in enumerate(pieces) if found[i] is not None)
@@ -387,13 +397,3 @@ def flat_gradient(
     if not math.isfinite(float(flat.sum())) and not bool(flat.isfinite().all()):  # the sum is cheap and may overflow
         raise NonFiniteError(f"the gradient is not finite on batch {index}; see objective.check().")
     return flat
-
-
-def tolerance(rounding: float) -> float:
-    """Return the relative difference that a check lets pass: rounding, with a limit in narrow dtypes."""
-    return min(rounding, _COARSEST)
-
-
-def coarsest_eps(*tensors: Tensor | None) -> float:
-    """Return the largest unit of rounding among dtypes."""
-    return max(torch.finfo(t.dtype).eps for t in tensors if t is not None)

@@ -22,9 +22,10 @@ from curvature.objective.dependence import Dependence
 from curvature.objective.objective import Objective
 from curvature.objective.refusals import refuse_coupling
 from curvature.objective.shards import refuse_by_module
-from curvature.per_example.batch import Splitter, coarsest_eps, flat_gradient, tolerance
+from curvature.per_example.batch import Splitter, flat_gradient
 from curvature.per_example.cutting import leading_size, session
 from curvature.per_example.run import Part, Run
+from curvature.per_example.tolerances import coarsest_eps, tolerance
 
 __all__ = ["Group", "Walk"]
 

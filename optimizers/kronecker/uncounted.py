@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from curvature.autograd.backward import dtypes_of_graph, pull_back, walk
-from curvature.per_example.batch import tolerance
 from curvature.per_example.capture import Capture
 from curvature.per_example.probe import Probe
+from curvature.per_example.tolerances import tolerance
 from optimizers.kronecker.layers import seen_calls
 
 __all__ = ["Uncounted"]

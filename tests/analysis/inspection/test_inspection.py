@@ -18,6 +18,7 @@ from analysis.run import preparation
 from analysis.run.preparation import in_groups
 from curvature import HessianOperator, Objective
 from curvature.errors import InputError, NonFiniteError
+from curvature.layerwise import blocks
 
 SPECTRUM = [9.0, 4.0, 1.0, 0.25, 0.0]
 
@@ -162,14 +163,17 @@ def test_products_are_counted_and_announced() -> None:
     assert all(done <= planned for _, done, planned in told)
 
 
-def test_estimate_is_what_is_spent() -> None:
+def test_estimate_is_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = quadratic(wide_spectrum(), num_layers=2)
     plan = InspectionPlan()
     (whole, of_layers), price = plan.total_matvecs(objective), plan.price(objective)
     cost = inspect(objective).cost
     assert 0.5 < whole / cost.num_matvecs < 2
     assert 0.5 < of_layers / cost.num_layer_matvecs < 2
-    assert price.text.startswith(f"about {whole} Hessian products and {of_layers} with single layers at ")
+    assert price.text.startswith(f"about {whole} Hessian products at ")  # blocks come with the diagonal
+    monkeypatch.setattr(blocks, "_MOST", 1000)
+    text = plan.price(objective).text
+    assert text.startswith(f"about {whole} Hessian products and {of_layers} with single layers at ")
     assert (price.total, price.unit) == (whole + of_layers, "products")
     assert price.seconds > 0
     assert float(price.text.rpartition("up to ")[2].split(" ")[0]) > 8 * 1200 * 100 / 2**20  # MiB: the vectors alone

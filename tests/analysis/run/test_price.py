@@ -17,6 +17,7 @@ from curvature import Objective
 from curvature.engine.chain import Chain
 from curvature.engine.evaluation import Evaluator
 from curvature.engine.linearize import Linearization
+from curvature.layerwise import blocks
 from curvature.per_example.batch import Splitter
 
 _OF_LOSS = 1 / 3  # of a gradient
@@ -80,7 +81,10 @@ def test_progress_is_told_in_the_unit_of_the_study() -> None:
 
 
 @pytest.mark.parametrize(("kind", "settings"), _SETTINGS)
-def test_the_price_of_a_study_is_what_it_does(kind: str, settings: dict[str, Any], work: Counter[str]) -> None:
+def test_the_price_of_a_study_is_what_it_does(
+    kind: str, settings: dict[str, Any], work: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_MOST", 0)  # an inspection tells progress in products, of known blocks too
     found, objective = study(kind), _objective()
     plan = found.plan(**settings)
     price = found.price(objective, plan)
