@@ -25,7 +25,7 @@ from curvature.environment.autocast import full_precision
 from curvature.errors import InputError
 from curvature.layerwise.filters import filter_dims, kept_filters
 from curvature.objective.objective import Objective
-from curvature.objective.shift import gradient_at
+from curvature.objective.shift import gradient_at, rows_at_once
 
 __all__ = ["Ascent", "Ball", "ScaleKind", "perturbation_scale", "worst_case"]
 
@@ -162,13 +162,14 @@ def worst_case(
 class _Climb:
     def __init__(self, objective: Objective, theta: Tensor, c: Tensor, rho: float, ball: Ball, rtol: float) -> None:
         self.objective, self.theta, self.c, self.rho, self.ball, self.rtol = objective, theta, c, rho, ball, rtol
+        self.at_once = rows_at_once(objective)
         self.base = 0.0
         self.num_gradients = 0
 
     def look(self, u: Tensor) -> tuple[float, Tensor]:
         """Return the loss at u and its gradient in u, both of one pass."""
         self.num_gradients += 1
-        loss, gradient = gradient_at(self.objective, self.theta + self.c * u)
+        loss, gradient = gradient_at(self.objective, self.theta + self.c * u, at_once=self.at_once)
         return loss, self.c * gradient
 
     def on_rim(self, h: Tensor) -> Tensor:

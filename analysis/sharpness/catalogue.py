@@ -28,7 +28,7 @@ from analysis.sharpness.results import Kind
 from curvature.arguments import checked_fields
 from curvature.linalg import eigsh, frobenius_norm, trace
 from curvature.objective.objective import Objective
-from curvature.objective.shift import gradient_at, loss_at
+from curvature.objective.shift import gradient_at, loss_at, rows_at_once
 from curvature.operators.ggn import GGNOperator
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import Estimate, mean_and_stderr, stderr_of_weighted_mean
@@ -99,11 +99,12 @@ def _one_step(objective: Objective, s: SharpnessPlan, g: torch.Generator, scale:
     """Rise at the point that a training step of SAM or ASAM looks at; 0 where the gradient is 0."""
     c, rho = _scaled(objective, s, scale)
     theta = objective.space.current()
-    base, gradient = gradient_at(objective, theta)
+    at_once = rows_at_once(objective)
+    base, gradient = gradient_at(objective, theta, at_once=at_once)
     h = c * gradient
     if not bool(h.any()):
         return Found(value=0.0, stderr=0.0, num_gradients=1, details={"rho": rho})
-    there = loss_at(objective, theta + rho * c * h / h.norm()).value
+    there = loss_at(objective, theta + rho * c * h / h.norm(), at_once=at_once).value
     return Found(value=there - base, stderr=0.0, num_gradients=1, num_losses=1, details={"rho": rho})
 
 

@@ -194,7 +194,8 @@ def box_rise(
         InputError: if 1 + L is not positive.
     """
     theta = objective.space.current()
-    base, at_centre = gradient_at(objective, theta)
+    at_once = rows_at_once(objective)
+    base, at_centre = gradient_at(objective, theta, at_once=at_once)
     if not 1 + base > 0:
         raise InputError(f"the measure divides by 1 + L, which must be positive, got L = {base:.4g}.")
     reach = epsilon * (theta.abs() + 1)
@@ -204,7 +205,7 @@ def box_rise(
     def fall(t: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
         nonlocal highest, gradients
         gradients += 1
-        loss, g = gradient_at(objective, theta + reach * torch.as_tensor(t).to(theta))
+        loss, g = gradient_at(objective, theta + reach * torch.as_tensor(t).to(theta), at_once=at_once)
         highest = max(highest, loss)
         return -loss, -unit * g.double().cpu().numpy()
 

@@ -7,6 +7,7 @@ after an error or Ctrl-C. Its version does not change, so graphs that an objecti
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from curvature.autograd.backward import joined, no_autocast, pull_back
 from curvature.data.parts import take
 from curvature.data.tensors import move_batch, tensors_in
 from curvature.engine.evaluation import Evaluation
@@ -119,11 +121,8 @@ def loss_at(
             of one's own, a loader's batches, outputs that are no tensor and a model that draws random numbers.
         DataError: if no batch counts.
     """
-    if at_once is not None and (at_once < 1 or not _has_pieces(objective)):
-        raise InputError(
-            f"at_once= must be positive, and takes batches in memory and a loss from outputs and targets, without "
-            f"weight=, got {at_once}: leave it out, or take what rows_at_once(objective) says."
-        )
+    if at_once is not None:
+        _check_at_once(objective, at_once)
     with shifted(objective, point, buffers=buffers):
         try:
             losses = _batch_losses(objective, batches, recorded=False, at_once=at_once)
@@ -167,6 +166,14 @@ def rows_at_once(objective: ObjectiveLike) -> int | None:
 def _has_pieces(objective: ObjectiveLike) -> bool:
     evaluator = objective.evaluator
     return evaluator.rule is not None and evaluator.weight is None and objective.source.in_memory
+
+
+def _check_at_once(objective: ObjectiveLike, at_once: int, *, alone: bool = False) -> None:
+    if at_once < 1 or not _has_pieces(objective) or (alone and objective.ranks is not None):
+        raise InputError(
+            f"at_once= must be positive, and takes batches in memory and a loss from outputs and targets, without "
+            f"weight=, got {at_once}: leave it out, or take what rows_at_once(objective) says."
+        )
 
 
 def _rows_at_once(objective: ObjectiveLike) -> int | None:
@@ -217,18 +224,51 @@ def _outputs_measured() -> Iterator[list[int]]:
 
 
 def gradient_at(
-    objective: ObjectiveLike, point: Tensor, *, buffers: Mapping[str, Tensor] | None = None
+    objective: ObjectiveLike,
+    point: Tensor,
+    *,
+    buffers: Mapping[str, Tensor] | None = None,
+    at_once: int | None = None,
 ) -> tuple[float, Tensor]:
     """Return L and its gradient (n,) at `point` (n,). Cost: one gradient.
 
+    Args:
+        objective: the function; it stays at its own point.
+        point: (n,).
+        buffers: as `shifted` takes them.
+        at_once: as for `loss_at`.
+
     Raises:
-        InputError: for a vector of another shape.
+        InputError: for a vector of another shape; with `at_once` as for `loss_at`, and on several ranks.
         NonFiniteError: if the loss is not finite there.
     """
+    if at_once is not None:
+        _check_at_once(objective, at_once, alone=True)
+        with shifted(objective, point, buffers=buffers):
+            mean = objective.mean(_gradients_of_pieces(objective, at_once))
+        return float(mean[0]), mean[1:]
     there = objective.replace(keep_graphs=False)
     with shifted(there, point, buffers=buffers):
         loss, gradient = there.loss_and_gradient()
     return float(loss), gradient
+
+
+def _gradients_of_pieces(objective: ObjectiveLike, at_once: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield of every batch that was cut its weight, and its loss and gradient (1 + n,) from so many examples a pass."""
+    evaluator, params = objective.evaluator, list(objective.space.tensors.values())
+    with evaluator.session(evaluator.copy_buffers(), evaluator.corrected_layers()), no_autocast(objective.device):
+        for pieces in _of_batches(objective, at_once):
+            known = [(weight, loss) for weight, loss in pieces if weight != 0]
+            weight = sum(weight for weight, _ in known)
+            if not known:
+                continue
+            shares = [1.0 if objective.is_sum else each / weight for each, _ in known]
+            loss = torch.stack([share * loss for share, (_, loss) in zip(shares, known, strict=True)]).sum()
+            parts = pull_back([loss], params) if loss.requires_grad else [None] * len(params)
+            found = torch.cat([loss.detach().to(objective.dtype)[None], joined(parts, params, objective.dtype)])
+            if not bool(found.isfinite().all()):
+                raise NonFiniteError(f"the loss, or its gradient, is not finite at that point: L = {float(loss):.4g}.")
+            yield 1.0 if objective.is_sum else weight, found
 
 
 def _packed(objective: ObjectiveLike, *values: float) -> Tensor:
@@ -246,7 +286,8 @@ def _batch_losses(
                 for p in evaluator.parameters:
                     p.requires_grad_(False)
             if at_once is not None and batches is None:
-                return [each for each in _of_pieces(objective, at_once) if each[0] != 0]
+                of_pieces = itertools.chain.from_iterable(_of_batches(objective, at_once))
+                return [(weight, float(loss.detach())) for weight, loss in of_pieces if weight != 0]
             walk = ((index, batch) for index, _, batch in objective.source) if batches is None else enumerate(batches)
             for index, batch in walk:
                 evaluation = _evaluated(objective, batch, index)
@@ -269,21 +310,23 @@ def _evaluated(objective: ObjectiveLike, batch: Any, index: int) -> Evaluation |
         return None
 
 
-def _of_pieces(objective: ObjectiveLike, at_once: int) -> Iterator[tuple[float, float]]:
-    """Yield (weight, loss) of every piece, from outputs of so many examples at a time."""
+def _of_batches(objective: ObjectiveLike, at_once: int) -> Iterator[list[tuple[float, Tensor]]]:
+    """Yield for every batch as it was given (weight, loss) of its pieces, from outputs of so many examples a pass."""
     rule = objective.evaluator.rule
     assert rule is not None
     for batches, count, pieces in objective.source.uncut(at_once):
         parts = [_evaluated(objective, batch, 0) for batch in batches]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
-            yield 1.0, math.nan
+            yield [(1.0, torch.tensor(math.nan))] * len(pieces)
             continue
         if any(part.drew_random_numbers or not isinstance(part.outputs, Tensor) for part in known):
             raise InputError(
                 "at_once= takes a model that draws no random numbers and whose outputs are a tensor: leave it out."
             )
         outputs, targets = (torch.cat([getattr(part, what) for part in known]) for what in ("outputs", "targets"))
+        found = []
         for rows in pieces:
             z, y = (take(of, rows, count, flattened=True) for of in (outputs, targets))
-            yield 1.0 if rule.reduction == "sum" else rule.num_terms(z, y), float(rule.value(z, y))
+            found.append((1.0 if rule.reduction == "sum" else rule.num_terms(z, y), rule.value(z, y)))
+        yield found

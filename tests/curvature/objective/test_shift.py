@@ -238,6 +238,34 @@ def test_examples_that_share_a_pass_have_the_losses_of_their_pieces(
     assert math.isnan(apart.stderr) == (size is None)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [None, 4, 5])
+def test_gradients_of_shared_passes_are_those_of_pieces(size: int | None, reduction: str) -> None:
+    x, y = torch.randn(22, 3, 4, 4).double(), torch.randint(5, (22,))
+    y[:4] = -100
+    loss = nn.CrossEntropyLoss(torch.rand(5).double() + 0.5, reduction=reduction, label_smoothing=0.1)
+    data, model = [(x[:15], y[:15]), (x[15:], y[15:])], nn.Sequential(small_net(), nn.BatchNorm1d(5).eval()).double()
+    objective = Objective(model, loss, data, micro_batch=size)
+    there, seen = torch.randn(objective.num_params, dtype=torch.float64), list[int]()
+    value, gradient = gradient_at(objective, there)
+    before = snapshot(objective.model)
+    handle = objective.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    found = gradient_at(objective, there, at_once=6)
+    handle.remove()
+    assert_same(before, snapshot(objective.model))
+    assert seen == [6, 6, 3, 6, 1]
+    assert found[0] == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(found[1], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_a_gradient_of_shared_passes_that_overflows_is_an_error() -> None:
+    objective = in_pieces(small_net())
+    with pytest.raises(NonFiniteError, match="not finite at that point"):
+        gradient_at(objective, torch.full((objective.num_params,), 1e308, dtype=torch.float64), at_once=11)
+    with pytest.raises(InputError, match="must be positive"):
+        gradient_at(objective, objective.space.current(), at_once=0)
+
+
 def test_pieces_share_one_pass_where_outputs_are_small_and_whole_data_stay_as_they_are() -> None:
     assert rows_at_once(in_pieces(small_net())) == 22
     assert rows_at_once(in_pieces(small_net(), None)) is None
