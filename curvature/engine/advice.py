@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from curvature.data.tensors import attributes_of
 
 __all__ = ["advice_on_inputs", "advice_on_loss", "advice_on_outputs", "first_line"]
+
+_INTEGERS = re.compile(r"\b(long|int|short|char|byte|bool)\b", re.IGNORECASE)
 
 
 def first_line(error: Exception) -> str:
@@ -25,6 +28,8 @@ def advice_on_inputs(inputs: Any, parameters: Sequence[Tensor], error: Exception
     if isinstance(inputs, Tensor):
         if inputs.dtype == dtype or "type" not in str(error):
             return None
+        if not inputs.is_floating_point() and not _INTEGERS.search(str(error)):
+            return None  # integers that an embedding took
         name = str(dtype).removeprefix("torch.")
         return (
             f"the inputs are {inputs.dtype} and the parameters {dtype}: convert the inputs, x.to(torch.{name}), or the "
