@@ -126,7 +126,7 @@ def layer_directions(members: list[Member], group: Group) -> list[Tensor]:
     state = members[0].state
     groups, rows = state["left"].shape[:2]
     matrix = torch.cat([m.average.reshape(groups, rows, -1) for m in members], dim=2)
-    solved = solve(matrix, state, group["damping"]).to(matrix.dtype)
+    solved = solve(matrix.to(state["left"].dtype), state, group["damping"]).to(matrix.dtype)
     if group["graft"] is not None:
         norm = torch.linalg.vector_norm(solved)
         if group["graft"] == "adam":

@@ -103,7 +103,8 @@ def _shape(rows: Rows) -> tuple[int, int, int]:
 
 
 def _squares(rows: Rows, state: State) -> Tensor:
-    left, right = state.get("left_basis"), state.get("right_basis")
+    dtype = (rows.left if rows.right is None else rows.right).dtype
+    left, right = (state[name].to(dtype) if name in state else None for name in ("left_basis", "right_basis"))
     if rows.right is None:
         turned = rows.left if left is None else rows.left @ left
         return turned.square().sum(1)[..., None]

@@ -263,10 +263,10 @@ class GaussNewton(FullBatchOptimizer):
         rank = 0 if self.process_group is None else self.process_group.rank()
         generator = counter_generator(torch.device("cpu"), _STREAM, group["seed"], group["num_steps"], rank)
         columns = list(fisher_columns("monte-carlo", rule, outputs, targets, [generator]))
-        dims = dict.fromkeys(range(len(flat.params)), group["max_dim"])
-        statistics.observe(
-            capture, outputs, columns, weight=1.0, sharing="expand", max_dims=dims, states=lambda _: None
-        )
+        places = range(len(flat.params))
+        dims, dtypes = dict.fromkeys(places, group["max_dim"]), dict.fromkeys(places, "float32")
+        kept: dict[str, Any] = {"max_dims": dims, "dtypes": dtypes, "states": lambda _: None}
+        statistics.observe(capture, outputs, columns, weight=1.0, sharing="expand", **kept)
         squares = self._squares(outputs, columns, [flat.params[i] for i in statistics.reasons])
         if self.process_group is not None:
             share = share_of_rank(self, outputs, targets)

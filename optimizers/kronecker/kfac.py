@@ -20,6 +20,7 @@ from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.environment.autocast import as_around
 from curvature.errors import CheckFailedError, InputError
 from optimizers.kronecker.averages import adam_members, exchange, fold, layer_directions
+from optimizers.kronecker.eigen import DTYPES
 from optimizers.kronecker.factors import State
 from optimizers.kronecker.fisher import FISHERS, fisher_columns, has_terms
 from optimizers.kronecker.layers import Layer, remembered_layers
@@ -105,6 +106,7 @@ class KFAC(MatrixOptimizer):
         refresh_every: steps between inversions, beside those after the first, second, fourth, ... measurement.
         num_samples: draws of "monte-carlo" an example.
         max_dim: longest side with a full factor; a longer one keeps its diagonal, and so does a vector beyond 256.
+        factor_dtype: "float64" adds up, averages, decomposes and applies factors in it, whatever the model's dtype.
         shared: method, adamw_scale, adamw_betas, check_finite, foreach, maximize, seed, process_group: see
             `MatrixCommon` and `Common`.
 
@@ -125,7 +127,7 @@ class KFAC(MatrixOptimizer):
         **MatrixOptimizer._late_settings,
         **{"fisher": "monte-carlo", "damping": 1e-3, "damping_form": "factored", "factor_beta": 0.95, "graft": "adam"},
         **{"kl_clip": None, "sharing": "expand", "update_every": 1, "refresh_every": 10, "num_samples": 1},
-        **{"max_dim": 8192, "num_steps": 0},
+        **{"max_dim": 8192, "factor_dtype": "float32", "num_steps": 0},
     }
     _takes_parts = False
     _counts = ("update_every", "refresh_every", "num_samples", "max_dim")
@@ -135,6 +137,7 @@ class KFAC(MatrixOptimizer):
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
         **MatrixOptimizer._choices,
         **{"fisher": FISHERS, "damping_form": ("factored", "exact"), "sharing": ("expand", "reduce")},
+        **{"factor_dtype": tuple(DTYPES)},
     }
     _corrects_eigenvalues = False
 
@@ -163,6 +166,7 @@ class KFAC(MatrixOptimizer):
         refresh_every: int = 10,
         num_samples: int = 1,
         max_dim: int = 8192,
+        factor_dtype: Literal["float32", "float64"] = "float32",
         **shared: Unpack[MatrixCommon],
     ) -> None:
         if shared.get("loss") is None:
@@ -174,6 +178,7 @@ class KFAC(MatrixOptimizer):
         defaults |= {"damping": damping, "damping_form": damping_form, "factor_beta": factor_beta, "graft": graft}
         defaults |= {"kl_clip": kl_clip, "sharing": sharing, "update_every": update_every}
         defaults |= {"refresh_every": refresh_every, "num_samples": num_samples, "max_dim": max_dim}
+        defaults |= {"factor_dtype": factor_dtype}
         super().__init__(params, defaults, **shared)
 
     def _validate(self, group: Group) -> None:
@@ -298,14 +303,15 @@ class KFAC(MatrixOptimizer):
             rank = 0 if self.process_group is None else self.process_group.rank()
             counters = (torch.device("cpu"), _STREAM, first["seed"], first["num_steps"], rank)
             self._generators = [counter_generator(*counters, sample) for sample in range(first["num_samples"])]
-        dims = [group["max_dim"] for group in self.param_groups for _ in group["params"]]
+        groups = [group for group in self.param_groups for _ in group["params"]]
         statistics.observe(
             capture,
             outputs,
             fisher_columns(first["fisher"], rule, outputs, targets, self._generators),
             weight=weight,
             sharing=first["sharing"],
-            max_dims=dict(enumerate(dims)),
+            max_dims=dict(enumerate(group["max_dim"] for group in groups)),
+            dtypes=dict(enumerate(group["factor_dtype"] for group in groups)),
             states=lambda i: self.state.get(statistics.params[i]) if self._corrects_eigenvalues else None,
         )
         self._reasons = statistics.reasons

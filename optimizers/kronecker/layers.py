@@ -16,7 +16,7 @@ that are called several times are calls with a parameter among their arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,11 @@ class Rows:
     right: Tensor | None
     num_rows: int
     loss_left: bool
+
+    def double(self) -> Rows:
+        """Return the rows in float64."""
+        left = self.left if self.num_rows else self.left.double()
+        return replace(self, left=left, right=None if self.right is None else self.right.double())
 
 
 @dataclass(frozen=True)

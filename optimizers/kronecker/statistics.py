@@ -55,6 +55,7 @@ class Statistics:
         weight: float,
         sharing: str,
         max_dims: Mapping[int, int],
+        dtypes: Mapping[int, str],
         states: Callable[[int], State | None],
     ) -> None:
         """Add a batch.
@@ -66,6 +67,7 @@ class Statistics:
             weight: of the batch in the step.
             sharing: "expand" or "reduce", see `LayerCall.rows`.
             max_dims: place of a parameter -> longest side of which all products are kept.
+            dtypes: place of a parameter -> "float64" to work in it; else in that of the rows.
             states: place of a parameter -> bases to rotate to; None where squares are not asked for.
         """
         found: dict[int, FactorSums] = {}
@@ -79,6 +81,7 @@ class Statistics:
                     main = call.layer.main
                     rows = None if delta is None else call.rows(delta, self.params[main], sharing)
                     if rows is not None:
+                        rows = rows.double() if dtypes[main] == "float64" else rows
                         sums = found.setdefault(main, FactorSums())
                         sums.add(call.kind, rows, weight * share, k == 0, max_dims[main], states(main))
                     elif delta is not None:

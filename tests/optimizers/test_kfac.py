@@ -266,6 +266,30 @@ def test_ekfac_measures_the_diagonal_in_the_eigenbasis() -> None:
     torch.testing.assert_close(state["spread"][0], (before + expected) / 2, rtol=1e-9, atol=1e-12)
 
 
+def test_factors_in_float64_are_moved_less_by_rounding() -> None:
+    """Rounding over the gaps between eigenvalues is what the order of the examples moves EKFAC's steps by."""
+
+    def end(seed: int, order: Tensor, factor_dtype: Any) -> Tensor:
+        torch.manual_seed(seed)
+        x, y = torch.randn(48, 8).float(), torch.randint(0, 3, (48,))
+        model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)).float()
+        optimizer = EKFAC(
+            model.parameters(), 0.02, loss=F.cross_entropy, fisher="type-2", refresh_every=2, factor_dtype=factor_dtype
+        )
+        for _ in range(5):
+            optimizer.step(lambda: (model(x[order]), y[order]))
+        state = next(iter(optimizer.state.values()))
+        assert all(state[name].dtype == getattr(torch, factor_dtype) for name in ("left", "right_basis", "spread"))
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    moved = {}
+    for name in ("float32", "float64"):
+        pairs = [(end(s, torch.arange(48), name), end(s, torch.arange(48).flip(0), name)) for s in range(6)]
+        moved[name] = sum(float((a - b).norm() / a.norm()) for a, b in pairs) / len(pairs)
+    assert moved["float64"] < moved["float32"] / 2
+    assert moved["float64"] < 1e-6
+
+
 @pytest.mark.parametrize("fisher", ["monte-carlo", "empirical", "type-2"])
 @pytest.mark.parametrize("method", [KFAC, EKFAC])
 def test_cuts_of_the_batch_change_nothing(method: Any, fisher: str) -> None:

@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 IN_PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
     **METHODS,
+    "EKFAC, float64 factors": (EKFAC, {**METHODS["EKFAC"][1], "factor_dtype": "float64"}),
     "GaussNewton": (GaussNewton, {"iterations": 300, "rtol": 1e-13}),
 }
 CHANGED = ("KFAC", "EKFAC", "GaussNewton")

@@ -225,16 +225,36 @@ def test_products_are_taken_in_full_precision_whatever_is_set() -> None:
     assert not {"tf32", "bf16", True} & set(seen[0])
 
 
-def test_large_factors_are_what_small_ones_are() -> None:
-    """Sides above 1024 are added up by halves."""
-    g = torch.randn(1100, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p = nn.Parameter(torch.zeros(1100, 7, dtype=torch.float64))
+@pytest.mark.parametrize("size", [255, 256, 513, 1100])
+def test_large_factors_are_what_small_ones_are(size: int) -> None:
+    """Sides of 256 and more are added up by halves."""
+    g = torch.randn(size, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = nn.Parameter(torch.zeros(size, 7, dtype=torch.float64))
     optimizer = SOAP([p], update_first=1, update_every=9)
     for scale in (1.0, 2.0):
         p.grad = scale * g
         optimizer.step()
     factor = optimizer.state[p]["left.0"]
     torch.testing.assert_close(factor, (0.95 * 0.05 + 0.05 * 4) * g @ g.T, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 256])
+@pytest.mark.parametrize("n", [128, 256, 512])
+def test_the_next_basis_is_that_of_plain_orthogonal_iteration(n: int, rank: int) -> None:
+    """Sides of a multiple of 256 are decomposed beside an identity."""
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(n, min(rank, n), generator=g, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
+    found = improved_basis(rows @ rows.T, basis, torch.float64)
+    assert found is not None
+    Q, order = found
+    assert order is not None
+    torch.testing.assert_close(Q.T @ Q, torch.eye(n).double(), rtol=0, atol=1e-13)
+    product = rows @ rows.T @ basis[:, order]
+    leading = min(rank, n)
+    own = Q[:, :leading] @ Q[:, :leading].T  # a projection does not depend on signs
+    theirs = torch.linalg.qr(product[:, :leading]).Q
+    torch.testing.assert_close(own, theirs @ theirs.T, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
