@@ -19,7 +19,7 @@ __all__ = ["Block", "add_to_factors", "as_matrix", "blocks_of", "by_blocks", "fa
 _SMALL, _SMALL_ON_GPU = 128, 512
 """Half of a side from which products with the own transpose are computed by halves."""
 _PADDING = 16
-"""Entries between rows of what is transposed: a power of two apart they share few sets of the cache, six times as slow."""
+"""Entries between rows that are transposed: of rows a power of two apart a cache holds few (six times as slow)."""
 
 
 @dataclass(frozen=True)
