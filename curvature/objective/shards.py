@@ -59,12 +59,19 @@ def spread(model: Any, group: ProcessGroup | None) -> tuple[Any, Shards | None, 
     """Return the module to evaluate, how its parameters lie over ranks, and the ranks that hold different data.
 
     Raises:
-        InputError: for wrappers without second derivative, and for placements that are not known.
+        InputError: for wrappers without second derivative or around parts, and for placements that are not known.
     """
     if not isinstance(model, nn.Module) or not dist.is_available():
         return model, None, group
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module, None, group or model.process_group
+    wrapped = getattr(model, "_orig_mod", model)  # by torch.compile
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return wrapped.module, None, group or wrapped.process_group
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module.process_group.size() > 1:
+            raise InputError(
+                f"DistributedDataParallel wraps a part of the model ({name}), so that each rank would answer for its "
+                f"own data: wrap the whole, or put {name}.module in its place and pass process_group=."
+            )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise InputError(
             "FullyShardedDataParallel has no second derivative: shard the model by torch.distributed.fsdp.fully_shard, "

@@ -133,7 +133,7 @@ class SASSHA(CurvatureOptimizer):
     ) -> tuple[Tensor, Tensors]:
         """Return the loss, detached, and rho g / |g|."""
         with torch.enable_grad():
-            with own_gradients(params):
+            with own_gradients(params), self._no_wrapper_alone():
                 returned = repeated.call(closure, moves=settings.get("part") != "curvature")
             loss, outputs, targets = loss_of(returned, self.loss)
             scaler: GradScaler | None = settings.get("scaler")

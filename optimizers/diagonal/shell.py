@@ -237,7 +237,7 @@ class CurvatureOptimizer(BaseOptimizer):
         if isinstance(closure, Tensor):
             return loss_of(closure, None)
         measured = self._num_measured
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, self._no_wrapper_alone():
             if not moves_buffers:
                 buffers = RunningBuffers()
                 stack.enter_context(buffers.watched())

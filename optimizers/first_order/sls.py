@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from curvature.engine.repeated_evaluation import RepeatedEvaluation
 from curvature.errors import InputError, NonFiniteError
@@ -150,7 +148,7 @@ class SLS(GradientOptimizer):
         repeated = RepeatedEvaluation(params)
         before, done = [p.clone() for p in params], False
         try:
-            with repeated.watched(), self._no_ddp_without_group():
+            with repeated.watched(), self._no_wrapper_alone():
                 with repeated.evaluation():
                     loss, *of_batch = backward_of(closure, params, self.loss)
                 share = 1.0 if of_batch[0] is None or self.process_group is None else share_of_rank(self, *of_batch)
@@ -233,16 +231,6 @@ class SLS(GradientOptimizer):
         for p in params:
             self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
             self.state[p]["step"] += 1
-
-    def _no_ddp_without_group(self) -> Any:
-        def refuse(module: torch.nn.Module, _: Any) -> None:
-            if self.process_group is None and isinstance(module, DistributedDataParallel):
-                raise InputError(
-                    "ranks would search by their own losses and part: pass process_group= to SLS, e.g. "
-                    "torch.distributed.group.WORLD."
-                )
-
-        return register_module_forward_pre_hook(refuse)
 
 
 def _squared_norm(g: Tensor) -> float:

@@ -271,6 +271,7 @@ class KFAC(MatrixOptimizer):
                 stack.enter_context(buffers.watched())
                 stack.enter_context(buffers.evaluation(moves=False))
             if measured:
+                stack.enter_context(self._no_wrapper_alone())
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(as_around())
             stack.enter_context(torch.enable_grad())

@@ -218,7 +218,7 @@ class FullBatchOptimizer(BaseOptimizer):
         start = evaluations.start
         move: Move | None = None
         try:
-            with curvature_session(), evaluations.watched():
+            with curvature_session(), evaluations.watched(), self._no_wrapper_alone():
                 here = evaluations.linearise(with_matrix=self._matrix_is_needed)
                 for p, g in zip(flat.params, flat.split(evaluations.sign * here.gradient), strict=True):
                     p.grad = g.clone()

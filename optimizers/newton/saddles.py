@@ -66,7 +66,7 @@ def look_for_saddle(optimizer: FullBatchOptimizer, closure: Evaluated, most: int
     evaluations = optimizer._evaluations(flat, loss, None, "hessian")
     left, eps = False, torch.finfo(flat.dtype).eps
     try:
-        with curvature_session(), evaluations.watched():
+        with curvature_session(), evaluations.watched(), optimizer._no_wrapper_alone():
             here = evaluations.linearise()
             curvature, v, size, complete = lowest_pair(here.operator, optimizer._generator(flat, _STREAM), most)
             rounding = eps**0.5 * size

@@ -6,6 +6,7 @@ all attributes out of copies. Here averages keep their dtype, what is loaded is 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
 from curvature.losses.recognised import loss_rule
@@ -102,6 +105,24 @@ class BaseOptimizer(torch.optim.Optimizer):
     @cached_property
     def _recorder(self) -> ClosureRecorder:
         return ClosureRecorder()
+
+    def _no_wrapper_alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Refuse closures that call `DistributedDataParallel` where no ranks are joined here.
+
+        What is not computed by `backward()` passes the hooks of the wrapper by, so that ranks would part in silence.
+        """
+        if self.process_group is not None or not (dist.is_available() and dist.is_initialized()):
+            return contextlib.nullcontext()
+
+        def refuse(module: torch.nn.Module, _: Any) -> None:
+            if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+                raise InputError(
+                    f"the closure calls DistributedDataParallel, whose averages {type(self).__name__} does not see: "
+                    "ranks would go by their own losses and part. Pass process_group= to it, e.g. "
+                    "torch.distributed.group.WORLD."
+                )
+
+        return register_module_forward_pre_hook(refuse)
 
     def _forget(self) -> None:
         """Drop what was accumulated for the coming step, and what is worked out anew when it is asked for."""

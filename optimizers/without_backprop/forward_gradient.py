@@ -158,7 +158,7 @@ class ForwardGradient(AroundAnother):
         loss, kept = torch.zeros(()), False
         repeated = RepeatedEvaluation(params)
         try:
-            with repeated.watched(), curvature_session():
+            with repeated.watched(), curvature_session(), self._no_wrapper_alone():
                 for j in range(settings["num_directions"]):
                     counters = settings["seed"], settings["num_steps"], j
                     way = self._through_weights if self.activities_of is None else self._through_activities

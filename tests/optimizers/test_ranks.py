@@ -15,7 +15,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import CheckFailedError, InputError, RankError
-from optimizers import ESGD, SASSHA, AdaHessian, NaturalGradient, NewtonCG, Sharded, Sophia, TrustRegionNewton
+from optimizers import (
+    ESGD,
+    KFAC,
+    SASSHA,
+    AdaHessian,
+    ForwardGradient,
+    GaussNewton,
+    NaturalGradient,
+    NewtonCG,
+    Sharded,
+    Sophia,
+    TrustRegionNewton,
+)
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 
 pytestmark = IN_TWO_PROCESSES
@@ -278,6 +290,37 @@ def test_micro_batches_of_all_ranks_draw_apart() -> None:
 def test_a_model_in_parts_takes_the_steps_of_one_process(two_ranks: list[dict[str, Any]], name: str) -> None:
     for results in two_ranks:
         torch.testing.assert_close(results[f"{name}, in parts"], in_parts(name, None), rtol=1e-9, atol=1e-12)
+
+
+ALONE = {
+    "AdaHessian": lambda params: AdaHessian(params),
+    "SASSHA": lambda params: SASSHA(params),
+    "Sophia": lambda params: Sophia(params, loss=F.cross_entropy),
+    "NewtonCG": lambda params: NewtonCG(params),
+    "GaussNewton": lambda params: GaussNewton(params, loss=F.cross_entropy),
+    "KFAC": lambda params: KFAC(params, lr=0.1, loss=F.cross_entropy),
+    "ForwardGradient": lambda params: ForwardGradient(params, torch.optim.SGD, lr=0.1),
+}
+
+
+def alone(rank: int, folder: str) -> None:
+    with process_group(rank, folder):
+        x, y = data()
+        for name, make in ALONE.items():
+            ddp = DistributedDataParallel(Model().net)
+            optimizer, before = make(ddp.parameters()), flat(ddp)
+            pairs = optimizer.loss is not None
+
+            def closure(ddp: nn.Module = ddp, pairs: bool = pairs) -> Any:
+                return (ddp(x), y) if pairs else F.cross_entropy(ddp(x), y)
+
+            with pytest.raises(InputError, match=f"averages {name} does not see"):
+                optimizer.step(closure)
+            assert torch.equal(flat(ddp), before)
+
+
+def test_a_wrapper_of_ranks_that_an_optimizer_does_not_join_is_refused(tmp_path: Path) -> None:
+    in_two_processes(alone, str(tmp_path))
 
 
 def test_errors_say_what_to_call(two_ranks: list[dict[str, Any]]) -> None:

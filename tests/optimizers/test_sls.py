@@ -265,7 +265,7 @@ def _steps_on_ranks(rank: int, ranks: int) -> Tensor:
     for _ in range(4):
         optimizer.step(lambda: F.cross_entropy(called(x[rows]), y[rows]))
     if ranks > 1:
-        with pytest.raises(InputError, match="pass process_group="):
+        with pytest.raises(InputError, match="Pass process_group="):
             SLS(model.parameters()).step(lambda: F.cross_entropy(called(x[rows]), y[rows]))
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from curvature import GGNOperator, HessianOperator, Objective
+from curvature.errors import InputError
 from tests.cases import BY_NAME
 from tests.checks import BATCHING_TOLERANCE, assert_close
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
@@ -45,6 +48,14 @@ def work(rank: int, folder: str) -> None:
             for name in CASES
             for reduction in ("mean", "sum")
         }
+        case, part_wrapped = BY_NAME["MLP tanh"], nn.Sequential(DistributedDataParallel(BY_NAME["MLP tanh"].model()))
+        x, y = case.data()
+        with pytest.raises(InputError, match="wraps a part of the model"):
+            Objective(part_wrapped, case.loss, (x[part], y[part]))
+        for wrap in (lambda ddp: ddp, lambda ddp: torch.compile(ddp, backend="eager")):
+            wrapped = wrap(DistributedDataParallel(case.model(), static_graph=True))
+            found = Objective(wrapped, case.loss, (x[part], y[part])).gradient()
+            assert_close(found, Objective(case.model(), case.loss, (x, y)).gradient(), BATCHING_TOLERANCE)
         torch.save(mine, f"{folder}/rank{rank}.pt")
 
 
