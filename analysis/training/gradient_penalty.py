@@ -22,6 +22,7 @@ from curvature.data.random_states import RandomStates
 from curvature.engine.repeated_evaluation import RunningBuffers
 from curvature.errors import InputError, NonFiniteError
 from curvature.results.record import Result
+from optimizers.shared.ranks import refuse_wrapper
 
 __all__ = ["GradientPenalty", "Kind", "Mode", "PenalisedStep"]
 
@@ -40,6 +41,9 @@ class PenalisedStep(Result):
     """Strength times the penalty; loss."""
     num_gradients: int
     """Gradients of single batches that were taken, a Hessian product counted as two."""
+
+
+_ALONE = "Call its module, and average .grad between `gradients` and the optimizer's step: each rank penalises its own."
 
 
 class GradientPenalty:
@@ -159,7 +163,7 @@ class _Work:
         if first:
             self._states[k] = self._random_states()
         buffers, random = self._buffers[k], contextlib.nullcontext() if first else self._repeated(k)
-        with buffers.watched(), buffers.evaluation(), random:
+        with buffers.watched(), buffers.evaluation(), random, refuse_wrapper("GradientPenalty", _ALONE):
             value = self.closures[k]()
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise InputError("a closure must return the loss, a tensor with one entry and its graph, and not backward.")

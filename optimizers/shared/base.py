@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from curvature.errors import InputError
 from curvature.losses.recognised import loss_rule
@@ -28,6 +26,7 @@ from curvature.losses.rules import LossRule
 from curvature.objective.shards import is_part
 from optimizers.shared.differentiation import ClosureRecorder
 from optimizers.shared.gradients import UNREACHED, Followed, Seen
+from optimizers.shared.ranks import refuse_wrapper
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,18 +110,9 @@ class BaseOptimizer(torch.optim.Optimizer):
 
         What is not computed by `backward()` passes the hooks of the wrapper by, so that ranks would part in silence.
         """
-        if self.process_group is not None or not (dist.is_available() and dist.is_initialized()):
+        if self.process_group is not None:
             return contextlib.nullcontext()
-
-        def refuse(module: torch.nn.Module, _: Any) -> None:
-            if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
-                raise InputError(
-                    f"the closure calls DistributedDataParallel, whose averages {type(self).__name__} does not see: "
-                    "ranks would go by their own losses and part. Pass process_group= to it, e.g. "
-                    "torch.distributed.group.WORLD."
-                )
-
-        return register_module_forward_pre_hook(refuse)
+        return refuse_wrapper(type(self).__name__, "Pass process_group= to it, e.g. torch.distributed.group.WORLD.")
 
     def _forget(self) -> None:
         """Drop what was accumulated for the coming step, and what is worked out anew when it is asked for."""

@@ -7,20 +7,33 @@ zero on the others; one that no rank used stays without gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from curvature.errors import InputError
 from curvature.fingerprints.portable import content, text_digest
 from curvature.objective.ranks import RankAgreement, failing_together
 
-__all__ = ["average_gradients", "average_over_ranks", "compare_ranks", "on_all_ranks", "share_of_rank"]
+__all__ = [
+    "average_gradients",
+    "average_over_ranks",
+    "compare_ranks",
+    "on_all_ranks",
+    "refuse_wrapper",
+    "share_of_rank",
+]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -42,6 +55,21 @@ def compare_ranks(optimizer: Any, call: str, *, point: bool = False, total: Tens
         plain = (bool, int, float, str, tuple, type(None))
         settings = text_digest([sorted((k, v) for k, v in g.items() if isinstance(v, plain)) for g in groups])
     ranks.agree(call, settings=settings, point=digests, total=total)
+
+
+def refuse_wrapper(name: str, remedy: str) -> AbstractContextManager[Any]:
+    """Refuse closures that call `DistributedDataParallel` for what differentiates them on each rank alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return contextlib.nullcontext()
+
+    def refuse(module: Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+            raise InputError(
+                f"the closure calls DistributedDataParallel, whose averages {name} does not see: ranks would go by "
+                f"their own losses and part. {remedy}"
+            )
+
+    return register_module_forward_pre_hook(refuse)
 
 
 def on_all_ranks(method: _Method) -> _Method:

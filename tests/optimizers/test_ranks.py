@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from analysis import GradientPenalty
 from curvature.errors import CheckFailedError, InputError, RankError
 from optimizers import (
     ESGD,
@@ -317,6 +318,10 @@ def alone(rank: int, folder: str) -> None:
             with pytest.raises(InputError, match=f"averages {name} does not see"):
                 optimizer.step(closure)
             assert torch.equal(flat(ddp), before)
+        ddp = DistributedDataParallel(Model().net)
+        penalty = GradientPenalty(torch.optim.SGD(ddp.parameters(), lr=0.1), strength=0.1)
+        with pytest.raises(InputError, match="averages GradientPenalty does not see"):
+            penalty.step(lambda: F.cross_entropy(ddp(x), y))
 
 
 def test_a_wrapper_of_ranks_that_an_optimizer_does_not_join_is_refused(tmp_path: Path) -> None:
