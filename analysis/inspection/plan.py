@@ -154,8 +154,6 @@ class InspectionPlan(Plan):
         H = HessianOperator(objective)
         n, device = objective.num_params, objective.device
         blocks = self.layer_blocks(objective)
-        columns = _columns(objective) if self.layers else None
-        multiplied = tuple(block for block in blocks if columns is None or not pays(block, columns))
         held, where, on_bases = 0, "", 0.0
         for plan, sizes in ((self.whole, [n]), (self.layer(objective), [block.num_params for block in blocks])):
             if sizes:  # refused before anything takes long
@@ -167,6 +165,8 @@ class InspectionPlan(Plan):
         v = torch.full((n, min(self.num_probes, n)), n**-0.5, dtype=objective.dtype, device=device)
         with one_core_each(objective) as cores:
             _ = H @ v[:, :1]
+            columns = _columns(objective) if self.layers else None
+            multiplied = tuple(block for block in blocks if columns is None or not pays(block, columns))
             cores = min(cores, objective.num_batches or 1)
             each = median_seconds(lambda: H @ v, device, objective.ranks) / v.shape[1] / cores
             layers = _layer_seconds(H, multiplied, self) / cores if multiplied else 0.0
@@ -184,12 +184,18 @@ class InspectionPlan(Plan):
 
 
 def _columns(objective: Objective) -> int | None:
-    """Return how many columns the exact diagonal takes, None if it is not to be had so or too dear."""
-    try:
-        columns = num_columns(objective, "hessian")
-    except InputError:
-        return None
-    return columns if columns <= MOST_COLUMNS else None
+    """Return how many columns the exact diagonal takes; None if it is not to be had so or too dear. Found once."""
+    objective.freshness.point()
+    known = objective.freshness.measured()
+    if "columns of the diagonal" not in known:
+        try:
+            columns = num_columns(objective, "hessian")
+        except InputError:
+            columns = MOST_COLUMNS + 1
+        known = objective.freshness.measured()  # of the walk that this took
+        known["columns of the diagonal"] = columns if columns <= MOST_COLUMNS else None
+    found: int | None = known["columns of the diagonal"]
+    return found
 
 
 def _layer_seconds(H: HessianOperator, blocks: tuple[Block, ...], plan: InspectionPlan) -> float:

@@ -16,15 +16,17 @@ from typing import TypeVar
 
 import torch
 
-from analysis.run.pool import Pool, can_fork, usable_cores
+from analysis.run.pool import Pool, Worker, can_fork, usable_cores
+from curvature.data.tensors import tensors_in
 from curvature.environment.memory import available_memory
 from curvature.objective.objective import Objective
 
-__all__ = ["answers", "one_core_each", "one_thread", "spare_cores"]
+__all__ = ["answers", "in_background", "is_tiny", "one_core_each", "one_thread", "spare_cores"]
 
 J = TypeVar("J")
 A = TypeVar("A")
 _SMALL = 2**28  # bytes of graphs and parameters: a process holds as many again
+_TINY = 2**21  # bytes of parameters and data: a pass over these gains little by threads
 
 
 @contextlib.contextmanager
@@ -91,10 +93,7 @@ def answers(
         yield i, work(jobs[i])
 
     def attempt(i: int) -> tuple[A] | None:  # places are sent: jobs are there, as the process is a copy of this one
-        try:
-            return (work(jobs[i]),)
-        except Exception:  # raised where the job is done again
-            return None
+        return _answered(lambda: work(jobs[i]))
 
     with Pool(attempt, min(workers, max(1, len(due))), lost=lambda i, why: None) as pool:  # noqa: ARG005 - done again
         running = 0
@@ -107,3 +106,55 @@ def answers(
             i, answer = pool.answer()
             running -= 1
             yield i, work(jobs[i]) if answer is None else answer[0]
+
+
+@contextlib.contextmanager
+def in_background(objective: Objective, work: Callable[[], A]) -> Iterator[Callable[[], A]]:
+    """Yield what waits for the answer of work on a tiny objective: a process does it beside what is done inside.
+
+    Elsewhere it is done here, first. An error of the work is raised by the wait, and, where something inside fails
+    before that, in its place: work such as a check says more of the cause.
+    """
+    worker: Worker | None = None
+    if spare_cores() > 1 and is_tiny(objective):
+        with contextlib.suppress(OSError):  # no more processes may be made
+            worker = Worker(lambda _: _answered(work))
+    found, pending = ([(work(),)], []) if worker is None else ([], [worker])
+
+    def wait() -> A:
+        if not found:
+            answer = None
+            if pending:
+                with contextlib.suppress(EOFError, OSError):  # its process was killed
+                    answer = pending.pop().ours.recv()
+            found.append((work(),) if answer is None else answer)  # an error is raised here
+        return found[0][0]
+
+    try:
+        for each in pending:
+            each.ours.send(None)
+        yield wait
+    except Exception:
+        if pending:
+            wait()
+        raise
+    finally:
+        if worker is not None:
+            worker.end()
+
+
+def _answered(work: Callable[[], A]) -> tuple[A] | None:
+    try:
+        return (work(),)
+    except Exception:  # raised where the job is done again
+        return None
+
+
+def is_tiny(objective: Objective) -> bool:
+    """Say whether a pass over the data is so small that threads gain little, and lose much beside other programs."""
+    source = objective.source
+    on_a_cpu = objective.device.type == "cpu" and objective.ranks is None and objective.shards is None
+    if not on_a_cpu or not source.in_memory:
+        return False
+    tensors = [*objective.model.parameters(), *(t for batch in source.given for t in tensors_in(batch))]
+    return sum(t.nbytes for t in tensors) <= _TINY

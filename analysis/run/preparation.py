@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from analysis.records.plain import plain_values
 from analysis.records.plan import Plan, setting
+from analysis.run.cores import in_background, is_tiny, one_thread
 from analysis.run.processes import share
 from analysis.run.record import now, versions
 from analysis.show.listener import Listener
@@ -120,20 +123,33 @@ def load(request: Request, listener: Listener) -> tuple[Task, Objective]:
     return task, objective
 
 
-def prepare(task: Task, objective: Objective, request: Request, listener: Listener, *, groups: bool = True) -> Prepared:
+@contextlib.contextmanager
+def prepare(
+    task: Task, objective: Objective, request: Request, listener: Listener, *, groups: bool = True
+) -> Iterator[tuple[Objective, Callable[[], Prepared]]]:
     """Check the objective if asked to, and, with `groups`, cut its data into groups unless the user cut them.
+
+    Yields the objective, and what waits for the check: that of a tiny objective goes on beside what is done inside.
 
     Raises:
         CurvatureError: as `Objective.check`.
     """
-    messages = None
-    if request.check:
-        with listener.doing("checking model, loss and data"):
-            messages = objective.check().messages
-    if groups and request.micro_batch is None:
-        with listener.doing("cutting the data into groups"):
-            objective = in_groups(objective)
-    return Prepared(task, objective, messages)
+    with contextlib.ExitStack() as beside:
+        checked: Callable[[], tuple[str, ...] | None] = lambda: None  # noqa: E731
+        if request.check:
+            with listener.doing("checking model, loss and data"):
+                checked = beside.enter_context(in_background(objective, lambda: objective.check().messages))
+        ready = objective
+        if groups and request.micro_batch is None:
+            threads = one_thread() if is_tiny(objective) else contextlib.nullcontext()
+            with listener.doing("cutting the data into groups"), threads:
+                ready = in_groups(objective)
+
+        def wait() -> Prepared:
+            with listener.doing("checking model, loss and data"):
+                return Prepared(task, ready, checked())
+
+        yield ready, wait
 
 
 def in_groups(objective: Objective) -> Objective:

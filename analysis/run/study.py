@@ -202,12 +202,12 @@ def _studied(
     settings = {**request.settings(objective), **{name: _plain(getattr(plan, name)) for name in names}}
     if draft is not None:
         draft.begin(task, objective, request, settings)
-    ready = prepare(task, objective, request, listener, groups=study.groups)
-    objective = ready.objective
-    with listener.doing("timing"):
-        of_data = {"test_data": task.test_data} if study.held_out else {}
-        price = study.price(objective, plan, **of_data)
-        price = price if isinstance(price, Price) else _priced(objective, price, study.unit)
+    with prepare(task, objective, request, listener, groups=study.groups) as (objective, checked):
+        with listener.doing("timing"):
+            of_data = {"test_data": task.test_data} if study.held_out else {}
+            price = study.price(objective, plan, **of_data)
+            price = price if isinstance(price, Price) else _priced(objective, price, study.unit)
+        ready = checked()
     listener.priced(f"estimate: {price.text}, {duration(price.seconds)}", price.total, price.unit)
     kept: dict[str, Any] = {"draft": draft} if study.resumable else {}
     if study.held_out:

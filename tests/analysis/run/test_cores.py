@@ -6,19 +6,22 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import analysis
 from analysis.landscape.directions import random_direction
 from analysis.landscape.measure import loss_on_plane
 from analysis.landscape.point_log import PointLog
 from analysis.run import cores
-from analysis.run.cores import answers, one_core_each
+from analysis.run.cores import answers, in_background, one_core_each
 from analysis.run.pool import can_fork
 from analysis.sharpness.measure import measure_sharpness
 from analysis.sharpness.results import SharpnessTable
+from curvature.errors import CheckFailedError, NonFiniteError
 from curvature.objective.objective import Objective
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked")
@@ -123,3 +126,70 @@ def test_a_table_of_sharpness_from_processes_is_that_of_one() -> None:
     torch.set_num_threads(1)
     for row, other in zip(found.rows, measure().rows, strict=True):
         assert (row.value, row.num_matvecs, row.num_losses) == (other.value, other.num_matvecs, other.num_losses)
+
+
+# -- beside what comes next ------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_tiny_objective_is_done_by_a_process_beside_what_comes_next() -> None:
+    with in_background(objective(), os.getpid) as answer:
+        assert answer() != os.getpid()
+        assert answer() == answer()
+    torch.set_num_threads(1)  # one core: it is done first
+    with in_background(objective(), os.getpid) as answer:
+        assert answer() == os.getpid()
+
+
+def test_work_of_a_larger_objective_is_done_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_TINY", 100)
+    done: list[int] = []
+    with in_background(objective(), lambda: done.append(os.getpid())):
+        assert done == [os.getpid()]
+
+
+def test_an_error_of_the_work_comes_before_those_beside_it() -> None:
+    def fails() -> None:
+        raise CheckFailedError("the cause")
+
+    with pytest.raises(CheckFailedError, match="the cause"), in_background(objective(), fails) as answer:
+        answer()
+    with pytest.raises(CheckFailedError, match="the cause"), in_background(objective(), fails):
+        raise NonFiniteError("what follows from it")
+    with pytest.raises(NonFiniteError, match="alone"), in_background(objective(), lambda: None):
+        raise NonFiniteError("alone")
+
+
+def test_work_whose_process_was_killed_is_done_here() -> None:
+    def work() -> int:
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    here = os.getpid()
+    with in_background(objective(), work) as answer:
+        assert answer() == here
+
+
+def test_a_study_is_checked_beside_its_price_and_refused_all_the_same() -> None:
+    def study(o: Objective) -> Any:
+        return analysis.measure("inspect", o, generator=0, num_steps=4, k=1, num_bottom=1, layers=False)
+
+    assert study(objective()).check[0] == "Loss and gradient repeat to 0.0e+00."
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return x.tanh()
+
+        @staticmethod
+        def backward(_: Any, u: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return 3 * u
+
+    class Custom(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Wrong.apply(x)
+
+    model = nn.Sequential(nn.Linear(6, 8), Custom(), nn.Linear(8, 3))
+    wrong = Objective(model, nn.CrossEntropyLoss(), (torch.randn(40, 6), torch.randint(3, (40,))))
+    with pytest.raises(CheckFailedError, match="not the derivative of the loss"):
+        study(wrong)
