@@ -283,6 +283,13 @@ EIGEN_METHODS: dict[str, EigenMethod] = {
     method.name: method
     for method in (
         EigenMethod(name="eigsh", label="`eigsh`", make=_ours("eigsh"), load=_load_ours, ours=True),
+        EigenMethod(
+            name="eigsh-uncertified",
+            label="`eigsh(confidence=None)`",
+            make=_ours("eigsh", confidence=None),
+            load=_load_ours,
+            ours=True,
+        ),
         EigenMethod(name="lobpcg", label="`lobpcg`", make=_ours("lobpcg"), load=_load_ours, ours=True),
         EigenMethod(name="ours-arpack", label="our Hessian, SciPy's ARPACK", make=_ours_arpack, load=_load_ours),
         EigenMethod(

@@ -12,6 +12,8 @@ from curvature.errors import InputError, NonFiniteError
 from curvature.linalg.base.places import normal_rows
 from curvature.linop import MatrixLike
 
+_AGREE = 0.01  # of the tolerance: by how much a product may contradict a recurrence, ...
+_MOST = 10.0  # ... or times rounding, beyond which it is not what long sums in float32 leave
 _DOUBT = 2.0  # eigenvectors of networks in bfloat16 and float16 erred by 0.3 to 1.5 times what random vectors did
 
 
@@ -153,6 +155,21 @@ def with_noise(A: MatrixLike, residuals: Tensor, norm: float | Tensor) -> tuple[
     if not (noise := doubted_noise(A)):
         return residuals, False
     return residuals + torch.as_tensor(noise * norm).to(residuals), True
+
+
+def checked_once(norms: Tensor, gap: float, tolerance: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Return residual norms after a check of the recurrence, and which pairs are to be multiplied once more.
+
+    Args:
+        norms: what the recurrence says, (k,).
+        gap: how far a product with a random sum of the pairs is from what it says.
+        tolerance: of the residuals, (k,).
+        rounding: of that product.
+    """
+    if gap > max(_AGREE * float(tolerance.min()), _MOST * rounding):  # not by the rounding of long sums
+        return norms, torch.ones_like(tolerance, dtype=torch.bool)
+    found = norms + max(0.0, gap - rounding)
+    return found, found > tolerance
 
 
 def check_tolerances(rtol: float, atol: float) -> None:

@@ -104,7 +104,8 @@ def eigsh(
             float32. Products and sums stay in the working dtype, at about twice the time. It implies `certify`.
         certify: multiply every pair once more at the end, k products, and report residuals that were computed, not
             inferred from the recurrence. By default one product with a random combination of all pairs checks the
-            recurrence, and only where it disagrees are all of them multiplied.
+            recurrence. What it is off by beyond rounding is added to the residuals, and pairs that miss the tolerance
+            with it are multiplied; all are where that is more than sums in this dtype leave.
         confidence: probability with which no eigenvalue may be missed, between 0 and 1. None does without the chain and
             the product that checks residuals: CONVERGED then refers to residuals only.
 

@@ -32,6 +32,7 @@ from curvature.linalg.base.validate import (
     check_square,
     check_start,
     check_tolerances,
+    checked_once,
     column_norms,
     leaving_room,
     product_noise,
@@ -60,7 +61,6 @@ _STATE = ("least", "fell", "spent", "num_chains", "closed", "beyond", "held")
 _NEAR = 10.0  # times its goal: where a residual that no longer falls may be held up by a rounded basis
 _CHAIN = 8  # steps of a chain, as a rule
 _FIRST = 0.8  # of the failure probability for the first chain, as a rule the only one
-_AGREE = 0.01  # of the tolerance: by how much a product may contradict the recurrence
 
 
 class ThickRestartLanczos:
@@ -334,13 +334,14 @@ class ThickRestartLanczos:
                 return_unused()  # what the products left: the check and the result need vectors beside the basis
             once = done and not confirmed and not self.certify and limit > space.num_matvecs
             U, gap = self._vectors(S, once, keep_basis)
-            num_checks = int(once)
-            confirmed = confirmed or (
-                once and gap <= max(_AGREE * float(tolerance.min()), space.rounding() * self.k**0.5)
-            )
-            if self.certify or (once and not confirmed and limit > space.num_matvecs + self.k):
-                norms, confirmed = self._computed(U, values), True
-                num_checks += len(values)
+            num_checks, wrong = int(once), torch.full_like(tolerance, self.certify, dtype=torch.bool)
+            found = norms
+            if once:
+                found, wrong = checked_once(norms, gap, tolerance, space.rounding() * self.k**0.5)
+            if self.certify or (once and limit > space.num_matvecs + int(wrong.sum())):
+                norms, confirmed = found, True
+                norms[wrong] = self._computed(U, values, wrong)
+                num_checks += int(wrong.sum())
         norms, is_noisy = with_noise(self.A, norms, space.norm)
         converged = norms <= tolerance
         certified = done and self._certified(look) and confirmed
@@ -384,15 +385,14 @@ class ThickRestartLanczos:
         U = space.final(S, keep_basis)
         return U, float(torch.linalg.vector_norm(image.sub_(self._product(U @ z.to(U))))) if once else math.nan
 
-    def _computed(self, U: Tensor, values: Tensor) -> Tensor:
-        """Return the residual norms of pairs that are multiplied once more, `block_size` at a time."""
-
-        def norms(X: Tensor, theta: Tensor) -> Tensor:
-            R = self._product(X).addcmul_(X, theta.to(X), value=-1)
-            return column_norms(R, self.space.num_matvecs).double().cpu()
-
-        pieces = zip(U.split(self.block_size, dim=1), values.split(self.block_size), strict=True)
-        return torch.cat([norms(X, theta) for X, theta in pieces])
+    def _computed(self, U: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+        """Return the residual norms of chosen pairs, which are multiplied once more, `block_size` at a time."""
+        found = values.new_empty(0)
+        for places in chosen.nonzero()[:, 0].split(self.block_size) if bool(chosen.any()) else ():
+            X = U[:, places.to(U.device)]
+            R = self._product(X).addcmul_(X, values[places].to(X), value=-1)
+            found = torch.cat([found, column_norms(R, self.space.num_matvecs).double().cpu()])
+        return found
 
     def _product(self, U: Tensor) -> Tensor:
         """Return A U, in memory of its own."""

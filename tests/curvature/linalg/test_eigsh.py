@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvature.errors import InputError, NonFiniteError, NotConvergedError
 from curvature.linalg import ThickRestartLanczos
 from curvature.linalg.base import places
+from curvature.linalg.base.validate import checked_once
 from curvature.linalg.krylov import _krylov_space, _rounded_space
 from curvature.linop import Counting, LinearOperator, to_scipy
 from curvature.results.estimates import Status
@@ -97,6 +98,59 @@ def test_certified_residuals_cost_k_products_more_and_change_nothing_in_float64(
     certified = eigsh(counted, 4, generator=generator(), certify=True)
     assert certified.num_matvecs == counted.num_matvecs == plain.num_matvecs - 1 + 4
     torch.testing.assert_close(certified.residual_norms, plain.residual_norms, rtol=1e-6, atol=1e-12)
+
+
+class Rounding(Counting):
+    """Products that err by a share of the matrix's norm in a direction that only the vector decides, as long sums do."""
+
+    def __init__(self, A: Tensor, share: float) -> None:
+        super().__init__(A)
+        self.size = share * float(torch.linalg.matrix_norm(A, 2))
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        seeds = [int(x.double().abs().sum() * 1e12) for x in X.T]
+        noise = torch.stack([torch.randn(len(X), generator=generator(s % 2**31)) for s in seeds], dim=1)
+        return super()._matmat(X) + (self.size * X.norm(dim=0) * noise / noise.norm(dim=0)).to(X)
+
+
+@pytest.mark.parametrize("share", [1e-6, 3e-6, 8e-6, 1e-4])
+@pytest.mark.parametrize("name", ["outliers over a bulk", "slow exponential"])
+def test_rounding_beyond_the_recurrence_is_in_the_residuals_and_few_pairs_are_multiplied(
+    name: str, share: float
+) -> None:
+    """One product says how large it is; those that may miss their tolerance by it are looked at, all where it is more."""
+    A = with_spectrum(spectra(N)[name]).float()
+    noisy = Rounding(A, share)
+    pairs = eigsh(noisy, 6, rtol=1e-3, generator=generator())
+    steps = eigsh(Rounding(A, share), 6, rtol=1e-3, generator=generator(), certify=True).num_matvecs - 6
+    assert pairs.num_matvecs == noisy.num_matvecs
+    multiplied = pairs.num_matvecs - steps - 1
+    exact = true_residuals(A.double(), pairs)
+    size = noisy.size
+    assert bool((pairs.residual_norms.double() + 1.2 * size >= exact).all())
+    scale = float(torch.linalg.matrix_norm(A, 2))
+    if share <= 8e-6:
+        assert multiplied < 6
+    else:
+        assert multiplied == 6
+        assert bool((pairs.residual_norms >= 0.5 * size).all())
+    if share == 8e-6:  # above what counts as rounding: pairs that were not multiplied hold it
+        assert bool((pairs.residual_norms >= 1e-6 * scale).all())
+    tolerance = 1e-3 * pairs.eigenvalues.abs()
+    assert bool((pairs.residual_norms <= tolerance)[pairs.converged].all())
+
+
+def test_which_pairs_are_looked_at_again() -> None:
+    norms, tolerance = torch.tensor([1e-9, 8e-4, 9.9e-4]), torch.tensor([1e-2, 1e-3, 1e-3])
+    for gap, rounding, added, again in (
+        (1e-5, 1e-5, 0.0, [False, False, False]),  # rounding
+        (6e-5, 1e-5, 5e-5, [False, False, True]),  # somewhat more
+        (1e-3, 1e-5, 0.0, [True, True, True]),  # something else
+        (9e-6, 1e-9, 9e-6, [False, False, False]),  # nothing beside the tolerance
+    ):
+        found, wrong = checked_once(norms, gap, tolerance, rounding)
+        torch.testing.assert_close(found, norms + added, rtol=0, atol=1e-8)
+        assert wrong.tolist() == again
 
 
 @pytest.mark.parametrize(("k", "which", "rtol"), [(1, "LA", 1e-3), (10, "LA", 1e-3), (10, "LA", 1e-6), (5, "LM", 1e-3)])
