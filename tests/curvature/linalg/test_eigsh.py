@@ -101,7 +101,7 @@ def test_certified_residuals_cost_k_products_more_and_change_nothing_in_float64(
 
 
 class Rounding(Counting):
-    """Products that err by a share of the matrix's norm in a direction that only the vector decides, as long sums do."""
+    """Products that err by a share of the matrix's norm in a direction that the vector decides, as long sums do."""
 
     def __init__(self, A: Tensor, share: float) -> None:
         super().__init__(A)
@@ -118,7 +118,7 @@ class Rounding(Counting):
 def test_rounding_beyond_the_recurrence_is_in_the_residuals_and_few_pairs_are_multiplied(
     name: str, share: float
 ) -> None:
-    """One product says how large it is; those that may miss their tolerance by it are looked at, all where it is more."""
+    """One product says how large it is; pairs that may miss their tolerance are multiplied, all where it is more."""
     A = with_spectrum(spectra(N)[name]).float()
     noisy = Rounding(A, share)
     pairs = eigsh(noisy, 6, rtol=1e-3, generator=generator())
