@@ -52,17 +52,16 @@ def class_structure(objective: Objective, *, top: Tensor | None = None) -> Class
         raise InputError("class structure is that of nn.CrossEntropyLoss without class weights; got another loss.")
     if rule.settings.get("label_smoothing", 0.0) != 0:
         raise InputError("class structure needs targets of one class each, but label_smoothing is not 0.")
-    count, num_pullbacks = 0, 0
+    num_pullbacks = 0
 
     def of_batch(lin: Linearization) -> Tensor:
-        nonlocal count, num_pullbacks
+        nonlocal num_pullbacks
         batch = lin.batch_outputs()
         logits, y = batch.outputs, batch.targets
         if not isinstance(y, Tensor) or y.is_floating_point():
             raise InputError("class structure needs class indices as targets, got probabilities.")
         dim = 1 if logits.ndim > 1 else 0
         C = logits.shape[dim]
-        count = C
         p = logits.to(objective.dtype).softmax(dim)
         scale = rule._scale(logits, y)
         sums = torch.zeros(C, C, objective.num_params + 1, dtype=objective.dtype, device=objective.device)
@@ -84,6 +83,7 @@ def class_structure(objective: Objective, *, top: Tensor | None = None) -> Class
 
     sums = objective.reduce(of_batch)
     W, moments = sums[..., -1], sums[..., :-1]
+    count = len(W)
     own = torch.eye(count, dtype=torch.bool, device=W.device)
     others = W.masked_fill(own, 0).sum(dim=1)  # w_c
     tiny = torch.finfo(W.dtype).tiny

@@ -21,7 +21,7 @@ from curvature.objective.shards import gathered
 from curvature.operators.hessian import HessianOperator
 from curvature.results.estimates import DiagonalEstimate, EigenPairs
 
-__all__ = ["exactly", "layer_diagonals"]
+__all__ = ["diagonals_of", "exactly", "layer_diagonals"]
 
 _KEPT = 6  # vectors for each product, where samples are kept
 
@@ -50,7 +50,6 @@ def layer_diagonals(
     num_matvecs: int = DIAGONAL_MATVECS,
     generator: AnyGenerator,
     progress: Progress | None = None,
-    exact: ExactDiagonal | str | None = None,
 ) -> LayerDiagonals:
     """Return quantiles, mean and share of negative entries of the Hessian's diagonal, for each layer.
 
@@ -65,12 +64,23 @@ def layer_diagonals(
         num_matvecs: products to spend where the diagonal has to be estimated.
         generator: source of the sign vectors, on the objective's device, or a seed.
         progress: told after each product how many are done.
-        exact: what `exactly` returned, if it was asked.
 
     Raises:
         NonFiniteError: if an entry or a product is not finite.
     """
-    exact = exactly(objective) if exact is None else exact
+    return diagonals_of(exactly(objective), objective, top, num_matvecs, generator, progress)
+
+
+@full_precision
+def diagonals_of(
+    exact: ExactDiagonal | str,
+    objective: Objective,
+    top: EigenPairs | None,
+    num_matvecs: int,
+    generator: AnyGenerator,
+    progress: Progress | None,
+) -> LayerDiagonals:
+    """Return `layer_diagonals` from what `exactly` returned, which differs among ranks in what it cost."""
     if isinstance(exact, str):
         return _estimated(objective, exact, top, num_matvecs, generator, progress)
     known = DiagonalEstimate(value=exact.value, stderr=exact.stderr, num_matvecs=0)

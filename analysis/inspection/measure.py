@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 
 from analysis.inspection.coupling import layer_coupling
-from analysis.inspection.diagonal import layer_diagonals
+from analysis.inspection.diagonal import diagonals_of, exactly
 from analysis.inspection.known_blocks import with_known_blocks
 from analysis.inspection.low_rank import low_rank_error
-from analysis.inspection.plan import COUPLING, COUPLING_PROBES, DIAGONAL, LAYERS, WHOLE, InspectionPlan
+from analysis.inspection.plan import (
+    COUPLING,
+    COUPLING_PROBES,
+    DIAGONAL,
+    DIAGONAL_MATVECS,
+    LAYERS,
+    WHOLE,
+    InspectionPlan,
+)
 from analysis.inspection.results import DataErrors, Inspection, LayerCurvature
 from analysis.records.measured import Measured
 from analysis.records.plan import from_plan
@@ -90,9 +98,8 @@ def inspect_model(
         diagonal = None
         if plan.layers:
             with meter.stage(DIAGONAL, planned_diagonal, whole=True):
-                diagonal = layer_diagonals(
-                    objective, top=whole.top, generator=generator, progress=meter.told, exact=exact
-                )
+                exact = exactly(objective) if exact is None else exact
+                diagonal = diagonals_of(exact, objective, whole.top, DIAGONAL_MATVECS, generator, meter.told)
     layers = tuple(_layer(block, found[block.name], gradient) for block in blocks)
     left_out: tuple[str, ...] = ()
     if (of_many := len(objective.space.blocks)) > plan.most_layers and layers:

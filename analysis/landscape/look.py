@@ -127,7 +127,7 @@ class _Look:
             parameter_norm=float(objective.space.current().norm()),
             num_params=objective.num_params,
             total_weight=objective.total_weight,
-            num_batches=objective.num_batches or 1,
+            num_batches=_num_batches(objective),
             dtype=str(objective.dtype).removeprefix("torch."),
             device=str(objective.device),
             slices=tuple(slices),
@@ -297,3 +297,11 @@ class _Look:
                     f"{place.name} differs from the model in parameters that were not chosen ({named}), which stay the "
                     "model's: its loss here is not that of the checkpoint."
                 )
+
+
+def _num_batches(objective: Objective) -> int:
+    """Return how many batches the data have, those of other ranks among them."""
+    own = objective.num_batches or 0
+    if objective.ranks is not None:
+        own = int(objective.ranks.sum(torch.zeros(0, device=objective.device), float(own))[1])
+    return max(own, 1)

@@ -212,7 +212,7 @@ def projections(objective: Objective, v: Tensor) -> tuple[float, Tensor]:
             losses += float(lin.loss) * (1.0 if objective.is_sum else lin.weight)
         found.append(torch.where(shares > 0, rates / shares, 0.0))
         terms += float(shares.sum())
-    along = torch.cat(found)
+    along = torch.cat(found or [torch.zeros(0, dtype=torch.float64, device=objective.device)])
     if objective.ranks is not None:
         packed, weights = objective.ranks.sum(along.new_tensor([losses, terms]), weights)
         losses, terms = packed.tolist()

@@ -327,7 +327,7 @@ def logit_normalised(objective: Objective) -> Objective:
     if not objective.has_split:
         raise InputError("logits can be normalised where model and loss are known apart: pass loss= to the objective.")
     given, data = objective.settings["forward"], objective.settings["data"]
-    if given is None and isinstance(data, list) and isinstance(data[0], Tensor):
+    if given is None and isinstance(data, list) and data and isinstance(data[0], Tensor):
         data = tuple(data)  # one pair, not two batches
     forward: Callable[..., Any] = given or (lambda model, batch: (model(batch[0]), batch[1]))
 

@@ -157,7 +157,9 @@ def num_columns(objective: Objective, kind: Literal["ggn", "hessian"] = "ggn") -
     """
     if kind not in ("ggn", "hessian"):
         raise InputError(f"kind must be 'ggn' or 'hessian', got {kind!r}.")
-    work, lin = _Work(objective, kind, "rules", None, None, None), next(objective.linearizations())
+    work, lin = _Work(objective, kind, "rules", None, None, None), next(objective.linearizations(), None)
+    if lin is None:  # of a rank without data
+        return 0
     try:
         _, root, places = work.opened(lin)
     except _FAILURES as error:

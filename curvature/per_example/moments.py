@@ -286,8 +286,9 @@ def _collect(
             for part in group.parts:
                 gram.add(part.positions, part.form, group.scale, group.places)
     order = torch.cat(sums.places).argsort() if walk.num_groups > 1 else slice(None)
-    weights = torch.cat(sums.weights)[order]
-    squared_norms = torch.cat(sums.norms, dim=1)[:, order] if norms else None
+    none = torch.zeros(len(space.names), 0, dtype=torch.float64, device=objective.device)  # of a rank without data
+    weights = torch.cat(sums.weights or [none[0]])[order]
+    squared_norms = torch.cat(sums.norms or [none.to(objective.dtype)], dim=1)[:, order] if norms else None
     gradient, squares, total, sum_squares, weighted_norms, loss = _over_ranks(
         objective, sums, weights, squared_norms, walk.loss
     )
@@ -354,6 +355,8 @@ def _over_ranks(
 ) -> tuple[Tensor, Tensor | None, float, float, Tensor | None, float]:
     """Return sums over all data: of gradients, of w g^2, of w, of w^2, by parameter of w |g|^2, and of losses."""
     weighted_norms = None if squared_norms is None else squared_norms.double() @ weights
+    if sums.gradient is None:
+        sums.gradient = weights.new_zeros(objective.num_params, dtype=objective.dtype)
     totals = [sums.gradient if objective.ranks is None else sums.settle(), sums.squares, weighted_norms]
     weight, squared, losses = float(weights.sum()), float(weights @ weights), loss
     if objective.ranks is not None:
@@ -375,7 +378,7 @@ def _along(groups: Iterable[Group], vector: Tensor, starts: list[int], chunk_byt
         for part in group.parts:
             inner += part.form.along(_at(vector, part.positions, starts), chunk_bytes).double()
         found.append(inner * group.scale.double())
-    return torch.cat(found)
+    return torch.cat(found or [torch.zeros(0, dtype=torch.float64, device=vector.device)])
 
 
 @functools.lru_cache(16)
