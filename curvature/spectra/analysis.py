@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvature.linalg import eigsh
 from curvature.linalg.base.checkpoint import NOT_KEPT, Checkpoint
-from curvature.linalg.base.validate import noise_level, product_noise, with_noise
+from curvature.linalg.base.validate import noise_level, product_noise, rounding_level, with_noise
 from curvature.linalg.krylov._completeness import Bound, grow_chain, judge
 from curvature.linalg.stochastic.quadrature import Quadrature, quadrature
 from curvature.linalg.stochastic.slq import COARSE_SHARES, smoothed
@@ -234,13 +234,17 @@ class SpectrumAnalysis:
         return judge(found, 1.0, 1 - self.plan.confidence)  # nobody looked for what the continued run missed
 
     def _exact_pairs(self, run: AllEntries) -> tuple[EigenPairs, EigenPairs]:
-        """Return the pairs of a matrix known entry by entry; residuals show how far products are from symmetric."""
+        """Return the pairs of a matrix known entry by entry; residuals show how far products are from symmetric.
+
+        They are no less than rounding: entries that came otherwise than by products may be symmetric and rounded.
+        """
         matrix = run.matrix
         values, U = torch.linalg.eigh(self.T)
         values, U = values.flip(0), U.flip(1)
+        rounding = rounding_level(self.A) * float(values.abs().max())
 
         def pairs(chosen: slice, rtol: float) -> EigenPairs:
-            residuals = (matrix @ U[:, chosen] - values[chosen] * U[:, chosen]).norm(dim=0)
+            residuals = (matrix @ U[:, chosen] - values[chosen] * U[:, chosen]).norm(dim=0).clamp_min(rounding)
             exact = EigenPairs(
                 eigenvalues=values[chosen].to(self.A.device),
                 eigenvectors=U[:, chosen].to(self.A.device),

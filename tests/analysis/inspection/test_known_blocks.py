@@ -14,16 +14,18 @@ from analysis.inspection.known_blocks import KnownBlocks, with_known_blocks
 from curvature import HessianOperator, Objective
 from curvature.engine.linearize import Linearization
 from curvature.layerwise.blocks import DiagonalBlocks
+from curvature.spectra.spectrum import layer_spectra
+from curvature.spectra.spectrum_plan import SpectrumPlan
 
 
-def objective() -> Objective:
+def objective(dtype: torch.dtype = torch.float64) -> Objective:
     torch.manual_seed(0)
     net = nn.Sequential(
         *(nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
         *(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3)),
     ).double()
-    loss, x = nn.CrossEntropyLoss(ignore_index=0), torch.randn(160, 1, 6, 6).double()
-    return Objective(net.eval(), loss, (x, torch.randint(3, (160,))), micro_batch=36)
+    loss, x = nn.CrossEntropyLoss(ignore_index=0), torch.randn(160, 1, 6, 6).double().to(dtype)
+    return Objective(net.eval().to(dtype), loss, (x, torch.randint(3, (160,))), micro_batch=36)
 
 
 def known(o: Objective) -> KnownBlocks:
@@ -112,3 +114,18 @@ def test_an_inspection_is_that_without_them_and_takes_fewer_products(monkeypatch
             assert a.stderr == pytest.approx(b.stderr, rel=1e-2, abs=rtol * b.value)
             assert a.data_stderr == pytest.approx(b.data_stderr, rel=1e-2)
     assert torch.equal(found[0].top.eigenvalues, found[1].top.eigenvalues)
+
+
+def test_eigenvalues_of_known_blocks_carry_their_rounding() -> None:
+    """The entries are symmetric to the last bit, and no better than those of float32."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        o = objective(dtype)
+        H, _, _ = with_known_blocks(HessianOperator(o), o.space.blocks)
+        found.append(layer_spectra(H, SpectrumPlan(k=1, num_bottom=1), generator=0))
+    for rounded, exact in zip(*(spectra.values() for spectra in found), strict=True):
+        if rounded.exact:
+            size = float(exact.top.eigenvalues[0])
+            for one, other in ((rounded.top, exact.top), (rounded.bottom, exact.bottom)):
+                gap = abs(float(one.eigenvalues[-1]) - float(other.eigenvalues[-1]))
+                assert gap <= float(one.residual_norms[-1]) <= 1e-5 * size
