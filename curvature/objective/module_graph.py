@@ -26,6 +26,7 @@ from curvature.data.random_states import RandomStates
 from curvature.errors import InputError
 from curvature.fingerprints.digest import version
 from curvature.objective.leaks import Leaks
+from curvature.objective.linear_call import Linear
 from curvature.objective.standing_in import renew_weights
 
 __all__ = ["Call", "Exchange", "whole_in_graph"]
@@ -69,6 +70,7 @@ class Call:
         self.exchange, self.module, self.keys, self.forward, self.dtype = exchange, module, keys, forward, dtype
         self.places = tuple(sorted(set(keys.values())))
         self.device = exchange.parts[self.places[0]].device
+        self.linear = Linear.of(module, keys, self.places, forward)
         kind = self.device.type
         self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self._random: RandomStates | None = None
@@ -211,12 +213,15 @@ class _ModuleBackward(torch.autograd.Function):
         ctx.save_for_backward(*given)
         vectors, inputs, parts = _separated(given, num_vectors, count)
         exchange, final = call.exchange, call.exchange.which == "final"
-        x = [_leaf(t, t.requires_grad) for t in inputs]
-        W = [
-            _leaf(t, final and part.requires_grad)
-            for t, part in zip(exchange.parameters(call.places), parts, strict=True)
-        ]
-        found = call.pulled_back(x, W, vectors, again=False)
+        if call.linear is not None and call.linear.takes(inputs, vectors, parts):
+            with exchange.leaks.paused():
+                found, W = call.linear.first(exchange, inputs[0], vectors[0], parts), []
+        else:
+            whole = exchange.parameters(call.places)
+            x = [_leaf(t, t.requires_grad) for t in inputs]
+            W = [_leaf(t, final and part.requires_grad) for t, part in zip(whole, parts, strict=True)]
+            del whole
+            found = call.pulled_back(x, W, vectors, again=False)
         if final:
             del W  # of the size of the module, while ranks exchange what has come out
             _contribute(call, found[count:])
@@ -234,22 +239,32 @@ class _ModuleBackward(torch.autograd.Function):
             )
         vectors, inputs, parts = _separated(ctx.saved_tensors, ctx.num_vectors, count)
         exchange, final = call.exchange, call.exchange.which == "final"
-        u = [None if t is None else _leaf(t, _continuous(t)) for t in vectors]
-        x = [_leaf(t, t.requires_grad) for t in inputs]
-        W = [_leaf(t, part.requires_grad) for t, part in zip(exchange.parameters(call.places), parts, strict=True)]
-        first = ends_of(call.pulled_back(x, W, u, again=True))  # before what is of the size of the module, too
-        asked = any(d is not None for d in directions[count:])
-        along = exchange.directions(call.places) if asked else {}
-        cotangents = [*directions[:count], *(along.get(i) for i in call.places)]
-        pairs = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
-        ends, vectors_on = differentiable([g for g, _ in pairs], [c for _, c in pairs])
-        del first, pairs, along, cotangents
-        found = _derivatives(ends, vectors_on, [*u, *x, *W] if final else u)
+        if call.linear is not None and call.linear.takes(inputs, vectors, parts):
+            with exchange.leaks.paused():
+                found = call.linear.second(exchange, inputs[0], vectors[0], parts, directions)
+        else:
+            found = _second(call, inputs, vectors, parts, directions)
+        num_vectors = len(vectors)
         if not final:
-            return None, None, None, *found, *(None for _ in (*inputs, *parts))
-        del ends, vectors_on, W  # of the size of the module, while ranks exchange what has come out
-        _contribute(call, found[len(u) + count :])
-        return None, None, None, *found[: len(u) + count], *(None for _ in parts)
+            return None, None, None, *found[:num_vectors], *(None for _ in (*inputs, *parts))
+        _contribute(call, found[num_vectors + count :])
+        return None, None, None, *found[: num_vectors + count], *(None for _ in parts)
+
+
+def _second(call: Call, inputs: Any, vectors: Any, parts: Any, directions: Any) -> tuple[Tensor | None, ...]:
+    """Return what the derivatives along vectors change by along directions, in vectors, inputs and parameters."""
+    exchange, count = call.exchange, len(inputs)
+    u = [None if t is None else _leaf(t, _continuous(t)) for t in vectors]
+    x = [_leaf(t, t.requires_grad) for t in inputs]
+    W = [_leaf(t, part.requires_grad) for t, part in zip(exchange.parameters(call.places), parts, strict=True)]
+    first = ends_of(call.pulled_back(x, W, u, again=True))  # before what is of the size of the module, too
+    asked = any(d is not None for d in directions[count:])
+    along = exchange.directions(call.places) if asked else {}
+    cotangents = [*directions[:count], *(along.get(i) for i in call.places)]
+    pairs = [(g, c) for g, c in zip(first, cotangents, strict=True) if g is not None and c is not None]
+    ends, vectors_on = differentiable([g for g, _ in pairs], [c for _, c in pairs])
+    del first, pairs, along, cotangents
+    return _derivatives(ends, vectors_on, [*u, *x, *W] if exchange.which == "final" else u)
 
 
 def _nothing(part: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Walk:
         sizes = [int(torch.Size(shape).numel()) for shape in layout.shapes]
         flat = [products[i].reshape(-1) if i in products else None for i in chosen]
         rows = [self.total.new_zeros(n) if f is None else f.to(self.total) for f, n in zip(flat, sizes, strict=True)]
-        self._exchanged(_CONTRIBUTE, places, (rows[0] if len(rows) == 1 else torch.cat(rows))[None])
+        self._exchanged(_CONTRIBUTE, places, _joined(rows)[None])
 
     def _chosen(self, places: Sequence[int]) -> tuple[int, ...]:
         return tuple(i for i in places if self.chosen is not None and i in self.chosen.positions)
@@ -123,7 +123,7 @@ class Walk:
         """Take part in a collective; with nothing to contribute, where rows is None."""
         self.give_back()  # what the module before had
         if what == _PARAMETERS:
-            mine = torch.cat([self.parts[i].detach().reshape(-1) for i in places])
+            mine = _joined([self.parts[i].detach().reshape(-1) for i in places])
             return self.shards.layout.of(places).whole(mine[None])
         assert self.chosen is not None
         chosen = self._chosen(places)
@@ -131,7 +131,7 @@ class Walk:
         slices = [slice(starts[j], starts[j + 1]) for j in map(self.chosen.positions.index, chosen)]
         if what == _DIRECTIONS:
             assert self.vectors is not None
-            mine = torch.cat([self.vectors[row, s] for s in slices]).to(self.parts[places[0]].dtype)
+            mine = _joined([self.vectors[row, s] for s in slices]).to(self.parts[places[0]].dtype)
             return layout.whole(mine[None])
         assert self.total is not None
         self.num_sums += 1
@@ -203,6 +203,10 @@ class Walk:
         if key not in self._held:
             self._held[key] = whole_in_graph(self, place)
         return self._held[key]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _recorded(walk: Walk, module: nn.Module, keys: dict[str, int], forward: Any, dtype: Any) -> Callable[..., Any]:

@@ -7,9 +7,10 @@ times, the vector once, and reduce-scatters two contributions; activations stay 
 With n parameters of p bytes, vectors of v bytes an entry, W ranks and B batches on each, a Hessian product takes
 
     whole:   2 (W - 1)/W n v bytes,             16 n flops a token
-    module:  (W - 1)/W n (5 p + 2 v) B bytes,   26 n flops a token
+    module:  (W - 1)/W n (5 p + 2 v) B bytes,   16 n flops a token
 
-(a forward pass takes 2 n, a backward pass 4 n). Nothing is taken to overlap. Memory and bytes were compared
+(a forward pass takes 2 n, a backward pass 4 n; module by module layers other than linear ones take 26 n, as they run
+again in each pass, and are not told apart). Nothing is taken to overlap. Memory and bytes were compared
 with two and four ranks, seconds with two (`benchmarks/sharded`).
 """
 
@@ -34,7 +35,7 @@ _WHOLE = 3  # vectors that every rank holds whole beside the parameters: gradien
 _MODULE = 4  # tensors of the largest module's size: parameters, gradient, two on their way; and directions and products
 _OWN = 4  # parts of vectors beside the basis
 _DERIVATIVES = 1.8  # of what a graph holds, with a derivative for most activations
-_FLOPS = {"whole parameters": 16, "module by module": 26}
+_FLOPS = 16  # of a product, a token and parameter
 _BUCKET = 1 << 22  # entries that a collective moves at a time
 _CONTROL = 6  # small messages a product, one of them for inner products
 
@@ -239,7 +240,7 @@ def _by(
     else:
         collectives = _CONTROL + batches * (2 * 7 * size.num_modules + 2)
     collectives = collectives if W > 1 else 0
-    compute = _FLOPS[route] * n * share / cluster.flops
+    compute = _FLOPS * n * share / cluster.flops
     link = moved / cluster.link + collectives * cluster.latency
     return RankCost(
         world_size=W,

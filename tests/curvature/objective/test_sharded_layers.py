@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from curvature import GGNOperator, HessianOperator, Objective
+from curvature.objective.module_graph import Call
 from curvature.sharding.tensors import in_parts, whole
 from tests.checks import BATCHING_TOLERANCE, assert_close
 from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
@@ -78,6 +79,19 @@ class Normalised(nn.Module):
         return self.norm(x).tanh()
 
 
+class OneByOne(nn.Module):
+    """Calls a linear layer on vectors, on blocks and by name, with and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 7, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.stack([self.up(v) for v in self.table(tokens).flatten(0, 1)]).tanh()
+        found: Tensor = self.down(input=x + self.up(torch.ones(1, 6, dtype=x.dtype)))
+        return found
+
+
 def frozen(model: nn.Module, names: Callable[[str], bool]) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(not names(name))
@@ -90,6 +104,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "checkpoints inside of units": lambda: Texts("inside"),
     "a frozen block": lambda: frozen(Texts(), lambda name: name.startswith("blocks.0")),
     "frozen parameters inside of units": lambda: frozen(Texts(), lambda name: name.endswith("bias")),
+    "a vector at a time": OneByOne,
     "a frozen table, tied": lambda: frozen(Texts(), lambda name: name.startswith("table")),
     "torch's own layer": lambda: Around(nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True)),
     "a recurrent layer": lambda: Around(nn.GRU(6, 6, batch_first=True)),
@@ -124,7 +139,8 @@ def sharded(name: str, rank: int, budget: int | None, policy: Any = None) -> Obj
     cast: dict[str, Any] = (
         {} if policy is None else {"mp_policy": MixedPrecisionPolicy(policy, output_dtype=torch.float64)}
     )
-    for unit in getattr(found, "blocks", [getattr(found, "layer", None)]):
+    units = dict(found.named_children())
+    for unit in units.get("blocks", [units.get("layer", units.get("up"))]):
         if policy is None:
             fully_shard(unit)
     data: Any = batches([0] if rank == 0 else [2, 4])
@@ -136,9 +152,46 @@ def narrow(network: nn.Module, batch: Any) -> Any:
     return torch.func.functional_call(network, single, (batch[0],)).double(), batch[1]
 
 
+def runs_a_product(_: int) -> dict[str, int]:
+    """Return how often modules run in a product with a batch: in the first pass, and again."""
+    from torch.distributed.fsdp import fully_shard
+
+    found, run = {}, Call.run
+
+    def counting(call: Call, *args: Any) -> Any:
+        counted[0] += 1
+        return run(call, *args)
+
+    for name, layers in {
+        "linear": [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3, bias=False)],
+        "others": [nn.LayerNorm(6), nn.Tanh(), nn.Bilinear(6, 6, 3)],
+    }.items():
+        torch.manual_seed(0)
+        network: Any = nn.Sequential(*layers[:2], Twice(layers[2]) if name == "others" else layers[2]).double()
+        data = (torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3)
+        o = Objective(fully_shard(network), nn.CrossEntropyLoss(), data, memory_budget=0)
+        H, v, counted = HessianOperator(o), o.gradient(), [0]
+        Call.run = counting  # type: ignore[method-assign] # for a while
+        try:
+            H @ v
+        finally:
+            Call.run = run  # type: ignore[method-assign] # as it was
+        found[name] = counted[0]
+    return found
+
+
+class Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x, x)
+
+
 def work(rank: int, folder: str) -> None:
     with process_group(rank, folder):
-        found: dict[Any, Any] = {}
+        found: dict[Any, Any] = {"runs": runs_a_product(rank)}
         for name in MODELS:
             for budget in (None, 0):
                 found[name, budget] = values(sharded(name, rank, budget))
@@ -163,6 +216,10 @@ def test_ranks_equal_one_process(ranks: list[dict[Any, Any]], name: str) -> None
         for budget in (None, 0):
             for what, value in rank[name, budget].items():
                 assert_close(value, alone[what], BATCHING_TOLERANCE)
+
+
+def test_linear_layers_run_once_a_product(ranks: list[dict[Any, Any]]) -> None:
+    assert [rank["runs"] for rank in ranks] == [{"linear": 2, "others": 2 * 4}] * 2
 
 
 @pytest.mark.parametrize("name", CAST)
