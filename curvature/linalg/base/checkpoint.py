@@ -1,8 +1,8 @@
 """Runs that go on where they were cut off: what has come out so far, in a folder, and what the run was given.
 
-A run is a series of pieces, each of which is written when it is done (`piece`), and within a piece the newest state of
-a recurrence (`keep`, `kept`). The same call on the same folder takes both from there instead of computing them, and
-draws its random numbers anew, so that it ends with the bits that an uninterrupted one ends with.
+A run is a series of pieces, which are written when they are done, small ones together (`piece`), and within a piece the
+newest state of a recurrence (`keep`, `kept`). The same call on the same folder takes both from there instead of
+computing them, and draws its random numbers anew, so that it ends with the bits that an uninterrupted one ends with.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from curvature.errors import InputError
 from curvature.fingerprints.portable import argument
@@ -37,7 +38,8 @@ __all__ = ["NOT_KEPT", "AnyCheckpoint", "Checkpoint", "open_run"]
 _T = TypeVar("_T")
 
 SHARE = 0.05
-"""Of the time of a run, that states of its recurrence may take to be written."""
+"""Of the time of a run, that small pieces and states of its recurrence may take to be written."""
+_LARGE = 1 << 26  # bytes of pieces that do not wait for that
 
 _FACTS = "run.json"
 _BESIDE = {"A", "matrix", "callback", "progress", "checkpoint"}  # arguments that are not compared, or by products
@@ -62,11 +64,15 @@ class Checkpoint:
     ) -> None:
         self._folder, self._layout, self._group = folder, layout, group
         self._device = device or torch.device("cpu")
-        self._count = self._saved = self._number = 0
-        self._state: str | None = None
+        self._count = self._number = 0  # pieces so far, states so far
+        self._pieces: list[str] = []  # names of those on disk, in their order
+        self._ahead: list[Any] = []  # read, for the next pieces
+        self._behind: list[Any] = []  # not yet written
+        self._saved, self._state = 0, None
         self._since, self._steps, self._due = time.perf_counter(), 0, 1
         if folder is not None:
-            self._saved, self._state = self._from_first(lambda: _found(folder))
+            self._pieces, self._state = self._from_first(lambda: _found(folder))
+            self._saved = int(self._pieces[-1].rpartition("-")[2]) if self._pieces else 0
 
     def part(self, name: str) -> Checkpoint:
         """Return what a run within this one keeps."""
@@ -74,23 +80,43 @@ class Checkpoint:
         return Checkpoint(folder, self._layout, self._group, self._device)
 
     def piece(self, compute: Callable[[], _T]) -> _T:
-        """Return what `compute` returns, tensors and plain values in lists, tuples and dictionaries, or has returned.
-
-        It must write nothing that the rest of the run reads.
-        """
+        """Return what `compute` returns or has returned: tensors and plain values in lists, tuples and dictionaries."""
         if self._folder is None:
             return compute()
-        place = self._folder / f"piece-{self._count:06}"
         if self._count < self._saved:
-            found: _T = read(place, self._layout, self._device, self._group)
-        else:
-            found = compute()
-            write(found, place, self._group)
-            self._clear(lambda name: name.startswith("state-"))
-            self._state, self._steps, self._due = None, 0, 1
+            self._count += 1
+            if not self._ahead:
+                self._ahead = read(self._folder / self._pieces.pop(0), self._layout, self._device, self._group)
+            self._since = time.perf_counter()
+            found: _T = self._ahead.pop(0)
+            return found
+        found = compute()
         self._count += 1
-        self._since = time.perf_counter()
+        self._behind.append(found)
+        self._steps += 1
+        size = sum(
+            t.nbytes for t in tree_leaves(self._behind) if isinstance(t, Tensor)
+        )  # of whole ones: alike on ranks
+        if self._steps >= self._due or size >= _LARGE:
+            self._written(self._write_pieces)
+        else:  # what the run may write to
+            self._behind[-1] = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, found)
         return found
+
+    def _write_pieces(self) -> None:
+        if self._folder is not None and self._behind:
+            name = f"piece-{self._count - len(self._behind):06}-{self._count:06}"
+            write(self._behind, self._folder / name, self._group)
+            self._behind = []
+            self._clear(lambda name: name.startswith("state-"))
+
+    def _written(self, act: Callable[[], None]) -> None:
+        """Write, and reckon after how many steps that is due again."""
+        begun = time.perf_counter()
+        act()
+        worth = (time.perf_counter() - begun) / SHARE / max((begun - self._since) / self._steps, 1e-9)
+        self._due = max(self._told(max(1, math.ceil(worth))))
+        self._steps, self._since = 0, time.perf_counter()
 
     def keep(self, state: Callable[[], Any]) -> None:
         """Write the state that a recurrence needs to go on, unless that would take more than a share of its time."""
@@ -99,14 +125,15 @@ class Checkpoint:
         self._steps += 1
         if self._steps < self._due:
             return
-        begun = time.perf_counter()
+        self._written(lambda: self._write_state(state()))
+
+    def _write_state(self, state: Any) -> None:
+        assert self._folder is not None
+        self._write_pieces()
         name = f"state-{self._count:06}-{self._number:06}"
-        write(state(), self._folder / name, self._group)
+        write(state, self._folder / name, self._group)
         self._clear(lambda other: other.startswith("state-") and other != name)
-        done = time.perf_counter()
-        worth = (done - begun) / SHARE / max((begun - self._since) / self._steps, 1e-9)
-        self._due = max(self._told(max(1, math.ceil(worth))))
-        self._number, self._steps, self._since = self._number + 1, 0, time.perf_counter()
+        self._number += 1
 
     def kept(self) -> Any:
         """Return the newest state of the piece that comes next; None if there is none."""
@@ -206,8 +233,8 @@ def _made_of(A: Any) -> Tensor | None:
     return own if own is not None else next((found for found in parts if found is not None), None)
 
 
-def _found(folder: Path) -> tuple[int, str | None]:
-    """Return how many pieces there are, and the newest state of the next one; what was not written to its end goes."""
+def _found(folder: Path) -> tuple[list[str], str | None]:
+    """Return the pieces that there are, and the newest state of the next one; what was not written to its end goes."""
     names = []
     for path in sorted(folder.glob("*-*")) if folder.is_dir() else []:
         if not path.name.startswith(("piece-", "state-")):
@@ -217,11 +244,16 @@ def _found(folder: Path) -> tuple[int, str | None]:
         else:
             shutil.rmtree(path)
     pieces = [name for name in names if name.startswith("piece-")]
-    count = sum(1 for i, name in enumerate(pieces) if int(name.rpartition("-")[2]) == i)
-    if count < len(pieces):
-        raise InputError(f"the run in {str(folder)!r} lacks {f'piece-{count:06}'!r}: restore it, or take a new folder.")
+    count = 0
+    for name in pieces:
+        first, stop = map(int, name.split("-")[1:])
+        if first != count:
+            raise InputError(
+                f"the run in {str(folder)!r} lacks {f'piece-{count:06}'!r}: restore it, or take a new folder."
+            )
+        count = stop
     states = [name for name in names if name.startswith(f"state-{count:06}-")]
-    return count, states[-1] if states else None
+    return pieces, states[-1] if states else None
 
 
 def _compare(folder: Path, facts: dict[str, Any]) -> None:

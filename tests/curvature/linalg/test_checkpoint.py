@@ -169,6 +169,21 @@ def test_states_are_written_for_a_share_of_the_time(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["state-000000-000002"]
 
 
+@pytest.mark.parametrize("name", ["trace by auto", "trace by hutchinson", "conjugate gradients"])
+def test_pieces_are_written_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third step, whatever the time: what was not written is computed again, and what was read is as it was."""
+    monkeypatch.setattr(checkpoints.Checkpoint, "_told", lambda _, mine: [3] if isinstance(mine, int) else [mine])
+    of, call = CALLS[name]
+    A = of()
+    whole = Lasting(A)
+    alone = call(whole)
+    result, _, cuts = finished(call, A, tmp_path / "run", max(12, whole.calls // 3))
+    assert same_bits(alone, result)
+    assert cuts > 0
+    ranges = [list(map(int, piece.name.split("-")[1:])) for piece in (tmp_path / "run").glob("piece-*")]
+    assert name == "conjugate gradients" or any(stop - first == 3 for first, stop in ranges)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
