@@ -71,7 +71,7 @@ class SpectrumAnalysis:
             known=rule.known,
             num_matvecs=spent,
         )
-        return Spectrum(
+        found = Spectrum(
             top=top,
             bottom=bottom,
             density=replace(template, product_noise=product_noise(self.A) or None),
@@ -85,6 +85,7 @@ class SpectrumAnalysis:
             seconds=seconds,
             notes=() if reason is None else (f"No error over the data is given: {reason}.",),
         )
+        return replace(found, density=replace(found.density, rule=found.density_rule_error()))
 
     def _pairs(
         self, run: BlockKrylov, generator: torch.Generator, progress: Callable[[int], None] | None

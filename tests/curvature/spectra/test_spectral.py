@@ -132,6 +132,22 @@ def test_error_bars_over_probes_cover_at_their_rate(num_known: int) -> None:
     assert abs(inside / 400 - 0.95) < 3 * (0.95 * 0.05 / 400) ** 0.5 + 0.015  # samples are no exact normals
 
 
+def test_the_band_of_the_density_covers_a_dense_bulk() -> None:
+    """Where the Gaussian is narrower than what the steps resolve, most of the error is that of the quadrature."""
+    eigenvalues = torch.linspace(-1, 1, 400, dtype=F64)
+    A, covered, by_chance = torch.diag(eigenvalues), [], []
+    for seed in range(50):
+        density = spectrum(A, SpectrumPlan(num_probes=4, num_steps=30), generator=generator(seed)).density
+        low, high = density.interval(0.95)
+        apart = (density.grid[:, None] - eigenvalues) / density.sigma
+        truth = (-apart.square() / 2).exp().mean(dim=1) / (density.sigma * (2 * torch.pi) ** 0.5)
+        covered.append(((truth >= low) & (truth <= high)).double().mean())
+        low, high = replace(density, rule=None).interval(0.95)
+        by_chance.append(((truth >= low) & (truth <= high)).double().mean())
+    assert torch.stack(covered).mean() > 0.93
+    assert torch.stack(by_chance).mean() < 0.85
+
+
 # -- errors over the data ---------------------------------------------------------------------------------------------
 
 
