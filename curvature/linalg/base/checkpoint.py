@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -69,10 +70,11 @@ class Checkpoint:
         self._ahead: list[Any] = []  # read, for the next pieces
         self._behind: list[Any] = []  # not yet written
         self._saved, self._state = 0, None
-        self._since, self._steps, self._due = time.perf_counter(), 0, 1
         if folder is not None:
+            import_module("torch.distributed.checkpoint")  # half a second, before a write is timed
             self._pieces, self._state = self._from_first(lambda: _found(folder))
             self._saved = int(self._pieces[-1].rpartition("-")[2]) if self._pieces else 0
+        self._since, self._steps, self._due = time.perf_counter(), 0, 1
 
     def part(self, name: str) -> Checkpoint:
         """Return what a run within this one keeps."""
