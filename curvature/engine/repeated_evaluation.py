@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,9 @@ class RunningBuffers:
         """Watch all forward passes for as long as the closure may be evaluated."""
         _WATCHERS.add(self)
         try:
-            yield
+            with warnings.catch_warnings():  # the wrapper of torch.compile calls hooks once more, which does no harm
+                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+                yield
         finally:
             _WATCHERS.remove(self)
             self._close()  # a forward pass was broken off
