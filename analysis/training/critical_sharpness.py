@@ -145,7 +145,7 @@ def search_critical_step(
         narrow = high - low <= rtol * low or phi == 0
         here, same_side = (a, phi), (phi < 0) == (before[1] < 0)
         a = _inside(low, phi_low, high, phi_high, *((before, here) if same_side else ()))
-        before = here
+        before, narrow = here, narrow or a in (low, high)  # rounding leaves nothing between
     if high == math.inf or (math.isinf(phi_high) and not narrow):
         return _found(low, low, high, lr, spent, CriticalStatus.NO_BRACKET)
     root = high if phi_high == 0 else _secant(low, phi_low, high, phi_high)

@@ -96,6 +96,19 @@ def test_a_root_that_secants_of_the_bracket_approach_from_one_side_is_found() ->
     assert found.lower < root < found.upper < 1.05 * found.lower
 
 
+def test_a_root_at_an_end_of_the_bracket_ends_the_search() -> None:
+    """The secant's root is the end itself to rounding, as where a training has converged; it went on for ever."""
+
+    def stops(a: float) -> float:
+        seen.append(a)
+        return 1e-20 * a
+
+    seen: list[float] = []
+    found = search_critical_step(stops, 0.0, -1.0, lr=0.1, max_losses=6, rtol=0.01, eps=1e-16)
+    assert math.isclose(found.step, 0.1)
+    assert seen == [1.0]
+
+
 def test_the_same_update_on_another_loss() -> None:
     """On a quadratic a w^2 / 2 + b w the critical rate along u is -2 (a w + b) / (a u), times lr."""
     w = nn.Linear(1, 1, bias=False).double()
