@@ -99,11 +99,11 @@ def solve(
         >>> result.x.round(decimals=3), result.method
         (tensor([ 1.0000, -0.5000]), 'MINRES: conjugate gradients met a direction of negative curvature')
     """
+    if method not in get_args(SolveMethod):
+        raise InputError(f"method must be one of {', '.join(get_args(SolveMethod))}, got {method!r}.")
     if isinstance(A, Objective) and matrix is None:
         raise InputError('say which matrix of the objective to solve with, such as matrix="ggn" or matrix="hessian".')
     saved = open_run("solve", locals())
-    if method not in get_args(SolveMethod):
-        raise InputError(f"method must be one of {', '.join(get_args(SolveMethod))}, got {method!r}.")
     A = as_matrix(A, matrix or "hessian")
     space = None
     if isinstance(rhs, Mapping):

@@ -32,7 +32,6 @@ from curvature import (
 from curvature.fingerprints.portable import argument, content
 from curvature.linalg import ThickRestartLanczos, diagonal, lanczos, trace
 from curvature.objective.shift import loss_at
-from curvature.per_example import gradient_moments
 
 
 def net(hidden: int = 5) -> Any:
@@ -204,7 +203,6 @@ REFUSED: dict[str, tuple[str, Callable[[int, Any], Any]]] = {
     "empty everywhere": ("no batch on any rank", lambda r, g: objective(r, g, data=[]).loss()),
     "check": ("by zero", lambda r, g: objective(r, g, loss=None, forward=_fails(r)).check()),
     "loss at a point": ("by zero", lambda r, g: loss_at(_failing(r, g), _failing(r, g).space.current())),
-    "moments": ("", lambda r, g: gradient_moments(objective(r, g, data=[(x, y)] if r else []))),
 }
 
 
