@@ -89,7 +89,8 @@ class KnownBlocks(HessianOperator):
             rest, assemble = iter(parts), zip(X, blocks, known, strict=True)
             of_batch = self._batches[index][1] if len(parts) < len(X) else {}
             assert observe is not None
-            observe(index, weight, [next(rest) if M is None else of_batch[b.parameters] @ x for x, b, M in assemble])  # type: ignore[union-attr]
+            whole = [next(rest) if b is None or M is None else of_batch[b.parameters] @ x for x, b, M in assemble]
+            observe(index, weight, whole)
 
         told = None if observe is None else all_parts
         if others:

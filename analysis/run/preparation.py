@@ -135,7 +135,7 @@ def prepare(
         CurvatureError: as `Objective.check`.
     """
     with contextlib.ExitStack() as beside:
-        checked: Callable[[], tuple[str, ...] | None] = lambda: None  # noqa: E731
+        checked: Callable[[], tuple[str, ...] | None] = lambda: None  # noqa: E731 - replaced where there is a check
         if request.check:
             with listener.doing("checking model, loss and data"):
                 checked = beside.enter_context(in_background(objective, lambda: objective.check().messages))

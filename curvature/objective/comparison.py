@@ -147,7 +147,7 @@ def _compare(objective: ObjectiveLike, shards: Shards, batch: Any) -> None:
         evaluation, theirs = _own_gradient(own, shards, list(objective._space.names), batch)
     eps = max(torch.finfo(t.dtype).eps for t in (*shards.leaves.values(), evaluation.loss))
     rounded = [torch.finfo(dtype).eps for dtype in _dtypes(shards, objective.device)]
-    allowed = max(min(1e4 * eps, 0.05), *(min(1e4 * each, 0.01) for each in (eps, *rounded)))
+    allowed = max(min(1e4 * eps, 0.05), 1e4 * min(max([eps, *rounded]), torch.finfo(torch.float32).eps))
     value = float(evaluation.loss.detach())
     if not abs(value - loss) <= allowed * max(abs(value), 1e-8):
         raise CheckFailedError(
