@@ -29,6 +29,8 @@ from curvature.autograd.lean import LeanLayers
 from curvature.data.random_states import RandomStates
 from curvature.data.tensors import ordinary, tensors_in
 from curvature.engine.advice import advice_on_inputs, advice_on_loss, advice_on_outputs, first_line
+from curvature.engine.messages import NoMessages, has_other_ranks, refuse_synchronised
+from curvature.engine.stand_ins import StandIns, here
 from curvature.environment.autocast import as_around
 from curvature.environment.device import is_gpu
 from curvature.environment.lock import one_at_a_time
@@ -86,6 +88,7 @@ class Evaluator:
         stand_ins: makes the context in which tensors that can be differentiated stand in the model in place of its own;
             None where its own can.
         batch_weights: tests whether a custom loss divides by what its batches are counted by; None does not.
+        between_ranks: whether the forward pass may send anything to other ranks, as those of models in parts do.
     """
 
     model: nn.Module
@@ -101,11 +104,13 @@ class Evaluator:
     head_refusal: str = ""
     stand_ins: Callable[[], AbstractContextManager[None]] | None = None
     batch_weights: WeightsOfBatches | None = field(default_factory=WeightsOfBatches)
+    between_ranks: bool = False
 
     def __post_init__(self) -> None:
         # walked for every product, so the tree of modules is taken to stand as it is
         self._modules = list(self.model.modules())
-        self._looked_for_checkpoints = False
+        self._synchronised = [m for m in self._modules if isinstance(m, nn.SyncBatchNorm)]
+        self._looked_for_checkpoints = self._looked_for_messages = False
         self._keeps_float32 = not self.allow_tf32
 
     def forget(self) -> None:
@@ -123,7 +128,7 @@ class Evaluator:
 
     def copy_buffers(self) -> StandIns:
         with one_at_a_time:  # in another thread, copies may be installed
-            return StandIns((m._buffers for m in self._modules), lambda buffer: ordinary(_here(buffer)))
+            return StandIns((m._buffers for m in self._modules), lambda buffer: ordinary(here(buffer)))
 
     @contextlib.contextmanager
     def with_new_leaves(self) -> Iterator[Evaluator]:
@@ -195,7 +200,7 @@ class Evaluator:
             NonFiniteError: if the loss is NaN or infinite; the message names the batch and the first culprit.
         """
         device = self.parameters[0].device
-        with _seeded(self.seed + index, device) as drew, blocks or contextlib.nullcontext():
+        with _seeded(self.seed + index, device) as drew, blocks or contextlib.nullcontext(), self._own_data():
             outputs, targets, loss = self._loss(batch)
             drew_random_numbers = drew()
         with _past_modes(loss, outputs, targets) if self.weight is None else contextlib.nullcontext():
@@ -213,6 +218,15 @@ class Evaluator:
                 self.batch_weights.see(self.rule, outputs, targets, index)
             scalar = loss.reshape(()) if loss.ndim else loss
         return Evaluation(scalar, weight, outputs, targets, drew_random_numbers, blocks is not None and blocks.in_use)
+
+    @contextlib.contextmanager
+    def _own_data(self) -> Iterator[None]:
+        """Refuse a forward pass that looks at other ranks' batches; what was seen not to is not watched again."""
+        refuse_synchronised(self._synchronised)
+        watched = not (self.between_ranks or self._looked_for_messages) and has_other_ranks()
+        with NoMessages() if watched else contextlib.nullcontext():
+            yield
+        self._looked_for_messages = True
 
     def _loss(self, batch: Any) -> tuple[Any, Any, Any]:
         if self.rule is None:
@@ -272,42 +286,6 @@ class Evaluator:
         if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
             return "parameters and data are finite but the model's outputs are not: they overflow; use a wider dtype."
         return "parameters, data and outputs are finite; the loss function itself overflows or divides by zero."
-
-
-class StandIns:
-    """Tensors that stand in for a model's own while they are installed, and belong to one graph.
-
-    Args:
-        stores: where modules hold tensors by name.
-        make: returns what stands in for a tensor; called once for each.
-    """
-
-    def __init__(self, stores: Iterable[dict[str, Any]], make: Callable[[Tensor], Tensor]) -> None:
-        made: dict[int, Tensor] = {}
-        self._places: list[tuple[dict[str, Any], str, Tensor]] = []
-        for store in stores:
-            for name, own in store.items():
-                if own is not None:
-                    if id(own) not in made:
-                        made[id(own)] = make(own)
-                    self._places.append((store, name, made[id(own)]))
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        originals = [(store, name, store[name]) for store, name, _ in self._places]
-        try:
-            for store, name, stand_in in self._places:
-                store[name] = stand_in
-            yield
-        finally:
-            for store, name, original in originals:
-                store[name] = original
-
-
-def _here(buffer: Tensor) -> Tensor:
-    """Return a buffer as an ordinary tensor, also where it is one that ranks hold replicas of."""
-    local: Tensor = getattr(buffer, "to_local", buffer.detach)()
-    return local
 
 
 @contextlib.contextmanager

@@ -173,7 +173,9 @@ def _linearised(objective: ObjectiveLike, walk: Walk) -> Callable[[Any, int], Li
     positions = range(len(every)) if walk.chosen is None else walk.chosen.positions
     space = ParameterSpace({every[i]: walk.parts[i] for i in positions})
     parameters = list(space.tensors.values())
-    evaluator = replace(objective.evaluator, parameters=parameters, stand_ins=walk.installed, head=None)
+    evaluator = replace(
+        objective.evaluator, parameters=parameters, stand_ins=walk.installed, head=None, between_ranks=True
+    )
     return functools.partial(_LinearisedByModule, walk, evaluator, space)
 
 

@@ -126,7 +126,7 @@ def _compare(objective: ObjectiveLike, shards: Shards, batch: Any) -> None:
     """
     evaluator, ranks = objective.evaluator, objective.ranks
     assert ranks is not None
-    own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None)
+    own = dataclasses.replace(evaluator, stand_ins=None, batch_weights=None, head=None, between_ranks=True)
     gradient: Tensor | None = None
     if shards.by_module:
         sharding: Any = objective._space.sharding  # type: ignore[attr-defined] # of whole spaces

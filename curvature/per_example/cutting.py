@@ -18,7 +18,8 @@ from curvature.autograd.lazy_logits import LazyLogits
 from curvature.autograd.lean import LeanLayers
 from curvature.data.parts import num_examples, sparse_rows
 from curvature.data.tensors import map_tensors, tensors_in
-from curvature.engine.evaluation import Evaluator, StandIns, _seeded
+from curvature.engine.evaluation import Evaluator, _seeded
+from curvature.engine.stand_ins import StandIns
 from curvature.environment.device import ATTENTION_KERNELS
 from curvature.environment.lock import one_at_a_time
 from curvature.errors import CurvatureError, DataError

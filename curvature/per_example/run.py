@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from curvature.autograd.lazy_logits import LazyLogits
-from curvature.engine.evaluation import Evaluation, StandIns
+from curvature.engine.evaluation import Evaluation
+from curvature.engine.stand_ins import StandIns
 from curvature.per_example.capture import Capture
 from curvature.per_example.forms import Form
 from curvature.per_example.layout import Layout
