@@ -7,7 +7,9 @@ computing them, and draws its random numbers anew, so that it ends with the bits
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import shutil
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from curvature.errors import InputError
 from curvature.fingerprints.portable import argument
+from curvature.linalg.base.one_writer import LOCK, hold
 from curvature.linalg.base.places import normal_rows
 from curvature.linalg.base.validate import product_noise
 from curvature.linop import MatrixLike, as_matrix
@@ -43,6 +46,8 @@ SHARE = 0.05
 _LARGE = 1 << 26  # bytes of pieces that do not wait for that
 
 _FACTS = "run.json"
+_OURS = {LOCK, f"{_FACTS}.new"}  # what an empty folder may hold
+_FORM = 1  # of what algorithms write, and of the random numbers that they draw beside it
 _BESIDE = {"A", "matrix", "callback", "progress", "checkpoint"}  # arguments that are not compared, or by products
 
 
@@ -54,6 +59,10 @@ class Checkpoint:
         layout: of the vectors of the run; None where they are whole.
         group: the ranks that make the run together; None for a single process.
         device: of the matrix.
+        alone: keep other processes from the folder.
+
+    Raises:
+        InputError: if another process is at it, or pieces are missing.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class Checkpoint:
         layout: Layout | None = None,
         group: ProcessGroup | None = None,
         device: torch.device | None = None,
+        alone: bool = False,
     ) -> None:
         self._folder, self._layout, self._group = folder, layout, group
         self._device = device or torch.device("cpu")
@@ -72,6 +82,8 @@ class Checkpoint:
         self._saved, self._state = 0, None
         if folder is not None:
             import_module("torch.distributed.checkpoint")  # half a second, before a write is timed
+            if alone:
+                self._from_first(lambda: self._hold(folder))
             self._pieces, self._state = self._from_first(lambda: _found(folder))
             self._saved = int(self._pieces[-1].rpartition("-")[2]) if self._pieces else 0
         self._since, self._steps, self._due = time.perf_counter(), 0, 1
@@ -162,13 +174,22 @@ class Checkpoint:
         if self._group is None or self._group.rank() == 0:
             try:
                 found = act(), None
-            except (InputError, OSError) as error:
+            except InputError as error:
                 found = None, str(error)
+            except OSError as error:
+                why = error.strerror or error
+                found = None, f"{str(self._folder)!r} cannot be written: {why}. Give checkpoint a folder that can."
         result, refused = self._told(found)[0]
         if refused is not None:
             raise InputError(refused)
         value: _T = result
         return value
+
+    def _hold(self, folder: Path) -> None:
+        if folder.exists() and (not folder.is_dir() or _holds_other_files(folder)):
+            return  # refused later, and nothing of it is touched
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder, self)
 
     def _clear(self, is_old: Callable[[str], bool]) -> None:
         if self._folder is not None and (self._group is None or self._group.rank() == 0):
@@ -211,6 +232,7 @@ def open_run(call: str, given: Mapping[str, Any]) -> Checkpoint:
     numbers = {name: found for name, value in settings.items() if (found := _numbers(value, A)) is not None}
     facts: dict[str, Any] = {
         "call": call,
+        "versions": _versions(),
         "settings": {name: argument(name, value) for name, value in settings.items() if name not in numbers},
         "in parts": layout is not None,
         "matrix": [list(A.shape), str(A.dtype), A.device.type],
@@ -219,7 +241,7 @@ def open_run(call: str, given: Mapping[str, Any]) -> Checkpoint:
     }
     if (parameters := _made_of(A)) is not None:
         facts["parameters"] = _sums([parameters])
-    saved = Checkpoint(Path(checkpoint), layout, group, A.device)
+    saved = Checkpoint(Path(checkpoint), layout, group, A.device, alone=True)
     if len({*saved._told(str(checkpoint))}) > 1:
         raise InputError("the ranks differ in checkpoint: give all of them one folder, which they all reach.")
     saved._begin(facts)
@@ -261,8 +283,7 @@ def _found(folder: Path) -> tuple[list[str], str | None]:
 def _compare(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / _FACTS
     if not path.exists():
-        others = [p.name for p in folder.iterdir() if p.name != f"{_FACTS}.new"] if folder.is_dir() else []
-        if others or (folder.exists() and not folder.is_dir()):
+        if folder.exists() and (not folder.is_dir() or _holds_other_files(folder)):
             raise InputError(f"{str(folder)!r} holds no run, but other files: give checkpoint a folder of its own.")
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / f"{_FACTS}.new"
@@ -281,6 +302,19 @@ def _compare(folder: Path, facts: dict[str, Any]) -> None:
         )
 
 
+def _holds_other_files(folder: Path) -> bool:
+    """Whether there is something in a folder, and no run."""
+    return not (folder / _FACTS).exists() and any(path.name not in _OURS for path in folder.iterdir())
+
+
+def _versions() -> str:
+    """Return what must be alike for the rest of a run to suit what there is: the same numbers are drawn again."""
+    own = "from a checkout"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        own = importlib.metadata.version("torch-curvature")
+    return f"torch {torch.__version__}, torch-curvature {own}, form {_FORM}"
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs between what a run was given and what it is given now, for people."""
     if before["call"] != now["call"]:
@@ -292,6 +326,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"{shape[0]} x {shape[1]}, {dtype}, {device}" for shape, dtype, device in (before["matrix"], now["matrix"])
         ]
         return [f"the matrix ({shown[0]}, now {shown[1]})"]
+    if before.get("versions") != now["versions"]:
+        return [f"the versions of the libraries ({before.get('versions', 'not noted')}; now {now['versions']})"]
     found = []
     if not _near(before.get("parameters"), now.get("parameters"), 1e-9):
         found.append("the parameters of the model")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +292,60 @@ def test_torn_writes_are_refused_or_made_again(stopped: Path) -> None:
     (stopped / "run.json").write_text(json.dumps({"call": "trace"}), encoding="utf-8")
     with pytest.raises(InputError, match="is damaged"):
         trace(net(), num_matvecs=12, generator=0, checkpoint=stopped)
+
+
+def test_other_versions_are_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of probes that another version drew stand beside probes that this one would draw."""
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_FORM", 0)
+        with pytest.raises(InputError, match=r"differs in the versions of the libraries \(torch .*, form 1; now"):
+            trace(net(), num_matvecs=12, generator=0, checkpoint=stopped)
+    facts = json.loads((stopped / "run.json").read_text(encoding="utf-8"))
+    del facts["versions"]
+    (stopped / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(InputError, match="not noted"):
+        trace(net(), num_matvecs=12, generator=0, checkpoint=stopped)
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    """Two had thrown out each other's half-written pieces."""
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from curvature.linalg import trace\n"
+        "def wait(*_):\n"
+        "    print('at work', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "trace(torch.eye(30), num_matvecs=12, generator=0, callback=wait, checkpoint=sys.argv[1])\n",
+        encoding="utf-8",
+    )
+    call = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "run")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "at work\n"
+        before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+        with pytest.raises(InputError, match=f"is being written by process {other.pid} on .*: wait until"):
+            trace(torch.eye(30), num_matvecs=12, generator=0, checkpoint=tmp_path / "run")
+        assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+        other.kill()
+    found = trace(torch.eye(30), num_matvecs=12, generator=0, checkpoint=tmp_path / "run")
+    assert same_bits(found, trace(torch.eye(30), num_matvecs=12, generator=0))
+
+
+def test_a_run_that_failed_here_keeps_nobody_out(tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise Cut
+
+    with pytest.raises(Cut) as kept:  # with its traceback, as a notebook keeps it
+        trace(torch.eye(30), num_matvecs=12, generator=0, callback=fail, checkpoint=tmp_path / "run")
+    trace(torch.eye(30), num_matvecs=12, generator=0, checkpoint=tmp_path / "run")
+    assert kept.value is not None
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cannot be written: Not a directory\. Give checkpoint a folder that can"):
+        trace(symmetric(), num_matvecs=8, generator=0, checkpoint=tmp_path / "file" / "run")
 
 
 def test_folders_with_other_files_are_refused(tmp_path: Path) -> None:
