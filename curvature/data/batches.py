@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvature.data.array_inputs import with_tensors
 from curvature.data.fingerprints import Fingerprint, fingerprint
+from curvature.data.loaders import refuse_repeats, timed
 from curvature.data.parts import num_examples, take, ways_to_cut
 from curvature.data.random_states import RandomStates, unnoticed
 from curvature.errors import DataError
@@ -72,6 +73,7 @@ class DataSource:
                 "empty."
             )
         if self._totals is None:
+            refuse_repeats(self.given, self._order)
             self._totals, self.num_batches = totals, index
         self._num_passes += 1
         if not any(a == b for a, b in zip(totals, self._totals, strict=True)):
@@ -114,7 +116,7 @@ class DataSource:
                 pass
 
     def _pieces(self) -> Iterator[Any]:
-        for batch in self.given if self.in_memory else unnoticed(self.given, self._stream):
+        for batch in self.given if self.in_memory else timed(self.given, unnoticed(self.given, self._stream)):
             batch = with_tensors(batch) if self._paired else batch  # a forward of its own takes them as they are
             if self._micro_batch is None:
                 yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from curvature.data.loaders import loader_notes
 from curvature.objective.cancellation import cancellation_notes
 from curvature.objective.interface import ObjectiveLike
 from curvature.objective.product_noise import noise_notes
@@ -25,5 +26,6 @@ def notes_of(objective: ObjectiveLike) -> tuple[str, ...]:
         notes.append(
             "The model draws random numbers (dropout in train mode?): each batch has one fixed draw, set by its seed."
         )
+    notes += loader_notes(objective.source.given)
     notes += [*objective.evaluator.notes(), *objective.trust.notes(), *noise_notes(objective)]
     return (*notes, *cancellation_notes(objective.freshness.measured()))
