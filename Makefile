@@ -6,8 +6,9 @@ VENV := .venv
 BENCH := .venv-bench
 DOCS := .venv-docs
 RUN ?= runs/demo
-# pytest processes, each with one thread: faster than one process with many.
-TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
+# pytest processes, each with one thread: faster than one process with many. Compiled modules are kept whatever the
+# environment says: tests start dozens of processes, and half of the time to collect tests goes into compiling them.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n auto --maxprocesses=8 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint format bench bench-quick notebooks docs release-check clean

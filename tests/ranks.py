@@ -1,4 +1,7 @@
-"""Two processes for all tests that need ranks: starting them takes longer than most of these tests do."""
+"""Processes for all tests that need ranks: starting them takes longer than most of these tests do.
+
+They are forked from a server that has imported what they run: once for all ranks, where each would import it anew.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import get_context
+from torch.multiprocessing import get_context, start_processes
 
-__all__ = ["IN_TWO_PROCESSES", "in_two_processes", "process_group"]
+__all__ = ["IN_TWO_PROCESSES", "in_processes_of_their_own", "in_two_processes", "process_group"]
 
 IN_TWO_PROCESSES = pytest.mark.xdist_group("ranks")
 """Marks tests that share the processes, for one worker of pytest to run them all."""
@@ -28,7 +32,7 @@ def in_two_processes(work: Callable[[int, str], None], folder: str) -> None:
         RuntimeError: with the traceback of a rank that failed.
     """
     if not _pipes:
-        context = get_context("spawn")
+        context = _server(work)
         for rank in range(2):
             ours, theirs = context.Pipe()
             context.Process(target=_serve, args=(rank, theirs), daemon=True).start()
@@ -43,6 +47,23 @@ def in_two_processes(work: Callable[[int, str], None], folder: str) -> None:
         raise
     if failures := [text for text in said if text]:
         raise RuntimeError("\n".join(failures))
+
+
+def in_processes_of_their_own(work: Callable[[int, str], None], folder: str, count: int) -> None:
+    """Run work(rank, folder) in so many processes that may end as they like.
+
+    Raises:
+        ProcessRaisedException: with the traceback of a rank that failed.
+        ProcessExitedException: where one ended otherwise than with 0.
+    """
+    _server(work)
+    start_processes(work, (folder,), nprocs=count, start_method="forkserver")
+
+
+def _server(work: Callable[[int, str], None]) -> Any:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", work.__module__])  # heeded before the server starts
+    return context
 
 
 @contextlib.contextmanager

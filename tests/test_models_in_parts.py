@@ -49,6 +49,7 @@ from tests.ranks import IN_TWO_PROCESSES, in_two_processes, process_group
 pytestmark = IN_TWO_PROCESSES
 ROUTES = {"whole parameters": None, "module by module": 0}
 TOLERANCE, FLOOR = 1e-6, 1e-3  # relative, of what is iterated to a tolerance of its own; and of sizes below: absolute
+RTOL = 1e-4  # of solvers: ranks take the steps of one process, whether or not these have converged
 
 
 def net() -> Any:
@@ -92,7 +93,7 @@ def damped(o: Objective) -> Any:
 
 
 def solver(o: Objective) -> Any:
-    return ThickRestartLanczos(o, 2, rtol=1e-8, generator=0, confidence=None).run()
+    return ThickRestartLanczos(o, 2, rtol=RTOL, generator=0, confidence=None).run()
 
 
 def direction(o: Objective, seed: int = 0) -> Any:
@@ -126,6 +127,7 @@ def estimated_diagonals(o: Objective) -> Any:
 
 
 PLAN = curvature.SpectrumPlan(k=2, num_bottom=1, num_probes=2, num_steps=8, num_groups=0)
+ALL_ENTRIES = curvature.SpectrumPlan(k=2, num_probes=4, num_steps=8)  # as many columns as the matrix has
 
 
 def step_of(method: str, **settings: Any) -> Callable[[Objective], Tensor]:
@@ -173,6 +175,9 @@ CALLS: dict[str, Callable[[Objective], Any]] = {
     "NTKOperator": lambda o: NTKOperator(o) @ torch.ones(24, dtype=torch.float64),
     "BlockDiagonalOperator": lambda o: BlockDiagonalOperator(hessian(o)) @ vectors(o),
     "PreconditionedOperator": lambda o: PreconditionedOperator(hessian(o), vector(o).abs() + 1) @ vector(o),
+    "all entries of a PreconditionedOperator": lambda o: curvature.spectrum(
+        PreconditionedOperator(hessian(o), vector(o).abs() + 1), ALL_ENTRIES, generator=G
+    ),
     "SubmatrixOperator": lambda o: (
         SubmatrixOperator(hessian(o), o.space.block("0.*"), o.space.block("2.*")) @ o.space.block("2.*").take(vector(o))
     ),
@@ -180,19 +185,19 @@ CALLS: dict[str, Callable[[Objective], Any]] = {
         torch.optim.Adam(o.model.parameters()), o.space, missing="identity"
     ),
     # curvature and its numerics
-    "eigsh": lambda o: curvature.eigsh(o, 2, rtol=1e-8, generator=G),
+    "eigsh": lambda o: curvature.eigsh(o, 2, rtol=RTOL, generator=G),
     "ThickRestartLanczos": solver,
-    "lobpcg": lambda o: curvature.linalg.lobpcg(o, 2, rtol=1e-8, generator=G),
+    "lobpcg": lambda o: curvature.linalg.lobpcg(o, 2, rtol=RTOL, generator=G),
     "layer_spectra": lambda o: curvature.layer_spectra(o, PLAN, generator=G),
     "spectrum": lambda o: curvature.spectrum(o, PLAN, generator=G),
     "plan": lambda o: curvature.plan(o, "trace").num_matvecs,
-    "solve": lambda o: curvature.solve(o, o.gradient(), matrix="ggn", damping=0.1, rtol=1e-10).x,
-    "cg": lambda o: curvature.linalg.cg(damped(o), vectors(o), damping=0.1, rtol=1e-10).x,
-    "minres": lambda o: curvature.linalg.minres(hessian(o), vectors(o), rtol=1e-10).x,
-    "lsmr": lambda o: curvature.linalg.lsmr(hessian(o), vector(o), damping=0.1, rtol=1e-10).x,
-    "gltr": lambda o: curvature.linalg.gltr(o, o.gradient(), 0.1, rtol=1e-9).step,
-    "trust_region": lambda o: curvature.linalg.trust_region(o, o.gradient(), 0.1, rtol=1e-9).step,
-    "cubic_subproblem": lambda o: curvature.linalg.cubic_subproblem(o, o.gradient(), 1.0, rtol=1e-9).step,
+    "solve": lambda o: curvature.solve(o, o.gradient(), matrix="ggn", damping=0.1, rtol=RTOL).x,
+    "cg": lambda o: curvature.linalg.cg(damped(o), vectors(o), damping=0.1, rtol=RTOL).x,
+    "minres": lambda o: curvature.linalg.minres(hessian(o), vectors(o), rtol=RTOL).x,
+    "lsmr": lambda o: curvature.linalg.lsmr(hessian(o), vector(o), damping=0.1, rtol=RTOL).x,
+    "gltr": lambda o: curvature.linalg.gltr(o, o.gradient(), 0.1, rtol=RTOL).step,
+    "trust_region": lambda o: curvature.linalg.trust_region(o, o.gradient(), 0.1, rtol=RTOL).step,
+    "cubic_subproblem": lambda o: curvature.linalg.cubic_subproblem(o, o.gradient(), 1.0, rtol=RTOL).step,
     "lanczos": lambda o: curvature.linalg.lanczos(o, vector(o), num_steps=4),
     "lanczos_runs": lambda o: curvature.linalg.lanczos_runs(o, vectors(o), num_steps=4),
     "matrix_function": lambda o: curvature.linalg.matrix_function(damped(o), vectors(o), "sqrt", damping=0.1).value,

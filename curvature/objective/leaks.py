@@ -9,7 +9,7 @@ taken.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ __all__ = ["Leaks"]
 
 _MARK = "_curvature_made_in"
 _CONSTANT = (Tensor.detach, Tensor.data.__get__, torch.detach)  # type: ignore[attr-defined] # a descriptor
+_QUESTIONS = {"__get__", "dim", "is_complex", "is_floating_point", "numel", "size"}  # which change nothing
+_NO_TENSORS = {bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout}
 
 
 class Leaks(TorchFunctionMode):
@@ -75,18 +77,23 @@ class Leaks(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
-        tensors = [t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
+        name = getattr(func, "__name__", "")
+        asks = name in _QUESTIONS
+        result = func(*args, **kwargs) if asks else None
+        if asks and type(result) in _NO_TENSORS:
+            return result
+        tensors = _tensors((*args, *kwargs.values()))
         marks = [vars(t).get(_MARK) for t in tensors]
         known = {id(self._run)} if self._run is not None else set()
         foreign = any(m is not None and id(m) not in known for m in marks)
         foreign = foreign or (
             self._inside is not None and any(t.requires_grad and t.grad_fn is not None for t in tensors)
         )
-        result = func(*args, **kwargs)
+        if not asks:
+            result = func(*args, **kwargs)
         if func in _CONSTANT:
             return result
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        name = getattr(func, "__name__", "")
+        made = _tensors((result,))
         if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
             made = [*made, args[0]]
         made = [t for t in made if t.is_floating_point() or t.is_complex()]
@@ -96,6 +103,17 @@ class Leaks(TorchFunctionMode):
             for t in made:
                 setattr(t, _MARK, self._run)
         return result
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values and in containers among them; most are no containers, which are slow to enter."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) not in _NO_TENSORS:
+            found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return found
 
 
 def _refusal(module: nn.Module | None, what: str) -> CheckFailedError:

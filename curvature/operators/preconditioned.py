@@ -15,6 +15,7 @@ from curvature.errors import InputError
 from curvature.linop import MatrixLike, SymmetricOperator
 from curvature.operators._objective_operator import ObjectiveOperator, block_within
 from curvature.parameters import ParameterSpace, Selection
+from curvature.sharding.tensors import ShardedTensor, whole
 
 
 class PreconditionedOperator(SymmetricOperator):
@@ -112,10 +113,12 @@ class PreconditionedOperator(SymmetricOperator):
 
     def unscale(self, U: Tensor) -> Tensor:
         """Return P^-1/2 U, (n,) or (n, k): eigenvectors of P^-1 A from those of this matrix."""
-        return self._factor * U if U.ndim == 1 else self._factor[:, None] * U
+        found = self._factor * U if U.ndim == 1 else self._factor[:, None] * U
+        return found if isinstance(U, ShardedTensor) else whole(found)
 
     def _matmat(self, X: Tensor) -> Tensor:
-        return self._factor[:, None] * (self.A @ (self._factor[:, None] * X))
+        found = self._factor[:, None] * (self.A @ (self._factor[:, None] * X))
+        return found if isinstance(X, ShardedTensor) else whole(found)  # a divisor in parts makes parts of all
 
 
 # -- what optimizers divide by ----------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def test_inspect_gives_the_record_of_the_command_and_saves_its_folder(run: Inspe
 
 SETTINGS = {
     "bias": {"depths": (1, 2), "starts": 2, "steps": 100, "repeats": 2},
+    "conditioning": {"diagonal_matvecs": 8},  # fewer than parameters: a diagonal that is estimated
     "complexity": {"steps": 20, "repeats": 3, "processes": 1},
     "descent": {"values": (2, 3, 4), "steps": 20, "repeats": 2, "processes": 1},
     "labels": {"steps": 20, "repeats": 2, "processes": 1},

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from curvature import GGNOperator, HessianOperator, Objective, eigsh
 from curvature.linalg import trace
 from curvature.sharding.tensors import in_parts, whole
 from tests.checks import assert_close
+from tests.ranks import in_processes_of_their_own
 
 RANKS, TIMEOUT = 4, 20  # s
 
@@ -119,7 +119,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("four")
-    spawn(work, (str(folder),), nprocs=RANKS)
+    in_processes_of_their_own(work, str(folder), RANKS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 

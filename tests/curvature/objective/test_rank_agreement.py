@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from analysis import random_direction
 from curvature import (
@@ -32,6 +31,7 @@ from curvature import (
 from curvature.fingerprints.portable import argument, content
 from curvature.linalg import ThickRestartLanczos, diagonal, lanczos, trace
 from curvature.objective.shift import loss_at
+from tests.ranks import in_processes_of_their_own
 
 
 def net(hidden: int = 5) -> Any:
@@ -272,7 +272,7 @@ pytestmark = pytest.mark.xdist_group("ranks that agree")  # one pair of processe
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("agreement")
-    spawn(work, (str(folder),), nprocs=2)
+    in_processes_of_their_own(work, str(folder), 2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
