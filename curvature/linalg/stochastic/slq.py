@@ -30,7 +30,7 @@ from curvature.linalg.base.validate import check_count, check_square, product_no
 from curvature.linalg.krylov.lanczos import lanczos_runs, ritz
 from curvature.linalg.stochastic._mass_bounds import shortened
 from curvature.linop import AnyMatrix, MatrixLike, MatrixName, Projected, as_matrix
-from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr
+from curvature.results.estimates import EigenPairs, SpectralDensity, mean_and_stderr, mixtures
 
 COARSE_SHARES = (1 / 2, 2 / 3)  # of the steps, by which the error of the quadrature is judged
 
@@ -111,7 +111,7 @@ def spectral_density(
         num_points=num_points,
         sigma=sigma,
     )
-    rule = rule_error(found, found.density, lambda x, w: _mixtures(found.grid, x[None], w[None], found.sigma)[0])
+    rule = rule_error(found, found.density, lambda x, w: mixtures(found.grid, x[None], w[None], found.sigma)[0])
     if found.num_steps is not None:
         rule = envelope(rule, found.grid, nodes[(weights > 0) & ~found.is_known], steps)
     noise = product_noise(A)
@@ -148,7 +148,7 @@ def smoothed(
     if grid is None:
         check_fits(8 * num_points * len(nodes), nodes.device, f"a grid of {num_points} points", "take fewer num_points")
         grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, num_points, dtype=torch.float64)
-    samples = _mixtures(grid, nodes, weights, sigma)
+    samples = mixtures(grid, nodes, weights, sigma)
     density, stderr = mean_and_stderr(samples)
     return SpectralDensity(
         grid=grid,
@@ -242,16 +242,3 @@ def _known(A: MatrixLike, deflate: EigenPairs | None) -> tuple[Tensor, Tensor]:
         raise InputError(f"deflate holds eigenvectors of length {deflate.eigenvectors.shape[0]}, A has size {n}.")
     values = deflate.eigenvalues[deflate.converged].double().cpu().flip(0)
     return values, deflate.eigenvectors[:, deflate.converged].flip(1).to(A.dtype)
-
-
-def _mixtures(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
-    """Return sum_k weights_ik N(grid; nodes_ik, sigma^2) for each row i, of nodes and weights (p, m), (p, points)."""
-    if bool((nodes == nodes[0]).all()):  # a rule of a block: all probes share its exponentials
-        return weights @ _bumps(grid, nodes[0], sigma).T
-    return torch.stack([_bumps(grid, x, sigma) @ w for x, w in zip(nodes, weights, strict=True)])
-
-
-def _bumps(grid: Tensor, nodes: Tensor, sigma: float) -> Tensor:
-    """Return N(grid; nodes_k, sigma^2), (points, m)."""
-    z = (grid[:, None] - nodes).div_(sigma)
-    return z.square_().mul_(-0.5).exp_().div_(sigma * (2 * torch.pi) ** 0.5)
