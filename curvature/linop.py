@@ -125,7 +125,7 @@ class LinearOperator(ABC):
 
     @property
     def product_noise(self) -> float:
-        """Error of a product relative to its size, where models compute below float32: the larger of A's and B's."""
+        """Rounding error of a product relative to its size: the larger of A's and B's."""
         return max(float(getattr(getattr(self, part, None), "product_noise", 0.0)) for part in "AB")
 
     @property

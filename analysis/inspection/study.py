@@ -115,25 +115,19 @@ def _spectrum(i: Inspection, settings: dict[str, Any]) -> Section:
         name="eigenvalues",
         label="The largest and the smallest eigenvalues by rank, with residuals; the table below has the numbers.",
         caption="The extreme eigenvalues by rank. Bars are residuals (most are smaller than the marks): an eigenvalue "
-        f"of the Hessian, as {_rounded(i)}, lies within the bar. Hollow marks did not reach the tolerance.{pale}",
+        f"of the Hessian lies within the bar. Hollow marks did not reach the tolerance.{pale}",
         draw=lambda ax, colors: plot_eigenvalues(
             i.top, i.bottom, num_params=i.num_params, data=i.data, ax=ax, colors=colors
         ),
         height=2.6,
     )
     table = Table(
-        caption="Eigenvalues λ with the residual |Hu − λu| of their unit eigenvectors; an eigenvalue of H, as "
-        f"{_rounded(i)}, lies within it.",
+        caption="Eigenvalues λ with the residual |Hu − λu| of their unit eigenvectors: one of H lies within it.",
         columns=("rank", "eigenvalue", "residual", "relative", *(["other data"] if i.data else []), "converged"),
         rows=tuple(_eigenvalue_rows(i)),
         signed=(1,),
     )
     return Section(title="The spectrum of the Hessian", figures=(density, eigenvalues), tables=(table,))
-
-
-def _rounded(i: Inspection) -> str:
-    """Say whose rounding the residuals know nothing of."""
-    return f"products in {str(i.top.eigenvalues.dtype).removeprefix('torch.')} have it"
 
 
 def _eigenvalue_rows(i: Inspection) -> list[tuple[str, ...]]:
@@ -299,8 +293,8 @@ def _terms(i: Inspection) -> tuple[tuple[str, str], ...]:
         ),
         (
             "Residual",
-            "|Hu − λu| for a unit vector u. Some eigenvalue of H, as its products have it, lies within it; rounding in "
-            "float32 moves eigenvalues by some 1e-5 of the largest beside that. That the extreme ones were found, and "
+            "|Hu − λu| for a unit vector u. Some eigenvalue of H lies within it: it holds the rounding error of "
+            "products, which is measured against a wider precision. That the extreme ones were found, and "
             "none was missed, is very likely but not proven.",
         ),
         (

@@ -45,21 +45,22 @@ def take(batch: Any, rows: Sequence[int], count: int, *, flattened: bool = False
     return _taken(batch, rows, count, flattened)
 
 
-def small_part(batch: Any) -> Any | None:
+def small_part(batch: Any, least: int = 1) -> Any | None:
     """Return an eighth of the examples, and of the length of sequences of tokens (N, T); None if neither can be cut.
 
-    Targets of tokens may come in one row of N T.
+    Targets of tokens may come in one row of N T. Of examples, or of all tokens, there are at least so many.
     """
     count = num_examples(batch)
     if count == 0:
         return None
-    few = take(batch, range(max(1, count // _SHARE)), count) if count > 1 else batch
     shape = next((t.shape for t in tensors_in(batch) if _are_tokens(t)), torch.Size())
     length = max(_TOKENS, shape[1] // _SHARE) if shape else 0
+    size = max(1, count // _SHARE, min(count, -(-least // max(1, length))))
+    few = take(batch, range(size), count) if size < count else batch
 
     def shortened(t: Tensor) -> Tensor:
         if shape and t.shape == (shape.numel(),) and shape[1] > 1:
-            return t.view(shape)[: max(1, count // _SHARE), :length].flatten()
+            return t.view(shape)[:size, :length].flatten()
         return t[:, :length] if _are_tokens(t) else t
 
     part = map_tensors(few, shortened)

@@ -21,8 +21,8 @@ class ExactDiagonal(Result):
     value: Tensor
     """(n,), units of the loss per squared unit of the parameter."""
     stderr: Tensor
-    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact, infinite for one sample. Of
-    models below float32 it holds half of `product_noise`, of each entry or of the root of their mean square."""
+    """(n,), standard error over the Monte Carlo samples; zeros where the diagonal is exact and in float64, infinite for
+    one sample. It holds half of `product_noise`, of each entry or of the root of their mean square."""
     kind: str
     """Which matrix: "ggn", "hessian", or a Monte Carlo estimate of the Gauss-Newton diagonal."""
     route: str
@@ -38,7 +38,7 @@ class ExactDiagonal(Result):
     layout: tuple[tuple[str, tuple[int, ...]], ...]
     """Names and shapes of the parameters, in the order of `value`."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32; None for float32 and wider."""
+    """Relative rounding error of products; None in float64."""
 
     def by_parameter(self) -> dict[str, Tensor]:
         """Return views of `value` in the parameters' shapes, by name."""

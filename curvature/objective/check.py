@@ -310,7 +310,7 @@ def _relative(a: Tensor, b: Tensor, least: float = 0.0) -> float:
 
 
 def _noise(objective: ObjectiveLike) -> list[str]:
-    """Say what Hessian products below float32 err by; nothing for float32 and wider."""
+    """Say what rounding makes of Hessian products; nothing in float64."""
 
     def product(of: Any, Z: Tensor) -> Tensor:
         found: Tensor = of.reduce(lambda lin: lin.hvp(Z.T.contiguous()))

@@ -1,11 +1,13 @@
-"""How far products in bfloat16, float16 or under autocast are from what float32 makes of the same weights.
+"""How far products are from what a wider dtype makes of the same weights: float64, or float32 for what is narrower.
 
 Rounding of a product is one fixed error of the matrix: repeating the product, or summing its examples in another order,
-does not show it, for the sums themselves are accumulated in float32. So it is measured against one product in float32.
+does not show it, for activations and gradients are rounded before. So it is measured against products in the wider
+dtype: in float32 with some of a batch's examples, whose products err by as much as those of all or by more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Hashable
@@ -16,14 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from curvature.autograd.backward import dtypes_of_graph
+from curvature.data.parts import small_part
 from curvature.data.tensors import map_tensors
 from curvature.environment import autocast
+from curvature.environment.cost import gibibytes
 from curvature.objective.interface import ObjectiveLike
+from curvature.objective.steady_draws import SteadyDraws
 
 __all__ = ["ProductNoise", "noise_notes", "product_noise"]
 
-_NARROW = {torch.bfloat16, torch.float16}
-_UNKNOWN = 10.0  # rounding errors that a product is taken to have where it could not be repeated in float32
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+_HALF = {torch.bfloat16, torch.float16}
+_UNKNOWN = {torch.bfloat16: 10.0, torch.float16: 10.0, torch.float32: 100.0}
+"""Rounding errors that a product is taken to have where it could not be repeated."""
+_EXAMPLES = 64  # at least, of a batch in float32: the errors of fewer are as large as their products are small
+_VECTORS = 6  # as long as the parameters, in float64, that repeating a product takes ...
+_MOST = 2**29  # ... and the bytes up to which a product in float32 is repeated
 
 
 @dataclass(frozen=True)
@@ -37,29 +47,31 @@ class ProductNoise:
     what: str
     """Which matrix."""
     failure: str = ""
-    """Why it could not be measured; then `value` is ten rounding errors of the dtype."""
+    """Why it was not measured, or not all of it; then `value` is a guess, or what was measured if that is more."""
 
-    def note(self) -> str:
-        """Say so, for a reader of results."""
-        dtype = str(self.dtype).removeprefix("torch.")
+    def note(self, count: int = 1) -> str:
+        """Say so, for a reader of results: the largest of so many."""
+        what = self.what if count == 1 else f"{self.what}, the largest error of {count} matrices"
+        dtype, wider = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, _WIDER[self.dtype]))
         if self.failure:
             return (
-                f"Products ({self.what}) are computed in {dtype} and could not be repeated in float32 "
-                f"({self.failure}): their error is taken to be {self.value:.1e} of their size."
+                f"Products ({what}) are computed in {dtype} and could not be repeated in {wider} ({self.failure}): "
+                f"their error is taken to be {self.value:.1e} of their size."
             )
         return (
-            f"Products ({self.what}) are computed in {dtype} and err by {self.value:.1e} of their size, as measured "
-            "against float32 on one batch."
+            f"Products ({what}) are computed in {dtype} and err by {self.value:.1e} of their size, as measured "
+            f"against {wider} on one batch."
         )
 
 
 def product_noise(
     objective: ObjectiveLike, what: str, key: Hashable, size: int, product: Callable[[Any, Tensor], Tensor]
 ) -> float:
-    """Return |error of A z| / |A z| for random z; 0 where the model computes in float32 or wider.
+    """Return |error of A z| / |A z| for random z; 0 where the model computes in float64.
 
-    Cost, once a point and matrix: a float32 copy of the model, and products of one batch with two vectors, twice; a
-    loss before, if nothing was computed yet, which shows the dtypes.
+    Cost, once a point and matrix: a wider copy of the model, and products with two vectors, twice, of one batch (in
+    float32 of an eighth of its examples, 64 at least); a loss before, if nothing was computed yet, which shows the
+    dtypes. In float32 it is not measured for models in parts, and where copies take more than half a gigabyte.
 
     Args:
         objective: whose products are meant.
@@ -86,51 +98,74 @@ def product_noise(
 
 
 def noise_notes(objective: ObjectiveLike) -> list[str]:
-    """Return what was measured at the present point, in words."""
-    return [noise.note() for noise in objective.freshness.measured().values() if isinstance(noise, ProductNoise)]
+    """Return what was measured at the present point, in words: one note for the blocks of a matrix."""
+    groups: dict[tuple[str, str], list[ProductNoise]] = {}
+    for noise in objective.freshness.measured().values():
+        if isinstance(noise, ProductNoise):
+            groups.setdefault((noise.what.partition(" of ")[0], noise.failure), []).append(noise)
+    return [max(group, key=lambda noise: noise.value).note(len(group)) for group in groups.values()]
 
 
 def _narrowest(objective: ObjectiveLike, recorded: set[torch.dtype]) -> torch.dtype | None:
-    """Return the narrowest dtype of parameters, autocast or a graph; None if it is float32 or wider."""
+    """Return the narrowest dtype of parameters, autocast or a graph; None if it is float64."""
     dtypes = {t.dtype for t in objective.model.parameters()}
     dtypes |= {dtype for device, dtype in autocast.present() if device == objective.device.type}
     dtypes |= set() if objective.shards is None else objective.shards.dtypes()
     dtypes |= recorded if objective.ranks is None else set()  # all ranks are to agree, those without data, too
-    return max(filter(_is_narrow, dtypes), key=lambda dtype: torch.finfo(dtype).eps, default=None)
-
-
-def _is_narrow(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
+    return max(dtypes & _UNKNOWN.keys(), key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def _measured(
     objective: ObjectiveLike, size: int, product: Callable[[Any, Tensor], Tensor], dtype: torch.dtype, what: str
 ) -> ProductNoise:
+    unknown = _UNKNOWN[dtype] * torch.finfo(dtype).eps
     if objective.shards is not None:  # a copy would not be
-        return ProductNoise(_UNKNOWN * torch.finfo(dtype).eps, dtype, what, "the model is sharded")
-    batch = next((batch for batch in objective.batches() if objective.linearise(batch).weight != 0), None)
+        return ProductNoise(unknown, dtype, what, "the model is sharded")
+    needed = _VECTORS * 8 * sum(p.numel() for p in objective.model.parameters())
+    if dtype is torch.float32 and needed > _MOST:
+        return ProductNoise(unknown, dtype, what, f"copies take {gibibytes(needed)}")
+    kept = (batch for _, _, batch in objective.kept.batches())  # where a loader is not asked once more
+    given = kept if len(objective.kept) else objective.batches()
+    batch = next((batch for batch in given if objective.linearise(batch).weight != 0), None)
     if batch is None:
         return ProductNoise(math.nan, dtype, what)
+    failure = ""
+    part = small_part(batch, _EXAMPLES) if dtype is torch.float32 else None
+    for some in (batch,) if part is None else (part, batch):  # a model may take batches of one size only
+        try:
+            error, failure = _error(objective, some, size, product, dtype)
+        except Exception as refusal:  # a model may refuse to be copied or to run in another dtype in any way
+            error, failure = math.nan, f"{type(refusal).__name__}: {str(refusal).partition(chr(10))[0]}"
+        if not math.isnan(error):
+            return ProductNoise(max(error, unknown) if failure else error, dtype, what, failure)
+    return ProductNoise(unknown, dtype, what, failure or "they are not finite")
+
+
+def _error(
+    objective: ObjectiveLike, batch: Any, size: int, product: Callable[[Any, Tensor], Tensor], dtype: torch.dtype
+) -> tuple[float, str]:
+    """Return the relative error of products of one batch, the larger of two, and why that may be too little."""
     Z = torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(objective.device)
     own: dict[str, Any] = {"process_group": None, "keep_graphs": False}
-    try:
-        rough = product(objective.replace(data=[batch], **own), Z.to(objective.dtype)).double()
+    single = objective.replace(data=[batch], **own)
+    with SteadyDraws() if _linearised(single).drew_random_numbers else contextlib.nullcontext():  # they go by the dtype
+        rough = product(single, Z.to(objective.dtype)).double()
         with autocast.without():
-            twin = _widened(objective, batch, torch.float32, own)
-            if _in_graph(twin) & _NARROW:  # by autocast inside, which leaves float64 alone
+            twin = _widened(objective, batch, _WIDER[dtype], own)
+            if dtype in _HALF and _in_graph(twin) & _HALF:  # by autocast inside, which leaves float64 alone
                 twin = _widened(objective, batch, torch.float64, own)
-            fine = product(twin, Z.to(twin.dtype)).double() if not _in_graph(twin) & _NARROW else None
-        failure = "" if fine is not None else "the model casts to it by itself"
-    except Exception as error:  # a model may refuse to be copied or to run in another dtype in any way
-        fine, failure = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if fine is None:
-        return ProductNoise(_UNKNOWN * torch.finfo(dtype).eps, dtype, what, failure)
+            fine = product(twin, Z.to(twin.dtype)).double()
+            narrow = {d for d in _in_graph(twin) if d.is_floating_point and d.itemsize <= dtype.itemsize}
     errors = (rough - fine).norm(dim=0) / fine.norm(dim=0)
-    return ProductNoise(float(errors.max()) if bool(fine.any()) else 0.0, dtype, what)
+    return float(errors.max()) if bool(fine.any()) else 0.0, "the model casts to it by itself" if narrow else ""
+
+
+def _linearised(objective: Any) -> Any:
+    return objective.linearise(next(objective.batches()))
 
 
 def _in_graph(objective: Any) -> set[torch.dtype]:
-    return dtypes_of_graph([objective.linearise(next(objective.batches())).graph_root()])
+    return dtypes_of_graph([_linearised(objective).graph_root()])
 
 
 def _widened(objective: ObjectiveLike, batch: Any, dtype: torch.dtype, own: dict[str, Any]) -> Any:

@@ -129,16 +129,21 @@ class ObjectiveOperator(SymmetricOperator):
         kept = objective.keeps_all_graphs
         return 1.0 - float(kept if objective.ranks is None else objective.ranks.everywhere(kept))
 
+    @classmethod
+    def _shown_as(cls) -> str:
+        """Return what the matrix is called in notes."""
+        return cls.__name__
+
     @property
     def product_noise(self) -> float:
-        """Relative error of a product where the model computes below float32; see `objective.product_noise`."""
+        """Relative rounding error of a product; see `objective.product_noise`."""
 
         def product(objective: Objective, Z: Tensor) -> Tensor:
             other = copy.copy(self)
             other.objective, other.dtype = objective, objective.dtype
             return other @ Z
 
-        what = type(self).__name__ if self.block is None else f"{type(self).__name__} of {self.block.name}"
+        what = self._shown_as() if self.block is None else f"{self._shown_as()} of {self.block.name}"
         key = (type(self), self.block and self.block.parameters)
         return product_noise(self.objective, what, key, self.shape[0], product)
 

@@ -17,6 +17,7 @@ from curvature.operators._objective_operator import (
     check_likelihood,
     check_order_kept,
 )
+from curvature.operators.fisher import FisherOperator
 from curvature.parameters import Block
 
 _WHY = "drawn targets belong to places in the data"
@@ -72,6 +73,11 @@ class MCFisherOperator(MetricOperator):
         rank = 0 if objective.process_group is None else dist.get_rank(objective.process_group)
         super().__init__(objective, SampledFisher(num_samples, seed, rank), block)
         self.num_samples = num_samples
+
+    @property
+    def product_noise(self) -> float:
+        """That of the Fisher matrix, since in another dtype other targets would be drawn."""
+        return FisherOperator(self.objective, self.block).product_noise
 
     def _of_batch(self, lin: Linearization, X: Tensor, block: Block | None) -> Tensor:
         check_order_kept(self.objective, _WHY)

@@ -60,7 +60,7 @@ class NTKOperator(SymmetricOperator):
 
     @property
     def product_noise(self) -> float:
-        """Relative error of a product where the model computes below float32; see `objective.product_noise`."""
+        """Relative rounding error of a product; see `objective.product_noise`."""
         block = self.jacobian.block
 
         def product(objective: Objective, Z: Tensor) -> Tensor:

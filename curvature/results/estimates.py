@@ -46,8 +46,8 @@ class Status(Enum):
     BUDGET = "all probes of the budget were spent; no accuracy was asked for"
     STAGNATED = "residuals stopped falling at the rounding level of the operator; loosen rtol or use a wider dtype"
     WITHIN_NOISE = (
-        "residuals may exceed the tolerance by the error of products below float32, which product_noise states; loosen "
-        "rtol, or compute in float32 (model.float(), no autocast)"
+        "residuals may exceed the tolerance by the rounding error of products, which product_noise states; loosen "
+        "rtol, or compute in a wider dtype: model.double(), or where it is below float32 model.float(), no autocast"
     )
     MAX_RANK = (
         "rank limit reached before the bound on the error fell below the tolerance; raise max_rank or loosen rtol, and "
@@ -92,9 +92,8 @@ class EigenPairs(Result):
     """Some eigenpairs of a symmetric matrix A of size n, eigenvalues descending.
 
     Every pair satisfies |A u - lambda u| = residual_norm with |u| = 1, so an exact eigenvalue lies within
-    `residual_norms` of each entry of `eigenvalues` (Bauer-Fike for symmetric matrices): one of A as its products have
-    it. What these are off by in bfloat16 and float16 is measured and in the residuals (`product_noise`); in float32 it
-    is not: eigenvalues of the bundled `digits-cnn` are off by 1.3e-5 of the largest, against float64.
+    `residual_norms` of each entry of `eigenvalues` (Bauer-Fike for symmetric matrices). They hold the rounding error of
+    a model's products, which is measured once (`product_noise`).
     """
 
     _figure = "plot_eigenvalues"
@@ -117,8 +116,8 @@ class EigenPairs(Result):
     method: str = ""
     """Which method ran and why, from `eigsh`."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norms`
-    hold twice that, in units of the largest eigenvalue that was met. None for float32 and wider."""
+    """Relative rounding error of products, as measured on one batch in a wider dtype; `residual_norms`
+    hold twice that, in units of the largest eigenvalue that was met. None in float64."""
     miss_probability: float = math.nan
     """Bound on the probability, over a random direction, that an eigenvalue was missed that belongs among these and
     differs from the last of them by more than its tolerance; 0 after a search of the whole space, NaN if nobody asked.
@@ -152,8 +151,7 @@ class Estimate(Result):
     method: str = ""
     """Which estimator gave the value, where there is a choice."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch. None for float32 and
-    wider."""
+    """Relative rounding error of products, as measured on one batch in a wider dtype. None in float64."""
 
     def half_width(self, confidence: float = 0.95) -> Tensor:
         """Return h: `value` +- h covers the truth with this probability, entry by entry; see `interval_factor`."""
@@ -252,11 +250,10 @@ class SpectralDensity(Result):
     """(p,), eigenvalues that were known and taken out of the quadrature; among the nodes with weight 1/n each."""
     rule: Tensor | None = None
     """(num_points,), error of the quadrature in `density`, judged by half and two thirds of the steps: large where
-    features are narrower than the spectrum over `num_steps`. None where it was not judged. Of products below float32
-    it holds what they change, too."""
+    features are narrower than the spectrum over `num_steps`. None where it was not judged. It holds what
+    rounding of products changes, too."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch. None for float32 and
-    wider."""
+    """Relative rounding error of products, as measured on one batch in a wider dtype. None in float64."""
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return bands that cover the smoothed density at each point with this probability, (num_points,) each.

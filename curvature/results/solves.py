@@ -70,8 +70,8 @@ class SolveResult(Result):
     method: str = ""
     """Which solver ran and why, where the choice was left to `solve`."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norms`
-    hold twice that, in units of A x. None for float32 and wider."""
+    """Relative rounding error of products, as measured on one batch in a wider dtype; `residual_norms`
+    hold twice that, in units of A x. None in float64."""
     named: dict[str, Tensor] | None = None
     """The solution by parameter name, where the right-hand side came so."""
 
@@ -118,8 +118,8 @@ class SubproblemResult(Result):
     status: Status
     """CONVERGED inside the region, BOUNDARY on its boundary, else why it fell short."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch; `residual_norm`
-    holds twice that, in units of |A| |s|, and `curvature` errs by as much, in units of |A|. None for float32 and wider.
+    """Relative rounding error of products, as measured on one batch in a wider dtype; `residual_norm`
+    holds twice that, in units of |A| |s|, and `curvature` errs by as much, in units of |A|. None in float64.
     """
 
     def _outcome(self) -> str:
@@ -145,8 +145,8 @@ class MatrixFunctionResult(Result):
     status: Status
     """Whether the accuracy asked for was reached."""
     product_noise: float | None = None
-    """Relative error of products where the model computes below float32, as measured on one batch; `errors` and
-    `bounds` hold what twice that changes. None for float32 and wider."""
+    """Relative rounding error of products, as measured on one batch in a wider dtype; `errors` and
+    `bounds` hold what twice that changes. None in float64."""
 
     def _outcome(self) -> str:
         return f"error {float(self.errors.max()):.2g} after {self.num_matvecs} products"

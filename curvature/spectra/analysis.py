@@ -122,7 +122,7 @@ class SpectrumAnalysis:
         return self._with_noise(top, of_high, norm), self._with_noise(bottom, of_low, norm), low, high
 
     def _with_noise(self, pairs: EigenPairs, tolerance: Callable[[Tensor], Tensor], norm: float) -> EigenPairs:
-        """Return the pairs with the error of products below float32 in their residuals, unless `eigsh` did that."""
+        """Return the pairs with the rounding error of products in their residuals, unless `eigsh` did that."""
         if pairs.product_noise is not None or not (noise := product_noise(self.A)):
             return pairs
         residuals, _ = with_noise(self.A, pairs.residual_norms, norm)

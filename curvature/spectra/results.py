@@ -169,7 +169,7 @@ class Spectrum(Result):
         return replace(found, skewness=float(skewness(chance)))
 
     def trace(self) -> TraceEstimate:
-        """Return tr A with its standard error over the probes, and what products below float32 err by, as `trace`."""
+        """Return tr A with its standard error over the probes, and the rounding error of products, as `trace`."""
         samples = self.density.dimension * (self.rule.weights * self.rule.nodes).sum(dim=1)
         value, stderr = mean_and_stderr(samples)
         stderr, noise = torch.zeros_like(value) if self.exact else stderr, self.top.product_noise

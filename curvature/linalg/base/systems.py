@@ -203,7 +203,7 @@ class Systems(Columns):
         return self.state_dict(), found
 
     def solution(self, **more: Any) -> SolveResult:
-        """Return what was reached; products below float32 add their noise, in units of |A x|, to the residuals."""
+        """Return what was reached; products add their rounding error, in units of |A x|, to the residuals."""
         images = torch.linalg.vector_norm(self.B - self.R - self.damping * self.X, dim=0, dtype=torch.float64).cpu()
         self.norms = with_noise(self.A, torch.tensor(self.norms, dtype=torch.float64), images)[0].tolist()
         reached = [norm <= tolerance for norm, tolerance in zip(self.norms, self.asked, strict=True)]

@@ -119,7 +119,7 @@ def rounding_level(A: MatrixLike) -> float:
 
 
 def product_noise(A: MatrixLike) -> float:
-    """Return |error of A z| / |A z| of a model's products below float32, measured once a point; 0 for other matrices.
+    """Return |error of A z| / |A z| of a model's products by rounding, measured once a point; 0 for other matrices.
 
     A recurrence does not see it: it is one fixed error, with which A is another matrix.
     """

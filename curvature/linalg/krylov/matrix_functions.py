@@ -68,7 +68,7 @@ def matrix_function(
     above the tolerance, the status is STAGNATED. A gap in the spectrum, or a kink in f, can make convergence pause and
     the estimate, not the bound, too small.
 
-    Products of a model below float32 are those of another matrix. Twice their error, times |A| |f'| |v|, is in errors
+    Rounded products of a model are those of another matrix. Twice their error, times |A| |f'| |v|, is in errors
     and bounds, infinite where it reaches an end of f's domain; if that alone is too much, the status is WITHIN_NOISE.
 
     Steps needed: about sqrt(kappa) log(1 / rtol) / 2 for the roots and the logarithm. Cost: a product a step and

@@ -113,7 +113,7 @@ def summary(pool: ProbePool, samples: Samples, goal: Goal) -> TraceEstimate:
 
 
 def with_noise(pool: ProbePool, goal: Goal, estimate: TraceEstimate) -> TraceEstimate:
-    """Return the estimate, with the error of products below float32 in its standard error and status.
+    """Return the estimate, with the rounding error of products in its standard error and status.
 
     Traces of networks in bfloat16 and float16 erred by up to 0.3 times the noise of products, of |A|_F or the trace.
     """

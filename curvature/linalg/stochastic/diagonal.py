@@ -71,8 +71,8 @@ def diagonal(
     4 products 77 to 95 % of those are covered, with 12 92 to 98 %.
 
     Cost: one product a probe and one for each vector of the basis. Memory: two vectors for each of these, and one more
-    a probe; two in all for "hutchinson" on a budget, without samples. Standard errors hold what products of a model
-    below float32 err by, half their noise times the norm of a row; WITHIN_NOISE where that alone exceeds rtol.
+    a probe; two in all for "hutchinson" on a budget, without samples. Standard errors hold the rounding error of
+    a model's products, half of it times the norm of a row; WITHIN_NOISE where that alone exceeds rtol.
 
     Args:
         method: "auto", "hutchinson" or "xdiag".
@@ -165,7 +165,7 @@ def _summary(pool: ProbePool, goal: Goal, keep_samples: bool) -> DiagonalEstimat
 
 
 def _with_noise(pool: ProbePool, stderr: Tensor, values: Tensor, squares: Tensor) -> tuple[Tensor, float | None]:
-    """Return standard errors with the error of products below float32, and that; `squares` are those of rows of A.
+    """Return standard errors with the rounding error of products, and that; `squares` are those of rows of A.
 
     Entries of networks in bfloat16 and float16 erred by up to 0.7 times the noise of products, of their rows' norms.
     """

@@ -145,7 +145,7 @@ def _estimate(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tenso
 
 
 def _of_noise(density: SpectralDensity, sample: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return how far products below float32 move the mean over the probes of a number from nodes and weights."""
+    """Return how far rounding of products moves the mean over the probes of a number from nodes and weights."""
     weights = density.weights
 
     def mean(nodes: Tensor) -> Tensor:

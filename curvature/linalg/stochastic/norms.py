@@ -164,7 +164,7 @@ def spectral_norm(
         if reached:
             break
     status = Status.CONVERGED if reached else Status.MAX_MATVECS
-    if (noise := noise_level(A)) > rounding_level(A):  # of products below float32
+    if (noise := noise_level(A)) > rounding_level(A):  # by rounding of products
         lower, upper = (1 - noise) * lower, (1 + noise) * max(upper, lower)
         status = Status.WITHIN_NOISE if reached and upper > (1 + rtol) * lower else status
     return NormBounds(

@@ -158,7 +158,7 @@ def trust_region(
 def within_noise(
     A: MatrixLike, residual: float, moved: float, tolerance: float, status: Status
 ) -> tuple[float, Status]:
-    """Return the residual with the error of products below float32, `moved` being |A| |s|, and WITHIN_NOISE for it."""
+    """Return the residual with the rounding error of products, `moved` being |A| |s|, and WITHIN_NOISE for it."""
     if not (noise := doubted_noise(A)):
         return residual, status
     with_noise = residual + noise * moved

@@ -322,7 +322,8 @@ def test_what_agrees_at_once_takes_two_products_and_two_gradients_elsewhere(
     subject = Objective(subject.model.to(dtype), nn.CrossEntropyLoss(), (X.to(dtype), Y))
     theta = subject.space.current()
     assert subject.check().passed
-    assert products == [2]
+    rounded = dtype is not torch.float64  # and compared with a wider dtype
+    assert products == [2, *(2 * [2] if rounded else [])]
     first = 1e-3 if dtype == torch.float32 else torch.finfo(dtype).eps ** (1 / 3)
     assert [float((point - theta).norm()) for point in points] == pytest.approx(2 * [first * float(theta.norm())], 1e-3)
 

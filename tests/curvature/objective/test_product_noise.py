@@ -1,4 +1,4 @@
-"""Products below float32: what they are said to err by and what is claimed on them, beside float64 of the weights."""
+"""Rounding of products: what they are said to err by and what is claimed on them, beside float64 of the weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import GGNOperator, HessianOperator, NTKOperator, Objective, linalg, spectrum
+from curvature import GGNOperator, HessianOperator, MCFisherOperator, NTKOperator, Objective, linalg, spectrum
 from curvature.layerwise import exact_diagonal
+from curvature.objective import product_noise
 from curvature.results.estimates import Status
 
 KINDS = ("bfloat16", "float16", "autocast", "autocast inside")
@@ -118,12 +119,107 @@ def test_what_cannot_be_repeated_in_float32_is_said() -> None:
     assert any("could not be repeated in float32 (RuntimeError" in note for note in objective.notes)
 
 
-def test_float32_is_not_measured() -> None:
-    model = nn.Linear(3, 2)
-    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.randint(2, (8,))))
-    assert linalg.eigsh(objective, 1, method="lanczos", generator=0).product_noise is None
-    assert linalg.trace(objective, num_matvecs=4, generator=0).product_noise is None
-    assert not any("float32" in note for note in objective.notes)
+def single(scale: float) -> tuple[Objective, Objective]:
+    """Return an objective in float32, its first weights times a number, and its twin in float64."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= scale
+    x, y = torch.randn(200, 4), torch.randint(3, (200,))
+    exact = Objective(copy.deepcopy(net).double(), nn.CrossEntropyLoss(), (x.double(), y))
+    return Objective(net, nn.CrossEntropyLoss(), (x, y)), exact
+
+
+@pytest.mark.parametrize("scale", [1, 6, 10])
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+def test_float32_is_measured_against_float64(scale: float, operator: Any) -> None:
+    objective, twin = single(scale)
+    A, exact = operator(objective), operator(twin).to_dense()
+    true = float((A.to_dense().double() - exact).norm() / exact.norm())
+    assert true / 3 < A.product_noise < 3 * true
+    for ratio in (0.01, 1e4):
+        pairs = linalg.eigsh(A, 3, rtol=ratio * A.product_noise, method="lanczos", generator=0)
+        U, values = pairs.eigenvectors.double(), pairs.eigenvalues.double()
+        residuals = (exact @ U - U * values).norm(dim=0)
+        assert bool((residuals <= pairs.residual_norms).all())
+        assert pairs.product_noise == A.product_noise
+        assert pairs.status is (Status.CONVERGED if ratio > 1 else Status.WITHIN_NOISE)
+    assert any("against float64" in note for note in objective.notes)
+    assert operator(twin).product_noise == 0
+    assert linalg.eigsh(twin, 1, method="lanczos", generator=0).product_noise is None
+    assert not any("float64" in note for note in twin.notes)
+
+
+def test_masks_that_go_by_the_dtype_are_no_rounding() -> None:
+    """A model in float64 draws other random numbers than in float32."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(nn.functional.dropout(h + torch.randn_like(h), 0.5, self.training))
+
+    torch.manual_seed(0)
+    objective = Objective(Noisy(), nn.CrossEntropyLoss(), (torch.randn(40, 4), torch.randint(3, (40,))))
+    for operator in (HessianOperator, GGNOperator):
+        assert 0 < operator(objective).product_noise < 1e-5
+    with torch.random.fork_rng():
+        drawn = MCFisherOperator(objective, num_samples=1, generator=0)
+        assert 0 < drawn.product_noise < 1e-5
+
+
+def test_a_batch_that_cannot_be_cut_is_taken_whole() -> None:
+    class OfOneSize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) != 1000:
+                raise ValueError("1000 examples are wanted")
+            return self.linear(x).tanh()
+
+    torch.manual_seed(0)
+    objective = Objective(OfOneSize(), nn.CrossEntropyLoss(), (torch.randn(1000, 4), torch.randint(3, (1000,))))
+    assert 0 < HessianOperator(objective).product_noise < 1e-6
+    assert any("against float64" in note for note in objective.notes)
+
+
+def test_what_is_not_repeated_in_float64_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large a model, and one that goes back to float32 by itself."""
+    unknown = 100 * 2**-23
+
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.gelu(self.linear(x).float())
+
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    for model, dtype in ((Casting(), torch.float32), (Casting().double(), torch.float64)):
+        casting = Objective(model, nn.CrossEntropyLoss(), (x.to(dtype), y))
+        assert HessianOperator(casting).product_noise == unknown
+        assert any("(the model casts to it by itself)" in note for note in casting.notes)
+
+    monkeypatch.setattr(product_noise, "_MOST", 1000)
+    objective, _ = single(1)
+    assert linalg.eigsh(objective, 1, rtol=1e-2, method="lanczos", generator=0).product_noise == unknown
+    assert any("could not be repeated in float64 (copies take" in note for note in objective.notes)
+
+
+def test_notes_name_the_largest_error_of_many_blocks() -> None:
+    objective, _ = single(1)
+    blocks = [HessianOperator(objective, block) for block in objective.space.blocks]
+    largest = max(A.product_noise for A in blocks)
+    (said,) = (note for note in objective.notes if "err by" in note)
+    assert f"{largest:.1e}" in said
+    assert f"of {len(blocks)} matrices" in said
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
