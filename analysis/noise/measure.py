@@ -28,12 +28,30 @@ from curvature.per_example.moments import refuse_shuffling
 from curvature.results.estimates import mean_and_stderr
 from curvature.results.intervals import LIGHT_TAILS, ratio_interval, spread_of, student_quantile, tail_exponent
 
-__all__ = ["gradient_noise", "inner_products", "noise_scale_from_two_sizes", "projections", "takes_one_pass"]
+__all__ = [
+    "gradient_noise",
+    "inner_products",
+    "noise_scale_from_two_sizes",
+    "notes_on_errors",
+    "projections",
+    "takes_one_pass",
+]
 
-HEAVY_TAILS = (
+_HEAVY_TAILS = (
     "Heavy tails: the largest squared distances of single gradients from their mean fall off like a power of exponent "
     "{:.2g}. Few examples decide, and errors and intervals may be too short."
 )
+_FEW_EXAMPLES = (
+    "Errors and intervals over the data rest on {} examples and may be too short: of nominal 95 %, intervals from 10 "
+    "covered 90 %, from 5 83 %."
+)
+_FEW = 30
+
+
+def notes_on_errors(num_examples: int, tail: float) -> tuple[str, ...]:
+    """Say what may make errors over the data too short: few examples, or `tail_exponent` of their squared distances."""
+    few = (_FEW_EXAMPLES.format(num_examples),) if num_examples < _FEW else ()
+    return (*few, _HEAVY_TAILS.format(tail)) if tail < LIGHT_TAILS else few
 
 
 @together
@@ -134,7 +152,7 @@ def gradient_noise(
             value=trace / signal if signal != 0 else math.inf, lower=lower, upper=upper, confidence=confidence
         ),
         tail=tail,
-        notes=(HEAVY_TAILS.format(tail),) if tail < LIGHT_TAILS else (),
+        notes=notes_on_errors(len(p), tail),
         parallel_variance=parallel,
         orthogonal_variance=orthogonal,
         mean_example_squared_norm=float(p @ norms),
