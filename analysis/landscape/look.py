@@ -153,6 +153,8 @@ class _Look:
             return {f"{i} {d.kind} {d.scaling} {d.name}": d.vector for i, d in found}
 
         kept = compute() if self.draft is None else self.draft.tensors("directions", compute)
+        if self.plan.directions == "eigenvectors":
+            _ = HessianOperator(self.objective).product_noise  # noted, whoever computed them
         first, second = (
             Direction(name=name, kind=kind, scaling=scaling, norm=float(vector.norm()), vector=vector)
             for (_, kind, scaling, name), vector in ((key.split(" ", 3), vector) for key, vector in kept.items())
