@@ -75,10 +75,6 @@ class KnownBlocks(HessianOperator):
                 self._known[block.parameters] = matrix
                 self.served[block.name] = difference / size if size else 0.0
 
-    @classmethod
-    def _shown_as(cls) -> str:
-        return HessianOperator.__name__
-
     def products(
         self, X: Sequence[Tensor], blocks: Sequence[Block | None], *, observe: _Observer | None = None
     ) -> list[Tensor]:

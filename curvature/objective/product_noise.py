@@ -51,7 +51,7 @@ class ProductNoise:
 
     def note(self, count: int = 1) -> str:
         """Say so, for a reader of results: the largest of so many."""
-        what = self.what if count == 1 else f"{self.what}, the largest error of {count} matrices"
+        what = self.what if count == 1 else f"{self.what}, the largest error of {count} blocks"
         dtype, wider = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, _WIDER[self.dtype]))
         if self.failure:
             return (
@@ -99,10 +99,11 @@ def product_noise(
 
 def noise_notes(objective: ObjectiveLike) -> list[str]:
     """Return what was measured at the present point, in words: one note for the blocks of a matrix."""
-    groups: dict[tuple[str, str], list[ProductNoise]] = {}
+    groups: dict[tuple[str, str, str], list[ProductNoise]] = {}
     for noise in objective.freshness.measured().values():
         if isinstance(noise, ProductNoise):
-            groups.setdefault((noise.what.partition(" of ")[0], noise.failure), []).append(noise)
+            name, of_block, _ = noise.what.partition(" of ")
+            groups.setdefault((name, of_block, noise.failure), []).append(noise)
     return [max(group, key=lambda noise: noise.value).note(len(group)) for group in groups.values()]
 
 

@@ -129,11 +129,6 @@ class ObjectiveOperator(SymmetricOperator):
         kept = objective.keeps_all_graphs
         return 1.0 - float(kept if objective.ranks is None else objective.ranks.everywhere(kept))
 
-    @classmethod
-    def _shown_as(cls) -> str:
-        """Return what the matrix is called in notes."""
-        return cls.__name__
-
     @property
     def product_noise(self) -> float:
         """Relative rounding error of a product; see `objective.product_noise`."""
@@ -143,8 +138,12 @@ class ObjectiveOperator(SymmetricOperator):
             other.objective, other.dtype = objective, objective.dtype
             return other @ Z
 
-        what = self._shown_as() if self.block is None else f"{self._shown_as()} of {self.block.name}"
-        key = (type(self), self.block and self.block.parameters)
+        # others multiply as it does
+        public = next(
+            c for c in type(self).__mro__ if c.__module__.startswith(__package__)
+        )  # others multiply as it does
+        what = public.__name__ if self.block is None else f"{public.__name__} of {self.block.name}"
+        key = (public, self.block and self.block.parameters)
         return product_noise(self.objective, what, key, self.shape[0], product)
 
     def restrict(self, selection: Selection) -> Self:
