@@ -132,7 +132,6 @@ class ObjectiveOperator(SymmetricOperator):
     @property
     def product_noise(self) -> float:
         """Relative rounding error of a product; see `objective.product_noise`."""
-
         public = next(c for c in type(self).__mro__ if c.__module__.startswith("curvature.operators."))
 
         def product(objective: Objective, Z: Tensor) -> Tensor:
