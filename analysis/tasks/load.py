@@ -10,8 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -132,9 +133,21 @@ def _module(place: str) -> ModuleType:
         raise TaskError(f"{place} does not import: {_what_and_where(error)}; fix it there.") from error
 
 
+class _AsItStands(SourceFileLoader):
+    """Compiles a file each time: what is kept of it would also serve for a file of its size of the same second."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.stem, str(path.resolve()))
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(path), path)
+        return code
+
+
 def _import_file(path: Path) -> ModuleType:
     """Import a file under its own name, with its folder on the path as `python file.py` has it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve(), loader=_AsItStands(path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

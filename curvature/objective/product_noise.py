@@ -31,6 +31,7 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 _HALF = {torch.bfloat16, torch.float16}
 _UNKNOWN = {torch.bfloat16: 10.0, torch.float16: 10.0, torch.float32: 100.0}
 """Rounding errors that a product is taken to have where it could not be repeated."""
+_LONG = 2**16  # vectors of which one tells as much as two
 _EXAMPLES = 64  # at least, of a batch in float32: the errors of fewer are as large as their products are small
 _VECTORS = 6  # as long as the parameters, in float64, that repeating a product takes ...
 _MOST = 2**29  # ... and the bytes up to which a product in float32 is repeated
@@ -41,7 +42,7 @@ class ProductNoise:
     """The error of products with one matrix, as measured on one batch."""
 
     value: float
-    """|error of A z| / |A z|, the larger of two random z."""
+    """|error of A z| / |A z| for a random z; the larger of two short ones."""
     dtype: torch.dtype
     """The narrowest that the model computes in."""
     what: str
@@ -69,8 +70,8 @@ def product_noise(
 ) -> float:
     """Return |error of A z| / |A z| for random z; 0 where the model computes in float64.
 
-    Cost, once a point and matrix: a wider copy of the model, and products with two vectors, twice, of one batch (in
-    float32 of an eighth of its examples, 64 at least); a loss before, if nothing was computed yet, which shows the
+    Cost, once a point and matrix: a wider copy of the model, and products with one or two vectors, twice, of one batch
+    (in float32 of an eighth of its examples, 64 at least); a loss before, if nothing was computed yet, which shows the
     dtypes. In float32 it is not measured for models in parts, and where copies take more than half a gigabyte.
 
     Args:
@@ -145,20 +146,23 @@ def _measured(
 def _error(
     objective: ObjectiveLike, batch: Any, size: int, product: Callable[[Any, Tensor], Tensor], dtype: torch.dtype
 ) -> tuple[float, str]:
-    """Return the relative error of products of one batch, the larger of two, and why that may be too little."""
-    Z = torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(objective.device)
+    """Return the relative error of products of one batch, the largest, and why that may be too little."""
+    columns = 2 if size < _LONG else 1
+    Z = torch.randn(size, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own: dict[str, Any] = {"process_group": None, "keep_graphs": False}
     single = objective.replace(data=[batch], **own)
     with SteadyDraws() if _linearised(single).drew_random_numbers else contextlib.nullcontext():  # they go by the dtype
-        rough = product(single, Z.to(objective.dtype)).double()
+        rough = product(single, Z.to(objective.device, objective.dtype))
+        del single
         with autocast.without():
             twin = _widened(objective, batch, _WIDER[dtype], own)
             if dtype in _HALF and _in_graph(twin) & _HALF:  # by autocast inside, which leaves float64 alone
                 twin = _widened(objective, batch, torch.float64, own)
-            fine = product(twin, Z.to(twin.dtype)).double()
             narrow = {d for d in _in_graph(twin) if d.is_floating_point and d.itemsize <= dtype.itemsize}
-    errors = (rough - fine).norm(dim=0) / fine.norm(dim=0)
-    return float(errors.max()) if bool(fine.any()) else 0.0, "the model casts to it by itself" if narrow else ""
+            fine = product(twin, Z.to(objective.device, twin.dtype)).double()
+    sizes = fine.norm(dim=0)
+    error = float((fine.sub_(rough).norm(dim=0) / sizes).max()) if bool(sizes.any()) else 0.0
+    return error, "the model casts to it by itself" if narrow else ""
 
 
 def _linearised(objective: Any) -> Any:

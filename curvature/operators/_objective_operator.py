@@ -132,13 +132,14 @@ class ObjectiveOperator(SymmetricOperator):
     @property
     def product_noise(self) -> float:
         """Relative rounding error of a product; see `objective.product_noise`."""
-        public = next(c for c in type(self).__mro__ if c.__module__.startswith("curvature.operators."))
+        classes = [c for c in type(self).__mro__ if issubclass(c, ObjectiveOperator)]
+        public = next(c for c in classes if c.__module__.startswith("curvature.operators."))
 
         def product(objective: Objective, Z: Tensor) -> Tensor:
             other = copy.copy(self)
             other.__class__ = public  # others hold what they know of all data
             other.objective, other.dtype = objective, objective.dtype
-            return other @ Z
+            return public._matmat(other, Z)  # no product that anyone counts
 
         what = public.__name__ if self.block is None else f"{public.__name__} of {self.block.name}"
         key = (public, self.block and self.block.parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -180,6 +181,16 @@ def test_function_in_a_file_that_returns_a_task(user_file: Path) -> None:
     assert task.name == "mine"
     assert task.objective(params="weight").num_params == 6
     assert sys.path == path_before
+
+
+def test_a_file_is_read_again_however_soon_it_was_changed(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python keeps of a compiled file is told from another only by size and second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert load_task(f"{user_file}:task").name == "mine"
+    text, times = user_file.read_text(), user_file.stat()
+    user_file.write_text(text.replace('"mine"', '"ours"'))
+    os.utime(user_file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_task(f"{user_file}:task").name == "ours"
 
 
 def test_function_in_a_module_of_the_present_folder(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
