@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from curvature.autograd.backward import dtypes_of_graph
 from curvature.data.parts import small_part
-from curvature.data.tensors import map_tensors
+from curvature.data.tensors import map_tensors, tensors_in
 from curvature.environment import autocast
 from curvature.environment.cost import gibibytes
 from curvature.objective.interface import ObjectiveLike
@@ -32,7 +32,8 @@ _HALF = {torch.bfloat16, torch.float16}
 _UNKNOWN = {torch.bfloat16: 10.0, torch.float16: 10.0, torch.float32: 100.0}
 """Rounding errors that a product is taken to have where it could not be repeated."""
 _LONG = 2**16  # vectors of which one tells as much as two
-_EXAMPLES = 64  # at least, of a batch in float32: the errors of fewer are as large as their products are small
+_EXAMPLES = 64  # at least, of a batch in float32: the errors of fewer are as large as their products are small ...
+_NUMBERS = 2**18  # ... unless they hold more numbers than that, and graphs of them take memory
 _VECTORS = 6  # as long as the parameters, in float64, that repeating a product takes ...
 _MOST = 2**29  # ... and the bytes up to which a product in float32 is repeated
 
@@ -71,7 +72,7 @@ def product_noise(
     """Return |error of A z| / |A z| for random z; 0 where the model computes in float64.
 
     Cost, once a point and matrix: a wider copy of the model, and products with one or two vectors, twice, of one batch
-    (in float32 of an eighth of its examples, 64 at least); a loss before, if nothing was computed yet, which shows the
+    (in float32 of an eighth of its examples, of small ones 64 at least); a loss before, if nothing was computed yet, which shows the
     dtypes. In float32 it is not measured for models in parts, and where copies take more than half a gigabyte.
 
     Args:
@@ -132,7 +133,7 @@ def _measured(
     if batch is None:
         return ProductNoise(math.nan, dtype, what)
     failure = ""
-    part = small_part(batch, _EXAMPLES) if dtype is torch.float32 else None
+    part = small_part(batch, _least(batch)) if dtype is torch.float32 else None
     for some in (batch,) if part is None else (part, batch):  # a model may take batches of one size only
         try:
             error, failure = _error(objective, some, size, product, dtype)
@@ -141,6 +142,12 @@ def _measured(
         if not math.isnan(error):
             return ProductNoise(max(error, unknown) if failure else error, dtype, what, failure)
     return ProductNoise(unknown, dtype, what, failure or "they are not finite")
+
+
+def _least(batch: Any) -> int:
+    """Return of how many examples at least to take products."""
+    numbers = next((t.numel() // len(t) for t in tensors_in(batch) if t.ndim > 0 and len(t) > 0), 1)
+    return max(1, min(_EXAMPLES, _NUMBERS // max(1, numbers)))
 
 
 def _error(

@@ -189,6 +189,18 @@ def test_a_batch_that_cannot_be_cut_is_taken_whole() -> None:
     assert any("against float64" in note for note in objective.notes)
 
 
+@pytest.mark.parametrize(("width", "examples"), [(100, 64), (2**15, 8), (2**20, 2)])
+def test_few_large_examples_are_repeated(width: int, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of them, at least 64 or as many as hold 2^18 numbers: their graphs in float64 take memory."""
+    seen: list[int] = []
+    real = product_noise._error
+    monkeypatch.setattr(product_noise, "_error", lambda o, b, *rest: seen.append(len(b[0])) or real(o, b, *rest))
+    model = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 3), nn.Tanh())
+    x, y = torch.randn(16 if width > 100 else 200, width), torch.randint(3, (16 if width > 100 else 200,))
+    assert HessianOperator(Objective(model, nn.CrossEntropyLoss(), (x, y))).product_noise < 1e-5
+    assert seen == [examples]
+
+
 def test_what_is_not_repeated_in_float64_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too large a model, and one that goes back to float32 by itself."""
     unknown = 100 * 2**-23
