@@ -72,8 +72,9 @@ def product_noise(
     """Return |error of A z| / |A z| for random z; 0 where the model computes in float64.
 
     Cost, once a point and matrix: a wider copy of the model, and products with one or two vectors, twice, of one batch
-    (in float32 of an eighth of its examples, of small ones 64 at least); a loss before, if nothing was computed yet, which shows the
-    dtypes. In float32 it is not measured for models in parts, and where copies take more than half a gigabyte.
+    (in float32 of an eighth of its examples, of small ones 64 at least); a loss before, if nothing was computed yet,
+    which shows the dtypes. In float32 it is not measured for models in parts, and where copies take more than half a
+    gigabyte.
 
     Args:
         objective: whose products are meant.
