@@ -393,3 +393,11 @@ def test_two_examples_say_nothing_of_the_error() -> None:
     )
     assert math.isnan(gradient_noise(objective).trace.stderr)
     assert math.isnan(implicit_regularization(objective, lr=0.1, batch_size=1).batch_variance_stderr)
+
+
+def test_few_examples_are_said_to_give_short_errors() -> None:
+    torch.manual_seed(0)
+    for count in (10, 40):
+        data = torch.randn(count, 3), torch.randn(count, 2)
+        notes = gradient_noise(Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss(), data)).notes
+        assert any("rest on 10 examples" in note for note in notes) is (count == 10)
